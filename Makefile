@@ -1,0 +1,26 @@
+# make demo: everything from nothing to a trained, measured and drawn model.   make test: the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m miniclip.shapes data/shapes
+	$(BIN)/python train.py recipes/demo.json --overwrite_output_dir
+	$(BIN)/python evaluate.py --model runs/demo --eval_file data/shapes/eval.json --report runs/demo/report.png
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) data/shapes runs/demo

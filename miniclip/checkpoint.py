@@ -1,0 +1,286 @@
+"""How do anyone's CLIP weights become ours, and back?
+
+Everybody stores the same tensors under other names. One table gives the names side by side; read in one direction it
+loads, in the other it exports. A tensor without a row and a row without its tensor both raise, so that nothing is left
+out, or left random, in silence. `weight_files.py` reads the files, `convert.py` writes them:
+
+    python -m miniclip.checkpoint convert ViT-B-32.pt clip-vit-base-patch32 --to hf
+"""
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miniclip.config import MiniClipConfig, list_models
+from miniclip.model import MiniClip
+from miniclip.weight_files import CheckpointError, read_file, shorten, unwrap
+
+# {v} and {t} are the prefixes of the image and text tower, {b} that of a block of either, {i} the number of a block,
+# {p} weight and bias, {qkv} each of q, k and v. Behind the bar: the operation that makes our tensor from theirs.
+ROWS = [
+    # MiniCLIP                     OpenAI, OpenCLIP                    Hugging Face
+    ("logit_scale",                "{s} | scalar",                     "logit_scale | scalar"),
+    ("{v}conv1.weight",            "{v}conv1.weight",                  "{v}embeddings.patch_embedding.weight"),
+    ("{v}class_embedding",         "{v}class_embedding",               "{v}embeddings.class_embedding"),
+    ("{v}positional_embedding",    "{v}positional_embedding",          "{v}embeddings.position_embedding.weight"),
+    ("{v}ln_pre.{p}",              "{v}ln_pre.{p}",                    "{v}pre_layrnorm.{p}"),  # sic
+    ("{v}ln_post.{p}",             "{v}ln_post.{p}",                   "{v}post_layernorm.{p}"),
+    ("{v}proj.weight",             "{v}proj | transpose",              "visual_projection.weight"),
+    ("{t}token_embedding.weight",  "{t}token_embedding.weight",        "{t}embeddings.token_embedding.weight"),
+    ("{t}positional_embedding",    "{t}positional_embedding",          "{t}embeddings.position_embedding.weight"),
+    ("{t}ln_final.{p}",            "{t}ln_final.{p}",                  "{t}final_layer_norm.{p}"),
+    ("{t}text_projection.weight",  "{t}text_projection | transpose",   "text_projection.weight"),
+    ("{b}ln_1.{p}",                "{b}ln_1.{p}",                      "{b}layer_norm1.{p}"),
+    ("{b}attn.in_proj.{p}",        "{b}attn.in_proj_{p}",              "{b}self_attn.{qkv}_proj.{p} | fuse_qkv"),
+    ("{b}attn.out_proj.{p}",       "{b}attn.out_proj.{p}",             "{b}self_attn.out_proj.{p}"),
+    ("{b}ln_2.{p}",                "{b}ln_2.{p}",                      "{b}layer_norm2.{p}"),
+    ("{b}mlp.c_fc.{p}",            "{b}mlp.c_fc.{p}",                  "{b}mlp.fc1.{p}"),
+    ("{b}mlp.c_proj.{p}",          "{b}mlp.c_proj.{p}",                "{b}mlp.fc2.{p}"),
+]  # fmt: skip
+OPERATIONS = {  # (their tensors -> ours, ours -> theirs)
+    "": (lambda tensors: tensors, lambda tensors: tensors),
+    "transpose": (lambda tensors: [tensors[0].T], lambda tensors: [tensors[0].T]),  # x @ matrix against nn.Linear
+    "fuse_qkv": (lambda tensors: [torch.cat(tensors)], lambda tensors: tensors[0].chunk(3)),  # first q, then k, then v
+    "scalar": (lambda tensors: [tensors[0].squeeze()], lambda tensors: tensors),  # some files have the shape (1,)
+}
+
+
+def layout(
+    visual: str, text: str, scale: str = "logit_scale", blocks: str = "transformer.resblocks", column: int = 1
+) -> dict[str, tuple[str, str]]:
+    """One source's rules, {our name: (their name, operation)}, from its prefixes and its column of the table."""
+    rules, later = {}, {"p": "{p}", "qkv": "{qkv}"}
+    for row in ROWS:
+        name, _, operation = row[column].partition(" | ")
+        for tower, our_tower in ((visual, "visual."), (text, "text.")):  # the rows of a block stand for both towers
+            theirs = name.format(v=visual, t=text, s=scale, b=f"{tower}{blocks}.{{i}}.", **later)
+            rules[row[0].format(v="visual.", t="text.", b=our_tower + "blocks.{i}.", **later)] = theirs, operation
+    return rules
+
+
+LAYOUTS = {
+    "miniclip": layout("visual.", "text.", blocks="blocks", column=0),
+    "openclip": layout("visual.", ""),  # and OpenAI, and TinyCLIP's releases
+    "custom_text": layout("visual.", "text."),  # OpenCLIP's CustomTextCLIP
+    "tinyclip": layout("_image_encoder.visual.", "_text_encoder.", "_logit_scale.logit_scale"),
+    "article": layout("image_encoder.visual.", "text_encoder.", "logit_scale.logit_scale"),
+    "hf": layout("vision_model.", "text_model.", blocks="encoder.layers", column=2),  # transformers' CLIPModel
+}
+HARMLESS = {  # last parts of keys that hold no weights
+    "input_resolution", "context_length", "vocab_size",  # sizes, in OpenAI's archives
+    "attn_mask", "position_ids",  # constants, which older versions of OpenCLIP and of transformers stored
+}  # fmt: skip
+UNLOADABLE = [  # (what one of the keys begins with, why); the first that applies is reported
+    (r"(.*\.)?logit_bias", "a SigLIP model: trained with a sigmoid loss, and with a bias that CLIP does not have"),
+    (r"(.*\.)?l0_module\.|image_encoder_without_ddp\.",
+     "a TinyCLIP 'auto' file, pruned to blocks of different sizes; take one of TinyCLIP's manual ViT files"),
+    (r"(.*\.)?visual\.trunk\.", "its image tower comes from timm; only OpenAI's vision transformer can be loaded"),
+    (r"(.*\.)?visual\.layer1\.", "its image tower is a ModifiedResNet (RN50); only vision transformers can be loaded"),
+    (r"embeddings\.|encoder\.layers\.", "one tower alone, of a Hugging Face model; save the whole CLIPModel"),
+]  # fmt: skip
+
+
+def detect_source(keys: Iterable[str]) -> str:
+    """Names the layout (see `LAYOUTS`) of a state dict, or raises CheckpointError with the reason why it has none."""
+    keys = sorted(keys)
+    for pattern, reason in UNLOADABLE:
+        if found := next(filter(re.compile(pattern).match, keys), None):
+            raise CheckpointError(f"{reason} (it holds {found!r})")
+    towers = {"text_model", "vision_model"} & {key.partition(".")[0] for key in keys}
+    if len(towers) == 1:
+        raise CheckpointError(f"one tower alone ({towers.pop()}), of a Hugging Face model; save the whole CLIPModel")
+    for source, rules in LAYOUTS.items():  # no two of them agree on the name of the text tower's first block
+        if rules["text.blocks.{i}.ln_1.{p}"][0].format(i=0, p="weight") in keys:
+            return source
+    raise CheckpointError(f"its layout is none of {', '.join(LAYOUTS)}; its keys: {shorten(keys)}")
+
+
+def to_miniclip(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Gives the weights under MiniCLIP's names, and the name of the layout that they came in. Raises CheckpointError for
+    a layout that is not known, for missing and left-over keys and for pruned blocks."""
+    weights = {}
+    for key, tensor in state_dict.items():
+        # DistributedDataParallel and torch.compile put a part of their own into the path, at any depth
+        path = [part for part in key.split(".") if part not in ("module", "_orig_mod")]
+        if path[-1] not in HARMLESS and weights.setdefault(".".join(path), tensor) is not tensor:
+            raise CheckpointError(f"it holds {'.'.join(path)} twice, with and without a wrapper's prefix")
+    source, first = detect_source(weights), {}
+    for key, tensor in weights.items():
+        if block := re.fullmatch(r"(.+)\.\d+\.(.+)", key):
+            name, shape = first.setdefault(block.groups(), (key, tensor.shape))
+            if tensor.shape != shape:
+                sizes = f"{name} is {tuple(shape)}, {key} is {tuple(tensor.shape)}"
+                raise CheckpointError(f"its blocks differ in size, as in TinyCLIP's pruned 'auto' files: {sizes}")
+    return _rename(weights, source, export=False), source
+
+
+def from_miniclip(state_dict: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """The inverse of `to_miniclip`: the weights as `layout` names and shapes them, each a copy of its own."""
+    renamed = _rename(state_dict, layout, export=True)
+    return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in renamed.items()}
+
+
+def _rename(state_dict: dict[str, Tensor], layout: str, export: bool) -> dict[str, Tensor]:
+    left, renamed, missing = dict(state_dict), {}, []
+    for ours, (theirs, operation) in LAYOUTS[layout].items():
+        blocks = re.compile(re.escape((ours if export else theirs).partition("{i}")[0]) + r"(\d+)\.")
+        numbers = {found[1] for found in map(blocks.match, state_dict) if found}  # none where the row is not a block's
+        for i in range(len(numbers) or 1):
+            for p in ("weight", "bias") if "{p}" in ours else ("",):
+                old = [theirs.format(i=i, p=p, qkv=letter) for letter in ("qkv" if "{qkv}" in theirs else "-")]
+                old, new = ([ours.format(i=i, p=p)], old) if export else (old, [ours.format(i=i, p=p)])
+                missing += (absent := [key for key in old if key not in left])
+                if not absent:
+                    renamed |= zip(new, OPERATIONS[operation][export]([left.pop(key) for key in old]))
+    if missing or left:
+        raise CheckpointError(f"not complete as {layout} weights: missing {shorten(missing)}; unknown {shorten(left)}")
+    return renamed
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Reads weights by the names that they have in the file: safetensors, torch (new or old format), TorchScript, bare
+    or inside a training checkpoint. Raises CheckpointError for anything else, and runs none of it."""
+    return unwrap(read_file(path), path)
+
+
+class Checkpoint(NamedTuple):
+    """What a weight file turned out to hold."""
+
+    weights: dict[str, Tensor]  # under MiniCLIP's names
+    source: str  # the layout that they came in
+    quick_gelu: bool | None  # the activation that they were trained with; None where nothing tells
+    evidence: str  # what tells
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a weight file of any known layout. Raises CheckpointError as `read_state_dict` and `to_miniclip` do, and for
+    numbers that are not finite."""
+    content = read_file(path)
+    state_dict = unwrap(content, path)
+    try:
+        weights, source = to_miniclip(state_dict)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{path}: infinite or undefined numbers in {shorten(broken)}")
+    run = str(content.get("name", ""))  # OpenCLIP's training stores the name of the run
+    return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
+
+
+# The activation of well-known weights, by a word in their names (OpenCLIP's list of pretrained models; TinyCLIP's code)
+ACTIVATIONS = {
+    "quickgelu": True, "openai": True, "metaclip": True, "dfn": True,
+    "tinyclip": False, "laion2b": False, "datacomp": False, "commonpool": False,
+}  # fmt: skip
+ACTIVATION_NAMES = {True: "QuickGELU", False: "GELU"}
+
+
+def known_activation(path: Path, keys: Iterable[str], run: str = "") -> tuple[bool | None, str]:
+    """Tells whether weights were trained with QuickGELU, or None, and from what: shapes cannot tell it."""
+    if any(key.endswith("input_resolution") for key in keys):
+        return True, "input_resolution is a key of OpenAI's archives"
+    for file in (path.with_name("config.json"), path.with_name("open_clip_config.json")):
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if "vision_cfg" in config or "model_cfg" in config:  # MiniCLIP's or OpenCLIP's
+            return config.get("model_cfg", config).get("quick_gelu", False), f"{file} says so"
+        if config.get("model_type") == "clip":  # transformers', which leaves out what is its default
+            return config.get("vision_config", {}).get("hidden_act", "quick_gelu") == "quick_gelu", f"{file} says so"
+    for name in (path.name, run):
+        for word, quick_gelu in ACTIVATIONS.items():
+            if word in name.lower():
+                return quick_gelu, f"{word!r} in the name {name}"
+    return None, "nothing tells"
+
+
+def infer_config(weights: dict[str, Tensor]) -> dict:
+    """The sizes of a model from the shapes of its weights (under MiniCLIP's names), in the form of a model config.
+
+    Shapes do not tell the activation, which is left out, nor the heads, which are taken to be 64 channels wide.
+    """
+    sections = {}
+    for tower in ("visual", "text"):
+        hidden, width = weights[f"{tower}.blocks.0.mlp.c_fc.weight"].shape
+        layers = sum(re.fullmatch(tower + r"\.blocks\.\d+\.ln_1\.bias", key) is not None for key in weights)
+        sections[tower] = {"layers": layers, "width": width, "mlp_ratio": hidden / width}
+    grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)  # the first one is the class token's
+    patch = weights["visual.conv1.weight"].shape[-1]
+    context, (vocabulary, width) = len(weights["text.positional_embedding"]), weights["text.token_embedding.weight"].shape
+    return {
+        "embed_dim": len(weights["visual.proj.weight"]),
+        "vision_cfg": {"image_size": grid * patch, "patch_size": patch, **sections["visual"]},
+        "text_cfg": {"context_length": context, "vocab_size": vocabulary, "heads": max(1, width // 64), **sections["text"]},
+    }
+
+
+def fitting_configs(weights: dict[str, Tensor], quick_gelu: bool | None = None) -> list[str]:
+    """Names of the shipped configs with the sizes of these weights, and with that activation unless it is None."""
+    sizes = infer_config(weights)
+    embed_dim, vision, text = sizes["embed_dim"], sizes["vision_cfg"], sizes["text_cfg"]
+    del text["heads"]  # a guess
+    known = {name: MiniClipConfig.from_name(name).to_dict() for name in list_models()}
+    return [
+        name for name, config in known.items()
+        if quick_gelu in (None, config["quick_gelu"]) and embed_dim == config["embed_dim"]
+        and vision.items() <= config["vision_cfg"].items() and text.items() <= config["text_cfg"].items()
+    ]  # fmt: skip
+
+
+def load_weights(model: MiniClip, path: str | Path) -> None:
+    """Loads a weight file of any known layout into a model, strictly; half precision becomes the model's own.
+
+    Warns when it interpolates position embeddings that are for another image size or context length, and when the
+    weights are known to be for the other activation. Raises CheckpointError as `open_checkpoint` does and for weights
+    of other sizes, naming them and the configs that they would fit.
+    """
+    checkpoint = open_checkpoint(path)
+    model.load_state_dict(fit_weights(checkpoint.weights, model.state_dict(), path), strict=True)
+    ours, quick_gelu = model.config.quick_gelu, checkpoint.quick_gelu
+    if quick_gelu is not None and quick_gelu != ours:
+        fix = " or ".join(fitting_configs(checkpoint.weights, quick_gelu)) or "one that differs in quick_gelu only"
+        warnings.warn(
+            f"{path} was trained with {ACTIVATION_NAMES[quick_gelu]} ({checkpoint.evidence}) and the model computes "
+            f"{ACTIVATION_NAMES[ours]}: it will be worse than it could be. Use another config: {fix}",
+            stacklevel=2,
+        )
+
+
+def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Checks the weights against the shapes of a model's state dict; position embeddings are resized, with a warning."""
+    fitted, resized = dict(weights), []
+    for key in ("visual.positional_embedding", "text.positional_embedding"):
+        old, length = weights[key], len(expected[key])
+        if len(old) != length and old.shape[1:] == expected[key].shape[1:]:
+            fitted[key] = _resize_positions(old, length, key.startswith("visual"))
+            resized.append(f"{path}: {key} was interpolated from {len(old)} to {length} positions; fine-tune the model")
+    shapes = [{key: tuple(t.shape) for key, t in tensors.items()} for tensors in (fitted, expected)]
+    pairs = {key: [shape.get(key, "missing") for shape in shapes] for key in expected | fitted}
+    if problems := [f"{key} is {a} in the file and {b} in the model" for key, (a, b) in pairs.items() if a != b]:
+        fix = " or ".join(fitting_configs(weights)) or f"none that is shipped, but of {json.dumps(infer_config(weights))}"
+        raise CheckpointError(f"{path} does not fit the model: {shorten(problems)}. It has the sizes of config {fix}")
+    for note in resized:
+        warnings.warn(note, stacklevel=3)
+    return fitted
+
+
+def _resize_positions(old: Tensor, length: int, is_grid: bool) -> Tensor:
+    """(L, W) to (length, W), as OpenCLIP resizes: a grid of patches behind a class token, or a line of tokens."""
+    if not is_grid:
+        return F.interpolate(old.float().T[None], length, mode="linear", align_corners=False)[0].T
+    side, new = math.isqrt(len(old) - 1), math.isqrt(length - 1)
+    grid = old[1:].float().T.reshape(1, -1, side, side)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([old[:1].float(), grid.flatten(2)[0].T])
+
+
+if __name__ == "__main__":
+    from miniclip.convert import main
+
+    main()

@@ -1,0 +1,125 @@
+"""Which sizes make up a CLIP model?
+
+A model is described by a JSON file in OpenCLIP's form: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`. The
+files that ship with the project lie in `model_configs/`; a folder saved by MiniCLIP carries its own as `config.json`,
+with the image preprocessing beside it, because weights without their activation and preprocessing are silently worse.
+"""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MODEL_CONFIGS = Path(__file__).resolve().parent.parent / "model_configs"
+
+
+@dataclass
+class VisionConfig:
+    """The image tower (a vision transformer). Widths in channels, sizes in pixels."""
+
+    image_size: int = 224
+    layers: int = 12
+    width: int = 768
+    head_width: int = 64  # channels per attention head
+    mlp_ratio: float = 4.0
+    patch_size: int = 32
+    patch_dropout: float = 0.0  # share of patches left out in training (FLIP, arXiv 2212.00794); 0 in evaluation
+
+
+@dataclass
+class TextConfig:
+    """The text tower (a causal transformer)."""
+
+    context_length: int = 77  # tokens, start and end included
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+
+
+@dataclass
+class PreprocessConfig:
+    """From a picture to the model's input. The default mean and deviation (RGB, 0 to 1) are OpenAI's."""
+
+    size: int | None = None  # pixels; the model's image_size unless given
+    mode: str = "RGB"
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: str = "bicubic"  # bicubic | bilinear
+    resize_mode: str = "shortest"  # shortest (then centre crop) | longest (then pad) | squash
+    fill_color: int = 0  # grey level of the padding of resize_mode "longest"
+
+
+@dataclass
+class MiniClipConfig:
+    """All that is needed to build a model besides its weights.
+
+    Raises ValueError for an unknown field (naming the nearest known one) and for sizes that do not fit together.
+    """
+
+    embed_dim: int = 512  # channels of the space that images and texts share
+    vision_cfg: VisionConfig = field(default_factory=VisionConfig)
+    text_cfg: TextConfig = field(default_factory=TextConfig)
+    quick_gelu: bool = False  # activation: x * sigmoid(1.702 x), as in OpenAI's weights, instead of GELU
+    preprocess_cfg: PreprocessConfig = field(default_factory=PreprocessConfig)
+
+    def __post_init__(self):
+        vision, text, preprocess = self.vision_cfg, self.text_cfg, self.preprocess_cfg
+        if preprocess.size is None:
+            preprocess.size = vision.image_size
+        for fits, problem in (
+            (vision.image_size % vision.patch_size == 0, "vision_cfg.image_size is no multiple of patch_size"),
+            (vision.width % vision.head_width == 0, "vision_cfg.width is no multiple of head_width"),
+            (text.width % text.heads == 0, "text_cfg.width is no multiple of heads"),
+            (preprocess.size == vision.image_size, "preprocess_cfg.size differs from vision_cfg.image_size"),
+            (0 <= vision.patch_dropout < 1, "vision_cfg.patch_dropout is not in [0, 1)"),
+        ):
+            if not fits:
+                raise ValueError(f"{problem} in {self.to_dict()}")
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str = "the model config") -> "MiniClipConfig":
+        """Builds a config from OpenCLIP's JSON form; `source` is what error messages call it."""
+        return _fill(cls, values, source)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "MiniClipConfig":
+        """Reads a config file."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")), str(path))
+
+    @classmethod
+    def from_name(cls, name: str) -> "MiniClipConfig":
+        """Reads `model_configs/<name>.json`, or the file itself where `name` is a path that ends in .json."""
+        if name.endswith(".json"):
+            return cls.from_json(name)
+        if name not in list_models():
+            nearest = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.3) or list_models()
+            raise ValueError(f"no model config is called {name!r}; nearest: {', '.join(nearest)}")
+        return cls.from_json(MODEL_CONFIGS / f"{name}.json")
+
+    def to_dict(self) -> dict:
+        """The inverse of `from_dict`, ready for `json.dumps`."""
+        return dataclasses.asdict(self)
+
+
+def list_models() -> list[str]:
+    """Names of the configs that ship with the project."""
+    return sorted(path.stem for path in MODEL_CONFIGS.glob("*.json"))
+
+
+def _fill(cls, values: dict, where: str):
+    """Makes a dataclass from a dict, section by section; a field that it does not have raises."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected an object with the fields {', '.join(fields)}, found {values!r}")
+    for name in values:
+        if name not in fields:
+            nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where}: unknown field {name!r}; the nearest known one is {nearest!r}")
+    return cls(**{
+        name: _fill(fields[name].type, value, f"{where}, {name}") if dataclasses.is_dataclass(fields[name].type)
+        else tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+    })  # fmt: skip

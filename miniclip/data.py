@@ -1,0 +1,142 @@
+"""Which pairs does the model see? Caption files, checked before anything starts, and the batches made from them."""
+
+import json
+import os
+import random
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from miniclip.transforms import ImageError, open_image
+
+SHOWN = 20  # problems listed one by one
+
+
+class CaptionFileError(ValueError):
+    """A caption file that cannot be used as it is; lists its bad records."""
+
+
+def read_captions(
+    path: str | Path, image_root: str | Path | None = None, check_images: bool = True, on_bad: str = "error"
+) -> list[dict]:
+    """Reads and checks a caption file: `[{"image": "dogs\\\\rex.jpg", "caption": ["a dog", "my dog Rex"]}, ...]`.
+
+    Gives `[{"image": absolute path, "caption": [strings]}, ...]`. Image paths start at `image_root` (the file's own
+    folder unless given) and may not leave it; either separator will do; a caption may be one string. `check_images`
+    decodes every image once, to find damaged ones before they stop a run. Raises CaptionFileError with the number,
+    the image and the fault of all bad records together; with on_bad="skip" they are left out, with a warning.
+    """
+    path = Path(path)
+    root = Path(image_root or path.parent).resolve()
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise CaptionFileError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise CaptionFileError(f"{path}: no JSON: {error}") from None
+    if not isinstance(raw, list) or not raw:
+        raise CaptionFileError(f"{path}: expected a list of records, found {str(raw)[:60]}")
+
+    records, problems = [], {}
+    for index, record in enumerate(raw):
+        try:
+            records.append((index, _check_record(record, root)))
+        except ValueError as error:
+            problems[index] = str(error)
+    if check_images:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            faults = pool.map(_image_fault, (record["image"] for _, record in records))
+            progress = tqdm(faults, f"checking the images of {path.name}", len(records), disable=len(records) < 1000)
+            problems |= {index: fault for (index, _), fault in zip(records, progress) if fault}
+    good = [record for index, record in records if index not in problems]
+    if problems:
+        lines = [f"  record {index}: {problems[index]}" for index in sorted(problems)[:SHOWN]]
+        lines += [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        report = "\n".join([f"{path}: {len(problems)} of {len(raw)} records cannot be used:", *lines])
+        if on_bad != "skip" or not good:
+            raise CaptionFileError(f"{report}\nMend or remove them, or go on without them by --bad_records skip.")
+        warnings.warn(f"{report}\nThe other {len(good)} are used.", stacklevel=2)
+    return good
+
+
+def _check_record(record, root: Path) -> dict:
+    """One record in the form that the rest relies on; ValueError says what is wrong with it."""
+    if not isinstance(record, dict) or not {"image", "caption"} <= record.keys():
+        raise ValueError(f"expected an object with image and caption, found {str(record)[:60]}")
+    image, captions = record["image"], record["caption"]
+    if not isinstance(image, str) or not image:
+        raise ValueError(f"image is no path: {image!r}")
+    file = (root / image.replace("\\", "/")).resolve()
+    if not file.is_relative_to(root):
+        raise ValueError(f"{image}: leads out of the image folder {root}")
+    if not file.is_file():
+        raise ValueError(f"{image}: there is no such file in {root}")
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not captions:
+        raise ValueError(f"{image}: caption is neither a string nor a list of some: {str(captions)[:60]}")
+    for number, caption in enumerate(captions):
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"{image}: caption {number} is no text: {str(caption)[:60]!r}")
+    return {"image": str(file), "caption": captions}
+
+
+def _image_fault(path: str) -> str | None:
+    try:
+        open_image(path, scale=32)  # reads every byte all the same; `verify` would pass half a JPEG
+    except ImageError as error:
+        return str(error)
+
+
+def flatten_captions(records: list[dict]) -> tuple[list[str], list[int]]:
+    """All captions in order, and the number of the record that each belongs to."""
+    texts = [caption for record in records for caption in record["caption"]]
+    return texts, [i for i, record in enumerate(records) for _ in record["caption"]]
+
+
+class CaptionDataset(Dataset):
+    """Pairs for training: item i is image i, freshly cropped, and one of its captions, drawn anew every epoch.
+
+    What is drawn depends on (seed, epoch, index) and on nothing else, so that a run can be repeated and resumed
+    exactly, whatever the number of workers. `transform(image, rng)` augments; without one `preprocess` is used.
+    """
+
+    def __init__(self, records: list[dict], preprocess, tokenizer, seed: int = 0, transform=None):
+        import datasets  # slow to import
+
+        # In an Arrow table the records lie outside Python's heap, and worker processes share them instead of copying.
+        self.records = datasets.Dataset.from_list(records)
+        self.preprocess, self.tokenizer, self.seed, self.transform = preprocess, tokenizer, seed, transform
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
+
+    def set_epoch(self, epoch: int):
+        """Chooses the captions and crops of an epoch."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.records[index]
+        rng = random.Random(f"{self.seed} {self.epoch.item()} {index}")
+        caption = rng.choice(record["caption"])
+        image = open_image(record["image"])
+        pixel_values = self.transform(image, rng) if self.transform else self.preprocess(image)
+        return {"pixel_values": pixel_values, "caption": caption}
+
+
+class Collator:
+    """Makes a batch of items: `pixel_values` (B, 3, S, S) and `input_ids` (B, L), L the longest caption's length."""
+
+    def __init__(self, tokenize):
+        # Not called `tokenizer`: Trainer would take it for one of its own and try to save it.
+        self.tokenize = tokenize
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        return {
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+            "input_ids": self.tokenize([item["caption"] for item in items], trim=True),
+        }

@@ -1,0 +1,52 @@
+"""What is CLIP trained to do?
+
+In a batch of image-caption pairs, every image has to pick its own caption among all captions, and every caption its
+own image: two classifications, whose logits are cosine similarities times the learned scale.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE: the mean of the two cross-entropies, in nats (paper, figure 3).
+
+    `image_embeds` and `text_embeds` are (B, E), of unit length, row i of one belonging to row i of the other;
+    `logit_scale` is a scalar. With several processes each holds its own B rows, and the rows of all of them are
+    negatives: a process scores its own rows against everybody's, which takes B x (processes x B) numbers instead of
+    the square, and the mean over the processes is the loss of the whole batch, gradients included.
+    """
+    all_images, all_texts, first = gather(image_embeds), gather(text_embeds), process_index() * len(image_embeds)
+    target = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
+    logits_per_image = logit_scale * image_embeds @ all_texts.T
+    logits_per_text = logit_scale * text_embeds @ all_images.T
+    return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_text, target)) / 2
+
+
+def gather(embeds: Tensor) -> Tensor:
+    """Rows of all processes, in their order: (B, E) to (processes x B, E). Gradients flow back to their owners."""
+    return _Gather.apply(embeds) if dist.is_initialized() and dist.get_world_size() > 1 else embeds
+
+
+def process_index() -> int:
+    """This process's place in that order."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather, whose plain form stops gradients. Backwards, every process holds a gradient for every row: they are
+    summed, and each process takes the rows that are its own."""
+
+    @staticmethod
+    def forward(ctx, embeds: Tensor) -> Tensor:
+        rows = [torch.empty_like(embeds) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, embeds.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,0 +1,218 @@
+"""What does CLIP compute?
+
+Two transformers, one for images and one for texts, that end in the same space: a picture and its caption should get
+nearly the same direction there. Both are stacks of one pre-norm block; they differ in how the sequence is made
+(patches, tokens), whether a position may look ahead (images yes, texts no) and which position is read out.
+
+Shape letters: B batch, L sequence length, W width of a tower, H heads, E embedding size.
+Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
+
+MAX_LOGIT_SCALE = math.log(100)  # the paper keeps the scale at 100 or less, "to prevent training instability"
+
+
+class ClipOutput(NamedTuple):
+    """What a forward pass gives: unit-length (B, E) embeddings and the scale (a scalar, 1 / temperature)."""
+
+    image_embeds: Tensor | None
+    text_embeds: Tensor | None
+    logit_scale: Tensor
+
+
+class QuickGELU(nn.Module):
+    """The sigmoid approximation of GELU that OpenAI's weights were trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with queries, keys and values from one matrix product."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        B, L, W = x.shape
+        q, k, v = self.in_proj(x).view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, L, W/H)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return self.out_proj(x.transpose(1, 2).reshape(B, L, W))
+
+
+class MLP(nn.Module):
+    """Two linear layers, applied to every position alone."""
+
+    def __init__(self, width: int, hidden: int, quick_gelu: bool):
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.act = QuickGELU() if quick_gelu else nn.GELU()
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """The pre-norm transformer block of both towers."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu)
+
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        x = x + self.attn(self.ln_1(x), is_causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class VisionTransformer(nn.Module):
+    """Images (B, 3, S, S) to embeddings (B, E): cut into patches, read out at the class token."""
+
+    def __init__(self, cfg: VisionConfig, embed_dim: int, quick_gelu: bool):
+        super().__init__()
+        self.patch_dropout = cfg.patch_dropout
+        grid = cfg.image_size // cfg.patch_size
+        self.conv1 = nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(cfg.width))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + grid * grid, cfg.width))
+        self.ln_pre = nn.LayerNorm(cfg.width)
+        heads = cfg.width // cfg.head_width
+        self.blocks = nn.ModuleList(Block(cfg.width, heads, cfg.mlp_ratio, quick_gelu) for _ in range(cfg.layers))
+        self.ln_post = nn.LayerNorm(cfg.width)
+        self.proj = nn.Linear(cfg.width, embed_dim, bias=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (B, patches, W)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + patches, W)
+        x = x + self.positional_embedding.to(x.dtype)
+        if self.training and self.patch_dropout:
+            x = self.drop_patches(x)
+        x = self.ln_pre(x)
+        for block in self.blocks:
+            x = block(x, is_causal=False)
+        return self.proj(self.ln_post(x[:, 0]))
+
+    def drop_patches(self, x: Tensor) -> Tensor:
+        """Keeps the class token and a random choice of the patches, another one for each image."""
+        B, L, W = x.shape
+        keep = max(1, round((L - 1) * (1 - self.patch_dropout)))
+        kept = 1 + torch.rand(B, L - 1, device=x.device).topk(keep, dim=1).indices
+        return torch.cat([x[:, :1], x.gather(1, kept[..., None].expand(-1, -1, W))], dim=1)
+
+
+class TextTransformer(nn.Module):
+    """Token ids (B, L) to embeddings (B, E), read out at the end token.
+
+    L may be anything up to the context length: with causal attention nothing after the end token reaches it, so
+    that padding can be cut off without changing the result.
+    """
+
+    def __init__(self, cfg: TextConfig, embed_dim: int, quick_gelu: bool):
+        super().__init__()
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.positional_embedding = nn.Parameter(torch.empty(cfg.context_length, cfg.width))
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.mlp_ratio, quick_gelu) for _ in range(cfg.layers))
+        self.ln_final = nn.LayerNorm(cfg.width)
+        self.text_projection = nn.Linear(cfg.width, embed_dim, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]  # (B, L, W)
+        for block in self.blocks:
+            x = block(x, is_causal=True)
+        end = input_ids.argmax(dim=1)  # the end token has the highest id of the vocabulary
+        return self.text_projection(self.ln_final(x[torch.arange(len(x), device=x.device), end]))
+
+
+class MiniClip(nn.Module):
+    """A CLIP model: an image tower, a text tower and the learned scale of their similarities."""
+
+    def __init__(self, config: MiniClipConfig):
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(config.vision_cfg, config.embed_dim, config.quick_gelu)
+        self.text = TextTransformer(config.text_cfg, config.embed_dim, config.quick_gelu)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # temperature 0.07 at the start (section 2.5)
+        self.init_parameters()
+
+    def encode_image(self, pixel_values: Tensor, normalize: bool = False) -> Tensor:
+        """Embeds images (B, 3, S, S), preprocessed, as (B, E); of unit length with `normalize`."""
+        embeds = self.visual(pixel_values)
+        return F.normalize(embeds, dim=-1) if normalize else embeds
+
+    def encode_text(self, input_ids: Tensor, normalize: bool = False) -> Tensor:
+        """Embeds token ids (B, L), L up to the context length, as (B, E); of unit length with `normalize`."""
+        embeds = self.text(input_ids)
+        return F.normalize(embeds, dim=-1) if normalize else embeds
+
+    def forward(self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None) -> ClipOutput:
+        """Embeds a batch of either or both kinds; what was not given comes back as None."""
+        # The scale is read here, and not by the loss, because DistributedDataParallel wants every parameter to be
+        # used inside `forward`. It is kept at 100 or less by the trainer, after each step: a clamp here would give
+        # no gradient, and so no way back, to a scale that had come to rest a rounding error above.
+        return ClipOutput(
+            None if pixel_values is None else self.encode_image(pixel_values, normalize=True),
+            None if input_ids is None else self.encode_text(input_ids, normalize=True),
+            self.logit_scale.exp(),
+        )
+
+    def get_logits(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled cosine similarities: (images, texts) and its transpose (texts, images). Softmax over a row gives
+        the probability of each text for that image, or of each image for that text."""
+        image_embeds, text_embeds, logit_scale = self(pixel_values, input_ids)
+        logits_per_image = logit_scale * image_embeds @ text_embeds.T
+        return logits_per_image, logits_per_image.T
+
+    @torch.no_grad()
+    def init_parameters(self):
+        """Draws the weights to start training from, with the standard deviations of OpenAI's code."""
+        nn.init.normal_(self.visual.class_embedding, std=self.visual.conv1.out_channels**-0.5)
+        nn.init.normal_(self.visual.positional_embedding, std=self.visual.conv1.out_channels**-0.5)
+        nn.init.normal_(self.visual.proj.weight, std=self.visual.proj.in_features**-0.5)
+        nn.init.normal_(self.text.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.text.positional_embedding, std=0.01)
+        nn.init.normal_(self.text.text_projection.weight, std=self.text.text_projection.in_features**-0.5)
+        for tower in (self.visual, self.text):
+            for block in tower.blocks:
+                width = block.ln_1.normalized_shape[0]
+                # A branch adds to the residual stream 2 x layers times: its last matrix starts that much smaller.
+                nn.init.normal_(block.attn.in_proj.weight, std=width**-0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * len(tower.blocks)) ** -0.5)
+                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=(width * 2 * len(tower.blocks)) ** -0.5)
+                for linear in (block.attn.in_proj, block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+                    nn.init.zeros_(linear.bias)
+
+    def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None):
+        """Writes `config.json` (sizes, activation, preprocessing) and `model.safetensors` into a folder."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        weights = {name: t.detach().cpu().contiguous() for name, t in (state_dict or self.state_dict()).items()}
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "MiniClip":
+        """Reads a folder that `save_pretrained` wrote, bit by bit the same; in evaluation mode.
+
+        Raises FileNotFoundError for a missing file and RuntimeError for missing, unexpected or misshapen weights.
+        """
+        model = cls(MiniClipConfig.from_json(Path(directory) / "config.json"))
+        model.load_state_dict(load_file(Path(directory) / "model.safetensors"), strict=True)
+        return model.eval()

@@ -1,0 +1,152 @@
+"""What can be asked of `train.py` and `evaluate.py`?
+
+Each option is a field with its help beside it. Nothing here imports torch or transformers, which take seconds: so
+`--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def option(default, help: str, **more):
+    """A dataclass field with a help text."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class TrainOptions:
+    """What `train.py` takes besides the Hugging Face training arguments."""
+
+    model_config: str | None = option(
+        None, "a name from model_configs/, a config .json, or a folder saved by MiniCLIP (whose weights are taken too)"
+    )
+    pretrained: str | None = option(None, "weights to start from: OpenCLIP, OpenAI, TinyCLIP, Hugging Face, MiniCLIP")
+    train_file: str | None = option(None, 'captions: [{"image": "dog.jpg", "caption": ["a dog", "my dog"]}, ...]')
+    eval_file: str | None = option(None, "the same for evaluation; without it nothing is measured")
+    image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
+    bad_records: str = option("error", "bad records and images: stop, or go on without", choices=["error", "skip"])
+    crop_scale: float = option(0.9, "smallest share of the image's area that a random crop keeps; 1: no cropping")
+    hflip: float = option(0.0, "probability of a mirrored image; wrong for captions that say left or right")
+    color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation; 0.4 is common")
+    fixed_logit_scale: float | None = option(None, "keep the logit scale at this value instead of learning it")
+    overwrite_output_dir: bool = option(False, "delete the checkpoints of an earlier run in output_dir")
+
+
+# Sound values where the command line says nothing. Starting from somebody's weights, the danger is to destroy what
+# they know: a low rate, few epochs. Starting from nothing, with little data, the danger is to learn too slowly: the
+# rate is that of OpenCLIP's small models, the decay strong. Weights that were trained with large batches still do
+# well when tuned with 64; from scratch every negative counts, and 128 pairs fit a laptop.
+FINE_TUNE = {
+    "learning_rate": 1e-5,
+    "weight_decay": 0.1,
+    "num_train_epochs": 5.0,
+    "per_device_train_batch_size": 64,
+    "warmup_steps": 0.1,
+}
+FROM_SCRATCH = {
+    "learning_rate": 1e-3,
+    "weight_decay": 0.2,
+    "num_train_epochs": 30.0,
+    "per_device_train_batch_size": 128,
+    "warmup_steps": 0.05,
+}
+
+
+@dataclass
+class EvalOptions:
+    """What `evaluate.py` takes."""
+
+    model: str | None = option(None, "a folder saved by MiniCLIP, or a name from model_configs/ (with --pretrained)")
+    pretrained: str | None = option(None, "weights for the named config")
+    eval_file: str | None = option(None, 'captions: [{"image": "dog.jpg", "caption": ["a dog", "my dog"]}, ...]')
+    image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
+    captions: str = option("all", "captions of an image that count", choices=["all", "first"])
+    batch_size: int = option(64, "images encoded at once (captions: four times as many)")
+    num_workers: int = option(0, "processes that read images")
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps; a GPU if there is one unless given")
+    save_features: str | None = option(None, "folder to write image.npy and text.npy to")
+    features: str | None = option(None, "folder with image.npy and text.npy to measure instead of a model's")
+    output: str | None = option(None, "where the JSON goes; beside the model or the features unless given")
+    report: str | None = option(None, "draw the training curves and a few searches into this .png")
+
+
+def make_parser(options: type, **kwargs) -> argparse.ArgumentParser:
+    """An argparse parser for the fields of one of the classes above."""
+    parser = argparse.ArgumentParser(
+        description=options.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
+    )
+    for f in dataclasses.fields(options):
+        kind = next((t for t in typing.get_args(f.type) if t is not type(None)), f.type)
+        shown = "" if f.default in (None, False) else f" (default: {f.default})"
+        how = {"action": "store_true"} if kind is bool else {
+            "type": kind, "choices": f.metadata.get("choices"), "metavar": None if "choices" in f.metadata else "X"
+        }  # fmt: skip
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **how)
+    return parser
+
+
+def train_help() -> str:
+    """The text of `train.py --help`."""
+    same = {name: (FROM_SCRATCH[name], FINE_TUNE[name]) for name in FROM_SCRATCH}
+    table = "\n".join(f"  --{name:<29} {scratch:<13} {tuned}" for name, (scratch, tuned) in same.items())
+    return (
+        make_parser(TrainOptions, prog="train.py", usage="train.py [recipe.json] [--option value ...]").format_help()
+        + f"\nHugging Face training arguments (all: --help_all), and what they are unless given:\n"
+        f"  {'':<31} from scratch  fine-tuning\n{table}\n"
+        "  --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint latest, ...\n"
+    )
+
+
+def parse_train(argv: list[str]):
+    """Reads `train.py`'s command line: `(TrainOptions, ClipTrainingArguments)`.
+
+    A first word that does not begin with a dash is a recipe: a JSON file of options, which those on the command line
+    override. Raises SystemExit with a message for a name that neither knows.
+    """
+    from transformers import HfArgumentParser
+
+    from miniclip.trainer import ClipTrainingArguments
+
+    parser = HfArgumentParser((TrainOptions, ClipTrainingArguments), allow_abbrev=False)
+    if "--help_all" in argv:
+        parser.print_help()
+        sys.exit()
+    known, recipe = {action.dest for action in parser._actions}, {}
+    if argv and not argv[0].startswith("-"):
+        recipe_file, *argv = argv
+        recipe = read_recipe(recipe_file, known)
+    first, _ = parser.parse_known_args(argv)
+    start = {**vars(first), **{k: v for k, v in recipe.items() if vars(first).get(k) is None}}
+    tuned = start["pretrained"] or Path(start["model_config"] or "").is_dir() and start["model_config"]
+    parser.set_defaults(**(FINE_TUNE if tuned else FROM_SCRATCH) | recipe)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise SystemExit(f"train.py: unknown option {nearest(unknown[0].lstrip('-').partition('=')[0], known)}")
+    return parsed
+
+
+def nearest(name: str, known: set[str]) -> str:
+    """For messages about a name that is not known."""
+    return f"{name!r}; the nearest known one is {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]!r}"
+
+
+def read_recipe(path: str, known: set[str]) -> dict:
+    """Reads a recipe. A key that begins with an underscore is a comment."""
+    try:
+        recipe = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise SystemExit(f"train.py: the recipe {path} cannot be read: {error}") from None
+    for name in [name for name in recipe if name.startswith("_")]:
+        del recipe[name]
+    for name in recipe:
+        if name not in known:
+            raise SystemExit(f"train.py: {path}: unknown option {nearest(name, known)}")
+    return recipe

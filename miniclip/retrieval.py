@@ -1,0 +1,132 @@
+"""How good are the embeddings?
+
+Every caption searches the images, every image the captions, with faiss, and the places at which the right answers
+come are turned into the field's metrics. All functions here take and give plain numpy arrays; none knows a model.
+
+Words: the *gallery* is searched by the *queries*; `relevant[q]` holds the gallery rows that are right for query q.
+"""
+
+import numpy as np
+
+KS = (1, 5, 10)
+
+
+def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k gallery rows with the highest inner product for each query, exactly, best first.
+
+    `gallery` (N, E) and `queries` (Q, E), float32. Gives scores (Q, k) float32 and row numbers (Q, k) int64, k being
+    at most N. Among equal scores the lower row number comes first, as in OpenCLIP's metrics. So the outcome does not
+    depend on faiss's internals, and a model that embeds everything alike scores as chance does, no better.
+    """
+    import faiss  # takes a while to import, and who only wants the metrics does not need it
+
+    gallery, queries = (np.ascontiguousarray(x, dtype=np.float32) for x in (gallery, queries))
+    index = faiss.IndexFlatIP(gallery.shape[1])
+    index.add(gallery)
+    k = min(k, len(gallery))
+    scores, found = index.search(queries, min(k + 1, len(gallery)))  # one more, to see a tie go on past the end
+    scores, found = _lower_row_first(scores, found)
+    if k < len(gallery):
+        cut = np.flatnonzero(scores[:, k - 1] == scores[:, k])  # faiss chose which of the tied rows to keep
+        for row in cut:
+            full = _lower_row_first(*index.search(queries[row : row + 1], len(gallery)))
+            scores[row, :k], found[row, :k] = full[0][0, :k], full[1][0, :k]
+    return scores[:, :k], found[:, :k]
+
+
+def _lower_row_first(scores: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.lexsort((found, -scores), axis=-1)
+    return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(found, order, axis=-1)
+
+
+def first_ranks(gallery: np.ndarray, queries: np.ndarray, relevant: list[np.ndarray], block: int = 1024) -> np.ndarray:
+    """The place (1 is best) of each query's best right answer, wherever in the gallery it comes: (Q,) int64.
+
+    Counted from whole rows of scores, a block of queries at a time, because a top-k list does not reach far enough.
+    """
+    ranks = np.empty(len(queries), dtype=np.int64)
+    for start in range(0, len(queries), block):
+        scores = queries[start : start + block] @ gallery.T
+        for row, (score, right) in enumerate(zip(scores, relevant[start : start + block])):
+            best = right[score[right].argmax()]
+            ranks[start + row] = 1 + (score > score[best]).sum() + (score[:best] == score[best]).sum()
+    return ranks
+
+
+def metrics_from_hits(hits: np.ndarray, ranks: np.ndarray, n_relevant: np.ndarray, ks=KS) -> dict[str, float]:
+    """The metrics of one direction, all as fractions of 1 but for the ranks.
+
+    `hits` (Q, k) says at which places right answers stand, `ranks` (Q,) at which place the first one stands,
+    `n_relevant` (Q,) how many there are.
+
+    - `R@K`: share of queries with at least one right answer among the first K. What CLIP papers report.
+    - `precision@K`: right answers among the first K, over K.
+    - `recall@K`: right answers among the first K, over all right answers. Lower than R@K with several right ones.
+    - `mean_rank`, `median_rank` (rounded down, as OpenCLIP does), `MRR` (mean of 1 / rank): of the first right answer.
+    """
+    return {
+        **{f"R@{k}": float(hits[:, :k].any(1).mean()) for k in ks},
+        **{f"precision@{k}": float(hits[:, :k].sum(1).mean() / k) for k in ks},
+        **{f"recall@{k}": float((hits[:, :k].sum(1) / n_relevant).mean()) for k in ks},
+        "mean_rank": float(ranks.mean()),
+        "median_rank": float(np.floor(np.median(ranks))),
+        "MRR": float((1 / ranks).mean()),
+    }
+
+
+def retrieval_metrics(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, ks=KS) -> dict[str, float]:
+    """Both directions: `image_to_text_*`, `text_to_image_*` and `mean_recall`, the mean of all their R@K.
+
+    `image_embeds` (N, E) and `text_embeds` (M, E), float32 and of unit length; caption m belongs to image
+    `image_of_text[m]`. An image counts as found by any of its captions, and finds any of them. Raises ValueError for
+    shapes that do not fit, NaN, and images without a caption.
+    """
+    image_of_text = np.asarray(image_of_text)
+    check_embeds(image_embeds, text_embeds, image_of_text)
+    texts_of_image = np.split(np.argsort(image_of_text, kind="stable"), np.bincount(image_of_text).cumsum()[:-1])
+    metrics = {}
+    for direction, gallery, queries, relevant in (
+        ("image_to_text", text_embeds, image_embeds, texts_of_image),
+        ("text_to_image", image_embeds, text_embeds, list(image_of_text[:, None])),
+    ):
+        _, found = search(gallery, queries, max(ks))
+        hits = np.stack([np.isin(row, right) for row, right in zip(found, relevant)])  # (Q, K): right at this place?
+        ranks = 1 + hits.argmax(1)
+        deeper = np.flatnonzero(~hits.any(1))
+        ranks[deeper] = first_ranks(gallery, queries[deeper], [relevant[q] for q in deeper])
+        n_relevant = np.array([len(right) for right in relevant])
+        one_way = metrics_from_hits(hits, ranks, n_relevant, ks)
+        metrics |= {f"{direction}_{name}": value for name, value in one_way.items()}
+    recalls = [value for name, value in metrics.items() if "_R@" in name]
+    return metrics | {"mean_recall": sum(recalls) / len(recalls)}
+
+
+def check_embeds(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text: np.ndarray):
+    """Raises ValueError, saying what is wrong, for embeddings that cannot be measured."""
+    if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
+        raise ValueError(
+            f"image embeddings {image_embeds.shape} and text embeddings {text_embeds.shape} must be 2-D and of the "
+            "same width: were they made by the same model?"
+        )
+    if len(image_of_text) != len(text_embeds):
+        raise ValueError(f"{len(text_embeds)} text embeddings for {len(image_of_text)} captions")
+    for kind, embeds in (("image", image_embeds), ("text", text_embeds)):
+        bad = np.flatnonzero(~np.isfinite(embeds).all(1))
+        if len(bad):
+            raise ValueError(f"{kind} embedding {bad[0]} is not finite ({len(bad)} of {len(embeds)} are not)")
+        off = np.abs(np.linalg.norm(embeds, axis=1) - 1)
+        if off.max() > 1e-3:
+            raise ValueError(f"{kind} embedding {off.argmax()} is not of unit length (off by {off.max():.3g})")
+    if len(image_embeds) == 0 or not np.array_equal(np.unique(image_of_text), np.arange(len(image_embeds))):
+        raise ValueError(f"{len(image_embeds)} images, but captions for {len(np.unique(image_of_text))} of them")
+
+
+def format_table(metrics: dict[str, float], ks=KS) -> str:
+    """The Recall@K table, in percent."""
+    rows = [("", *(f"R@{k}" for k in ks), "median rank", "mean rank", "MRR")]
+    for direction in ("image_to_text", "text_to_image"):
+        shares = [f"{100 * metrics[f'{direction}_R@{k}']:.1f}" for k in ks]
+        ranks = [f"{metrics[f'{direction}_median_rank']:.0f}", f"{metrics[f'{direction}_mean_rank']:.1f}"]
+        rows.append((direction.replace("_", " "), *shares, *ranks, f"{metrics[f'{direction}_MRR']:.3f}"))
+    return "\n".join("  ".join(cell.rjust(max(7, len(head))) if i else cell.ljust(14)
+                               for i, (cell, head) in enumerate(zip(row, rows[0]))) for row in rows)  # fmt: skip

@@ -1,0 +1,153 @@
+"""How does a caption become the integer ids that CLIP was trained on?
+
+    clean   repair the text (mojibake, curly quotes, HTML entities), lower it, split it at white space
+    words   cut each piece into runs of letters, single digits and runs of other signs
+    bpe     spell each word in bytes, then join neighbours in the order that was learned
+    pack    start token + ids + end token, cut to the context length, padded with 0
+
+Byte-pair encoding (Sennrich et al., arXiv:1508.07909) starts with one token per byte, so nothing is ever
+unknown, and has learned 48,894 merges: merge k says which two neighbours become token 512 + k. The last byte
+of a word is a token of its own kind, written with `</w>` in the table: "cat" ending a word and "cat" inside
+"catch" have different ids, and that is how ids keep the spaces. All ids equal those of openai/CLIP and
+OpenCLIP, with one deliberate difference: "<|endoftext|>" typed in a caption is text and does not end it.
+"""
+
+import gzip
+import html
+from functools import cache, lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+
+MERGES_FILE = Path(__file__).with_name("bpe_merges.txt.gz")  # one pair a line; see bpe_merges.LICENSE
+# Contractions, letters of any script, one digit at a time, anything else. IGNORECASE although the text is
+# lowered already: the long s (U+017F) is its own lower case, and CLIP lets it match in 's.
+WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+Merges = dict[tuple[int, int], int]  # two neighbouring ids -> the id that replaces them; lowest id first
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """Give each of the 256 bytes a visible character, in the order of the first 256 ids.
+
+    The merge table is text with a space between two symbols, so no symbol may be white space or a control
+    code. Bytes printable in Latin-1 stand for themselves; the other 68 borrow characters from code point 256
+    on: a space (byte 32) is written "Ġ".
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+@cache  # read when the first caption comes, once per process: about 0.1 s
+def load_table() -> tuple[dict[int, int], Merges, list[bytes]]:
+    """Read the merge table: byte -> id, the merges, and id -> the bytes it stands for (`</w>` a space)."""
+    symbols = bytes_to_unicode()
+    ids = {symbol: i for i, symbol in enumerate(symbols.values())}  # 0..255: a byte inside a word
+    ids |= {symbol + "</w>": i + 256 for symbol, i in ids.items()}  # 256..511: a byte that ends a word
+    pieces, merges = [bytes([byte]) for byte in symbols] + [bytes([byte, 32]) for byte in symbols], {}
+    for new, line in enumerate(gzip.decompress(MERGES_FILE.read_bytes()).decode("utf-8").splitlines(), 512):
+        left, right = line.split(" ")
+        a, b = ids[left], ids[right]
+        merges[a, b] = ids[left + right] = new
+        pieces.append(pieces[a] + pieces[b])
+    return {byte: ids[symbol] for byte, symbol in symbols.items()}, merges, pieces
+
+
+def clean(text: str) -> str:
+    """Repair and lower a caption as openai/CLIP does, except white space, where the caller splits anyway.
+
+    In ASCII text ftfy changes nothing but control codes, and ftfy and html nothing but "&" entities. Text
+    with neither skips both: nearly every English caption, and the repair costs more than all the rest.
+    """
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice: "&amp;lt;" is a common accident
+    return text.lower()
+
+
+def bpe(ids: tuple[int, ...], merges: Merges) -> tuple[int, ...]:
+    """Join neighbouring ids, always everywhere the pair that was learned first, until no pair is known."""
+    while len(ids) > 1:
+        pair = min(pairwise(ids), key=lambda pair: merges.get(pair, 1 << 30))
+        if pair not in merges:
+            break
+        joined, i = [], 0
+        while i < len(ids):
+            found = ids[i : i + 2] == pair
+            joined.append(merges[pair] if found else ids[i])
+            i += 2 if found else 1
+        ids = tuple(joined)
+    return ids
+
+
+@lru_cache(maxsize=1 << 16)  # captions repeat their words; bounded, as a service may run for months
+def encode_piece(piece: str) -> tuple[int, ...]:
+    """Token ids of cleaned text without white space, such as "dog's." (the words dog, 's and the stop)."""
+    (byte_ids, merges, _), ids = load_table(), ()
+    for word in WORD.findall(piece):
+        *inner, last = (byte_ids[byte] for byte in word.encode("utf-8"))
+        ids += bpe((*inner, last + 256), merges)
+    return ids
+
+
+class Tokenizer:
+    """CLIP's tokenizer: `Tokenizer()(["a dog", "two cats"])` is a LongTensor (2, 77).
+
+    `truncated` counts the captions cut so far, by this object: a DataLoader worker counts in its own copy.
+    """
+
+    sot_token_id, eot_token_id, vocab_size = 49406, 49407, 49408
+
+    def __init__(self, context_length: int = 77):
+        self.context_length, self.truncated = context_length, 0
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one caption: neither start nor end token, and never cut."""
+        ids = []
+        for piece in clean(text).split():
+            # Long pieces (a Chinese sentence, a URL) hardly ever come back: they would only fill the memo.
+            ids += encode_piece(piece) if len(piece) <= 32 else encode_piece.__wrapped__(piece)
+        return ids
+
+    def __call__(
+        self, texts: str | list[str], context_length: int | None = None, trim: bool = False
+    ) -> torch.LongTensor:
+        """Token ids of captions, (n, context_length); each row is start, ids, end, then zeros.
+
+        A caption that is too long is cut and keeps its end token. `trim=True` makes the tensor only as wide
+        as its longest caption, which spares the text tower most of its work. Raises TypeError for what is
+        not a string (naming its index), ValueError for a context below 2.
+        """
+        texts = [texts] if isinstance(texts, (str, bytes)) or not hasattr(texts, "__iter__") else list(texts)
+        length = self.context_length if context_length is None else context_length
+        if length < 2:
+            raise ValueError(f"context_length is {length}, but the start and the end token alone need 2")
+        flat, lengths = [], []
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{i}] is {type(text).__name__} ({text!r:.40}); a caption must be str")
+            ids = self.encode(text)
+            self.truncated += len(ids) > length - 2
+            flat += [self.sot_token_id, *ids[: length - 2], self.eot_token_id]
+            lengths.append(min(len(ids) + 2, length))
+        rows = torch.zeros(len(texts), max(lengths, default=length) if trim else length, dtype=torch.long)
+        filled = torch.arange(rows.shape[1]) < torch.tensor(lengths, dtype=torch.long)[:, None]
+        rows[filled] = torch.tensor(flat, dtype=torch.long)  # one call for the batch, not one per caption
+        return rows
+
+    def decode(self, ids: list[int] | torch.Tensor) -> str:
+        """Text of one row of ids up to its end token, a space after each word ("dog 's").
+
+        Bytes that are not UTF-8 (a character cut in two) give U+FFFD. Raises ValueError for an unknown id.
+        """
+        pieces, text = load_table()[2], []
+        for i in ids.tolist() if hasattr(ids, "tolist") else ids:
+            if i == self.eot_token_id:
+                break
+            if i != self.sot_token_id:
+                if not 0 <= i < len(pieces):
+                    raise ValueError(f"token id {i} is outside the vocabulary, 0 to {self.eot_token_id}")
+                text.append(pieces[i])
+        return b"".join(text).decode("utf-8", errors="replace").strip()

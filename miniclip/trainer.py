@@ -1,0 +1,194 @@
+"""How is CLIP trained? By the Hugging Face Trainer, with the few hooks that a contrastive model needs changed."""
+
+import json
+import logging
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from miniclip.data import CaptionDataset, Collator, flatten_captions
+from miniclip.inference import embed_images, embed_texts
+from miniclip.loss import clip_loss
+from miniclip.model import MAX_LOGIT_SCALE, MiniClip
+from miniclip.retrieval import retrieval_metrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ClipTrainingArguments(TrainingArguments):
+    """The Hugging Face training arguments, with defaults for CLIP. Rates and sizes: `miniclip/options.py`."""
+
+    # OpenCLIP's values for vision transformers: a shorter memory of squared gradients than AdamW's 0.999, since the
+    # gradients of a contrastive loss change fast.
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-6
+    lr_scheduler_type: str = "cosine"
+    bf16: bool = field(default_factory=torch.cuda.is_available)
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    # Every batch has the same number of negatives, and the same on each process, which gathering needs.
+    dataloader_drop_last: bool = True
+    dataloader_num_workers: int = field(default_factory=lambda: min(8, os.cpu_count()) if torch.cuda.is_available() else 0)
+    ddp_find_unused_parameters: bool = False  # every parameter is used in every step
+    remove_unused_columns: bool = False  # the collator makes the columns that `forward` takes
+    logging_nan_inf_filter: bool = False  # it would log NaN as 0, and the run would go on
+    save_total_limit: int | None = 2
+    per_device_eval_batch_size: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.load_best_model_at_end and self.metric_for_best_model == "loss":  # what Trainer puts there unless told
+            self.metric_for_best_model, self.greater_is_better = "mean_recall", True
+        if self.n_gpu > 1:
+            logger.warning("%d GPUs are visible, one is used: start with torchrun to use all", self.n_gpu)
+            self._n_gpu = 1  # Trainer would wrap the model in DataParallel, which splits the negatives
+
+
+class ClipTrainer(Trainer):
+    """Trains a MiniClip on a CaptionDataset and evaluates it on records (`read_captions`), by Recall@K.
+
+    `preprocess` is the evaluation pipeline. Everything else is Trainer's.
+    """
+
+    loss_is_scaled_for_ga = False  # our loss is a mean: with gradient accumulation Trainer has to divide it
+
+    def __init__(self, model: MiniClip, args: ClipTrainingArguments, train_dataset: CaptionDataset | None = None,
+                 eval_dataset: list[dict] | None = None, *, preprocess, tokenizer, **kwargs):  # fmt: skip
+        super().__init__(model, args, Collator(tokenizer), train_dataset, eval_dataset, **kwargs)
+        self.preprocess, self.tokenizer = preprocess, tokenizer
+        self.add_callback(_Hooks(model, train_dataset))
+        batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
+        if train_dataset is not None and len(train_dataset) < batch:
+            raise ValueError(f"{len(train_dataset)} images make no batch of {batch}: lower per_device_train_batch_size")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The contrastive loss of a batch."""
+        outputs = model(**inputs)
+        loss = clip_loss(*outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay is for matrices that multiply: not for gains, biases, the temperature and positions."""
+        return [n for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith("positional_embedding")]
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Retrieval over the whole evaluation set, not batch by batch: among more images the search is harder, so
+        that figures from batches could not be compared with anybody's."""
+        records = self.eval_dataset if eval_dataset is None else eval_dataset
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        with self.accelerator.autocast():
+            image_embeds, text_embeds, image_of_text = self.embed_records(model, records)
+        model.train(was_training)
+        metrics = retrieval_metrics(image_embeds, text_embeds, image_of_text)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        # All are returned, to choose the best model by; the log gets those that one would watch.
+        self.log({name: v for name, v in metrics.items() if any(m in name for m in ("_R@", "median", "mean_recall"))})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def embed_records(self, model: MiniClip, records: list[dict]):
+        """Each process encodes every n-th image and caption, then all have all."""
+        rank, n = self.args.process_index, self.args.world_size
+        size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
+        images = [record["image"] for record in records]
+        texts, image_of_text = flatten_captions(records)
+        image_embeds = embed_images(model, self.preprocess, images[rank::n], size, workers)
+        text_embeds = embed_texts(model, self.tokenizer, texts[rank::n], 4 * size)
+        if n > 1:
+            shares = gather_object([(rank, image_embeds, text_embeds)])
+            image_embeds = np.empty((len(images), image_embeds.shape[1]), np.float32)
+            text_embeds = np.empty((len(texts), text_embeds.shape[1]), np.float32)
+            for rank, *embeds in shares:
+                image_embeds[rank::n], text_embeds[rank::n] = embeds
+        return image_embeds, text_embeds, image_of_text
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        """Stops at a loss that is no number, which no later step mends."""
+        for name in ("loss", "train_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"the {name} is {logs[name]} at step {self.state.global_step}: lower --learning_rate"
+                    f" (now {self.args.learning_rate}) or raise --warmup_steps"
+                )
+        super().log(logs, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As Trainer's; True resumes from the newest checkpoint that is complete."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            logger.warning("resuming from %s", resume_from_checkpoint or "the start: there is no checkpoint yet")
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Trainer saves bare weights of a model that is not its own; ours go with their config."""
+        output_dir = output_dir or self.args.output_dir
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Strictly: Trainer's own goes on with random numbers where a weight is missing."""
+        weights = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
+        self.accelerator.unwrap_model(model or self.model).load_state_dict(weights, strict=True)
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _Hooks(TrainerCallback):
+    def __init__(self, model: MiniClip, train_dataset: CaptionDataset | None):
+        self.model, self.train_dataset = model, train_dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # Captions and crops are drawn from (seed, epoch, index): so a run that is resumed in the middle of an epoch
+        # sees what it would have seen. (accelerate would set the epoch too, but not for an epoch that is resumed.)
+        self.train_dataset.set_epoch(int(state.epoch + 1e-6))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.model.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest complete checkpoint of a run, or None.
+
+    A process that is killed while it saves leaves a folder that cannot be resumed from: those are passed over, and
+    it is said.
+    """
+    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[-1]))
+    for folder in folders:
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            with safe_open(folder / "model.safetensors", "pt") as weights:
+                weights.keys()
+            for name in ("optimizer.pt", "scheduler.pt"):
+                torch.load(folder / name, map_location="cpu", weights_only=True)
+            return str(folder)
+        except Exception as error:  # whatever is wrong with it, an older one may do
+            logger.warning("passing over %s, which is incomplete: %s", folder, error)
+    return None
+
+
+def start_afresh(output_dir: str | Path, overwrite: bool):
+    """Makes sure that a new run does not mix its checkpoints with those of an earlier one.
+
+    Raises FileExistsError where there are some, unless `overwrite` says to delete them.
+    """
+    old = sorted(Path(output_dir).glob("checkpoint-*"))
+    if old and not overwrite:
+        raise FileExistsError(
+            f"{output_dir} holds {len(old)} checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
+            "delete them with --overwrite_output_dir, or name another --output_dir"
+        )
+    for folder in old:
+        shutil.rmtree(folder)

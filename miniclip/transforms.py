@@ -1,0 +1,175 @@
+"""How does a picture become the model's input? With Pillow alone, so that every machine gets the same numbers."""
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from miniclip.config import PreprocessConfig
+
+INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+MAX_PIXELS = 178_956_970  # a decoded picture of half a gigabyte; where Pillow itself speaks of a bomb
+MAX_ASPECT = 100  # 4000 x 1 would be resized to 896000 x 224
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used. Says which file, why, and what to do."""
+
+
+def open_image(path: str | Path, scale: int | None = None) -> Image.Image:
+    """Reads a picture as a person would see it: an RGB image, upright, transparency shown on white.
+
+    The first frame of an animation; 16-bit and float greyscale brought to 8 bits instead of clipped. `scale` lets
+    the JPEG decoder shrink a picture to no less than that many pixels a side, which is fast and lossy. Raises
+    ImageError for what is no picture, is damaged, has more than 179 million pixels, or is a sliver of more than
+    100 to 1.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(f"{path}: {width} x {height} pixels, {MAX_PIXELS} at most; shrink it")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ImageError(f"{path}: {width} x {height} is longer than {MAX_ASPECT} to 1; crop it")
+            if scale:
+                image.draft("RGB", (scale, scale))
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            head = file.read(64)
+        what = "an empty file" if not head else f"no picture that Pillow can read (it begins with {head[:16]!r})"
+        raise ImageError(f"{path}: {what}; replace it or leave its record out") from None
+    except Exception as error:  # a damaged file can make a decoder raise nearly anything
+        raise ImageError(f"{path}: damaged ({error}); replace it or leave its record out") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Brings any mode to RGB without losing what a person would see."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to white
+        levels = np.asarray(image).astype(np.float64)
+        return Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":  # 0 to 1 or 0 to 255, as floats are kept
+        levels = np.nan_to_num(np.asarray(image).astype(np.float64))
+        levels *= 255 if levels.max(initial=0) <= 1 else 1
+        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+class Preprocess:
+    """The evaluation pipeline: a PIL image to a float32 tensor (3, size, size).
+
+    Resize and crop, then (level / 255 - mean) / std for each channel. For resize_mode "shortest" bit-equal to
+    transformers' CLIPImageProcessorPil. Raises ValueError for a config that asks for something unknown.
+    """
+
+    def __init__(self, cfg: PreprocessConfig):
+        if cfg.interpolation not in INTERPOLATION:
+            raise ValueError(f"interpolation {cfg.interpolation!r} is none of {', '.join(INTERPOLATION)}")
+        if cfg.resize_mode not in ("shortest", "longest", "squash") or cfg.mode != "RGB":
+            raise ValueError(f"resize_mode {cfg.resize_mode!r} with mode {cfg.mode!r} is not known")
+        self.cfg, self.interpolation = cfg, INTERPOLATION[cfg.interpolation]
+        # There are only 256 levels, so each channel's results are worked out once, as exactly as the reference does.
+        levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        self.table = (levels - np.array(cfg.mean, np.float32)[:, None]) / np.array(cfg.std, np.float32)[:, None]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.to_tensor(self.resize(to_rgb(image)))
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """To a square of the model's size."""
+        size, (width, height) = self.cfg.size, image.size
+        if self.cfg.resize_mode == "squash":
+            return image.resize((size, size), self.interpolation)
+        if self.cfg.resize_mode == "longest":
+            scale = size / max(width, height)
+            image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), self.interpolation)
+            square = Image.new("RGB", (size, size), (self.cfg.fill_color,) * 3)
+            square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+            return square
+        short = min(width, height)
+        width, height = int(size * width / short), int(size * height / short)
+        image = image.resize((width, height), self.interpolation)
+        left, top = (width - size) // 2, (height - size) // 2
+        return image.crop((left, top, left + size, top + size))
+
+    def to_tensor(self, image: Image.Image) -> Tensor:
+        """Levels (size, size, 3) to normalised numbers (3, size, size)."""
+        pixels = np.asarray(image)
+        return torch.from_numpy(np.stack([self.table[c].take(pixels[..., c]) for c in range(3)]))
+
+
+class TrainTransform(Preprocess):
+    """The training pipeline: a random crop, resized, optionally mirrored and with its colours changed.
+
+    `scale` bounds the crop's share of the image's area, `ratio` its width over height (RandomResizedCrop: Szegedy et
+    al., arXiv 1409.4842), `hflip` is a probability, `color_jitter` the strengths of random brightness, contrast,
+    saturation (factors from 1 - x to 1 + x) and hue (a turn of up to x). Called with (image, rng): the same rng state
+    gives the same tensor.
+    """
+
+    def __init__(
+        self,
+        cfg: PreprocessConfig,
+        scale: tuple[float, float] = (0.9, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.0,
+        color_jitter: tuple[float, float, float, float] | None = None,
+    ):
+        super().__init__(cfg)
+        if not 0 < scale[0] <= scale[1] <= 1 or not 0 <= hflip <= 1:
+            raise ValueError(f"scale {scale} must lie in (0, 1] and hflip {hflip} in [0, 1]")
+        self.scale, self.ratio, self.hflip, self.color_jitter = scale, ratio, hflip, color_jitter
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Tensor:
+        image = to_rgb(image)
+        if self.scale[0] < 1:
+            image = image.resize((self.cfg.size,) * 2, self.interpolation, box=self.crop_box(*image.size, rng))
+        else:
+            image = self.resize(image)
+        if rng.random() < self.hflip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.color_jitter:
+            image = jitter(image, self.color_jitter, rng)
+        return self.to_tensor(image)
+
+    def crop_box(self, width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
+        """A random rectangle in the image; after ten that do not fit, the largest one in the middle that does."""
+        for _ in range(10):
+            area = width * height * rng.uniform(*self.scale)
+            aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+                return left, top, left + w, top + h
+        w, h = min(width, round(height * self.ratio[1])), min(height, round(width / self.ratio[0]))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+def jitter(image: Image.Image, strengths: tuple[float, float, float, float], rng: random.Random) -> Image.Image:
+    """Changes brightness, contrast, saturation and hue at random, in random order."""
+    *factors, turn = strengths
+    changes = list(zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors))
+    rng.shuffle(changes)
+    for enhance, strength in changes:
+        image = enhance(image).enhance(rng.uniform(max(0, 1 - strength), 1 + strength))
+    if turn:
+        hue, saturation, value = image.convert("HSV").split()
+        shift = round(255 * rng.uniform(-turn, turn))
+        hue = hue.point([(level + shift) % 256 for level in range(256)])
+        image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    return image

@@ -1,0 +1,47 @@
+import json
+
+import pytest
+
+from miniclip.options import FINE_TUNE, FROM_SCRATCH, parse_train
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_and_no_arguments_need_neither_torch_nor_transformers(script, run_script):
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert not {'torch', 'transformers', 'faiss', 'numpy'} & set(sys.modules)"
+    )
+    texts = [run_script("-c", code, script, *argv).stdout for argv in (["--help"], ["-h"], [])]
+    assert texts[0] == texts[1] == texts[2]
+    assert "--image_root" in texts[0]
+
+
+def test_defaults_follow_the_start(tmp_path):
+    common = ["--model_config", "ViT-B-32", "--output_dir", str(tmp_path), "--use_cpu"]
+    options, args = parse_train(common)
+    assert {name: getattr(args, name) for name in FROM_SCRATCH} == FROM_SCRATCH
+    _, args = parse_train([*common, "--pretrained", "x.pt", "--learning_rate", "3e-6"])
+    assert {name: getattr(args, name) for name in FINE_TUNE} == {**FINE_TUNE, "learning_rate": 3e-6}
+    assert (args.adam_beta2, args.adam_epsilon, args.dataloader_drop_last) == (0.98, 1e-6, True)
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    recipe = {"_about": "a comment", "model_config": "ViT-B-32", "output_dir": str(tmp_path), "learning_rate": 2e-4,
+              "pretrained": "x.pt", "hflip": 0.5, "use_cpu": True}  # fmt: skip
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    options, args = parse_train([str(tmp_path / "recipe.json"), "--hflip", "0.25"])
+    assert (options.model_config, options.hflip, options.pretrained) == ("ViT-B-32", 0.25, "x.pt")
+    assert args.learning_rate == 2e-4
+    assert args.num_train_epochs == FINE_TUNE["num_train_epochs"]
+
+
+def test_unknown_options_are_named(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"learnin_rate": 1}')
+    with pytest.raises(SystemExit, match="recipe.json.*'learnin_rate'.*'learning_rate'"):
+        parse_train([str(tmp_path / "recipe.json")])
+    with pytest.raises(SystemExit, match="no-such.json cannot be read"):
+        parse_train(["no-such.json"])
+    with pytest.raises(SystemExit, match="unknown option 'train_fil'.*'train_file'"):
+        parse_train(["--model_config", "ViT-B-32", "--train_fil", "x"])

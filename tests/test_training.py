@@ -1,0 +1,235 @@
+"""The real scripts in real processes: training, resuming after a kill, two processes, evaluation."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import miniclip
+from miniclip.trainer import ClipTrainer, ClipTrainingArguments, last_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def recipe(caption_set, tiny_config):
+    """A recipe that trains a tiny model for 8 epochs of 2 steps on 24 images, with everything that is random on."""
+    (caption_set / "tiny.json").write_text(json.dumps(tiny_config.to_dict()))
+    values = {
+        "model_config": str(caption_set / "tiny.json"),
+        "train_file": str(caption_set / "captions.json"),
+        "output_dir": str(caption_set / "run"),
+        "per_device_train_batch_size": 12, "num_train_epochs": 8, "learning_rate": 3e-3, "hflip": 0.5,
+        "color_jitter": 0.1, "logging_steps": 1, "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 3,
+        "disable_tqdm": True,
+    }  # fmt: skip
+    (caption_set / "recipe.json").write_text(json.dumps(values))
+    return caption_set / "recipe.json"
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def largest_difference(a, b) -> float:
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def test_train_then_load_then_evaluate(recipe, caption_set, run_script):
+    out = caption_set / "run"
+    done = run_script(
+        "train.py", recipe, "--eval_file", caption_set / "captions.json", "--eval_strategy", "epoch",
+        "--save_strategy", "epoch", "--load_best_model_at_end", "--num_train_epochs", "30",
+    )  # fmt: skip
+    assert "24 images, 48 captions, 0 of them cut off" in done.stdout
+    state = json.loads((out / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    recalls = [entry["eval_mean_recall"] for entry in state["log_history"] if "eval_mean_recall" in entry]
+    assert min(losses[-3:]) < 0.5 * losses[0]
+    assert max(recalls) > 0.7 > recalls[0]
+    # the best checkpoint was taken back at the end, and is the one in the folder
+    assert state["best_metric"] == pytest.approx(max(recalls)) == pytest.approx(recalls[-1])
+    assert largest_difference(out, state["best_model_checkpoint"]) == 0
+
+    model, preprocess, tokenizer = miniclip.load(out)
+    images = [caption_set / f"{i}.png" for i in range(24)]
+    image = miniclip.embed_images(model, preprocess, images, batch_size=7)
+    text = miniclip.embed_texts(model, tokenizer, [f"a tall {c} sheet" for c in ("red", "blue")], batch_size=1)
+    assert image.shape == (24, 16) and image.dtype == np.float32
+    assert np.allclose(np.linalg.norm(image, axis=1), 1, atol=1e-6)
+    assert text.shape == (2, 16)
+
+    done = run_script(
+        "evaluate.py", "--model", out, "--eval_file", caption_set / "captions.json",
+        "--save_features", caption_set / "features", "--report", caption_set / "report.png",
+    )  # fmt: skip
+    result = json.loads((out / "retrieval.json").read_text())
+    assert set(result) == {"model", "dataset", "metrics"}
+    assert result["metrics"]["mean_recall"] == pytest.approx(max(recalls))
+    assert "image to text" in done.stdout and (caption_set / "report.png").stat().st_size > 10_000
+
+    for captions in ("all", "first"):
+        again = run_script(
+            "evaluate.py", "--features", caption_set / "features", "--captions", captions,
+            "--eval_file", caption_set / "captions.json", "--output", caption_set / f"{captions}.json",
+        )  # fmt: skip
+        assert ("R@3" in again.stdout) == (captions == "first")
+    assert json.loads((caption_set / "all.json").read_text())["metrics"] == result["metrics"]
+
+
+def test_a_killed_run_resumes_to_the_same_weights(recipe, caption_set, run_script):
+    """SIGKILL in the middle of an epoch; what comes out is bit for bit what an undisturbed run gives."""
+    more = ["--save_strategy", "steps", "--save_steps", "3", "--num_train_epochs", "20"]
+    run_script("train.py", recipe, *more, "--output_dir", caption_set / "whole")
+    cut = caption_set / "cut"
+    process = subprocess.Popen(
+        [sys.executable, "train.py", recipe, *more, "--output_dir", cut],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (last := sorted(cut.glob("checkpoint-*/trainer_state.json"))) or len(last) < 2:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "model.safetensors").exists()
+    done = run_script("train.py", recipe, *more, "--output_dir", cut, "--resume_from_checkpoint", "latest")
+    assert "resuming from" in done.stderr + done.stdout
+    assert largest_difference(caption_set / "whole", cut) == 0
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path, tiny_model, caplog):
+    def checkpoint(step: int) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        tiny_model.save_pretrained(folder)
+        (folder / "trainer_state.json").write_text("{}")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.save({}, folder / name)
+        return folder
+
+    assert last_checkpoint(tmp_path) is None
+    good = checkpoint(9)
+    (checkpoint(10) / "optimizer.pt").write_bytes(b"PK")
+    (checkpoint(11) / "scheduler.pt").unlink()
+    (checkpoint(100) / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:2000])
+    (checkpoint(101) / "trainer_state.json").write_text('{"global_step": 1')
+    assert last_checkpoint(tmp_path) == str(good)
+    assert sum("is incomplete" in message for message in caplog.messages) == 4
+
+
+def test_resuming_is_strict(recipe, caption_set, run_script):
+    run_script("train.py", recipe, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
+    path = caption_set / "run" / "checkpoint-2" / "model.safetensors"
+    from safetensors.torch import save_file
+
+    kept = {name: tensor for name, tensor in load_file(path).items() if name != "text.ln_final.weight"}
+    save_file(kept, path)
+    done = run_script("train.py", recipe, "--max_steps", "4", "--resume_from_checkpoint", "latest", check=False)
+    assert done.returncode != 0 and "text.ln_final.weight" in done.stderr
+
+
+def test_an_earlier_run_is_not_mixed_in(recipe, run_script):
+    short = ["--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    run_script("train.py", recipe, *short)
+    done = run_script("train.py", recipe, *short, check=False)
+    assert done.returncode != 0 and "--overwrite_output_dir" in done.stderr
+    run_script("train.py", recipe, *short, "--overwrite_output_dir")
+
+
+def test_two_processes_equal_one_with_the_whole_batch(recipe, caption_set, run_script):
+    """torchrun with 2 x 6 pairs ends at the weights of one process with 12: the negatives and gradients of both."""
+    steps = ["--max_steps", "6", "--eval_file", caption_set / "captions.json"]
+    run_script("train.py", recipe, *steps, "--output_dir", caption_set / "one")
+    run_script(
+        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613", "train.py", recipe, *steps,
+        "--per_device_train_batch_size", "6", "--output_dir", caption_set / "two",
+    )  # fmt: skip
+    one, two = (json.loads((caption_set / run / "trainer_state.json").read_text()) for run in ("one", "two"))
+    losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+    assert largest_difference(caption_set / "one", caption_set / "two") < 1e-4
+    assert one["log_history"][-1]["eval_mean_recall"] == pytest.approx(two["log_history"][-1]["eval_mean_recall"])
+
+
+def test_gradients_of_two_processes_equal_those_of_one(tiny_model, tiny_config, tmp_path, run_script):
+    from miniclip.loss import clip_loss
+    from tests.test_model import batch
+
+    pixel_values, input_ids = batch(8, 14)
+    tiny_model.train()
+    loss = clip_loss(*tiny_model(pixel_values, input_ids))
+    loss.backward()
+    saved = {"config": tiny_config.to_dict(), "weights": tiny_model.state_dict()}
+    torch.save({**saved, "pixel_values": pixel_values, "input_ids": input_ids}, tmp_path / "batch.pt")
+    run_script(
+        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29614",
+        "tests/gradients_worker.py", tmp_path / "batch.pt", tmp_path / "grads.pt", env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    two = torch.load(tmp_path / "grads.pt", weights_only=True)
+    assert two["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
+    for name, p in tiny_model.named_parameters():
+        assert torch.allclose(p.grad, two["grads"][name], atol=1e-6, rtol=1e-4), name
+
+
+def test_a_loss_that_is_no_number_stops_the_run(recipe, caption_set, run_script):
+    done = run_script("train.py", recipe, "--learning_rate", "1e30", "--max_grad_norm", "0", check=False)
+    assert done.returncode != 0 and "lower --learning_rate" in done.stderr
+    assert not (caption_set / "run" / "model.safetensors").exists()
+
+
+def test_the_scale_stays_within_bounds_and_can_be_fixed(recipe, caption_set, run_script):
+    run_script("train.py", recipe, "--max_steps", "3", "--fixed_logit_scale", "1")
+    assert weights(caption_set / "run")["logit_scale"].item() == 0
+    model, preprocess, tokenizer = miniclip.load(caption_set / "run")
+    records = miniclip.read_captions(caption_set / "captions.json", None)
+    for start, rate, end in ((math.log(99.9), 1.0, math.log(100)), (0.01, 1.0, None)):
+        model.logit_scale.data.fill_(start)
+        args = ClipTrainingArguments(
+            str(caption_set / "clamp"), max_steps=3, learning_rate=rate, per_device_train_batch_size=12, use_cpu=True,
+            save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        for p in model.parameters():
+            p.requires_grad_(p is model.logit_scale)
+        dataset = miniclip.CaptionDataset(records, preprocess, tokenizer)
+        ClipTrainer(model, args, dataset, preprocess=preprocess, tokenizer=tokenizer).train()
+        assert 0 <= model.logit_scale.item() <= math.log(100) + 1e-6
+
+
+def test_weight_decay_spares_what_it_should(tiny_model, tmp_path, caption_set):
+    args = ClipTrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
+    records = miniclip.read_captions(caption_set / "captions.json", None)
+    config = tiny_model.config
+    preprocess, tokenizer = miniclip.Preprocess(config.preprocess_cfg), miniclip.Tokenizer(16)
+    dataset = miniclip.CaptionDataset(records, preprocess, tokenizer)
+    trainer = ClipTrainer(tiny_model, args, dataset, preprocess=preprocess, tokenizer=tokenizer)
+    decayed = set(trainer.get_decay_parameter_names(tiny_model))
+    spared = {name for name, _ in tiny_model.named_parameters()} - decayed
+    assert {"logit_scale", "visual.class_embedding", "visual.positional_embedding", "text.positional_embedding"} <= spared
+    assert all(".ln_" in name or name.endswith("bias") or "embedding" in name or name == "logit_scale" for name in spared)
+    assert {"visual.conv1.weight", "visual.proj.weight", "text.blocks.0.mlp.c_fc.weight"} <= decayed
+
+
+def test_batch_larger_than_the_data_says_so(recipe, run_script):
+    done = run_script("train.py", recipe, "--per_device_train_batch_size", "25", check=False)
+    assert done.returncode != 0 and "24 images make no batch of 25" in done.stderr
+
+
+def test_bad_records_are_reported_together_or_skipped_aloud(recipe, caption_set, run_script):
+    records = json.loads((caption_set / "captions.json").read_text())
+    records[3]["image"] = "missing.png"
+    records[5]["caption"] = []
+    (caption_set / "captions.json").write_text(json.dumps(records))
+    done = run_script("train.py", recipe, check=False)
+    assert done.returncode != 0 and "missing.png" in done.stderr and "5" in done.stderr
+    done = run_script("train.py", recipe, "--bad_records", "skip", "--max_steps", "1", "--per_device_train_batch_size", "8")
+    assert "22 images" in done.stdout and "missing.png" in done.stderr
