@@ -79,21 +79,26 @@ def encode(options: EvalOptions, records: list[dict]):
 
 def draw(options: EvalOptions, records: list[dict], image_embeds, text_embeds, image_of_text, metrics: dict):
     """Draws the run's curves, if the model's folder has them, and four searches."""
+    import numpy as np
+
     from miniclip.report import draw_report
     from miniclip.retrieval import first_ranks, search
 
     state = Path(options.model or "") / "trainer_state.json"
     log_history = json.loads(state.read_text())["log_history"] if state.is_file() else []
-    captions = [caption for record in records for caption in record["caption"][: 1 if options.captions == "first" else None]]
+    first = options.captions == "first"
+    captions = [caption for record in records for caption in record["caption"][: 1 if first else None]]
+    ranks = first_ranks(image_embeds, text_embeds, [image_of_text[row : row + 1] for row in range(len(captions))])
+    rows = [int(len(captions) * share) for share in (0.1, 0.37, 0.64)]
+    rows.append(int(np.argmax(ranks * (ranks <= 5))))  # and one that is not found at once, if there is any
     examples = []
-    for row in range(len(captions) // 8, len(captions), max(1, len(captions) // 4)):
+    for row in rows:
         scores, found = search(image_embeds, text_embeds[row : row + 1], 5)
-        right = image_of_text[row]
         examples.append({
             "caption": captions[row],
             "retrieved": [(records[i]["image"], float(score)) for i, score in zip(found[0], scores[0])],
-            "correct": records[right]["image"],
-            "rank": int(first_ranks(image_embeds, text_embeds[row : row + 1], [image_of_text[row : row + 1]])[0]),
+            "correct": records[image_of_text[row]]["image"],
+            "rank": int(ranks[row]),
         })  # fmt: skip
     draw_report(options.report, log_history, examples, f"{options.model} on {options.eval_file}")
     print(f"drawn in {options.report}")

@@ -2,8 +2,8 @@
 
     /path/to/peers/bin/python benchmarks/make_parity_golden.py     (benchmarks/peers.md makes that environment)
 
-Nobody's weights are needed: every parameter is drawn from a generator that is seeded with its OpenCLIP name, so that the
-test can draw the same ones without the peers. All in float32.
+Nobody's weights are needed: every parameter is drawn from a generator that is seeded with its OpenCLIP name, so that
+the test can draw the same ones without the peers. All in float32.
 """
 
 import hashlib

@@ -7,7 +7,6 @@ out, or left random, in silence. `weight_files.py` reads the files, `convert.py`
     python -m miniclip.checkpoint convert ViT-B-32.pt clip-vit-base-patch32 --to hf
 """
 
-import json
 import math
 import re
 import warnings
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip
-from miniclip.weight_files import CheckpointError, read_file, shorten, unwrap
+from miniclip.weight_files import CheckpointError, read_checkpoint, read_json, read_state_dict, shorten  # noqa: F401
 
-# {v} and {t} are the prefixes of the image and text tower, {b} that of a block of either, {i} the number of a block,
-# {p} weight and bias, {qkv} each of q, k and v. Behind the bar: the operation that makes our tensor from theirs.
+# {v}, {t}: prefix of the image and the text tower. {b}: prefix of a block, of both. {s}: name of the scale. {p}: weight
+# and bias. {qkv}: each of q, k and v. Behind the bar: the operation that makes our tensor from theirs.
 ROWS = [
     # MiniCLIP                     OpenAI, OpenCLIP                    Hugging Face
     ("logit_scale",                "{s} | scalar",                     "logit_scale | scalar"),
@@ -53,10 +52,11 @@ OPERATIONS = {  # (their tensors -> ours, ours -> theirs)
 }
 
 
-def layout(
+def make_layout(
     visual: str, text: str, scale: str = "logit_scale", blocks: str = "transformer.resblocks", column: int = 1
 ) -> dict[str, tuple[str, str]]:
-    """One source's rules, {our name: (their name, operation)}, from its prefixes and its column of the table."""
+    """One source's rules, {our name: (their name, operation)}, from its prefixes and its column of the table. In the
+    names {i}, the number of a block, {p} and {qkv} are left: `_rename` fills them in."""
     rules, later = {}, {"p": "{p}", "qkv": "{qkv}"}
     for row in ROWS:
         name, _, operation = row[column].partition(" | ")
@@ -67,12 +67,12 @@ def layout(
 
 
 LAYOUTS = {
-    "miniclip": layout("visual.", "text.", blocks="blocks", column=0),
-    "openclip": layout("visual.", ""),  # and OpenAI, and TinyCLIP's releases
-    "custom_text": layout("visual.", "text."),  # OpenCLIP's CustomTextCLIP
-    "tinyclip": layout("_image_encoder.visual.", "_text_encoder.", "_logit_scale.logit_scale"),
-    "article": layout("image_encoder.visual.", "text_encoder.", "logit_scale.logit_scale"),
-    "hf": layout("vision_model.", "text_model.", blocks="encoder.layers", column=2),  # transformers' CLIPModel
+    "miniclip": make_layout("visual.", "text.", blocks="blocks", column=0),
+    "openclip": make_layout("visual.", ""),  # and OpenAI, and TinyCLIP's releases
+    "custom_text": make_layout("visual.", "text."),  # OpenCLIP's CustomTextCLIP
+    "tinyclip": make_layout("_image_encoder.visual.", "_text_encoder.", "_logit_scale.logit_scale"),
+    "article": make_layout("image_encoder.visual.", "text_encoder.", "logit_scale.logit_scale"),
+    "hf": make_layout("vision_model.", "text_model.", blocks="encoder.layers", column=2),  # transformers' CLIPModel
 }
 HARMLESS = {  # last parts of keys that hold no weights
     "input_resolution", "context_length", "vocab_size",  # sizes, in OpenAI's archives
@@ -104,8 +104,8 @@ def detect_source(keys: Iterable[str]) -> str:
 
 
 def to_miniclip(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Gives the weights under MiniCLIP's names, and the name of the layout that they came in. Raises CheckpointError for
-    a layout that is not known, for missing and left-over keys and for pruned blocks."""
+    """Gives the weights under MiniCLIP's names, and the name of the layout that they came in. Raises CheckpointError
+    for a layout that is not known, for missing and left-over keys and for pruned blocks."""
     weights = {}
     for key, tensor in state_dict.items():
         # DistributedDataParallel and torch.compile put a part of their own into the path, at any depth
@@ -139,16 +139,11 @@ def _rename(state_dict: dict[str, Tensor], layout: str, export: bool) -> dict[st
                 old, new = ([ours.format(i=i, p=p)], old) if export else (old, [ours.format(i=i, p=p)])
                 missing += (absent := [key for key in old if key not in left])
                 if not absent:
-                    renamed |= zip(new, OPERATIONS[operation][export]([left.pop(key) for key in old]))
+                    tensors = OPERATIONS[operation][export]([left.pop(key) for key in old])
+                    renamed |= zip(new, tensors, strict=True)
     if missing or left:
         raise CheckpointError(f"not complete as {layout} weights: missing {shorten(missing)}; unknown {shorten(left)}")
     return renamed
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads weights by the names that they have in the file: safetensors, torch (new or old format), TorchScript, bare
-    or inside a training checkpoint. Raises CheckpointError for anything else, and runs none of it."""
-    return unwrap(read_file(path), path)
 
 
 class Checkpoint(NamedTuple):
@@ -161,17 +156,15 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a weight file of any known layout. Raises CheckpointError as `read_state_dict` and `to_miniclip` do, and for
-    numbers that are not finite."""
-    content = read_file(path)
-    state_dict = unwrap(content, path)
+    """Reads a weight file of any known layout. Raises CheckpointError as `read_state_dict` and `to_miniclip` do, and
+    for numbers that are not finite."""
+    state_dict, run = read_checkpoint(path)
     try:
         weights, source = to_miniclip(state_dict)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{path}: infinite or undefined numbers in {shorten(broken)}")
-    run = str(content.get("name", ""))  # OpenCLIP's training stores the name of the run
     return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
 
 
@@ -188,7 +181,7 @@ def known_activation(path: Path, keys: Iterable[str], run: str = "") -> tuple[bo
     if any(key.endswith("input_resolution") for key in keys):
         return True, "input_resolution is a key of OpenAI's archives"
     for file in (path.with_name("config.json"), path.with_name("open_clip_config.json")):
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        config = read_json(file)
         if "vision_cfg" in config or "model_cfg" in config:  # MiniCLIP's or OpenCLIP's
             return config.get("model_cfg", config).get("quick_gelu", False), f"{file} says so"
         if config.get("model_type") == "clip":  # transformers', which leaves out what is its default
@@ -210,14 +203,15 @@ def infer_config(weights: dict[str, Tensor]) -> dict:
         hidden, width = weights[f"{tower}.blocks.0.mlp.c_fc.weight"].shape
         layers = sum(re.fullmatch(tower + r"\.blocks\.\d+\.ln_1\.bias", key) is not None for key in weights)
         sections[tower] = {"layers": layers, "width": width, "mlp_ratio": hidden / width}
-    grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)  # the first one is the class token's
-    patch = weights["visual.conv1.weight"].shape[-1]
-    context, (vocabulary, width) = len(weights["text.positional_embedding"]), weights["text.token_embedding.weight"].shape
-    return {
-        "embed_dim": len(weights["visual.proj.weight"]),
-        "vision_cfg": {"image_size": grid * patch, "patch_size": patch, **sections["visual"]},
-        "text_cfg": {"context_length": context, "vocab_size": vocabulary, "heads": max(1, width // 64), **sections["text"]},
+    lengths = {name: len(tensor) for name, tensor in weights.items() if tensor.ndim}
+    patch, grid = weights["visual.conv1.weight"].shape[-1], math.isqrt(lengths["visual.positional_embedding"] - 1)
+    vision = {"image_size": grid * patch, "patch_size": patch} | sections["visual"]
+    text = {
+        "context_length": lengths["text.positional_embedding"],
+        "vocab_size": lengths["text.token_embedding.weight"],
     }
+    text |= {"heads": max(1, sections["text"]["width"] // 64)} | sections["text"]
+    return {"embed_dim": lengths["visual.proj.weight"], "vision_cfg": vision, "text_cfg": text}
 
 
 def fitting_configs(weights: dict[str, Tensor], quick_gelu: bool | None = None) -> list[str]:
@@ -253,24 +247,24 @@ def load_weights(model: MiniClip, path: str | Path) -> None:
 
 
 def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Checks the weights against the shapes of a model's state dict; position embeddings are resized, with a warning."""
+    """Compares weights with a model's state dict, key by key and shape by shape, after resizing the positions."""
     fitted, resized = dict(weights), []
     for key in ("visual.positional_embedding", "text.positional_embedding"):
         old, length = weights[key], len(expected[key])
         if len(old) != length and old.shape[1:] == expected[key].shape[1:]:
-            fitted[key] = _resize_positions(old, length, key.startswith("visual"))
+            fitted[key] = resize_positions(old, length, key.startswith("visual"))
             resized.append(f"{path}: {key} was interpolated from {len(old)} to {length} positions; fine-tune the model")
     shapes = [{key: tuple(t.shape) for key, t in tensors.items()} for tensors in (fitted, expected)]
     pairs = {key: [shape.get(key, "missing") for shape in shapes] for key in expected | fitted}
     if problems := [f"{key} is {a} in the file and {b} in the model" for key, (a, b) in pairs.items() if a != b]:
-        fix = " or ".join(fitting_configs(weights)) or f"none that is shipped, but of {json.dumps(infer_config(weights))}"
-        raise CheckpointError(f"{path} does not fit the model: {shorten(problems)}. It has the sizes of config {fix}")
+        fix = " or ".join(fitting_configs(weights)) or f"none that ships, but one with {infer_config(weights)}"
+        raise CheckpointError(f"{path} does not fit the model: {shorten(problems)}. The config that fits: {fix}")
     for note in resized:
         warnings.warn(note, stacklevel=3)
     return fitted
 
 
-def _resize_positions(old: Tensor, length: int, is_grid: bool) -> Tensor:
+def resize_positions(old: Tensor, length: int, is_grid: bool) -> Tensor:
     """(L, W) to (length, W), as OpenCLIP resizes: a grid of patches behind a class token, or a line of tokens."""
     if not is_grid:
         return F.interpolate(old.float().T[None], length, mode="linear", align_corners=False)[0].T

@@ -1,6 +1,6 @@
-"""How do I give weights to another library?
+"""How do I give weights to another library? The command behind
 
-    python -m miniclip.checkpoint convert SRC DST --to openclip|hf|miniclip [--model_config NAME] [--force]
+python -m miniclip.checkpoint convert SRC DST --to openclip|hf|miniclip [--model_config NAME] [--force]
 """
 
 import argparse
@@ -17,18 +17,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.checkpoint import (
-    ACTIVATION_NAMES, Checkpoint, fit_weights, fitting_configs, from_miniclip, infer_config, open_checkpoint,
-)  # fmt: skip
+    ACTIVATION_NAMES,
+    Checkpoint,
+    fit_weights,
+    fitting_configs,
+    from_miniclip,
+    infer_config,
+    open_checkpoint,
+)
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
-from miniclip.weight_files import CheckpointError
+from miniclip.weight_files import CheckpointError, read_json
 
-WEIGHT_FILES = (
-    "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
-)  # fmt: skip
+WEIGHT_FILES = "model.safetensors pytorch_model.bin open_clip_model.safetensors open_clip_pytorch_model.bin".split()
 
 
-def convert(source: str | Path, target: str | Path, to: str, model_config: str | None = None, force: bool = False) -> str:
+def convert(
+    source: str | Path, target: str | Path, to: str, model_config: str | None = None, force: bool = False
+) -> str:
     """Writes weights in another library's form, and gives a sentence on what it did.
 
     `source` is a weight file of any known layout or a folder of MiniCLIP, transformers or OpenCLIP. `to` is "openclip":
@@ -50,12 +56,13 @@ def convert(source: str | Path, target: str | Path, to: str, model_config: str |
     weights = checkpoint.weights
     if config:
         with torch.device("meta"):  # shapes alone
-            weights = fit_weights(weights, MiniClip(config).state_dict(), source)
+            expected = MiniClip(config).state_dict()
+        weights = fit_weights(weights, expected, source)
         if checkpoint.quick_gelu not in (None, config.quick_gelu):
+            theirs, ours = ACTIVATION_NAMES[checkpoint.quick_gelu], ACTIVATION_NAMES[config.quick_gelu]
             warnings.warn(
-                f"{source} was trained with {ACTIVATION_NAMES[checkpoint.quick_gelu]} ({checkpoint.evidence}), the config "
-                f"says {ACTIVATION_NAMES[config.quick_gelu]}", stacklevel=2,
-            )  # fmt: skip
+                f"{source} was trained with {theirs} ({checkpoint.evidence}), the config says {ours}", stacklevel=2
+            )
     elif to != "openclip":  # where the config is not part of the file
         raise CheckpointError(f"{source}: {reason}: name one with --model_config")
     if len({tensor.dtype for tensor in weights.values()}) > 1:  # OpenAI's: a model has one precision elsewhere
@@ -71,7 +78,7 @@ def choose_config(checkpoint: Checkpoint, source: Path, name: str | None) -> tup
     if name:
         return MiniClipConfig.from_name(name), f"config {name}, as asked"
     if values := read_config(source.parent, checkpoint.weights):
-        return MiniClipConfig.from_dict(values, f"the config in {source.parent}"), f"config of the folder {source.parent}"
+        return MiniClipConfig.from_dict(values, f"the config in {source.parent}"), f"config of {source.parent}"
     fitting = fitting_configs(checkpoint.weights, checkpoint.quick_gelu)
     if len(fitting) == 1:
         return MiniClipConfig.from_name(fitting[0]), f"config {fitting[0]}, the only one shipped that fits"
@@ -81,10 +88,7 @@ def choose_config(checkpoint: Checkpoint, source: Path, name: str | None) -> tup
 
 def read_config(folder: Path, weights: dict[str, Tensor]) -> dict | None:
     """The model config in a folder of MiniCLIP, transformers or OpenCLIP, in MiniCLIP's form."""
-    def read(name):
-        return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
-
-    config = read("config.json")
+    config = read_json(folder / "config.json")
     if "vision_cfg" in config:
         return config
     if config.get("model_type") == "clip":  # transformers leaves out what is the default
@@ -95,10 +99,10 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> dict | None:
         sizes["quick_gelu"] = activations == {"quick_gelu"}
         sizes["vision_cfg"]["head_width"] = sizes["vision_cfg"]["width"] // vision.get("num_attention_heads", 12)
         sizes["text_cfg"]["heads"] = text.get("num_attention_heads", 8)
-        pictures = read("preprocessor_config.json")
+        pictures = read_json(folder / "preprocessor_config.json")
         keys = (("mean", "image_mean"), ("std", "image_std"))
         return sizes | {"preprocess_cfg": {ours: pictures[theirs] for ours, theirs in keys if theirs in pictures}}
-    if config := read("open_clip_config.json"):
+    if config := read_json(folder / "open_clip_config.json"):
         pictures = {k: v for k, v in config.get("preprocess_cfg", {}).items() if k != "size"}  # the model's image size
         return config["model_cfg"] | {"preprocess_cfg": pictures}
     return None
@@ -116,10 +120,10 @@ def write_miniclip(path: Path, weights: dict[str, Tensor], config: MiniClipConfi
 
 def write_hf(path: Path, weights: dict[str, Tensor], config: MiniClipConfig):
     precision = str(weights["logit_scale"].dtype).removeprefix("torch.")
-    files = {"config.json": hf_config(config) | {"dtype": precision}, "preprocessor_config.json": hf_preprocessor(config)}
+    files = {"config": hf_config(config) | {"dtype": precision}, "preprocessor_config": hf_preprocessor(config)}
     path.mkdir()
     for name, values in files.items():
-        (path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (path / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     save_file(from_miniclip(weights, "hf"), path / "model.safetensors", {"format": "pt"})
 
 
@@ -163,7 +167,7 @@ def hf_preprocessor(config: MiniClipConfig) -> dict:
 
 
 def write_atomically(target: Path, write: Callable[[Path], None]):
-    """Calls `write` with another name beside `target`, and moves what it wrote (a file or a folder) when all is there."""
+    """Calls `write` with another name beside `target`; when the file or folder is complete, it is moved there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(f".{os.getpid()}-{target.name}")
     try:
@@ -178,16 +182,18 @@ def write_atomically(target: Path, write: Callable[[Path], None]):
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(prog="python -m miniclip.checkpoint", description="CLIP weights from any form to any.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("convert", help="write them in another form")
+    parser = argparse.ArgumentParser("python -m miniclip.checkpoint", description="CLIP weights from any form to any.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("convert", help="read weights of any layout and write them in another")
     command.add_argument("SRC", help="a weight file (.pt, .bin, .safetensors) or a folder of MiniCLIP or Hugging Face")
     command.add_argument("DST", help="a .safetensors or .pt file for openclip, a folder for hf and miniclip")
     command.add_argument("--to", required=True, choices=("openclip", "hf", "miniclip"), help="for which library")
     command.add_argument("--model_config", help="config name or .json file, where SRC does not tell the activation")
     command.add_argument("--force", action="store_true", help="replace files at DST")
     args = parser.parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        print(convert(args.SRC, args.DST, args.to, args.model_config, args.force))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            print(convert(args.SRC, args.DST, args.to, args.model_config, args.force))
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")

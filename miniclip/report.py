@@ -1,22 +1,31 @@
 """What did training look like?
 
-One picture says it: the loss and Recall@K over training, and for a few captions the images that the model finds for
-them, the right one marked. Drawn with Pillow alone, since it is here anyway.
+One picture says it: the loss and Recall@K over training, and for a few captions the images that the model finds
+for them, the right one marked. Drawn with Pillow alone, since it is here anyway.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 
 INK, GREY, GRID, PAPER, CELL = "#1f2328", "#6b7280", "#e3e6ea", "#ffffff", "#f1f3f5"
+RED = "#c0392b"
 GREEN = "#1a9850"  # the right image; it carries a tick mark too, for those who do not tell green from red
 LINES = ["#1d4ed8", "#ea7a0c", "#8b3fc7", "#0f9f9a"]
-WIDTH, MARGIN, CHART, IMAGE, GAP, CAPTION = 1160, 32, 270, 128, 12, 300  # in points, of which one is SHARPNESS pixels
+# In points; a point is SHARPNESS pixels.
+WIDTH, MARGIN, CHART, IMAGE, GAP, CAPTION = 1180, 32, 280, 124, 14, 274
 SHARPNESS = 2
+SHOWN = 5  # images per caption
+
+
+@lru_cache
+def load_font(pixels: float | None):
+    return ImageFont.load_default(size=pixels)
 
 
 class Page:
@@ -37,7 +46,7 @@ class Page:
         return [(x * self.scale, y * self.scale) for x, y in points]
 
     def _font(self, size: float):
-        return ImageFont.load_default(size=size * self.scale) if self.freetype else ImageFont.load_default()
+        return load_font(size * self.scale if self.freetype else None)
 
     def _drawable(self, text: str) -> str:
         return text if self.freetype else text.encode("latin-1", "replace").decode("latin-1")
@@ -86,24 +95,27 @@ class Page:
         return lines
 
 
+def is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def curve(log_history: list[dict], key: str) -> list[tuple[float, float]]:
     """The (step, value) points logged under a key, in order of the step, without what is no finite number.
 
-    Of several values of one step the first counts: the last evaluation may be that of an earlier, better checkpoint.
+    Of several values at one step the first counts: an evaluation after training may be of an earlier, better model.
     """
     points: dict[float, float] = {}
     for entry in log_history:
-        step, value = entry.get("step"), entry.get(key)
-        if all(isinstance(number, (int, float)) and math.isfinite(number) for number in (step, value)):
-            points.setdefault(step, value)
+        if is_finite(entry.get("step")) and is_finite(entry.get(key)):
+            points.setdefault(entry["step"], entry[key])
     return sorted(points.items())
 
 
 def ticks(top: float, about: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) from 0 to the first one that is not below `top`."""
-    step = 10 ** math.floor(math.log10(top / about))
-    step *= next(factor for factor in (1, 2, 5, 10) if factor * step * about >= top * 0.999)
-    return [i * step for i in range(math.ceil(top / step - 1e-9) + 1)]
+    power = 10.0 ** math.floor(math.log10(top / about))
+    gap = next(factor * power for factor in (1, 2, 5, 10) if factor * power * about >= top * 0.999)
+    return [i * gap for i in range(math.ceil(top / gap - 1e-9) + 1)]
 
 
 def smooth(points: list, reach: int) -> list:
@@ -112,13 +124,113 @@ def smooth(points: list, reach: int) -> list:
     return [(step, sum(value for _, value in window) / len(window)) for (step, _), window in zip(points, windows)]
 
 
-def draw_chart(page: Page, x: float, y: float, w: float, title: str, curves: dict, last_step: float, unit: str) -> None:
-    """Draw named curves with axes, ticks and a legend, which gives the last values."""
-    left, top, right, bottom = x + 46, y + 54, x + w - 14, y + CHART - 44
-    page.frame(x, y, w, CHART, GRID, 1)
-    page.text(x + 16, y + 12, title, 14)
-    x_ticks = ticks(last_step)
+def draw_chart(page: Page, x: float, y: float, w: float, title: str, curves: dict, steps: float, note="") -> None:
+    """Draw curves over training: {name: points}. Values are shares where the name starts with "R@", else losses."""
+    left, top, right, bottom = x + 52, y + 62, x + w - 18, y + CHART - 44
+    shares = all(name.startswith("R@") for name in curves)
     highest = max((value for points in curves.values() for _, value in points), default=1)
-    y_ticks = [0, 20, 40, 60, 80, 100] if unit else ticks(highest if highest > 0 else 1)
-    to_page = lambda step, value: (left + (right - left) * step / max(last_step, x_ticks[1] if len(x_ticks) < 2 else last_step),  # noqa
-                                   bottom - (bottom - top) * max(0, value) / y_ticks[-1])
+    y_ticks = ticks(1.0 if shares else max(highest, 1e-6))
+
+    page.frame(x, y, w, CHART, GRID, 1)
+    page.text(x + 16, y + 12, title, 15)
+    for value in y_ticks:
+        level = bottom - (bottom - top) * value / y_ticks[-1]
+        page.line([(left, level), (right, level)], GREY if value == 0 else GRID)
+        page.text(left - 8, level - 7, f"{value:.0%}" if shares else f"{value:g}", 11, GREY, align=1)
+    for value in ticks(steps):
+        if value <= steps and value == int(value):
+            across = left + (right - left) * value / steps
+            page.line([(across, bottom), (across, bottom + 4)], GREY)
+            page.text(across, bottom + 7, f"{value:,.0f}", 11, GREY, align=0.5)
+    page.text((left + right) / 2, bottom + 23, "training step", 11, GREY, align=0.5)
+
+    legend = x + 16
+    for (name, points), color in zip(curves.items(), LINES):
+        if not points:
+            continue
+        legend_end = page.text(legend + 20, y + 36, f"{name}  {points[-1][1]:{'.1%' if shares else '.3g'}}", 12, INK)
+        page.line([(legend, y + 43), (legend + 14, y + 43)], color, 3)
+        legend = legend_end + 22
+        noisy = len(points) > 40  # then the values are drawn thin, and their running mean over them
+        for line, width in [(points, 0.5), (smooth(points, len(points) // 40), 2)] if noisy else [(points, 2)]:
+            line = [(left + (right - left) * step / steps, bottom - (bottom - top) * max(0, value) / y_ticks[-1])
+                    for step, value in line]  # fmt: skip
+            page.line(line, color, width)
+        for point in [] if noisy else line:
+            page.dot(*point, 2.5, color)
+    if not any(curves.values()):
+        page.text((left + right) / 2, (top + bottom) / 2 - 8, "nothing was logged", 13, GREY, align=0.5)
+    page.text(x + w - 16, y + 14, note, 11, RED, align=1)
+
+
+def draw_image(page: Page, x: float, y: float, path: str, right: bool, label: str, score: str) -> None:
+    """Draw one image found, in a cell with a line below; the right one with a green frame and a tick mark."""
+    from miniclip.transforms import open_image
+
+    page.frame(x, y, IMAGE, IMAGE, None, 0, fill=CELL)
+    try:
+        page.paste(open_image(path), x + 4, y + 4, IMAGE - 8)
+    except (ValueError, OSError):
+        page.text(x + IMAGE / 2, y + IMAGE / 2 - 7, "no image", 11, GREY, align=0.5)
+    page.text(x + 3, y + IMAGE + 5, label, 12, GREEN if right else INK)
+    page.text(x + IMAGE - 3, y + IMAGE + 5, score, 11, GREY, align=1)
+    if right:
+        page.frame(x - 1, y - 1, IMAGE + 2, IMAGE + 2, GREEN, 4)
+        page.dot(x + IMAGE - 4, y + 4, 11, GREEN)
+        page.line([(x + IMAGE - 9, y + 4), (x + IMAGE - 5.5, y + 8), (x + IMAGE + 1, y)], PAPER, 2.5)
+
+
+def draw_example(page: Page, x: float, y: float, example: dict) -> None:
+    """Draw a caption, the images it finds, best first, and the right image where it is not among those."""
+    found, correct, rank = example["retrieved"][:SHOWN], str(example["correct"]), example["rank"]
+    lines = page.wrap(example["caption"], 15, CAPTION - 24, 5)
+    top = y + (IMAGE - 20 * len(lines) - 22) / 2
+    for i, line in enumerate(lines):
+        page.text(x, top + 20 * i, line, 15)
+    verdict, color = ("found first", GREEN) if rank == 1 else (f"right image: rank {rank:,}", GREY)
+    page.text(x, top + 20 * len(lines) + 6, verdict, 12, color)
+    for place, (path, score) in enumerate(found):
+        left = x + CAPTION + place * (IMAGE + GAP)
+        draw_image(page, left, y, path, str(path) == correct, str(place + 1), f"{score:.3f}")
+    if correct not in [str(path) for path, _ in found]:
+        left = x + CAPTION + SHOWN * (IMAGE + GAP) + 2 * GAP
+        page.line([(left - 1.5 * GAP, y), (left - 1.5 * GAP, y + IMAGE)], GRID)
+        draw_image(page, left, y, correct, True, f"{rank:,}", "")
+
+
+def draw_report(out_png: str | Path, log_history: list[dict], examples: list[dict], title: str) -> None:
+    """Draw the picture of a run into a file.
+
+    `log_history` is that of the Trainer's `trainer_state.json`; `loss` and `eval_text_to_image_R@K` (as fractions
+    of 1) are drawn where they are logged. An example is {"caption": str, "retrieved": [(path, score), ...] best
+    first, "correct": path, "rank": place of the right image, from 1}. Either list may be empty.
+    """
+    row = IMAGE + 46
+    page = Page(MARGIN + 44 + CHART + (58 + row * len(examples) if examples else MARGIN))
+    y = MARGIN - 8
+    page.text(MARGIN, y, page.wrap(title, 22, WIDTH - 2 * MARGIN, 1)[0], 22)
+    y += 46
+
+    names = " ".join(name for entry in log_history for name in entry)
+    recall = sorted({int(k) for k in re.findall(r"eval_text_to_image_R@(\d+)\b", names)})
+    curves = {f"R@{k}": curve(log_history, f"eval_text_to_image_R@{k}") for k in recall}
+    loss = curve(log_history, "loss")
+    steps = max([step for points in [loss, *curves.values()] for step, _ in points if step > 0], default=1)
+    broken = sum("loss" in entry and not is_finite(entry["loss"]) for entry in log_history)
+    note = f"not finite, left out: {broken}" if broken else ""
+    half = (WIDTH - 2 * MARGIN - GAP) / 2
+    draw_chart(page, MARGIN, y, half, "Training loss", {"loss": loss}, steps, note)
+    draw_chart(page, MARGIN + half + GAP, y, half, "Captions finding their image, among the evaluation images",
+               curves or {"R@1": []}, steps)  # fmt: skip
+    y += CHART + 28
+
+    if examples:
+        page.text(MARGIN, y, "Caption", 12, GREY)
+        page.text(MARGIN + CAPTION, y, "Images found, best first: rank and score", 12, GREY)
+        if any(str(e["correct"]) not in [str(path) for path, _ in e["retrieved"][:SHOWN]] for e in examples):
+            page.text(WIDTH - MARGIN - IMAGE, y, "The right one", 12, GREY)
+        y += 26
+    for example in examples:
+        draw_example(page, MARGIN, y, example)
+        y += row
+    page.save(out_png)

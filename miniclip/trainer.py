@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from miniclip.model import MAX_LOGIT_SCALE, MiniClip
 from miniclip.retrieval import retrieval_metrics
 
 logger = logging.getLogger(__name__)
+CUDA = torch.cuda.is_available()
 
 
 @dataclass
@@ -34,11 +35,12 @@ class ClipTrainingArguments(TrainingArguments):
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
     lr_scheduler_type: str = "cosine"
-    bf16: bool = field(default_factory=torch.cuda.is_available)
-    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    bf16: bool = CUDA
+    dataloader_pin_memory: bool = CUDA
+    dataloader_num_workers: int = min(8, os.cpu_count()) if CUDA else 0  # a CPU that trains has no time to spare
+    use_cpu: bool = not torch.accelerator.is_available()  # said aloud, it allows --bf16 there
     # Every batch has the same number of negatives, and the same on each process, which gathering needs.
     dataloader_drop_last: bool = True
-    dataloader_num_workers: int = field(default_factory=lambda: min(8, os.cpu_count()) if torch.cuda.is_available() else 0)
     ddp_find_unused_parameters: bool = False  # every parameter is used in every step
     remove_unused_columns: bool = False  # the collator makes the columns that `forward` takes
     logging_nan_inf_filter: bool = False  # it would log NaN as 0, and the run would go on

@@ -4,6 +4,7 @@ A pickle, and so a torch file, can name any function to be called while it is re
 a file that wants more is refused.
 """
 
+import json
 import pickle
 import re
 import zipfile
@@ -22,22 +23,25 @@ class CheckpointError(ValueError):
     """Weights that cannot be used; the message says why, and what to do."""
 
 
-def unwrap(content, path: str | Path) -> dict[str, Tensor]:
-    """Finds the state dict in what a file holds: all of it, or what a training checkpoint keeps under a known name."""
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Reads weights by the names that they have in the file: safetensors, torch (new or old format), TorchScript, bare
+    or inside a training checkpoint. Raises CheckpointError for anything else, and runs none of it."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
+    """As `read_state_dict`; also gives the name of the run, which OpenCLIP's training stores with the weights."""
+    content = _read(Path(path))
+    run = str(content.get("name", "")) if isinstance(content, dict) else ""
     while inner := isinstance(content, dict) and [content[w] for w in WRAPPERS if isinstance(content.get(w), dict)]:
         content = inner[0]
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         held = shorten(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} holds no state dict (names and tensors), but {held}")
-    return content
+    return content, run
 
 
-def read_file(path: str | Path):
-    """Reads a safetensors file, a torch file (new or old format) or the tensors of a TorchScript archive.
-
-    Raises CheckpointError for a file that is another thing, damaged, or a pickle that wants more than tensors.
-    """
-    path = Path(path)
+def _read(path: Path):
     if path.is_dir():
         files = shorten(sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth")))
         raise CheckpointError(f"{path} is a folder: name the weight file itself (in this folder: {files})")
@@ -63,7 +67,7 @@ def read_file(path: str | Path):
             "so can run any program. If you trust its author, load it yourself and save its state dict alone"
         ) from error
     except Exception as error:  # whatever a damaged file leads to
-        problem = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+        problem = f"{type(error).__name__} {error}".partition("\n")[0]
         raise CheckpointError(f"{path} is damaged, probably cut short: fetch it again ({problem})") from error
     kind = "a web page: download the file itself" if head.lstrip().startswith(b"<") else "no weight file that is known"
     raise CheckpointError(f"{path} is {kind} (it begins with {head[:24]!r})")
@@ -87,7 +91,8 @@ class _ScriptArchive(pickle.Unpickler):
 
     def __init__(self, archive: zipfile.ZipFile):
         self.archive, self.storages = archive, {}
-        self.root = next(name for name in archive.namelist() if name.endswith("/constants.pkl"))[: -len("constants.pkl")]
+        constants = next(name for name in archive.namelist() if name.endswith("/constants.pkl"))
+        self.root = constants.removesuffix("constants.pkl")
         super().__init__(archive.open(self.root + "data.pkl"))
 
     def find_class(self, module: str, name: str):
@@ -118,6 +123,15 @@ class _ScriptArchive(pickle.Unpickler):
                 elif isinstance(value, self.Module):
                     modules.append((f"{prefix}{name}.", value))
         return tensors
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; nothing where there is none, or one of another kind."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    return values if isinstance(values, dict) else {}
 
 
 def shorten(names: Iterable[str]) -> str:

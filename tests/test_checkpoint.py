@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from miniclip.checkpoint import (
-    LAYOUTS, CheckpointError, detect_source, fitting_configs, from_miniclip, infer_config, load_weights, read_state_dict,
+    LAYOUTS,
+    CheckpointError,
+    detect_source,
+    fitting_configs,
+    from_miniclip,
+    infer_config,
+    load_weights,
+    read_state_dict,
     to_miniclip,
 )  # fmt: skip
 from miniclip.config import MiniClipConfig
@@ -67,8 +74,9 @@ def test_names_of_each_layout():
     for layout, names in {
         "openclip": ("visual.transformer.resblocks.2.attn.in_proj_weight", "transformer.resblocks.1.mlp.c_fc.bias",
                      "positional_embedding", "logit_scale", "visual.proj", "text_projection"),
-        "custom_text": ("visual.transformer.resblocks.2.attn.in_proj_weight", "text.transformer.resblocks.1.mlp.c_fc.bias",
-                        "text.positional_embedding", "logit_scale", "visual.proj", "text.text_projection"),
+        "custom_text": ("visual.transformer.resblocks.2.attn.in_proj_weight",
+                        "text.transformer.resblocks.1.mlp.c_fc.bias", "text.positional_embedding",
+                        "logit_scale", "visual.proj", "text.text_projection"),
         "tinyclip": ("_image_encoder.visual.transformer.resblocks.2.attn.in_proj_weight",
                      "_text_encoder.transformer.resblocks.1.mlp.c_fc.bias", "_text_encoder.positional_embedding",
                      "_logit_scale.logit_scale", "_image_encoder.visual.proj", "_text_encoder.text_projection"),
@@ -78,7 +86,9 @@ def test_names_of_each_layout():
     }.items():  # fmt: skip
         exported = from_miniclip(weights, layout)
         attention, bias, positions, scale, proj, text_proj = (exported[name] for name in names)
-        assert torch.equal(attention, torch.cat([q, k, v])) and torch.equal(bias, weights["text.blocks.1.mlp.c_fc.bias"])
+        assert torch.equal(attention, torch.cat([q, k, v])) and torch.equal(
+            bias, weights["text.blocks.1.mlp.c_fc.bias"]
+        )
         assert torch.equal(positions, weights["text.positional_embedding"]) and scale.shape == ()
         assert proj.shape == (64, 24) and torch.equal(proj.T, weights["visual.proj.weight"])
         assert torch.equal(text_proj.T, weights["text.text_projection.weight"])
@@ -127,7 +137,11 @@ def test_wrappers_inside_a_path():
 def test_harmless_keys_are_dropped_and_the_scale_reshaped():
     weights = tiny().state_dict()
     theirs = from_miniclip(weights, "openclip")
-    theirs |= {"input_resolution": torch.tensor(32), "context_length": torch.tensor(12), "attn_mask": torch.zeros(12, 12)}
+    theirs |= {
+        "input_resolution": torch.tensor(32),
+        "context_length": torch.tensor(12),
+        "attn_mask": torch.zeros(12, 12),
+    }
     theirs["logit_scale"] = theirs["logit_scale"].reshape(1)
     assert_equal(to_miniclip(theirs)[0], weights)
     hf = from_miniclip(weights, "hf") | {"text_model.embeddings.position_ids": torch.arange(12)[None]}
@@ -236,12 +250,17 @@ def test_torchscript_archives_are_read_without_running_them(tmp_path, make, monk
     flat = torch.cat([half["text_projection"].flatten(), half["positional_embedding"].flatten()])  # a shared storage
     half["text_projection"] = flat[: 64 * 24].view(64, 24)
     half["positional_embedding"] = flat[64 * 24 :].view(12, 64)
-    half |= {name: torch.tensor(n) for name, n in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 60))}
+    half |= {
+        name: torch.tensor(n) for name, n in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 60))
+    }
     make(Branch(half)).save(tmp_path / "ViT.pt")
     theirs = torch.jit.load(tmp_path / "ViT.pt").state_dict()
     monkeypatch.setattr(torch.jit, "load", None)
     assert_equal(read_state_dict(tmp_path / "ViT.pt"), dict(theirs))
     assert half.keys() == theirs.keys()
+    ours = read_state_dict(tmp_path / "ViT.pt")
+    shared = {ours[key].untyped_storage().data_ptr() for key in ("text_projection", "positional_embedding")}
+    assert len(shared) == 1  # read once
 
     model = tiny(seed=1, quick_gelu=True)
     with warnings.catch_warnings():
@@ -289,7 +308,13 @@ def test_a_script_archive_cannot_reach_beyond_a_storage(tmp_path):
     storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
     for offset, size in ((0, 5), (2, 3)):
         tensor = (
-            b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K" + bytes([offset]) + b"(K" + bytes([size]) + b"t(K\x01t"
+            b"ctorch._utils\n_rebuild_tensor_v2\n("
+            + storage
+            + b"K"
+            + bytes([offset])
+            + b"(K"
+            + bytes([size])
+            + b"t(K\x01t"
             b"\x89ccollections\nOrderedDict\n)RtR"
         )
         module = b"\x80\x02c__torch__.M\nModel\n)\x81}X\x01\x00\x00\x00w" + tensor + b"sb."
@@ -357,7 +382,9 @@ def test_half_precision_loads(tmp_path, dtype):
 
 def test_weights_of_other_sizes_name_the_key_both_shapes_and_the_config(tmp_path):
     wide = {"embed_dim": 32}
-    with pytest.raises(CheckpointError, match=r"visual\.proj\.weight is \(32, 64\) in the file and \(24, 64\) in the model"):
+    with pytest.raises(
+        CheckpointError, match=r"visual\.proj\.weight is \(32, 64\) in the file and \(24, 64\) in the model"
+    ):
         load_weights(tiny(), saved(tmp_path, tiny(**wide)))
     deeper = {"text_cfg": SIZES["text_cfg"] | {"layers": 3}}
     with pytest.raises(CheckpointError, match=r"text\.blocks\.2\.\S+ is missing in the file and \(\d.* in the model"):
@@ -367,7 +394,7 @@ def test_weights_of_other_sizes_name_the_key_both_shapes_and_the_config(tmp_path
     before = tiny().state_dict()
     model = tiny()
     small = MiniClipConfig.from_name("TinyCLIP-ViT-8M-16-Text-3M")
-    with pytest.raises(CheckpointError, match="sizes of config TinyCLIP-ViT-8M-16-Text-3M"):
+    with pytest.raises(CheckpointError, match="config that fits: TinyCLIP-ViT-8M-16-Text-3M"):
         load_weights(model, saved(tmp_path, MiniClip(small), name="tiny.safetensors"))
     assert_equal(model.state_dict(), before)  # and nothing was loaded
 
@@ -414,6 +441,7 @@ def test_positions_are_resized_and_it_is_said(tmp_path):
         ("model.safetensors", {"open_clip_config.json": {"model_cfg": {"quick_gelu": True}}}, True),
         ("model.safetensors", {"config.json": SIZES | {"quick_gelu": True}}, True),
         ("model.safetensors", {"config.json": {"model_type": "bert"}}, None),
+        ("model.safetensors", {"config.json": ["of something else"]}, None),
     ],
 )
 def test_the_other_activation_warns(tmp_path, file, beside, known):
@@ -428,9 +456,18 @@ def test_the_other_activation_warns(tmp_path, file, beside, known):
         assert all(f"the model computes {names}:" in str(w.message) for w in warned)
 
 
+def test_a_broken_config_beside_the_weights_is_named(tmp_path):
+    path = saved(tmp_path, tiny())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        load_weights(tiny(), path)
+
+
 def test_the_name_of_a_training_run_tells_the_activation(tmp_path):
     weights = from_miniclip(tiny().state_dict(), "openclip")
-    torch.save({"epoch": 1, "name": "model_ViT-B-32-quickgelu-lr_0.001", "state_dict": weights}, tmp_path / "epoch_1.pt")
+    torch.save(
+        {"epoch": 1, "name": "model_ViT-B-32-quickgelu-lr_0.001", "state_dict": weights}, tmp_path / "epoch_1.pt"
+    )
     with pytest.warns(UserWarning, match="trained with QuickGELU .*model_ViT-B-32-quickgelu"):
         load_weights(tiny(), tmp_path / "epoch_1.pt")
 
@@ -456,7 +493,16 @@ def test_convert_there_and_back(tmp_path, quick_gelu):
     convert(tmp_path / "f", tmp_path / "g", "hf")
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "g" / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c.safetensors", "d.pt", "e", "f", "g", "tiny.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a",
+        "b",
+        "c.safetensors",
+        "d.pt",
+        "e",
+        "f",
+        "g",
+        "tiny.json",
+    ]
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
@@ -473,6 +519,7 @@ def test_transformers_loads_what_is_converted(tmp_path, quick_gelu):
         image = theirs.eval().get_image_features(pixel_values=images).pooler_output
         text = theirs.get_text_features(input_ids=torch.tensor([[58, 3, 4, 59], [58, 7, 59, 0]])).pooler_output
     torch.testing.assert_close(outputs(model), (image, text), rtol=1e-5, atol=1e-5)
+    assert theirs.config.text_config.eos_token_id == 59  # its own token, not 2, the relic of early configs
     settings = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert settings["size"] == {"shortest_edge": 32} and settings["resample"] == 3 and settings["do_center_crop"]
     # and a folder that transformers itself writes comes back
@@ -516,6 +563,28 @@ def test_both_activations_ship_for_some_sizes(tmp_path, monkeypatch):
     assert "it fits X and X-quickgelu" in convert(path, tmp_path / "out.pt", "openclip")
 
 
+def test_convert_to_another_image_size(tmp_path, capsys):
+    path = saved(tmp_path, tiny())
+    bigger = SIZES | {"vision_cfg": SIZES["vision_cfg"] | {"image_size": 48}}
+    (tmp_path / "bigger.json").write_text(json.dumps(bigger))
+    main(
+        [
+            "convert",
+            str(path),
+            str(tmp_path / "out"),
+            "--to",
+            "miniclip",
+            "--model_config",
+            str(tmp_path / "bigger.json"),
+        ]
+    )
+    assert "warning: " in (said := capsys.readouterr().err) and "from 17 to 37 positions" in said
+    here = MiniClip(MiniClipConfig.from_dict(bigger))
+    with pytest.warns(UserWarning, match="interpolated"):
+        load_weights(here, path)
+    assert_equal(MiniClip.from_pretrained(tmp_path / "out").state_dict(), here.state_dict())
+
+
 def test_convert_overwrites_only_when_told_and_never_half(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path / "a")
     with pytest.raises(CheckpointError, match="safetensors or .pt"):
@@ -548,7 +617,9 @@ def test_convert_overwrites_only_when_told_and_never_half(tmp_path, monkeypatch)
 def test_command_line(tmp_path, run_script, capsys):
     model = tiny(quick_gelu=True)
     model.save_pretrained(tmp_path / "a")
-    done = run_script("-m", "miniclip.checkpoint", "convert", tmp_path / "a", tmp_path / "b.safetensors", "--to", "openclip")
+    done = run_script(
+        "-m", "miniclip.checkpoint", "convert", tmp_path / "a", tmp_path / "b.safetensors", "--to", "openclip"
+    )
     assert "QuickGELU" in done.stdout and not done.stderr
     assert_equal(load_file(tmp_path / "b.safetensors"), from_miniclip(model.state_dict(), "openclip"))
     with pytest.raises(SystemExit, match="error: .*exists already.*--force"):

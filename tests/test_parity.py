@@ -1,7 +1,7 @@
 """With the same weights, does MiniCLIP compute what the others compute? Within 1e-5, in float32.
 
-OpenCLIP and OpenAI's code are not installed here: `benchmarks/make_parity_golden.py` recorded what they gave for weights
-and inputs that are made from formulas, and these tests make the same ones.
+OpenCLIP and OpenAI's code are not installed here: `benchmarks/make_parity_golden.py` recorded what they gave for
+weights and inputs that are made from formulas, and these tests make the same ones.
 """
 
 import json
@@ -11,15 +11,30 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.make_parity_golden import (
-    DIMENSIONS, GOLDEN, SHAPES, draw, formula_inputs, formula_weights, names_digest,
+    DIMENSIONS,
+    GOLDEN,
+    SHAPES,
+    draw,
+    formula_inputs,
+    formula_weights,
+    names_digest,
 )  # fmt: skip
-from miniclip.checkpoint import _resize_positions, from_miniclip, to_miniclip
+from miniclip.checkpoint import from_miniclip, resize_positions, to_miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.convert import hf_config
 from miniclip.model import MiniClip
 
 RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))
 ACTIVATIONS = pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a machine that is busy otherwise, two threads that wait for one another take many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -97,11 +112,13 @@ def test_activation_matters_here():
         assert (F.normalize(gelu, dim=-1) - F.normalize(quick, dim=-1)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("case", RECORDED["resized"], ids=lambda c: f"{'grid' if c['grid'] else 'line'}-{c['old']}-{c['new']}")
+@pytest.mark.parametrize(
+    "case", RECORDED["resized"], ids=lambda c: f"{'grid' if c['grid'] else 'line'}-{c['old']}-{c['new']}"
+)
 def test_positions_are_resized_as_openclip_does(case):
     old, new, width = case["old"], case["new"], case["width"]
     if case["grid"]:
-        ours = _resize_positions(draw(f"grid {old}", (1 + old * old, width), -1, 1), 1 + new * new, is_grid=True)
+        ours = resize_positions(draw(f"grid {old}", (1 + old * old, width), -1, 1), 1 + new * new, is_grid=True)
     else:
-        ours = _resize_positions(draw(f"line {old}", (old, width), -1, 1), new, is_grid=False)
+        ours = resize_positions(draw(f"line {old}", (old, width), -1, 1), new, is_grid=False)
     torch.testing.assert_close(ours.flatten(), torch.tensor(case["numbers"]), rtol=0, atol=1e-6)
