@@ -51,7 +51,8 @@ def embed_texts(
     lengths = ids.argmax(dim=1) + 1  # up to the end token, which has the highest id
     order = lengths.argsort(stable=True)
     embeds = torch.empty(len(texts), model.config.embed_dim)
-    for rows in tqdm(order.split(batch_size), desc="texts", disable=not progress, leave=False):
+    for start in tqdm(range(0, len(texts), batch_size), desc="texts", disable=not progress, leave=False):
+        rows = order[start : start + batch_size]
         batch = ids[rows, : lengths[rows].max()]
         embeds[rows] = model.encode_text(batch.to(device)).float().cpu()
     return F.normalize(embeds, dim=-1).numpy()
