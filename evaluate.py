@@ -66,7 +66,7 @@ def encode(options: EvalOptions, records: list[dict]):
     from miniclip.data import flatten_captions
     from miniclip.inference import embed_images, embed_texts, load
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model, preprocess, tokenizer = load(options.model, options.pretrained, device)
     images = [record["image"] for record in records]
     texts = [record["caption"][0] for record in records] if options.captions == "first" else flatten_captions(records)[0]

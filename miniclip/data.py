@@ -31,7 +31,7 @@ def read_captions(
     the image and the fault of all bad records together; with on_bad="skip" they are left out, with a warning.
     """
     path = Path(path)
-    root = Path(image_root or path.parent).resolve()
+    root = Path(os.path.abspath(image_root or path.parent))
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -58,7 +58,8 @@ def read_captions(
         lines += [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         report = "\n".join([f"{path}: {len(problems)} of {len(raw)} records cannot be used:", *lines])
         if on_bad != "skip" or not good:
-            raise CaptionFileError(f"{report}\nMend or remove them, or go on without them by --bad_records skip.")
+            way_out = ", or go on without them by --bad_records skip" if good else "; no record would be left"
+            raise CaptionFileError(f"{report}\nMend or remove them{way_out}.")
         warnings.warn(f"{report}\nThe other {len(good)} are used.", stacklevel=2)
     return good
 
@@ -70,18 +71,21 @@ def _check_record(record, root: Path) -> dict:
     image, captions = record["image"], record["caption"]
     if not isinstance(image, str) or not image:
         raise ValueError(f"image is no path: {image!r}")
-    file = (root / image.replace("\\", "/")).resolve()
-    if not file.is_relative_to(root):
+    # Compared as text: links that the user put into the folder may lead elsewhere, the file's own `..` may not.
+    file = os.path.abspath(root / image.replace("\\", "/"))
+    if not Path(file).is_relative_to(root):
         raise ValueError(f"{image}: leads out of the image folder {root}")
-    if not file.is_file():
-        raise ValueError(f"{image}: there is no such file in {root}")
+    if not os.path.isfile(file):
+        raise ValueError(f"{image!r}: there is no such file in {root}")
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not captions:
         raise ValueError(f"{image}: caption is neither a string nor a list of some: {str(captions)[:60]}")
     for number, caption in enumerate(captions):
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"{image}: caption {number} is no text: {str(caption)[:60]!r}")
-    return {"image": str(file), "caption": captions}
+        if any("\ud800" <= character <= "\udfff" for character in caption):  # half an emoji: Arrow cannot hold it
+            raise ValueError(f"{image}: caption {number} is no valid Unicode: {caption[:60]!a}")
+    return {"image": file, "caption": captions}
 
 
 def _image_fault(path: str) -> str | None:

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class EvalOptions:
     image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
     captions: str = option("all", "captions of an image that count", choices=["all", "first"])
     batch_size: int = option(64, "images encoded at once (captions: four times as many)")
-    num_workers: int = option(0, "processes that read images")
+    num_workers: int = option(max(1, min(8, (os.cpu_count() or 2) - 1)), "processes that read images")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps; a GPU if there is one unless given")
     save_features: str | None = option(None, "folder to write image.npy and text.npy to")
     features: str | None = option(None, "folder with image.npy and text.npy to measure instead of a model's")

@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from miniclip.config import PreprocessConfig
 
 INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_ASPECT = 100  # 4000 x 1 would be resized to 896000 x 224
+
+# Pillow warns above 89 million pixels, which good cameras reach, and raises above 179 million: that is limit enough.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(ValueError):
@@ -29,13 +33,11 @@ def open_image(path: str | Path, scale: int | None = None) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise ImageError(f"{path}: {width} x {height} is longer than {MAX_ASPECT} to 1; crop it")
+            check_aspect(image, path)
             if scale:
                 image.draft("RGB", (scale, scale))
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # decodes it; otherwise it would always copy
+            return to_rgb(image)
     except ImageError:
         raise
     except FileNotFoundError:
@@ -48,20 +50,27 @@ def open_image(path: str | Path, scale: int | None = None) -> Image.Image:
         what = "an empty file" if not head else f"no picture that Pillow can read (it begins with {head[:16]!r})"
         raise ImageError(f"{path}: {what}; replace it or leave its record out") from None
     except Exception as error:  # a damaged file can make a decoder raise nearly anything
+        if isinstance(error, OSError) and error.errno:  # a folder, no permission: the picture may be all right
+            raise ImageError(f"{path}: cannot be opened ({error.strerror})") from None
         raise ImageError(f"{path}: damaged ({error}); replace it or leave its record out") from None
+
+
+def check_aspect(image: Image.Image, name: str | Path = "the picture"):
+    """Raises ImageError for a sliver, which resizing by the shortest side would blow up to gigabytes."""
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ImageError(f"{name}: {image.width} x {image.height} is longer than {MAX_ASPECT} to 1; crop it")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Brings any mode to RGB without losing what a person would see."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to white
-        levels = np.asarray(image).astype(np.float64)
-        return Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":  # 0 to 1 or 0 to 255, as floats are kept
-        levels = np.nan_to_num(np.asarray(image).astype(np.float64))
-        levels *= 255 if levels.max(initial=0) <= 1 else 1
-        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":  # `convert` would clip what exceeds 8 bits to white
+        levels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        brightest = levels.max(initial=0)
+        # Floats come in the ranges 0 to 1, 255 or 65535: the narrowest that holds the picture is meant.
+        white = 65535 if image.mode != "F" else next((w for w in (1, 255, 65535) if brightest <= w), brightest)
+        return Image.fromarray((levels * (255 / white)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -81,9 +90,7 @@ class Preprocess:
         if cfg.resize_mode not in ("shortest", "longest", "squash") or cfg.mode != "RGB":
             raise ValueError(f"resize_mode {cfg.resize_mode!r} with mode {cfg.mode!r} is not known")
         self.cfg, self.interpolation = cfg, INTERPOLATION[cfg.interpolation]
-        # There are only 256 levels, so each channel's results are worked out once, as exactly as the reference does.
-        levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-        self.table = (levels - np.array(cfg.mean, np.float32)[:, None]) / np.array(cfg.std, np.float32)[:, None]
+        self.mean, self.std = torch.tensor([cfg.mean, cfg.std], dtype=torch.float32).view(2, 3, 1, 1)
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.to_tensor(self.resize(to_rgb(image)))
@@ -94,11 +101,12 @@ class Preprocess:
         if self.cfg.resize_mode == "squash":
             return image.resize((size, size), self.interpolation)
         if self.cfg.resize_mode == "longest":
-            scale = size / max(width, height)
-            image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), self.interpolation)
+            ratio = max(width, height) / size
+            image = image.resize((max(1, round(width / ratio)), max(1, round(height / ratio))), self.interpolation)
             square = Image.new("RGB", (size, size), (self.cfg.fill_color,) * 3)
             square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
             return square
+        check_aspect(image)
         short = min(width, height)
         width, height = int(size * width / short), int(size * height / short)
         image = image.resize((width, height), self.interpolation)
@@ -107,17 +115,17 @@ class Preprocess:
 
     def to_tensor(self, image: Image.Image) -> Tensor:
         """Levels (size, size, 3) to normalised numbers (3, size, size)."""
-        pixels = np.asarray(image)
-        return torch.from_numpy(np.stack([self.table[c].take(pixels[..., c]) for c in range(3)]))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(self.mean).div_(self.std)
 
 
 class TrainTransform(Preprocess):
     """The training pipeline: a random crop, resized, optionally mirrored and with its colours changed.
 
     `scale` bounds the crop's share of the image's area, `ratio` its width over height (RandomResizedCrop: Szegedy et
-    al., arXiv 1409.4842), `hflip` is a probability, `color_jitter` the strengths of random brightness, contrast,
-    saturation (factors from 1 - x to 1 + x) and hue (a turn of up to x). Called with (image, rng): the same rng state
-    gives the same tensor.
+    al., arXiv 1409.4842); with scale (1, 1) it is resized as in evaluation instead. `hflip` is a probability,
+    `color_jitter` the strengths of random brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (a
+    turn of up to x). Called with (image, rng): the same rng state gives the same tensor.
     """
 
     def __init__(
@@ -131,12 +139,15 @@ class TrainTransform(Preprocess):
         super().__init__(cfg)
         if not 0 < scale[0] <= scale[1] <= 1 or not 0 <= hflip <= 1:
             raise ValueError(f"scale {scale} must lie in (0, 1] and hflip {hflip} in [0, 1]")
+        if color_jitter and len(color_jitter) != 4:
+            raise ValueError(f"color_jitter {color_jitter} is not (brightness, contrast, saturation, hue)")
         self.scale, self.ratio, self.hflip, self.color_jitter = scale, ratio, hflip, color_jitter
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Tensor:
         image = to_rgb(image)
         if self.scale[0] < 1:
-            image = image.resize((self.cfg.size,) * 2, self.interpolation, box=self.crop_box(*image.size, rng))
+            # Cropped first: with resize(box=...) pixels outside the crop would bleed into its edges.
+            image = image.crop(self.crop_box(*image.size, rng)).resize((self.cfg.size,) * 2, self.interpolation)
         else:
             image = self.resize(image)
         if rng.random() < self.hflip:
@@ -160,7 +171,7 @@ class TrainTransform(Preprocess):
 
 
 def jitter(image: Image.Image, strengths: tuple[float, float, float, float], rng: random.Random) -> Image.Image:
-    """Changes brightness, contrast, saturation and hue at random, in random order."""
+    """Changes brightness, contrast, saturation and hue at random, the first three in random order."""
     *factors, turn = strengths
     changes = list(zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors))
     rng.shuffle(changes)

@@ -233,3 +233,14 @@ def test_bad_records_are_reported_together_or_skipped_aloud(recipe, caption_set,
     assert done.returncode != 0 and "missing.png" in done.stderr and "5" in done.stderr
     done = run_script("train.py", recipe, "--bad_records", "skip", "--max_steps", "1", "--per_device_train_batch_size", "8")
     assert "22 images" in done.stdout and "missing.png" in done.stderr
+
+
+def test_gradient_accumulation_logs_the_mean_loss(recipe, caption_set, run_script):
+    still = ["--learning_rate", "0"]
+    run_script("train.py", recipe, *still, "--max_steps", "2", "--logging_steps", "2", "--output_dir", caption_set / "a")
+    run_script(
+        "train.py", recipe, *still, "--max_steps", "1", "--gradient_accumulation_steps", "2",
+        "--output_dir", caption_set / "b",
+    )  # fmt: skip
+    a, b = (json.loads((caption_set / run / "trainer_state.json").read_text())["log_history"][0] for run in "ab")
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)

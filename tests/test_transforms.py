@@ -165,3 +165,70 @@ def test_rgb_is_not_copied(tmp_path):
     from miniclip.transforms import to_rgb
 
     assert to_rgb(image) is image
+
+
+def test_longest_rounds_as_openclip_does():
+    """320 x 45 to 224: the height 31.5 exactly is a tie, which 45 / (320 / 224) brings to 32 and 45 * 0.7 to 31."""
+    plain = PreprocessConfig(size=224, resize_mode="longest", mean=(0, 0, 0), std=(1, 1, 1))
+    rows = Preprocess(plain)(Image.new("RGB", (320, 45), "white"))[0, :, 100]
+    assert rows.sum() == round(45 / (320 / 224)) == 32
+
+
+def test_a_sliver_is_refused_by_preprocess_too():
+    with pytest.raises(ImageError, match="4000 x 1 .*100 to 1"):
+        Preprocess(PreprocessConfig(size=224))(Image.new("RGB", (4000, 1)))
+    squash = PreprocessConfig(size=32, resize_mode="squash")
+    assert Preprocess(squash)(Image.new("RGB", (4000, 1))).shape == (3, 32, 32)  # here it does no harm
+
+
+def test_nothing_outside_the_crop_bleeds_in(monkeypatch):
+    transform = TrainTransform(PreprocessConfig(size=16, mean=(0, 0, 0), std=(1, 1, 1)))
+    monkeypatch.setattr(transform, "crop_box", lambda width, height, rng: (16, 16, 64, 64))
+    image = Image.new("RGB", (80, 80), "white")
+    image.paste("black", (16, 16, 64, 64))
+    assert transform(image, random.Random(0)).abs().max() == 0
+
+
+def test_color_jitter_wants_four_strengths():
+    with pytest.raises(ValueError, match="brightness, contrast, saturation, hue"):
+        TrainTransform(PreprocessConfig(size=16), color_jitter=(0.4, 0.4, 0.4))
+
+
+def test_wide_ranges_of_gray_are_scaled_not_clipped(tmp_path):
+    for name, mode, levels, expected in (
+        ("int.tiff", "I", [0, 257 * 100, 65535], [0, 100, 255]),
+        ("float_16.tiff", "F", [0.0, 257 * 100.0, 65535.0], [0, 100, 255]),
+        ("float_any.tiff", "F", [0.0, 5e5, 1e6], [0, 128, 255]),
+        ("float_holes.tiff", "F", [float("nan"), 0.5, 1.0], [0, 128, 255]),
+    ):
+        array = np.array([levels], np.int32 if mode == "I" else np.float32)
+        Image.fromarray(array).save(tmp_path / name)
+        assert np.asarray(open_image(tmp_path / name))[0, :, 1].tolist() == expected, name
+
+
+def test_a_folder_is_not_called_damaged(tmp_path):
+    with pytest.raises(ImageError, match=r"cannot be opened \(Is a directory\)"):
+        open_image(tmp_path)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "gif", "bmp", "tiff"])
+def test_truncation_is_found_at_any_scale(tmp_path, extension):
+    whole, cut = tmp_path / f"whole.{extension}", tmp_path / f"cut.{extension}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(whole)
+    data = whole.read_bytes()
+    for share in (0.3, 0.6, 0.95):
+        cut.write_bytes(data[: int(len(data) * share)])
+        for scale in (None, 32):
+            assert open_image(whole, scale).mode == "RGB"
+            with pytest.raises(ImageError, match=f"cut.{extension}"):
+                open_image(cut, scale)
+
+
+def test_large_pictures_below_the_limit_are_read_without_a_warning(tmp_path, run_script):
+    path = solid((15, 10), "RGB", "red", tmp_path / "large.png")
+    code = (
+        "from miniclip.transforms import open_image; from PIL import Image; Image.MAX_IMAGE_PIXELS = 100;"
+        f"print(open_image({str(path)!r}).size)"
+    )
+    done = run_script("-c", code)
+    assert done.stdout == "(15, 10)\n" and "Warning" not in done.stderr
