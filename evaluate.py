@@ -1,10 +1,9 @@
 """Measures a model, or embeddings made elsewhere, by retrieval: `python evaluate.py --help`."""
 
 import json
-import sys
 from pathlib import Path
 
-from miniclip.options import EvalOptions, make_parser
+from miniclip.options import EvalOptions, make_parser, run
 
 
 def main(argv: list[str]):
@@ -15,31 +14,32 @@ def main(argv: list[str]):
     options = parser.parse_args(argv)
     if not options.features and not (options.model and options.eval_file):
         parser.error("give --model and --eval_file, or --features")
+    if options.report and not options.eval_file:
+        parser.error("--report shows images: give --eval_file too")
 
     import numpy as np
 
     from miniclip.retrieval import KS, format_table, retrieval_metrics
 
+    first_only = options.captions == "first"
     records = None
     if options.eval_file:
         from miniclip.data import read_captions
 
         records = read_captions(options.eval_file, options.image_root, check_images=False)
     if options.features:
-        folder = Path(options.features)
-        image_embeds, text_embeds = (np.load(folder / f"{kind}.npy") for kind in ("image", "text"))
-        each = len(text_embeds) // max(1, len(image_embeds))
-        counts = [len(record["caption"]) for record in records] if records else [each] * len(image_embeds)
+        embeds = (np.load(Path(options.features) / f"{kind}.npy").astype(np.float32) for kind in ("image", "text"))
+        image_embeds, text_embeds = embeds
     else:
         image_embeds, text_embeds = encode(options, records)
-        counts = [1 if options.captions == "first" else len(record["caption"]) for record in records]
-
+    each = len(text_embeds) // max(1, len(image_embeds))
+    counts = [len(record["caption"]) for record in records] if records else [each] * len(image_embeds)
     image_of_text = np.repeat(np.arange(len(counts)), counts)
-    if options.captions == "first" and len(text_embeds) == len(image_of_text):
+    if first_only and len(text_embeds) == len(image_of_text):  # features of all captions: take the first ones
         first = np.unique(image_of_text, return_index=True)[1]
         text_embeds, image_of_text = text_embeds[first], image_of_text[first]
-    elif options.captions == "first":
-        image_of_text = np.arange(len(counts))  # the features hold first captions only
+    elif first_only:
+        image_of_text = np.arange(len(counts))
     ks = KS if len(text_embeds) > len(image_embeds) else (1, 3, 5, 10)  # the article gives 3 too
 
     metrics = retrieval_metrics(image_embeds, text_embeds, image_of_text, ks)
@@ -56,7 +56,15 @@ def main(argv: list[str]):
     output.write_text(json.dumps({"model": str(source), "dataset": str(dataset), "metrics": metrics}, indent=2) + "\n")
     print(f"written to {output}")
     if options.report:
-        draw(options, records, image_embeds, text_embeds, image_of_text, metrics)
+        from miniclip.report import draw_report, pick_examples
+
+        images = [record["image"] for record in records]
+        texts = [text for record in records for text in record["caption"][: 1 if first_only else None]]
+        state = Path(options.model or "") / "trainer_state.json"
+        log_history = json.loads(state.read_text())["log_history"] if state.is_file() else []
+        examples = pick_examples(images, texts, image_embeds, text_embeds, image_of_text)
+        draw_report(options.report, log_history, examples, f"{source} on {dataset}")
+        print(f"drawn in {options.report}")
 
 
 def encode(options: EvalOptions, records: list[dict]):
@@ -69,7 +77,9 @@ def encode(options: EvalOptions, records: list[dict]):
     device = options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model, preprocess, tokenizer = load(options.model, options.pretrained, device)
     images = [record["image"] for record in records]
-    texts = [record["caption"][0] for record in records] if options.captions == "first" else flatten_captions(records)[0]
+    texts, _ = flatten_captions(records)
+    if options.captions == "first":
+        texts = [record["caption"][0] for record in records]
     image_embeds = embed_images(model, preprocess, images, options.batch_size, options.num_workers, progress=True)
     text_embeds = embed_texts(model, tokenizer, texts, 4 * options.batch_size, progress=True)
     if tokenizer.truncated:
@@ -77,32 +87,5 @@ def encode(options: EvalOptions, records: list[dict]):
     return image_embeds, text_embeds
 
 
-def draw(options: EvalOptions, records: list[dict], image_embeds, text_embeds, image_of_text, metrics: dict):
-    """Draws the run's curves, if the model's folder has them, and four searches."""
-    import numpy as np
-
-    from miniclip.report import draw_report
-    from miniclip.retrieval import first_ranks, search
-
-    state = Path(options.model or "") / "trainer_state.json"
-    log_history = json.loads(state.read_text())["log_history"] if state.is_file() else []
-    first = options.captions == "first"
-    captions = [caption for record in records for caption in record["caption"][: 1 if first else None]]
-    ranks = first_ranks(image_embeds, text_embeds, [image_of_text[row : row + 1] for row in range(len(captions))])
-    rows = [int(len(captions) * share) for share in (0.1, 0.37, 0.64)]
-    rows.append(int(np.argmax(ranks * (ranks <= 5))))  # and one that is not found at once, if there is any
-    examples = []
-    for row in rows:
-        scores, found = search(image_embeds, text_embeds[row : row + 1], 5)
-        examples.append({
-            "caption": captions[row],
-            "retrieved": [(records[i]["image"], float(score)) for i, score in zip(found[0], scores[0])],
-            "correct": records[image_of_text[row]]["image"],
-            "rank": int(ranks[row]),
-        })  # fmt: skip
-    draw_report(options.report, log_history, examples, f"{options.model} on {options.eval_file}")
-    print(f"drawn in {options.report}")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from miniclip.options import parse_train, train_help
+from miniclip.options import parse_train, run, train_help
 
 # On the CPU: let threads that wait sleep instead of spinning. Beside another busy program that is five times faster,
 # alone it costs nothing. Has to be said before torch is imported.
@@ -76,4 +76,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

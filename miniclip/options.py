@@ -10,7 +10,9 @@ import difflib
 import json
 import os
 import sys
+import traceback
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,3 +153,15 @@ def read_recipe(path: str, known: set[str]) -> dict:
         if name not in known:
             raise SystemExit(f"train.py: {path}: unknown option {nearest(name, known)}")
     return recipe
+
+
+def run(main: Callable[[list[str]], None]):
+    """Runs a script on its command line. What our own code raises about the input is shown without a traceback, which
+    would only hide it; errors from elsewhere keep theirs."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, ArithmeticError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if raised_in.parent != Path(__file__).resolve().parent:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

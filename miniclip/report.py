@@ -198,6 +198,28 @@ def draw_example(page: Page, x: float, y: float, example: dict) -> None:
         draw_image(page, left, y, correct, True, f"{rank:,}", "")
 
 
+def pick_examples(images: list, captions: list, image_embeds, text_embeds, image_of_text) -> list[dict]:
+    """Four captions and what each finds, for `draw_report`: three from all over the set, and one whose image is not
+    found at once, if there is any. `captions[m]` belongs to image `image_of_text[m]`; embeddings as in `retrieval`."""
+    import numpy as np
+
+    from miniclip.retrieval import first_ranks, search
+
+    ranks = first_ranks(image_embeds, text_embeds, list(np.asarray(image_of_text)[:, None]))
+    rows = [int(len(captions) * share) for share in (0.1, 0.37, 0.64)]
+    rows.append(int(np.argmax(ranks * (ranks <= SHOWN))))  # the worst that can still be shown among the others
+    scores, found = search(image_embeds, text_embeds[rows], SHOWN)
+    return [
+        {
+            "caption": captions[row],
+            "retrieved": [(images[i], float(score)) for i, score in zip(found[n], scores[n])],
+            "correct": images[image_of_text[row]],
+            "rank": int(ranks[row]),
+        }
+        for n, row in enumerate(rows)
+    ]
+
+
 def draw_report(out_png: str | Path, log_history: list[dict], examples: list[dict], title: str) -> None:
     """Draw the picture of a run into a file.
 

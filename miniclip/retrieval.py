@@ -109,14 +109,17 @@ def check_embeds(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_tex
             "same width: were they made by the same model?"
         )
     if len(image_of_text) != len(text_embeds):
-        raise ValueError(f"{len(text_embeds)} text embeddings for {len(image_of_text)} captions")
+        raise ValueError(
+            f"{len(text_embeds)} text embeddings for {len(image_of_text)} captions: are they of other captions, or of"
+            " the first ones only (--captions first)?"
+        )
     for kind, embeds in (("image", image_embeds), ("text", text_embeds)):
         bad = np.flatnonzero(~np.isfinite(embeds).all(1))
         if len(bad):
             raise ValueError(f"{kind} embedding {bad[0]} is not finite ({len(bad)} of {len(embeds)} are not)")
         off = np.abs(np.linalg.norm(embeds, axis=1) - 1)
         if off.max() > 1e-3:
-            raise ValueError(f"{kind} embedding {off.argmax()} is not of unit length (off by {off.max():.3g})")
+            raise ValueError(f"{kind} embedding {off.argmax()} is not of unit length: divide each row by its norm")
     if len(image_embeds) == 0 or not np.array_equal(np.unique(image_of_text), np.arange(len(image_embeds))):
         raise ValueError(f"{len(image_embeds)} images, but captions for {len(np.unique(image_of_text))} of them")
 

@@ -131,6 +131,10 @@ class ClipTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             logger.warning("resuming from %s", resume_from_checkpoint or "the start: there is no checkpoint yet")
+        if resume_from_checkpoint:
+            before = len(list(Path(resume_from_checkpoint).glob("rng_state_*.pth"))) or 1  # one for each process
+            if before != self.args.world_size:
+                logger.warning("%d processes now, %d before: batches are of another size", self.args.world_size, before)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):

@@ -24,7 +24,8 @@ def test_reads_the_published_form(caption_set):
     path = write(caption_set, [{"image": "sub\\a.png", "caption": "one string"}], encoding="utf-8-sig")
     (record,) = read_captions(path)
     assert record == {"image": str(caption_set / "sub" / "a.png"), "caption": ["one string"]}
-    (again,) = read_captions(write(caption_set, [{"image": "a.png", "caption": ["x", "y"], "id": 3}]), caption_set / "sub")
+    path = write(caption_set, [{"image": "a.png", "caption": ["x", "y"], "id": 3}])
+    (again,) = read_captions(path, caption_set / "sub")
     assert again["caption"] == ["x", "y"]
     assert flatten_captions([record, again]) == (["one string", "x", "y"], [0, 1, 1])
 

@@ -60,4 +60,4 @@ def test_public_names_are_all_there():
     for name in miniclip.__all__:
         assert getattr(miniclip, name) is not None
     with pytest.raises(AttributeError, match="lod"):
-        miniclip.lod
+        miniclip.lod  # noqa: B018

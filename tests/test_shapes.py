@@ -9,7 +9,20 @@ import pytest
 from PIL import Image
 
 from miniclip.shapes import (
-    COLORS, COUNTS, KINDS, OPPOSITE, SHAPES, SIZES, Group, Scene, captions, draw, main, make_scenes, split_pairs, write,
+    COLORS,
+    COUNTS,
+    KINDS,
+    OPPOSITE,
+    SHAPES,
+    SIZES,
+    Group,
+    Scene,
+    captions,
+    draw,
+    main,
+    make_scenes,
+    split_pairs,
+    write,
 )  # fmt: skip
 
 

@@ -192,10 +192,10 @@ def test_the_scale_stays_within_bounds_and_can_be_fixed(recipe, caption_set, run
     assert weights(caption_set / "run")["logit_scale"].item() == 0
     model, preprocess, tokenizer = miniclip.load(caption_set / "run")
     records = miniclip.read_captions(caption_set / "captions.json", None)
-    for start, rate, end in ((math.log(99.9), 1.0, math.log(100)), (0.01, 1.0, None)):
+    for start in (math.log(99.9), 0.01):
         model.logit_scale.data.fill_(start)
         args = ClipTrainingArguments(
-            str(caption_set / "clamp"), max_steps=3, learning_rate=rate, per_device_train_batch_size=12, use_cpu=True,
+            str(caption_set / "clamp"), max_steps=3, learning_rate=1.0, per_device_train_batch_size=12, use_cpu=True,
             save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
         for p in model.parameters():
@@ -214,8 +214,9 @@ def test_weight_decay_spares_what_it_should(tiny_model, tmp_path, caption_set):
     trainer = ClipTrainer(tiny_model, args, dataset, preprocess=preprocess, tokenizer=tokenizer)
     decayed = set(trainer.get_decay_parameter_names(tiny_model))
     spared = {name for name, _ in tiny_model.named_parameters()} - decayed
-    assert {"logit_scale", "visual.class_embedding", "visual.positional_embedding", "text.positional_embedding"} <= spared
-    assert all(".ln_" in name or name.endswith("bias") or "embedding" in name or name == "logit_scale" for name in spared)
+    embeddings = {"visual.class_embedding", "visual.positional_embedding", "text.positional_embedding"}
+    assert {name for name in spared if ".ln_" not in name and not name.endswith("bias")} == {"logit_scale", *embeddings}
+    assert not any(".ln_" in name or name.endswith("bias") for name in decayed)
     assert {"visual.conv1.weight", "visual.proj.weight", "text.blocks.0.mlp.c_fc.weight"} <= decayed
 
 
@@ -231,13 +232,15 @@ def test_bad_records_are_reported_together_or_skipped_aloud(recipe, caption_set,
     (caption_set / "captions.json").write_text(json.dumps(records))
     done = run_script("train.py", recipe, check=False)
     assert done.returncode != 0 and "missing.png" in done.stderr and "5" in done.stderr
-    done = run_script("train.py", recipe, "--bad_records", "skip", "--max_steps", "1", "--per_device_train_batch_size", "8")
+    skip = ["--bad_records", "skip", "--max_steps", "1", "--per_device_train_batch_size", "8"]
+    done = run_script("train.py", recipe, *skip)
     assert "22 images" in done.stdout and "missing.png" in done.stderr
 
 
 def test_gradient_accumulation_logs_the_mean_loss(recipe, caption_set, run_script):
     still = ["--learning_rate", "0"]
-    run_script("train.py", recipe, *still, "--max_steps", "2", "--logging_steps", "2", "--output_dir", caption_set / "a")
+    whole = ["--max_steps", "2", "--logging_steps", "2", "--output_dir", caption_set / "a"]
+    run_script("train.py", recipe, *still, *whole)
     run_script(
         "train.py", recipe, *still, "--max_steps", "1", "--gradient_accumulation_steps", "2",
         "--output_dir", caption_set / "b",

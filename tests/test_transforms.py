@@ -38,7 +38,8 @@ def test_evaluation_pipeline_is_bit_equal_to_transformers(size):
 def test_bilinear_differs_and_unknown_settings_raise():
     image = noise(100, 80)
     assert not torch.equal(
-        Preprocess(PreprocessConfig(size=32))(image), Preprocess(PreprocessConfig(size=32, interpolation="bilinear"))(image)
+        Preprocess(PreprocessConfig(size=32))(image),
+        Preprocess(PreprocessConfig(size=32, interpolation="bilinear"))(image),
     )
     with pytest.raises(ValueError, match="'lanczos'.*bicubic"):
         Preprocess(PreprocessConfig(size=32, interpolation="lanczos"))
@@ -116,7 +117,8 @@ def test_modes_look_as_a_person_would_expect(tmp_path):
         "picture.webp": ("RGB", red, red),
     }
     for name, (mode, color, expected) in cases.items():
-        image = open_image(solid((8, 6), mode, color, tmp_path / name, **({"lossless": True} if "webp" in name else {})))
+        lossless = {"lossless": True} if name.endswith("webp") else {}
+        image = open_image(solid((8, 6), mode, color, tmp_path / name, **lossless))
         assert image.mode == "RGB" and image.size == (8, 6), name
         assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1, (name, image.getpixel((0, 0)))
     cmyk = open_image(solid((8, 8), "CMYK", (0, 255, 255, 0), tmp_path / "cmyk.jpg"))
