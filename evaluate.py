@@ -14,6 +14,11 @@ def main(argv: list[str]):
     options = parser.parse_args(argv)
     if not options.features and not (options.model and options.eval_file):
         parser.error("give --model and --eval_file, or --features")
+    if options.features and options.model:
+        parser.error("--features are measured without a model: leave out --model")
+    for kind in ("image", "text") if options.features else ():
+        if not (Path(options.features) / f"{kind}.npy").is_file():
+            parser.error(f"there is no {kind}.npy in {options.features}")
     if options.report and not options.eval_file:
         parser.error("--report shows images: give --eval_file too")
 
@@ -26,7 +31,7 @@ def main(argv: list[str]):
     if options.eval_file:
         from miniclip.data import read_captions
 
-        records = read_captions(options.eval_file, options.image_root, check_images=False)
+        records = read_captions(options.eval_file, options.image_root, check_images=options.features is None)
     if options.features:
         embeds = (np.load(Path(options.features) / f"{kind}.npy").astype(np.float32) for kind in ("image", "text"))
         image_embeds, text_embeds = embeds
@@ -44,6 +49,8 @@ def main(argv: list[str]):
 
     metrics = retrieval_metrics(image_embeds, text_embeds, image_of_text, ks)
     source, dataset = options.model or options.features, options.eval_file or options.features
+    if first_only:
+        dataset += " (first captions)"
     print(f"{source} on {dataset}: {len(image_embeds)} images, {len(text_embeds)} captions")
     print(format_table(metrics, ks))
     if options.save_features:
@@ -51,7 +58,8 @@ def main(argv: list[str]):
         np.save(Path(options.save_features) / "image.npy", image_embeds)
         np.save(Path(options.save_features) / "text.npy", text_embeds)
     beside = Path(options.model) if Path(options.model or "").is_dir() and options.model else Path()
-    output = Path(options.output or beside / "retrieval.json")
+    name = Path(options.eval_file or options.features).stem + ("_first" if first_only else "")
+    output = Path(options.output or beside / f"retrieval_{name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"model": str(source), "dataset": str(dataset), "metrics": metrics}, indent=2) + "\n")
     print(f"written to {output}")

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from miniclip.config import InputError
 from miniclip.options import parse_train, run, train_help
 
 # On the CPU: let threads that wait sleep instead of spinning. Beside another busy program that is five times faster,
@@ -22,25 +23,38 @@ def main(argv: list[str]):
 
     import logging
     import math
+    import shutil
     import warnings
 
     from transformers import set_seed
 
-    from miniclip.data import CaptionDataset, flatten_captions, read_captions
+    from miniclip.data import CaptionDataset, CaptionFileError, flatten_captions, read_captions
     from miniclip.inference import load
     from miniclip.retrieval import format_table
-    from miniclip.trainer import ClipTrainer, start_afresh
+    from miniclip.trainer import ClipTrainer, checkpoints
     from miniclip.transforms import TrainTransform
 
     logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
     resume = True if args.resume_from_checkpoint in ("latest", "True", "true") else args.resume_from_checkpoint
-    if args.should_save and not resume:
-        start_afresh(args.output_dir, options.overwrite_output_dir)
+    earlier = [*checkpoints(args.output_dir), *Path(args.output_dir).glob("model.safetensors")]
+    if earlier and not resume and not options.overwrite_output_dir:
+        raise InputError(
+            f"{args.output_dir} holds an earlier run: go on with it by --resume_from_checkpoint latest, replace it by "
+            "--overwrite_output_dir, or name another --output_dir"
+        )
 
-    records = read_captions(options.train_file, options.image_root, on_bad=options.bad_records)
-    eval_records = None
-    if options.eval_file:
-        eval_records = read_captions(options.eval_file, options.image_root, on_bad=options.bad_records)
+    records, eval_records, problems = None, None, []
+    try:
+        records = read_captions(options.train_file, options.image_root, on_bad=options.bad_records)
+    except CaptionFileError as error:
+        problems.append(str(error))
+    try:
+        if options.eval_file:
+            eval_records = read_captions(options.eval_file, options.image_root, on_bad=options.bad_records)
+    except CaptionFileError as error:
+        problems.append(str(error))
+    if problems:
+        raise CaptionFileError("\n".join(problems))
 
     set_seed(args.seed)
     warnings.filterwarnings("ignore", ".*random weights")  # here they may be what is wanted; the next line says so
@@ -48,14 +62,14 @@ def main(argv: list[str]):
     if options.fixed_logit_scale is not None:
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)
-    texts, _ = flatten_captions(records)
-    tokenizer(texts)
-    start = "" if options.pretrained or Path(options.model_config).is_dir() else ", from scratch"
-    print(
-        f"{options.model_config}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; "
-        f"{len(records)} images, {len(texts)} captions, {tokenizer.truncated} of them cut off at "
-        f"{tokenizer.context_length} tokens"
-    )
+    if args.process_index == 0:
+        texts, _ = flatten_captions(records)
+        cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
+        start = "" if options.pretrained or Path(options.model_config).is_dir() else ", from scratch"
+        print(
+            f"{options.model_config}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; "
+            f"{len(records)} images, {len(texts)} captions, {cut} of them cut off at {tokenizer.context_length} tokens"
+        )
 
     jitter = options.color_jitter
     transform = TrainTransform(
@@ -66,6 +80,9 @@ def main(argv: list[str]):
     )
     dataset = CaptionDataset(records, preprocess, tokenizer, seed=args.seed, transform=transform)
     trainer = ClipTrainer(model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer)
+    if not resume and trainer.is_world_process_zero():  # all is well so far: now the earlier run may go
+        for folder in checkpoints(args.output_dir):
+            shutil.rmtree(folder)
     trainer.train(resume)
     trainer.save_model()  # with config.json: a folder for miniclip.load
     if eval_records:

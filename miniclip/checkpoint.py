@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.config import MiniClipConfig, list_models
+from miniclip.identify import ACTIVATION_NAMES, fitting_configs, infer_config, known_activation
 from miniclip.model import MiniClip
 from miniclip.weight_files import CheckpointError, read_checkpoint, read_json, read_state_dict, shorten  # noqa: F401
 
@@ -56,7 +56,11 @@ def make_layout(
     visual: str, text: str, scale: str = "logit_scale", blocks: str = "transformer.resblocks", column: int = 1
 ) -> dict[str, tuple[str, str]]:
     """One source's rules, {our name: (their name, operation)}, from its prefixes and its column of the table. In the
-    names {i}, the number of a block, {p} and {qkv} are left: `_rename` fills them in."""
+    names {i}, the number of a block, {p} and {qkv} are left: `_rename` fills them in. For OpenCLIP, among others:
+
+    "text.blocks.{i}.attn.in_proj.{p}": ("transformer.resblocks.{i}.attn.in_proj_{p}", "")
+    "visual.proj.weight": ("visual.proj", "transpose")
+    """
     rules, later = {}, {"p": "{p}", "qkv": "{qkv}"}
     for row in ROWS:
         name, _, operation = row[column].partition(" | ")
@@ -163,68 +167,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         weights, source = to_miniclip(state_dict)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"{path}: infinite or undefined numbers in {shorten(broken)}")
+    if broken := [key for key, t in weights.items() if not (t.is_floating_point() and t.isfinite().all())]:
+        raise CheckpointError(f"{path}: integers, infinite or undefined numbers in {shorten(broken)}")
     return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
-
-
-# The activation of well-known weights, by a word in their names (OpenCLIP's list of pretrained models; TinyCLIP's code)
-ACTIVATIONS = {
-    "quickgelu": True, "openai": True, "metaclip": True, "dfn": True,
-    "tinyclip": False, "laion2b": False, "datacomp": False, "commonpool": False,
-}  # fmt: skip
-ACTIVATION_NAMES = {True: "QuickGELU", False: "GELU"}
-
-
-def known_activation(path: Path, keys: Iterable[str], run: str = "") -> tuple[bool | None, str]:
-    """Tells whether weights were trained with QuickGELU, or None, and from what: shapes cannot tell it."""
-    if any(key.endswith("input_resolution") for key in keys):
-        return True, "input_resolution is a key of OpenAI's archives"
-    for file in (path.with_name("config.json"), path.with_name("open_clip_config.json")):
-        config = read_json(file)
-        if "vision_cfg" in config or "model_cfg" in config:  # MiniCLIP's or OpenCLIP's
-            return config.get("model_cfg", config).get("quick_gelu", False), f"{file} says so"
-        if config.get("model_type") == "clip":  # transformers', which leaves out what is its default
-            return config.get("vision_config", {}).get("hidden_act", "quick_gelu") == "quick_gelu", f"{file} says so"
-    for name in (path.name, run):
-        for word, quick_gelu in ACTIVATIONS.items():
-            if word in name.lower():
-                return quick_gelu, f"{word!r} in the name {name}"
-    return None, "nothing tells"
-
-
-def infer_config(weights: dict[str, Tensor]) -> dict:
-    """The sizes of a model from the shapes of its weights (under MiniCLIP's names), in the form of a model config.
-
-    Shapes do not tell the activation, which is left out, nor the heads, which are taken to be 64 channels wide.
-    """
-    sections = {}
-    for tower in ("visual", "text"):
-        hidden, width = weights[f"{tower}.blocks.0.mlp.c_fc.weight"].shape
-        layers = sum(re.fullmatch(tower + r"\.blocks\.\d+\.ln_1\.bias", key) is not None for key in weights)
-        sections[tower] = {"layers": layers, "width": width, "mlp_ratio": hidden / width}
-    lengths = {name: len(tensor) for name, tensor in weights.items() if tensor.ndim}
-    patch, grid = weights["visual.conv1.weight"].shape[-1], math.isqrt(lengths["visual.positional_embedding"] - 1)
-    vision = {"image_size": grid * patch, "patch_size": patch} | sections["visual"]
-    text = {
-        "context_length": lengths["text.positional_embedding"],
-        "vocab_size": lengths["text.token_embedding.weight"],
-    }
-    text |= {"heads": max(1, sections["text"]["width"] // 64)} | sections["text"]
-    return {"embed_dim": lengths["visual.proj.weight"], "vision_cfg": vision, "text_cfg": text}
-
-
-def fitting_configs(weights: dict[str, Tensor], quick_gelu: bool | None = None) -> list[str]:
-    """Names of the shipped configs with the sizes of these weights, and with that activation unless it is None."""
-    sizes = infer_config(weights)
-    embed_dim, vision, text = sizes["embed_dim"], sizes["vision_cfg"], sizes["text_cfg"]
-    del text["heads"]  # a guess
-    known = {name: MiniClipConfig.from_name(name).to_dict() for name in list_models()}
-    return [
-        name for name, config in known.items()
-        if quick_gelu in (None, config["quick_gelu"]) and embed_dim == config["embed_dim"]
-        and vision.items() <= config["vision_cfg"].items() and text.items() <= config["text_cfg"].items()
-    ]  # fmt: skip
 
 
 def load_weights(model: MiniClip, path: str | Path) -> None:
@@ -268,7 +213,9 @@ def resize_positions(old: Tensor, length: int, is_grid: bool) -> Tensor:
     """(L, W) to (length, W), as OpenCLIP resizes: a grid of patches behind a class token, or a line of tokens."""
     if not is_grid:
         return F.interpolate(old.float().T[None], length, mode="linear", align_corners=False)[0].T
-    side, new = math.isqrt(len(old) - 1), math.isqrt(length - 1)
+    side, new = math.isqrt(max(0, len(old) - 1)), math.isqrt(length - 1)
+    if not side or side * side != len(old) - 1:
+        raise CheckpointError(f"{len(old)} image positions are not a class token and a square grid of patches")
     grid = old[1:].float().T.reshape(1, -1, side, side)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([old[:1].float(), grid.flatten(2)[0].T])

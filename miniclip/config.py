@@ -14,6 +14,10 @@ from pathlib import Path
 MODEL_CONFIGS = Path(__file__).resolve().parent.parent / "model_configs"
 
 
+class InputError(ValueError):
+    """Something is wrong with what somebody gave us. The message names it, and says what to do."""
+
+
 @dataclass
 class VisionConfig:
     """The image tower (a vision transformer). Widths in channels, sizes in pixels."""
@@ -56,7 +60,7 @@ class PreprocessConfig:
 class MiniClipConfig:
     """All that is needed to build a model besides its weights.
 
-    Raises ValueError for an unknown field (naming the nearest known one) and for sizes that do not fit together.
+    Raises InputError for an unknown field (naming the nearest known one) and for values that do not fit.
     """
 
     embed_dim: int = 512  # channels of the space that images and texts share
@@ -77,7 +81,7 @@ class MiniClipConfig:
             (0 <= vision.patch_dropout < 1, "vision_cfg.patch_dropout is not in [0, 1)"),
         ):
             if not fits:
-                raise ValueError(f"{problem} in {self.to_dict()}")
+                raise InputError(f"{problem} in {self.to_dict()}")
 
     @classmethod
     def from_dict(cls, values: dict, source: str = "the model config") -> "MiniClipConfig":
@@ -87,7 +91,16 @@ class MiniClipConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> "MiniClipConfig":
         """Reads a config file."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")), str(path))
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is no JSON: {error}") from None
+        if isinstance(values, dict) and values.get("model_type") == "clip":
+            raise InputError(
+                f"{path} is a Hugging Face config: make a MiniCLIP folder of it with"
+                f" `python -m miniclip.checkpoint convert {Path(path).parent} NEW_FOLDER --to miniclip`"
+            )
+        return cls.from_dict(values, str(path))
 
     @classmethod
     def from_name(cls, name: str) -> "MiniClipConfig":
@@ -95,8 +108,8 @@ class MiniClipConfig:
         if name.endswith(".json"):
             return cls.from_json(name)
         if name not in list_models():
-            nearest = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.3) or list_models()
-            raise ValueError(f"no model config is called {name!r}; nearest: {', '.join(nearest)}")
+            nearest = ", ".join(difflib.get_close_matches(name, list_models(), n=3, cutoff=0.3) or list_models())
+            raise InputError(f"{name!r} is neither a folder nor the name of a model config; nearest: {nearest}")
         return cls.from_json(MODEL_CONFIGS / f"{name}.json")
 
     def to_dict(self) -> dict:
@@ -113,11 +126,14 @@ def _fill(cls, values: dict, where: str):
     """Makes a dataclass from a dict, section by section; a field that it does not have raises."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected an object with the fields {', '.join(fields)}, found {values!r}")
+        raise InputError(f"{where}: expected an object with the fields {', '.join(fields)}, found {values!r}")
     for name in values:
         if name not in fields:
             nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown field {name!r}; the nearest known one is {nearest!r}")
+            raise InputError(f"{where}: unknown field {name!r}; the nearest known one is {nearest!r}")
+        kind, value = fields[name].type, values[name]
+        if kind in (int, float, bool, str) and type(value) not in ((int, float) if kind is float else (kind,)):
+            raise InputError(f"{where}: {name} is {value!r}, which is no {kind.__name__}")
     return cls(**{
         name: _fill(fields[name].type, value, f"{where}, {name}") if dataclasses.is_dataclass(fields[name].type)
         else tuple(value) if isinstance(value, list) else value

@@ -16,19 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miniclip.checkpoint import (
-    ACTIVATION_NAMES,
-    Checkpoint,
-    fit_weights,
-    fitting_configs,
-    from_miniclip,
-    infer_config,
-    open_checkpoint,
-)
+from miniclip.checkpoint import Checkpoint, fit_weights, from_miniclip, open_checkpoint
 from miniclip.config import MiniClipConfig
+from miniclip.identify import ACTIVATION_NAMES, fitting_configs, infer_config
 from miniclip.model import MiniClip
 from miniclip.weight_files import CheckpointError, read_json
 
+RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 WEIGHT_FILES = "model.safetensors pytorch_model.bin open_clip_model.safetensors open_clip_pytorch_model.bin".split()
 
 
@@ -99,13 +93,26 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> dict | None:
         sizes["quick_gelu"] = activations == {"quick_gelu"}
         sizes["vision_cfg"]["head_width"] = sizes["vision_cfg"]["width"] // vision.get("num_attention_heads", 12)
         sizes["text_cfg"]["heads"] = text.get("num_attention_heads", 8)
-        pictures = read_json(folder / "preprocessor_config.json")
-        keys = (("mean", "image_mean"), ("std", "image_std"))
-        return sizes | {"preprocess_cfg": {ours: pictures[theirs] for ours, theirs in keys if theirs in pictures}}
+        return sizes | {"preprocess_cfg": read_hf_preprocessor(folder / "preprocessor_config.json")}
     if config := read_json(folder / "open_clip_config.json"):
         pictures = {k: v for k, v in config.get("preprocess_cfg", {}).items() if k != "size"}  # the model's image size
         return config["model_cfg"] | {"preprocess_cfg": pictures}
     return None
+
+
+def read_hf_preprocessor(file: Path) -> dict:
+    """The inverse of `hf_preprocessor`, for a file that leaves out what is transformers' default."""
+    theirs = {"size": 224, "resample": 3, "do_center_crop": True} | read_json(file)
+    keys = (("mean", "image_mean"), ("std", "image_std"))
+    pictures = {ours: theirs[key] for ours, key in keys if key in theirs}
+    if theirs["resample"] not in RESAMPLE.values():
+        raise CheckpointError(f"{file}: resample {theirs['resample']} is neither 2 (bilinear) nor 3 (bicubic)")
+    pictures["interpolation"] = next(name for name, number in RESAMPLE.items() if number == theirs["resample"])
+    if isinstance(theirs["size"], dict) and "shortest_edge" not in theirs["size"]:
+        pictures["resize_mode"] = "squash"
+    elif not theirs["do_center_crop"]:
+        raise CheckpointError(f"{file}: pictures that are neither cropped nor squashed have no fixed size")
+    return pictures
 
 
 def write_openclip(path: Path, weights: dict[str, Tensor], config: MiniClipConfig | None):
@@ -162,7 +169,7 @@ def hf_preprocessor(config: MiniClipConfig) -> dict:
         "image_processor_type": "CLIPImageProcessor", "image_mean": pictures.mean, "image_std": pictures.std,
         "size": sizes[pictures.resize_mode], "crop_size": square,
         "do_center_crop": pictures.resize_mode == "shortest",
-        "resample": {"bilinear": 2, "bicubic": 3}[pictures.interpolation],  # Pillow's numbers
+        "resample": RESAMPLE[pictures.interpolation],
     }  # fmt: skip
 
 

@@ -11,12 +11,11 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from miniclip.config import InputError
 from miniclip.transforms import ImageError, open_image
 
-SHOWN = 20  # problems listed one by one
 
-
-class CaptionFileError(ValueError):
+class CaptionFileError(InputError):
     """A caption file that cannot be used as it is; lists its bad records."""
 
 
@@ -54,8 +53,7 @@ def read_captions(
             problems |= {index: fault for (index, _), fault in zip(records, progress) if fault}
     good = [record for index, record in records if index not in problems]
     if problems:
-        lines = [f"  record {index}: {problems[index]}" for index in sorted(problems)[:SHOWN]]
-        lines += [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        lines = [f"  record {index}: {problems[index]}" for index in sorted(problems)]
         report = "\n".join([f"{path}: {len(problems)} of {len(raw)} records cannot be used:", *lines])
         if on_bad != "skip" or not good:
             way_out = ", or go on without them by --bad_records skip" if good else "; no record would be left"

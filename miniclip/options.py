@@ -10,11 +10,12 @@ import difflib
 import json
 import os
 import sys
-import traceback
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from miniclip.config import InputError
 
 
 def option(default, help: str, **more):
@@ -38,7 +39,18 @@ class TrainOptions:
     hflip: float = option(0.0, "probability of a mirrored image; wrong for captions that say left or right")
     color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation; 0.4 is common")
     fixed_logit_scale: float | None = option(None, "keep the logit scale at this value instead of learning it")
-    overwrite_output_dir: bool = option(False, "delete the checkpoints of an earlier run in output_dir")
+    overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir, and delete its checkpoints")
+
+    def __post_init__(self):
+        for fits, problem in (
+            (self.bad_records in ("error", "skip"), "bad_records must be error or skip"),
+            (0 < self.crop_scale <= 1, "crop_scale must lie above 0 and not above 1"),
+            (0 <= self.hflip <= 1, "hflip must lie in 0 to 1"),
+            (0 <= self.color_jitter <= 1, "color_jitter must lie in 0 to 1"),
+            (1 <= (self.fixed_logit_scale or 1) <= 100, "fixed_logit_scale must lie in 1 to 100"),
+        ):
+            if not fits:
+                raise InputError(f"{problem}: {self}")
 
 
 # Sound values where the command line says nothing. Starting from somebody's weights, the danger is to destroy what
@@ -59,6 +71,7 @@ FROM_SCRATCH = {
     "per_device_train_batch_size": 128,
     "warmup_steps": 0.05,
 }
+# With an eval_file, evaluation after each epoch ("eval_strategy") is the default too: who names one wants to see it.
 
 
 @dataclass
@@ -75,7 +88,7 @@ class EvalOptions:
     device: str | None = option(None, "cpu, cuda, cuda:1, mps; a GPU if there is one unless given")
     save_features: str | None = option(None, "folder to write image.npy and text.npy to")
     features: str | None = option(None, "folder with image.npy and text.npy to measure instead of a model's")
-    output: str | None = option(None, "where the JSON goes; beside the model or the features unless given")
+    output: str | None = option(None, "where the JSON goes (default: retrieval_*.json in the model's folder, or here)")
     report: str | None = option(None, "draw the training curves and a few searches into this .png")
 
 
@@ -127,7 +140,8 @@ def parse_train(argv: list[str]):
     first, _ = parser.parse_known_args(argv)
     start = {**vars(first), **{k: v for k, v in recipe.items() if vars(first).get(k) is None}}
     tuned = start["pretrained"] or Path(start["model_config"] or "").is_dir() and start["model_config"]
-    parser.set_defaults(**(FINE_TUNE if tuned else FROM_SCRATCH) | recipe)
+    measured = {"eval_strategy": "epoch"} if start["eval_file"] else {}
+    parser.set_defaults(**(FINE_TUNE if tuned else FROM_SCRATCH) | measured | recipe)
     *parsed, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
@@ -147,6 +161,8 @@ def read_recipe(path: str, known: set[str]) -> dict:
         recipe = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, json.JSONDecodeError) as error:
         raise SystemExit(f"train.py: the recipe {path} cannot be read: {error}") from None
+    if not isinstance(recipe, dict):
+        raise SystemExit(f"train.py: the recipe {path} is no object of options")
     for name in [name for name in recipe if name.startswith("_")]:
         del recipe[name]
     for name in recipe:
@@ -156,12 +172,9 @@ def read_recipe(path: str, known: set[str]) -> dict:
 
 
 def run(main: Callable[[list[str]], None]):
-    """Runs a script on its command line. What our own code raises about the input is shown without a traceback, which
-    would only hide it; errors from elsewhere keep theirs."""
+    """Runs a script on its command line. What is wrong with the input is said without a traceback, which would hide it;
+    all other errors keep theirs."""
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, ArithmeticError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if raised_in.parent != Path(__file__).resolve().parent:
-            raise
+    except InputError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -8,7 +8,12 @@ Words: the *gallery* is searched by the *queries*; `relevant[q]` holds the galle
 
 import numpy as np
 
+from miniclip.config import InputError
+
 KS = (1, 5, 10)
+# Scores closer than this are equal: the products of the very same vectors differ by a few last bits of float32,
+# depending on where in a matrix they stand.
+TIE = 5e-7
 
 
 def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -24,18 +29,18 @@ def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray
     index = faiss.IndexFlatIP(gallery.shape[1])
     index.add(gallery)
     k = min(k, len(gallery))
-    scores, found = index.search(queries, min(k + 1, len(gallery)))  # one more, to see a tie go on past the end
-    scores, found = _lower_row_first(scores, found)
+    scores, found = _order(*index.search(queries, min(k + 1, len(gallery))))  # one more, to see a tie go on behind k
     if k < len(gallery):
-        cut = np.flatnonzero(scores[:, k - 1] == scores[:, k])  # faiss chose which of the tied rows to keep
-        for row in cut:
-            full = _lower_row_first(*index.search(queries[row : row + 1], len(gallery)))
-            scores[row, :k], found[row, :k] = full[0][0, :k], full[1][0, :k]
+        for row in np.flatnonzero(scores[:, k - 1] - scores[:, k] <= TIE):  # faiss chose which of them to keep
+            everything = _order(*index.search(queries[row : row + 1], len(gallery)))
+            scores[row, :k], found[row, :k] = everything[0][0, :k], everything[1][0, :k]
     return scores[:, :k], found[:, :k]
 
 
-def _lower_row_first(scores: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = np.lexsort((found, -scores), axis=-1)
+def _order(scores: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Within each run of equal scores (they come sorted), puts the lower row number first."""
+    run = np.cumsum(np.diff(scores, axis=1, prepend=scores[:, :1]) < -TIE, axis=1)
+    order = np.lexsort((found, run), axis=-1)
     return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(found, order, axis=-1)
 
 
@@ -48,8 +53,10 @@ def first_ranks(gallery: np.ndarray, queries: np.ndarray, relevant: list[np.ndar
     for start in range(0, len(queries), block):
         scores = queries[start : start + block] @ gallery.T
         for row, (score, right) in enumerate(zip(scores, relevant[start : start + block])):
-            best = right[score[right].argmax()]
-            ranks[start + row] = 1 + (score > score[best]).sum() + (score[:best] == score[best]).sum()
+            best = score[right].max()
+            first = right[score[right] >= best - TIE].min()
+            tied_before = np.abs(score[:first] - best) <= TIE
+            ranks[start + row] = 1 + (score > best + TIE).sum() + tied_before.sum()
     return ranks
 
 
@@ -75,10 +82,10 @@ def metrics_from_hits(hits: np.ndarray, ranks: np.ndarray, n_relevant: np.ndarra
 
 
 def retrieval_metrics(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, ks=KS) -> dict[str, float]:
-    """Both directions: `image_to_text_*`, `text_to_image_*` and `mean_recall`, the mean of all their R@K.
+    """Both directions: `image_to_text_*`, `text_to_image_*` and `mean_recall`, the mean of their R@1, R@5 and R@10.
 
     `image_embeds` (N, E) and `text_embeds` (M, E), float32 and of unit length; caption m belongs to image
-    `image_of_text[m]`. An image counts as found by any of its captions, and finds any of them. Raises ValueError for
+    `image_of_text[m]`. An image counts as found by any of its captions, and finds any of them. Raises InputError for
     shapes that do not fit, NaN, and images without a caption.
     """
     image_of_text = np.asarray(image_of_text)
@@ -97,31 +104,31 @@ def retrieval_metrics(image_embeds: np.ndarray, text_embeds: np.ndarray, image_o
         n_relevant = np.array([len(right) for right in relevant])
         one_way = metrics_from_hits(hits, ranks, n_relevant, ks)
         metrics |= {f"{direction}_{name}": value for name, value in one_way.items()}
-    recalls = [value for name, value in metrics.items() if "_R@" in name]
+    recalls = [metrics[f"{way}_R@{k}"] for way in ("image_to_text", "text_to_image") for k in ks if k in KS]
     return metrics | {"mean_recall": sum(recalls) / len(recalls)}
 
 
 def check_embeds(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text: np.ndarray):
-    """Raises ValueError, saying what is wrong, for embeddings that cannot be measured."""
+    """Raises InputError, saying what is wrong, for embeddings that cannot be measured."""
     if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"image embeddings {image_embeds.shape} and text embeddings {text_embeds.shape} must be 2-D and of the "
             "same width: were they made by the same model?"
         )
     if len(image_of_text) != len(text_embeds):
-        raise ValueError(
+        raise InputError(
             f"{len(text_embeds)} text embeddings for {len(image_of_text)} captions: are they of other captions, or of"
             " the first ones only (--captions first)?"
         )
     for kind, embeds in (("image", image_embeds), ("text", text_embeds)):
         bad = np.flatnonzero(~np.isfinite(embeds).all(1))
         if len(bad):
-            raise ValueError(f"{kind} embedding {bad[0]} is not finite ({len(bad)} of {len(embeds)} are not)")
+            raise InputError(f"{kind} embedding {bad[0]} is not finite ({len(bad)} of {len(embeds)} are not)")
         off = np.abs(np.linalg.norm(embeds, axis=1) - 1)
         if off.max() > 1e-3:
-            raise ValueError(f"{kind} embedding {off.argmax()} is not of unit length: divide each row by its norm")
+            raise InputError(f"{kind} embedding {off.argmax()} is not of unit length: divide each row by its norm")
     if len(image_embeds) == 0 or not np.array_equal(np.unique(image_of_text), np.arange(len(image_embeds))):
-        raise ValueError(f"{len(image_embeds)} images, but captions for {len(np.unique(image_of_text))} of them")
+        raise InputError(f"{len(image_embeds)} images, but captions for {len(np.unique(image_of_text))} of them")
 
 
 def format_table(metrics: dict[str, float], ks=KS) -> str:

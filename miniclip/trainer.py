@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from miniclip.config import InputError
 from miniclip.data import CaptionDataset, Collator, flatten_captions
 from miniclip.inference import embed_images, embed_texts
 from miniclip.loss import clip_loss
@@ -35,7 +35,8 @@ class ClipTrainingArguments(TrainingArguments):
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
     lr_scheduler_type: str = "cosine"
-    bf16: bool = CUDA
+    logging_steps: float = 10  # small data means few steps; a loss that is no number is noticed when it is logged
+    bf16: bool | None = None  # unless told: on a CUDA device that computes in it
     dataloader_pin_memory: bool = CUDA
     dataloader_num_workers: int = min(8, os.cpu_count()) if CUDA else 0  # a CPU that trains has no time to spare
     use_cpu: bool = not torch.accelerator.is_available()  # said aloud, it allows --bf16 there
@@ -48,9 +49,17 @@ class ClipTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = 64
 
     def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = CUDA and not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "mean_recall"
+        metric = (self.metric_for_best_model or "mean_recall").removeprefix("eval_")
+        known = retrieval_metrics(np.eye(1, dtype=np.float32), np.eye(1, dtype=np.float32), [0])
+        if metric not in known:
+            raise InputError(f"metric_for_best_model {metric!r} is none of {', '.join(known)}")
+        if self.greater_is_better is None:
+            self.greater_is_better = not metric.endswith("_rank")  # Trainer knows of losses only
         super().__post_init__()
-        if self.load_best_model_at_end and self.metric_for_best_model == "loss":  # what Trainer puts there unless told
-            self.metric_for_best_model, self.greater_is_better = "mean_recall", True
         if self.n_gpu > 1:
             logger.warning("%d GPUs are visible, one is used: start with torchrun to use all", self.n_gpu)
             self._n_gpu = 1  # Trainer would wrap the model in DataParallel, which splits the negatives
@@ -71,7 +80,7 @@ class ClipTrainer(Trainer):
         self.add_callback(_Hooks(model, train_dataset))
         batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
         if train_dataset is not None and len(train_dataset) < batch:
-            raise ValueError(f"{len(train_dataset)} images make no batch of {batch}: lower per_device_train_batch_size")
+            raise InputError(f"{len(train_dataset)} images make no batch of {batch}: lower per_device_train_batch_size")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The contrastive loss of a batch."""
@@ -87,12 +96,8 @@ class ClipTrainer(Trainer):
         """Retrieval over the whole evaluation set, not batch by batch: among more images the search is harder, so
         that figures from batches could not be compared with anybody's."""
         records = self.eval_dataset if eval_dataset is None else eval_dataset
-        model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
-        with self.accelerator.autocast():
-            image_embeds, text_embeds, image_of_text = self.embed_records(model, records)
-        model.train(was_training)
+        with self.accelerator.autocast():  # the precision of training; evaluate.py measures in float32
+            image_embeds, text_embeds, image_of_text = self.embed_records(records)
         metrics = retrieval_metrics(image_embeds, text_embeds, image_of_text)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         # All are returned, to choose the best model by; the log gets those that one would watch.
@@ -100,8 +105,9 @@ class ClipTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def embed_records(self, model: MiniClip, records: list[dict]):
+    def embed_records(self, records: list[dict]):
         """Each process encodes every n-th image and caption, then all have all."""
+        model = self.accelerator.unwrap_model(self.model)
         rank, n = self.args.process_index, self.args.world_size
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         images = [record["image"] for record in records]
@@ -161,8 +167,19 @@ class _Hooks(TrainerCallback):
         # sees what it would have seen. (accelerate would set the epoch too, but not for an epoch that is resumed.)
         self.train_dataset.set_epoch(int(state.epoch + 1e-6))
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        # So is patch dropout, which draws from torch's own generator: from (seed, step, process).
+        torch.manual_seed(hash((args.seed, state.global_step, args.process_index)))
+
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.model.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
+        if self.model.logit_scale.requires_grad:
+            self.model.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first; not those that somebody named otherwise."""
+    found = (path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal())
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -171,8 +188,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     A process that is killed while it saves leaves a folder that cannot be resumed from: those are passed over, and
     it is said.
     """
-    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[-1]))
-    for folder in folders:
+    for folder in reversed(checkpoints(output_dir)):
         try:
             json.loads((folder / "trainer_state.json").read_text())
             with safe_open(folder / "model.safetensors", "pt") as weights:
@@ -183,18 +199,3 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         except Exception as error:  # whatever is wrong with it, an older one may do
             logger.warning("passing over %s, which is incomplete: %s", folder, error)
     return None
-
-
-def start_afresh(output_dir: str | Path, overwrite: bool):
-    """Makes sure that a new run does not mix its checkpoints with those of an earlier one.
-
-    Raises FileExistsError where there are some, unless `overwrite` says to delete them.
-    """
-    old = sorted(Path(output_dir).glob("checkpoint-*"))
-    if old and not overwrite:
-        raise FileExistsError(
-            f"{output_dir} holds {len(old)} checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
-            "delete them with --overwrite_output_dir, or name another --output_dir"
-        )
-    for folder in old:
-        shutil.rmtree(folder)

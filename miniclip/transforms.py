@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from miniclip.config import PreprocessConfig
+from miniclip.config import InputError, PreprocessConfig
 
 INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_ASPECT = 100  # 4000 x 1 would be resized to 896000 x 224
@@ -19,7 +19,7 @@ MAX_ASPECT = 100  # 4000 x 1 would be resized to 896000 x 224
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-class ImageError(ValueError):
+class ImageError(InputError):
     """A picture that cannot be used. Says which file, why, and what to do."""
 
 

@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from miniclip.config import InputError
+
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # where training checkpoints keep the weights
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """Weights that cannot be used; the message says why, and what to do."""
 
 

@@ -1,4 +1,4 @@
-"""Started by torchrun from test_distributed.py: the gradients of one step under DDP, to a file."""
+"""Started by torchrun from test_training.py: the gradients of one step under DDP, to a file."""
 
 import sys
 

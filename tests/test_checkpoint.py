@@ -626,3 +626,19 @@ def test_command_line(tmp_path, run_script, capsys):
         main(["convert", str(tmp_path / "a"), str(tmp_path / "b.safetensors"), "--to", "openclip"])
     with pytest.raises(SystemExit, match="error: .*none.pt"):
         main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "c"), "--to", "hf"])
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_preprocessing_survives_the_way_through_transformers(resize_mode, interpolation, tmp_path):
+    from miniclip.convert import hf_preprocessor, read_hf_preprocessor
+
+    pictures = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0), "resize_mode": resize_mode}
+    config = MiniClipConfig.from_dict({"preprocess_cfg": pictures | {"interpolation": interpolation}})
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(hf_preprocessor(config)))
+    again = read_hf_preprocessor(tmp_path / "preprocessor_config.json")
+    assert MiniClipConfig.from_dict({"preprocess_cfg": again}) == config
+
+    (tmp_path / "odd.json").write_text('{"resample": 0}')
+    with pytest.raises(CheckpointError, match="odd.json: resample 0"):
+        read_hf_preprocessor(tmp_path / "odd.json")

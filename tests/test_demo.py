@@ -14,6 +14,6 @@ def test_the_demo_reaches_what_the_readme_says(tmp_path, run_script):
         "--output_dir", out, timeout=1500, env={"OMP_NUM_THREADS": "2"},
     )  # fmt: skip
     run_script("evaluate.py", "--model", out, "--eval_file", data / "eval.json", "--report", out / "report.png")
-    metrics = json.loads((out / "retrieval.json").read_text())["metrics"]
+    metrics = json.loads((out / "retrieval_eval.json").read_text())["metrics"]
     assert metrics["text_to_image_R@1"] >= 0.7 and metrics["image_to_text_R@1"] >= 0.7
     assert (out / "report.png").stat().st_size > 50_000

@@ -21,7 +21,7 @@ def test_load_by_name_by_file_and_by_folder(tiny_config, tmp_path):
         assert torch.equal(tensor, again.state_dict()[name]) and torch.equal(tensor, other.state_dict()[name])
     assert preprocess(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
     assert tokenizer(["a", "b"]).shape == (2, 16)
-    with pytest.raises(ValueError, match="nearest: ViT-B-32"):
+    with pytest.raises(ValueError, match="'ViT-B/32' is neither a folder nor .* nearest: ViT-B-32"):
         miniclip.load("ViT-B/32")
 
 
@@ -41,6 +41,22 @@ def test_embeddings_do_not_depend_on_batches_workers_or_order(tiny_model, captio
     padded = tiny_model.encode_text(tokenizer(texts), normalize=True).detach().numpy()
     assert one.dtype == np.float32 and one.shape == (6, 16)
     assert np.allclose(one, many, atol=1e-6) and np.allclose(one, padded, atol=1e-5)
+
+
+def test_one_string_a_generator_a_half_precision_model_and_training_mode(tiny_model, caption_set):
+    preprocess, tokenizer = miniclip.Preprocess(tiny_model.config.preprocess_cfg), miniclip.Tokenizer(16)
+    one = miniclip.embed_texts(tiny_model, tokenizer, "a dog")
+    assert one.shape == (1, 16)
+    assert np.array_equal(one, miniclip.embed_texts(tiny_model, tokenizer, (t for t in ["a dog"])))
+    path = caption_set / "3.png"
+    one = miniclip.embed_images(tiny_model, preprocess, path)
+    assert np.array_equal(one, miniclip.embed_images(tiny_model, preprocess, (p for p in [str(path)])))
+
+    tiny_model.visual.patch_dropout = 0.5
+    tiny_model.train()
+    assert np.array_equal(one, miniclip.embed_images(tiny_model, preprocess, path)) and tiny_model.training
+    half = miniclip.embed_images(tiny_model.to(torch.bfloat16), preprocess, path)
+    assert half.dtype == np.float32 and 0 < np.abs(half - one).max() < 0.05
 
 
 def test_nothing_to_embed(tiny_model):

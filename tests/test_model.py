@@ -105,6 +105,21 @@ def test_save_and_load_are_bit_equal_and_strict(tiny_model, tmp_path):
         MiniClip.from_pretrained(tmp_path)
 
 
+def test_half_precision_is_kept(tiny_model, tmp_path):
+    tiny_model.to(torch.bfloat16).save_pretrained(tmp_path)
+    again = MiniClip.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tiny_model.parameters(), again.parameters()))
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_inputs_of_another_size_say_so(tiny_model):
+    pixel_values, input_ids = batch(length=17)
+    with pytest.raises(ValueError, match=r"images are \(3, 3, 64, 64\), not \(B, 3, 32, 32\)"):
+        tiny_model.encode_image(torch.zeros(3, 3, 64, 64))
+    with pytest.raises(ValueError, match="17 tokens; the context is 16"):
+        tiny_model.encode_text(input_ids)
+
+
 def test_initial_weights_have_the_stated_deviations():
     torch.manual_seed(0)
     model = MiniClip(MiniClipConfig.from_dict({

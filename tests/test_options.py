@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from miniclip.config import InputError
 from miniclip.options import FINE_TUNE, FROM_SCRATCH, parse_train
 
 
@@ -37,10 +38,32 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
     assert args.num_train_epochs == FINE_TUNE["num_train_epochs"]
 
 
+@pytest.mark.parametrize("option", [
+    ["--bad_records", "skp"], ["--crop_scale", "0"], ["--hflip", "2"], ["--color_jitter", "-1"],
+    ["--fixed_logit_scale", "0.5"],
+])  # fmt: skip
+def test_values_out_of_range_are_refused_on_the_command_line_and_in_recipes(option, tmp_path):
+    with pytest.raises((InputError, SystemExit)):
+        parse_train(["--output_dir", str(tmp_path), *option])
+    (tmp_path / "recipe.json").write_text(json.dumps({option[0][2:]: option[1], "output_dir": str(tmp_path)}))
+    with pytest.raises(InputError, match=option[0][2:]):
+        parse_train([str(tmp_path / "recipe.json")])
+
+
+def test_an_eval_file_is_used_each_epoch_unless_told(tmp_path):
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "--model_config", "ViT-B-32"]
+    assert parse_train(common)[1].eval_strategy == "no"
+    assert parse_train([*common, "--eval_file", "x.json"])[1].eval_strategy == "epoch"
+    assert parse_train([*common, "--eval_file", "x.json", "--eval_strategy", "no"])[1].eval_strategy == "no"
+
+
 def test_unknown_options_are_named(tmp_path):
     (tmp_path / "recipe.json").write_text('{"learnin_rate": 1}')
     with pytest.raises(SystemExit, match="recipe.json.*'learnin_rate'.*'learning_rate'"):
         parse_train([str(tmp_path / "recipe.json")])
+    (tmp_path / "list.json").write_text('["a"]')
+    with pytest.raises(SystemExit, match="list.json is no object"):
+        parse_train([str(tmp_path / "list.json")])
     with pytest.raises(SystemExit, match="no-such.json cannot be read"):
         parse_train(["no-such.json"])
     with pytest.raises(SystemExit, match="unknown option 'train_fil'.*'train_file'"):

@@ -74,7 +74,7 @@ def test_train_then_load_then_evaluate(recipe, caption_set, run_script):
         "evaluate.py", "--model", out, "--eval_file", caption_set / "captions.json",
         "--save_features", caption_set / "features", "--report", caption_set / "report.png",
     )  # fmt: skip
-    result = json.loads((out / "retrieval.json").read_text())
+    result = json.loads((out / "retrieval_captions.json").read_text())
     assert set(result) == {"model", "dataset", "metrics"}
     assert result["metrics"]["mean_recall"] == pytest.approx(max(recalls))
     assert "image to text" in done.stdout and (caption_set / "report.png").stat().st_size > 10_000
@@ -89,8 +89,13 @@ def test_train_then_load_then_evaluate(recipe, caption_set, run_script):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(recipe, caption_set, run_script):
-    """SIGKILL in the middle of an epoch; what comes out is bit for bit what an undisturbed run gives."""
-    more = ["--save_strategy", "steps", "--save_steps", "3", "--num_train_epochs", "20"]
+    """SIGKILL in the middle of an epoch; what comes out is bit for bit what an undisturbed run gives, with patch
+    dropout and with a worker that lives on from epoch to epoch."""
+    config = json.loads((caption_set / "tiny.json").read_text())
+    config["vision_cfg"]["patch_dropout"] = 0.5
+    (caption_set / "tiny.json").write_text(json.dumps(config))
+    more = ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"]
+    more += ["--save_strategy", "steps", "--save_steps", "3", "--num_train_epochs", "20"]
     run_script("train.py", recipe, *more, "--output_dir", caption_set / "whole")
     cut = caption_set / "cut"
     process = subprocess.Popen(
@@ -138,12 +143,19 @@ def test_resuming_is_strict(recipe, caption_set, run_script):
     assert done.returncode != 0 and "text.ln_final.weight" in done.stderr
 
 
-def test_an_earlier_run_is_not_mixed_in(recipe, run_script):
+def test_an_earlier_run_is_not_mixed_in(recipe, caption_set, run_script):
     short = ["--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
     run_script("train.py", recipe, *short)
     done = run_script("train.py", recipe, *short, check=False)
-    assert done.returncode != 0 and "--overwrite_output_dir" in done.stderr
+    assert done.returncode != 0 and "--overwrite_output_dir" in done.stderr and "Traceback" not in done.stderr
+    old = caption_set / "run" / "checkpoint-1"
+    (caption_set / "run" / "checkpoint-best").mkdir()
+    # what is wrong with the new run is found before the old one is deleted
+    run_script("train.py", recipe, *short, "--overwrite_output_dir", "--train_file", "typo.json", check=False)
+    run_script("train.py", recipe, *short, "--overwrite_output_dir", "--per_device_train_batch_size", "25", check=False)
+    (old / "mark").touch()
     run_script("train.py", recipe, *short, "--overwrite_output_dir")
+    assert old.is_dir() and not (old / "mark").exists() and (caption_set / "run" / "checkpoint-best").is_dir()
 
 
 def test_two_processes_equal_one_with_the_whole_batch(recipe, caption_set, run_script):
@@ -151,7 +163,7 @@ def test_two_processes_equal_one_with_the_whole_batch(recipe, caption_set, run_s
     steps = ["--max_steps", "6", "--eval_file", caption_set / "captions.json"]
     run_script("train.py", recipe, *steps, "--output_dir", caption_set / "one")
     run_script(
-        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613", "train.py", recipe, *steps,
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", recipe, *steps,
         "--per_device_train_batch_size", "6", "--output_dir", caption_set / "two",
     )  # fmt: skip
     one, two = (json.loads((caption_set / run / "trainer_state.json").read_text()) for run in ("one", "two"))
@@ -172,7 +184,7 @@ def test_gradients_of_two_processes_equal_those_of_one(tiny_model, tiny_config, 
     saved = {"config": tiny_config.to_dict(), "weights": tiny_model.state_dict()}
     torch.save({**saved, "pixel_values": pixel_values, "input_ids": input_ids}, tmp_path / "batch.pt")
     run_script(
-        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29614",
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
         "tests/gradients_worker.py", tmp_path / "batch.pt", tmp_path / "grads.pt", env={"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     two = torch.load(tmp_path / "grads.pt", weights_only=True)
@@ -231,7 +243,8 @@ def test_bad_records_are_reported_together_or_skipped_aloud(recipe, caption_set,
     records[5]["caption"] = []
     (caption_set / "captions.json").write_text(json.dumps(records))
     done = run_script("train.py", recipe, check=False)
-    assert done.returncode != 0 and "missing.png" in done.stderr and "5" in done.stderr
+    assert done.returncode != 0 and "record 3: 'missing.png'" in done.stderr and "record 5: 5.png" in done.stderr
+    assert "Traceback" not in done.stderr
     skip = ["--bad_records", "skip", "--max_steps", "1", "--per_device_train_batch_size", "8"]
     done = run_script("train.py", recipe, *skip)
     assert "22 images" in done.stdout and "missing.png" in done.stderr
@@ -247,3 +260,33 @@ def test_gradient_accumulation_logs_the_mean_loss(recipe, caption_set, run_scrip
     )  # fmt: skip
     a, b = (json.loads((caption_set / run / "trainer_state.json").read_text())["log_history"][0] for run in "ab")
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"), [(None, True), ("text_to_image_R@1", True), ("eval_text_to_image_mean_rank", False)]
+)
+def test_the_best_model_is_the_best_by_any_metric(metric, greater, tmp_path):
+    args = ClipTrainingArguments(
+        str(tmp_path), load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", use_cpu=True,
+        metric_for_best_model=metric,
+    )  # fmt: skip
+    assert (args.metric_for_best_model, args.greater_is_better) == (metric or "mean_recall", greater)
+    with pytest.raises(ValueError, match="'text_to_image_R1' is none of .*text_to_image_R@1"):
+        ClipTrainingArguments(str(tmp_path), use_cpu=True, metric_for_best_model="text_to_image_R1")
+
+
+def test_activation_checkpointing_changes_no_gradient(tiny_model):
+    from miniclip.loss import clip_loss
+    from tests.test_model import batch
+
+    pixel_values, input_ids = batch(4)
+    computed = []
+    tiny_model.text.blocks[0].mlp.register_forward_pre_hook(lambda *_: computed.append(1))
+    gradients = []
+    for _ in range(2):
+        tiny_model.zero_grad()
+        clip_loss(*tiny_model(pixel_values, input_ids)).backward()
+        gradients.append([p.grad.clone() for p in tiny_model.parameters()])
+        tiny_model.gradient_checkpointing_enable()
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients))
+    assert len(computed) == 3  # once as usual, twice when checkpointed
