@@ -224,8 +224,11 @@ class MiniClip(nn.Module):
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
         """Reads a folder that `save_pretrained` wrote, bit by bit the same; in evaluation mode.
 
-        Raises FileNotFoundError for a missing file and RuntimeError for missing, unexpected or misshapen weights.
+        Raises InputError for a missing file and RuntimeError for missing, unexpected or misshapen weights.
         """
+        for name in ("config.json", "model.safetensors"):
+            if not (Path(directory) / name).is_file():
+                raise InputError(f"{directory} is no folder that MiniCLIP saved: there is no {name} in it")
         with torch.device("meta"):  # shapes alone; the numbers, and their precision, are the file's
             model = cls(MiniClipConfig.from_json(Path(directory) / "config.json"))
         model.load_state_dict(load_file(Path(directory) / "model.safetensors"), strict=True, assign=True)
