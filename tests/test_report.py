@@ -117,7 +117,8 @@ def test_any_log_gives_a_picture(tmp_path, log):
 
 
 CAPTIONS = [
-    "", "x" * 500, "一只棕色的狗在草地上奔跑" * 9, "two\nlines\tand\r\nmore", "мальчик 🐕 e\u0301 \u202eכלב", "many words " * 99,
+    "", "x" * 500, "一只棕色的狗在草地上奔跑" * 9, "two\nlines\tand\r\nmore", "мальчик 🐕 e\u0301 \u202eכלב",
+    "many words " * 99,
 ]  # fmt: skip
 
 
