@@ -1,6 +1,7 @@
 """Measures a model, or embeddings made elsewhere, by retrieval: `python evaluate.py --help`."""
 
 import json
+import os
 from pathlib import Path
 
 from miniclip.options import EvalOptions, make_parser, run
@@ -57,7 +58,7 @@ def main(argv: list[str]):
         Path(options.save_features).mkdir(parents=True, exist_ok=True)
         np.save(Path(options.save_features) / "image.npy", image_embeds)
         np.save(Path(options.save_features) / "text.npy", text_embeds)
-    beside = Path(options.model) if Path(options.model or "").is_dir() and options.model else Path()
+    beside = Path(options.model if os.path.isdir(options.model or "") else "")
     name = Path(options.eval_file or options.features).stem + ("_first" if first_only else "")
     output = Path(options.output or beside / f"retrieval_{name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def main(argv: list[str]):
         hflip=options.hflip,
         color_jitter=(jitter, jitter, jitter, 0.0) if jitter else None,
     )
-    dataset = CaptionDataset(records, preprocess, tokenizer, seed=args.seed, transform=transform)
+    dataset = CaptionDataset(records, preprocess, seed=args.seed, transform=transform)
     trainer = ClipTrainer(model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer)
     if not resume and trainer.is_world_process_zero():  # all is well so far: now the earlier run may go
         for folder in checkpoints(args.output_dir):

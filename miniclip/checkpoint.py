@@ -20,7 +20,7 @@ from torch import Tensor
 
 from miniclip.identify import ACTIVATION_NAMES, fitting_configs, infer_config, known_activation
 from miniclip.model import MiniClip
-from miniclip.weight_files import CheckpointError, read_checkpoint, read_json, read_state_dict, shorten  # noqa: F401
+from miniclip.weight_files import CheckpointError, read_checkpoint, read_state_dict, shorten  # noqa: F401
 
 # {v}, {t}: prefix of the image and the text tower. {b}: prefix of a block, of both. {s}: name of the scale. {p}: weight
 # and bias. {qkv}: each of q, k and v. Behind the bar: the operation that makes our tensor from theirs.
@@ -161,7 +161,7 @@ class Checkpoint(NamedTuple):
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a weight file of any known layout. Raises CheckpointError as `read_state_dict` and `to_miniclip` do, and
-    for numbers that are not finite."""
+    for numbers that are not finite and patches that form no square."""
     state_dict, run = read_checkpoint(path)
     try:
         weights, source = to_miniclip(state_dict)
@@ -169,6 +169,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: {error}") from None
     if broken := [key for key, t in weights.items() if not (t.is_floating_point() and t.isfinite().all())]:
         raise CheckpointError(f"{path}: integers, infinite or undefined numbers in {shorten(broken)}")
+    patches = len(weights["visual.positional_embedding"]) - 1
+    if patches < 1 or math.isqrt(patches) ** 2 != patches:
+        raise CheckpointError(f"{path}: {patches + 1} image positions are no class token and square grid of patches")
     return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
 
 
@@ -213,9 +216,7 @@ def resize_positions(old: Tensor, length: int, is_grid: bool) -> Tensor:
     """(L, W) to (length, W), as OpenCLIP resizes: a grid of patches behind a class token, or a line of tokens."""
     if not is_grid:
         return F.interpolate(old.float().T[None], length, mode="linear", align_corners=False)[0].T
-    side, new = math.isqrt(max(0, len(old) - 1)), math.isqrt(length - 1)
-    if not side or side * side != len(old) - 1:
-        raise CheckpointError(f"{len(old)} image positions are not a class token and a square grid of patches")
+    side, new = math.isqrt(len(old) - 1), math.isqrt(length - 1)
     grid = old[1:].float().T.reshape(1, -1, side, side)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([old[:1].float(), grid.flatten(2)[0].T])

@@ -90,11 +90,11 @@ class MiniClipConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "MiniClipConfig":
-        """Reads a config file."""
+        """Reads a config file. Raises InputError, naming it, for one that cannot be read."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is no JSON: {error}") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"the model config {path} cannot be read: {error}") from None
         if isinstance(values, dict) and values.get("model_type") == "clip":
             raise InputError(
                 f"{path} is a Hugging Face config: make a MiniCLIP folder of it with"

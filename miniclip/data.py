@@ -106,12 +106,12 @@ class CaptionDataset(Dataset):
     exactly, whatever the number of workers. `transform(image, rng)` augments; without one `preprocess` is used.
     """
 
-    def __init__(self, records: list[dict], preprocess, tokenizer, seed: int = 0, transform=None):
+    def __init__(self, records: list[dict], preprocess, seed: int = 0, transform=None):
         import datasets  # slow to import
 
         # In an Arrow table the records lie outside Python's heap, and worker processes share them instead of copying.
         self.records = datasets.Dataset.from_list(records)
-        self.preprocess, self.tokenizer, self.seed, self.transform = preprocess, tokenizer, seed, transform
+        self.preprocess, self.seed, self.transform = preprocess, seed, transform
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
 
     def set_epoch(self, epoch: int):

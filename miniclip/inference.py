@@ -45,7 +45,7 @@ def embed_texts(
     """Embeds n sentences: (n, E) float32, of unit length, in the order given.
 
     Sentences of about the same length share a batch, which is as long as its longest: with causal attention the
-    padding that this saves has no influence on the result.
+    padding that this saves has no influence on the result. Raises TypeError, with its place, for what is no string.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     device = model.logit_scale.device

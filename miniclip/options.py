@@ -47,7 +47,7 @@ class TrainOptions:
             (0 < self.crop_scale <= 1, "crop_scale must lie above 0 and not above 1"),
             (0 <= self.hflip <= 1, "hflip must lie in 0 to 1"),
             (0 <= self.color_jitter <= 1, "color_jitter must lie in 0 to 1"),
-            (1 <= (self.fixed_logit_scale or 1) <= 100, "fixed_logit_scale must lie in 1 to 100"),
+            (self.fixed_logit_scale is None or 1 <= self.fixed_logit_scale <= 100, "fixed_logit_scale: only 1 to 100"),
         ):
             if not fits:
                 raise InputError(f"{problem}: {self}")
@@ -138,9 +138,9 @@ def parse_train(argv: list[str]):
         recipe_file, *argv = argv
         recipe = read_recipe(recipe_file, known)
     first, _ = parser.parse_known_args(argv)
-    start = {**vars(first), **{k: v for k, v in recipe.items() if vars(first).get(k) is None}}
-    tuned = start["pretrained"] or Path(start["model_config"] or "").is_dir() and start["model_config"]
-    measured = {"eval_strategy": "epoch"} if start["eval_file"] else {}
+    start = recipe | {name: value for name, value in vars(first).items() if value is not None}
+    tuned = start.get("pretrained") or os.path.isdir(start.get("model_config", ""))
+    measured = {"eval_strategy": "epoch"} if start.get("eval_file") else {}
     parser.set_defaults(**(FINE_TUNE if tuned else FROM_SCRATCH) | measured | recipe)
     *parsed, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True

@@ -18,6 +18,7 @@ from miniclip.checkpoint import (
     from_miniclip,
     infer_config,
     load_weights,
+    open_checkpoint,
     read_state_dict,
     to_miniclip,
 )  # fmt: skip
@@ -642,3 +643,9 @@ def test_preprocessing_survives_the_way_through_transformers(resize_mode, interp
     (tmp_path / "odd.json").write_text('{"resample": 0}')
     with pytest.raises(CheckpointError, match="odd.json: resample 0"):
         read_hf_preprocessor(tmp_path / "odd.json")
+
+
+def test_patches_that_form_no_square_are_named_with_the_file(tmp_path):
+    path = saved(tmp_path, tiny(), **{"visual.positional_embedding": torch.zeros(13, 64)})
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: 13 image positions are no class token"):
+        open_checkpoint(path)

@@ -57,6 +57,11 @@ def test_config_file_errors_name_the_file(tmp_path):
     (tmp_path / "odd.json").write_text('{"embed_dims": 3}')
     with pytest.raises(ValueError, match="odd.json.*embed_dims.*'embed_dim'"):
         MiniClipConfig.from_name(str(tmp_path / "odd.json"))
+    (tmp_path / "odd.json").write_text("{")
+    with pytest.raises(ValueError, match="odd.json cannot be read"):
+        MiniClipConfig.from_name(str(tmp_path / "odd.json"))
+    with pytest.raises(ValueError, match="none.json cannot be read"):
+        MiniClipConfig.from_name(str(tmp_path / "none.json"))
 
 
 def test_every_config_file_is_in_openclips_form():

@@ -89,7 +89,7 @@ def dataset(caption_set):
     cfg = PreprocessConfig(size=16)
     records = read_captions(caption_set / "captions.json")
     transform = TrainTransform(cfg, scale=(0.5, 1.0), hflip=0.5)
-    return CaptionDataset(records, Preprocess(cfg), Tokenizer(16), seed=5, transform=transform)
+    return CaptionDataset(records, Preprocess(cfg), seed=5, transform=transform)
 
 
 def test_items_depend_on_seed_epoch_and_index_alone(dataset):
@@ -120,7 +120,7 @@ def test_workers_see_the_epoch_and_change_nothing(dataset, workers):
         expected += [dataset[i]["pixel_values"] for i in range(24)]
     dataset.set_epoch(0)
     loader = DataLoader(
-        dataset, 8, num_workers=workers, persistent_workers=workers > 0, collate_fn=Collator(dataset.tokenizer)
+        dataset, 8, num_workers=workers, persistent_workers=workers > 0, collate_fn=Collator(Tokenizer(16))
     )
     got = []
     for epoch in (0, 1):
@@ -181,6 +181,6 @@ def test_the_draw_is_the_same_in_every_process(dataset):
 
 
 def test_collator_and_dataset_can_be_sent_to_workers(dataset):
-    copy, collate = pickle.loads(pickle.dumps((dataset, Collator(dataset.tokenizer))))
+    copy, collate = pickle.loads(pickle.dumps((dataset, Collator(Tokenizer(16)))))
     assert torch.equal(copy[3]["pixel_values"], dataset[3]["pixel_values"])
-    assert torch.equal(collate([copy[3]])["input_ids"], dataset.tokenizer([dataset[3]["caption"]], trim=True))
+    assert torch.equal(collate([copy[3]])["input_ids"], Tokenizer(16)([dataset[3]["caption"]], trim=True))

@@ -212,7 +212,7 @@ def test_the_scale_stays_within_bounds_and_can_be_fixed(recipe, caption_set, run
         )  # fmt: skip
         for p in model.parameters():
             p.requires_grad_(p is model.logit_scale)
-        dataset = miniclip.CaptionDataset(records, preprocess, tokenizer)
+        dataset = miniclip.CaptionDataset(records, preprocess)
         ClipTrainer(model, args, dataset, preprocess=preprocess, tokenizer=tokenizer).train()
         assert 0 <= model.logit_scale.item() <= math.log(100) + 1e-6
 
@@ -222,7 +222,7 @@ def test_weight_decay_spares_what_it_should(tiny_model, tmp_path, caption_set):
     records = miniclip.read_captions(caption_set / "captions.json", None)
     config = tiny_model.config
     preprocess, tokenizer = miniclip.Preprocess(config.preprocess_cfg), miniclip.Tokenizer(16)
-    dataset = miniclip.CaptionDataset(records, preprocess, tokenizer)
+    dataset = miniclip.CaptionDataset(records, preprocess)
     trainer = ClipTrainer(tiny_model, args, dataset, preprocess=preprocess, tokenizer=tokenizer)
     decayed = set(trainer.get_decay_parameter_names(tiny_model))
     spared = {name for name, _ in tiny_model.named_parameters()} - decayed
