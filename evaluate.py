@@ -32,7 +32,8 @@ def main(argv: list[str]):
     if options.eval_file:
         from miniclip.data import read_captions
 
-        records = read_captions(options.eval_file, options.image_root, check_images=options.features is None)
+        # Images are not checked in advance: whoever decodes them for the model finds all that is wrong with them.
+        records = read_captions(options.eval_file, options.image_root, check_images=False)
     if options.features:
         embeds = (np.load(Path(options.features) / f"{kind}.npy").astype(np.float32) for kind in ("image", "text"))
         image_embeds, text_embeds = embeds
@@ -81,18 +82,38 @@ def encode(options: EvalOptions, records: list[dict]):
     import torch
 
     from miniclip.data import flatten_captions
+    from miniclip.fast import cosine_to_fp32, fast_model
+    from miniclip.feature_cache import FeatureCache
     from miniclip.inference import embed_images, embed_texts, load
+    from miniclip.transforms import Preprocess
 
-    device = options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.device(options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     model, preprocess, tokenizer = load(options.model, options.pretrained, device)
+    preprocess = Preprocess(model.config.preprocess_cfg, draft=not options.full_decode)
     images = [record["image"] for record in records]
     texts, _ = flatten_captions(records)
     if options.captions == "first":
         texts = [record["caption"][0] for record in records]
-    image_embeds = embed_images(model, preprocess, images, options.batch_size, options.num_workers, progress=True)
-    text_embeds = embed_texts(model, tokenizer, texts, 4 * options.batch_size, progress=True)
+    cache = None
+    if options.feature_cache:
+        cache = FeatureCache.for_images(options.feature_cache, model, preprocess, options.precision)
+    fast = fast_model(model, options.precision)
+    image_size, text_size = (options.batch_size,) * 2 if options.batch_size else (32, 64)
+    if device.type != "cpu" and not options.batch_size:
+        image_size = text_size = 256
+    image_embeds = embed_images(fast, preprocess, images, image_size, options.num_workers, progress=True, cache=cache)
+    text_embeds = embed_texts(fast, tokenizer, texts, text_size, progress=True)
     if tokenizer.truncated:
         print(f"{tokenizer.truncated} of {len(texts)} captions were cut off at {tokenizer.context_length} tokens")
+    if cache is not None:
+        print(f"{cache.reused} of {len(images)} images were in {options.feature_cache}")
+    sample = slice(0, 8 if options.precision == "fp32" else 64)
+    pixel_values = torch.stack([preprocess.load(path) for path in images[sample]]).to(device)
+    cosines = cosine_to_fp32(fast, model, pixel_values, tokenizer(texts[sample], trim=True).to(device))
+    print(
+        f"{options.precision}: cosine to plain fp32 at least {cosines[0]:.6f} (images), {cosines[1]:.6f} (texts),"
+        f" of the first {len(pixel_values)}"
+    )
     return image_embeds, text_embeds
 
 

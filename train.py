@@ -29,6 +29,7 @@ def main(argv: list[str]):
     from transformers import set_seed
 
     from miniclip.data import CaptionDataset, CaptionFileError, flatten_captions, read_captions
+    from miniclip.fast import describe
     from miniclip.inference import load
     from miniclip.retrieval import format_table
     from miniclip.trainer import ClipTrainer, checkpoints
@@ -70,7 +71,15 @@ def main(argv: list[str]):
             f"{options.model_config}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; "
             f"{len(records)} images, {len(texts)} captions, {cut} of them cut off at {tokenizer.context_length} tokens"
         )
+        if args.fast:
+            print(describe(args.device))
 
+    make_dataset, caches = CaptionDataset, (None, None)
+    if options.lock_image != "none" or options.lock_text != "none":
+        from miniclip.locked import lock_towers
+
+        lock, folder = (options.lock_image, options.lock_text), options.feature_cache
+        make_dataset, caches = lock_towers(model, *lock, args, records, preprocess, tokenizer, folder)
     jitter = options.color_jitter
     transform = TrainTransform(
         model.config.preprocess_cfg,
@@ -78,8 +87,10 @@ def main(argv: list[str]):
         hflip=options.hflip,
         color_jitter=(jitter, jitter, jitter, 0.0) if jitter else None,
     )
-    dataset = CaptionDataset(records, preprocess, seed=args.seed, transform=transform)
-    trainer = ClipTrainer(model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer)
+    dataset = make_dataset(records, preprocess, seed=args.seed, transform=transform)
+    trainer = ClipTrainer(
+        model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer, caches=caches
+    )  # fmt: skip
     if not resume and trainer.is_world_process_zero():  # all is well so far: now the earlier run may go
         for folder in checkpoints(args.output_dir):
             shutil.rmtree(folder)

@@ -103,7 +103,8 @@ class CaptionDataset(Dataset):
     """Pairs for training: item i is image i, freshly cropped, and one of its captions, drawn anew every epoch.
 
     What is drawn depends on (seed, epoch, index) and on nothing else, so that a run can be repeated and resumed
-    exactly, whatever the number of workers. `transform(image, rng)` augments; without one `preprocess` is used.
+    exactly, whatever the number of workers. `transform` augments (a TrainTransform); without one `preprocess` is used.
+    `pixel_values` are levels (3, S, S), uint8: the trainer normalises them, where the model is.
     """
 
     def __init__(self, records: list[dict], preprocess, seed: int = 0, transform=None):
@@ -118,27 +119,32 @@ class CaptionDataset(Dataset):
         """Chooses the captions and crops of an epoch."""
         self.epoch.fill_(epoch)
 
+    def rng(self, index: int) -> random.Random:
+        """What an item's draws of this epoch are taken from, the caption first."""
+        return random.Random(f"{self.seed} {self.epoch.item()} {index}")
+
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
-        rng = random.Random(f"{self.seed} {self.epoch.item()} {index}")
-        caption = rng.choice(record["caption"])
-        image = open_image(record["image"])
-        pixel_values = self.transform(image, rng) if self.transform else self.preprocess(image)
-        return {"pixel_values": pixel_values, "caption": caption}
+        rng = self.rng(index)
+        caption = record["caption"][rng.randrange(len(record["caption"]))]
+        image = open_image(record["image"], (self.transform or self.preprocess).scale)
+        levels = self.transform.levels(image, rng) if self.transform else self.preprocess.levels(image)
+        return {"pixel_values": levels, "caption": caption}
 
 
 class Collator:
-    """Makes a batch of items: `pixel_values` (B, 3, S, S) and `input_ids` (B, L), L the longest caption's length."""
+    """Makes a batch of items: `pixel_values` (B, 3, S, S) and `input_ids` (B, L), L the longest caption's length.
+    Whatever tensors an item holds besides its caption are stacked."""
 
     def __init__(self, tokenize):
         # Not called `tokenizer`: Trainer would take it for one of its own and try to save it.
         self.tokenize = tokenize
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        return {
-            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-            "input_ids": self.tokenize([item["caption"] for item in items], trim=True),
-        }
+        batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "caption"}
+        if "caption" in items[0]:
+            batch["input_ids"] = self.tokenize([item["caption"] for item in items], trim=True)
+        return batch

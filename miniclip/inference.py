@@ -1,30 +1,38 @@
 """How do I use a model? From a name to a model, from pictures and sentences to vectors."""
 
+import os
 import warnings
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from miniclip.checkpoint import load_weights
 from miniclip.config import MiniClipConfig
+from miniclip.fast import FastClip, fast_model
+from miniclip.feature_cache import FeatureCache, file_key, text_key
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
-from miniclip.transforms import Preprocess, open_image
+from miniclip.transforms import ImageError, Preprocess, open_image
 
 
-def load(name_or_path: str | Path, pretrained: str | Path | None = None, device: str | torch.device = "cpu"):
+def load(
+    name_or_path: str | Path,
+    pretrained: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    precision: str | None = None,
+):
     """Gives `(model, preprocess, tokenizer)`, the model in evaluation mode.
 
     `name_or_path` is the name of a config (`miniclip.list_models()`), a config file, or a folder that MiniCLIP saved.
     `pretrained` is a local weight file in any layout that `miniclip.checkpoint` knows; a config without one is
     initialised randomly, with a warning. `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer` a list
-    of n strings into (n, context_length) ids. Raises InputError for an unknown name, and what `load_weights` raises.
+    of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is for inference
+    only, and fast at it (`miniclip/fast.py`). Raises InputError for an unknown name, and what `load_weights` raises.
     """
     if Path(name_or_path).is_dir():
         model = MiniClip.from_pretrained(name_or_path)
@@ -35,75 +43,131 @@ def load(name_or_path: str | Path, pretrained: str | Path | None = None, device:
     if pretrained is not None:
         load_weights(model, pretrained)
     config = model.config
-    return model.to(device).eval(), Preprocess(config.preprocess_cfg), Tokenizer(config.text_cfg.context_length)
+    model = model.to(device).eval()
+    if precision is not None:
+        model = fast_model(model, precision)
+    return model, Preprocess(config.preprocess_cfg), Tokenizer(config.text_cfg.context_length)
 
 
-@torch.inference_mode()
 def embed_texts(
-    model: MiniClip, tokenizer: Tokenizer, texts: Iterable[str], batch_size: int = 256, progress: bool = False
+    model: MiniClip,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    batch_size: int = 64,
+    progress: bool = False,
+    cache: FeatureCache | None = None,
+    project: bool = True,
 ) -> np.ndarray:
     """Embeds n sentences: (n, E) float32, of unit length, in the order given.
 
     Sentences of about the same length share a batch, which is as long as its longest: with causal attention the
-    padding that this saves has no influence on the result. Raises TypeError, with its place, for what is no string.
+    padding that this saves has no influence on the result. Those whose features are in the `cache` are not encoded.
+    Without `project` the features themselves are given, (n, W), as the tower's projection takes them. Raises
+    TypeError, with its place, for what is no string.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
-    device = model.logit_scale.device
+    fast, device = _fast(model, len(texts)), model.logit_scale.device
+    features = torch.empty(len(texts), model.config.text_cfg.width)
     ids = tokenizer(texts, trim=True)
     lengths = ids.argmax(dim=1) + 1  # up to the end token, which has the highest id
     order = lengths.argsort(stable=True)
-    embeds = torch.empty(len(texts), model.config.embed_dim)
-    for start in tqdm(range(0, len(texts), batch_size), desc="texts", disable=not progress, leave=False):
+    if cache is not None:
+        keys = [text_key(text) for text in texts]
+        known = torch.tensor([key in cache for key in keys], dtype=torch.bool)
+        for row in known.nonzero().flatten().tolist():
+            features[row] = torch.from_numpy(cache[keys[row]].copy())
+        order = order[~known[order]]
+    for start in tqdm(range(0, len(order), batch_size), desc="texts", disable=not progress, leave=False):
         rows = order[start : start + batch_size]
         batch = ids[rows, : lengths[rows].max()]
-        with evaluating(model):
-            embeds[rows] = model.encode_text(batch.to(device)).float().cpu()
-    return F.normalize(embeds, dim=-1).numpy()
+        features[rows] = fast.text_features(batch.to(device)).cpu()
+        if cache is not None:
+            cache.update((keys[row], features[row].numpy()) for row in rows.tolist())
+    if cache is not None:
+        cache.save()
+    return fast.project(features.to(device), "text").cpu().numpy() if project else features.numpy()
 
 
-@torch.inference_mode()
 def embed_images(
     model: MiniClip,
     preprocess: Preprocess,
     paths: Iterable[str | Path],
-    batch_size: int = 64,
-    num_workers: int = 0,
+    batch_size: int = 32,
+    num_workers: int | None = None,
     progress: bool = False,
+    cache: FeatureCache | None = None,
+    project: bool = True,
 ) -> np.ndarray:
     """Embeds n image files: (n, E) float32, of unit length, in the order given.
 
-    `num_workers` processes read and preprocess the files (0: this one does). Raises ImageError, naming the file, for
-    one that cannot be read.
+    `num_workers` threads read files while others are encoded (0: none; as many as suit the machine unless given).
+    Those whose features are in the `cache` are neither decoded nor encoded. Without `project` the features themselves
+    are given, (n, W), as the tower's projection takes them. Raises ImageError that names each file that cannot be
+    read.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    weight = model.visual.conv1.weight
-    loader = DataLoader(_ImageFiles(paths, preprocess), batch_size, num_workers=num_workers)
-    embeds = torch.empty(len(paths), model.config.embed_dim)
-    done = 0
-    for pixel_values in tqdm(loader, desc="images", disable=not progress, leave=False):
-        with evaluating(model):
-            batch = model.encode_image(pixel_values.to(weight.device, weight.dtype)).float().cpu()
-        embeds[done : done + len(batch)] = batch
-        done += len(batch)
-    return F.normalize(embeds, dim=-1).numpy()
+    fast, device = _fast(model, len(paths)), model.logit_scale.device
+    features = torch.empty(len(paths), model.config.vision_cfg.width)
+    pending, faults = [], []  # (row, key, levels) that wait for a batch to be full
+
+    def read(path: str | Path):
+        """The file's key and its levels, or features, or what is wrong with it."""
+        try:
+            key = file_key(path) if cache is not None and os.path.isfile(path) else None
+            if key is not None and key in cache:
+                return key, cache[key]
+            return key, preprocess.levels(open_image(path, preprocess.scale))
+        except ImageError as error:
+            return None, error
+
+    def encode():
+        rows, keys, levels = zip(*pending)
+        pixel_values = preprocess.normalize(torch.stack(levels).to(device, non_blocking=True))
+        features[list(rows)] = fast.image_features(pixel_values).cpu()
+        if cache is not None:
+            cache.update((key, features[row].numpy()) for key, row in zip(keys, rows))
+        pending.clear()
+
+    files = read_ahead(read, paths, num_workers, 2 * batch_size)
+    for row, (key, found) in enumerate(tqdm(files, "images", len(paths), disable=not progress, leave=False)):
+        if isinstance(found, ImageError):
+            faults.append(str(found))
+        elif isinstance(found, np.ndarray):
+            features[row] = torch.from_numpy(found.copy())
+        elif not faults:  # after a fault nothing will come of it, but all that is wrong is to be found at once
+            pending.append((row, key, found))
+        if len(pending) == batch_size:
+            encode()
+    if pending and not faults:
+        encode()
+    if cache is not None:
+        cache.save()
+    if faults:
+        raise ImageError("\n".join(faults))
+    return fast.project(features.to(device), "image").cpu().numpy() if project else features.numpy()
 
 
-@contextmanager
-def evaluating(model: MiniClip):
-    """Within it the model is in evaluation mode: nothing is dropped, whatever the mode it was in and returns to."""
-    was_training = model.training
-    try:
-        yield model.eval()
-    finally:
-        model.train(was_training)
+def _fast(model: MiniClip, n: int) -> FastClip:
+    """The model in its form for inference. Weights are laid out anew only where there is enough to do."""
+    return model if isinstance(model, FastClip) else fast_model(model, pack=n >= 64)
 
 
-class _ImageFiles(Dataset):
-    def __init__(self, paths: list[str | Path], preprocess: Preprocess):
-        self.paths, self.preprocess = paths, preprocess
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.preprocess(open_image(self.paths[index]))
+def read_ahead(function: Callable, items: Iterable, num_workers: int | None, ahead: int) -> Iterator:
+    """`map(function, items)`, computed by threads up to `ahead` items before they are asked for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_workers = min(16, cores) if num_workers is None else num_workers
+    if not num_workers:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(num_workers) as pool:
+        queue = deque()
+        try:
+            for item in items:
+                queue.append(pool.submit(function, item))
+                if len(queue) > ahead:
+                    yield queue.popleft().result()
+            while queue:
+                yield queue.popleft().result()
+        finally:
+            for future in queue:
+                future.cancel()

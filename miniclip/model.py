@@ -101,6 +101,13 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Linear(cfg.width, embed_dim, bias=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.embed_patches(pixel_values)
+        for block in self.blocks:
+            x = block(x, is_causal=False)
+        return self.proj(self.ln_post(x[:, 0]))
+
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        """The sequence that the blocks work on, the class token first: (B, 1 + patches, W)."""
         if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
             size = self.image_size
             raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {size}, {size})")
@@ -109,10 +116,7 @@ class VisionTransformer(nn.Module):
         x = x + self.positional_embedding.to(x.dtype)
         if self.training and self.patch_dropout:
             x = self.drop_patches(x)
-        x = self.ln_pre(x)
-        for block in self.blocks:
-            x = block(x, is_causal=False)
-        return self.proj(self.ln_post(x[:, 0]))
+        return self.ln_pre(x)
 
     def drop_patches(self, x: Tensor) -> Tensor:
         """Keeps the class token and a random choice of the patches, another one for each image."""
@@ -138,13 +142,17 @@ class TextTransformer(nn.Module):
         self.text_projection = nn.Linear(cfg.width, embed_dim, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        if input_ids.shape[1] > len(self.positional_embedding):
-            raise InputError(f"{input_ids.shape[1]} tokens; the context is {len(self.positional_embedding)}")
-        x = self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]  # (B, L, W)
+        x = self.embed_tokens(input_ids)
         for block in self.blocks:
             x = block(x, is_causal=True)
         end = input_ids.argmax(dim=1)  # the end token has the highest id of the vocabulary
         return self.text_projection(self.ln_final(x[torch.arange(len(x), device=x.device), end]))
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """The sequence that the blocks work on: (B, L, W)."""
+        if input_ids.shape[1] > len(self.positional_embedding):
+            raise InputError(f"{input_ids.shape[1]} tokens; the context is {len(self.positional_embedding)}")
+        return self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]
 
 
 class MiniClip(nn.Module):

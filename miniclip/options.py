@@ -38,6 +38,11 @@ class TrainOptions:
     crop_scale: float = option(0.9, "smallest share of the image's area that a random crop keeps; 1: no cropping")
     hflip: float = option(0.0, "probability of a mirrored image; wrong for captions that say left or right")
     color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation; 0.4 is common")
+    lock_image: str = option(
+        "none", "keep the image tower as it is, all of it or but for its projection", choices=["none", "tower", "all"]
+    )
+    lock_text: str = option("none", "the same for the text tower", choices=["none", "tower", "all"])
+    feature_cache: str | None = option(None, "folder for what locked towers give, to be used again by later runs")
     fixed_logit_scale: float | None = option(None, "keep the logit scale at this value instead of learning it")
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir, and delete its checkpoints")
 
@@ -47,6 +52,16 @@ class TrainOptions:
             (0 < self.crop_scale <= 1, "crop_scale must lie above 0 and not above 1"),
             (0 <= self.hflip <= 1, "hflip must lie in 0 to 1"),
             (0 <= self.color_jitter <= 1, "color_jitter must lie in 0 to 1"),
+            (self.lock_image in ("none", "tower", "all"), "lock_image must be none, tower or all"),
+            (self.lock_text in ("none", "tower", "all"), "lock_text must be none, tower or all"),
+            (
+                self.lock_image == "none" or not (self.hflip or self.color_jitter),
+                "hflip and color_jitter make other pictures every epoch; those of a locked image tower are seen once",
+            ),
+            (
+                self.feature_cache is None or self.lock_image != "none" or self.lock_text != "none",
+                "feature_cache keeps what a locked tower gives: add lock_image or lock_text",
+            ),
             (self.fixed_logit_scale is None or 1 <= self.fixed_logit_scale <= 100, "fixed_logit_scale: only 1 to 100"),
         ):
             if not fits:
@@ -83,8 +98,11 @@ class EvalOptions:
     eval_file: str | None = option(None, 'captions: [{"image": "dog.jpg", "caption": ["a dog", "my dog"]}, ...]')
     image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
     captions: str = option("all", "captions of an image that count", choices=["all", "first"])
-    batch_size: int = option(64, "images encoded at once (captions: four times as many)")
-    num_workers: int = option(max(1, min(8, (os.cpu_count() or 2) - 1)), "processes that read images")
+    batch_size: int | None = option(None, "images or captions encoded at once (32 and 64 on a CPU, 256 elsewhere)")
+    num_workers: int | None = option(None, "threads that read images; as many as there are cores unless given")
+    precision: str = option("fp32", "of the matrix products", choices=["fp32", "bf16", "int8"])
+    full_decode: bool = option(False, "decode large JPEGs in full, not at a size that is still twice the model's")
+    feature_cache: str | None = option(None, "folder for image features, to encode no picture twice")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps; a GPU if there is one unless given")
     save_features: str | None = option(None, "folder to write image.npy and text.npy to")
     features: str | None = option(None, "folder with image.npy and text.npy to measure instead of a model's")

@@ -4,7 +4,9 @@ import json
 import logging
 import math
 import os
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from miniclip.batch import batch_forward
 from miniclip.config import InputError
 from miniclip.data import CaptionDataset, Collator, flatten_captions
+from miniclip.fast import fast_arithmetic, fast_model, speed_up
 from miniclip.inference import embed_images, embed_texts
 from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip
@@ -47,6 +51,10 @@ class ClipTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False  # it would log NaN as 0, and the run would go on
     save_total_limit: int | None = 2
     per_device_eval_batch_size: int = 64
+    fast: bool = field(default=True, metadata={"help": "the same numbers with less work (miniclip/fast.py)"})
+    grad_cache_chunk_size: int = field(
+        default=0, metadata={"help": "pairs that go through the towers at once; a large batch then needs little memory"}
+    )
 
     def __post_init__(self):
         if self.bf16 is None:
@@ -63,20 +71,41 @@ class ClipTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:
             logger.warning("%d GPUs are visible, one is used: start with torchrun to use all", self.n_gpu)
             self._n_gpu = 1  # Trainer would wrap the model in DataParallel, which splits the negatives
+        if self.gradient_accumulation_steps > 1:
+            pairs = self.per_device_train_batch_size
+            logger.warning(
+                "gradient accumulation averages the losses of %d pairs each and adds no negatives; a batch of them all"
+                " takes as little memory by --per_device_train_batch_size %d --grad_cache_chunk_size %d",
+                pairs, pairs * self.gradient_accumulation_steps, pairs,
+            )  # fmt: skip
 
 
 class ClipTrainer(Trainer):
     """Trains a MiniClip on a CaptionDataset and evaluates it on records (`read_captions`), by Recall@K.
 
-    `preprocess` is the evaluation pipeline. Everything else is Trainer's.
+    `preprocess` is the evaluation pipeline, `caches` has feature caches for the images and texts of locked towers.
+    Everything else is Trainer's.
     """
 
     loss_is_scaled_for_ga = False  # our loss is a mean: with gradient accumulation Trainer has to divide it
 
-    def __init__(self, model: MiniClip, args: ClipTrainingArguments, train_dataset: CaptionDataset | None = None,
-                 eval_dataset: list[dict] | None = None, *, preprocess, tokenizer, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        model: MiniClip,
+        args: ClipTrainingArguments,
+        train_dataset: CaptionDataset | None = None,
+        eval_dataset: list[dict] | None = None,
+        *,
+        preprocess,
+        tokenizer,
+        caches=(None, None),
+        **kwargs,
+    ):
+        if args.fast and not args.fsdp:  # which counts on every block being called as a whole
+            speed_up(model)
+        model.forward = partial(batch_forward, model, preprocess.normalize, args.grad_cache_chunk_size)
         super().__init__(model, args, Collator(tokenizer), train_dataset, eval_dataset, **kwargs)
-        self.preprocess, self.tokenizer = preprocess, tokenizer
+        self.preprocess, self.tokenizer, self.caches = preprocess, tokenizer, caches
         self.add_callback(_Hooks(model, train_dataset))
         batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
         if train_dataset is not None and len(train_dataset) < batch:
@@ -96,8 +125,7 @@ class ClipTrainer(Trainer):
         """Retrieval over the whole evaluation set, not batch by batch: among more images the search is harder, so
         that figures from batches could not be compared with anybody's."""
         records = self.eval_dataset if eval_dataset is None else eval_dataset
-        with self.accelerator.autocast():  # the precision of training; evaluate.py measures in float32
-            image_embeds, text_embeds, image_of_text = self.embed_records(records)
+        image_embeds, text_embeds, image_of_text = self.embed_records(records)
         metrics = retrieval_metrics(image_embeds, text_embeds, image_of_text)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         # All are returned, to choose the best model by; the log gets those that one would watch.
@@ -106,21 +134,16 @@ class ClipTrainer(Trainer):
         return metrics
 
     def embed_records(self, records: list[dict]):
-        """Each process encodes every n-th image and caption, then all have all."""
-        model = self.accelerator.unwrap_model(self.model)
-        rank, n = self.args.process_index, self.args.world_size
-        size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
+        """The embeddings of all images and all captions, in the precision of training; evaluate.py measures in fp32."""
+        model = fast_model(self.accelerator.unwrap_model(self.model), "bf16" if self.args.bf16 else "fp32")
+        size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers or None
         images = [record["image"] for record in records]
         texts, image_of_text = flatten_captions(records)
-        image_embeds = embed_images(model, self.preprocess, images[rank::n], size, workers)
-        text_embeds = embed_texts(model, self.tokenizer, texts[rank::n], 4 * size)
-        if n > 1:
-            shares = gather_object([(rank, image_embeds, text_embeds)])
-            image_embeds = np.empty((len(images), image_embeds.shape[1]), np.float32)
-            text_embeds = np.empty((len(texts), text_embeds.shape[1]), np.float32)
-            for rank, *embeds in shares:
-                image_embeds[rank::n], text_embeds[rank::n] = embeds
-        return image_embeds, text_embeds, image_of_text
+        image_cache, text_cache = self.caches
+        embed = partial(embed_images, model, self.preprocess, batch_size=size, num_workers=workers, cache=image_cache)
+        image_embeds = on_all_processes(self.args, images, embed)
+        embed = partial(embed_texts, model, self.tokenizer, batch_size=size, cache=text_cache)
+        return image_embeds, on_all_processes(self.args, texts, embed), image_of_text
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         """Stops at a loss that is no number, which no later step mends."""
@@ -141,7 +164,8 @@ class ClipTrainer(Trainer):
             before = len(list(Path(resume_from_checkpoint).glob("rng_state_*.pth"))) or 1  # one for each process
             if before != self.args.world_size:
                 logger.warning("%d processes now, %d before: batches are of another size", self.args.world_size, before)
-        return super().train(resume_from_checkpoint, **kwargs)
+        with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         """Trainer saves bare weights of a model that is not its own; ours go with their config."""
@@ -156,6 +180,18 @@ class ClipTrainer(Trainer):
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def on_all_processes(args: TrainingArguments, items: list, embed) -> np.ndarray:
+    """`embed(items)`, of which each process does every n-th item; then all have all."""
+    n = args.world_size
+    if n == 1:
+        return embed(items)
+    shares = gather_object([(args.process_index, embed(items[args.process_index :: n]))])
+    embeds = np.empty((len(items), shares[0][1].shape[1]), np.float32)
+    for rank, share in shares:
+        embeds[rank::n] = share
+    return embeds
 
 
 class _Hooks(TrainerCallback):
