@@ -28,12 +28,12 @@ def main(argv: list[str]):
 
     from transformers import set_seed
 
+    from miniclip.augment import TrainTransform
     from miniclip.data import CaptionDataset, CaptionFileError, flatten_captions, read_captions
     from miniclip.fast import describe
     from miniclip.inference import load
     from miniclip.retrieval import format_table
     from miniclip.trainer import ClipTrainer, checkpoints
-    from miniclip.transforms import TrainTransform
 
     logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
     resume = True if args.resume_from_checkpoint in ("latest", "True", "true") else args.resume_from_checkpoint

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -137,14 +138,17 @@ class CaptionDataset(Dataset):
 
 class Collator:
     """Makes a batch of items: `pixel_values` (B, 3, S, S) and `input_ids` (B, L), L the longest caption's length.
-    Whatever tensors an item holds besides its caption are stacked."""
+    Whatever tensors an item holds besides its caption are stacked. L is rounded up to a multiple of `multiple`: a GPU
+    likes 8, and a compiled model few different lengths."""
 
-    def __init__(self, tokenize):
+    def __init__(self, tokenize, multiple: int = 1):
         # Not called `tokenizer`: Trainer would take it for one of its own and try to save it.
-        self.tokenize = tokenize
+        self.tokenize, self.multiple = tokenize, multiple
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "caption"}
         if "caption" in items[0]:
-            batch["input_ids"] = self.tokenize([item["caption"] for item in items], trim=True)
+            ids = self.tokenize([item["caption"] for item in items], trim=True)
+            room = self.tokenize.context_length - ids.shape[1]
+            batch["input_ids"] = F.pad(ids, (0, min(-ids.shape[1] % self.multiple, room)))
         return batch

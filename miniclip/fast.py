@@ -4,6 +4,7 @@
 
     padding    what follows a caption's end token influences nothing: on the CPU the captions of a batch lie end to end
     read-out   one position of the last block is read, so that only this one goes on through its query and MLP
+    patches    are cut out and multiplied as one matrix, which a general convolution makes less of
     oneDNN     fp32 matrices are multiplied by oneDNN on processors where `cpu_routes` finds that faster and as exact
 
 `fast_model` makes an inference copy of a model (in fp32, bf16 or int8); `speed_up` lets a model train this way.
@@ -40,6 +41,19 @@ def image_features(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
     return tower.ln_post(_blocks(tower.blocks, x.reshape(B * L, W), (B, L), ends, is_causal=False))
 
 
+def patch_product(pixel_values: Tensor, patch_size: int, linear) -> Tensor:
+    """What a convolution with as large a stride as its kernel gives: (B, 3, S, S) to (B, W, S / P, S / P), by a linear
+    layer from 3 x P x P to W."""
+    B, C, S, _ = pixel_values.shape
+    side, P = S // patch_size, patch_size
+    patches = pixel_values.view(B, C, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B * side * side, C * P * P)
+    return linear(patches).view(B, side * side, -1).transpose(1, 2).unflatten(2, (side, side))
+
+
+def _convolve(conv: nn.Conv2d, pixel_values: Tensor) -> Tensor:
+    return patch_product(pixel_values, conv.stride[0], lambda patches: F.linear(patches, conv.weight.flatten(1)))
+
+
 def text_tower(tower: TextTransformer, input_ids: Tensor) -> Tensor:
     """What `tower(input_ids)` gives: (B, L) to (B, E)."""
     return tower.text_projection(text_features(tower, input_ids))
@@ -49,11 +63,16 @@ def text_features(tower: TextTransformer, input_ids: Tensor) -> Tensor:
     """The text tower up to its projection: (B, L) to (B, W)."""
     x, (B, L) = tower.embed_tokens(input_ids), input_ids.shape
     x, end = x.reshape(B * L, -1), input_ids.argmax(dim=1)
-    if x.device.type != "cpu":  # elsewhere sizes that change with the batch cost more than they save
-        return tower.ln_final(_blocks(tower.blocks, x, (B, L), torch.arange(B, device=x.device) * L + end, True))
-    kept = (torch.arange(L) <= end[:, None]).flatten().nonzero().squeeze(1)  # (T,): rows that are no padding
-    ends = end.cumsum(0) + torch.arange(B)  # and where among them the captions end
-    return tower.ln_final(_blocks(tower.blocks, x[kept], (B, L), ends, True, kept if len(kept) < B * L else None))
+    ends, kept = torch.arange(B, device=x.device) * L + end, None
+    if x.device.type == "cpu":  # elsewhere sizes that change with the batch cost more than they save
+        inside = (torch.arange(L) <= end[:, None]).flatten()
+        captions, padding = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
+        # For every number of rows that is new oneDNN has to write a program: with some padding it is a round one.
+        room = -len(captions) % 64
+        if room < len(padding):
+            kept = torch.cat([captions, padding[:room]])  # (T,)
+            ends, x = end.cumsum(0) + torch.arange(B), x[kept]  # where among them the captions end
+    return tower.ln_final(_blocks(tower.blocks, x, (B, L), ends, True, kept))
 
 
 def _blocks(blocks, x: Tensor, shape: tuple[int, int], ends: Tensor, is_causal: bool, kept: Tensor | None = None):
@@ -179,6 +198,7 @@ def fast_arithmetic(device: str | torch.device):
 
 def speed_up(model: MiniClip) -> MiniClip:
     """Makes a model compute by this file's towers from now on, in training too. Weights and results stay."""
+    model.visual.conv1.forward = partial(_convolve, model.visual.conv1)
     model.visual.forward = partial(image_tower, model.visual)
     model.text.forward = partial(text_tower, model.text)
     return model
@@ -221,23 +241,37 @@ class Int8Linear(nn.Module):
         return product.view(*x.shape[:-1], -1)
 
 
+class PatchLinear(nn.Module):
+    """The image tower's convolution for inference, by one of the layers above."""
+
+    def __init__(self, conv: nn.Conv2d, layer):
+        super().__init__()
+        self.patch_size = conv.stride[0]
+        linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, bias=False, device="meta")
+        linear.weight = nn.Parameter(conv.weight.flatten(1), requires_grad=False)
+        self.linear = layer(linear)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return patch_product(pixel_values, self.patch_size, self.linear)
+
+
 class FastClip(MiniClip):
     """A MiniClip for inference; made by `fast_model`. Called as any other, it neither trains nor saves itself."""
 
     def __init__(self, model: MiniClip, precision: str, pack: bool):
         nn.Module.__init__(self)
         self.config, self.precision, self.training = model.config, precision, False
-        device, dtype = model.logit_scale.device.type, torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         layer = Int8Linear if precision == "int8" else copy.copy
-        if device == "cpu" and pack and _onednn_pays(precision):
+        if model.logit_scale.device.type == "cpu" and pack and _onednn_pays(precision):
             layer = OneDnnLinear
-        self.visual, self.text = (_rebuilt(tower, dtype, layer) for tower in (model.visual, model.text))
+        self.visual, self.text = (_rebuilt(tower, self.dtype, layer) for tower in (model.visual, model.text))
         self.logit_scale = nn.Parameter(model.logit_scale.detach().float(), requires_grad=False)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """The image tower up to its projection: (B, 3, S, S) to (B, W) float32."""
         with self.inference():
-            return image_features(self.visual, pixel_values.to(self.visual.conv1.weight.dtype)).float()
+            return image_features(self.visual, pixel_values.to(self.dtype)).float()
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """The text tower up to its projection: (B, L) to (B, W) float32."""
@@ -248,7 +282,7 @@ class FastClip(MiniClip):
         """The last step, from features (B, W) of a kind, "image" or "text", to embeddings (B, E) float32."""
         projection = self.visual.proj if kind == "image" else self.text.text_projection
         with self.inference():
-            embeds = projection(features.to(self.visual.conv1.weight.dtype)).float()
+            embeds = projection(features.to(self.dtype)).float()
             return F.normalize(embeds, dim=-1) if normalize else embeds
 
     def encode_image(self, pixel_values: Tensor, normalize: bool = False) -> Tensor:
@@ -318,5 +352,7 @@ def _rebuilt(module: nn.Module, dtype: torch.dtype, layer) -> nn.Module:
     }
     if isinstance(module, nn.Linear):
         return layer(twin)
+    if isinstance(module, nn.Conv2d):
+        return PatchLinear(twin, layer)
     twin._modules = {name: _rebuilt(child, dtype, layer) for name, child in module._modules.items()}
     return twin

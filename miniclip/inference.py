@@ -156,7 +156,7 @@ def read_ahead(function: Callable, items: Iterable, num_workers: int | None, ahe
     """`map(function, items)`, computed by threads up to `ahead` items before they are asked for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(16, cores) if num_workers is None else num_workers
-    if not num_workers:
+    if not num_workers or (hasattr(items, "__len__") and len(items) == 1):
         yield from map(function, items)
         return
     with ThreadPoolExecutor(num_workers) as pool:

@@ -28,6 +28,7 @@ from miniclip.retrieval import retrieval_metrics
 
 logger = logging.getLogger(__name__)
 CUDA = torch.cuda.is_available()
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
@@ -42,7 +43,8 @@ class ClipTrainingArguments(TrainingArguments):
     logging_steps: float = 10  # small data means few steps; a loss that is no number is noticed when it is logged
     bf16: bool | None = None  # unless told: on a CUDA device that computes in it
     dataloader_pin_memory: bool = CUDA
-    dataloader_num_workers: int = min(8, os.cpu_count()) if CUDA else 0  # a CPU that trains has no time to spare
+    # A few cores that train have no time to spare; of many, some had better read images.
+    dataloader_num_workers: int = min(8, CORES if CUDA else CORES // 5)
     use_cpu: bool = not torch.accelerator.is_available()  # said aloud, it allows --bf16 there
     # Every batch has the same number of negatives, and the same on each process, which gathering needs.
     dataloader_drop_last: bool = True
@@ -59,6 +61,8 @@ class ClipTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = CUDA and not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        if CUDA and self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": True}  # what pinned memory is for
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "mean_recall"
         metric = (self.metric_for_best_model or "mean_recall").removeprefix("eval_")
@@ -104,7 +108,8 @@ class ClipTrainer(Trainer):
         if args.fast and not args.fsdp:  # which counts on every block being called as a whole
             speed_up(model)
         model.forward = partial(batch_forward, model, preprocess.normalize, args.grad_cache_chunk_size)
-        super().__init__(model, args, Collator(tokenizer), train_dataset, eval_dataset, **kwargs)
+        collator = Collator(tokenizer, 1 if args.device.type == "cpu" else 8)
+        super().__init__(model, args, collator, train_dataset, eval_dataset, **kwargs)
         self.preprocess, self.tokenizer, self.caches = preprocess, tokenizer, caches
         self.add_callback(_Hooks(model, train_dataset))
         batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps

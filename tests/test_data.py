@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from miniclip.augment import TrainTransform
 from miniclip.config import PreprocessConfig
 from miniclip.data import CaptionDataset, CaptionFileError, Collator, flatten_captions, read_captions
 from miniclip.tokenizer import Tokenizer
-from miniclip.transforms import Preprocess, TrainTransform
+from miniclip.transforms import Preprocess
 
 
 def write(folder, records, name="captions.json", **kwargs):
@@ -135,6 +136,11 @@ def test_collator_trims_to_the_longest():
     assert batch["pixel_values"].shape == (2, 3, 4, 4) and batch["pixel_values"].dtype == torch.float32
     assert batch["input_ids"].shape == (2, 6)
     assert batch["input_ids"][0].tolist() == [49406, 320, 1929, 49407, 0, 0]
+    assert Collator(Tokenizer(), multiple=8)(items)["input_ids"][0].tolist() == [49406, 320, 1929, 49407, 0, 0, 0, 0]
+    assert Collator(Tokenizer(7), multiple=8)(items)["input_ids"].shape == (2, 7)
+    items = [{"image_features": torch.full((5,), float(i)), "text_features": torch.zeros(4)} for i in range(3)]
+    batch = Collator(Tokenizer())(items)
+    assert set(batch) == {"image_features", "text_features"} and batch["image_features"][:, 0].tolist() == [0, 1, 2]
 
 
 def test_flickr8k_is_read_whole(flickr8k):

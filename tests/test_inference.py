@@ -74,6 +74,44 @@ def test_an_unreadable_image_is_named(tiny_model, caption_set):
         miniclip.embed_images(tiny_model, preprocess, [caption_set / "0.png", caption_set / "bad.png"])
 
 
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_all_unreadable_images_are_named_at_once(tiny_model, caption_set, num_workers):
+    paths = [caption_set / f"{i}.png" for i in range(24)]
+    paths[3].write_text("no picture")
+    paths[20].unlink()
+    preprocess = miniclip.Preprocess(tiny_model.config.preprocess_cfg)
+    with pytest.raises(ValueError, match=r"3\.png: no picture.*\n.*20\.png: no such file"):
+        miniclip.embed_images(tiny_model, preprocess, paths, batch_size=4, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4, None])
+def test_reading_ahead_keeps_the_order_and_goes_only_so_far(num_workers):
+    import time
+
+    from miniclip.inference import read_ahead
+
+    started = []
+
+    def read(n: int) -> int:
+        started.append(n)
+        time.sleep(0.001 * (n % 3))
+        return n * n
+
+    results = read_ahead(read, range(50), num_workers, ahead=5)
+    for n in range(20):
+        assert next(results) == n * n
+        assert len(started) <= n + 7
+    results.close()
+    time.sleep(0.02)
+    assert len(started) <= 27
+
+    def fail(n: int):
+        raise KeyError(n)
+
+    with pytest.raises(KeyError):
+        list(read_ahead(fail, range(9), num_workers, ahead=5))
+
+
 def test_public_names_are_all_there():
     for name in miniclip.__all__:
         assert getattr(miniclip, name) is not None

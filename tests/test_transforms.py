@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from miniclip.augment import TrainTransform
 from miniclip.config import PreprocessConfig
-from miniclip.transforms import ImageError, Preprocess, TrainTransform, open_image
+from miniclip.transforms import ImageError, Preprocess, open_image
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -234,3 +235,44 @@ def test_large_pictures_below_the_limit_are_read_without_a_warning(tmp_path, run
     )
     done = run_script("-c", code)
     assert done.stdout == "(15, 10)\n" and "Warning" not in done.stderr
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Smooth on the whole, with some grain, as photographs are."""
+    coarse = noise(max(2, width // 60), max(2, height // 60)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.blend(coarse, noise(width, height, seed=1), 0.1)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+def test_large_jpegs_are_decoded_small_and_nearly_the_same(tmp_path, orientation, resize_mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo(1600, 1200).save(tmp_path / "large.jpg", quality=90, exif=exif)
+    cfg = PreprocessConfig(size=64, resize_mode=resize_mode)
+    quick, exact = Preprocess(cfg), Preprocess(cfg, draft=False)
+    assert min(open_image(tmp_path / "large.jpg", quick.scale).size) == 150  # an eighth: not below 2 x 64
+    assert min(open_image(tmp_path / "large.jpg", exact.scale).size) == 1200
+    difference = (quick.load(tmp_path / "large.jpg") - exact.load(tmp_path / "large.jpg")).abs() * exact.std * 255
+    assert 0 < difference.mean() < 1 and difference.max() < 8
+    image = open_image(tmp_path / "large.jpg")
+    assert torch.equal(exact.load(tmp_path / "large.jpg"), exact(image))
+    assert torch.equal(quick.normalize(quick.levels(image)), exact(image))
+
+
+def test_small_jpegs_and_other_formats_are_decoded_exactly(tmp_path):
+    photo(250, 180).save(tmp_path / "small.jpg")
+    photo(800, 600).save(tmp_path / "large.png")
+    cfg = PreprocessConfig(size=64)
+    for name in ("small.jpg", "large.png"):
+        assert torch.equal(Preprocess(cfg).load(tmp_path / name), Preprocess(cfg, draft=False).load(tmp_path / name))
+
+
+def test_the_smallest_crop_of_a_drafted_picture_has_pixels_enough(tmp_path):
+    photo(1600, 1200).save(tmp_path / "large.jpg")
+    for least in (0.08, 0.25, 0.9):
+        transform = TrainTransform(PreprocessConfig(size=64), scale=(least, least))
+        image = open_image(tmp_path / "large.jpg", transform.scale)
+        for seed in range(20):
+            left, top, right, bottom = transform.crop_box(*image.size, random.Random(seed))
+            assert min(right - left, bottom - top) >= min(2 * 64, 1200) * 0.98

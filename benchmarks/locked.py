@@ -1,0 +1,101 @@
+"""What does a locked tower save? Epochs with the tower running against epochs on the features it gave once.
+
+    python benchmarks/locked.py
+
+Trains with the real trainer on made pictures (500 x 375) whose image tower is locked: first as any frozen part of a
+network would be, decoding and encoding every picture in every epoch, then by `miniclip.locked`. Writes its part of
+RESULTS.md.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from inputs import make_inputs  # noqa: E402
+from results import machine, write_section  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from miniclip.config import MiniClipConfig  # noqa: E402
+from miniclip.data import CaptionDataset, read_captions  # noqa: E402
+from miniclip.locked import lock, lock_towers  # noqa: E402
+from miniclip.model import MiniClip  # noqa: E402
+from miniclip.tokenizer import Tokenizer  # noqa: E402
+from miniclip.trainer import ClipTrainer, ClipTrainingArguments  # noqa: E402
+from miniclip.transforms import Preprocess  # noqa: E402
+
+CASES = [  # model, lock_image, lock_text
+    ("TinyCLIP-ViT-40M-32-Text-19M", "all", "none"),
+    ("TinyCLIP-ViT-40M-32-Text-19M", "tower", "tower"),
+    ("ViT-B-16", "all", "none"),
+]
+
+
+class Epochs(TrainerCallback):
+    def __init__(self):
+        self.seconds = []
+
+    def on_epoch_begin(self, *args, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, *args, **kwargs):
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def epochs(name: str, image: str, text: str, records: list[dict], features: bool, n: int) -> tuple[float, list[float]]:
+    """Seconds before the first epoch, in which features are computed, and of each of n epochs."""
+    torch.manual_seed(0)
+    model = MiniClip(MiniClipConfig.from_name(name))
+    preprocess, tokenizer = Preprocess(model.config.preprocess_cfg), Tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        args = ClipTrainingArguments(
+            folder, per_device_train_batch_size=64, num_train_epochs=n, save_strategy="no", disable_tqdm=True,
+            learning_rate=1e-5, report_to="none",
+        )  # fmt: skip
+        start, timer = time.perf_counter(), Epochs()
+        if features:
+            dataset, caches = lock_towers(model, image, text, args, records, preprocess, tokenizer, folder)
+            dataset = dataset(records, preprocess)
+        else:
+            lock(model, image, text)
+            dataset, caches = CaptionDataset(records, preprocess), (None, None)
+        once = time.perf_counter() - start
+        ClipTrainer(
+            model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, caches=caches, callbacks=[timer]
+        ).train()  # fmt: skip
+    return once, timer.seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=512)
+    images = parser.parse_args().images
+    rows = [
+        "| model | locked | tower running, s an epoch | features once, s | epochs on them, s | times as fast |",
+        "|---|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder), 0, images, images)
+        records = read_captions(Path(folder) / "eval.json", check_images=False)
+        for name, image, text in CASES:
+            _, running = epochs(name, image, text, records, False, 2)
+            once, on_features = epochs(name, image, text, records, True, 4)
+            plain, fast = min(running), sorted(on_features[1:])[1]
+            locked = ", ".join(f"{kind} {how}" for kind, how in (("image", image), ("text", text)) if how != "none")
+            row = f"| {name} | {locked} | {plain:.2f} | {once:.2f} | {fast:.3f} | {plain / fast:.1f} |"
+            print(json.dumps({"running": running, "once": once, "on_features": on_features}), row, sep="\n", flush=True)
+            rows.append(row)
+    about = (
+        f"{machine()}. `python benchmarks/locked.py --images {images}`: {images} made pictures of 500 x 375 with five"
+        " captions each, batch 64, fp32; the faster of two epochs against the median of the second to the fourth."
+    )
+    write_section("locked", "\n".join(["## Locked towers", "", about, "", *rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Where do the results go? Each command writes its own part of RESULTS.md and leaves the others alone."""
+
+import os
+import platform
+import re
+from datetime import date
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+
+def write_section(name: str, markdown: str):
+    """Puts the text between `<!-- name -->` and `<!-- /name -->`, in place of what was there, else at the end."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    section = f"{start}\n{markdown.strip()}\n{end}"
+    text = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
+    found = re.search(f"{re.escape(start)}.*?{re.escape(end)}", text, re.DOTALL)
+    if found:
+        text = text[: found.start()] + section + text[found.end() :]
+    else:
+        text = text.rstrip() + f"\n\n{section}\n"
+    partial = RESULTS.with_suffix(".tmp")  # so that an interrupted run leaves the old file whole
+    partial.write_text(text)
+    os.replace(partial, RESULTS)
+
+
+def machine() -> str:
+    """One line: the processor or GPU, cores, memory, the versions of python and torch, today's date."""
+    import torch  # here, so that a driver which only writes stays small: what it starts would inherit its peak memory
+
+    parts = [f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores, {memory_gb():.0f} GB"]
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        parts.insert(0, f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB")
+    parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}", date.today().isoformat()]
+    return "; ".join(parts)
+
+
+def cpu_name() -> str:
+    """The processor's name and its family and model, as a virtual machine may keep the rest of the name to itself."""
+    try:
+        fields = dict(re.findall(r"^([^\t:]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+        return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
+    except (OSError, KeyError):  # no Linux, or no x86
+        return platform.processor() or platform.machine()
+
+
+def memory_gb() -> float:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
