@@ -9,19 +9,20 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
-def write_section(name: str, markdown: str):
+def write_section(name: str, markdown: str, results: Path | None = None):
     """Puts the text between `<!-- name -->` and `<!-- /name -->`, in place of what was there, else at the end."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     section = f"{start}\n{markdown.strip()}\n{end}"
-    text = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
+    results = results or RESULTS
+    text = results.read_text() if results.exists() else "# Results\n"
     found = re.search(f"{re.escape(start)}.*?{re.escape(end)}", text, re.DOTALL)
     if found:
         text = text[: found.start()] + section + text[found.end() :]
     else:
         text = text.rstrip() + f"\n\n{section}\n"
-    partial = RESULTS.with_suffix(".tmp")  # so that an interrupted run leaves the old file whole
+    partial = results.with_suffix(".tmp")  # so that an interrupted run leaves the old file whole
     partial.write_text(text)
-    os.replace(partial, RESULTS)
+    os.replace(partial, results)
 
 
 def machine() -> str:

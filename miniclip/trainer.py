@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from miniclip.batch import batch_forward
 from miniclip.config import InputError
 from miniclip.data import CaptionDataset, Collator, flatten_captions
-from miniclip.fast import fast_arithmetic, fast_model, speed_up
+from miniclip.fast import fast_arithmetic, fast_model, keep_freed_memory, speed_up
 from miniclip.inference import embed_images, embed_texts
 from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip
@@ -169,6 +169,8 @@ class ClipTrainer(Trainer):
             before = len(list(Path(resume_from_checkpoint).glob("rng_state_*.pth"))) or 1  # one for each process
             if before != self.args.world_size:
                 logger.warning("%d processes now, %d before: batches are of another size", self.args.world_size, before)
+        if self.args.fast and self.args.device.type == "cpu" and not self.args.grad_cache_chunk_size:
+            keep_freed_memory()
         with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
             return super().train(resume_from_checkpoint, **kwargs)
 

@@ -1,0 +1,102 @@
+"""The benchmarks' own claims: made vectors lie like embeddings, recall and FLOPs are counted right, the scripts run."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from miniclip.fast import speed_up
+from miniclip.model import MiniClip
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Lets a test import the benchmarks, which are scripts."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    yield
+    for name in {"gpu", "inputs", "results", "retrieval"} - before:
+        sys.modules.pop(name, None)
+
+
+def test_made_vectors_lie_like_embeddings(benchmarks):
+    from retrieval import make_gallery, make_queries
+
+    gallery = make_gallery(1000)
+    queries = make_queries(gallery, 300)
+    for vectors, n in ((gallery, 1000), (queries, 300)):
+        assert vectors.shape == (n, 512) and vectors.dtype == np.float32
+        assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
+    assert np.array_equal(gallery, make_gallery(1000))
+    cosines = (gallery @ gallery.T)[~np.eye(1000, dtype=bool)].reshape(1000, 999)
+    assert cosines.mean() == pytest.approx(0.41, abs=0.03)  # TinyCLIP's of Flickr8k: 0.40
+    assert np.median(cosines.max(axis=1)) == pytest.approx(0.74, abs=0.04)  # 0.74
+    assert np.median((queries @ gallery.T).max(axis=1)) == pytest.approx(0.8, abs=0.05)
+
+
+def test_recall_is_counted_against_the_exact_result(benchmarks):
+    from retrieval import recalls
+
+    gallery = np.eye(4, dtype=np.float32)
+    queries = np.float32([[0.9, 0.4, 0.1, 0], [0, 0, 0.6, 0.8]])
+    exact = np.array([[0, 1], [3, 2]])
+    assert recalls(gallery, queries, exact, exact) == (1, 1)
+    assert recalls(gallery, queries, exact, np.array([[0, 2], [2, -1]])) == (0.5, 0.5)
+    same = np.repeat(gallery, 2, axis=0)  # rows 0 and 1, 2 and 3, ... are equal: either will do
+    assert recalls(same, queries, 2 * exact, 2 * exact + 1) == (1, 1)
+
+
+def test_retrieval_writes_its_table(tmp_path, run_script):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n\n<!-- other -->\nstays\n<!-- /other -->\n")
+    run_script(
+        "benchmarks/retrieval.py", "--sizes", 500, "--rounds", 2, "--seconds", 0.01, "--queries", 100,
+        "--results", path,
+    )  # fmt: skip
+    text = path.read_text()
+    assert "stays" in text and "<!-- retrieval -->" in text and "<!-- /retrieval -->" in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 500 ")]
+    assert len(rows) == 8 and {row[1].split(",")[0] for row in rows} >= {"HNSW", "IVF", "faiss `IndexFlatIP`"}
+    for row in rows:
+        recalls = [float(re.match(r"[\d.]+", cell)[0]) for cell in row[-2:]]
+        assert recalls == [1, 1] if row[2].startswith("exact") else all(0 <= recall <= 1 for recall in recalls), row
+
+
+def test_flops_are_those_that_torch_counts(benchmarks, tiny_config):
+    from gpu import flops
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.manual_seed(0)
+    model = speed_up(MiniClip(tiny_config))
+    images, captions, length = 3, 4, 16
+    pixel_values = torch.randn(images, 3, 32, 32)
+    input_ids = torch.randint(1, 1000, (captions, length))
+    input_ids[:, -1] = 49407  # no padding, which the CPU would leave out
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        image_embeds, text_embeds, _ = model(pixel_values, input_ids)
+    with FlopCounterMode(display=False) as backward:
+        (image_embeds.sum() + text_embeds.sum()).backward()
+    assert forward.get_total_flops() == flops(tiny_config, images, captions, length)
+    counted = forward.get_total_flops() + backward.get_total_flops()
+    assert counted == flops(tiny_config, images, captions, length, training=True)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_the_cpu(tmp_path, run_script):
+    command = ["benchmarks/gpu.py", "--device", "cpu", "--quick", "--out", tmp_path]
+    done = run_script(*command, "--results", tmp_path / "RESULTS.md", timeout=900)
+    lines = [line for line in done.stderr.splitlines() if re.match(r" *\d+ s  ", line)]
+    failed = [line for line in lines if "Error" in line]
+    assert len(lines) > 20 and not failed, failed
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("###") == 9 and "skipped: for CUDA only" in text
+    measured = (tmp_path / "gpu.jsonl").read_text().splitlines()
+    assert len(measured) == 1 + len(lines) and not any('"part": "fault"' in line for line in measured)
+    run_script("benchmarks/gpu.py", "--render", tmp_path / "gpu.jsonl", "--results", tmp_path / "again.md")
+    assert (tmp_path / "again.md").read_text() == text
