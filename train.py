@@ -25,6 +25,7 @@ def main(argv: list[str]):
     import math
     import shutil
     import warnings
+    from functools import partial
 
     from transformers import set_seed
 
@@ -32,8 +33,10 @@ def main(argv: list[str]):
     from miniclip.data import CaptionDataset, CaptionFileError, flatten_captions, read_captions
     from miniclip.fast import describe
     from miniclip.inference import load
+    from miniclip.objectives import make_objective
     from miniclip.retrieval import format_table
     from miniclip.trainer import ClipTrainer, checkpoints
+    from miniclip.twins import twin_free
 
     logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
     resume = True if args.resume_from_checkpoint in ("latest", "True", "true") else args.resume_from_checkpoint
@@ -60,6 +63,7 @@ def main(argv: list[str]):
     set_seed(args.seed)
     warnings.filterwarnings("ignore", ".*random weights")  # here they may be what is wanted; the next line says so
     model, preprocess, tokenizer = load(options.model_config, options.pretrained)
+    objective = make_objective(options.loss, options.twins, model, options.teacher, options.teacher_pretrained)
     if options.fixed_logit_scale is not None:
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)
@@ -88,9 +92,18 @@ def main(argv: list[str]):
         color_jitter=(jitter, jitter, jitter, 0.0) if jitter else None,
     )
     dataset = make_dataset(records, preprocess, seed=args.seed, transform=transform)
+    if options.avoid_twins:
+        dataset.sampler = partial(twin_free, dataset)
     trainer = ClipTrainer(
-        model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer, caches=caches
-    )  # fmt: skip
+        model,
+        args,
+        dataset,
+        eval_records,
+        preprocess=preprocess,
+        tokenizer=tokenizer,
+        caches=caches,
+        objective=objective,
+    )
     if not resume and trainer.is_world_process_zero():  # all is well so far: now the earlier run may go
         for folder in checkpoints(args.output_dir):
             shutil.rmtree(folder)

@@ -52,4 +52,4 @@ def batch_forward(
         text_embeds = F.normalize(model.text.text_projection(text_features), dim=-1)
     else:
         text_embeds = None if input_ids is None else in_chunks(text_tower, input_ids)
-    return ClipOutput(image_embeds, text_embeds, model.logit_scale.exp())
+    return ClipOutput(image_embeds, text_embeds, model.logit_scale.exp(), model.logit_bias)

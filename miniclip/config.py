@@ -8,6 +8,7 @@ with the image preprocessing beside it, because weights without their activation
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,6 +68,8 @@ class MiniClipConfig:
     vision_cfg: VisionConfig = field(default_factory=VisionConfig)
     text_cfg: TextConfig = field(default_factory=TextConfig)
     quick_gelu: bool = False  # activation: x * sigmoid(1.702 x), as in OpenAI's weights, instead of GELU
+    init_logit_scale: float = math.log(1 / 0.07)  # where training starts: temperature 0.07 (the paper's section 2.5)
+    init_logit_bias: float | None = None  # a learned bias of the logits, which SigLIP's loss needs
     preprocess_cfg: PreprocessConfig = field(default_factory=PreprocessConfig)
 
     def __post_init__(self):

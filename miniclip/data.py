@@ -1,5 +1,6 @@
 """Which pairs does the model see? Caption files, checked before anything starts, and the batches made from them."""
 
+import hashlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -105,7 +107,8 @@ class CaptionDataset(Dataset):
 
     What is drawn depends on (seed, epoch, index) and on nothing else, so that a run can be repeated and resumed
     exactly, whatever the number of workers. `transform` augments (a TrainTransform); without one `preprocess` is used.
-    `pixel_values` are levels (3, S, S), uint8: the trainer normalises them, where the model is.
+    `pixel_values` are levels (3, S, S), uint8: the trainer normalises them, where the model is. `pair_ids`
+    are two numbers, the one equal for the same file and the other for the same words (`pair_ids`).
     """
 
     def __init__(self, records: list[dict], preprocess, seed: int = 0, transform=None):
@@ -127,26 +130,39 @@ class CaptionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
+    def pair_ids(self, index: int) -> tuple[int, int]:
+        """Of an item of this epoch, without reading its image."""
+        record = self.records[index]
+        return pair_ids(record["image"], record["caption"][self.rng(index).randrange(len(record["caption"]))])
+
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
         rng = self.rng(index)
         caption = record["caption"][rng.randrange(len(record["caption"]))]
         image = open_image(record["image"], (self.transform or self.preprocess).scale)
         levels = self.transform.levels(image, rng) if self.transform else self.preprocess.levels(image)
-        return {"pixel_values": levels, "caption": caption}
+        return {"pixel_values": levels, "caption": caption, "pair_ids": pair_ids(record["image"], caption)}
+
+
+def pair_ids(image: str, caption: str) -> tuple[int, int]:
+    """64-bit numbers that tell pictures by their file, and captions by their words, letter case and spaces apart."""
+    names = str(image), " ".join(caption.lower().split())
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    return tuple(int.from_bytes(digest, "big", signed=True) for digest in digests)
 
 
 class Collator:
     """Makes a batch of items: `pixel_values` (B, 3, S, S) and `input_ids` (B, L), L the longest caption's length.
-    Whatever tensors an item holds besides its caption are stacked. L is rounded up to a multiple of `multiple`: a GPU
-    likes 8, and a compiled model few different lengths."""
+    Whatever tensors and numbers an item holds besides its caption are stacked. L is rounded up to a multiple of
+    `multiple`: a GPU likes 8, and a compiled model few different lengths."""
 
     def __init__(self, tokenize, multiple: int = 1):
         # Not called `tokenizer`: Trainer would take it for one of its own and try to save it.
         self.tokenize, self.multiple = tokenize, multiple
 
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "caption"}
+    def __call__(self, items: list[dict]) -> dict[str, Tensor]:
+        names = items[0].keys() - {"caption"}
+        batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in sorted(names)}
         if "caption" in items[0]:
             ids = self.tokenize([item["caption"] for item in items], trim=True)
             room = self.tokenize.context_length - ids.shape[1]

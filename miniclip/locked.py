@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from miniclip.config import InputError
-from miniclip.data import CaptionDataset, flatten_captions
+from miniclip.data import CaptionDataset, flatten_captions, pair_ids
 from miniclip.feature_cache import FeatureCache
 from miniclip.inference import embed_images, embed_texts
 from miniclip.model import MiniClip
@@ -52,19 +52,25 @@ class LockedDataset(CaptionDataset):
         )
         counts = [len(captions) for captions in self.records["caption"]]
         self.counts, self.first_caption = counts, np.cumsum([0, *counts[:-1]]).tolist()
+        records = zip(self.records["image"], self.records["caption"])
+        ids = [pair_ids(image, caption) for image, captions in records for caption in captions]
+        self.caption_ids = torch.tensor(ids).share_memory_()
+
+    def pair_ids(self, index: int) -> tuple[int, int]:
+        number = self.rng(index).randrange(self.counts[index])
+        return tuple(self.caption_ids[self.first_caption[index] + number].tolist())
 
     def __getitem__(self, index: int) -> dict:
+        number = self.rng(index).randrange(self.counts[index])
         if self.image_features is None:
             item = super().__getitem__(index)
-            if self.text_features is not None:
-                del item["caption"]
         else:
-            item = {"image_features": self.image_features[index]}
-        number = self.rng(index).randrange(self.counts[index])
+            item = {"image_features": self.image_features[index], "pair_ids": self.pair_ids(index)}
+            if self.text_features is None:
+                item["caption"] = self.records[index]["caption"][number]
         if self.text_features is not None:
+            item.pop("caption", None)
             item["text_features"] = self.text_features[self.first_caption[index] + number]
-        elif self.image_features is not None:
-            item["caption"] = self.records[index]["caption"][number]
         return item
 
 

@@ -9,26 +9,54 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+TWINS = ("positive", "exclude", "ignore")
 
-def clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+
+def clip_loss(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, ids: Tensor | None = None, twins: str = "positive"
+) -> Tensor:
     """Symmetric InfoNCE: the mean of the two cross-entropies, in nats (paper, figure 3).
 
     `image_embeds` and `text_embeds` are (B, E), of unit length, row i of one belonging to row i of the other;
-    `logit_scale` is a scalar. With several processes each holds its own B rows, and the rows of all of them are
-    negatives: a process scores its own rows against everybody's, which takes B x (processes x B) numbers instead of
-    the square, and the mean over the processes is the loss of the whole batch, gradients included. It is computed in
-    float32 also under autocast: a logit of 30 in bf16 is off by up to 0.06.
+    `logit_scale` is a scalar. With several processes each holds its own B rows, and the rows of all N = processes x B
+    are contrasted: a process scores its own rows against everybody's, which takes B x N numbers instead of N x N,
+    and the mean over the processes is the loss of the whole batch, gradients included. It is computed in float32 also
+    under autocast: a logit of 30 in bf16 is off by up to 0.06.
+
+    `ids` (B, 2) are whole numbers, equal in the first column where the images are the same and in the second where the
+    captions are. Pairs of the batch that are the same in either are twins. With l_ij the logits of row i, and P_i
+    the row itself and its twins, a direction's loss of row i is
+
+        "positive"   -1/|P_i| sum over j in P_i of log(exp l_ij / sum over all k of exp l_ik)     (UniCL: Yang et al.,
+                     arXiv 2204.03610, equations 2 to 4): what is wanted is an equal share for each of P_i
+        "exclude"    -log(exp l_ii / sum over k outside P_i, and i, of exp l_ik): twins are left out
+        "ignore"     -log(exp l_ii / sum over all k of exp l_ik): twins are negatives, as in CLIP
     """
+    if twins not in TWINS:
+        raise ValueError(f"twins {twins!r} is none of {', '.join(TWINS)}")
     with torch.autocast(image_embeds.device.type, enabled=False):
-        return _clip_loss(image_embeds.float(), text_embeds.float(), logit_scale.float())
+        return _clip_loss(image_embeds.float(), text_embeds.float(), logit_scale.float(), ids, twins)
 
 
-def _clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+def _clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, ids, twins) -> Tensor:
     all_images, all_texts, first = gather(image_embeds), gather(text_embeds), process_index() * len(image_embeds)
-    target = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
     logits_per_image = logit_scale * image_embeds @ all_texts.T
     logits_per_text = logit_scale * text_embeds @ all_images.T
+    target = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
+    if ids is not None and twins != "ignore":
+        same = find_twins(ids, gather(ids))
+        if twins == "positive":
+            target = same / same.sum(dim=1, keepdim=True)
+        else:
+            left_out = same.scatter(1, target[:, None], False)
+            logits_per_image = logits_per_image.masked_fill(left_out, -torch.inf)
+            logits_per_text = logits_per_text.masked_fill(left_out, -torch.inf)
     return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_text, target)) / 2
+
+
+def find_twins(ids: Tensor, all_ids: Tensor) -> Tensor:
+    """Which pairs are the same, in the image or the caption: ids (B, 2) against (N, 2) gives booleans (B, N)."""
+    return (ids[:, None, 0] == all_ids[:, 0]) | (ids[:, None, 1] == all_ids[:, 1])
 
 
 def gather(embeds: Tensor) -> Tensor:

@@ -26,11 +26,13 @@ MAX_LOGIT_SCALE = math.log(100)  # the paper keeps the scale at 100 or less, "to
 
 
 class ClipOutput(NamedTuple):
-    """What a forward pass gives: unit-length (B, E) embeddings and the scale (a scalar, 1 / temperature)."""
+    """What a forward pass gives: unit-length (B, E) embeddings and the scale (a scalar, 1 / temperature). Models for
+    SigLIP's loss have a bias too."""
 
     image_embeds: Tensor | None
     text_embeds: Tensor | None
     logit_scale: Tensor
+    logit_bias: Tensor | None = None
 
 
 class QuickGELU(nn.Module):
@@ -163,7 +165,9 @@ class MiniClip(nn.Module):
         self.config = config
         self.visual = VisionTransformer(config.vision_cfg, config.embed_dim, config.quick_gelu)
         self.text = TextTransformer(config.text_cfg, config.embed_dim, config.quick_gelu)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # temperature 0.07 at the start (section 2.5)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
+        bias = config.init_logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.init_parameters()
 
     def encode_image(self, pixel_values: Tensor, normalize: bool = False) -> Tensor:
@@ -185,13 +189,15 @@ class MiniClip(nn.Module):
             None if pixel_values is None else self.encode_image(pixel_values, normalize=True),
             None if input_ids is None else self.encode_text(input_ids, normalize=True),
             self.logit_scale.exp(),
+            self.logit_bias,
         )
 
     def get_logits(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosine similarities: (images, texts) and its transpose (texts, images). Softmax over a row gives
         the probability of each text for that image, or of each image for that text."""
-        image_embeds, text_embeds, logit_scale = self(pixel_values, input_ids)
+        image_embeds, text_embeds, logit_scale, logit_bias = self(pixel_values, input_ids)
         logits_per_image = logit_scale * image_embeds @ text_embeds.T
+        logits_per_image = logits_per_image if logit_bias is None else logits_per_image + logit_bias
         return logits_per_image, logits_per_image.T
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):

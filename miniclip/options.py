@@ -43,6 +43,19 @@ class TrainOptions:
     )
     lock_text: str = option("none", "the same for the text tower", choices=["none", "tower", "all"])
     feature_cache: str | None = option(None, "folder for what locked towers give, to be used again by later runs")
+    loss: str = option(
+        "clip",
+        "symmetric InfoNCE; SigLIP's sigmoid loss; InfoNCE and a teacher's scores; a teacher's scores alone (TinyCLIP)",
+        choices=["clip", "siglip", "distill", "affinity"],
+    )
+    teacher: str | None = option(None, "the model that distill and affinity learn from: as --model_config")
+    teacher_pretrained: str | None = option(None, "its weights, where --teacher is a config")
+    twins: str = option(
+        "positive",
+        "pairs of a batch with the same image or caption: right answers too, left out, or wrong answers as elsewhere",
+        choices=["positive", "exclude", "ignore"],
+    )
+    avoid_twins: bool = option(False, "draw batches in which no image and no caption occurs twice")
     fixed_logit_scale: float | None = option(None, "keep the logit scale at this value instead of learning it")
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir, and delete its checkpoints")
 
@@ -52,6 +65,16 @@ class TrainOptions:
             (0 < self.crop_scale <= 1, "crop_scale must lie above 0 and not above 1"),
             (0 <= self.hflip <= 1, "hflip must lie in 0 to 1"),
             (0 <= self.color_jitter <= 1, "color_jitter must lie in 0 to 1"),
+            (self.loss in ("clip", "siglip", "distill", "affinity"), "loss must be clip, siglip, distill or affinity"),
+            (self.twins in ("positive", "exclude", "ignore"), "twins must be positive, exclude or ignore"),
+            (
+                (self.loss in ("distill", "affinity")) == (self.teacher is not None),
+                "teacher goes with the losses distill and affinity, which need one",
+            ),
+            (
+                self.teacher is None or self.lock_image == self.lock_text == "none",
+                "a teacher has to see pictures and captions, and in the place of a locked tower's come its features",
+            ),
             (self.lock_image in ("none", "tower", "all"), "lock_image must be none, tower or all"),
             (self.lock_text in ("none", "tower", "all"), "lock_text must be none, tower or all"),
             (

@@ -88,6 +88,7 @@ class ClipTrainer(Trainer):
     """Trains a MiniClip on a CaptionDataset and evaluates it on records (`read_captions`), by Recall@K.
 
     `preprocess` is the evaluation pipeline, `caches` has feature caches for the images and texts of locked towers.
+    `objective` is the loss where it is not CLIP's: called with the model's outputs, the pairs' ids and the batch.
     Everything else is Trainer's.
     """
 
@@ -103,6 +104,7 @@ class ClipTrainer(Trainer):
         preprocess,
         tokenizer,
         caches=(None, None),
+        objective=None,
         **kwargs,
     ):
         if args.fast and not args.fsdp:  # which counts on every block being called as a whole
@@ -111,16 +113,23 @@ class ClipTrainer(Trainer):
         collator = Collator(tokenizer, 1 if args.device.type == "cpu" else 8)
         super().__init__(model, args, collator, train_dataset, eval_dataset, **kwargs)
         self.preprocess, self.tokenizer, self.caches = preprocess, tokenizer, caches
+        self.objective = objective or (lambda outputs, ids, inputs: clip_loss(*outputs[:3], ids))
         self.add_callback(_Hooks(model, train_dataset))
         batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
         if train_dataset is not None and len(train_dataset) < batch:
             raise InputError(f"{len(train_dataset)} images make no batch of {batch}: lower per_device_train_batch_size")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The contrastive loss of a batch."""
+        """The contrastive loss of a batch. What occurs in it twice is no negative of itself."""
+        inputs = dict(inputs)
+        ids = inputs.pop("pair_ids", None)  # data without them has no twins that could be known
         outputs = model(**inputs)
-        loss = clip_loss(*outputs)
+        loss = self.objective(outputs, ids, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        make = getattr(train_dataset or self.train_dataset, "sampler", None)  # a dataset may have an order of its own
+        return super()._get_train_sampler(train_dataset) if make is None else make(self.args)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices that multiply: not for gains, biases, the temperature and positions."""
@@ -169,8 +178,8 @@ class ClipTrainer(Trainer):
             before = len(list(Path(resume_from_checkpoint).glob("rng_state_*.pth"))) or 1  # one for each process
             if before != self.args.world_size:
                 logger.warning("%d processes now, %d before: batches are of another size", self.args.world_size, before)
-        if self.args.fast and self.args.device.type == "cpu" and not self.args.grad_cache_chunk_size:
-            keep_freed_memory()
+        if self.args.fast and self.args.device.type == "cpu":
+            keep_freed_memory(not self.args.grad_cache_chunk_size)  # chunks are for those who are short of memory
         with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
             return super().train(resume_from_checkpoint, **kwargs)
 

@@ -79,7 +79,7 @@ def test_flops_are_those_that_torch_counts(benchmarks, tiny_config):
     input_ids = torch.randint(1, 1000, (captions, length))
     input_ids[:, -1] = 49407  # no padding, which the CPU would leave out
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
-        image_embeds, text_embeds, _ = model(pixel_values, input_ids)
+        image_embeds, text_embeds, *_ = model(pixel_values, input_ids)
     with FlopCounterMode(display=False) as backward:
         (image_embeds.sum() + text_embeds.sum()).backward()
     assert forward.get_total_flops() == flops(tiny_config, images, captions, length)

@@ -40,7 +40,7 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
 
 @pytest.mark.parametrize("option", [
     ["--bad_records", "skp"], ["--crop_scale", "0"], ["--hflip", "2"], ["--color_jitter", "-1"],
-    ["--fixed_logit_scale", "0.5"], ["--fixed_logit_scale", "0"],
+    ["--fixed_logit_scale", "0.5"], ["--fixed_logit_scale", "0"], ["--loss", "triplet"], ["--twins", "drop"],
 ])  # fmt: skip
 def test_values_out_of_range_are_refused_on_the_command_line_and_in_recipes(option, tmp_path):
     with pytest.raises((InputError, SystemExit)):
@@ -68,3 +68,16 @@ def test_unknown_options_are_named(tmp_path):
         parse_train(["no-such.json"])
     with pytest.raises(SystemExit, match="unknown option 'train_fil'.*'train_file'"):
         parse_train(["--model_config", "ViT-B-32", "--train_fil", "x"])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--loss", "distill"], "need one"),
+        (["--teacher", "ViT-B-32"], "need one"),
+        (["--loss", "affinity", "--teacher", "ViT-B-32", "--lock_image", "all"], "features"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        parse_train(["--output_dir", str(tmp_path), *options])

@@ -1,0 +1,40 @@
+"""What can a model be trained to do? The losses by the names that `train.py --loss` knows them by."""
+
+from functools import partial
+
+from torch import Tensor
+
+from miniclip.config import InputError
+from miniclip.distill import Distillation
+from miniclip.inference import load
+from miniclip.loss import clip_loss
+from miniclip.model import ClipOutput, MiniClip
+from miniclip.siglip import add_logit_bias, siglip_loss
+
+
+def make_objective(
+    loss: str, twins: str, model: MiniClip, teacher: str | None = None, teacher_pretrained: str | None = None
+):
+    """What ClipTrainer calls with (outputs, ids, inputs) for the loss of a batch.
+
+    "clip" (`clip_loss`), "siglip" (`siglip_loss`; a model without a bias gets one), "distill" (`clip_loss` and
+    `affinity_loss`) or "affinity" (that alone), the last two with a `teacher` to load. Raises InputError for others.
+    """
+    if loss == "clip":
+        return partial(_clip, twins=twins)
+    if loss == "siglip":
+        if model.logit_bias is None:
+            add_logit_bias(model)
+        return partial(_siglip, twins=twins)
+    if loss in ("distill", "affinity"):
+        large, preprocess, _ = load(teacher, teacher_pretrained)
+        return Distillation(large, preprocess, model, contrast=loss == "distill", twins=twins)
+    raise InputError(f"loss {loss!r} is none of clip, siglip, distill and affinity")
+
+
+def _clip(outputs: ClipOutput, ids: Tensor, inputs: dict, twins: str) -> Tensor:
+    return clip_loss(*outputs[:3], ids, twins)
+
+
+def _siglip(outputs: ClipOutput, ids: Tensor, inputs: dict, twins: str) -> Tensor:
+    return siglip_loss(*outputs, ids, twins)
