@@ -133,7 +133,7 @@ class Loop(MiniClip):
 
     def train(self, turns: Turns, pairs: Pairs, batch: int, precision: str, chunk: int = 0):
         from miniclip.batch import batch_forward
-        from miniclip.fast import fast_arithmetic, keep_freed_memory, speed_up
+        from miniclip.fast import fast_arithmetic, speed_up
         from miniclip.loss import clip_loss
 
         model = speed_up(self.model.train())
@@ -143,7 +143,6 @@ class Loop(MiniClip):
             return clip_loss(*batch_forward(model, self.preprocess.normalize, chunk, images, ids))
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
-        keep_freed_memory(not chunk)
         with fast_arithmetic("cpu"):
             loop_in_turns(turns, pairs, batch, precision, loss_of, optimizer, model.logit_scale)
 

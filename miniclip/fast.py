@@ -197,17 +197,16 @@ def fast_arithmetic(device: str | torch.device):
     return matmul_precision("medium") if usable else nullcontext()
 
 
-def keep_freed_memory(keep: bool = True):
+def keep_freed_memory():
     """Has the C library keep large blocks of memory that are freed, for the whole process from now on. Otherwise they
     go back to the system, which clears them page by page when the next step wants them again: a tenth to a third of a
-    training step on the CPU. With `keep` False all of them go back: then the process never holds more than it uses,
-    an eighth less with chunks. For Linux's glibc; elsewhere it does nothing."""
+    training step on the CPU. For Linux's glibc; elsewhere it does nothing."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(-3, 1 << 30 if keep else 1 << 18)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
-    mallopt(-1, (1 << 31) - 1 if keep else 1 << 20)  # M_TRIM_THRESHOLD: what it may be larger than it need be
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which stays as large as it was
 
 
 def speed_up(model: MiniClip) -> MiniClip:

@@ -178,8 +178,8 @@ class ClipTrainer(Trainer):
             before = len(list(Path(resume_from_checkpoint).glob("rng_state_*.pth"))) or 1  # one for each process
             if before != self.args.world_size:
                 logger.warning("%d processes now, %d before: batches are of another size", self.args.world_size, before)
-        if self.args.fast and self.args.device.type == "cpu":
-            keep_freed_memory(not self.args.grad_cache_chunk_size)  # chunks are for those who are short of memory
+        if self.args.fast and self.args.device.type == "cpu" and not self.args.grad_cache_chunk_size:
+            keep_freed_memory()
         with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
             return super().train(resume_from_checkpoint, **kwargs)
 
