@@ -61,7 +61,7 @@ class Study:
     def __init__(self, data: Path, out: Path, quick: bool):
         self.out, self.quick, self.data = out, quick, out / "data" if quick else data
         out.mkdir(parents=True, exist_ok=True)
-        self.common = ["--image_root", data, "--bad_records", "skip", "--bf16", "--disable_tqdm", "true"]
+        self.common = ["--image_root", data, "--bad_records", "skip", "--bf16", "true", "--disable_tqdm", "true"]
         self.common += ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"]
         self.common += ["--save_total_limit", "1", "--logging_steps", "23"]
         if quick:
@@ -219,7 +219,8 @@ def wise_rows(found: list[dict]) -> list[tuple[str, dict]]:
     from miniclip.wise_ft import best
 
     alpha, entries = best(found), {entry["alpha"]: entry for entry in found}
-    return [("alpha 0.5", entries[0.5]), (f"alpha {alpha:g}, the best mean", entries[alpha])]
+    middle = [] if alpha == 0.5 else [("alpha 0.5", entries[0.5])]
+    return [*middle, (f"alpha {alpha:g}, the best mean", entries[alpha])]
 
 
 def draw(path: Path, base: dict, runs: dict[str, dict], sweeps: dict[str, list[dict]]):
@@ -275,12 +276,14 @@ def main():
     about += f" {len(study.records()['old']):,} images, 5 captions each in each language."
     sections = {}
     if runs:
-        sections["forgetting"] = f"{about}\n\n{forgetting_table(before, runs, sweeps)}"
+        picture = "![English recall against Chinese recall, a dot for each remedy](forgetting.png)"
+        sections["forgetting"] = f"{about}\n\n{forgetting_table(before, runs, sweeps)}\n\n{picture}"
         draw(docs / "forgetting.png", before, runs, sweeps)
     if "plain" in sweeps:
         from miniclip.wise_ft import draw_sweep, format_sweep
 
-        sections["wise_ft"] = format_sweep(sweeps["plain"])
+        picture = "![both recalls over alpha](wise_ft.png)"
+        sections["wise_ft"] = f"{format_sweep(sweeps['plain'])}\n\n{picture}"
         draw_sweep(docs / "wise_ft.png", sweeps["plain"], "WiSE-FT: English (old) to Chinese (new), plain fine-tuning")
     if heirs:
         rows = ["| start | English: mean recall | t to i R@10 | i to t R@10 | steps |", "|---|---|---|---|---|"]

@@ -199,7 +199,7 @@ def parse_train(argv: list[str]):
     tuned = start.get("pretrained") or os.path.isdir(start.get("model_config", ""))
     measured = {"eval_strategy": "epoch"} if start.get("eval_file") else {}
     if start.get("early_stopping_patience"):
-        said = {word.partition("=")[0].lstrip("-") for word in argv}  # the others have Trainer's defaults
+        said = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest are defaults
         measured |= early_stopping(recipe | {name: value for name, value in vars(first).items() if name in said})
     parser.set_defaults(**(FINE_TUNE if tuned else FROM_SCRATCH) | measured | recipe)
     *parsed, unknown = parser.parse_args_into_dataclasses(

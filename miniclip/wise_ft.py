@@ -136,7 +136,7 @@ def format_sweep(found: list[dict]) -> str:
 def draw_sweep(path: str | Path, found: list[dict], title: str):
     """Draws a sweep into a .png: the recall of the new task over that of the old one, each alpha a dot, and both over
     alpha. `found` is what `sweep` gives, for the tasks "new" and "old"."""
-    page = Page(MARGIN + 44 + CHART + 120 + MARGIN)
+    page = Page(MARGIN + 44 + CHART + 100 + MARGIN)
     page.text(MARGIN, MARGIN - 8, page.wrap(title, 22, WIDTH - 2 * MARGIN, 1)[0], 22)
     width, top = (WIDTH - 3 * MARGIN) / 2, MARGIN + 44
     new, old = ([entry[task]["mean_recall"] for entry in found] for task in ("new", "old"))
@@ -153,14 +153,14 @@ def draw_sweep(path: str | Path, found: list[dict], title: str):
         page, left, top, width, CHART + 100, "Over alpha: 0 is before, 1 after fine-tuning", "alpha", "mean recall",
         [0, 1], [*new, *old], percent=False,
     )  # fmt: skip
-    legend = left + 16
+    legend = left + width - 190
     for name, color, recalls in (("new task", LINES[0], new), ("old task", LINES[1], old)):
         line = [place(*point) for point in zip(alphas, recalls)]
         page.line(line, color, 2)
         for point in line:
             page.dot(*point, 2.5, color)
-        page.line([(legend, top + 43), (legend + 14, top + 43)], color, 3)
-        legend = page.text(legend + 20, top + 36, name, 12) + 22
+        page.line([(legend, top + 21), (legend + 14, top + 21)], color, 3)
+        legend = page.text(legend + 20, top + 14, name, 12) + 22
     page.save(path)
 
 

@@ -155,9 +155,11 @@ def test_what_is_inherited_is_a_better_start_than_random_numbers(caption_set):
     assert train(source, pixel_values, first, 25) < 0.8
     config = MiniClipConfig.from_dict(SMALL)
     inherited = train(inherit(source, config), pixel_values, second, 8)
-    for seed in range(2):
+    losses = []
+    for seed in range(3):
         torch.manual_seed(seed)
-        assert inherited < 0.8 * train(MiniClip(config), pixel_values, second, 8)
+        losses.append(train(MiniClip(config), pixel_values, second, 8))
+    assert inherited < min(losses) and inherited < 0.6 * sum(losses) / 3
 
 
 def test_the_command_writes_a_folder_to_load(caption_set, tiny_model, capsys):
