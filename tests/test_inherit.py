@@ -156,10 +156,10 @@ def test_what_is_inherited_is_a_better_start_than_random_numbers(caption_set):
     config = MiniClipConfig.from_dict(SMALL)
     inherited = train(inherit(source, config), pixel_values, second, 8)
     losses = []
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         losses.append(train(MiniClip(config), pixel_values, second, 8))
-    assert inherited < min(losses) and inherited < 0.6 * sum(losses) / 3
+    assert inherited < min(losses) and inherited < 0.6 * sum(losses) / 2
 
 
 def test_the_command_writes_a_folder_to_load(caption_set, tiny_model, capsys):
