@@ -32,6 +32,7 @@ def main(argv: list[str]):
     from miniclip.augment import TrainTransform
     from miniclip.data import CaptionDataset, CaptionFileError, flatten_captions, read_captions
     from miniclip.fast import describe
+    from miniclip.finetune import fine_tuning
     from miniclip.inference import load
     from miniclip.objectives import make_objective
     from miniclip.retrieval import format_table
@@ -84,6 +85,7 @@ def main(argv: list[str]):
 
         lock, folder = (options.lock_image, options.lock_text), options.feature_cache
         make_dataset, caches = lock_towers(model, *lock, args, records, preprocess, tokenizer, folder)
+    callbacks, remedies = fine_tuning(model, options, args)
     jitter = options.color_jitter
     transform = TrainTransform(
         model.config.preprocess_cfg,
@@ -95,15 +97,9 @@ def main(argv: list[str]):
     if options.avoid_twins:
         dataset.sampler = partial(twin_free, dataset)
     trainer = ClipTrainer(
-        model,
-        args,
-        dataset,
-        eval_records,
-        preprocess=preprocess,
-        tokenizer=tokenizer,
-        caches=caches,
-        objective=objective,
-    )
+        model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer, caches=caches,
+        objective=objective, callbacks=callbacks, **remedies,
+    )  # fmt: skip
     if not resume and trainer.is_world_process_zero():  # all is well so far: now the earlier run may go
         for folder in checkpoints(args.output_dir):
             shutil.rmtree(folder)

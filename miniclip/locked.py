@@ -12,6 +12,7 @@ import torch
 from miniclip.config import InputError
 from miniclip.data import CaptionDataset, flatten_captions, pair_ids
 from miniclip.feature_cache import FeatureCache
+from miniclip.finetune import hold_statistics
 from miniclip.inference import embed_images, embed_texts
 from miniclip.model import MiniClip
 from miniclip.trainer import on_all_processes
@@ -32,6 +33,7 @@ def lock(model: MiniClip, image: str = "none", text: str = "none"):
         if how != "none":
             tower.requires_grad_(False)
             projection.requires_grad_(how == "tower")
+            hold_statistics(tower)
     if not any(p.requires_grad for name, p in model.named_parameters() if name != "logit_scale"):
         raise InputError("both towers are locked, projections included: nothing is left to learn")
 

@@ -42,6 +42,19 @@ class TrainOptions:
         "none", "keep the image tower as it is, all of it or but for its projection", choices=["none", "tower", "all"]
     )
     lock_text: str = option("none", "the same for the text tower", choices=["none", "tower", "all"])
+    unlock_image_blocks: int | None = option(
+        None, "only the last so many blocks of the image tower learn, and its projection; 0 is lock_image tower"
+    )
+    unlock_text_blocks: int | None = option(None, "the same for the text tower")
+    image_lr_scale: float = option(1.0, "the image tower's learning rate, as a multiple of learning_rate")
+    text_lr_scale: float = option(1.0, "the text tower's")
+    layer_decay: float = option(1.0, "factor of the learning rate from a layer to the one below; 0.7 to 0.9 are common")
+    patch_dropout: float | None = option(None, "share of patches hidden in this training; the config's unless given")
+    patch_dropout_off: float = option(0.0, "last share of the training's steps that hide no patches; 0.1, say")
+    early_stopping_patience: int | None = option(
+        None, "stop after so many evaluations that bring no better recall; the best model is kept"
+    )
+    ema: float | None = option(None, "average the weights over the steps, with this decay, and keep that; 0.999, say")
     feature_cache: str | None = option(None, "folder for what locked towers give, to be used again by later runs")
     loss: str = option(
         "clip",
@@ -60,6 +73,12 @@ class TrainOptions:
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir, and delete its checkpoints")
 
     def __post_init__(self):
+        for tower in ("image", "text"):
+            lock, blocks = getattr(self, f"lock_{tower}"), getattr(self, f"unlock_{tower}_blocks")
+            if blocks is not None and (blocks < 0 or lock != "none") and (lock, blocks) != ("tower", 0):
+                raise InputError(f"unlock_{tower}_blocks {blocks} and lock_{tower} {lock} do not go together: {self}")
+            if blocks == 0:
+                setattr(self, f"lock_{tower}", "tower")
         for fits, problem in (
             (self.bad_records in ("error", "skip"), "bad_records must be error or skip"),
             (0 < self.crop_scale <= 1, "crop_scale must lie above 0 and not above 1"),
@@ -85,6 +104,26 @@ class TrainOptions:
                 self.feature_cache is None or self.lock_image != "none" or self.lock_text != "none",
                 "feature_cache keeps what a locked tower gives: add lock_image or lock_text",
             ),
+            (self.image_lr_scale > 0, "image_lr_scale must be above 0; lock_image keeps the tower as it is"),
+            (self.text_lr_scale > 0, "text_lr_scale must be above 0; lock_text keeps the tower as it is"),
+            (self.lock_image != "all" or self.image_lr_scale == 1, "image_lr_scale: all of the image tower is locked"),
+            (self.lock_text != "all" or self.text_lr_scale == 1, "text_lr_scale: all of the text tower is locked"),
+            (0 < self.layer_decay <= 1, "layer_decay must lie above 0 and not above 1"),
+            (self.patch_dropout is None or 0 <= self.patch_dropout < 1, "patch_dropout must lie in 0 to 1, without 1"),
+            (0 <= self.patch_dropout_off <= 1, "patch_dropout_off must lie in 0 to 1"),
+            (
+                self.lock_image == "none" or not (self.patch_dropout or self.patch_dropout_off),
+                "patch_dropout and patch_dropout_off: a locked image tower sees whole pictures, once",
+            ),
+            (
+                self.early_stopping_patience is None or self.early_stopping_patience > 0,
+                "early_stopping_patience must be 1 or more",
+            ),
+            (
+                self.early_stopping_patience is None or self.eval_file is not None,
+                "early_stopping_patience watches recall: add eval_file",
+            ),
+            (self.ema is None or 0 <= self.ema < 1, "ema must lie in 0 to 1, without 1"),
             (self.fixed_logit_scale is None or 1 <= self.fixed_logit_scale <= 100, "fixed_logit_scale: only 1 to 100"),
         ):
             if not fits:
@@ -182,6 +221,9 @@ def parse_train(argv: list[str]):
     start = recipe | {name: value for name, value in vars(first).items() if value is not None}
     tuned = start.get("pretrained") or os.path.isdir(start.get("model_config", ""))
     measured = {"eval_strategy": "epoch"} if start.get("eval_file") else {}
+    if start.get("early_stopping_patience"):
+        said = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest are defaults
+        measured |= early_stopping(recipe | {name: value for name, value in vars(first).items() if name in said})
     parser.set_defaults(**(FINE_TUNE if tuned else FROM_SCRATCH) | measured | recipe)
     *parsed, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
@@ -189,6 +231,20 @@ def parse_train(argv: list[str]):
     if unknown:
         raise SystemExit(f"train.py: unknown option {nearest(unknown[0].lstrip('-').partition('=')[0], known)}")
     return parsed
+
+
+def early_stopping(given: dict) -> dict:
+    """What early stopping needs, as defaults beside the options given: checkpoints are saved when recall is measured,
+    so that the best one can be taken back. Raises InputError where the options given do not allow that."""
+    when = given.get("eval_strategy", "epoch")
+    save = given.get("save_strategy", when)
+    if when == "no" or save not in (when, "best"):
+        raise InputError(
+            f"early_stopping_patience needs evaluations and a checkpoint at each, but eval_strategy is {when!r} and"
+            f" save_strategy {save!r}: leave both out, or say the same, epoch or steps, for both"
+        )
+    steps = given.get("eval_steps") or given.get("logging_steps", 10)  # what Trainer evaluates by
+    return {"eval_strategy": when, "save_strategy": when, "save_steps": steps, "load_best_model_at_end": True}
 
 
 def nearest(name: str, known: set[str]) -> str:

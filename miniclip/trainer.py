@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -89,6 +90,8 @@ class ClipTrainer(Trainer):
 
     `preprocess` is the evaluation pipeline, `caches` has feature caches for the images and texts of locked towers.
     `objective` is the loss where it is not CLIP's: called with the model's outputs, the pairs' ids and the batch.
+    `lr_scale` gives the factor of the learning rate for a parameter's name. `ema`, a model of the same shape whose
+    weights somebody keeps as an average of those that learn, is measured in their place and kept in checkpoints.
     Everything else is Trainer's.
     """
 
@@ -105,6 +108,8 @@ class ClipTrainer(Trainer):
         tokenizer,
         caches=(None, None),
         objective=None,
+        lr_scale: Callable[[str], float] | None = None,
+        ema: MiniClip | None = None,
         **kwargs,
     ):
         if args.fast and not args.fsdp:  # which counts on every block being called as a whole
@@ -114,6 +119,7 @@ class ClipTrainer(Trainer):
         super().__init__(model, args, collator, train_dataset, eval_dataset, **kwargs)
         self.preprocess, self.tokenizer, self.caches = preprocess, tokenizer, caches
         self.objective = objective or (lambda outputs, ids, inputs: clip_loss(*outputs[:3], ids))
+        self.lr_scale, self.ema = lr_scale, ema
         self.add_callback(_Hooks(model, train_dataset))
         batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
         if train_dataset is not None and len(train_dataset) < batch:
@@ -135,6 +141,21 @@ class ClipTrainer(Trainer):
         """Weight decay is for matrices that multiply: not for gains, biases, the temperature and positions."""
         return [n for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith("positional_embedding")]
 
+    def create_optimizer(self, model=None):
+        """Trainer's, its groups divided into some of one rate each, the fastest, whose rate is logged, first."""
+        divide = self.optimizer is None and self.lr_scale is not None
+        super().create_optimizer(model)
+        if divide:
+            names = {p: name for name, p in (self.model if model is None else model).named_parameters()}
+            groups = {}
+            for number, group in enumerate(self.optimizer.param_groups):
+                for p in group["params"]:
+                    scale = self.lr_scale(names[p])
+                    same = {**group, "params": [], "lr": scale * group["lr"]}
+                    groups.setdefault((-scale, number), same)["params"].append(p)
+            self.optimizer.param_groups = [groups[key] for key in sorted(groups)]
+        return self.optimizer
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Retrieval over the whole evaluation set, not batch by batch: among more images the search is harder, so
         that figures from batches could not be compared with anybody's."""
@@ -149,7 +170,8 @@ class ClipTrainer(Trainer):
 
     def embed_records(self, records: list[dict]):
         """The embeddings of all images and all captions, in the precision of training; evaluate.py measures in fp32."""
-        model = fast_model(self.accelerator.unwrap_model(self.model), "bf16" if self.args.bf16 else "fp32")
+        model = self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema
+        model = fast_model(model, "bf16" if self.args.bf16 else "fp32")
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers or None
         images = [record["image"] for record in records]
         texts, image_of_text = flatten_captions(records)
@@ -185,14 +207,24 @@ class ClipTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Trainer saves bare weights of a model that is not its own; ours go with their config."""
+        if not self.args.should_save:  # another process does
+            return
         output_dir = output_dir or self.args.output_dir
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
+        if self.ema is not None and self.is_in_train:
+            save_file(self.ema.state_dict(), os.path.join(output_dir, "ema.safetensors"), metadata={"format": "pt"})
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Strictly: Trainer's own goes on with random numbers where a weight is missing."""
         weights = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
         self.accelerator.unwrap_model(model or self.model).load_state_dict(weights, strict=True)
+        average = Path(resume_from_checkpoint) / "ema.safetensors"
+        if average.is_file() != (self.ema is not None):
+            how = "with --ema: go on with it too" if average.is_file() else "without --ema: go on without it too"
+            raise InputError(f"{resume_from_checkpoint} was made {how}, or start anew with --model_config on it")
+        if self.ema is not None:
+            self.ema.load_state_dict(load_file(average), strict=True)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)

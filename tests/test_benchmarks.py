@@ -100,3 +100,20 @@ def test_the_gpu_benchmark_runs_on_the_cpu(tmp_path, run_script):
     assert len(measured) == 1 + len(lines) and not any('"part": "fault"' in line for line in measured)
     run_script("benchmarks/gpu.py", "--render", tmp_path / "gpu.jsonl", "--results", tmp_path / "again.md")
     assert (tmp_path / "again.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_the_forgetting_benchmark_runs_and_goes_on(caption_set, tmp_path, run_script):
+    captions = (caption_set / "captions.json").read_text()
+    for name in ("en_train", "en_val", "cn_train", "cn_val"):
+        (caption_set / f"{name}.json").write_text(captions)
+    out = tmp_path / "forgetting"
+    command = ["benchmarks/forgetting.py", "--quick", "--data", caption_set, "--out", out, "--only", "plain", "ema"]
+    first = run_script(*command).stdout
+    text = (out / "finetuning.md").read_text()
+    assert "| before fine-tuning |" in text and "| moving average of the weights (`--ema 0.999`) |" in text
+    assert "| alpha |" in text
+    assert all((out / f"{name}.png").stat().st_size > 9999 for name in ("forgetting", "wise_ft"))
+    again = run_script(*command).stdout
+    assert "\nema: --model_config" in first and "ema: --model_config" not in again, "what is there is not run again"
+    assert (out / "finetuning.md").read_text() == text
