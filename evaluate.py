@@ -6,6 +6,11 @@ from pathlib import Path
 
 from miniclip.options import EvalOptions, make_parser, run
 
+# Threads that wait for one another spin before they sleep, by default for so long that a search of a second's tenth costs
+# as much again. To be said before NumPy and faiss are imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # a power of 2, in cycles
+
 
 def main(argv: list[str]):
     parser = make_parser(EvalOptions, prog="evaluate.py")

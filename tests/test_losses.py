@@ -239,7 +239,7 @@ def test_rows_change_places_only_where_they_must():
 # Across processes and in chunks
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_gradients_equal_those_of_one_process(tiny_config, tmp_path, processes):
     """Of every loss, with twins within and across processes, in one piece and in chunks: within 1e-6 of the largest."""
     torch.manual_seed(0)
@@ -290,7 +290,11 @@ def quiet_environment() -> dict:
 
 @pytest.mark.parametrize(
     "options",
-    [["--loss", "siglip"], ["--loss", "distill"], ["--loss", "affinity"], ["--twins", "exclude", "--avoid_twins"]],
+    [
+        ["--loss", "siglip", "--twins", "exclude", "--avoid_twins"],
+        ["--loss", "distill"],
+        pytest.param(["--loss", "affinity"], marks=pytest.mark.slow),
+    ],
     ids=lambda options: options[1],
 )
 def test_train_by_each_loss(options, caption_set, recipe, run_script, tiny_model):  # noqa: F811
