@@ -6,8 +6,8 @@ from pathlib import Path
 
 from miniclip.options import EvalOptions, make_parser, run
 
-# Threads that wait for one another spin before they sleep, by default for so long that a search of a second's tenth costs
-# as much again. To be said before NumPy and faiss are imported.
+# Threads that wait for one another spin before they sleep, by default for so long that a short search costs twice its
+# time. To be said before NumPy and faiss are imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # a power of 2, in cycles
 
