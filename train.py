@@ -32,10 +32,12 @@ def main(argv: list[str]):
     from miniclip.data import CaptionDataset, CaptionFileError, flatten_captions, read_captions
     from miniclip.fast import describe
     from miniclip.inference import load
+    from miniclip.progress import check_reporters, watch
     from miniclip.retrieval import format_table
     from miniclip.trainer import ClipTrainer, checkpoints
 
     logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
+    check_reporters(args)
     resume = True if args.resume_from_checkpoint in ("latest", "True", "true") else args.resume_from_checkpoint
     earlier = [*checkpoints(args.output_dir), *Path(args.output_dir).glob("model.safetensors")]
     if earlier and not resume and not options.overwrite_output_dir:
@@ -94,13 +96,15 @@ def main(argv: list[str]):
     if not resume and trainer.is_world_process_zero():  # all is well so far: now the earlier run may go
         for folder in checkpoints(args.output_dir):
             shutil.rmtree(folder)
-    trainer.train(resume)
+    with watch(trainer) as progress:  # the bar, log.jsonl, warnings; and curves.png however it ends
+        trainer.train(resume)
     trainer.save_model()  # with config.json: a folder for miniclip.load
     if eval_records:
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
             print(format_table({name.removeprefix("eval_"): value for name, value in metrics.items()}))
     trainer.save_state()
+    progress.summary()
 
 
 if __name__ == "__main__":
