@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from datetime import datetime, timezone
@@ -67,10 +68,10 @@ def best_loss(batch: int, scale: float) -> float:
     return math.log1p((batch - 1) * math.exp(-scale * batch / (batch - 1)))
 
 
-def stays_at_chance(history: list[dict], batch: int, warmup: int = 0, entries: int = 10, steps: int = 50) -> str | None:
+def stays_at_chance(history: list[dict], batch: int, warmup: int = 0, entries: int = 10, steps: int = 40) -> str | None:
     """Is the loss no better than guessing, ln(batch)?
 
-    It is where each of the last `entries` losses, all logged after the warm-up and over at least `steps` steps, has
+    It is where each of the last `entries` losses, logged after the warm-up and `steps` steps or more apart in all, has
     come less than 2% of the way from ln(batch) down to `best_loss`; a loss above ln(batch) has come none of it. `batch`
     counts the pairs that are contrasted with one another, of all processes.
     """
@@ -83,8 +84,9 @@ def stays_at_chance(history: list[dict], batch: int, warmup: int = 0, entries: i
         lowest = best_loss(batch, entry.get("logit_scale", MAX_SCALE))
         if not entry["loss"] > chance - 0.02 * (chance - lowest):
             return None
+    where = "at" if after[-1]["loss"] < 1.02 * chance else "above"
     return (
-        f"the loss stays at that of guessing, ln({batch}) = {chance:.3f}: {after[0]['loss']:.3f} at step"
+        f"the loss stays {where} that of guessing, ln({batch}) = {chance:.3f}: {after[0]['loss']:.3f} at step"
         f" {after[0]['step']}, {after[-1]['loss']:.3f} at step {after[-1]['step']}. Nothing is learned. Try to learn"
         " 128 pairs by heart first (a caption file with those alone): if that fails too, look whether the captions"
         " belong to their images; if not, change --learning_rate by a factor of 10 (too low leaves the loss where it"
@@ -112,11 +114,11 @@ def scale_at_limit(history: list[dict], entries: int = 5) -> str | None:
 
 
 def scale_collapses(history: list[dict], entries: int = 5) -> str | None:
-    """Does the logit scale fall towards 1? It does where the last `entries` are below half of the first one, or at most
-    1.05, and the last is not above the others. Of a scale that is kept fixed the log is level: no warning."""
+    """Does the logit scale fall towards 1? It does where the last `entries` are below half of the first, or below 2,
+    and the last is not above the others. Of a scale that is kept fixed the log is level: no warning."""
     last = [entry["logit_scale"] for entry in _last(history, "logit_scale", entries)]
     first = next((entry["logit_scale"] for entry in history if "logit_scale" in entry), 0)
-    level = max(first / 2, 1.05)
+    level = max(first / 2, 2)
     if len(last) < entries or max(last) > level or last[-1] > min(last) or first == last[-1]:
         return None
     return (
@@ -178,6 +180,7 @@ class Progress(TrainerCallback):
         self.begun = self.mark = time.monotonic()  # of training; of the stretch that is being measured
         self.earlier = self.busy = 0.0  # seconds: of attempts before a resume; of training since the last entry
         self.steps = self.first_step = 0  # since the last entry; at the start
+        self.drawn = False  # are the curves those of the log?
 
     # Around training
 
@@ -185,7 +188,8 @@ class Progress(TrainerCallback):
         if self.has_bar():
             loggers = [logging.getLogger(), logging.getLogger("transformers")]
             self.cleanup.enter_context(logging_redirect_tqdm(loggers))  # lines come above the bar
-        if self.speaks and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # what a job that is cancelled gets
+        in_main = threading.current_thread() is threading.main_thread()
+        if self.speaks and in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a job is cancelled by it
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             self.cleanup.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
         return self
@@ -193,20 +197,24 @@ class Progress(TrainerCallback):
     def __exit__(self, kind, error, traceback):
         self.cleanup.close()
         self._close_bar()
-        if self.speaks and error is not None:
+        if not self.speaks:
+            return
+        if error is not None:
             self.write(error=f"{kind.__name__}: {error}" if str(error) else kind.__name__)
-            self.draw()
+        self.draw()
 
     def summary(self):
-        """Draws the curves again, with what was measured after training, and says where everything is."""
+        """Says where everything is; draws the curves again if more was logged after training."""
         if self.speaks:
-            self.draw()
+            if not self.drawn:
+                self.draw()
             print(f"log     {self.folder / LOG}\ncurves  {self.folder / CURVES}\nmodel   {self.folder}", flush=True)
 
     def draw(self):
         """Draws `curves.png`. A picture that fails must not hide how the run ended: it is said, and that is all."""
         try:
             draw_log(self.folder)
+            self.drawn = True
         except Exception as error:
             logger.warning("the curves could not be drawn: %s", error)
 
@@ -276,8 +284,6 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._close_bar()
-        if self.speaks:
-            self.draw()
 
     # Helpers
 
@@ -308,7 +314,7 @@ class Progress(TrainerCallback):
             for way in ("text_to_image", "image_to_text"):
                 found = {name.split("@")[1]: v for name, v in logs.items() if name.startswith(f"eval_{way}_R@")}
                 shares = " / ".join(f"{100 * value:.1f}" for value in found.values())
-                ways.append(f"{way.replace('_', ' ')} R@{' / '.join(found)} {shares}")
+                ways.append(f"{way.replace('_', ' ')} R@{' / '.join(found)}: {shares}%")
             return f"{head}: mean recall {100 * logs['eval_mean_recall']:.1f}%, {', '.join(ways)}"
         if "train_runtime" in logs:
             return f"{head}: trained for {tqdm.format_interval(logs['train_runtime'])}"
@@ -321,6 +327,7 @@ class Progress(TrainerCallback):
         entry = {"step": self.trainer.state.global_step, **entry, "seconds": round(seconds, 2), "time": now}
         with open(self.folder / LOG, "a", encoding="utf-8") as file:
             file.write(to_json(entry) + "\n")
+        self.drawn = False
 
     def _count_time(self):
         now = time.monotonic()

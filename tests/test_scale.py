@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 import miniclip
 from miniclip.config import InputError
+from miniclip.progress import draw_log
 from miniclip.scale import uses_fsdp
 from miniclip.trainer import ClipTrainingArguments, last_checkpoint
 from tests.scale_worker import bytes_kept_by_the_loss, make_trainer
@@ -87,6 +89,13 @@ def test_accelerate_launch_on_two_processes(folder, recipe, run_script):  # noqa
     assert entries[0]["event"] == "start" and entries[0]["batch"] == 12 and entries[0]["processes"] == 2
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2], "one process writes"
     assert done.stdout.count("step 2/2, epoch") == 1, "and one speaks"
+    for what, name in (("log", "run/log.jsonl"), ("curves", "run/curves.png"), ("model", "run")):
+        assert len(re.findall(rf"^{what} +{re.escape(str(folder / name))}$", done.stdout, re.M)) == 1
+        assert (folder / name).exists()
+    (folder / "run" / "curves.png").unlink()
+    assert draw_log(folder / "run").is_file()
+    with pytest.raises(InputError, match="no log.jsonl"):
+        draw_log(folder)
 
 
 @pytest.mark.slow
