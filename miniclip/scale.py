@@ -9,6 +9,7 @@ start it; what is here fits a MiniClip to it, and puts the weights together wher
 import os
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -40,6 +41,7 @@ def prepare_fsdp(trainer: Trainer):
     if args.device.type == "cpu":  # accelerate passes over FSDP there, without a word; torch does not mind
         plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
         state.distributed_type, state.fsdp_plugin, trainer.is_fsdp_enabled = DistributedType.FSDP, plugin, True
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # where every new state looks it up
     plugin = state.fsdp_plugin
     # Checkpoints are of whole weights, as without FSDP: any number of processes goes on from them.
     plugin.state_dict_config = plugin.optim_state_dict_config = None
@@ -56,7 +58,7 @@ def prepare_fsdp(trainer: Trainer):
         # Rounded weights are not kept for the rest of the forward pass, which would be a copy of them all.
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
             outputs = forward(**batch)
-        return outputs._replace(logit_scale=outputs.logit_scale.reshape(()))
+        return outputs._replace(logit_scale=outputs.logit_scale.sum())  # of one: a scalar again, and no view
 
     model.forward = forward_in_precision
 

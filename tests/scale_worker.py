@@ -51,7 +51,7 @@ def main(folder: Path):
 
     found["sharded"] = {}
     for name, more in {"fsdp": {}, "chunks": {"grad_cache_chunk_size": 3}, "bf16": {"bf16": True}}.items():
-        trainer = make_trainer(folder, name, 12 // n, fsdp="full_shard", **more)
+        trainer = make_trainer(folder, name, 12 // n, fsdp=True, **more)
         before = trainer.evaluate()["eval_mean_recall"]
         trainer.train()
         trainer.save_model()
@@ -61,7 +61,7 @@ def main(folder: Path):
         log = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         found["sharded"][name] = {"before": before, "metrics": metrics, "share": shares, "loss": log}
 
-    resumed = make_trainer(folder, "fsdp", 12 // n, fsdp="full_shard", load_best_model_at_end=False)
+    resumed = make_trainer(folder, "fsdp", 12 // n, fsdp=True, load_best_model_at_end=False)
     resumed.train(str(folder / "fsdp" / "checkpoint-2"))
     resumed.save_model(str(folder / "resumed"))
     if first:
