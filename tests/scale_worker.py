@@ -1,6 +1,7 @@
 """Started by torchrun from test_scale.py: what several processes make, to files of the first of them."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def make_trainer(folder: Path, output: str, per_device: int, model=None, **more)
     """A trainer of a small model (`model_dir`, unless a model is given) for four steps of 12 pairs."""
     args = ClipTrainingArguments(
         str(folder / output), use_cpu=True, bf16=more.pop("bf16", False), per_device_train_batch_size=per_device,
-        max_steps=4, learning_rate=1e-2, adam_epsilon=1e-3, save_steps=2, disable_tqdm=True, logging_steps=1, **more,
+        max_steps=4, learning_rate=1e-2, adam_epsilon=1e-3, disable_tqdm=True, logging_steps=1, **more,
     )  # fmt: skip
     model = model or miniclip.load(folder / "model_dir")[0]
     records = miniclip.read_captions(folder / "captions.json")
@@ -40,34 +41,47 @@ def bytes_kept_by_the_loss(batch: int) -> int:
     return sum(sizes.values())
 
 
-def main(folder: Path):
+def evaluate(folder: Path) -> dict:
+    """Metrics of the set that does not divide and of one smaller than there are processes, and the loss's memory."""
+    trainer = make_trainer(folder, "ddp", 4)
+    metrics, of_two = trainer.evaluate(), trainer.evaluate(trainer.eval_dataset[:2])
+    return {"metrics": metrics, "of_two": of_two, "kept": bytes_kept_by_the_loss(1200 // trainer.args.world_size)}
+
+
+def train_sharded(folder: Path, name: str, **more) -> dict:
+    """What FSDP makes of the four steps: metrics before and after, losses, and the share of a weight that is here."""
+    trainer = make_trainer(folder, name, 12 // int(os.environ["WORLD_SIZE"]), fsdp=True, **more)
+    before = trainer.evaluate()["eval_mean_recall"]
+    trainer.train()
+    trainer.save_model()
+    weight = trainer.model.visual.blocks[0].mlp.c_fc.weight
+    return {
+        "before": before, "after": trainer.evaluate()["eval_mean_recall"],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "share": weight.to_local().numel() / weight.numel(),
+    }  # fmt: skip
+
+
+def main(folder: Path, what: str):
     found = {}
-    trainer = make_trainer(folder, "ddp", 4, eval_strategy="no")
-    n, first = trainer.args.world_size, trainer.args.process_index == 0
-    found["metrics"] = trainer.evaluate()
-    two = trainer.eval_dataset[:2]  # fewer than there are processes
-    found["metrics_of_two"] = trainer.evaluate(two)
-    found["kept"] = bytes_kept_by_the_loss(1200 // n)
-
-    found["sharded"] = {}
-    for name, more in {"fsdp": {}, "chunks": {"grad_cache_chunk_size": 3}, "bf16": {"bf16": True}}.items():
-        trainer = make_trainer(folder, name, 12 // n, fsdp=True, **more)
-        before = trainer.evaluate()["eval_mean_recall"]
-        trainer.train()
-        trainer.save_model()
-        block = trainer.model.visual.blocks[0].mlp.c_fc.weight
-        shares = block.to_local().numel() / block.numel()
-        metrics = trainer.evaluate()
-        log = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        found["sharded"][name] = {"before": before, "metrics": metrics, "share": shares, "loss": log}
-
-    resumed = make_trainer(folder, "fsdp", 12 // n, fsdp=True, load_best_model_at_end=False)
-    resumed.train(str(folder / "fsdp" / "checkpoint-2"))
-    resumed.save_model(str(folder / "resumed"))
-    if first:
+    if what == "quick":
+        found = evaluate(folder) | {"fsdp": train_sharded(folder, "fsdp", save_strategy="no")}
+    else:
+        for name, more in {
+            "chunks": {"grad_cache_chunk_size": 3}, "bf16": {"bf16": True},
+            "checkpointing": {"gradient_checkpointing": True},
+            "by_fsdp": {"fsdp_config": {"activation_checkpointing": True}},
+            "accumulation": {"gradient_accumulation_steps": 2},
+        }.items():  # fmt: skip
+            found[name] = train_sharded(folder, name, save_strategy="no", **more)
+        train_sharded(folder, "saved", save_strategy="steps", save_steps=2)
+        resumed = make_trainer(folder, "saved", 12 // int(os.environ["WORLD_SIZE"]), fsdp=True, save_strategy="no")
+        resumed.train(str(folder / "saved" / "checkpoint-2"))
+        resumed.save_model(str(folder / "resumed"))
+    if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -12,7 +12,7 @@ import miniclip
 from miniclip.config import InputError
 from miniclip.progress import draw_log
 from miniclip.scale import uses_fsdp
-from miniclip.trainer import ClipTrainingArguments, last_checkpoint
+from miniclip.trainer import ClipTrainer, ClipTrainingArguments, last_checkpoint
 from tests.scale_worker import bytes_kept_by_the_loss, make_trainer
 from tests.test_training import ROOT, largest_difference, recipe  # noqa: F401
 
@@ -31,39 +31,59 @@ def folder(caption_set, tiny_model):
     return caption_set
 
 
+def start_worker(run_script, processes: int, folder, what: str) -> dict:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "tests/scale_worker.py"]
+    run_script(*start, folder, what, env={"PYTHONPATH": str(ROOT)})
+    return json.loads((folder / "found.json").read_text())
+
+
+def train_alone(folder, **more) -> tuple[ClipTrainer, list[float]]:
+    """What one process makes of the worker's four steps: the trainer, its model saved in one/, and its losses."""
+    trainer = make_trainer(folder, "one", 12, save_strategy="no", **more)
+    trainer.train()
+    trainer.save_model()
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def test_three_processes_evaluate_and_shard(folder, run_script):
-    """One start of torchrun for all that three processes have to show."""
-    run_script(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", "tests/scale_worker.py", folder,
-        env={"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    found = json.loads((folder / "found.json").read_text())
+    """One start of torchrun for what three processes have to show."""
+    found = start_worker(run_script, 3, folder, "quick")
     trainer = make_trainer(folder, "one", 12)
     assert found["metrics"] == trainer.evaluate()
-    assert found["metrics_of_two"] == trainer.evaluate(trainer.eval_dataset[:2])
+    assert found["of_two"] == trainer.evaluate(trainer.eval_dataset[:2])
     # the logits of 1,200 pairs: each of three processes keeps a third of what one keeps
     assert found["kept"] == pytest.approx(bytes_kept_by_the_loss(1200) / 3, rel=0.05)
 
-    trainer.train()
-    trainer.save_model()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    for name in ("fsdp", "chunks"):
-        sharded = found["sharded"][name]
-        assert sharded["share"] < 0.4, "of a weight a process holds a third"
-        assert sharded["before"] == found["metrics"]["eval_mean_recall"]
-        assert sharded["loss"] == pytest.approx(losses, abs=1e-5)
-        assert sharded["metrics"]["eval_mean_recall"] == pytest.approx(trainer.evaluate()["eval_mean_recall"])
-        assert largest_difference(folder / "one", folder / name) < 2e-5
-        moved = largest_difference(folder / "model_dir", folder / "one")
-        assert moved > 0.01, "and that is not because nothing was learned"
-    assert found["sharded"]["bf16"]["loss"] == pytest.approx(losses, rel=0.02)
-    assert found["sharded"]["bf16"]["loss"] != pytest.approx(losses, rel=1e-5)
+    trainer, losses = train_alone(folder)
+    fsdp = found["fsdp"]
+    assert fsdp["share"] < 0.4, "of a weight a process holds a third"
+    assert fsdp["before"] == found["metrics"]["eval_mean_recall"]
+    assert fsdp["losses"] == pytest.approx(losses, abs=1e-5)
+    assert fsdp["after"] == pytest.approx(trainer.evaluate()["eval_mean_recall"])
+    assert largest_difference(folder / "one", folder / "fsdp") < 2e-5
+    assert largest_difference(folder / "model_dir", folder / "one") > 0.01, "and not because nothing was learned"
     assert load_file(folder / "fsdp" / "model.safetensors")["logit_scale"].shape == ()
     assert miniclip.load(folder / "fsdp")[0].logit_scale.dtype == torch.float32
 
-    assert largest_difference(folder / "fsdp", folder / "resumed") == 0, "resumed from step 2 of 4"
-    assert not list((folder / "fsdp").glob("checkpoint-*/pytorch_model_fsdp.bin"))
-    assert last_checkpoint(folder / "fsdp") == str(folder / "fsdp" / "checkpoint-4")
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_fsdp_with_all_that_goes_with_it(processes, folder, run_script):
+    found = start_worker(run_script, processes, folder, "all")
+    _, losses = train_alone(folder)
+    for name in ("chunks", "checkpointing", "by_fsdp"):
+        assert found[name]["losses"] == pytest.approx(losses, abs=1e-5)
+        assert largest_difference(folder / "one", folder / name) < 2e-5
+    assert largest_difference(folder / "one", folder / "saved") < 2e-5
+    assert largest_difference(folder / "saved", folder / "resumed") == 0, "resumed from step 2 of 4"
+    assert not list((folder / "saved").glob("checkpoint-*/pytorch_model_fsdp.bin"))
+    assert last_checkpoint(folder / "saved") == str(folder / "saved" / "checkpoint-4")
+    _, losses = train_alone(folder, gradient_accumulation_steps=2)
+    assert found["accumulation"]["losses"] == pytest.approx(losses, abs=1e-5)
+    assert largest_difference(folder / "one", folder / "accumulation") < 2e-5
+    _, losses = train_alone(folder, bf16=True)
+    assert found["bf16"]["losses"] == pytest.approx(losses, rel=2e-3)
+    assert found["bf16"]["losses"] != pytest.approx(found["chunks"]["losses"], rel=1e-5)
 
 
 def eval_entry(folder) -> dict:
