@@ -237,6 +237,7 @@ class Progress(TrainerCallback):
             self.earlier = 0.0
             self.write(event="start", **about)
         self.said = set(self.diagnose())  # these were said before the run was interrupted
+        self._close_bar()
         if self.has_bar():
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, smoothing=0, file=sys.stderr,
@@ -344,9 +345,9 @@ class Progress(TrainerCallback):
 
 def _measured(logs: dict) -> str:
     """What the bar and the lines show of an entry with a loss."""
-    scale = logs["logit_scale"]
-    speed = f", {logs['samples_per_second']:,.{0 if logs['samples_per_second'] >= 10 else 1}f} samples/s"
-    return f"loss {logs['loss']:.4g}, temperature {1 / scale:.3g} (scale {scale:.3g}){speed}"
+    scale, speed = logs["logit_scale"], logs.get("samples_per_second", 0)
+    speed = f"{speed:,.{0 if speed >= 10 else 1}f} samples/s"
+    return f"loss {logs['loss']:.4g}, temperature {1 / scale:.3g} (scale {scale:.3g}), {speed}"
 
 
 def to_json(entry: dict) -> str:

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,6 +147,7 @@ def test_train_py_with_fsdp(how, folder, recipe, run_script):  # noqa: F811
     common += ["--per_device_train_batch_size", "6", "--output_dir", folder / "two"]
     if how == "fsdp":
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *common, "--fsdp"]
+        start += ["--fsdp_config", '{"activation_checkpointing": true}']
     else:
         start = [
             "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy",
@@ -160,6 +163,27 @@ def test_train_py_with_fsdp(how, folder, recipe, run_script):  # noqa: F811
     assert "checkpoint-2" in done.stderr
     again = load_file(folder / "two" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_what_it_says(folder, recipe):  # noqa: F811
+    """With stand-ins for SLURM's two commands, on one node with two processes; then once more, as a requeued job."""
+    for name, text in {"srun": 'shift\nexec "$@"', "scontrol": "echo localhost"}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    env = {
+        **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2", "SLURM_SUBMIT_DIR": str(ROOT),
+    }  # fmt: skip
+    more = ["--per_device_train_batch_size", "6", "--save_strategy", "steps", "--save_steps", "2"]
+    for steps in ("2", "4"):
+        command = ["bash", "recipes/slurm.sh", recipe, *more, "--max_steps", steps]
+        done = subprocess.run([str(word) for word in command], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    entries = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["processes"] for entry in entries if "event" in entry] == [2, 2]
 
 
 def test_fsdp_that_cannot_be_is_refused(tmp_path, monkeypatch):
