@@ -46,6 +46,7 @@ def prepare_fsdp(trainer: Trainer):
     # Checkpoints are of whole weights, as without FSDP: any number of processes goes on from them.
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("FULL_STATE_DICT")
+    plugin.cpu_ram_efficient_loading = False  # for transformers' models: ours are read by every process
     # In bf16 the shares stay fp32 and each product rounds what it takes, as elsewhere. FSDP's own way would round the
     # logit scale too, to steps of 1.6%, and the embeddings that the loss compares.
     plugin.mixed_precision_policy = None
