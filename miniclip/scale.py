@@ -12,7 +12,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import Trainer, TrainingArguments
 
 from miniclip.config import InputError
@@ -80,5 +79,7 @@ def whole_model(model: MiniClip, device: torch.device) -> MiniClip:
 
 def load_whole_weights(model: MiniClip, weights: dict[str, Tensor]):
     """Gives a sharded model its shares of whole weights, strictly; each process brings them all."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # slow to import
+
     weights = weights | {"logit_scale": weights["logit_scale"].reshape(1)}
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=True))
