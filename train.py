@@ -35,11 +35,13 @@ def main(argv: list[str]):
     from miniclip.finetune import fine_tuning
     from miniclip.inference import load
     from miniclip.objectives import make_objective
+    from miniclip.progress import check_reporters, watch
     from miniclip.retrieval import format_table
     from miniclip.trainer import ClipTrainer, checkpoints
     from miniclip.twins import twin_free
 
     logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
+    check_reporters(args)
     resume = True if args.resume_from_checkpoint in ("latest", "True", "true") else args.resume_from_checkpoint
     earlier = [*checkpoints(args.output_dir), *Path(args.output_dir).glob("model.safetensors")]
     if earlier and not resume and not options.overwrite_output_dir:
@@ -103,13 +105,15 @@ def main(argv: list[str]):
     if not resume and trainer.is_world_process_zero():  # all is well so far: now the earlier run may go
         for folder in checkpoints(args.output_dir):
             shutil.rmtree(folder)
-    trainer.train(resume)
+    with watch(trainer, contrasts=options.loss == "clip") as progress:  # the bar, log.jsonl, warnings; and curves.png however it ends
+        trainer.train(resume)
     trainer.save_model()  # with config.json: a folder for miniclip.load
     if eval_records:
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
             print(format_table({name.removeprefix("eval_"): value for name, value in metrics.items()}))
     trainer.save_state()
+    progress.summary()
 
 
 if __name__ == "__main__":

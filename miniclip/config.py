@@ -119,6 +119,10 @@ class MiniClipConfig:
         """The inverse of `from_dict`, ready for `json.dumps`."""
         return dataclasses.asdict(self)
 
+    def to_json_string(self) -> str:
+        """The same as text: Trainer shows it in TensorBoard."""
+        return json.dumps(self.to_dict(), indent=2)
+
 
 def list_models() -> list[str]:
     """Names of the configs that ship with the project."""

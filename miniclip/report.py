@@ -64,6 +64,11 @@ class Page:
     def line(self, points: list, fill: str, width: float = 1) -> None:
         self.pen.line(self._px(points), fill=fill, width=max(1, round(width * self.scale)), joint="curve")
 
+    def dashes(self, left: float, right: float, y: float, fill: str) -> None:
+        """A dashed level line."""
+        for n in range(math.ceil((right - left) / 8)):
+            self.line([(left + 8 * n, y), (min(left + 8 * n + 5, right), y)], fill)
+
     def dot(self, x: float, y: float, radius: float, fill: str) -> None:
         self.pen.ellipse(self._px([(x - radius, y - radius), (x + radius, y + radius)]), fill=fill)
 
@@ -124,11 +129,17 @@ def smooth(points: list, reach: int) -> list:
     return [(step, sum(value for _, value in window) / len(window)) for (step, _), window in zip(points, windows)]
 
 
-def draw_chart(page: Page, x: float, y: float, w: float, title: str, curves: dict, steps: float, note="") -> None:
-    """Draw curves over training: {name: points}. Values are shares where the name starts with "R@", else losses."""
+def draw_chart(
+    page: Page, x: float, y: float, w: float, title: str, curves: dict, steps: float, note="", reference=None
+) -> None:
+    """Draw curves over training: {name: points}. Values are shares where the name starts with "R@", else losses.
+
+    `reference` (name, value) is a level to compare them with, drawn as a dashed line.
+    """
     left, top, right, bottom = x + 52, y + 62, x + w - 18, y + CHART - 44
     shares = all(name.startswith("R@") for name in curves)
-    highest = max((value for points in curves.values() for _, value in points), default=1)
+    highest = max([value for points in curves.values() for _, value in points], default=1)
+    highest = max(highest, reference[1]) if reference else highest
     y_ticks = ticks(1.0 if shares else max(highest, 1e-6))
 
     page.frame(x, y, w, CHART, GRID, 1)
@@ -158,6 +169,12 @@ def draw_chart(page: Page, x: float, y: float, w: float, title: str, curves: dic
             page.line(line, color, width)
         for point in [] if noisy else line:
             page.dot(*point, 2.5, color)
+    if reference:
+        name, value = reference
+        level = bottom - (bottom - top) * value / y_ticks[-1]
+        page.dashes(left, right, level, GREY)
+        page.dashes(legend, legend + 14, y + 43, GREY)
+        page.text(legend + 20, y + 36, name, 12, GREY)
     if not any(curves.values()):
         page.text((left + right) / 2, (top + bottom) / 2 - 8, "nothing was logged", 13, GREY, align=0.5)
     page.text(x + w - 16, y + 14, note, 11, RED, align=1)
@@ -220,6 +237,43 @@ def pick_examples(images: list, captions: list, image_embeds, text_embeds, image
     ]
 
 
+def draw_loss_and_recall(page: Page, y: float, log_history: list[dict], reference=None) -> float:
+    """Draw the two charts side by side. Gives the last step, where they end; `reference` is for the loss."""
+    names = " ".join(name for entry in log_history for name in entry)
+    recall = sorted({int(k) for k in re.findall(r"eval_text_to_image_R@(\d+)\b", names)})
+    curves = {f"R@{k}": curve(log_history, f"eval_text_to_image_R@{k}") for k in recall}
+    loss = curve(log_history, "loss")
+    steps = max([step for points in [loss, *curves.values()] for step, _ in points if step > 0], default=1)
+    broken = sum("loss" in entry and not is_finite(entry["loss"]) for entry in log_history)
+    note = f"not finite, left out: {broken}" if broken else ""
+    half = (WIDTH - 2 * MARGIN - GAP) / 2
+    draw_chart(page, MARGIN, y, half, "Training loss", {"loss": loss}, steps, note, reference)
+    draw_chart(page, MARGIN + half + GAP, y, half, "Captions finding their image, among the evaluation images",
+               curves or {"R@1": []}, steps)  # fmt: skip
+    return steps
+
+
+def draw_curves(out_png: str | Path, log_history: list[dict], batch: int | None, title: str) -> None:
+    """Draw how a run went: loss and recall as in `draw_report`, and the learning rate and the logit scale below.
+
+    Of pairs that are contrasted `batch` at a time, the loss of guessing, ln(batch), is drawn too.
+    """
+    page = Page(2 * MARGIN + 38 + 2 * CHART + GAP)
+    y = MARGIN - 8
+    page.text(MARGIN, y, page.wrap(title, 22, WIDTH - 2 * MARGIN, 1)[0], 22)
+    y += 46
+    chance = (f"guessing, ln({batch}) = {math.log(batch):.3g}", math.log(batch)) if batch else None
+    steps = draw_loss_and_recall(page, y, log_history, chance)
+    y += CHART + GAP
+    half = (WIDTH - 2 * MARGIN - GAP) / 2
+    rate, scale = curve(log_history, "learning_rate"), curve(log_history, "logit_scale")
+    near = max((value for _, value in scale), default=0) > 50
+    draw_chart(page, MARGIN, y, half, "Learning rate", {"rate": rate}, steps)
+    draw_chart(page, MARGIN + half + GAP, y, half, "Logit scale (1 / temperature)", {"scale": scale}, steps,
+               reference=("limit, 100", 100) if near else None)  # fmt: skip
+    page.save(out_png)
+
+
 def draw_report(out_png: str | Path, log_history: list[dict], examples: list[dict], title: str) -> None:
     """Draw the picture of a run into a file.
 
@@ -233,17 +287,7 @@ def draw_report(out_png: str | Path, log_history: list[dict], examples: list[dic
     page.text(MARGIN, y, page.wrap(title, 22, WIDTH - 2 * MARGIN, 1)[0], 22)
     y += 46
 
-    names = " ".join(name for entry in log_history for name in entry)
-    recall = sorted({int(k) for k in re.findall(r"eval_text_to_image_R@(\d+)\b", names)})
-    curves = {f"R@{k}": curve(log_history, f"eval_text_to_image_R@{k}") for k in recall}
-    loss = curve(log_history, "loss")
-    steps = max([step for points in [loss, *curves.values()] for step, _ in points if step > 0], default=1)
-    broken = sum("loss" in entry and not is_finite(entry["loss"]) for entry in log_history)
-    note = f"not finite, left out: {broken}" if broken else ""
-    half = (WIDTH - 2 * MARGIN - GAP) / 2
-    draw_chart(page, MARGIN, y, half, "Training loss", {"loss": loss}, steps, note)
-    draw_chart(page, MARGIN + half + GAP, y, half, "Captions finding their image, among the evaluation images",
-               curves or {"R@1": []}, steps)  # fmt: skip
+    draw_loss_and_recall(page, y, log_history)
     y += CHART + 28
 
     if examples:

@@ -26,6 +26,7 @@ from miniclip.inference import embed_images, embed_texts
 from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip
 from miniclip.retrieval import retrieval_metrics
+from miniclip.scale import load_whole_weights, prepare_fsdp, uses_fsdp, whole_model, with_scalars
 
 logger = logging.getLogger(__name__)
 CUDA = torch.cuda.is_available()
@@ -112,11 +113,14 @@ class ClipTrainer(Trainer):
         ema: MiniClip | None = None,
         **kwargs,
     ):
-        if args.fast and not args.fsdp:  # which counts on every block being called as a whole
+        self.sharded = uses_fsdp(args)
+        if args.fast and not self.sharded:  # which counts on every block being called as a whole
             speed_up(model)
         model.forward = partial(batch_forward, model, preprocess.normalize, args.grad_cache_chunk_size)
         collator = Collator(tokenizer, 1 if args.device.type == "cpu" else 8)
         super().__init__(model, args, collator, train_dataset, eval_dataset, **kwargs)
+        if self.sharded:
+            prepare_fsdp(self)
         self.preprocess, self.tokenizer, self.caches = preprocess, tokenizer, caches
         self.objective = objective or (lambda outputs, ids, inputs: clip_loss(*outputs[:3], ids))
         self.lr_scale, self.ema = lr_scale, ema
@@ -171,6 +175,7 @@ class ClipTrainer(Trainer):
     def embed_records(self, records: list[dict]):
         """The embeddings of all images and all captions, in the precision of training; evaluate.py measures in fp32."""
         model = self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema
+        model = whole_model(model, self.args.device) if self.sharded else model
         model = fast_model(model, "bf16" if self.args.bf16 else "fp32")
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers or None
         images = [record["image"] for record in records]
@@ -182,7 +187,9 @@ class ClipTrainer(Trainer):
         return image_embeds, on_all_processes(self.args, texts, embed), image_of_text
 
     def log(self, logs: dict[str, float], *args, **kwargs):
-        """Stops at a loss that is no number, which no later step mends."""
+        """Stops at a loss that is no number, which no later step mends. What watches the run may add to an entry."""
+        for callback in self.callback_handler.callbacks:
+            getattr(callback, "before_log", lambda logs: None)(logs)
         for name in ("loss", "train_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise FloatingPointError(
@@ -207,9 +214,11 @@ class ClipTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Trainer saves bare weights of a model that is not its own; ours go with their config."""
-        if not self.args.should_save:  # another process does
+        if not self.args.should_save:  # every process comes here, one writes
             return
         output_dir = output_dir or self.args.output_dir
+        if state_dict:  # put together by FSDP, for which the scale is no scalar
+            state_dict = with_scalars(state_dict, ())
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
         if self.ema is not None and self.is_in_train:
             save_file(self.ema.state_dict(), os.path.join(output_dir, "ema.safetensors"), metadata={"format": "pt"})
@@ -218,6 +227,8 @@ class ClipTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Strictly: Trainer's own goes on with random numbers where a weight is missing."""
         weights = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
+        if self.sharded:
+            return load_whole_weights(self.model, weights)
         self.accelerator.unwrap_model(model or self.model).load_state_dict(weights, strict=True)
         average = Path(resume_from_checkpoint) / "ema.safetensors"
         if average.is_file() != (self.ema is not None):
@@ -225,6 +236,11 @@ class ClipTrainer(Trainer):
             raise InputError(f"{resume_from_checkpoint} was made {how}, or start anew with --model_config on it")
         if self.ema is not None:
             self.ema.load_state_dict(load_file(average), strict=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.sharded and self.args.should_save:
+            os.remove(os.path.join(output_dir, "pytorch_model_fsdp.bin"))  # model.safetensors once more
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -277,7 +293,8 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
             json.loads((folder / "trainer_state.json").read_text())
             with safe_open(folder / "model.safetensors", "pt") as weights:
                 weights.keys()
-            for name in ("optimizer.pt", "scheduler.pt"):
+            optimizer = "optimizer.bin" if (folder / "optimizer.bin").is_file() else "optimizer.pt"  # the first by FSDP
+            for name in (optimizer, "scheduler.pt"):
                 torch.load(folder / name, map_location="cpu", weights_only=True)
             return str(folder)
         except Exception as error:  # whatever is wrong with it, an older one may do

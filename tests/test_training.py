@@ -111,6 +111,8 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, caption_set, run_scrip
     done = run_script("train.py", recipe, *more, "--output_dir", cut, "--resume_from_checkpoint", "latest")
     assert "resuming from" in done.stderr + done.stdout
     assert largest_difference(caption_set / "whole", cut) == 0
+    log = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 41)), "each step once"
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path, tiny_model, caplog):
