@@ -105,7 +105,8 @@ def main(argv: list[str]):
     if not resume and trainer.is_world_process_zero():  # all is well so far: now the earlier run may go
         for folder in checkpoints(args.output_dir):
             shutil.rmtree(folder)
-    with watch(trainer, contrasts=options.loss == "clip") as progress:  # the bar, log.jsonl, warnings; and curves.png however it ends
+    # The bar, log.jsonl and warnings; and curves.png, however it ends.
+    with watch(trainer, contrasts=options.loss == "clip") as progress:
         trainer.train(resume)
     trainer.save_model()  # with config.json: a folder for miniclip.load
     if eval_records:
