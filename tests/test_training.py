@@ -161,8 +161,12 @@ def test_an_earlier_run_is_not_mixed_in(recipe, caption_set, run_script):
 
 
 def test_two_processes_equal_one_with_the_whole_batch(recipe, caption_set, run_script):
-    """torchrun with 2 x 6 pairs ends at the weights of one process with 12: the negatives and gradients of both."""
-    steps = ["--max_steps", "6", "--eval_file", caption_set / "captions.json"]
+    """torchrun with 2 x 6 pairs ends at the weights of one process with 12: the negatives and gradients of both; with
+    images that come twice, in chunks, and over two batches a step."""
+    records = json.loads((caption_set / "captions.json").read_text())
+    (caption_set / "twice.json").write_text(json.dumps(records + records[:12]))
+    steps = ["--max_steps", "4", "--train_file", caption_set / "twice.json", "--eval_file", caption_set / "captions.json"]
+    steps += ["--gradient_accumulation_steps", "2", "--grad_cache_chunk_size", "4"]
     run_script("train.py", recipe, *steps, "--output_dir", caption_set / "one")
     run_script(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", recipe, *steps,
