@@ -166,7 +166,8 @@ def test_two_processes_equal_one_with_the_whole_batch(recipe, caption_set, run_s
     records = json.loads((caption_set / "captions.json").read_text())
     (caption_set / "twice.json").write_text(json.dumps(records + records[:12]))
     steps = ["--max_steps", "4", "--train_file", caption_set / "twice.json"]
-    steps += ["--eval_file", caption_set / "captions.json", "--gradient_accumulation_steps", "2", "--grad_cache_chunk_size", "4"]
+    steps += ["--gradient_accumulation_steps", "2", "--grad_cache_chunk_size", "4"]
+    steps += ["--eval_file", caption_set / "captions.json"]
     run_script("train.py", recipe, *steps, "--output_dir", caption_set / "one")
     run_script(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", recipe, *steps,
