@@ -50,21 +50,22 @@ class LockedDataset(CaptionDataset):
             None if features is None else torch.from_numpy(features).share_memory_()
             for features in (image_features, text_features)
         )
-        counts = [len(captions) for captions in self.records["caption"]]
+        counts = [len(record["caption"]) for record in self.records]
         self.counts, self.first_caption = counts, np.cumsum([0, *counts[:-1]]).tolist()
 
-    def __getitem__(self, index: int) -> dict:
+    def item(self, index: int) -> dict:
+        row = index % len(self)
         if self.image_features is None:
-            item = super().__getitem__(index)
+            item = super().item(index)
             if self.text_features is not None:
                 del item["caption"]
         else:
-            item = {"image_features": self.image_features[index]}
-        number = self.rng(index).randrange(self.counts[index])
+            item = {"image_features": self.image_features[row]}
+        number = self.rng(index).randrange(self.counts[row])
         if self.text_features is not None:
-            item["text_features"] = self.text_features[self.first_caption[index] + number]
+            item["text_features"] = self.text_features[self.first_caption[row] + number]
         elif self.image_features is not None:
-            item["caption"] = self.records[index]["caption"][number]
+            item["caption"] = self.records[row]["caption"][number]
         return item
 
 
