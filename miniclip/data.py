@@ -120,8 +120,8 @@ def flatten_captions(records: Sequence[dict]) -> tuple[list[str], list[int]]:
 
 
 def as_table(records: Sequence[dict]) -> Sequence[dict]:
-    """A list of records as an Arrow table: there they lie outside Python's heap, and worker processes share them instead
-    of copying. Other sequences as they are."""
+    """A list of records as an Arrow table: there they lie outside Python's heap, and worker processes share them
+    instead of copying. Other sequences as they are."""
     import datasets  # slow to import
 
     return datasets.Dataset.from_list(records) if isinstance(records, list) else records

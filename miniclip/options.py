@@ -39,7 +39,7 @@ class TrainOptions:
     eval_file: str | None = option(None, "the same for evaluation; without it nothing is measured")
     image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
     image_column: str | None = option(
-        None, "column or key of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
+        None, "column of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
     )
     caption_column: str | None = option(None, "the same for the captions (OpenCLIP: --csv-caption-key)")
     train_num_samples: int | None = option(None, "samples that make an epoch, drawn with replacement")
@@ -124,7 +124,7 @@ class EvalOptions:
     )
     image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
     image_column: str | None = option(
-        None, "column or key of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
+        None, "column of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
     )
     caption_column: str | None = option(None, "the same for the captions (OpenCLIP: --csv-caption-key)")
     captions: str = option("all", "captions of an image that count", choices=["all", "first"])

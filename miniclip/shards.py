@@ -145,7 +145,7 @@ class Shards(Sequence):
         what = f"{self.paths[0]}{f' and {len(self.paths) - 1} more' if len(self.paths) > 1 else ''}"
         report = "\n  ".join([f"{what}: {len(self.problems)} things in the shards cannot be used:", *self.problems])
         if not len(self.rows):
-            raise InputError(f"{report}\nNo sample is left: one is an image and a caption, 000.jpg and 000.txt or .json")
+            raise InputError(f"{report}\nNo sample is left: one is 000.jpg and 000.txt or 000.json, say")
         if self.problems:
             warnings.warn(f"{report}\nThe {len(self.rows)} sound samples are used.", stacklevel=3)
 

@@ -41,8 +41,8 @@ from miniclip.transforms import ImageError
 logger = logging.getLogger(__name__)
 
 # Names of columns, compared without case; the first that is there is taken.
-IMAGE_KEYS = ("image", "filepath", "image_path", "img", "img_path", "file_name", "filename", "path", "file", "image_file",
-              "jpg", "jpeg", "png", "webp")  # fmt: skip
+IMAGE_KEYS = ("image", "filepath", "image_path", "img", "img_path", "file_name", "filename", "path", "file",
+              "image_file", "jpg", "jpeg", "png", "webp")  # fmt: skip
 TEXT_KEYS = (*CAPTION_KEYS, "txt", "sentences_raw", "alt_text", "alt")
 
 
@@ -128,7 +128,8 @@ def _read_one(spec, root, check_images, on_bad, check_handles, image_column, cap
     elif not path.exists():
         raise InputError(f"{spec}: no such file or folder (a data set of the Hugging Face hub is hf:{spec})")
     else:
-        raise InputError(f"{spec}: of no form that is known: {', '.join(READERS)}, .tar, .parquet, .arrow, a folder, hf:")
+        known = ", ".join((*READERS, ".tar", ".parquet", ".arrow", "a folder", "hf:NAME"))
+        raise InputError(f"{spec}: of no form that is known: {known}")
     return without_damaged(source, spec) if check_handles else source
 
 
@@ -227,7 +228,7 @@ def _read_table_text(path: Path, image_column, caption_column):
     text = _text(path)
     header = text.partition("\n")[0].rstrip("\r")
     fault, columns = None, None
-    for delimiter in ("\t", ",", ";") if path.suffix.lower() == ".tsv" or header.count("\t") else (",", ";"):
+    for delimiter in sorted("\t,;", key=header.count, reverse=True):
         try:  # OpenCLIP's .csv files have tabs: the separator is the one that gives both columns
             head = next(csv.reader([header], delimiter=delimiter), [])
             columns = _columns(head, image_column, caption_column, str(path))
@@ -280,7 +281,7 @@ def _read_folder(path: Path):
                 place = os.path.relpath(os.path.join(folder, stem), path)
                 beside.setdefault(place, {}).setdefault(extension.lower()[1:], place + extension)
     raw, names = [], []
-    for place, files in sorted(beside.items()):
+    for _, files in sorted(beside.items()):
         images = [files[kind] for kind in IMAGES if kind in files]
         text = next((kind for kind in CAPTIONS if kind in files), None)
         for image in images or [None]:
@@ -295,7 +296,7 @@ def _read_folder(path: Path):
             except (InputError, OSError) as error:
                 raw.append(InputError(str(error)))
     if not any(isinstance(record, dict) for record in raw):
-        raise CaptionFileError(f"{path}: no image in it has a caption file beside it; and it has no tar shards or tables")
+        raise CaptionFileError(f"{path}: no image in it has a caption file beside it; no tar shards, no tables either")
     return raw, names
 
 
@@ -448,7 +449,9 @@ class Mixture(Sequence):
     each time.
     """
 
-    def __init__(self, sources: list[Sequence[dict]], factors: list[float] | None = None, num_samples: int | None = None):
+    def __init__(
+        self, sources: list[Sequence[dict]], factors: list[float] | None = None, num_samples: int | None = None
+    ):
         self.sources, self.factors, self.num_samples = [as_table(source) for source in sources], factors, num_samples
         self.sizes = [len(source) for source in sources]
         self.ends = np.cumsum(self.sizes)
@@ -464,7 +467,7 @@ class Mixture(Sequence):
         return self.sources[source][int(index - self.ends[source] + self.sizes[source])]
 
     def sampler(self, seed: int, epoch):
-        """A torch Sampler of an epoch, or None where the Trainer's shuffle does. `epoch` is a tensor that is changed."""
+        """A torch Sampler of an epoch, or None where the Trainer's shuffle does. `epoch` is a tensor that changes."""
         if self.factors is None and self.num_samples is None:
             return None
         from torch.utils.data import Sampler
@@ -544,7 +547,8 @@ def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
     texts = [text for texts in captions for text in texts]
     cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
     of = f" (of the first {most:,} images)" if len(records) > most else ""
-    return f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {tokenizer.context_length} tokens"
+    at = f"{tokenizer.context_length} tokens"
+    return f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {at}"
 
 
 # --- The converter.
@@ -651,7 +655,8 @@ def _to_file(source: Sequence[dict], target: Path) -> int:
             elif target.suffix.lower() == ".jsonl":
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             else:
-                table = csv.writer(file, delimiter="\t" if target.suffix.lower() == ".tsv" else ",", lineterminator="\n")
+                delimiter = "\t" if target.suffix.lower() == ".tsv" else ","
+                table = csv.writer(file, delimiter=delimiter, lineterminator="\n")
                 table.writerow(["filepath", "title"])  # OpenCLIP's names
                 table.writerows((record["image"], text) for record in records for text in record["caption"])
             file.flush()
@@ -692,7 +697,7 @@ def main(argv: list[str]):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     command.add_argument("source", metavar="FROM", help="as --train_file takes it")
-    command.add_argument("target", metavar="TO", help="out.json, .jsonl, .csv, .tsv, out/{000..009}.tar, out/000000.tar")
+    command.add_argument("target", metavar="TO", help="o.json, .jsonl, .csv, .tsv, out/{000..009}.tar, out/000000.tar")
     command.add_argument("--samples_per_shard", type=int, default=10_000, metavar="N", help="for out/000000.tar")
     command.add_argument("--image_root", help="folder that image paths start from; the source's own unless given")
     command.add_argument("--image_column", help="its name, where it is not to be guessed")

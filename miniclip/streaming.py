@@ -1,8 +1,8 @@
 """How is a data set read that is too large to be here?
 
 As a stream, from its first sample to its last, by Hugging Face datasets: each worker of each process reads a share of
-its own, and a buffer shuffles what comes. There is no index, so that nothing can be looked up, drawn with replacement or
-evaluated on.
+its own, and a buffer shuffles what comes. There is no index, so that nothing can be looked up, drawn with replacement
+or evaluated on.
 """
 
 import itertools
@@ -51,8 +51,8 @@ class StreamDataset(CaptionDataset):
 
     @classmethod
     def opened(cls, spec: str, args, num_samples: int | None, image_column=None, caption_column=None):
-        """Opens hf:NAME, .parquet or .arrow; gives what makes the dataset of it, called like CaptionDataset with None for
-        the records. Raises InputError for what cannot be streamed."""
+        """Opens hf:NAME, .parquet or .arrow; gives what makes the dataset of it, called like CaptionDataset with None
+        for the records. Raises InputError for what cannot be streamed."""
         if "::" in spec:
             raise InputError(f"{spec}: one source can be streamed, not several")
         if num_samples is None and args.max_steps <= 0:
@@ -102,14 +102,16 @@ class StreamDataset(CaptionDataset):
                 good = True
                 yield item
             if not good:
-                raise InputError(f"{self.spec}: nothing in a whole pass for reader {reader}: fewer workers, or more data")
+                raise InputError(f"{self.spec}: nothing in a whole pass for reader {reader}: take fewer workers")
 
     def dataloader(self, args, collate) -> DataLoader:
         """What the Trainer iterates over: the batches of this process."""
         share = Share(self, args.process_index, args.world_size, args.per_device_train_batch_size)
         workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         if args.dataloader_num_workers:
-            workers |= {"persistent_workers": args.dataloader_persistent_workers,
+            # Started anew, not forked: Arrow reads parquet in threads, and a process forked from one that has read some
+            # may wait for ever for threads that it has not. That takes seconds, so they live on between epochs.
+            workers |= {"multiprocessing_context": "spawn", "persistent_workers": True,
                         "prefetch_factor": args.dataloader_prefetch_factor}  # fmt: skip
         loader = DataLoader(share, args.per_device_train_batch_size, collate_fn=collate, drop_last=True, **workers)
         # accelerate would read the whole stream in process 0 and send the batches round, or read all of it in each and

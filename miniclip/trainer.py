@@ -225,7 +225,7 @@ class _Hooks(TrainerCallback):
         self.train_dataset.set_epoch(int(state.epoch + 1e-6))
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        # Of all processes together. Bad samples are named where they are met; here, and so at the end, they are counted.
+        # Bad samples are named where they are met; here, and so at the end, those of all processes are counted.
         if bad := sum(gather_object([self.train_dataset.bad.sum().item()])):
             if args.process_index == 0:
                 logger.warning("bad samples met so far, each replaced by the next one: %d", bad)

