@@ -5,6 +5,7 @@ its own, and a buffer shuffles what comes. There is no index, so that nothing ca
 or evaluated on.
 """
 
+import inspect
 import itertools
 
 import torch
@@ -46,8 +47,12 @@ class StreamDataset(CaptionDataset):
 
     def __init__(self, stream, columns: tuple[str, str], num_samples, spec, preprocess, seed: int = 0, transform=None):
         super().__init__((), preprocess, seed, transform)
-        self.stream, self.columns, self.num_samples, self.spec = stream, columns, num_samples, spec
-        self.stream = stream.shuffle(seed=seed, buffer_size=BUFFER)
+        self.columns, self.num_samples, self.spec = columns, num_samples, spec
+        # One file after the other: newer versions would read ten at once, in threads, and wait five seconds for those
+        # at the end of each pass.
+        single = {"max_buffer_input_shards": 1}
+        known = inspect.signature(stream.shuffle).parameters
+        self.stream = stream.shuffle(seed=seed, buffer_size=BUFFER, **single if single.keys() <= known.keys() else {})
 
     @classmethod
     def opened(cls, spec: str, args, num_samples: int | None, image_column=None, caption_column=None):
@@ -77,41 +82,39 @@ class StreamDataset(CaptionDataset):
 
     def share(self, reader: int, readers: int, number: int | None = None):
         """The items of one of several readers: `number` of them, pass after pass, or without end."""
+        passes = (self.one_pass(reader, readers, turn) for turn in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(passes), number)
+
+    def one_pass(self, reader: int, readers: int, turn: int = 0):
+        """The items of one of several readers in one pass of this epoch."""
         from datasets.distributed import split_dataset_by_node
 
-        whole = self.stream.num_shards >= readers  # else each reads all, and keeps every n-th
+        whole = self.stream.num_shards >= readers  # whole files each; else each reads all, and keeps every n-th sample
         part = split_dataset_by_node(self.stream, reader, readers, "shards" if whole else "examples")
-        return itertools.islice(self._passes(part, reader), number)
-
-    def _passes(self, part, reader: int):
-        epoch = self.epoch.item()
-        for turn in itertools.count():
-            part.set_epoch(10_000 * epoch + turn)
-            good = False
-            # In batches, since the library would split the plain iteration once more between workers, by files.
-            samples = (dict(zip(batch, row)) for batch in part.iter(16) for row in zip(*batch.values()))
-            for number, sample in enumerate(samples):
-                name = f"{self.spec}: sample {number} of reader {reader}, pass {turn}"
-                try:
-                    captions = check_captions(captions_in(sample[self.columns[1]]), name)
-                    record = {"image": StreamImage(sample[self.columns[0]], name), "caption": captions}
-                    item = self.draw(record, self.rng(f"{turn} {reader} {number}"))
-                except (ImageError, InputError) as error:
-                    self.report(error)
-                    continue
-                good = True
-                yield item
-            if not good:
-                raise InputError(f"{self.spec}: nothing in a whole pass for reader {reader}: take fewer workers")
+        part.set_epoch(10_000 * self.epoch.item() + turn)
+        good = False
+        # In batches, since the library would split the plain iteration once more between workers, by files.
+        samples = (dict(zip(batch, row)) for batch in part.iter(16) for row in zip(*batch.values()))
+        for number, sample in enumerate(samples):
+            name = f"{self.spec}: sample {number} of reader {reader}, pass {turn}"
+            try:
+                captions = check_captions(captions_in(sample[self.columns[1]]), name)
+                record = {"image": StreamImage(sample[self.columns[0]], name), "caption": captions}
+                item = self.draw(record, self.rng(f"{turn} {reader} {number}"))
+            except (ImageError, InputError) as error:
+                self.report(error)
+                continue
+            good = True
+            yield item
+        if not good:
+            raise InputError(f"{self.spec}: nothing in a whole pass for reader {reader}: take fewer workers")
 
     def dataloader(self, args, collate) -> DataLoader:
         """What the Trainer iterates over: the batches of this process."""
         share = Share(self, args.process_index, args.world_size, args.per_device_train_batch_size)
         workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         if args.dataloader_num_workers:
-            # Started anew, not forked: Arrow reads parquet in threads, and a process forked from one that has read some
-            # may wait for ever for threads that it has not. That takes seconds, so they live on between epochs.
-            workers |= {"multiprocessing_context": "spawn", "persistent_workers": True,
+            workers |= {"persistent_workers": args.dataloader_persistent_workers,
                         "prefetch_factor": args.dataloader_prefetch_factor}  # fmt: skip
         loader = DataLoader(share, args.per_device_train_batch_size, collate_fn=collate, drop_last=True, **workers)
         # accelerate would read the whole stream in process 0 and send the batches round, or read all of it in each and

