@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from miniclip.options import EvalOptions, make_parser, run
@@ -35,10 +36,12 @@ def main(argv: list[str]):
     first_only = options.captions == "first"
     records = None
     if options.eval_file:
-        from miniclip.data import read_captions
+        from miniclip.sources import read_source
 
-        # Images are not checked in advance: whoever decodes them for the model finds all that is wrong with them.
-        records = read_captions(options.eval_file, options.image_root, check_images=False)
+        # Images are not checked in advance: whoever decodes them for the model finds all that is wrong with them. But
+        # those of shards and tables, where one that is damaged is left out and reported.
+        columns = {"image_column": options.image_column, "caption_column": options.caption_column}
+        records = read_source(options.eval_file, options.image_root, False, check_handles=True, **columns)
     if options.features:
         embeds = (np.load(Path(options.features) / f"{kind}.npy").astype(np.float32) for kind in ("image", "text"))
         image_embeds, text_embeds = embeds
@@ -65,7 +68,8 @@ def main(argv: list[str]):
         np.save(Path(options.save_features) / "image.npy", image_embeds)
         np.save(Path(options.save_features) / "text.npy", text_embeds)
     beside = Path(options.model if os.path.isdir(options.model or "") else "")
-    name = Path(options.eval_file or options.features).stem + ("_first" if first_only else "")
+    name = re.sub(r"[{}*?:]+", "_", Path(options.eval_file or options.features).stem)
+    name += "_first" if first_only else ""
     output = Path(options.output or beside / f"retrieval_{name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"model": str(source), "dataset": str(dataset), "metrics": metrics}, indent=2) + "\n")

@@ -30,13 +30,16 @@ def main(argv: list[str]):
     from transformers import set_seed
 
     from miniclip.augment import TrainTransform
-    from miniclip.data import CaptionDataset, CaptionFileError, flatten_captions, read_captions
+    from miniclip.data import CaptionDataset, CaptionFileError
     from miniclip.fast import describe
     from miniclip.finetune import fine_tuning
     from miniclip.inference import load
     from miniclip.objectives import make_objective
     from miniclip.progress import check_reporters, watch
     from miniclip.retrieval import format_table
+    from miniclip.sources import describe as describe_data
+    from miniclip.sources import read_source
+    from miniclip.streaming import StreamDataset
     from miniclip.trainer import ClipTrainer, checkpoints
     from miniclip.twins import twin_free
 
@@ -50,15 +53,22 @@ def main(argv: list[str]):
             "--overwrite_output_dir, or name another --output_dir"
         )
 
-    records, eval_records, problems = None, None, []
+    records, eval_records, problems, make_dataset = None, None, [], CaptionDataset
+    columns = {"image_column": options.image_column, "caption_column": options.caption_column}
+    where = {"image_root": options.image_root, "on_bad": options.bad_records, **columns}
     try:
-        records = read_captions(options.train_file, options.image_root, on_bad=options.bad_records)
-    except CaptionFileError as error:
+        if options.streaming:
+            make_dataset = StreamDataset.opened(options.train_file, args, options.train_num_samples, **columns)
+        else:
+            epoch = {"factors": options.train_data_upsampling_factors, "num_samples": options.train_num_samples}
+            locked = options.lock_image != "none"  # then all images are seen at once, before the first step
+            records = read_source(options.train_file, check_handles=locked, **where, **epoch)
+    except InputError as error:
         problems.append(str(error))
     try:
         if options.eval_file:
-            eval_records = read_captions(options.eval_file, options.image_root, on_bad=options.bad_records)
-    except CaptionFileError as error:
+            eval_records = read_source(options.eval_file, check_handles=True, **where)
+    except InputError as error:
         problems.append(str(error))
     if problems:
         raise CaptionFileError("\n".join(problems))
@@ -71,17 +81,15 @@ def main(argv: list[str]):
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)
     if args.process_index == 0:
-        texts, _ = flatten_captions(records)
-        cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
+        data = f"a stream of {options.train_file}" if options.streaming else describe_data(records, tokenizer)
         start = "" if options.pretrained or Path(options.model_config).is_dir() else ", from scratch"
         print(
-            f"{options.model_config}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; "
-            f"{len(records)} images, {len(texts)} captions, {cut} of them cut off at {tokenizer.context_length} tokens"
+            f"{options.model_config}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {data}"
         )
         if args.fast:
             print(describe(args.device))
 
-    make_dataset, caches = CaptionDataset, (None, None)
+    caches = None, None
     if options.lock_image != "none" or options.lock_text != "none":
         from miniclip.locked import lock_towers
 
@@ -97,7 +105,7 @@ def main(argv: list[str]):
     )
     dataset = make_dataset(records, preprocess, seed=args.seed, transform=transform)
     if options.avoid_twins:
-        dataset.sampler = partial(twin_free, dataset)
+        dataset.sampler = partial(twin_free, dataset, dataset.sampler)
     trainer = ClipTrainer(
         model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer, caches=caches,
         objective=objective, callbacks=callbacks, **remedies,

@@ -105,9 +105,9 @@ class FeatureCache:
         self.found |= {keys[32 * row : 32 * row + 32]: (features, row) for row in range(len(part))}
 
 
-def file_key(path: str | Path) -> bytes:
-    """The key of a picture: sha256 of what is in its file, wherever that lies."""
-    return _digest(path)
+def file_key(path) -> bytes:
+    """The key of a picture: sha256 of what is in its file, wherever that lies, or of what a handle reads."""
+    return hashlib.sha256(path.read()).digest() if hasattr(path, "read") else _digest(path)
 
 
 def text_key(text: str) -> bytes:

@@ -91,14 +91,14 @@ def embed_texts(
 def embed_images(
     model: MiniClip,
     preprocess: Preprocess,
-    paths: Iterable[str | Path],
+    paths: Iterable,
     batch_size: int = 32,
     num_workers: int | None = None,
     progress: bool = False,
     cache: FeatureCache | None = None,
     project: bool = True,
 ) -> np.ndarray:
-    """Embeds n image files: (n, E) float32, of unit length, in the order given.
+    """Embeds n image files, or handles (see `open_image`): (n, E) float32, of unit length, in the order given.
 
     `num_workers` threads read files while others are encoded (0: none; as many as suit the machine unless given).
     Those whose features are in the `cache` are neither decoded nor encoded. Without `project` the features themselves
@@ -113,7 +113,8 @@ def embed_images(
     def read(path: str | Path):
         """The file's key and its levels, or features, or what is wrong with it."""
         try:
-            key = file_key(path) if cache is not None and os.path.isfile(path) else None
+            there = cache is not None and (hasattr(path, "read") or os.path.isfile(path))
+            key = file_key(path) if there else None
             if key is not None and key in cache:
                 return key, cache[key]
             return key, preprocess.levels(open_image(path, preprocess.scale))

@@ -52,27 +52,28 @@ class LockedDataset(CaptionDataset):
             None if features is None else torch.from_numpy(features).share_memory_()
             for features in (image_features, text_features)
         )
-        counts = [len(captions) for captions in self.records["caption"]]
-        self.counts, self.first_caption = counts, np.cumsum([0, *counts[:-1]]).tolist()
-        records = zip(self.records["image"], self.records["caption"])
-        ids = [pair_ids(image, caption) for image, captions in records for caption in captions]
-        self.caption_ids = torch.tensor(ids).share_memory_()
+        ids = [[pair_ids(record["image"], caption) for caption in record["caption"]] for record in self.records]
+        self.counts = [len(captions) for captions in ids]
+        self.first_caption = np.cumsum([0, *self.counts[:-1]]).tolist()
+        self.caption_ids = torch.tensor([pair for captions in ids for pair in captions]).share_memory_()
 
     def pair_ids(self, index: int) -> tuple[int, int]:
-        number = self.rng(index).randrange(self.counts[index])
-        return tuple(self.caption_ids[self.first_caption[index] + number].tolist())
+        row = index % len(self)
+        number = self.rng(index).randrange(self.counts[row])
+        return tuple(self.caption_ids[self.first_caption[row] + number].tolist())
 
-    def __getitem__(self, index: int) -> dict:
-        number = self.rng(index).randrange(self.counts[index])
+    def item(self, index: int) -> dict:
+        row = index % len(self)
+        number = self.rng(index).randrange(self.counts[row])
         if self.image_features is None:
-            item = super().__getitem__(index)
+            item = super().item(index)
         else:
-            item = {"image_features": self.image_features[index], "pair_ids": self.pair_ids(index)}
+            item = {"image_features": self.image_features[row], "pair_ids": self.pair_ids(index)}
             if self.text_features is None:
-                item["caption"] = self.records[index]["caption"][number]
+                item["caption"] = self.records[row]["caption"][number]
         if self.text_features is not None:
             item.pop("caption", None)
-            item["text_features"] = self.text_features[self.first_caption[index] + number]
+            item["text_features"] = self.text_features[self.first_caption[row] + number]
         return item
 
 

@@ -31,9 +31,22 @@ class TrainOptions:
         None, "a name from model_configs/, a config .json, or a folder saved by MiniCLIP (whose weights are taken too)"
     )
     pretrained: str | None = option(None, "weights to start from: OpenCLIP, OpenAI, TinyCLIP, Hugging Face, MiniCLIP")
-    train_file: str | None = option(None, 'captions: [{"image": "dog.jpg", "caption": ["a dog", "my dog"]}, ...]')
+    train_file: str | None = option(
+        None,
+        "captions: .json, .jsonl, .csv, .tsv, shards/{000..123}.tar, a folder of images with texts, hf:NAME[:SPLIT], "
+        ".parquet; several with :: (docs/data.md)",
+    )
     eval_file: str | None = option(None, "the same for evaluation; without it nothing is measured")
     image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
+    image_column: str | None = option(
+        None, "column of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
+    )
+    caption_column: str | None = option(None, "the same for the captions (OpenCLIP: --csv-caption-key)")
+    train_num_samples: int | None = option(None, "samples that make an epoch, drawn with replacement")
+    train_data_upsampling_factors: str | None = option(
+        None, "how often each of the :: sources comes in an epoch: 1::2.5; with train_num_samples, how likely"
+    )
+    streaming: bool = option(False, "read hf:NAME or .parquet from end to end; needs max_steps or train_num_samples")
     bad_records: str = option("error", "bad records and images: stop, or go on without", choices=["error", "skip"])
     crop_scale: float = option(0.9, "smallest share of the image's area that a random crop keeps; 1: no cropping")
     hflip: float = option(0.0, "probability of a mirrored image; wrong for captions that say left or right")
@@ -124,6 +137,19 @@ class TrainOptions:
                 "early_stopping_patience watches recall: add eval_file",
             ),
             (self.ema is None or 0 <= self.ema < 1, "ema must lie in 0 to 1, without 1"),
+            (self.train_num_samples is None or self.train_num_samples > 0, "train_num_samples must be at least 1"),
+            (
+                not self.streaming or self.lock_image == self.lock_text == "none",
+                "a locked tower sees all data before the first step, which a stream never ends: leave out streaming",
+            ),
+            (
+                not (self.streaming and self.avoid_twins),
+                "avoid_twins orders the whole set, of which a stream shows a little at a time: leave out one of them",
+            ),
+            (
+                not (self.streaming and self.train_data_upsampling_factors),
+                "train_data_upsampling_factors are for several sources, streaming is for one",
+            ),
             (self.fixed_logit_scale is None or 1 <= self.fixed_logit_scale <= 100, "fixed_logit_scale: only 1 to 100"),
         ):
             if not fits:
@@ -157,8 +183,16 @@ class EvalOptions:
 
     model: str | None = option(None, "a folder saved by MiniCLIP, or a name from model_configs/ (with --pretrained)")
     pretrained: str | None = option(None, "weights for the named config")
-    eval_file: str | None = option(None, 'captions: [{"image": "dog.jpg", "caption": ["a dog", "my dog"]}, ...]')
+    eval_file: str | None = option(
+        None,
+        "captions: .json, .jsonl, .csv, .tsv, shards/{000..123}.tar, a folder of images with texts, hf:NAME[:SPLIT], "
+        ".parquet; several with :: (docs/data.md)",
+    )
     image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
+    image_column: str | None = option(
+        None, "column of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
+    )
+    caption_column: str | None = option(None, "the same for the captions (OpenCLIP: --csv-caption-key)")
     captions: str = option("all", "captions of an image that count", choices=["all", "first"])
     batch_size: int | None = option(None, "images or captions encoded at once (32 and 64 on a CPU, 256 elsewhere)")
     num_workers: int | None = option(None, "threads that read images; as many as there are cores unless given")

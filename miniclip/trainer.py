@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from miniclip.batch import batch_forward
 from miniclip.config import InputError
@@ -126,8 +127,11 @@ class ClipTrainer(Trainer):
         self.lr_scale, self.ema = lr_scale, ema
         self.add_callback(_Hooks(model, train_dataset))
         batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
-        if train_dataset is not None and len(train_dataset) < batch:
-            raise InputError(f"{len(train_dataset)} images make no batch of {batch}: lower per_device_train_batch_size")
+        if train_dataset is not None and has_length(train_dataset):  # a stream may have none
+            sampler = self._own_sampler()
+            n = len(train_dataset if sampler is None else sampler)
+            if n < batch:
+                raise InputError(f"{n} images make no batch of {batch}: lower per_device_train_batch_size")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The contrastive loss of a batch. What occurs in it twice is no negative of itself."""
@@ -138,8 +142,18 @@ class ClipTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset=None):
-        make = getattr(train_dataset or self.train_dataset, "sampler", None)  # a dataset may have an order of its own
-        return super()._get_train_sampler(train_dataset) if make is None else make(self.args)
+        """The dataset's own order, if it has one."""
+        sampler = self._own_sampler()
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def _own_sampler(self):
+        make = getattr(self.train_dataset, "sampler", None)
+        return make and make(self.args)
+
+    def get_train_dataloader(self):
+        """As Trainer's, but for a dataset that makes its own: a stream, of which each process reads its share."""
+        make = getattr(self.train_dataset, "dataloader", None)
+        return make(self.args, self.data_collator) if make else super().get_train_dataloader()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices that multiply: not for gains, biases, the temperature and positions."""
@@ -266,6 +280,12 @@ class _Hooks(TrainerCallback):
         # Captions and crops are drawn from (seed, epoch, index): so a run that is resumed in the middle of an epoch
         # sees what it would have seen. (accelerate would set the epoch too, but not for an epoch that is resumed.)
         self.train_dataset.set_epoch(int(state.epoch + 1e-6))
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # Bad samples are named where they are met; here, and so at the end, those of all processes are counted.
+        if bad := sum(gather_object([self.train_dataset.bad.sum().item()])):
+            if args.process_index == 0:
+                logger.warning("bad samples met so far, each replaced by the next one: %d", bad)
 
     def on_step_begin(self, args, state, control, **kwargs):
         # So is patch dropout, which draws from torch's own generator: from (seed, step, process).

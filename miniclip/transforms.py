@@ -1,5 +1,6 @@
 """How does a picture become the model's input? With Pillow alone, so that every machine gets the same numbers."""
 
+import io
 import warnings
 from pathlib import Path
 
@@ -21,16 +22,17 @@ class ImageError(InputError):
     """A picture that cannot be used. Says which file, why, and what to do."""
 
 
-def open_image(path: str | Path, scale: int | None = None) -> Image.Image:
+def open_image(path, scale: int | None = None) -> Image.Image:
     """Reads a picture as a person would see it: an RGB image, upright, transparency shown on white.
 
     The first frame of an animation; 16-bit and float greyscale brought to 8 bits instead of clipped. `scale` lets
-    the JPEG decoder shrink a picture to no less than that many pixels a side, which is fast and lossy. Raises
+    the JPEG decoder shrink a picture to no less than that many pixels a side, which is fast and lossy. `path` may be a
+    handle whose `read` gives the bytes, for a picture that is no file of its own (`miniclip.sources`). Raises
     ImageError for what is no picture, is damaged, has more than 179 million pixels, or is a sliver of more than
     100 to 1.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(path.read()) if hasattr(path, "read") else path) as image:
             check_aspect(image, path)
             size = image.size
             if scale:
@@ -46,8 +48,7 @@ def open_image(path: str | Path, scale: int | None = None) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: {error} Shrink it or leave its record out") from None
     except UnidentifiedImageError:
-        with open(path, "rb") as file:
-            head = file.read(64)
+        head = path.read() if hasattr(path, "read") else Path(path).read_bytes()
         what = "an empty file" if not head else f"no picture that Pillow can read (it begins with {head[:16]!r})"
         raise ImageError(f"{path}: {what}; replace it or leave its record out") from None
     except Exception as error:  # a damaged file can make a decoder raise nearly anything

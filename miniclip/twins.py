@@ -20,18 +20,20 @@ class TwinFreeSampler(Sampler):
 
     `batch_size` is that of all processes together, whose batches are cut from the order one after another. Where there
     is no way, as for a picture with more rows than there are batches, twins stay together; how many is logged. The
-    order depends on the dataset's seed and epoch alone, as do the captions that are drawn.
+    order depends on the dataset's seed and epoch alone, as do the captions that are drawn. With `order`, a sampler, it
+    is that one's order, as near as can be.
     """
 
-    def __init__(self, dataset: CaptionDataset, batch_size: int):
-        self.dataset, self.batch_size = dataset, batch_size
+    def __init__(self, dataset: CaptionDataset, batch_size: int, order: Sampler | None = None):
+        self.dataset, self.batch_size, self.order = dataset, batch_size, order
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.order or self.dataset)
 
     def __iter__(self) -> Iterator[int]:
-        order = list(range(len(self.dataset)))
-        self.dataset.rng("order").shuffle(order)
+        order = list(self.order or range(len(self.dataset)))
+        if self.order is None:
+            self.dataset.rng("order").shuffle(order)
         rows = [(index, tuple(enumerate(self.dataset.pair_ids(index)))) for index in order]
         batches = part_twins(rows, self.batch_size)
         left = sum(n - 1 for batch in batches for n in _names(batch).values())
@@ -40,9 +42,9 @@ class TwinFreeSampler(Sampler):
         return iter([index for batch in batches for index, _ in batch])
 
 
-def twin_free(dataset: CaptionDataset, args) -> TwinFreeSampler:
-    """The sampler for a run with these ClipTrainingArguments."""
-    return TwinFreeSampler(dataset, args.train_batch_size * args.world_size)
+def twin_free(dataset: CaptionDataset, usual, args) -> TwinFreeSampler:
+    """The sampler for a run with these ClipTrainingArguments; `usual(args)` is the one that there would be, or None."""
+    return TwinFreeSampler(dataset, args.train_batch_size * args.world_size, usual(args))
 
 
 def part_twins(rows: list[tuple], size: int) -> list[list[tuple]]:

@@ -1,0 +1,723 @@
+"""In which forms can pairs come, and how does each become the same records?
+
+    captions.json                     [{"image": "a.jpg", "caption": ["a dog", "my dog"]}, ...]
+    captions.jsonl                    one such object a line
+    captions.csv, captions.tsv        a line of column names, then one caption a line
+    folder/                           images, each with a.txt, a.caption or a.json beside it
+    shards/{000..123}.tar, shards/    WebDataset shards (`miniclip.shards`)
+    hf:NAME, hf:NAME:SPLIT            a data set of the Hugging Face hub; also hf:NAME:CONFIG:SPLIT
+    folder/, folder:SPLIT             what `save_to_disk` of Hugging Face datasets wrote
+    *.parquet, *.arrow                its tables
+    A::B                              several of them
+
+Whatever the form, `read_source` gives a sequence of {"image": where, "caption": [strings]}, where `where` is a path, or
+for an image that is no file of its own a handle: `read` gives its bytes, `str` its name. `python -m miniclip.sources
+convert FROM TO` turns one form into another.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from miniclip.config import InputError
+from miniclip.data import CaptionFileError, as_table, check_captions, check_records, image_fault, read_captions
+from miniclip.shards import CAPTION_KEYS, CAPTIONS, IMAGES, Shards, ShardWriter, captions_in, expand, parse_caption
+from miniclip.transforms import ImageError
+
+logger = logging.getLogger(__name__)
+
+# Names of columns, compared without case; the first that is there is taken.
+IMAGE_KEYS = ("image", "filepath", "image_path", "img", "img_path", "file_name", "filename", "path", "file",
+              "image_file", "jpg", "jpeg", "png", "webp")  # fmt: skip
+TEXT_KEYS = (*CAPTION_KEYS, "txt", "sentences_raw", "alt_text", "alt")
+
+
+def read_source(
+    spec: str,
+    image_root: str | None = None,
+    check_images: bool = True,
+    on_bad: str = "error",
+    *,
+    check_handles: bool = False,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    factors: str | None = None,
+    num_samples: int | None = None,
+) -> Sequence[dict]:
+    """The records of a source in any of the forms above.
+
+    `image_root`, `check_images` and `on_bad` are those of `read_captions`, for all forms with images in files of their
+    own; of several sources each may have its root (`A::B`). `check_handles` decodes the other images once too, and
+    leaves out those that are damaged; otherwise training finds them. `image_column` and `caption_column` name columns
+    where they are not to be guessed. `factors` ("1::2.5") and `num_samples` make an epoch as `Mixture` says. Raises
+    InputError for what cannot be read, for all sources together.
+    """
+    specs, sources, problems = split(spec), [], []
+    roots = split(image_root) if image_root else [None]
+    if len(roots) not in (1, len(specs)):
+        raise InputError(f"{len(roots)} image roots for {len(specs)} sources: give one, or one for each")
+    for part, root in zip(specs, itertools.cycle(roots)):
+        try:
+            sources.append(_read_one(part, root, check_images, on_bad, check_handles, image_column, caption_column))
+        except InputError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise CaptionFileError("\n".join(map(str, problems)))
+    if factors is None and num_samples is None:
+        if all(isinstance(source, list) for source in sources):
+            return list(itertools.chain(*sources))
+        if len(sources) == 1:
+            return sources[0]
+    return Mixture(sources, parse_factors(factors, len(sources)), num_samples)
+
+
+def split(spec: str) -> list[str]:
+    """The sources in a specification, which `::` separates."""
+    parts = [part.strip() for part in str(spec).split("::")]
+    if not all(parts):
+        raise InputError(f"{spec!r}: there is nothing at one side of a ::")
+    return parts
+
+
+def parse_factors(text: str | None, n: int) -> list[float] | None:
+    """The upsampling factors of n sources, in OpenCLIP's form: "1::2.5"."""
+    if text is None:
+        return None
+    try:
+        factors = [float(part) for part in str(text).split("::")]
+    except ValueError:
+        factors = []
+    if len(factors) != n or not all(0 <= factor < float("inf") for factor in factors) or not any(factors):
+        raise InputError(f"train_data_upsampling_factors {text!r}: expected {n} numbers from 0, with :: between them")
+    return factors
+
+
+def _read_one(spec, root, check_images, on_bad, check_handles, image_column, caption_column) -> Sequence[dict]:
+    suffix, path = Path(spec).suffix.lower(), Path(spec)
+    columns = (image_column, caption_column)
+    if suffix in READERS or path.is_dir() and not _is_table(path) and not any(path.glob("*.tar")):
+        if suffix == ".json" and columns == (None, None):
+            return read_captions(path, root, check_images, on_bad)
+        raw, names = READERS[suffix](path, *columns) if suffix in READERS else _read_folder(path)
+        folder = Path(os.path.abspath(root or (path if path.is_dir() else path.parent)))
+        return check_records(path, raw, folder, check_images, on_bad, names)
+    if suffix in (".tar", ".tgz") or re.search(r"\.tar\.\w+$", spec) or path.is_dir() and any(path.glob("*.tar")):
+        paths = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else expand(spec)
+        if on_bad == "skip" and (there := [p for p in paths if os.path.isfile(p)]) and len(there) < len(paths):
+            warnings.warn(f"{spec}: {len(paths) - len(there)} of {len(paths)} shards are not there", stacklevel=3)
+            paths = there
+        source = Shards(paths)
+    elif spec.startswith("hf:") or suffix in (".parquet", ".arrow") or _is_table(Path(_at_split(spec)[0])):
+        source = Table(load_table(spec), spec, *columns, root)
+    elif not path.exists():
+        raise InputError(f"{spec}: no such file or folder (a data set of the Hugging Face hub is hf:{spec})")
+    else:
+        known = ", ".join((*READERS, ".tar", ".parquet", ".arrow", "a folder", "hf:NAME"))
+        raise InputError(f"{spec}: of no form that is known: {known}")
+    return without_damaged(source, spec) if check_handles else source
+
+
+# --- Files with a record or a caption a line, and folders: images in files of their own.
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise CaptionFileError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise CaptionFileError(f"{path}: no UTF-8: {error}") from None
+
+
+def _column(given: str | None, known: Iterable[str], there: Sequence[str], where: str, what: str) -> str:
+    """The column that is named, or else the first of the known names that is there."""
+    if given is not None:
+        if given not in there:
+            raise InputError(f"{where}: there is no column {given!r}, only {', '.join(map(repr, there))}")
+        return given
+    folded = {str(name).strip().lower(): name for name in reversed(list(there))}
+    found = [folded[name] for name in known if name in folded]
+    if not found:
+        listed = ", ".join(map(repr, there))
+        raise InputError(f"{where}: which column has the {what}? Name it by --{what}_column: {listed}")
+    if len(found) > 1:
+        logger.warning("%s: taking column %r for the %s; there is %r too", where, found[0], what, found[1])
+    return found[0]
+
+
+def _grouped(rows: Iterable[tuple]) -> tuple[list, list[str]]:
+    """Raw records and their names from (line number, image, captions or a fault): lines with the same image are one."""
+    records, names = {}, []
+    for line, image, captions in rows:
+        key = image if isinstance(image, str) else ("line", line)
+        if not isinstance(captions, InputError):
+            try:
+                check_captions(captions, image)
+            except InputError as error:
+                captions = error
+        if isinstance(captions, InputError):
+            records["line", line] = captions
+        elif key in records:
+            records[key]["caption"] += captions
+            continue
+        else:
+            records[key] = {"image": image, "caption": captions}
+        names.append(f"line {line}")
+    return list(records.values()), names
+
+
+def _read_jsonl(path: Path, image_column, caption_column):
+    def rows():
+        columns = None
+        for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines, which breaks at other characters
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                yield number, None, InputError(f"no JSON: {error}")
+                continue
+            if not isinstance(record, dict):
+                yield number, None, InputError(f"expected an object, found {str(record)[:60]}")
+                continue
+            if columns is None:
+                columns = _columns(record, image_column, caption_column, f"{path}, line {number}")
+            missing = [column for column in columns if column not in record]
+            if missing:
+                yield number, None, InputError(f"there is no {missing[0]!r} in it: {line[:60]}")
+            else:
+                yield number, record[columns[0]], captions_in(record[columns[1]])
+
+    return _some(path, *_grouped(rows()))
+
+
+def _read_json(path: Path, image_column, caption_column):
+    try:
+        raw = json.loads(_text(path))
+    except ValueError as error:
+        raise CaptionFileError(f"{path}: no JSON: {error}") from None
+    if not isinstance(raw, list) or not raw or not isinstance(raw[0], dict):
+        raise CaptionFileError(f"{path}: expected a list of records, found {str(raw)[:60]}")
+    image, caption = _columns(raw[0], image_column, caption_column, str(path))
+    renamed = [
+        {"image": record[image], "caption": captions_in(record[caption])}
+        if isinstance(record, dict) and {image, caption} <= record.keys()
+        else InputError(f"expected an object with {image} and {caption}, found {str(record)[:60]}")
+        for record in raw
+    ]
+    return renamed, None
+
+
+def _read_table_text(path: Path, image_column, caption_column):
+    text = _text(path)
+    header = text.partition("\n")[0].rstrip("\r")
+    fault, columns = None, None
+    for delimiter in sorted("\t,;", key=header.count, reverse=True):
+        try:  # OpenCLIP's .csv files have tabs: the separator is the one that gives both columns
+            head = next(csv.reader([header], delimiter=delimiter), [])
+            columns = _columns(head, image_column, caption_column, str(path))
+            break
+        except InputError as error:
+            fault = fault or error
+    if columns is None:
+        raise CaptionFileError(str(fault))
+    places = [head.index(column) for column in columns]
+    csv.field_size_limit(1 << 24)
+
+    def rows():
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        next(reader)
+        line = reader.line_num + 1
+        try:
+            for row in reader:
+                if row and len(row) != len(head):
+                    fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} in a cell wants quotes)"
+                    yield line, None, InputError(f"{fault}: {delimiter.join(row)[:60]}")
+                elif row:
+                    yield line, row[places[0]], [row[places[1]]]
+                line = reader.line_num + 1
+        except csv.Error as error:
+            yield line, None, InputError(f"no table from here: {error}")
+
+    return _some(path, *_grouped(rows()))
+
+
+def _columns(there, image_column, caption_column, where: str) -> tuple[str, str]:
+    there = list(there)
+    image = _column(image_column, IMAGE_KEYS, there, where, "image")
+    return image, _column(caption_column, TEXT_KEYS, [name for name in there if name != image], where, "caption")
+
+
+def _some(path: Path, raw: list, names: list[str]):
+    if not raw:
+        raise CaptionFileError(f"{path}: there is no record in it")
+    return raw, names
+
+
+def _read_folder(path: Path):
+    """Images with a caption file beside each, in folders at any depth; in order of their names."""
+    beside = {}  # path without its extension -> {extension: path}
+    for folder, folders, files in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            stem, extension = os.path.splitext(name)
+            if not name.startswith(".") and extension.lower()[1:] in (*IMAGES, *CAPTIONS):
+                place = os.path.relpath(os.path.join(folder, stem), path)
+                beside.setdefault(place, {}).setdefault(extension.lower()[1:], place + extension)
+    raw, names = [], []
+    for _, files in sorted(beside.items()):
+        images = [files[kind] for kind in IMAGES if kind in files]
+        text = next((kind for kind in CAPTIONS if kind in files), None)
+        for image in images or [None]:
+            names.append(image or files[text])
+            if image is None or text is None:
+                lacking = "image" if image is None else "caption file (.txt, .caption or .json)"
+                raw.append(InputError(f"there is no {lacking} beside it"))
+                continue
+            try:
+                captions = parse_caption((path / files[text]).read_bytes(), text == "json", files[text])
+                raw.append({"image": image, "caption": captions})
+            except (InputError, OSError) as error:
+                raw.append(InputError(str(error)))
+    if not any(isinstance(record, dict) for record in raw):
+        raise CaptionFileError(f"{path}: no image in it has a caption file beside it; no tar shards, no tables either")
+    return raw, names
+
+
+READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl,
+           ".csv": _read_table_text, ".tsv": _read_table_text}  # fmt: skip
+
+
+# --- Hugging Face datasets.
+
+
+def _at_split(spec: str) -> tuple[str, str | None]:
+    """A path and the split named after it, if one is."""
+    if os.path.exists(spec) or ":" not in spec:
+        return spec, None
+    path, _, name = spec.rpartition(":")
+    return (path, name) if os.path.exists(path) else (spec, None)
+
+
+def _is_table(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")) or any(
+        itertools.chain(path.glob("*.parquet"), path.glob("*.arrow"))
+    )
+
+
+def load_table(spec: str, streaming: bool = False):
+    """A Hugging Face Dataset, or with `streaming` an IterableDataset, from hf:NAME, a folder, .parquet or .arrow."""
+    import datasets
+
+    path, part = _at_split(spec)
+    files = expand(path) if Path(path).suffix.lower() in (".parquet", ".arrow") else []
+    if os.path.isdir(path) and not any((Path(path) / f"dataset_{n}.json").is_file() for n in ("info", "dict")):
+        files = sorted(map(str, [*Path(path).glob("*.parquet"), *Path(path).glob("*.arrow")]))
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise InputError(f"{missing[0]}: no such file ({len(missing)} of {len(files)} are not there)")
+    try:
+        if spec.startswith("hf:"):
+            name, *rest = spec[3:].split(":")
+            config, part = rest if len(rest) == 2 else (None, *rest, None)[:2]
+            found = datasets.load_dataset(name, config, split=part, streaming=streaming)
+        elif files:
+            kinds = {Path(file).suffix.lower()[1:] for file in files}
+            if len(kinds) > 1:
+                raise InputError(f"{spec}: parquet and arrow files together")
+            if kinds == {"arrow"} and not streaming:
+                return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+            found = datasets.load_dataset(*kinds, data_files=files, split="train", streaming=streaming)
+        elif streaming:
+            raise InputError(f"{spec}: only hf:NAME, .parquet and .arrow can be streamed")
+        else:
+            found = datasets.load_from_disk(path)
+            if part and part not in (found if isinstance(found, dict) else ()):
+                raise InputError(f"{spec}: there is no split {part!r} in it")
+            found = found[part] if part else found
+    except InputError:
+        raise
+    except Exception as error:  # the network, the hub, the file: the library names it
+        raise InputError(f"{spec}: {type(error).__name__}: {str(error)[:500]}") from None
+    if isinstance(found, dict):  # splits
+        if len(found) > 1 and "train" not in found:
+            raise InputError(f"{spec}: which split? Say one of {', '.join(f'{spec}:{name}' for name in found)}")
+        found = found.get("train", next(iter(found.values())))
+    return found
+
+
+def undecoded(dataset, image: str):
+    """The dataset with its image column as it is stored, not decoded."""
+    import datasets
+
+    feature = (dataset.features or {}).get(image)
+    return dataset.cast_column(image, datasets.Image(decode=False)) if isinstance(feature, datasets.Image) else dataset
+
+
+def cell_bytes(cell, root: str | None, name: str) -> bytes:
+    """The bytes of an image in a table: they themselves, {"bytes", "path"}, or a path. Raises ImageError."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, (bytes, bytearray)):
+        return bytes(cell)
+    if not isinstance(cell, str) or not cell:
+        raise ImageError(f"{name}: there is no image in it but {str(cell)[:60]}")
+    try:
+        return Path(root or "", cell).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{name}: {error}") from None
+
+
+class Cell:
+    """An image within a table. `read` gives its bytes, `str` its name."""
+
+    __slots__ = ("table", "row")
+
+    def __init__(self, table: "Table", row: int):
+        self.table, self.row = table, row
+
+    def read(self) -> bytes:
+        """The image file as it was stored. Raises ImageError."""
+        table = self.table
+        return cell_bytes(table.images[self.row][table.columns[0]], table.root, str(self))
+
+    def __str__(self) -> str:
+        return f"{self.table.spec}: row {self.row}"
+
+
+class Table(Sequence):
+    """The rows of a Hugging Face Dataset as records. Rows whose caption is none are named in a warning and left out."""
+
+    def __init__(self, dataset, spec: str, image_column=None, caption_column=None, root: str | None = None):
+        self.spec, self.root = spec, root
+        self.columns = _columns(dataset.column_names, image_column, caption_column, spec)
+        dataset = undecoded(dataset, self.columns[0])
+        self.images, self.texts = (dataset.select_columns([column]) for column in self.columns)
+        good, problems, row = [], [], 0
+        for batch in self.texts.iter(1000):
+            for value in batch[self.columns[1]]:
+                try:
+                    check_captions(captions_in(value), f"row {row}")
+                    good.append(row)
+                except InputError as error:
+                    problems.append(str(error))
+                row += 1
+        self.rows = np.array(good, np.int64)
+        report = "\n  ".join([f"{spec}: {len(problems)} of {row} rows cannot be used:", *problems])
+        if not good:
+            raise InputError(f"{report}\nNo row is left.")
+        if problems:
+            warnings.warn(f"{report}\nThe other {len(good)} are used.", stacklevel=3)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index].item()
+        return {"image": Cell(self, row), "caption": captions_in(self.texts[row][self.columns[1]])}
+
+
+# --- Several sources, and what an epoch is.
+
+
+class Mixture(Sequence):
+    """Several sources one behind the other, and what an epoch of them is.
+
+    - Without `factors` and `num_samples`: every sample once, shuffled.
+    - `factors` f, one for each source: every sample floor(f) times, and a share f - floor(f) of the source's samples,
+      drawn anew each epoch, once more; all shuffled together. 0 leaves a source out, 0.25 takes a quarter of it.
+    - `num_samples` N: N draws with replacement. A draw takes a source with a probability in proportion to its factor
+      times its size (its size without factors), then any of its samples. This is what OpenCLIP's factors do.
+
+    All draws come from (seed, epoch). A sample that comes several times in an epoch has another caption and crop drawn
+    each time.
+    """
+
+    def __init__(
+        self, sources: list[Sequence[dict]], factors: list[float] | None = None, num_samples: int | None = None
+    ):
+        self.sources, self.factors, self.num_samples = [as_table(source) for source in sources], factors, num_samples
+        self.sizes = [len(source) for source in sources]
+        self.ends = np.cumsum(self.sizes)
+        if num_samples is not None and num_samples < 1:
+            raise InputError(f"train_num_samples {num_samples}: expected at least 1")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict:
+        index = range(len(self))[index]  # IndexError beyond the end, where iteration stops
+        source = int(np.searchsorted(self.ends, index, side="right"))
+        return self.sources[source][int(index - self.ends[source] + self.sizes[source])]
+
+    def sampler(self, seed: int, epoch):
+        """A torch Sampler of an epoch, or None where the Trainer's shuffle does. `epoch` is a tensor that changes."""
+        if self.factors is None and self.num_samples is None:
+            return None
+        from torch.utils.data import Sampler
+
+        mixture = self
+
+        class MixtureSampler(Sampler):
+            def __len__(self) -> int:
+                return mixture.num_samples or sum(whole * size + extra for whole, extra, size in mixture.copies())
+
+            def __iter__(self):
+                return iter(mixture.order(seed, int(epoch)).tolist())
+
+        return MixtureSampler()
+
+    def copies(self) -> list[tuple[int, int, int]]:
+        """For each source how often all of it comes in an epoch, how many of it once more, and its size."""
+        factors = self.factors or [1.0] * len(self.sizes)
+        return [(int(f), round((f - int(f)) * size), size) for f, size in zip(factors, self.sizes)]
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The indices of an epoch, in order. What comes again has len(self) added, which draws it anew."""
+        rng, n = np.random.default_rng([seed, epoch]), len(self)
+        starts = self.ends - self.sizes
+        if self.num_samples is not None:
+            weights = np.array(self.factors or [1.0] * len(self.sizes)) * self.sizes
+            source = rng.choice(len(weights), self.num_samples, p=weights / weights.sum())
+            index = starts[source] + (rng.random(self.num_samples) * np.array(self.sizes)[source]).astype(np.int64)
+            return index + n * np.arange(self.num_samples)
+        parts = []
+        for start, (whole, extra, size) in zip(starts, self.copies()):
+            parts += [start + np.arange(size) + n * copy for copy in range(whole)]
+            parts.append(start + rng.permutation(size)[:extra] + n * whole)
+        return rng.permutation(np.concatenate(parts))
+
+
+class Part(Sequence):
+    """Some records of a source."""
+
+    def __init__(self, source: Sequence[dict], rows: np.ndarray):
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[self.rows[index].item()]
+
+
+def without_damaged(source: Sequence[dict], spec: str) -> Sequence[dict]:
+    """The records whose pictures can be decoded; the others are named in a warning."""
+
+    def fault(index: int) -> str | None:
+        try:
+            return image_fault(source[index]["image"])
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        progress = tqdm(pool.map(fault, range(len(source))), f"checking the images of {Path(spec).name}", len(source),
+                        disable=len(source) < 1000)  # fmt: skip
+        faults = list(progress)
+    problems = [problem for problem in faults if problem]
+    if not problems:
+        return source
+    report = "\n  ".join([f"{spec}: {len(problems)} of {len(source)} images are damaged:", *problems])
+    if len(problems) == len(source):
+        raise InputError(f"{report}\nNo image is left.")
+    warnings.warn(f"{report}\nThe other {len(source) - len(problems)} are used.", stacklevel=4)
+    return Part(source, np.array([row for row, problem in enumerate(faults) if not problem]))
+
+
+def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
+    """One line on what a model is going to learn from. Of more than `most` images, the captions of the first only are
+    counted, which takes a minute."""
+    captions = [record["caption"] for record, _ in zip(records, range(most))]
+    texts = [text for texts in captions for text in texts]
+    cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
+    of = f" (of the first {most:,} images)" if len(records) > most else ""
+    at = f"{tokenizer.context_length} tokens"
+    return f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {at}"
+
+
+# --- The converter.
+
+
+def image_bytes(where) -> bytes:
+    """The bytes of a record's image."""
+    return where.read() if hasattr(where, "read") else Path(where).read_bytes()
+
+
+def image_kind(data: bytes) -> str:
+    """The extension that a picture's bytes ask for. Raises ImageError for what is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind = image.format.lower()
+    except Exception as error:
+        raise ImageError(f"no picture ({error})") from None
+    return {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind)
+
+
+def convert(source: Sequence[dict], target: str, samples_per_shard: int = 10_000) -> int:
+    """Writes records to a .json, .jsonl, .csv or .tsv file, or to shards; gives the number written.
+
+    Shards (`out/{000000..000009}.tar`: as many as are named, filled evenly; `out/000000.tar`: counted on from there,
+    `samples_per_shard` each) get the images bit by bit. The other forms name image files where they lie, relative to
+    the folder of the target if below it; images that are no files are written into a folder `<target>_images` beside
+    it. Nothing is overwritten, and what is written appears when it is whole. An image that cannot be read or is no
+    picture is reported and left out. Raises InputError where the target is there already, or is of no known form.
+    """
+    suffix = Path(target).suffix.lower()
+    if suffix == ".tar":
+        return _to_shards(source, target, samples_per_shard)
+    if suffix not in (".json", ".jsonl", ".csv", ".tsv"):
+        raise InputError(f"{target}: expected .json, .jsonl, .csv, .tsv or .tar")
+    return _to_file(source, Path(target))
+
+
+def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int) -> int:
+    paths = [Path(path) for path in expand(target)]
+    if len(paths) == 1:
+        digits = re.search(r"(\d+)(\D*)$", paths[0].stem)
+        many = -(-len(source) // samples_per_shard)
+        if digits:
+            first, width, before = int(digits[1]), len(digits[1]), paths[0].stem[: digits.start()]
+            numbers = range(first, first + many)
+            paths = [paths[0].with_name(f"{before}{i:0{width}d}{digits[2]}.tar") for i in numbers]
+        elif many > 1:
+            raise InputError(f"{target}: {many} shards of {samples_per_shard} want a number in their name: 000000.tar")
+    _refuse(*paths)
+    ends = [len(source) * (i + 1) // len(paths) for i in range(len(paths))]
+    if len(expand(target)) == 1:
+        ends = [min(len(source), samples_per_shard * (i + 1)) for i in range(len(paths))]
+    width, written, writers = max(6, len(str(len(source)))), 0, []
+    try:
+        with tqdm(total=len(source), desc="packing") as progress:
+            for path, start, end in zip(paths, [0, *ends], ends):
+                with ShardWriter(path) as writer:
+                    writers.append(writer)
+                    for index in range(start, end):
+                        progress.update()
+                        if (found := _readable(source, index)) is not None:
+                            record, data, kind = found
+                            writer.add(f"{index:0{width}d}", data, kind, record["caption"])
+                            written += 1
+        for writer in writers:
+            os.replace(writer.scratch, writer.path)
+    finally:
+        for writer in writers:
+            writer.scratch.unlink(missing_ok=True)
+    return written
+
+
+def _to_file(source: Sequence[dict], target: Path) -> int:
+    images = target.with_name(f"{target.stem}_images")
+    own = any(hasattr(record["image"], "read") for record in source)
+    _refuse(target, *[images] * own)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch, scratch_images = (target.with_name(f".{p.name}.{os.getpid()}.tmp") for p in (target, images))
+    base, width, records = Path(os.path.abspath(target.parent)), max(6, len(str(len(source)))), []
+    try:
+        for index in tqdm(range(len(source)), "writing"):
+            record = None
+            try:
+                record = source[index]
+                is_file = not hasattr(record["image"], "read")
+            except ImageError as error:
+                logger.warning("%s; left out", error)
+                continue
+            if is_file:
+                file = Path(record["image"])
+                name = file.relative_to(base).as_posix() if file.is_relative_to(base) else str(file)
+            elif (found := _readable(source, index)) is not None:
+                scratch_images.mkdir(exist_ok=True)
+                name = f"{images.name}/{index:0{width}d}.{found[2]}"
+                (scratch_images / Path(name).name).write_bytes(found[1])
+            else:
+                continue
+            records.append({"image": name, "caption": record["caption"]})
+        with open(scratch, "w", encoding="utf-8", newline="") as file:
+            if target.suffix.lower() == ".json":
+                json.dump(records, file, ensure_ascii=False, indent=1)
+            elif target.suffix.lower() == ".jsonl":
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            else:
+                delimiter = "\t" if target.suffix.lower() == ".tsv" else ","
+                table = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+                table.writerow(["filepath", "title"])  # OpenCLIP's names
+                table.writerows((record["image"], text) for record in records for text in record["caption"])
+            file.flush()
+            os.fsync(file.fileno())
+        if scratch_images.exists():
+            os.rename(scratch_images, images)
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
+        shutil.rmtree(scratch_images, ignore_errors=True)
+    return len(records)
+
+
+def _readable(source: Sequence[dict], index: int):
+    """A record, the bytes of its image and their extension; None, with a warning, where that cannot be."""
+    record = None
+    try:
+        record = source[index]
+        data = image_bytes(record["image"])
+        return record, data, image_kind(data)
+    except (ImageError, OSError) as error:
+        where = f"{record['image']}: " if record and str(record["image"]) not in str(error) else ""
+        logger.warning("%s%s; left out", where, error)
+        return None
+
+
+def _refuse(*paths: Path):
+    there = [str(path) for path in paths if path.exists()]
+    if there:
+        raise InputError(f"{there[0]} is there already: remove it or name another")
+
+
+def main(argv: list[str]):
+    """`python -m miniclip.sources convert FROM TO`."""
+    parser = argparse.ArgumentParser(prog="miniclip.sources", description=__doc__.partition("\n\n")[0])
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "convert", help="from any form to .json, .jsonl, .csv, .tsv or .tar shards", description=convert.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.add_argument("source", metavar="FROM", help="as --train_file takes it")
+    command.add_argument("target", metavar="TO", help="o.json, .jsonl, .csv, .tsv, out/{000..009}.tar, out/000000.tar")
+    command.add_argument("--samples_per_shard", type=int, default=10_000, metavar="N", help="for out/000000.tar")
+    command.add_argument("--image_root", help="folder that image paths start from; the source's own unless given")
+    command.add_argument("--image_column", help="its name, where it is not to be guessed")
+    command.add_argument("--caption_column", help="its name, where it is not to be guessed")
+    command.add_argument("--bad_records", choices=["error", "skip"], default="error", help="stop, or go on without")
+    options = parser.parse_args(argv)
+    if options.samples_per_shard < 1:
+        parser.error("--samples_per_shard: expected at least 1")
+    logging.basicConfig(format="%(message)s")
+    source = read_source(
+        options.source, options.image_root, False, options.bad_records, image_column=options.image_column,
+        caption_column=options.caption_column,
+    )  # fmt: skip
+    written = convert(source, options.target, options.samples_per_shard)
+    left_out = f"; {len(source) - written} could not be used" if written < len(source) else ""
+    print(f"{options.target}: {written} images{left_out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"miniclip.sources: {error}")
