@@ -381,7 +381,11 @@ def test_a_stream_passes_over_what_is_corrupt(tmp_path, caplog):
     list(dataset.share(0, 1, 8))
     with pytest.raises(InputError, match="nothing in a whole pass"):
         list(dataset.share(6, 7, 1))
-    for spec, said in (("a::b", "one source"), (str(tmp_path / "a.csv"), "only hf:NAME"), ("hf:no/such", "hf:no/such: ")):
+    for spec, said in (
+        ("a::b", "one source"),
+        (str(tmp_path / "a.csv"), "only hf:NAME"),
+        ("hf:no/such", "hf:no/such: "),
+    ):
         with pytest.raises(InputError, match=said):
             StreamDataset.opened(spec, args, None)
     args.max_steps = -1
