@@ -123,6 +123,8 @@ def main(argv: list[str]):
             print(format_table({name.removeprefix("eval_"): value for name, value in metrics.items()}))
     trainer.save_state()
     progress.summary()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # threads of a process group that is left open can abort the process at its exit
 
 
 if __name__ == "__main__":

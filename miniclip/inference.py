@@ -148,6 +148,20 @@ def embed_images(
     return fast.project(features.to(device), "image").cpu().numpy() if project else features.numpy()
 
 
+def on_all_processes(args, items: list, embed) -> np.ndarray:
+    """`embed(items)`, of which each process does every n-th item; then all have all. `args`: TrainingArguments."""
+    from accelerate.utils import gather_object
+
+    n = args.world_size
+    if n == 1:
+        return embed(items)
+    shares = gather_object([(args.process_index, embed(items[args.process_index :: n]))])
+    embeds = np.empty((len(items), shares[0][1].shape[1]), np.float32)
+    for rank, share in shares:
+        embeds[rank::n] = share
+    return embeds
+
+
 def _fast(model: MiniClip, n: int) -> FastClip:
     """The model in its form for inference. Weights are laid out anew only where there is enough to do."""
     return model if isinstance(model, FastClip) else fast_model(model, pack=n >= 64)

@@ -13,9 +13,8 @@ from miniclip.config import InputError
 from miniclip.data import CaptionDataset, flatten_captions, pair_ids
 from miniclip.feature_cache import FeatureCache
 from miniclip.finetune import hold_statistics
-from miniclip.inference import embed_images, embed_texts
+from miniclip.inference import embed_images, embed_texts, on_all_processes
 from miniclip.model import MiniClip
-from miniclip.trainer import on_all_processes
 
 LOCKS = ("none", "tower", "all")
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from miniclip.captions import check_captions
 from miniclip.config import InputError
-from miniclip.data import check_captions
 from miniclip.transforms import ImageError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")

@@ -12,8 +12,9 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset
 
+from miniclip.captions import check_captions
 from miniclip.config import InputError
-from miniclip.data import CaptionDataset, check_captions
+from miniclip.data import CaptionDataset
 from miniclip.shards import captions_in
 from miniclip.sources import _columns, cell_bytes, load_table
 from miniclip.transforms import ImageError

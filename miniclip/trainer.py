@@ -1,90 +1,33 @@
 """How is CLIP trained? By the Hugging Face Trainer, with the few hooks that a contrastive model needs changed."""
 
-import json
 import logging
 import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
+from miniclip.arguments import ClipTrainingArguments
 from miniclip.batch import batch_forward
 from miniclip.config import InputError
 from miniclip.data import CaptionDataset, Collator, flatten_captions
 from miniclip.fast import fast_arithmetic, fast_model, keep_freed_memory, speed_up
-from miniclip.inference import embed_images, embed_texts
+from miniclip.inference import embed_images, embed_texts, on_all_processes
 from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip
+from miniclip.resume import checkpoints, last_checkpoint  # noqa: F401
 from miniclip.retrieval import retrieval_metrics
 from miniclip.scale import load_whole_weights, prepare_fsdp, uses_fsdp, whole_model, with_scalars
 
 logger = logging.getLogger(__name__)
-CUDA = torch.cuda.is_available()
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclass
-class ClipTrainingArguments(TrainingArguments):
-    """The Hugging Face training arguments, with defaults for CLIP. Rates and sizes: `miniclip/options.py`."""
-
-    # OpenCLIP's values for vision transformers: a shorter memory of squared gradients than AdamW's 0.999, since the
-    # gradients of a contrastive loss change fast.
-    adam_beta2: float = 0.98
-    adam_epsilon: float = 1e-6
-    lr_scheduler_type: str = "cosine"
-    logging_steps: float = 10  # small data means few steps; a loss that is no number is noticed when it is logged
-    bf16: bool | None = None  # unless told: on a CUDA device that computes in it
-    dataloader_pin_memory: bool = CUDA
-    # A few cores that train have no time to spare; of many, some had better read images.
-    dataloader_num_workers: int = min(8, CORES if CUDA else CORES // 5)
-    use_cpu: bool = not torch.accelerator.is_available()  # said aloud, it allows --bf16 there
-    # Every batch has the same number of negatives, and the same on each process, which gathering needs.
-    dataloader_drop_last: bool = True
-    ddp_find_unused_parameters: bool = False  # every parameter is used in every step
-    remove_unused_columns: bool = False  # the collator makes the columns that `forward` takes
-    logging_nan_inf_filter: bool = False  # it would log NaN as 0, and the run would go on
-    save_total_limit: int | None = 2
-    per_device_eval_batch_size: int = 64
-    fast: bool = field(default=True, metadata={"help": "the same numbers with less work (miniclip/fast.py)"})
-    grad_cache_chunk_size: int = field(
-        default=0, metadata={"help": "pairs that go through the towers at once; a large batch then needs little memory"}
-    )
-
-    def __post_init__(self):
-        if self.bf16 is None:
-            self.bf16 = CUDA and not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
-        if CUDA and self.accelerator_config is None:
-            self.accelerator_config = {"non_blocking": True}  # what pinned memory is for
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "mean_recall"
-        metric = (self.metric_for_best_model or "mean_recall").removeprefix("eval_")
-        known = retrieval_metrics(np.eye(1, dtype=np.float32), np.eye(1, dtype=np.float32), [0])
-        if metric not in known:
-            raise InputError(f"metric_for_best_model {metric!r} is none of {', '.join(known)}")
-        if self.greater_is_better is None:
-            self.greater_is_better = not metric.endswith("_rank")  # Trainer knows of losses only
-        super().__post_init__()
-        if self.n_gpu > 1:
-            logger.warning("%d GPUs are visible, one is used: start with torchrun to use all", self.n_gpu)
-            self._n_gpu = 1  # Trainer would wrap the model in DataParallel, which splits the negatives
-        if self.gradient_accumulation_steps > 1:
-            pairs = self.per_device_train_batch_size
-            logger.warning(
-                "gradient accumulation averages the losses of %d pairs each and adds no negatives; a batch of them all"
-                " takes as little memory by --per_device_train_batch_size %d --grad_cache_chunk_size %d",
-                pairs, pairs * self.gradient_accumulation_steps, pairs,
-            )  # fmt: skip
 
 
 class ClipTrainer(Trainer):
@@ -260,18 +203,6 @@ class ClipTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def on_all_processes(args: TrainingArguments, items: list, embed) -> np.ndarray:
-    """`embed(items)`, of which each process does every n-th item; then all have all."""
-    n = args.world_size
-    if n == 1:
-        return embed(items)
-    shares = gather_object([(args.process_index, embed(items[args.process_index :: n]))])
-    embeds = np.empty((len(items), shares[0][1].shape[1]), np.float32)
-    for rank, share in shares:
-        embeds[rank::n] = share
-    return embeds
-
-
 class _Hooks(TrainerCallback):
     def __init__(self, model: MiniClip, train_dataset: CaptionDataset | None):
         self.model, self.train_dataset = model, train_dataset
@@ -283,9 +214,9 @@ class _Hooks(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # Bad samples are named where they are met; here, and so at the end, those of all processes are counted.
-        if bad := sum(gather_object([self.train_dataset.bad.sum().item()])):
-            if args.process_index == 0:
-                logger.warning("bad samples met so far, each replaced by the next one: %d", bad)
+        bad = gather_object([self.train_dataset.bad.sum().item()]) if hasattr(self.train_dataset, "bad") else []
+        if any(bad) and args.process_index == 0:
+            logger.warning("bad samples met so far, each replaced by the next one: %d", sum(bad))
 
     def on_step_begin(self, args, state, control, **kwargs):
         # So is patch dropout, which draws from torch's own generator: from (seed, step, process).
@@ -294,29 +225,3 @@ class _Hooks(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.model.logit_scale.requires_grad:
             self.model.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
-
-
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first; not those that somebody named otherwise."""
-    found = (path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal())
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of a run, or None.
-
-    A process that is killed while it saves leaves a folder that cannot be resumed from: those are passed over, and
-    it is said.
-    """
-    for folder in reversed(checkpoints(output_dir)):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            with safe_open(folder / "model.safetensors", "pt") as weights:
-                weights.keys()
-            optimizer = "optimizer.bin" if (folder / "optimizer.bin").is_file() else "optimizer.pt"  # the first by FSDP
-            for name in (optimizer, "scheduler.pt"):
-                torch.load(folder / name, map_location="cpu", weights_only=True)
-            return str(folder)
-        except Exception as error:  # whatever is wrong with it, an older one may do
-            logger.warning("passing over %s, which is incomplete: %s", folder, error)
-    return None

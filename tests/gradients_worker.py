@@ -30,6 +30,7 @@ def main(batch_file: str, output: str):
         grads = {name: p.grad for name, p in model.named_parameters()}
         torch.save({"loss": torch.stack(losses).mean(), "grads": grads}, output)
     dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def main(batch_file: str, output: str):
     if rank == 0:
         torch.save(results, output)
     dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def main(folder: Path, what: str):
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

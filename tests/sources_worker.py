@@ -56,6 +56,8 @@ def main(cases_file: str, output: str):
         results[name] = epochs
     with open(f"{output}.{os.environ.get('RANK', 0)}", "w") as file:
         json.dump(results, file)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from miniclip.config import InputError, PreprocessConfig
 from miniclip.data import CaptionDataset, read_captions
+from miniclip.repack import convert
 from miniclip.shards import Shards, expand
-from miniclip.sources import convert, read_source
+from miniclip.sources import read_source
 from miniclip.transforms import Preprocess
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import miniclip
 from miniclip.config import InputError, PreprocessConfig
 from miniclip.data import CaptionDataset, CaptionFileError, flatten_captions, read_captions
-from miniclip.sources import Mixture, convert, image_bytes, main, parse_factors, read_source
+from miniclip.repack import convert, image_bytes, main
+from miniclip.sources import Mixture, parse_factors, read_source
 from miniclip.streaming import StreamDataset
 from miniclip.trainer import ClipTrainer, ClipTrainingArguments
 from miniclip.transforms import ImageError, Preprocess, open_image

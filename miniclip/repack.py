@@ -1,0 +1,183 @@
+"""How does a data set change its form? `python -m miniclip.sources convert FROM TO`."""
+
+import argparse
+import csv
+import io
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from miniclip.config import InputError
+from miniclip.shards import ShardWriter, expand
+from miniclip.sources import read_source
+from miniclip.transforms import ImageError
+
+logger = logging.getLogger(__name__)
+
+
+def image_bytes(where) -> bytes:
+    """The bytes of a record's image."""
+    return where.read() if hasattr(where, "read") else Path(where).read_bytes()
+
+
+def image_kind(data: bytes) -> str:
+    """The extension that a picture's bytes ask for. Raises ImageError for what is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind = image.format.lower()
+    except Exception as error:
+        raise ImageError(f"no picture ({error})") from None
+    return {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind)
+
+
+def convert(source: Sequence[dict], target: str, samples_per_shard: int = 10_000) -> int:
+    """Writes records to a .json, .jsonl, .csv or .tsv file, or to shards; gives the number written.
+
+    Shards (`out/{000000..000009}.tar`: as many as are named, filled evenly; `out/000000.tar`: counted on from there,
+    `samples_per_shard` each) get the images bit by bit. The other forms name image files where they lie, relative to
+    the folder of the target if below it; images that are no files are written into a folder `<target>_images` beside
+    it. Nothing is overwritten, and what is written appears when it is whole. An image that cannot be read or is no
+    picture is reported and left out. Raises InputError where the target is there already, or is of no known form.
+    """
+    suffix = Path(target).suffix.lower()
+    if suffix == ".tar":
+        return _to_shards(source, target, samples_per_shard)
+    if suffix not in (".json", ".jsonl", ".csv", ".tsv"):
+        raise InputError(f"{target}: expected .json, .jsonl, .csv, .tsv or .tar")
+    return _to_file(source, Path(target))
+
+
+def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int) -> int:
+    paths = [Path(path) for path in expand(target)]
+    if len(paths) == 1:
+        digits = re.search(r"(\d+)(\D*)$", paths[0].stem)
+        many = -(-len(source) // samples_per_shard)
+        if digits:
+            first, width, before = int(digits[1]), len(digits[1]), paths[0].stem[: digits.start()]
+            numbers = range(first, first + many)
+            paths = [paths[0].with_name(f"{before}{i:0{width}d}{digits[2]}.tar") for i in numbers]
+        elif many > 1:
+            raise InputError(f"{target}: {many} shards of {samples_per_shard} want a number in their name: 000000.tar")
+    _refuse(*paths)
+    ends = [len(source) * (i + 1) // len(paths) for i in range(len(paths))]
+    if len(expand(target)) == 1:
+        ends = [min(len(source), samples_per_shard * (i + 1)) for i in range(len(paths))]
+    width, written, writers = max(6, len(str(len(source)))), 0, []
+    try:
+        with tqdm(total=len(source), desc="packing") as progress:
+            for path, start, end in zip(paths, [0, *ends], ends):
+                with ShardWriter(path) as writer:
+                    writers.append(writer)
+                    for index in range(start, end):
+                        progress.update()
+                        if (found := _readable(source, index)) is not None:
+                            record, data, kind = found
+                            writer.add(f"{index:0{width}d}", data, kind, record["caption"])
+                            written += 1
+        for writer in writers:
+            os.replace(writer.scratch, writer.path)
+    finally:
+        for writer in writers:
+            writer.scratch.unlink(missing_ok=True)
+    return written
+
+
+def _to_file(source: Sequence[dict], target: Path) -> int:
+    images = target.with_name(f"{target.stem}_images")
+    own = any(hasattr(record["image"], "read") for record in source)
+    _refuse(target, *[images] * own)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch, scratch_images = (target.with_name(f".{p.name}.{os.getpid()}.tmp") for p in (target, images))
+    base, width, records = Path(os.path.abspath(target.parent)), max(6, len(str(len(source)))), []
+    try:
+        for index in tqdm(range(len(source)), "writing"):
+            record = None
+            try:
+                record = source[index]
+                is_file = not hasattr(record["image"], "read")
+            except ImageError as error:
+                logger.warning("%s; left out", error)
+                continue
+            if is_file:
+                file = Path(record["image"])
+                name = file.relative_to(base).as_posix() if file.is_relative_to(base) else str(file)
+            elif (found := _readable(source, index)) is not None:
+                scratch_images.mkdir(exist_ok=True)
+                name = f"{images.name}/{index:0{width}d}.{found[2]}"
+                (scratch_images / Path(name).name).write_bytes(found[1])
+            else:
+                continue
+            records.append({"image": name, "caption": record["caption"]})
+        with open(scratch, "w", encoding="utf-8", newline="") as file:
+            if target.suffix.lower() == ".json":
+                json.dump(records, file, ensure_ascii=False, indent=1)
+            elif target.suffix.lower() == ".jsonl":
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            else:
+                delimiter = "\t" if target.suffix.lower() == ".tsv" else ","
+                table = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+                table.writerow(["filepath", "title"])  # OpenCLIP's names
+                table.writerows((record["image"], text) for record in records for text in record["caption"])
+            file.flush()
+            os.fsync(file.fileno())
+        if scratch_images.exists():
+            os.rename(scratch_images, images)
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
+        shutil.rmtree(scratch_images, ignore_errors=True)
+    return len(records)
+
+
+def _readable(source: Sequence[dict], index: int):
+    """A record, the bytes of its image and their extension; None, with a warning, where that cannot be."""
+    record = None
+    try:
+        record = source[index]
+        data = image_bytes(record["image"])
+        return record, data, image_kind(data)
+    except (ImageError, OSError) as error:
+        where = f"{record['image']}: " if record and str(record["image"]) not in str(error) else ""
+        logger.warning("%s%s; left out", where, error)
+        return None
+
+
+def _refuse(*paths: Path):
+    there = [str(path) for path in paths if path.exists()]
+    if there:
+        raise InputError(f"{there[0]} is there already: remove it or name another")
+
+
+def main(argv: list[str]):
+    """`python -m miniclip.sources convert FROM TO`."""
+    parser = argparse.ArgumentParser(prog="miniclip.sources", description="Captioned images from any form to any.")
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "convert", help="from any form to .json, .jsonl, .csv, .tsv or .tar shards", description=convert.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.add_argument("source", metavar="FROM", help="as --train_file takes it")
+    command.add_argument("target", metavar="TO", help="o.json, .jsonl, .csv, .tsv, out/{000..009}.tar, out/000000.tar")
+    command.add_argument("--samples_per_shard", type=int, default=10_000, metavar="N", help="for out/000000.tar")
+    command.add_argument("--image_root", help="folder that image paths start from; the source's own unless given")
+    command.add_argument("--image_column", help="its name, where it is not to be guessed")
+    command.add_argument("--caption_column", help="its name, where it is not to be guessed")
+    command.add_argument("--bad_records", choices=["error", "skip"], default="error", help="stop, or go on without")
+    options = parser.parse_args(argv)
+    if options.samples_per_shard < 1:
+        parser.error("--samples_per_shard: expected at least 1")
+    logging.basicConfig(format="%(message)s")
+    source = read_source(
+        options.source, options.image_root, False, options.bad_records, image_column=options.image_column,
+        caption_column=options.caption_column,
+    )  # fmt: skip
+    written = convert(source, options.target, options.samples_per_shard)
+    left_out = f"; {len(source) - written} could not be used" if written < len(source) else ""
+    print(f"{options.target}: {written} images{left_out}")
