@@ -31,7 +31,7 @@ class CaptionDataset(Dataset):
     What is drawn depends on (seed, epoch, index) and on nothing else, so that a run can be repeated and resumed
     exactly, whatever the number of workers. `transform` augments (a TrainTransform); without one `preprocess` is used.
     `pixel_values` are levels (3, S, S), uint8: the trainer normalises them, where the model is. `pair_ids` are two
-    numbers, the one equal for the same picture and the other for the same words (`pair_ids`).
+    numbers, the one equal for the same picture and the other for the same words (`image_id`, `text_id`).
 
     `records` are a list, or any sequence of such (`miniclip.sources`). There an image may be a handle: it has `read`,
     which gives its bytes, and `str` names it. Those are not checked in advance: one that cannot be used is reported,
@@ -42,6 +42,7 @@ class CaptionDataset(Dataset):
         self.records, self.checked = as_table(records), isinstance(records, list)
         self.preprocess, self.seed, self.transform = preprocess, seed, transform
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
+        self.image_ids = {}  # of the rows that `pair_ids` was asked for
         self.bad = torch.zeros(256, dtype=torch.long).share_memory_()  # what each worker could not use
 
     def sampler(self, args):
@@ -61,9 +62,12 @@ class CaptionDataset(Dataset):
         return len(self.records)
 
     def pair_ids(self, index: int) -> tuple[int, int]:
-        """Of an item of this epoch, without reading its image."""
-        record = self.records[index % len(self)]
-        return pair_ids(record["image"], record["caption"][self.rng(index).randrange(len(record["caption"]))])
+        """Of an item of this epoch, without decoding its image."""
+        row = index % len(self)
+        record = self.records[row]
+        if row not in self.image_ids:
+            self.image_ids[row] = image_id(record["image"])
+        return self.image_ids[row], text_id(record["caption"][self.rng(index).randrange(len(record["caption"]))])
 
     def __getitem__(self, index: int) -> dict:
         for step in range(MAX_BAD):
@@ -89,14 +93,24 @@ class CaptionDataset(Dataset):
         caption = record["caption"][rng.randrange(len(record["caption"]))]
         image = open_image(record["image"], (self.transform or self.preprocess).scale)
         levels = self.transform.levels(image, rng) if self.transform else self.preprocess.levels(image)
-        return {"pixel_values": levels, "caption": caption, "pair_ids": pair_ids(record["image"], caption)}
+        return {"pixel_values": levels, "caption": caption, "pair_ids": (image_id(record["image"]), text_id(caption))}
 
 
-def pair_ids(image: str, caption: str) -> tuple[int, int]:
-    """64-bit numbers that tell pictures by their file, and captions by their words, letter case and spaces apart."""
-    names = str(image), " ".join(caption.lower().split())
-    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
-    return tuple(int.from_bytes(digest, "big", signed=True) for digest in digests)
+def image_id(image) -> int:
+    """A 64-bit number that tells pictures: by their path, or those in shards and tables by what is in them."""
+    try:
+        return _number(image.read() if hasattr(image, "read") else str(image).encode())
+    except ImageError:  # it will be reported when its turn comes
+        return _number(str(image).encode())
+
+
+def text_id(caption: str) -> int:
+    """A 64-bit number that tells captions by their words, letter case and spaces apart."""
+    return _number(" ".join(caption.lower().split()).encode())
+
+
+def _number(name: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big", signed=True)
 
 
 class Collator:

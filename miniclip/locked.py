@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from miniclip.config import InputError
-from miniclip.data import CaptionDataset, flatten_captions, pair_ids
+from miniclip.data import CaptionDataset, flatten_captions, image_id, text_id
 from miniclip.feature_cache import FeatureCache
 from miniclip.finetune import hold_statistics
 from miniclip.inference import embed_images, embed_texts, on_all_processes
@@ -51,10 +51,11 @@ class LockedDataset(CaptionDataset):
             None if features is None else torch.from_numpy(features).share_memory_()
             for features in (image_features, text_features)
         )
-        ids = [[pair_ids(record["image"], caption) for caption in record["caption"]] for record in self.records]
-        self.counts = [len(captions) for captions in ids]
+        self.counts = [len(record["caption"]) for record in self.records]
         self.first_caption = np.cumsum([0, *self.counts[:-1]]).tolist()
-        self.caption_ids = torch.tensor([pair for captions in ids for pair in captions]).share_memory_()
+        images = [(image_id(record["image"]), record["caption"]) for record in self.records]
+        ids = [(image, text_id(caption)) for image, captions in images for caption in captions]
+        self.caption_ids = torch.tensor(ids).share_memory_()
 
     def pair_ids(self, index: int) -> tuple[int, int]:
         row = index % len(self)

@@ -15,12 +15,14 @@ from torch.autograd.graph import saved_tensors_hooks
 import miniclip
 from miniclip.batch import batch_forward
 from miniclip.config import InputError
-from miniclip.data import CaptionDataset, Collator, pair_ids, read_captions
+from miniclip.data import CaptionDataset, Collator, image_id, read_captions, text_id
 from miniclip.distill import Distillation, affinity_loss
 from miniclip.loss import clip_loss, find_twins
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.objectives import make_objective
+from miniclip.repack import main as repack
 from miniclip.siglip import add_logit_bias, siglip_loss
+from miniclip.sources import read_source
 from miniclip.transforms import Preprocess
 from miniclip.twins import TwinFreeSampler, part_twins
 from tests.test_training import ROOT, recipe, weights  # noqa: F401
@@ -180,11 +182,16 @@ def test_unknown_loss(tiny_model):
 # Which pairs are twins, and keeping them apart
 
 
-def test_ids_tell_files_and_words():
-    one = pair_ids("/a/dog.jpg", "A  dog.")
-    assert one == pair_ids("/a/dog.jpg", "a dog.")
-    assert one[0] != pair_ids("/b/dog.jpg", "a dog.")[0]
-    assert one[1] != pair_ids("/a/dog.jpg", "a dog")[1]
+def test_ids_tell_pictures_and_words(caption_set):
+    assert text_id("A  dog.") == text_id("a dog.") != text_id("a dog")
+    assert image_id("/a/dog.jpg") == image_id(Path("/a/dog.jpg")) != image_id("/b/dog.jpg")
+    run_convert = ["convert", str(caption_set / "captions.json"), str(caption_set / "a.tar")]
+    repack(run_convert)
+    packed = read_source(str(caption_set / "a.tar"))
+    numbers = {image_id(record["image"]) for record in packed}
+    assert len(numbers) == 24  # by what is in them: the same picture packed a second time is the same
+    repack([*run_convert[:2], str(caption_set / "b.tar")])
+    assert {image_id(record["image"]) for record in read_source(str(caption_set / "b.tar"))} == numbers
 
 
 def flat(caption_set) -> Path:
