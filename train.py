@@ -37,8 +37,8 @@ def main(argv: list[str]):
     from miniclip.objectives import make_objective
     from miniclip.progress import check_reporters, watch
     from miniclip.retrieval import format_table
+    from miniclip.sources import ColumnError, read_source
     from miniclip.sources import describe as describe_data
-    from miniclip.sources import read_source
     from miniclip.streaming import StreamDataset
     from miniclip.trainer import ClipTrainer, checkpoints
     from miniclip.twins import twin_free
@@ -58,7 +58,9 @@ def main(argv: list[str]):
     where = {"image_root": options.image_root, "on_bad": options.bad_records, **columns}
     try:
         if options.streaming:
-            make_dataset = StreamDataset.opened(options.train_file, args, options.train_num_samples, **columns)
+            make_dataset = StreamDataset.opened(
+                options.train_file, args, options.train_num_samples, **columns, image_root=options.image_root
+            )
         else:
             epoch = {"factors": options.train_data_upsampling_factors, "num_samples": options.train_num_samples}
             locked = options.lock_image != "none"  # then all images are seen at once, before the first step
@@ -67,7 +69,13 @@ def main(argv: list[str]):
         problems.append(str(error))
     try:
         if options.eval_file:
-            eval_records = read_source(options.eval_file, check_handles=True, **where)
+            where["image_root"] = options.eval_image_root or options.image_root
+            try:
+                eval_records = read_source(options.eval_file, check_handles=True, **where)
+            except ColumnError as error:  # it may be of another form than the training data
+                logging.warning("%s: its columns are guessed", error)
+                where |= dict.fromkeys(columns)
+                eval_records = read_source(options.eval_file, check_handles=True, **where)
     except InputError as error:
         problems.append(str(error))
     if problems:
@@ -76,7 +84,9 @@ def main(argv: list[str]):
     set_seed(args.seed)
     warnings.filterwarnings("ignore", ".*random weights")  # here they may be what is wanted; the next line says so
     model, preprocess, tokenizer = load(options.model_config, options.pretrained)
-    objective = make_objective(options.loss, options.twins, model, options.teacher, options.teacher_pretrained)
+    model.float()  # small steps would be lost on weights in half precision
+    teacher = {"teacher": options.teacher, "teacher_pretrained": options.teacher_pretrained, "bf16": args.bf16}
+    objective = make_objective(options.loss, options.twins, model, **teacher)
     if options.fixed_logit_scale is not None:
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)

@@ -48,7 +48,8 @@ class ClipTrainingArguments(TrainingArguments):
             self.bf16 = CUDA and not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
         if CUDA and self.accelerator_config is None:
             self.accelerator_config = {"non_blocking": True}  # what pinned memory is for
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        by_metric = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        if by_metric and self.metric_for_best_model is None:
             self.metric_for_best_model = "mean_recall"
         metric = (self.metric_for_best_model or "mean_recall").removeprefix("eval_")
         known = retrieval_metrics(np.eye(1, dtype=np.float32), np.eye(1, dtype=np.float32), [0])

@@ -4,13 +4,14 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from miniclip.config import InputError
 from miniclip.transforms import ImageError, open_image
+
+NO_FILE = "there is no such file"
 
 
 class CaptionFileError(InputError):
@@ -51,16 +52,20 @@ def check_records(path, raw: list, root: Path, check_images: bool = True, on_bad
         except ValueError as error:
             problems[index] = str(error)
     if check_images:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            faults = pool.map(image_fault, (record["image"] for _, record in records))
-            progress = tqdm(faults, f"checking the images of {path.name}", len(records), disable=len(records) < 1000)
-            problems |= {index: fault for (index, _), fault in zip(records, progress) if fault}
+        from miniclip.inference import read_ahead
+
+        faults = read_ahead(image_fault, [record["image"] for _, record in records], None, 1000)
+        progress = tqdm(faults, f"checking the images of {path.name}", len(records), disable=len(records) < 1000)
+        problems |= {index: fault for (index, _), fault in zip(records, progress) if fault}
     good = [record for index, record in records if index not in problems]
     if problems:
         lines = [f"  {names[index]}: {problems[index]}" for index in sorted(problems)]
         report = "\n".join([f"{path}: {len(problems)} of {len(raw)} records cannot be used:", *lines])
         if on_bad != "skip" or not good:
             way_out = ", or go on without them by --bad_records skip" if good else "; no record would be left"
+            if sum(NO_FILE in problem for problem in problems.values()) == len(raw) > 1:
+                hint = f"of none of its {len(raw)} records is there an image in {root}: is another --image_root meant?"
+                raise CaptionFileError(f"{path}: {hint} The first:\n{lines[0]}")
             raise CaptionFileError(f"{report}\nMend or remove them{way_out}.")
         warnings.warn(f"{report}\nThe other {len(good)} are used.", stacklevel=3)
     return good
@@ -80,7 +85,7 @@ def _check_record(record, root: Path) -> dict:
     if not Path(file).is_relative_to(root):
         raise ValueError(f"{image}: leads out of the image folder {root}")
     if not os.path.isfile(file):
-        raise ValueError(f"{image!r}: there is no such file in {root}")
+        raise ValueError(f"{image!r}: {NO_FILE} in {root}")
     return {"image": file, "caption": check_captions(captions, image)}
 
 

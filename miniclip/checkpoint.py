@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from miniclip.identify import ACTIVATION_NAMES, fitting_configs, infer_config, known_activation
 from miniclip.model import MiniClip
@@ -83,7 +83,6 @@ HARMLESS = {  # last parts of keys that hold no weights
     "attn_mask", "position_ids",  # constants, which older versions of OpenCLIP and of transformers stored
 }  # fmt: skip
 UNLOADABLE = [  # (what one of the keys begins with, why); the first that applies is reported
-    (r"(.*\.)?logit_bias", "a SigLIP model: trained with a sigmoid loss, and with a bias that CLIP does not have"),
     (r"(.*\.)?l0_module\.|image_encoder_without_ddp\.",
      "a TinyCLIP 'auto' file, pruned to blocks of different sizes; take one of TinyCLIP's manual ViT files"),
     (r"(.*\.)?visual\.trunk\.", "its image tower comes from timm; only OpenAI's vision transformer can be loaded"),
@@ -95,6 +94,8 @@ UNLOADABLE = [  # (what one of the keys begins with, why); the first that applie
 def detect_source(keys: Iterable[str]) -> str:
     """Names the layout (see `LAYOUTS`) of a state dict, or raises CheckpointError with the reason why it has none."""
     keys = sorted(keys)
+    if "logit_bias" in keys and any(re.match(r"(visual\.trunk|vision_model)\.", key) for key in keys):
+        raise CheckpointError("a SigLIP model, whose towers are others than CLIP's (it holds 'logit_bias')")
     for pattern, reason in UNLOADABLE:
         if found := next(filter(re.compile(pattern).match, keys), None):
             raise CheckpointError(f"{reason} (it holds {found!r})")
@@ -185,6 +186,9 @@ def load_weights(model: MiniClip, path: str | Path) -> None:
     of other sizes, naming them and the configs that they would fit.
     """
     checkpoint = open_checkpoint(path)
+    if "logit_bias" in checkpoint.weights and model.logit_bias is None:  # trained by SigLIP's loss
+        model.config.init_logit_bias = checkpoint.weights["logit_bias"].item()
+        model.logit_bias = nn.Parameter(torch.zeros_like(model.logit_scale))
     model.load_state_dict(fit_weights(checkpoint.weights, model.state_dict(), path), strict=True)
     ours, quick_gelu = model.config.quick_gelu, checkpoint.quick_gelu
     if quick_gelu is not None and quick_gelu != ours:

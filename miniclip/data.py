@@ -91,9 +91,23 @@ class CaptionDataset(Dataset):
     def draw(self, record: dict, rng: random.Random) -> dict:
         """One caption and one crop of a record."""
         caption = record["caption"][rng.randrange(len(record["caption"]))]
-        image = open_image(record["image"], (self.transform or self.preprocess).scale)
+        where = Kept(record["image"]) if hasattr(record["image"], "read") else record["image"]
+        image = open_image(where, (self.transform or self.preprocess).scale)
         levels = self.transform.levels(image, rng) if self.transform else self.preprocess.levels(image)
-        return {"pixel_values": levels, "caption": caption, "pair_ids": (image_id(record["image"]), text_id(caption))}
+        return {"pixel_values": levels, "caption": caption, "pair_ids": (image_id(where), text_id(caption))}
+
+
+class Kept:
+    """A handle whose bytes were read, once, and are kept."""
+
+    def __init__(self, handle):
+        self.handle, self.data = handle, handle.read()
+
+    def read(self) -> bytes:
+        return self.data
+
+    def __str__(self) -> str:
+        return str(self.handle)
 
 
 def image_id(image) -> int:

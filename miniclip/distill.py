@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniclip.config import InputError
-from miniclip.fast import fast_model
+from miniclip.fast import FastClip, fast_model
 from miniclip.loss import clip_loss, gather
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.transforms import Preprocess
@@ -38,20 +38,29 @@ class Distillation:
     """A loss for ClipTrainer: what `teacher`, a frozen MiniClip with its own preprocessing, makes of the same batch is
     what the student should make of it.
 
-    With `contrast` the ordinary loss is added to it (OpenCLIP's `--distill-model`), without it the teacher is all there
-    is to learn from (TinyCLIP). The teacher sees the student's pictures, resized where its own are of another size.
-    Raises InputError where it does not read the student's tokens.
+    It computes in fp32, or with `bf16` in that. With `contrast` the ordinary loss is added to it (OpenCLIP's
+    `--distill-model`), without it the teacher is all there is to learn from (TinyCLIP). The teacher sees the student's
+    pictures, resized where its own are of another size. Raises InputError where it does not read the student's tokens.
     """
 
-    def __init__(self, teacher: MiniClip, preprocess: Preprocess, student: MiniClip, contrast: bool, twins: str):
+    def __init__(
+        self,
+        teacher: MiniClip,
+        preprocess: Preprocess,
+        student: MiniClip,
+        contrast: bool,
+        twins: str,
+        bf16: bool = False,
+    ):
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
         if theirs.vocab_size != ours.vocab_size or theirs.context_length < ours.context_length:
             raise InputError(
                 f"the teacher reads {theirs.context_length} tokens of {theirs.vocab_size} words, the student"
                 f" {ours.context_length} of {ours.vocab_size}: take a teacher that reads all that the student does"
             )
-        self.teacher, self.preprocess = fast_model(teacher.eval().requires_grad_(False)), preprocess
+        self.teacher, self.preprocess = teacher.float().eval().requires_grad_(False), preprocess
         self.contrast, self.twins, self.chunk_size = contrast, twins, 256
+        self.precision = "bf16" if bf16 else "fp32"
 
     def __call__(self, outputs: ClipOutput, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         if not {"pixel_values", "input_ids"} <= inputs.keys():
@@ -62,8 +71,8 @@ class Distillation:
     @torch.no_grad()
     def embed(self, pixel_values: Tensor, input_ids: Tensor) -> ClipOutput:
         """What the teacher makes of levels (B, 3, S, S) and token ids (B, L), a chunk at a time."""
-        if self.teacher.logit_scale.device != pixel_values.device:
-            self.teacher = self.teacher.to(pixel_values.device)
+        if not isinstance(self.teacher, FastClip):  # here and not before: its weights are laid out for a device
+            self.teacher = fast_model(self.teacher.to(pixel_values.device), self.precision)
         size = self.preprocess.cfg.size
         images, texts = [], []
         for levels, ids in zip(pixel_values.split(self.chunk_size), input_ids.split(self.chunk_size)):

@@ -24,6 +24,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from miniclip.config import InputError
 from miniclip.model import MiniClip, VisionTransformer
+from miniclip.scale import uses_fsdp
 
 
 def fine_tuning(model: MiniClip, options, args) -> tuple[list[TrainerCallback], dict]:
@@ -54,7 +55,7 @@ def fine_tuning(model: MiniClip, options, args) -> tuple[list[TrainerCallback], 
         callbacks.append(EarlyStopping(options.early_stopping_patience))
         said.append(f"stops after {options.early_stopping_patience} evaluations without a better one")
     if options.ema is not None:
-        if args.fsdp:
+        if uses_fsdp(args):
             raise InputError("ema averages whole weights, of which FSDP gives each process a part: leave out one")
         ema = EMA(model, options.ema, args.device)
         callbacks.append(ema)
@@ -174,6 +175,7 @@ class EMA(TrainerCallback):
 
     def __init__(self, model: MiniClip, decay: float, device: str | torch.device | None = None):
         self.model, self.average = model, AveragedModel(model, device, multi_avg_fn=partial(_move_average, decay))
+        self.average.n_averaged = self.average.n_averaged.cpu()  # it is read at every step: no GPU is to be waited for
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:

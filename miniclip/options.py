@@ -38,6 +38,7 @@ class TrainOptions:
     )
     eval_file: str | None = option(None, "the same for evaluation; without it nothing is measured")
     image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
+    eval_image_root: str | None = option(None, "the same for eval_file, where it is another one")
     image_column: str | None = option(
         None, "column of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
     )
@@ -99,6 +100,14 @@ class TrainOptions:
             (0 <= self.color_jitter <= 1, "color_jitter must lie in 0 to 1"),
             (self.loss in ("clip", "siglip", "distill", "affinity"), "loss must be clip, siglip, distill or affinity"),
             (self.twins in ("positive", "exclude", "ignore"), "twins must be positive, exclude or ignore"),
+            (
+                self.teacher is not None or self.teacher_pretrained is None,
+                "teacher_pretrained has the weights of a teacher: add teacher",
+            ),
+            (
+                self.loss != "affinity" or self.twins == "positive",
+                "twins: affinity has no right answers but the teacher's scores, in which twins are what they are",
+            ),
             (
                 (self.loss in ("distill", "affinity")) == (self.teacher is not None),
                 "teacher goes with the losses distill and affinity, which need one",
@@ -255,7 +264,7 @@ def parse_train(argv: list[str]):
     start = recipe | {name: value for name, value in vars(first).items() if value is not None}
     tuned = start.get("pretrained") or os.path.isdir(start.get("model_config", ""))
     measured = {"eval_strategy": "epoch"} if start.get("eval_file") else {}
-    if start.get("early_stopping_patience"):
+    if start.get("early_stopping_patience") or start.get("load_best_model_at_end"):
         said = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest are defaults
         measured |= early_stopping(recipe | {name: value for name, value in vars(first).items() if name in said})
     parser.set_defaults(**(FINE_TUNE if tuned else FROM_SCRATCH) | measured | recipe)
@@ -272,18 +281,31 @@ def early_stopping(given: dict) -> dict:
     so that the best one can be taken back. Raises InputError where the options given do not allow that."""
     when = given.get("eval_strategy", "epoch")
     save = given.get("save_strategy", when)
+    steps = given.get("eval_steps") or given.get("logging_steps", 10)  # what Trainer evaluates by
     if when == "no" or save not in (when, "best"):
         raise InputError(
-            f"early_stopping_patience needs evaluations and a checkpoint at each, but eval_strategy is {when!r} and"
-            f" save_strategy {save!r}: leave both out, or say the same, epoch or steps, for both"
+            "early_stopping_patience and load_best_model_at_end need evaluations and a checkpoint at each, but"
+            f" eval_strategy is {when!r} and save_strategy {save!r}: leave both out, or say the same, epoch or steps"
         )
-    steps = given.get("eval_steps") or given.get("logging_steps", 10)  # what Trainer evaluates by
+    if save == when == "steps" and float(given.get("save_steps", steps)) % float(steps):
+        raise InputError(f"save_steps {given['save_steps']} is no multiple of {steps}, the steps between evaluations")
     return {"eval_strategy": when, "save_strategy": when, "save_steps": steps, "load_best_model_at_end": True}
+
+
+ELSEWHERE = {  # OpenCLIP's names
+    "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "image_column", "model": "model_config",
+    "csv-caption-key": "caption_column", "batch-size": "per_device_train_batch_size", "epochs": "num_train_epochs",
+    "lr": "learning_rate", "wd": "weight_decay", "warmup": "warmup_steps", "workers": "dataloader_num_workers",
+    "logs": "output_dir", "resume": "resume_from_checkpoint", "distill-model": "teacher",
+    "distill-pretrained": "teacher_pretrained", "lock-image-unlocked-groups": "unlock_image_blocks",
+    "lock-text-unlocked-layers": "unlock_text_blocks", "grad-checkpointing": "gradient_checkpointing",
+}  # fmt: skip
 
 
 def nearest(name: str, known: set[str]) -> str:
     """For messages about a name that is not known."""
-    return f"{name!r}; the nearest known one is {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]!r}"
+    like = ELSEWHERE.get(name.replace("_", "-")) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"{name!r}; the nearest known one is {like!r}"
 
 
 def read_recipe(path: str, known: set[str]) -> dict:

@@ -58,10 +58,10 @@ def convert(source: Sequence[dict], target: str, samples_per_shard: int = 10_000
 def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int) -> int:
     paths = [Path(path) for path in expand(target)]
     if len(paths) == 1:
-        digits = re.search(r"(\d+)(\D*)$", paths[0].stem)
+        digits = re.search(r"(?:^|[-_])(\d+)()$", paths[0].stem)  # 000, shard-000: not coco2017
         many = -(-len(source) // samples_per_shard)
         if digits:
-            first, width, before = int(digits[1]), len(digits[1]), paths[0].stem[: digits.start()]
+            first, width, before = int(digits[1]), len(digits[1]), paths[0].stem[: digits.start(1)]
             numbers = range(first, first + many)
             paths = [paths[0].with_name(f"{before}{i:0{width}d}{digits[2]}.tar") for i in numbers]
         elif many > 1:
@@ -97,6 +97,10 @@ def _to_file(source: Sequence[dict], target: Path) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch, scratch_images = (target.with_name(f".{p.name}.{os.getpid()}.tmp") for p in (target, images))
     base, width, records = Path(os.path.abspath(target.parent)), max(6, len(str(len(source)))), []
+    files = (record["image"] for record in source if not hasattr(record["image"], "read"))
+    outside = any(not Path(file).is_relative_to(base) for file in files)
+    if outside and own:
+        raise InputError(f"{target}: some images are no files and others lie elsewhere than {base}: convert them apart")
     try:
         for index in tqdm(range(len(source)), "writing"):
             record = None
@@ -108,7 +112,7 @@ def _to_file(source: Sequence[dict], target: Path) -> int:
                 continue
             if is_file:
                 file = Path(record["image"])
-                name = file.relative_to(base).as_posix() if file.is_relative_to(base) else str(file)
+                name = str(file) if outside else file.relative_to(base).as_posix()
             elif (found := _readable(source, index)) is not None:
                 scratch_images.mkdir(exist_ok=True)
                 name = f"{images.name}/{index:0{width}d}.{found[2]}"
@@ -123,7 +127,7 @@ def _to_file(source: Sequence[dict], target: Path) -> int:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             else:
                 delimiter = "\t" if target.suffix.lower() == ".tsv" else ","
-                table = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+                table = csv.writer(file, delimiter=delimiter, lineterminator="\r\n")
                 table.writerow(["filepath", "title"])  # OpenCLIP's names
                 table.writerows((record["image"], text) for record in records for text in record["caption"])
             file.flush()
@@ -134,6 +138,8 @@ def _to_file(source: Sequence[dict], target: Path) -> int:
     finally:
         scratch.unlink(missing_ok=True)
         shutil.rmtree(scratch_images, ignore_errors=True)
+    if outside:
+        logger.warning("%s: the images lie elsewhere than %s: read it with --image_root /", target, base)
     return len(records)
 
 

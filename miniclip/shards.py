@@ -17,6 +17,7 @@ import tarfile
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from miniclip.captions import check_captions
 from miniclip.config import InputError
 from miniclip.transforms import ImageError
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "ppm")
 CAPTIONS = ("txt", "caption", "json")  # the first of them that a sample has is taken
 CAPTION_KEYS = ("caption", "captions", "text", "texts", "title", "sentences", "sentence", "raw", "description")
 VERSION = 1  # of the index, to be raised when it is to be made anew
@@ -59,21 +60,23 @@ def expand(pattern: str) -> list[str]:
     return paths
 
 
-def captions_in(value):
-    """The captions in what a caption file or column holds: a string, a list, an object that has them under one of
-    CAPTION_KEYS, or a list of such. Gives a list of whatever is there, for `check_captions`."""
+def captions_in(value, key: str | None = None):
+    """The captions in what a caption file or column holds: a string, a list, an object that has them under `key`, or
+    else under one of CAPTION_KEYS, or a list of such. Gives a list of whatever is there, for `check_captions`."""
     if isinstance(value, dict):
-        value = next((value[key] for key in CAPTION_KEYS if key in value), None)
+        value = next((value[known] for known in ([key] if key else CAPTION_KEYS) if known in value), None)
     if not isinstance(value, list):
         return [value]
-    return [caption for part in value for caption in (captions_in(part) if isinstance(part, (dict, list)) else [part])]
+    nested = (captions_in(part, key) if isinstance(part, (dict, list)) else [part] for part in value)
+    return [caption for captions in nested for caption in captions]
 
 
-def parse_caption(data: bytes, is_json: bool, name: str) -> list[str]:
-    """The captions in a file beside an image: a text is one caption. InputError says what is wrong with it."""
+def parse_caption(data: bytes, is_json: bool, name: str, key: str | None = None) -> list[str]:
+    """The captions in a file beside an image: a text is one caption, and JSON has them under `key` if that is given.
+    InputError says what is wrong with it."""
     try:
         text = data.decode("utf-8-sig")
-        return check_captions(captions_in(json.loads(text)) if is_json else [text.strip()], name)
+        return check_captions(captions_in(json.loads(text), key) if is_json else [text.strip()], name)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: the caption is no UTF-8 ({error})") from None
     except json.JSONDecodeError as error:
@@ -128,11 +131,12 @@ class ShardImage:
 class Shards(Sequence):
     """The samples of tar shards, in order: `[i]` is {"image": ShardImage, "caption": [strings]}.
 
-    `paths` are the shards. What cannot be used in them is named in a warning and left out; `problems` has it, a line
-    each. Raises InputError for a shard that is missing or compressed, and where nothing can be used at all.
+    `paths` are the shards; with a `caption_key` only JSON with that key counts as caption. What cannot be used in them
+    is named in a warning and left out; `problems` has it, a line each. Raises InputError for a shard that is missing or
+    compressed, and where nothing can be used at all.
     """
 
-    def __init__(self, paths: list[str]):
+    def __init__(self, paths: list[str], caption_key: str | None = None):
         self.paths = [os.path.abspath(path) for path in paths]
         for path in self.paths:
             if re.search(r"\.(tgz|tar\.\w+)$", path):
@@ -141,7 +145,8 @@ class Shards(Sequence):
         if missing:
             listed = "\n  ".join(missing[:10] + ["..."] * (len(missing) > 10))
             raise InputError(f"{len(missing)} of {len(self.paths)} shards are not there:\n  {listed}")
-        self.rows, self.problems = _index(self.paths)
+        self.caption_key = caption_key
+        self.rows, self.problems = _index(self.paths, caption_key)
         what = f"{self.paths[0]}{f' and {len(self.paths) - 1} more' if len(self.paths) > 1 else ''}"
         report = "\n  ".join([f"{what}: {len(self.problems)} things in the shards cannot be used:", *self.problems])
         if not len(self.rows):
@@ -156,18 +161,18 @@ class Shards(Sequence):
         shard, header, offset, size, text_offset, text_size, is_json = self.rows[index].item()
         image = ShardImage(self.paths[shard], header, offset, size)
         try:
-            caption = parse_caption(read_at(image.path, text_offset, text_size), is_json, "")
+            caption = parse_caption(read_at(image.path, text_offset, text_size), is_json, "", self.caption_key)
         except (OSError, InputError) as error:  # it was sound when the index was made
             raise ImageError(f"{image}: its caption cannot be read ({error})") from None
         return {"image": image, "caption": caption}
 
 
-def _index(paths: list[str]) -> tuple[np.ndarray, list[str]]:
+def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[str]]:
     """The rows of all shards and what is wrong with them, from the file where an earlier run left them if it fits."""
     stats = [os.stat(path) for path in paths]
-    about = json.dumps([VERSION, [(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]])
+    about = json.dumps([VERSION, caption_key, [(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]])
     state = hashlib.sha256(about.encode()).hexdigest()
-    name = f".miniclip-{hashlib.sha256(json.dumps(paths).encode()).hexdigest()[:16]}.npz"
+    name = f".miniclip-{hashlib.sha256(json.dumps([caption_key, paths]).encode()).hexdigest()[:16]}.npz"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miniclip"
     places = [Path(paths[0]).parent / name, home / name]
     for place in places:
@@ -178,7 +183,7 @@ def _index(paths: list[str]) -> tuple[np.ndarray, list[str]]:
         except Exception:  # none there, or half of one: it is made anew
             continue
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # they mostly wait for the disk
-        work = pool.map(_index_shard, itertools.count(), paths)
+        work = pool.map(partial(_index_shard, caption_key), itertools.count(), paths)
         parts = list(tqdm(work, "reading the shards' headers", len(paths), disable=len(paths) < 100))
     rows = np.concatenate([part for part, _ in parts]) if parts else np.empty(0, ROW)
     problems = [problem for _, found in parts for problem in found]
@@ -195,7 +200,7 @@ def _index(paths: list[str]) -> tuple[np.ndarray, list[str]]:
     return rows, problems
 
 
-def _index_shard(number: int, path: str) -> tuple[np.ndarray, list[str]]:
+def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.ndarray, list[str]]:
     """The samples of one shard, and what is wrong with it."""
     samples, problems = {}, []  # key -> {extension: member}
     end = os.path.getsize(path)
@@ -212,6 +217,8 @@ def _index_shard(number: int, path: str) -> tuple[np.ndarray, list[str]]:
                         break
                     if member.isfile():
                         _sort_in(samples, problems, path, member)
+                    elif not member.isdir():
+                        problems.append(f"{path}: {member.name}: no file but a link or the like; pack the file itself")
                 else:
                     file.seek(tar.offset)
                     if file.read(512) != bytes(512):  # at no end mark tarfile stops without a word
@@ -221,7 +228,7 @@ def _index_shard(number: int, path: str) -> tuple[np.ndarray, list[str]]:
     rows = []
     for key, members in samples.items():
         image = next((members[kind] for kind in IMAGES if kind in members), None)
-        kind = next((kind for kind in CAPTIONS if kind in members), None)
+        kind = next((kind for kind in (["json"] if caption_key else CAPTIONS) if kind in members), None)
         if image is None or kind is None:
             lacks = "no image" if image is None else "no caption"
             listed = ", ".join(f".{kind}" for kind in members)
@@ -229,7 +236,7 @@ def _index_shard(number: int, path: str) -> tuple[np.ndarray, list[str]]:
             continue
         text = members[kind]
         try:
-            parse_caption(read_at(path, text.offset_data, text.size), kind == "json", text.name)
+            parse_caption(read_at(path, text.offset_data, text.size), kind == "json", text.name, caption_key)
         except (InputError, OSError) as error:
             problems.append(f"{path}: {error}")
             continue

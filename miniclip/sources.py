@@ -25,7 +25,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,7 @@ from tqdm.auto import tqdm
 from miniclip.captions import CaptionFileError, check_captions, check_records, image_fault, read_captions
 from miniclip.config import InputError
 from miniclip.data import as_table
+from miniclip.inference import read_ahead
 from miniclip.shards import CAPTION_KEYS, CAPTIONS, IMAGES, Shards, captions_in, expand, parse_caption
 from miniclip.transforms import ImageError
 
@@ -43,6 +43,10 @@ logger = logging.getLogger(__name__)
 IMAGE_KEYS = ("image", "filepath", "image_path", "img", "img_path", "file_name", "filename", "path", "file",
               "image_file", "jpg", "jpeg", "png", "webp")  # fmt: skip
 TEXT_KEYS = (*CAPTION_KEYS, "txt", "sentences_raw", "alt_text", "alt")
+
+
+class ColumnError(CaptionFileError):
+    """A column that was named is not there."""
 
 
 def read_source(
@@ -68,7 +72,7 @@ def read_source(
     specs, sources, problems = split(spec), [], []
     roots = split(image_root) if image_root else [None]
     if len(roots) not in (1, len(specs)):
-        raise InputError(f"{len(roots)} image roots for {len(specs)} sources: give one, or one for each")
+        raise InputError(f"{spec}: {len(roots)} image roots for {len(specs)} sources: give one, or one for each")
     for part, root in zip(specs, itertools.cycle(roots)):
         try:
             sources.append(_read_one(part, root, check_images, on_bad, check_handles, image_column, caption_column))
@@ -113,7 +117,7 @@ def _read_one(spec, root, check_images, on_bad, check_handles, image_column, cap
     if suffix in READERS or path.is_dir() and not _is_table(path) and not any(path.glob("*.tar")):
         if suffix == ".json" and columns == (None, None):
             return read_captions(path, root, check_images, on_bad)
-        raw, names = READERS[suffix](path, *columns) if suffix in READERS else _read_folder(path)
+        raw, names = READERS[suffix](path, *columns) if suffix in READERS else _read_folder(path, caption_column)
         folder = Path(os.path.abspath(root or (path if path.is_dir() else path.parent)))
         return check_records(path, raw, folder, check_images, on_bad, names)
     if suffix in (".tar", ".tgz") or re.search(r"\.tar\.\w+$", spec) or path.is_dir() and any(path.glob("*.tar")):
@@ -121,9 +125,9 @@ def _read_one(spec, root, check_images, on_bad, check_handles, image_column, cap
         if on_bad == "skip" and (there := [p for p in paths if os.path.isfile(p)]) and len(there) < len(paths):
             warnings.warn(f"{spec}: {len(paths) - len(there)} of {len(paths)} shards are not there", stacklevel=3)
             paths = there
-        source = Shards(paths)
+        source = Shards(paths, caption_column)
     elif spec.startswith("hf:") or suffix in (".parquet", ".arrow") or _is_table(Path(_at_split(spec)[0])):
-        source = Table(load_table(spec), spec, *columns, root)
+        source = Table(load_table(spec), spec, *columns, root or table_root(spec))
     elif not path.exists():
         raise InputError(f"{spec}: no such file or folder (a data set of the Hugging Face hub is hf:{spec})")
     else:
@@ -148,7 +152,7 @@ def _column(given: str | None, known: Iterable[str], there: Sequence[str], where
     """The column that is named, or else the first of the known names that is there."""
     if given is not None:
         if given not in there:
-            raise InputError(f"{where}: there is no column {given!r}, only {', '.join(map(repr, there))}")
+            raise ColumnError(f"{where}: there is no column {given!r}, only {', '.join(map(repr, there))}")
         return given
     folded = {str(name).strip().lower(): name for name in reversed(list(there))}
     found = [folded[name] for name in known if name in folded]
@@ -235,24 +239,34 @@ def _read_table_text(path: Path, image_column, caption_column):
         except InputError as error:
             fault = fault or error
     if columns is None:
-        raise CaptionFileError(str(fault))
+        raise CaptionFileError(f"{fault} (the first line names the columns, with tab, comma or semicolon between)")
     places = [head.index(column) for column in columns]
     csv.field_size_limit(1 << 24)
 
     def rows():
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        # Strictly: otherwise a lone quote at the start of a cell would swallow all up to the next one.
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         next(reader)
         line = reader.line_num + 1
         try:
             for row in reader:
-                if row and len(row) != len(head):
-                    fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} in a cell wants quotes)"
-                    yield line, None, InputError(f"{fault}: {delimiter.join(row)[:60]}")
-                elif row:
-                    yield line, row[places[0]], [row[places[1]]]
+                yield line, *checked(row)
                 line = reader.line_num + 1
-        except csv.Error as error:
-            yield line, None, InputError(f"no table from here: {error}")
+        except csv.Error:  # from the row on that is at fault, each line is taken by itself
+            for number, row in enumerate(io.StringIO(text, newline=""), 1):
+                if number >= line:
+                    try:
+                        yield number, *checked(next(csv.reader([row], delimiter=delimiter, strict=True), []))
+                    except csv.Error as error:
+                        fault = f'a quote that does not fit ({error}): write "..." around the cell, "" for each within'
+                        yield number, None, InputError(f"{fault}: {row.strip()[:60]}")
+
+    def checked(row: list[str]) -> tuple:
+        """Image and captions of a row, or None and the fault; None and nothing of an empty one."""
+        if row and len(row) != len(head):
+            fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} in a cell wants quotes)"
+            return None, InputError(f"{fault}: {delimiter.join(row)[:60]}")
+        return (row[places[0]], [row[places[1]]]) if row else (None, None)
 
     return _some(path, *_grouped(rows()))
 
@@ -269,20 +283,23 @@ def _some(path: Path, raw: list, names: list[str]):
     return raw, names
 
 
-def _read_folder(path: Path):
+def _read_folder(path: Path, caption_key: str | None):
     """Images with a caption file beside each, in folders at any depth; in order of their names."""
-    beside = {}  # path without its extension -> {extension: path}
+    raw, names, beside = [], [], {}  # path without its extension -> {extension: path}
     for folder, folders, files in os.walk(path, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             stem, extension = os.path.splitext(name)
             if not name.startswith(".") and extension.lower()[1:] in (*IMAGES, *CAPTIONS):
                 place = os.path.relpath(os.path.join(folder, stem), path)
-                beside.setdefault(place, {}).setdefault(extension.lower()[1:], place + extension)
-    raw, names = [], []
+                kinds, kind = beside.setdefault(place, {}), extension.lower()[1:]
+                if kind in kinds:
+                    names.append(place + extension)
+                    raw.append(InputError(f"it differs from {kinds[kind]} in letter case alone: rename one"))
+                kinds.setdefault(kind, place + extension)
     for _, files in sorted(beside.items()):
         images = [files[kind] for kind in IMAGES if kind in files]
-        text = next((kind for kind in CAPTIONS if kind in files), None)
+        text = next((kind for kind in (["json"] if caption_key else CAPTIONS) if kind in files), None)
         for image in images or [None]:
             names.append(image or files[text])
             if image is None or text is None:
@@ -290,7 +307,7 @@ def _read_folder(path: Path):
                 raw.append(InputError(f"there is no {lacking} beside it"))
                 continue
             try:
-                captions = parse_caption((path / files[text]).read_bytes(), text == "json", files[text])
+                captions = parse_caption((path / files[text]).read_bytes(), text == "json", files[text], caption_key)
                 raw.append({"image": image, "caption": captions})
             except (InputError, OSError) as error:
                 raw.append(InputError(str(error)))
@@ -333,7 +350,9 @@ def load_table(spec: str, streaming: bool = False):
         raise InputError(f"{missing[0]}: no such file ({len(missing)} of {len(files)} are not there)")
     try:
         if spec.startswith("hf:"):
-            name, *rest = spec[3:].split(":")
+            name, *rest = re.split(r":(?![^\[]*\])", spec[3:])  # train[:10] is one part
+            if len(rest) > 2:
+                raise InputError(f"{spec}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
             config, part = rest if len(rest) == 2 else (None, *rest, None)[:2]
             found = datasets.load_dataset(name, config, split=part, streaming=streaming)
         elif files:
@@ -361,6 +380,12 @@ def load_table(spec: str, streaming: bool = False):
     return found
 
 
+def table_root(spec: str) -> str | None:
+    """The folder that image paths in a table start from: the table's own; that of a hub name is not known."""
+    path = Path(_at_split(spec)[0])
+    return None if spec.startswith("hf:") else str(path if path.is_dir() else path.parent)
+
+
 def undecoded(dataset, image: str):
     """The dataset with its image column as it is stored, not decoded."""
     import datasets
@@ -371,14 +396,19 @@ def undecoded(dataset, image: str):
 
 def cell_bytes(cell, root: str | None, name: str) -> bytes:
     """The bytes of an image in a table: they themselves, {"bytes", "path"}, or a path. Raises ImageError."""
-    if isinstance(cell, dict):
+    own = isinstance(cell, dict)  # as the library keeps images: a path is where it put one
+    if own:
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, (bytes, bytearray)):
         return bytes(cell)
     if not isinstance(cell, str) or not cell:
         raise ImageError(f"{name}: there is no image in it but {str(cell)[:60]}")
+    root = os.path.abspath(root or "")
+    file = os.path.abspath(os.path.join(root, cell if own else cell.replace("\\", "/")))
+    if not own and not Path(file).is_relative_to(root):
+        raise ImageError(f"{name}: {cell}: leads out of the image folder {root}")
     try:
-        return Path(root or "", cell).read_bytes()
+        return Path(file).read_bytes()
     except OSError as error:
         raise ImageError(f"{name}: {error}") from None
 
@@ -525,10 +555,8 @@ def without_damaged(source: Sequence[dict], spec: str) -> Sequence[dict]:
         except ImageError as error:
             return str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        progress = tqdm(pool.map(fault, range(len(source))), f"checking the images of {Path(spec).name}", len(source),
-                        disable=len(source) < 1000)  # fmt: skip
-        faults = list(progress)
+    work = read_ahead(fault, range(len(source)), None, 1000)
+    faults = list(tqdm(work, f"checking the images of {Path(spec).name}", len(source), disable=len(source) < 1000))
     problems = [problem for problem in faults if problem]
     if not problems:
         return source

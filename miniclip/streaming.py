@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from miniclip.captions import check_captions
 from miniclip.config import InputError
-from miniclip.data import CaptionDataset
+from miniclip.data import MAX_BAD, CaptionDataset
 from miniclip.shards import captions_in
-from miniclip.sources import _columns, cell_bytes, load_table
+from miniclip.sources import _columns, cell_bytes, load_table, table_root
 from miniclip.transforms import ImageError
 
 BUFFER = 1000  # samples that wait to be drawn from, in each worker
@@ -25,12 +25,12 @@ BUFFER = 1000  # samples that wait to be drawn from, in each worker
 class StreamImage:
     """An image that a stream brought. `read` gives its bytes, `str` its name."""
 
-    def __init__(self, cell, name: str):
-        self.cell, self.name = cell, name
+    def __init__(self, cell, name: str, root: str | None):
+        self.cell, self.name, self.root = cell, name, root
 
     def read(self) -> bytes:
         """The image file as it was stored. Raises ImageError."""
-        return cell_bytes(self.cell, None, self.name)
+        return cell_bytes(self.cell, self.root, self.name)
 
     def __str__(self) -> str:
         return self.name
@@ -46,9 +46,9 @@ class StreamDataset(CaptionDataset):
     `bad`, and passed over.
     """
 
-    def __init__(self, stream, columns: tuple[str, str], num_samples, spec, preprocess, seed: int = 0, transform=None):
+    def __init__(self, stream, columns: tuple[str, str], num_samples, spec, root, preprocess, seed=0, transform=None):
         super().__init__((), preprocess, seed, transform)
-        self.columns, self.num_samples, self.spec = columns, num_samples, spec
+        self.columns, self.num_samples, self.spec, self.root = columns, num_samples, spec, root
         # One file after the other: newer versions would read ten at once, in threads, and wait five seconds for those
         # at the end of each pass.
         single = {"max_buffer_input_shards": 1}
@@ -56,7 +56,7 @@ class StreamDataset(CaptionDataset):
         self.stream = stream.shuffle(seed=seed, buffer_size=BUFFER, **single if single.keys() <= known.keys() else {})
 
     @classmethod
-    def opened(cls, spec: str, args, num_samples: int | None, image_column=None, caption_column=None):
+    def opened(cls, spec: str, args, num_samples: int | None, image_column=None, caption_column=None, image_root=None):
         """Opens hf:NAME, .parquet or .arrow; gives what makes the dataset of it, called like CaptionDataset with None
         for the records. Raises InputError for what cannot be streamed."""
         if "::" in spec:
@@ -70,8 +70,8 @@ class StreamDataset(CaptionDataset):
 
         if stream.features is None or isinstance(stream.features.get(columns[0]), datasets.Image):
             stream = stream.cast_column(columns[0], datasets.Image(decode=False))
-        stream = stream.select_columns(list(columns))
-        return lambda records, *more, **kwargs: cls(stream, columns, num_samples, spec, *more, **kwargs)
+        stream, root = stream.select_columns(list(columns)), image_root or table_root(spec)
+        return lambda records, *more, **kwargs: cls(stream, columns, num_samples, spec, root, *more, **kwargs)
 
     def __len__(self) -> int:
         if self.num_samples is None:
@@ -91,24 +91,32 @@ class StreamDataset(CaptionDataset):
         from datasets.distributed import split_dataset_by_node
 
         whole = self.stream.num_shards >= readers  # whole files each; else each reads all, and keeps every n-th sample
-        part = split_dataset_by_node(self.stream, reader, readers, "shards" if whole else "examples")
+        how = ("shards" if whole else "examples",)
+        if "strategy" not in inspect.signature(split_dataset_by_node).parameters:
+            how = ()  # older versions choose alike
+        part = split_dataset_by_node(self.stream, reader, readers, *how)
         part.set_epoch(10_000 * self.epoch.item() + turn)
-        good = False
+        number, bad = -1, 0  # bad ones in a row
         # In batches, since the library would split the plain iteration once more between workers, by files.
         samples = (dict(zip(batch, row)) for batch in part.iter(16) for row in zip(*batch.values()))
         for number, sample in enumerate(samples):
             name = f"{self.spec}: sample {number} of reader {reader}, pass {turn}"
             try:
                 captions = check_captions(captions_in(sample[self.columns[1]]), name)
-                record = {"image": StreamImage(sample[self.columns[0]], name), "caption": captions}
+                record = {"image": StreamImage(sample[self.columns[0]], name, self.root), "caption": captions}
                 item = self.draw(record, self.rng(f"{turn} {reader} {number}"))
             except (ImageError, InputError) as error:
                 self.report(error)
+                bad += 1
+                if bad == MAX_BAD:
+                    raise InputError(f"{self.spec}: {bad} bad samples in a row, the last: {error}") from None
                 continue
-            good = True
+            bad = 0
             yield item
-        if not good:
+        if number < 0:
             raise InputError(f"{self.spec}: nothing in a whole pass for reader {reader}: take fewer workers")
+        if bad > number:
+            raise InputError(f"{self.spec}: nothing in a whole pass for reader {reader} can be used")
 
     def dataloader(self, args, collate) -> DataLoader:
         """What the Trainer iterates over: the batches of this process."""

@@ -73,7 +73,7 @@ class ClipTrainer(Trainer):
         if train_dataset is not None and has_length(train_dataset):  # a stream may have none
             sampler = self._own_sampler()
             n = len(train_dataset if sampler is None else sampler)
-            if n < batch:
+            if n < (batch if args.dataloader_drop_last else 1):
                 raise InputError(f"{n} images make no batch of {batch}: lower per_device_train_batch_size")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -160,6 +160,8 @@ class ClipTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             logger.warning("resuming from %s", resume_from_checkpoint or "the start: there is no checkpoint yet")
+        if len(set(gather_object([resume_from_checkpoint]))) > 1:
+            raise InputError(f"not all processes see the same checkpoints: {self.args.output_dir} must be on one disk")
         if resume_from_checkpoint:
             before = len(list(Path(resume_from_checkpoint).glob("rng_state_*.pth"))) or 1  # one for each process
             if before != self.args.world_size:

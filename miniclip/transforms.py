@@ -96,6 +96,7 @@ class Preprocess:
             raise ValueError(f"resize_mode {cfg.resize_mode!r} with mode {cfg.mode!r} is not known")
         self.cfg, self.interpolation = cfg, INTERPOLATION[cfg.interpolation]
         self.mean, self.std = torch.tensor([cfg.mean, cfg.std], dtype=torch.float32).view(2, 3, 1, 1)
+        self.moments = {}  # mean and std by device
         self.scale = 2 * cfg.size if draft else None  # what `open_image` is asked for
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -111,8 +112,13 @@ class Preprocess:
 
     def normalize(self, levels: Tensor) -> Tensor:
         """Levels (..., 3, size, size) to float32 of the same shape, on the device where they are."""
-        mean, std = self.mean.to(levels.device), self.std.to(levels.device)
+        if levels.device not in self.moments:  # sent once: each copy would have the host wait for the device
+            self.moments[levels.device] = self.mean.to(levels.device), self.std.to(levels.device)
+        mean, std = self.moments[levels.device]
         return levels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"moments": {}}  # worker processes have no business on the device
 
     def resize(self, image: Image.Image) -> Image.Image:
         """To a square of the model's size."""

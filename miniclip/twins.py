@@ -57,8 +57,10 @@ def part_twins(rows: list[tuple], size: int) -> list[list[tuple]]:
     coming, waiting, batches = deque(rows), deque(), []
     while coming or waiting:
         batch, seen, passed = [], set(), deque()
+        looked = 0  # at those that wait: not at all of them for each batch, which of many takes long
         while len(batch) < size and (waiting or coming):
-            row = (waiting or coming).popleft()
+            looked += bool(waiting)
+            row = (waiting if waiting and looked <= 4 * size or not coming else coming).popleft()
             if seen.isdisjoint(row[1]):
                 batch.append(row)
                 seen.update(row[1])
@@ -69,10 +71,12 @@ def part_twins(rows: list[tuple], size: int) -> list[list[tuple]]:
             batch.append(waiting.popleft())
         batches.append(batch)
     names = [_names(batch) for batch in batches]
+    often = _names(rows)
     for here, batch in enumerate(batches):
         for place in range(len(batch)):
             if max(names[here][name] for name in batch[place][1]) > 1:
-                _change_places(batches, names, here, place)
+                if all(often[name] <= len(batches) for name in batch[place][1]):  # else there is no place for it
+                    _change_places(batches, names, here, place)
     return batches
 
 

@@ -23,13 +23,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from miniclip.config import InputError, MiniClipConfig
-from miniclip.data import flatten_captions, read_captions
+from miniclip.data import flatten_captions
 from miniclip.fast import PRECISIONS, fast_model
 from miniclip.inference import embed_images, embed_texts, load
 from miniclip.model import MiniClip
 from miniclip.options import run
 from miniclip.report import CHART, GREEN, GREY, GRID, INK, LINES, MARGIN, WIDTH, Page, ticks
 from miniclip.retrieval import retrieval_metrics
+from miniclip.sources import read_source
 
 ALPHAS = [number / 10 for number in range(11)]
 
@@ -238,7 +239,7 @@ def main(argv: list[str]):
     before, *_ = load(options.before, options.pretrained, device)
     after, preprocess, tokenizer = load(options.after, None, device)
     files = {"new": options.new_file, "old": options.old_file}
-    records = {name: read_captions(path, options.image_root, check_images=False) for name, path in files.items()}
+    records = {name: read_source(path, options.image_root, check_images=False) for name, path in files.items()}
     how = {"precision": options.precision, "batch_size": options.batch_size, "num_workers": options.num_workers}
     found = sweep(before, after, preprocess, tokenizer, records, sorted(alphas), progress=True, **how)
 

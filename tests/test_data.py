@@ -61,7 +61,7 @@ def test_all_bad_records_are_reported_together(caption_set):
 
 
 def test_a_long_report_is_whole(caption_set):
-    path = write(caption_set, [{"image": "none.png", "caption": "x"}] * 50)
+    path = write(caption_set, [{"image": "0.png", "caption": ""}] * 50)
     with pytest.raises(CaptionFileError, match="50 of 50(.|\n)*record 49:(.|\n)*no record would be left"):
         read_captions(path)
 

@@ -14,7 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import miniclip
 from miniclip.batch import batch_forward
+from miniclip.checkpoint import load_weights
 from miniclip.config import InputError
+from miniclip.convert import main as weights_main
 from miniclip.data import CaptionDataset, Collator, image_id, read_captions, text_id
 from miniclip.distill import Distillation, affinity_loss
 from miniclip.loss import clip_loss, find_twins
@@ -162,6 +164,38 @@ def test_a_teacher_that_is_the_student_is_matched_already(tiny_model):
     outputs = batch_forward(other, preprocess.normalize, **inputs)
     objective(outputs, None, inputs).backward()
     assert max(p.grad.abs().max() for p in other.parameters()) > 1e-3
+
+
+def test_a_model_with_a_bias_goes_through_weight_files(tiny_config, tmp_path):
+    """Trained by SigLIP's loss, converted, loaded into a model that has no bias, and trained by another loss."""
+    model = MiniClip(tiny_config)
+    add_logit_bias(model)
+    model.logit_bias.data.fill_(-3.5)
+    model.save_pretrained(tmp_path / "run")
+    weights_main(["convert", str(tmp_path / "run"), str(tmp_path / "w.safetensors"), "--to", "openclip"])
+    fresh = MiniClip(miniclip.MiniClipConfig.from_dict(tiny_config.to_dict() | {"init_logit_bias": None}))
+    load_weights(fresh, tmp_path / "w.safetensors")
+    assert fresh.logit_bias.item() == -3.5 and fresh.config.init_logit_bias == -3.5
+    make_objective("clip", "positive", fresh)
+    assert not fresh.logit_bias.requires_grad  # several processes would wait for its gradient
+    with pytest.raises(SystemExit, match="logit_bias"):
+        weights_main(["convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf"])
+
+
+def test_a_teacher_without_weights_is_refused(tiny_model):
+    with pytest.raises(InputError, match="ViT-B-32 has no weights"):
+        make_objective("distill", "positive", tiny_model, "ViT-B-32")
+
+
+def test_half_precision_weights_are_trained_in_fp32(tiny_model, caption_set, recipe, run_script):  # noqa: F811
+    half = {name: t.bfloat16() for name, t in tiny_model.state_dict().items()}
+    tiny_model.save_pretrained(caption_set / "half", half)
+    options = ["--max_steps", "2", "--learning_rate", "1e-5"]
+    run_script("train.py", recipe, "--model_config", caption_set / "half", *options)
+    after = weights(caption_set / "run")
+    changed = [(after[name] != t.float()).float().mean().item() for name, t in half.items() if t.ndim >= 2]
+    assert min(changed) > 0 and after["visual.proj.weight"].dtype == torch.float32
+    assert sum(changed) / len(changed) > 0.5
 
 
 def test_a_teacher_that_cannot_read_is_refused(tiny_model, tiny_config):

@@ -53,6 +53,30 @@ def test_patterns():
         expand("/nowhere/*.tar")
 
 
+def test_a_key_of_the_json_can_be_named(tmp_path):
+    members = {
+        "a.jpg": b"first", "a.txt": b"alt", "a.json": b'{"caption": "alt text", "recaption": "a long one"}',
+        "b.jpg": b"second", "b.json": b'{"caption": "alt text"}',
+    }  # fmt: skip
+    path = pack(tmp_path / "a.tar", members)
+    assert [record["caption"] for record in Shards([path])] == [["alt"], ["alt text"]]
+    with pytest.warns(UserWarning, match="b.json"):
+        source = Shards([path], "recaption")
+    assert [record["caption"] for record in source] == [["a long one"]]
+    with pytest.raises(InputError, match="No sample is left"):
+        Shards([path], "nonsense")
+
+
+def test_links_are_reported(tmp_path):
+    path = pack(tmp_path / "a.tar", {"a.jpg": b"first", "a.txt": b"one"})
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(link)
+    with pytest.warns(UserWarning, match="b.jpg: no file but a link"):
+        assert len(Shards([path])) == 1
+
+
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_every_tar_format_is_read(tmp_path, format):
     """Names too long for a header, and of other letters; a folder; extensions in capitals and with several dots."""

@@ -83,7 +83,7 @@ FORMS = ["jsonl", "jsonl, a caption a line", "csv", "openclip", "tsv", "folder",
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_records(records, caption_set, form, recwarn):
-    source = read_source(as_form(records, caption_set, form))
+    source = read_source(as_form(records, caption_set, form), "/" if form == "paths" else None)
     expected = content(records)
     if form == "folder":
         expected = content(sorted(records, key=lambda record: Path(record["image"]).stem))
@@ -97,6 +97,60 @@ def test_every_form_gives_the_same_records(records, caption_set, form, recwarn):
     assert dataset[7]["caption"] in source[7]["caption"]
     joined = read_source(f"{as_form(records, caption_set, 'csv')}::{caption_set}/a.csv")
     assert content(joined) == content(records) * 2
+
+
+def test_a_lone_quote_costs_its_own_line_and_is_named(caption_set):
+    """A reader that is not strict would swallow all lines up to the next quote."""
+    lines = ["image\tcaption", *(f"{i}.png\tsheet {i}" for i in range(10))]
+    lines[3], lines[8] = '2.png\t"Beautiful day', '7.png\ta 12" sheet'
+    lines[5] = '4.png\t"says ""hello"" twice"'
+    (caption_set / "a.tsv").write_text("\n".join(lines))
+    with pytest.raises(CaptionFileError, match="line 4: a quote that does not fit") as error:
+        read_source(str(caption_set / "a.tsv"))
+    assert str(error.value).count("\n  ") == 1  # a quote within a cell is none of the separator's business
+    with pytest.warns(UserWarning, match="line 4"):
+        source = read_source(str(caption_set / "a.tsv"), on_bad="skip")
+    texts = [record["caption"] for record in source]
+    assert texts == [[f"sheet {i}"] for i in (0, 1, 3)] + [['says "hello" twice'], ["sheet 5"], ["sheet 6"],
+                     ['a 12" sheet'], ["sheet 8"], ["sheet 9"]]  # fmt: skip
+
+
+def test_a_wrong_image_root_is_said_once(caption_set, tmp_path_factory):
+    with pytest.raises(CaptionFileError, match="of none of its 24 records .* another --image_root") as error:
+        read_source(str(caption_set / "captions.json"), str(tmp_path_factory.mktemp("empty")))
+    assert str(error.value).count("no such file") == 1
+
+
+def test_files_that_differ_in_letter_case_alone(tmp_path, caption_set):
+    for name in ("a.png", "a.PNG"):
+        (tmp_path / "f" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "f" / name).write_bytes((caption_set / "0.png").read_bytes())
+    (tmp_path / "f" / "a.txt").write_text("a sheet")
+    if len(list((tmp_path / "f").iterdir())) < 3:
+        pytest.skip("this file system does not tell letter cases apart")
+    with pytest.raises(CaptionFileError, match="differs from .* in letter case alone"):
+        read_source(str(tmp_path / "f"))
+
+
+def test_paths_in_tables_stay_in_their_folder(caption_set):
+    inside = datasets.Dataset.from_dict({"image": ["0.png", "../0.png"], "caption": ["one", "two"]})
+    inside.to_parquet(caption_set / "t.parquet")
+    source = read_source(str(caption_set / "t.parquet"))
+    assert open_image(source[0]["image"]).size == (30, 50)
+    with pytest.raises(ImageError, match="leads out of the image folder"):
+        open_image(source[1]["image"])
+
+
+def test_the_evaluation_file_may_have_other_columns(caption_set, run_script, tiny_config):
+    (caption_set / "tiny.json").write_text(json.dumps(tiny_config.to_dict()))
+    rows = [f"{i}.png,sheet {i}" for i in range(24)]
+    (caption_set / "own.csv").write_text("\n".join(["bild,wort", *rows]))
+    done = run_script(
+        "train.py", "--model_config", caption_set / "tiny.json", "--train_file", caption_set / "own.csv",
+        "--image_column", "bild", "--caption_column", "wort", "--eval_file", caption_set / "captions.json",
+        "--max_steps", "1", "--per_device_train_batch_size", "8", "--output_dir", caption_set / "run", "--use_cpu",
+    )  # fmt: skip
+    assert "its columns are guessed" in done.stderr + done.stdout
 
 
 def test_columns_are_named_guessed_or_asked_for(caption_set):
