@@ -58,12 +58,12 @@ def convert(source: Sequence[dict], target: str, samples_per_shard: int = 10_000
 def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int) -> int:
     paths = [Path(path) for path in expand(target)]
     if len(paths) == 1:
-        digits = re.search(r"(?:^|[-_])(\d+)()$", paths[0].stem)  # 000, shard-000: not coco2017
+        digits = re.search(r"(?:^|[-_])(\d+)$", paths[0].stem)  # 000, shard-000: not coco2017
         many = -(-len(source) // samples_per_shard)
         if digits:
             first, width, before = int(digits[1]), len(digits[1]), paths[0].stem[: digits.start(1)]
             numbers = range(first, first + many)
-            paths = [paths[0].with_name(f"{before}{i:0{width}d}{digits[2]}.tar") for i in numbers]
+            paths = [paths[0].with_name(f"{before}{i:0{width}d}.tar") for i in numbers]
         elif many > 1:
             raise InputError(f"{target}: {many} shards of {samples_per_shard} want a number in their name: 000000.tar")
     _refuse(*paths)

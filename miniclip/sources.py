@@ -250,23 +250,24 @@ def _read_table_text(path: Path, image_column, caption_column):
         line = reader.line_num + 1
         try:
             for row in reader:
-                yield line, *checked(row)
+                if row:  # an empty line is none
+                    yield line, *checked(row)
                 line = reader.line_num + 1
         except csv.Error:  # from the row on that is at fault, each line is taken by itself
             for number, row in enumerate(io.StringIO(text, newline=""), 1):
-                if number >= line:
+                if number >= line and row.strip():
                     try:
-                        yield number, *checked(next(csv.reader([row], delimiter=delimiter, strict=True), []))
+                        yield number, *checked(next(csv.reader([row], delimiter=delimiter, strict=True)))
                     except csv.Error as error:
                         fault = f'a quote that does not fit ({error}): write "..." around the cell, "" for each within'
                         yield number, None, InputError(f"{fault}: {row.strip()[:60]}")
 
     def checked(row: list[str]) -> tuple:
-        """Image and captions of a row, or None and the fault; None and nothing of an empty one."""
-        if row and len(row) != len(head):
+        """Image and captions of a row, or None and the fault."""
+        if len(row) != len(head):
             fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} in a cell wants quotes)"
             return None, InputError(f"{fault}: {delimiter.join(row)[:60]}")
-        return (row[places[0]], [row[places[1]]]) if row else (None, None)
+        return row[places[0]], [row[places[1]]]
 
     return _some(path, *_grouped(rows()))
 

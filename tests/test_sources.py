@@ -104,11 +104,13 @@ def test_a_lone_quote_costs_its_own_line_and_is_named(caption_set):
     lines = ["image\tcaption", *(f"{i}.png\tsheet {i}" for i in range(10))]
     lines[3], lines[8] = '2.png\t"Beautiful day', '7.png\ta 12" sheet'
     lines[5] = '4.png\t"says ""hello"" twice"'
+    lines[2:2] = [""]  # empty lines are no records, before the fault and after it
+    lines += ["", ""]
     (caption_set / "a.tsv").write_text("\n".join(lines))
-    with pytest.raises(CaptionFileError, match="line 4: a quote that does not fit") as error:
+    with pytest.raises(CaptionFileError, match="line 5: a quote that does not fit") as error:
         read_source(str(caption_set / "a.tsv"))
     assert str(error.value).count("\n  ") == 1  # a quote within a cell is none of the separator's business
-    with pytest.warns(UserWarning, match="line 4"):
+    with pytest.warns(UserWarning, match="line 5"):
         source = read_source(str(caption_set / "a.tsv"), on_bad="skip")
     texts = [record["caption"] for record in source]
     assert texts == [[f"sheet {i}"] for i in (0, 1, 3)] + [['says "hello" twice'], ["sheet 5"], ["sheet 6"],
