@@ -65,6 +65,10 @@ def main(argv: list[str]):
             epoch = {"factors": options.train_data_upsampling_factors, "num_samples": options.train_num_samples}
             locked = options.lock_image != "none"  # then all images are seen at once, before the first step
             records = read_source(options.train_file, check_handles=locked, **where, **epoch)
+            if options.max_train_samples:
+                if not isinstance(records, list):
+                    raise InputError("max_train_samples is for a single file of records with images in files")
+                records = records[: options.max_train_samples]
     except InputError as error:
         problems.append(str(error))
     try:
@@ -92,7 +96,9 @@ def main(argv: list[str]):
         model.logit_scale.requires_grad_(False)
     if args.process_index == 0:
         data = f"a stream of {options.train_file}" if options.streaming else describe_data(records, tokenizer)
-        start = "" if options.pretrained or Path(options.model_config).is_dir() else ", from scratch"
+        encoders = [getattr(cfg, "pretrained", False) for cfg in (model.config.vision_cfg, model.config.text_cfg)]
+        start = ", from scratch" if not any(encoders) else ", from pretrained encoders"
+        start = "" if options.pretrained or Path(options.model_config).is_dir() else start
         print(
             f"{options.model_config}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {data}"
         )

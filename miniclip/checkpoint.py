@@ -133,11 +133,13 @@ def from_miniclip(state_dict: dict[str, Tensor], layout: str) -> dict[str, Tenso
     return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in renamed.items()}
 
 
-def _rename(state_dict: dict[str, Tensor], layout: str, export: bool) -> dict[str, Tensor]:
+def _rename(state_dict: dict[str, Tensor], layout: str, export: bool, part: str = "") -> dict[str, Tensor]:
     left, renamed, missing = dict(state_dict), {}, []
     if "logit_bias" in left and layout in ("openclip", "miniclip"):  # models for SigLIP's loss have one
         renamed["logit_bias"] = left.pop("logit_bias").squeeze()
     for ours, (theirs, operation) in LAYOUTS[layout].items():
+        if not ours.startswith(part):
+            continue
         blocks = re.compile(re.escape((ours if export else theirs).partition("{i}")[0]) + r"(\d+)\.")
         numbers = {found[1] for found in map(blocks.match, state_dict) if found}  # none where the row is not a block's
         for i in range(len(numbers) or 1):

@@ -31,6 +31,16 @@ class VisionConfig:
     patch_size: int = 32
     patch_dropout: float = 0.0  # share of patches left out in training (FLIP, arXiv 2212.00794); 0 in evaluation
 
+    def problems(self):
+        """What may be wrong with the values, as (whether it is all right, what is said if it is not)."""
+        yield self.image_size % self.patch_size == 0, "vision_cfg.image_size is no multiple of patch_size"
+        yield self.width % self.head_width == 0, "vision_cfg.width is no multiple of head_width"
+        yield 0 <= self.patch_dropout < 1, "vision_cfg.patch_dropout is not in [0, 1)"
+
+    def preprocess(self) -> dict:
+        """The preprocessing of the tower's pictures where preprocess_cfg says nothing else."""
+        return {"size": self.image_size}
+
 
 @dataclass
 class TextConfig:
@@ -43,6 +53,10 @@ class TextConfig:
     layers: int = 12
     mlp_ratio: float = 4.0
 
+    def problems(self):
+        """As VisionConfig's."""
+        yield self.width % self.heads == 0, "text_cfg.width is no multiple of heads"
+
 
 @dataclass
 class PreprocessConfig:
@@ -54,6 +68,7 @@ class PreprocessConfig:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: str = "bicubic"  # bicubic | bilinear
     resize_mode: str = "shortest"  # shortest (then centre crop) | longest (then pad) | squash
+    crop_pct: float = 1.0  # of resize_mode "shortest": size over the shortest side when it is cropped
     fill_color: int = 0  # grey level of the padding of resize_mode "longest"
 
 
@@ -74,21 +89,22 @@ class MiniClipConfig:
 
     def __post_init__(self):
         vision, text, preprocess = self.vision_cfg, self.text_cfg, self.preprocess_cfg
-        if preprocess.size is None:
-            preprocess.size = vision.image_size
-        for fits, problem in (
-            (vision.image_size % vision.patch_size == 0, "vision_cfg.image_size is no multiple of patch_size"),
-            (vision.width % vision.head_width == 0, "vision_cfg.width is no multiple of head_width"),
-            (text.width % text.heads == 0, "text_cfg.width is no multiple of heads"),
-            (preprocess.size == vision.image_size, "preprocess_cfg.size differs from vision_cfg.image_size"),
-            (0 <= vision.patch_dropout < 1, "vision_cfg.patch_dropout is not in [0, 1)"),
-        ):
+        preprocess.size = preprocess.size or vision.image_size
+        vision.image_size = vision.image_size or preprocess.size
+        sizes = (preprocess.size == vision.image_size, "preprocess_cfg.size differs from vision_cfg.image_size")
+        for fits, problem in (*vision.problems(), *text.problems(), sizes):
             if not fits:
                 raise InputError(f"{problem} in {self.to_dict()}")
 
     @classmethod
     def from_dict(cls, values: dict, source: str = "the model config") -> "MiniClipConfig":
         """Builds a config from OpenCLIP's JSON form; `source` is what error messages call it."""
+        if isinstance(values, dict) and isinstance(values.get("vision_cfg"), dict):
+            vision = _fill(VisionConfig, values["vision_cfg"], f"{source}, vision_cfg")
+            said = values.get("preprocess_cfg", {})
+            if isinstance(said, dict) and {f.name for f in dataclasses.fields(PreprocessConfig)} - set(said):
+                said = vision.preprocess() | said
+            values = values | {"vision_cfg": vision, "preprocess_cfg": said}
         return _fill(cls, values, source)
 
     @classmethod
@@ -131,6 +147,12 @@ def list_models() -> list[str]:
 
 def _fill(cls, values: dict, where: str):
     """Makes a dataclass from a dict, section by section; a field that it does not have raises."""
+    if dataclasses.is_dataclass(values):
+        return values  # made already
+    if isinstance(values, dict) and any(name.startswith("hf_") for name in values):  # a tower of another make
+        from miniclip.hf_towers import SECTIONS
+
+        cls = SECTIONS.get(cls, cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object with the fields {', '.join(fields)}, found {values!r}")

@@ -142,5 +142,7 @@ class Collator:
         if "caption" in items[0]:
             ids = self.tokenize([item["caption"] for item in items], trim=True)
             room = self.tokenize.context_length - ids.shape[1]
-            batch["input_ids"] = F.pad(ids, (0, min(-ids.shape[1] % self.multiple, room)))
+            batch["input_ids"] = F.pad(
+                ids, (0, min(-ids.shape[1] % self.multiple, room)), value=self.tokenize.pad_token_id
+            )
         return batch

@@ -53,7 +53,8 @@ class Distillation:
         bf16: bool = False,
     ):
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
-        if theirs.vocab_size != ours.vocab_size or theirs.context_length < ours.context_length:
+        same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size
+        if not same or theirs.context_length < ours.context_length:
             raise InputError(
                 f"the teacher reads {theirs.context_length} tokens of {theirs.vocab_size} words, the student"
                 f" {ours.context_length} of {ours.vocab_size}: take a teacher that reads all that the student does"

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.config import InputError
@@ -29,13 +30,8 @@ from miniclip.model import MiniClip, TextTransformer, VisionTransformer
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
-def image_tower(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
-    """What `tower(pixel_values)` gives: (B, 3, S, S) to (B, E)."""
-    return tower.proj(image_features(tower, pixel_values))
-
-
 def image_features(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
-    """The image tower up to its projection: (B, 3, S, S) to (B, W)."""
+    """What `tower.features(pixel_values)` gives: (B, 3, S, S) to (B, W)."""
     x = tower.embed_patches(pixel_values)  # (B, L, W)
     B, L, W = x.shape
     ends = torch.arange(0, B * L, L, device=x.device)  # of L positions the first one, the class token, is read
@@ -55,13 +51,8 @@ def _convolve(conv: nn.Conv2d, pixel_values: Tensor) -> Tensor:
     return patch_product(pixel_values, conv.stride[0], lambda patches: F.linear(patches, conv.weight.flatten(1)))
 
 
-def text_tower(tower: TextTransformer, input_ids: Tensor) -> Tensor:
-    """What `tower(input_ids)` gives: (B, L) to (B, E)."""
-    return tower.text_projection(text_features(tower, input_ids))
-
-
 def text_features(tower: TextTransformer, input_ids: Tensor) -> Tensor:
-    """The text tower up to its projection: (B, L) to (B, W)."""
+    """What `tower.features(input_ids)` gives: (B, L) to (B, W)."""
     x, (B, L) = tower.embed_tokens(input_ids), input_ids.shape
     x, end = x.reshape(B * L, -1), input_ids.argmax(dim=1)
     ends, kept = torch.arange(B, device=x.device) * L + end, None
@@ -74,6 +65,9 @@ def text_features(tower: TextTransformer, input_ids: Tensor) -> Tensor:
             kept = torch.cat([captions, padding[:room]])  # (T,)
             ends, x = end.cumsum(0) + torch.arange(B), x[kept]  # where among them the captions end
     return tower.ln_final(_blocks(tower.blocks, x, (B, L), ends, True, kept))
+
+
+FAST = {VisionTransformer: image_features, TextTransformer: text_features}
 
 
 def _blocks(blocks, x: Tensor, shape: tuple[int, int], ends: Tensor, is_causal: bool, kept: Tensor | None = None):
@@ -210,10 +204,13 @@ def keep_freed_memory():
 
 
 def speed_up(model: MiniClip) -> MiniClip:
-    """Makes a model compute by this file's towers from now on, in training too. Weights and results stay."""
-    model.visual.conv1.forward = partial(_convolve, model.visual.conv1)
-    model.visual.forward = partial(image_tower, model.visual)
-    model.text.forward = partial(text_tower, model.text)
+    """Makes a model compute by this file's functions from now on, in training too. Weights and results stay. Towers of
+    another make than model.py's stay as they are."""
+    for tower in (model.visual, model.text):
+        if type(tower) in FAST:
+            tower.features = partial(FAST[type(tower)], tower)
+    if isinstance(model.visual, VisionTransformer):
+        model.visual.conv1.forward = partial(_convolve, model.visual.conv1)
     return model
 
 
@@ -278,19 +275,23 @@ class FastClip(MiniClip):
         layer = Int8Linear if precision == "int8" else copy.copy
         if model.logit_scale.device.type == "cpu" and pack and _onednn_pays(precision):
             layer = OneDnnLinear
-        self.visual, self.text = (_rebuilt(tower, self.dtype, layer) for tower in (model.visual, model.text))
+        towers = (getattr(tower, "folded", lambda tower=tower: tower)() for tower in (model.visual, model.text))
+        self.visual, self.text = (_rebuilt(tower, self.dtype, layer) for tower in towers)
         self.logit_scale = nn.Parameter(model.logit_scale.detach().float(), requires_grad=False)
         self.logit_bias = model.logit_bias
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """The image tower up to its projection: (B, 3, S, S) to (B, W) float32."""
         with self.inference():
-            return image_features(self.visual, pixel_values.to(self.dtype)).float()
+            return self._features(self.visual, pixel_values.to(self.dtype))
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """The text tower up to its projection: (B, L) to (B, W) float32."""
         with self.inference():
-            return text_features(self.text, input_ids).float()
+            return self._features(self.text, input_ids)
+
+    def _features(self, tower: nn.Module, inputs: Tensor) -> Tensor:
+        return FAST.get(type(tower), type(tower).features)(tower, inputs).float()
 
     def project(self, features: Tensor, kind: str, normalize: bool = True) -> Tensor:
         """The last step, from features (B, W) of a kind, "image" or "text", to embeddings (B, E) float32."""
@@ -358,15 +359,18 @@ def _onednn_pays(precision: str) -> bool:
 def _rebuilt(module: nn.Module, dtype: torch.dtype, layer) -> nn.Module:
     """A copy of a tree of modules with other linear layers, which shares what it can with the original."""
     twin = copy.copy(module)
-    twin.__dict__.pop("forward", None)  # what `speed_up` or gradient checkpointing put there
+    for name in ("forward", "features"):  # what `speed_up` or gradient checkpointing put there
+        twin.__dict__.pop(name, None)
     twin.training = False
+    kept = torch.float32 if isinstance(module, _BatchNorm) else dtype  # its statistics are in fp32 in any case
     twin._parameters = {
-        name: None if p is None else nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        name: None if p is None else nn.Parameter(p.detach().to(kept), requires_grad=False)
         for name, p in module._parameters.items()
     }
     if isinstance(module, nn.Linear):
         return layer(twin)
-    if isinstance(module, nn.Conv2d):
+    if type(module) is nn.Conv2d and module.kernel_size == module.stride > (1, 1) and module.bias is None:
         return PatchLinear(twin, layer)
-    twin._modules = {name: _rebuilt(child, dtype, layer) for name, child in module._modules.items()}
+    children = ((name, child) for name, child in module._modules.items() if child is not None)
+    twin._modules = dict(module._modules) | {name: _rebuilt(child, dtype, layer) for name, child in children}
     return twin

@@ -47,15 +47,15 @@ class FeatureCache:
     def for_images(cls, folder: str | Path | None, model: MiniClip, preprocess: Preprocess, precision: str = "fp32"):
         """The cache for what the image tower of a model makes of pictures, or has made in `folder`."""
         about = {"preprocess": vars(preprocess.cfg), "scale": preprocess.scale, "quick_gelu": model.config.quick_gelu}
-        about |= {"tower": vars(model.config.vision_cfg), "precision": precision, "format": FORMAT}
-        return cls(folder, fingerprint(model, model.visual, about), model.config.vision_cfg.width)
+        about |= {"tower": _without_head(model.config.vision_cfg), "precision": precision, "format": FORMAT}
+        return cls(folder, fingerprint(model, model.visual, about), model.visual.width)
 
     @classmethod
     def for_texts(cls, folder: str | Path | None, model: MiniClip, precision: str = "fp32"):
         """The same for what the text tower makes of sentences."""
-        about = {"tower": vars(model.config.text_cfg), "quick_gelu": model.config.quick_gelu}
+        about = {"tower": _without_head(model.config.text_cfg), "quick_gelu": model.config.quick_gelu}
         about |= {"precision": precision, "format": FORMAT}
-        return cls(folder, fingerprint(model, model.text, about), model.config.text_cfg.width)
+        return cls(folder, fingerprint(model, model.text, about), model.text.width)
 
     def __len__(self) -> int:
         return len(self.found) + len(self.added)
@@ -120,12 +120,16 @@ def fingerprint(model: MiniClip, tower: nn.Module, about: dict) -> str:
     if isinstance(model, FastClip):
         raise InputError("open the feature cache with the model as it was loaded, without a precision")
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    projection = {"proj.weight", "text_projection.weight"}
     for name, tensor in sorted(tower.state_dict().items()):
-        if name not in projection:
+        if name.partition(".")[0] not in ("proj", "text_projection"):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _without_head(section) -> dict:
+    """What a tower's features depend on, of its section of the config."""
+    return {name: value for name, value in vars(section).items() if not name.startswith("hf_proj")}
 
 
 def _digest(path: str | Path) -> bytes:

@@ -33,6 +33,9 @@ def fine_tuning(model: MiniClip, options, args) -> tuple[list[TrainerCallback], 
     callbacks, more, said = [], {}, []
     blocks = options.unlock_image_blocks or None, options.unlock_text_blocks or None  # 0: the tower is locked already
     unlock_last(model, *blocks)
+    whole = not isinstance(model.visual, VisionTransformer)
+    if whole and (options.patch_dropout is not None or options.patch_dropout_off):
+        raise InputError("patch_dropout and patch_dropout_off are for MiniCLIP's own vision transformer")
     for kind, tower, learn in zip(("image", "text"), (model.visual, model.text), blocks):
         if learn is not None:
             said.append(f"the last {learn} of {len(tower.blocks)} blocks of the {kind} tower learn")
@@ -75,20 +78,32 @@ def unlock_last(model: MiniClip, image: int | None = None, text: int | None = No
     `--lock-image-unlocked-groups` counts the projection as a group, and so is one more than ours. Raises InputError
     for more blocks than there are.
     """
-    for kind, tower, last, blocks in (
-        ("image", model.visual, ("ln_post", "proj"), image),
-        ("text", model.text, ("ln_final", "text_projection"), text),
+    for kind, tower, head, blocks in (
+        ("image", model.visual, "proj", image),
+        ("text", model.text, "text_projection", text),
     ):
         if blocks is None:
             continue
         layers = len(tower.blocks)
         if not 0 <= blocks <= layers:
             raise InputError(f"{blocks} blocks of the {kind} tower are to learn, and it has {layers}")
-        norm, projection = (getattr(tower, name) for name in last)
-        tower.requires_grad_(False)
-        for part in (*tower.blocks[layers - blocks :], norm, projection) if blocks else (projection,):
-            part.requires_grad_(True)
+        depth = depths(tower)
+        for name, p in tower.named_parameters():
+            p.requires_grad_(depth[name] <= blocks if blocks else name.partition(".")[0] == head)
         hold_statistics(tower)
+
+
+def depths(tower: nn.Module) -> dict[str, int]:
+    """How far from the top of a tower of n blocks each of its parameters lies: those of the last block 1, of the first
+    n, what comes before n + 1 (embeddings, positions), and what comes after 0 (norm, projection). What lies between
+    two blocks counts with the upper one. Parameters are registered in the order in which they are used."""
+    number = {p: i for i, block in enumerate(tower.blocks) for p in block.parameters()}
+    n, found = len(tower.blocks), {}
+    seen = -1  # the last block met
+    for name, p in tower.named_parameters():
+        seen = number.get(p, seen)
+        found[name] = n - number[p] if p in number else n + 1 if seen < 0 else n - 1 - seen
+    return found
 
 
 def hold_statistics(module: nn.Module):
@@ -115,18 +130,14 @@ def layer_rates(
     last block 1, the first block n, and embeddings, positions and `ln_pre` n + 1 (BEiT's layer-wise decay, arXiv
     2106.08254, for both towers). The factor of `logit_scale` is 1. AdamW's weight decay shrinks along with the rate.
     """
-    towers = {"visual": (len(model.visual.blocks), image), "text": (len(model.text.blocks), text)}
+    towers = {"visual": (depths(model.visual), image), "text": (depths(model.text), text)}
 
     def rate(name: str) -> float:
-        tower, *path = (part for part in name.split(".") if not part.startswith("_"))  # "_fsdp_wrapped_module"
+        tower, *path = (part for part in name.split(".") if part != "_fsdp_wrapped_module")
         if tower not in towers:
             return 1.0
-        layers, factor = towers[tower]
-        if path[0] == "blocks":
-            depth = layers - int(path[1])
-        else:
-            depth = 0 if path[0] in ("ln_post", "proj", "ln_final", "text_projection") else layers + 1
-        return factor * layer_decay**depth
+        depth, factor = towers[tower]
+        return factor * layer_decay ** depth[".".join(path)]
 
     return rate
 
@@ -164,7 +175,8 @@ class EMA(TrainerCallback):
         average_0 = weights at the start
         average_t = d average_(t-1) + (1 - d) weights_t        d = min(decay, (1 + t) / (10 + t))
 
-    after step t. d begins low so that a short run is not averaged with its start for most of its length.
+    after step t, BatchNorm's statistics included. d begins low so that a short run is not averaged with its start for
+    most of its length.
 
     Give ClipTrainer `average.module` as `ema`: then the average is what all evaluations during training measure, and
     so what early stopping and the choice of the best checkpoint go by. A checkpoint has the weights that learn in
@@ -174,7 +186,8 @@ class EMA(TrainerCallback):
     """
 
     def __init__(self, model: MiniClip, decay: float, device: str | torch.device | None = None):
-        self.model, self.average = model, AveragedModel(model, device, multi_avg_fn=partial(_move_average, decay))
+        move = partial(_move_average, decay)
+        self.model, self.average = model, AveragedModel(model, device, multi_avg_fn=move, use_buffers=True)
         self.average.n_averaged = self.average.n_averaged.cpu()  # it is read at every step: no GPU is to be waited for
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -194,4 +207,7 @@ class EMA(TrainerCallback):
 @torch.no_grad()
 def _move_average(decay: float, average: list[Tensor], weights: list[Tensor], t: Tensor):
     t = int(t)
-    torch._foreach_lerp_(average, weights, 1 - min(decay, (1 + t) / (10 + t)))  # bit-equal where nothing changed
+    if average[0].is_floating_point():
+        torch._foreach_lerp_(average, weights, 1 - min(decay, (1 + t) / (10 + t)))  # bit-equal where nothing changed
+    else:  # counters
+        torch._foreach_copy_(average, weights)

@@ -38,15 +38,30 @@ def load(
         model = MiniClip.from_pretrained(name_or_path)
     else:
         model = MiniClip(MiniClipConfig.from_name(str(name_or_path)))
-        if pretrained is None:
+        if foreign(model):
+            from miniclip.hf_towers import load_towers
+
+            load_towers(model, weights=pretrained is None)
+        known = any(getattr(cfg, "pretrained", False) for cfg in (model.config.vision_cfg, model.config.text_cfg))
+        if pretrained is None and not known:
             warnings.warn(f"{name_or_path} has random weights: no pretrained file was named", stacklevel=2)
-    if pretrained is not None:
+    if pretrained is not None and foreign(model):
+        from miniclip.hf_towers import load_hf_weights
+
+        load_hf_weights(model, pretrained)
+    elif pretrained is not None:
         load_weights(model, pretrained)
     config = model.config
+    tokenizer = getattr(model.text, "tokenizer", None) or Tokenizer(config.text_cfg.context_length)
     model = model.to(device).eval()
     if precision is not None:
         model = fast_model(model, precision)
-    return model, Preprocess(config.preprocess_cfg), Tokenizer(config.text_cfg.context_length)
+    return model, Preprocess(config.preprocess_cfg), tokenizer
+
+
+def foreign(model: MiniClip) -> bool:
+    """Whether a tower is another than model.py's."""
+    return hasattr(model.visual, "trunk") or hasattr(model.text, "trunk")
 
 
 def embed_texts(
@@ -67,9 +82,9 @@ def embed_texts(
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     fast, device = _fast(model, len(texts)), model.logit_scale.device
-    features = torch.empty(len(texts), model.config.text_cfg.width)
+    features = torch.empty(len(texts), model.text.width)
     ids = tokenizer(texts, trim=True)
-    lengths = ids.argmax(dim=1) + 1  # up to the end token, which has the highest id
+    lengths = tokenizer.lengths(ids)
     order = lengths.argsort(stable=True)
     if cache is not None:
         keys = [text_key(text) for text in texts]
@@ -107,7 +122,7 @@ def embed_images(
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     fast, device = _fast(model, len(paths)), model.logit_scale.device
-    features = torch.empty(len(paths), model.config.vision_cfg.width)
+    features = torch.empty(len(paths), model.visual.width)
     pending, faults = [], []  # (row, key, levels) that wait for a batch to be full
 
     def read(path: str | Path):

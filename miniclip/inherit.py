@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from miniclip.checkpoint import resize_positions
-from miniclip.config import InputError, MiniClipConfig
+from miniclip.config import InputError, MiniClipConfig, TextConfig, VisionConfig
 from miniclip.identify import ACTIVATION_NAMES
 from miniclip.inference import load
 from miniclip.model import MiniClip
@@ -43,6 +43,9 @@ def inherit(
     InputError, with all that is wrong, where the source has no such slices: where it is narrower or shallower, and for
     other patches, another vocabulary, other heads or another activation.
     """
+    for section in (source.config.vision_cfg, source.config.text_cfg, config.vision_cfg, config.text_cfg):
+        if not isinstance(section, VisionConfig | TextConfig):
+            raise InputError("weights are inherited by MiniCLIP's own towers from such, not by or from other encoders")
     layers = {
         "visual": spaced(len(source.visual.blocks), config.vision_cfg.layers) if layers_image is None else layers_image,
         "text": spaced(len(source.text.blocks), config.text_cfg.layers) if layers_text is None else layers_text,

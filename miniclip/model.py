@@ -85,13 +85,24 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), is_causal)
         return x + self.mlp(self.ln_2(x))
 
+    def init_parameters(self, layers: int):
+        """Draws the weights of one block of so many."""
+        width = self.ln_1.normalized_shape[0]
+        # A branch adds to the residual stream 2 x layers times: its last matrix starts that much smaller.
+        nn.init.normal_(self.attn.in_proj.weight, std=width**-0.5)
+        nn.init.normal_(self.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
+        nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.mlp.c_proj.weight, std=(width * 2 * layers) ** -0.5)
+        for linear in (self.attn.in_proj, self.attn.out_proj, self.mlp.c_fc, self.mlp.c_proj):
+            nn.init.zeros_(linear.bias)
+
 
 class VisionTransformer(nn.Module):
     """Images (B, 3, S, S) to embeddings (B, E): cut into patches, read out at the class token."""
 
     def __init__(self, cfg: VisionConfig, embed_dim: int, quick_gelu: bool):
         super().__init__()
-        self.image_size, self.patch_dropout = cfg.image_size, cfg.patch_dropout
+        self.image_size, self.patch_dropout, self.width = cfg.image_size, cfg.patch_dropout, cfg.width
         grid = cfg.image_size // cfg.patch_size
         self.conv1 = nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(cfg.width))
@@ -103,10 +114,14 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Linear(cfg.width, embed_dim, bias=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.proj(self.features(pixel_values))
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What the projection is made from: (B, W)."""
         x = self.embed_patches(pixel_values)
         for block in self.blocks:
             x = block(x, is_causal=False)
-        return self.proj(self.ln_post(x[:, 0]))
+        return self.ln_post(x[:, 0])
 
     def embed_patches(self, pixel_values: Tensor) -> Tensor:
         """The sequence that the blocks work on, the class token first: (B, 1 + patches, W)."""
@@ -127,6 +142,12 @@ class VisionTransformer(nn.Module):
         kept = 1 + torch.rand(B, L - 1, device=x.device).topk(keep, dim=1).indices
         return torch.cat([x[:, :1], x.gather(1, kept[..., None].expand(-1, -1, W))], dim=1)
 
+    def init_parameters(self):
+        """Draws the weights around the blocks."""
+        nn.init.normal_(self.class_embedding, std=self.width**-0.5)
+        nn.init.normal_(self.positional_embedding, std=self.width**-0.5)
+        nn.init.normal_(self.proj.weight, std=self.width**-0.5)
+
 
 class TextTransformer(nn.Module):
     """Token ids (B, L) to embeddings (B, E), read out at the end token.
@@ -137,6 +158,7 @@ class TextTransformer(nn.Module):
 
     def __init__(self, cfg: TextConfig, embed_dim: int, quick_gelu: bool):
         super().__init__()
+        self.width = cfg.width
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.width)
         self.positional_embedding = nn.Parameter(torch.empty(cfg.context_length, cfg.width))
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.mlp_ratio, quick_gelu) for _ in range(cfg.layers))
@@ -144,17 +166,32 @@ class TextTransformer(nn.Module):
         self.text_projection = nn.Linear(cfg.width, embed_dim, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        return self.text_projection(self.features(input_ids))
+
+    def features(self, input_ids: Tensor) -> Tensor:
+        """What the projection is made from: (B, W)."""
         x = self.embed_tokens(input_ids)
         for block in self.blocks:
             x = block(x, is_causal=True)
         end = input_ids.argmax(dim=1)  # the end token has the highest id of the vocabulary
-        return self.text_projection(self.ln_final(x[torch.arange(len(x), device=x.device), end]))
+        return self.ln_final(x[torch.arange(len(x), device=x.device), end])
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """The sequence that the blocks work on: (B, L, W)."""
         if input_ids.shape[1] > len(self.positional_embedding):
             raise InputError(f"{input_ids.shape[1]} tokens; the context is {len(self.positional_embedding)}")
         return self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]
+
+    def init_parameters(self):
+        """Draws the weights around the blocks."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
+
+
+# What a section of the config describes. Any tower will do that has `features`, from its input to (B, W), a projection
+# of these to (B, E), and what else is named alike in these two: hf_towers.py adds some.
+TOWERS = {VisionConfig: VisionTransformer, TextConfig: TextTransformer}
 
 
 class MiniClip(nn.Module):
@@ -163,8 +200,9 @@ class MiniClip(nn.Module):
     def __init__(self, config: MiniClipConfig):
         super().__init__()
         self.config = config
-        self.visual = VisionTransformer(config.vision_cfg, config.embed_dim, config.quick_gelu)
-        self.text = TextTransformer(config.text_cfg, config.embed_dim, config.quick_gelu)
+        self.visual, self.text = (
+            TOWERS[type(cfg)](cfg, config.embed_dim, config.quick_gelu) for cfg in (config.vision_cfg, config.text_cfg)
+        )
         self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
@@ -218,22 +256,12 @@ class MiniClip(nn.Module):
     @torch.no_grad()
     def init_parameters(self):
         """Draws the weights to start training from, with the standard deviations of OpenAI's code."""
-        nn.init.normal_(self.visual.class_embedding, std=self.visual.conv1.out_channels**-0.5)
-        nn.init.normal_(self.visual.positional_embedding, std=self.visual.conv1.out_channels**-0.5)
-        nn.init.normal_(self.visual.proj.weight, std=self.visual.proj.in_features**-0.5)
-        nn.init.normal_(self.text.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.text.positional_embedding, std=0.01)
-        nn.init.normal_(self.text.text_projection.weight, std=self.text.text_projection.in_features**-0.5)
+        self.visual.init_parameters()
+        self.text.init_parameters()
         for tower in (self.visual, self.text):
-            for block in tower.blocks:
-                width = block.ln_1.normalized_shape[0]
-                # A branch adds to the residual stream 2 x layers times: its last matrix starts that much smaller.
-                nn.init.normal_(block.attn.in_proj.weight, std=width**-0.5)
-                nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * len(tower.blocks)) ** -0.5)
-                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-                nn.init.normal_(block.mlp.c_proj.weight, std=(width * 2 * len(tower.blocks)) ** -0.5)
-                for linear in (block.attn.in_proj, block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-                    nn.init.zeros_(linear.bias)
+            blocks = [module for module in tower.modules() if isinstance(module, Block)]
+            for block in blocks:
+                block.init_parameters(len(blocks))
 
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None):
         """Writes `config.json` (sizes, activation, preprocessing) and `model.safetensors` into a folder."""
@@ -242,6 +270,7 @@ class MiniClip(nn.Module):
         (directory / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         weights = {name: t.detach().cpu().contiguous() for name, t in (state_dict or self.state_dict()).items()}
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        self._files("save_files", directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
@@ -255,4 +284,10 @@ class MiniClip(nn.Module):
         with torch.device("meta"):  # shapes alone; the numbers, and their precision, are the file's
             model = cls(MiniClipConfig.from_json(Path(directory) / "config.json"))
         model.load_state_dict(load_file(Path(directory) / "model.safetensors"), strict=True, assign=True)
+        model._files("load_files", directory)
         return model.eval()
+
+    def _files(self, action: str, directory: str | Path):
+        """A tower may have files of its own, a tokenizer's, say."""
+        for tower in (self.visual, self.text):
+            getattr(tower, action, lambda directory: None)(Path(directory))

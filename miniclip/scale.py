@@ -51,7 +51,8 @@ def prepare_fsdp(trainer: Trainer):
     # In bf16 the shares stay fp32 and each product rounds what it takes, as elsewhere. FSDP's own way would round the
     # logit scale too, to steps of 1.6%, and the embeddings that the loss compares.
     plugin.mixed_precision_policy = None
-    model._no_split_modules = ["Block"]  # what is put together at a time, unless fsdp_config says otherwise
+    blocks = [*model.visual.blocks, *model.text.blocks]  # what is put together at a time, unless fsdp_config says else
+    model._no_split_modules = sorted({type(block).__name__ for block in blocks})
     for name in SCALARS:  # of which there are no shares
         if (scalar := getattr(model, name)) is not None:
             setattr(model, name, nn.Parameter(scalar.detach().reshape(1), scalar.requires_grad))

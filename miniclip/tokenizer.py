@@ -98,7 +98,7 @@ class Tokenizer:
     `truncated` counts the captions cut so far, by this object: a DataLoader worker counts in its own copy.
     """
 
-    sot_token_id, eot_token_id, vocab_size = 49406, 49407, 49408
+    sot_token_id, eot_token_id, vocab_size, pad_token_id = 49406, 49407, 49408, 0
 
     def __init__(self, context_length: int = 77):
         self.context_length, self.truncated = context_length, 0
@@ -136,6 +136,10 @@ class Tokenizer:
         filled = torch.arange(rows.shape[1]) < torch.tensor(lengths, dtype=torch.long)[:, None]
         rows[filled] = torch.tensor(flat, dtype=torch.long)  # one call for the batch, not one per caption
         return rows
+
+    def lengths(self, ids: torch.Tensor) -> torch.Tensor:
+        """How many tokens of each row (n, L) count, start and end included: (n,). Padding may be a word's id too."""
+        return ids.argmax(dim=1) + 1  # the end token has the highest id
 
     def decode(self, ids: list[int] | torch.Tensor) -> str:
         """Text of one row of ids up to its end token, a space after each word ("dog 's").

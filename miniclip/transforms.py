@@ -132,8 +132,8 @@ class Preprocess:
             square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
             return square
         check_aspect(image)
-        short = min(width, height)
-        across, down = int(size * width / short), int(size * height / short)
+        short, resized = min(width, height), int(size / self.cfg.crop_pct + 1e-6)
+        across, down = int(resized * width / short), int(resized * height / short)
         left, top = (across - size) // 2, (down - size) // 2
         if "drafted" in image.info:  # not exact any more: then the part that is cropped off need not be computed
             x, y = width / across, height / down

@@ -43,16 +43,19 @@ def interpolate(before: dict[str, Tensor], after: dict[str, Tensor], alpha: floa
     if differing := [name for name in kinds[0] | kinds[1] if kinds[0].get(name) != kinds[1].get(name)]:
         name = differing[0]
         raise InputError(f"{name} is {kinds[0].get(name)} before and {kinds[1].get(name)} after: not the same model")
-    return {name: torch.lerp(before[name], after[name], alpha) for name in before}
+    return {
+        name: torch.lerp(t, after[name], alpha) if t.is_floating_point() else after[name] for name, t in before.items()
+    }  # the others count BatchNorm's batches
 
 
 def check_same(before: MiniClipConfig, after: MiniClipConfig):
     """Raises InputError, naming the fields, for two models that do not compute alike. How many patches training hides
     makes no difference."""
     flat = [dict(_flatten(config.to_dict())) for config in (before, after)]
-    differing = [f for f in flat[0] if flat[0][f] != flat[1][f] and f != "vision_cfg.patch_dropout"]
-    if differing:
-        problems = ", ".join(f"{field} is {flat[0][field]} before and {flat[1][field]} after" for field in differing)
+    fields = [field for field in flat[0] | flat[1] if field != "vision_cfg.patch_dropout"]
+    if differing := [field for field in fields if flat[0].get(field) != flat[1].get(field)]:
+        both = [(field, flat[0].get(field), flat[1].get(field)) for field in differing]
+        problems = ", ".join(f"{field} is {before} before and {after} after" for field, before, after in both)
         raise InputError(f"{problems}: only weights of the same model, before and after fine-tuning, can be mixed")
 
 

