@@ -73,13 +73,14 @@ def main():
                     options.output_dir / name, "eval_strategy": "no", "save_strategy": "no", "warmup_steps": 0.1,
                     "disable_tqdm": "true",
                 }  # fmt: skip
+                cache = []
                 if options.model_config.startswith("EfficientNet"):
-                    settings |= {"feature_cache": ROOT / "runs" / "features"}
+                    cache = ["--feature_cache", ROOT / "runs" / "features"]
                 else:
                     settings |= {"bf16": "true", "hflip": 0.5, "crop_scale": 0.6}
                 settings = [word for name, value in settings.items() for word in (f"--{name}", value)]
-                run("train.py", *data, *settings, "--overwrite_output_dir", *extra)
-                run("evaluate.py", *data, "--model", options.output_dir / name, "--output", result)
+                run("train.py", *data, *settings, "--overwrite_output_dir", *cache, *extra)
+                run("evaluate.py", *data, "--model", options.output_dir / name, "--output", result, *cache)
             found.setdefault(case, []).append(json.loads(result.read_text())["metrics"])
 
     lines = ["| twins are | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]

@@ -85,7 +85,8 @@ HARMLESS = {  # last parts of keys that hold no weights
 UNLOADABLE = [  # (what one of the keys begins with, why); the first that applies is reported
     (r"(.*\.)?l0_module\.|image_encoder_without_ddp\.",
      "a TinyCLIP 'auto' file, pruned to blocks of different sizes; take one of TinyCLIP's manual ViT files"),
-    (r"(.*\.)?visual\.trunk\.", "its image tower comes from timm; only OpenAI's vision transformer can be loaded"),
+    (r"(.*\.)?visual\.trunk\.",
+     "its image tower comes from timm or transformers; only OpenAI's vision transformer can be loaded"),
     (r"(.*\.)?visual\.layer1\.", "its image tower is a ModifiedResNet (RN50); only vision transformers can be loaded"),
     (r"embeddings\.|encoder\.layers\.", "one tower alone, of a Hugging Face model; save the whole CLIPModel"),
 ]  # fmt: skip

@@ -53,7 +53,9 @@ class Distillation:
         bf16: bool = False,
     ):
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
-        same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size
+        words = [getattr(getattr(m.text, "tokenizer", None), "tokenizer", None) for m in (teacher, student)]
+        words = [t and (t.get_vocab(), t.pad_token_id) for t in words]  # None for CLIP's own
+        same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size and words[0] == words[1]
         if not same or theirs.context_length < ours.context_length:
             raise InputError(
                 f"the teacher reads {theirs.context_length} tokens of {theirs.vocab_size} words, the student"

@@ -367,10 +367,10 @@ def _rebuilt(module: nn.Module, dtype: torch.dtype, layer) -> nn.Module:
         name: None if p is None else nn.Parameter(p.detach().to(kept), requires_grad=False)
         for name, p in module._parameters.items()
     }
-    if isinstance(module, nn.Linear):
+    if type(module) is nn.Linear:  # and no kind of its own, whose weights somebody else may read
         return layer(twin)
-    if type(module) is nn.Conv2d and module.kernel_size == module.stride > (1, 1) and module.bias is None:
-        return PatchLinear(twin, layer)
     children = ((name, child) for name, child in module._modules.items() if child is not None)
     twin._modules = dict(module._modules) | {name: _rebuilt(child, dtype, layer) for name, child in children}
+    if isinstance(module, VisionTransformer):
+        twin._modules["conv1"] = PatchLinear(twin._modules["conv1"], layer)
     return twin

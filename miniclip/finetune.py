@@ -12,6 +12,7 @@ back while they do:
 A locked tower is in locked.py; what can be done after training in wise_ft.py. Which to use when: docs/finetuning.md.
 """
 
+import re
 import types
 from collections.abc import Callable
 from functools import partial
@@ -93,16 +94,21 @@ def unlock_last(model: MiniClip, image: int | None = None, text: int | None = No
         hold_statistics(tower)
 
 
+TOP = re.compile(r"norm|^_?bn|ln_|final|proj|pool|head")  # names of what comes after the blocks
+
+
 def depths(tower: nn.Module) -> dict[str, int]:
     """How far from the top of a tower of n blocks each of its parameters lies: those of the last block 1, of the first
     n, what comes before n + 1 (embeddings, positions), and what comes after 0 (norm, projection). What lies between
-    two blocks counts with the upper one. Parameters are registered in the order in which they are used."""
+    two blocks counts with the upper one. Parameters are registered in the order in which they are used; the exceptions
+    are those of embeddings and of biases of attention, which some encoders register last."""
     number = {p: i for i, block in enumerate(tower.blocks) for p in block.parameters()}
     n, found = len(tower.blocks), {}
     seen = -1  # the last block met
     for name, p in tower.named_parameters():
         seen = number.get(p, seen)
-        found[name] = n - number[p] if p in number else n + 1 if seen < 0 else n - 1 - seen
+        after = seen >= 0 and "embed" not in name and (seen < n - 1 or any(map(TOP.search, name.split("."))))
+        found[name] = n - number[p] if p in number else n - 1 - seen if after else n + 1
     return found
 
 

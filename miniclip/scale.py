@@ -71,6 +71,9 @@ def prepare_fsdp(trainer: Trainer):
 def whole_weights(model: MiniClip) -> dict[str, Tensor]:
     """A model's state dict as it would be without FSDP, on each process. All processes have to ask for it together."""
     weights = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+    for name, _ in model.named_buffers():  # BatchNorm's statistics, of which each process has its own: the first one's
+        if name in weights:
+            torch.distributed.broadcast(weights[name], src=0)
     return with_scalars(weights, ())
 
 

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
@@ -62,6 +63,15 @@ class ClipTrainer(Trainer):
             speed_up(model)
         model.forward = partial(batch_forward, model, preprocess.normalize, args.grad_cache_chunk_size)
         collator = Collator(tokenizer, 1 if args.device.type == "cpu" else 8)
+        towers = [t for t in (model.visual, model.text) if hasattr(t, "trunk")]
+        if any(p.requires_grad for tower in towers for p in tower.trunk.parameters()):
+            args.ddp_find_unused_parameters = True  # encoders of others have parts that nothing here reads
+        learning = (isinstance(m, _BatchNorm) and m.weight.requires_grad for t in towers for m in t.modules())
+        if args.grad_cache_chunk_size and any(learning):
+            raise InputError(
+                "a BatchNorm that learns takes its statistics from a chunk, not from the batch: leave out"
+                " grad_cache_chunk_size, or lock the image tower"
+            )
         super().__init__(model, args, collator, train_dataset, eval_dataset, **kwargs)
         if self.sharded:
             prepare_fsdp(self)
@@ -133,7 +143,8 @@ class ClipTrainer(Trainer):
         """The embeddings of all images and all captions, in the precision of training; evaluate.py measures in fp32."""
         model = self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema
         model = whole_model(model, self.args.device) if self.sharded else model
-        model = fast_model(model, "bf16" if self.args.bf16 else "fp32")
+        # What goes into a feature cache is of full precision: later runs read it.
+        model = fast_model(model, "bf16" if self.args.bf16 and self.caches == (None, None) else "fp32")
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers or None
         images = [record["image"] for record in records]
         texts, image_of_text = flatten_captions(records)

@@ -52,7 +52,8 @@ def check_same(before: MiniClipConfig, after: MiniClipConfig):
     """Raises InputError, naming the fields, for two models that do not compute alike. How many patches training hides
     makes no difference."""
     flat = [dict(_flatten(config.to_dict())) for config in (before, after)]
-    fields = [field for field in flat[0] | flat[1] if field != "vision_cfg.patch_dropout"]
+    harmless = ("patch_dropout", "hf_proj_dropout", "hf_model_name")  # for what the weights compute
+    fields = [field for field in flat[0] | flat[1] if field.rpartition(".")[2] not in harmless]
     if differing := [field for field in fields if flat[0].get(field) != flat[1].get(field)]:
         both = [(field, flat[0].get(field), flat[1].get(field)) for field in differing]
         problems = ", ".join(f"{field} is {before} before and {after} after" for field, before, after in both)

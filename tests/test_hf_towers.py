@@ -19,6 +19,9 @@ import miniclip
 from miniclip.batch import batch_forward
 from miniclip.checkpoint import CheckpointError
 from miniclip.config import InputError, MiniClipConfig
+from miniclip.distill import Distillation
+from miniclip.fast import fast_model
+from miniclip.feature_cache import FeatureCache, text_key
 from miniclip.finetune import depths, layer_rates, unlock_last
 from miniclip.hf_towers import PACKAGES, HfTextTower, load_hf_weights
 from miniclip.inference import embed_images, embed_texts
@@ -87,7 +90,7 @@ def encoders(tmp_path) -> Path:
     """A model config with a tiny ViT and a tiny BERT, which lie beside it."""
     save_image_encoder(tmp_path / "vit")
     save_text_encoder(tmp_path / "bert")
-    text = {"hf_model_name": str(tmp_path / "bert"), "hf_pooler_type": "mean", "context_length": 16}
+    text = {"hf_model_name": str(tmp_path / "bert"), "hf_proj_type": "linear", "context_length": 16}
     return save_config(tmp_path / "encoders.json", {"hf_model_name": str(tmp_path / "vit")}, text)
 
 
@@ -139,6 +142,9 @@ def test_image_encoders_give_what_transformers_gives(kind, blocks, tmp_path):
     shutil.rmtree(tmp_path / kind)  # what is saved needs it no more
     model.save_pretrained(tmp_path / "saved")
     again, preprocess, _ = miniclip.load(tmp_path / "saved")
+    for precision, floor in (("fp32", 1 - 1e-5), ("bf16", 0.99), ("int8", 0.95)):  # in the form that evaluation takes
+        fast = fast_model(model, precision).encode_image(pixels, normalize=True)
+        assert (fast * model.encode_image(pixels, normalize=True).detach()).sum(dim=1).min() > floor, precision
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
     torch.testing.assert_close(again.encode_image(pixels), model.encode_image(pixels), atol=1e-5, rtol=1e-4)
     assert preprocess.cfg.mean[2] == 0.3
@@ -146,7 +152,7 @@ def test_image_encoders_give_what_transformers_gives(kind, blocks, tmp_path):
 
 @pytest.mark.parametrize("kind, pad, pooler", [
     ("bert", 0, "mean"), ("bert", 0, "cls"), ("bert", 0, "max"), ("roberta", 1, "mean"), ("xlm-roberta", 1, "cls"),
-    ("distilbert", 0, "mean"),
+    ("distilbert", 0, "mean"), ("mpnet", 1, "mean"),
 ])  # fmt: skip
 def test_text_encoders_give_what_transformers_gives_whatever_the_padding(kind, pad, pooler, tmp_path):
     theirs = save_text_encoder(tmp_path / kind, kind, pad)
@@ -180,6 +186,9 @@ def test_captions_are_cut_and_counted_and_keep_their_last_token(tmp_path):
 
 @pytest.mark.parametrize("kind, said, processor", [
     ("vit", {"size": {"height": 32, "width": 32}, "resample": 2}, "ViTImageProcessorPil"),
+    ("vit", {"size": 32, "image_processor_type": "ViTImageProcessor"}, "ViTImageProcessorPil"),
+    ("clip_vision_model", {"size": 32, "crop_size": 32, "feature_extractor_type": "CLIPFeatureExtractor"},
+     "CLIPImageProcessorPil"),
     ("dinov2", {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True},
      "BitImageProcessorPil"),
     ("convnext", {"size": {"shortest_edge": 32}, "crop_pct": 0.875, "resample": 3}, "ConvNextImageProcessorPil"),
@@ -276,8 +285,14 @@ def test_pretrained_towers_are_locked_unless_asked_otherwise(encoders, tmp_path)
 
     assert locks() == ("tower", "tower", 128)
     assert locks("--unlock_text_blocks", "2") == ("tower", "none", 64)
+    assert locks("--unlock_text_blocks", "2", "--unlock_image_blocks", "1") == ("none", "none", 64)
     assert locks("--lock_image", "none") == ("none", "tower", 64)
-    assert locks("--lock_text", "all")[:2] == ("tower", "all")
+    assert locks("--lock_text", "all") == ("tower", "all", 128)
+    assert locks("--loss", "distill", "--teacher", "ViT-B-32") == ("none", "none", 64)
+    with pytest.raises(InputError, match="--lock_image none"):
+        locks("--hflip", "0.5")
+    with pytest.raises(InputError, match="max_train_samples is not for streams"):
+        locks("--lock_image", "none", "--lock_text", "none", "--streaming", "--max_train_samples", "9")
     config = json.loads(encoders.read_text())
     config["vision_cfg"]["hf_model_pretrained"] = False
     encoders.write_text(json.dumps(config))
@@ -315,8 +330,8 @@ def test_projections_are_trained_then_blocks_and_then_it_is_measured(encoders, c
     train(tmp_path / "one", caption_set, tmp_path / "three", *more)
     after, _, _ = miniclip.load(tmp_path / "three")
     changed = {n for n, t in after.state_dict().items() if not torch.equal(t, model.state_dict()[n])}
-    assert {n.rsplit(".", 3)[0] for n in changed if "trunk" in n} and not any("layer.1." in n for n in changed)
-    assert not any(n.startswith("visual.trunk") for n in changed)
+    trunk = {n for n in changed if "trunk" in n}
+    assert trunk and all(n.startswith("text.trunk.encoder.layer.2.") for n in trunk)
     # The numbers that training ends with are those of the folder, opened anew.
     from evaluate import main
 
@@ -377,8 +392,12 @@ def test_inheriting_is_for_own_towers(encoders, tiny_config):
 
 @pytest.mark.parametrize("change, message", [
     ({"vision_cfg": {"hf_model_name": "package:nothing"}}, "package:efficientnet-lite0"),
-    ({"vision_cfg": {"hf_model_name": "/no/such/folder"}}, "'/no/such/folder' cannot be read"),
-    ({"text_cfg": {"hf_model_name": "{bert}", "context_length": 41}}, "reads 40 tokens"),
+    ({"vision_cfg": {"hf_model_name": "/no/such/folder"}}, "'/no/such/folder' cannot be used"),
+    ({"text_cfg": {"hf_model_name": "{bert}", "context_length": 41}}, "is 41, and .*bert has 40 positions"),
+    ({"text_cfg": {"hf_model_name": "{other}", "context_length": 39}}, "is 39, and .*other has 40 positions"),
+    ({"vision_cfg": {"hf_model_name": "package:all-MiniLM-L6-v2"}}, "cannot be used"),
+    ({"vision_cfg": {"hf_model_name": "{vit}", "image_size": 64}}, "cannot be used"),
+    ({"vision_cfg": {"hf_model_name": "{bert}"}}, "cannot be used"),
     ({"text_cfg": {"hf_model_name": "{bert}", "hf_proj_type": "none", "context_length": 16}}, "32 wide"),
     ({"text_cfg": {"hf_model_name": "{bert}", "hf_pooler_type": "median"}}, "hf_pooler_type is none of"),
     ({"text_cfg": {"hf_pooler": "mean"}}, "nearest known one is 'hf_pooler_type'"),
@@ -409,6 +428,75 @@ def test_missing_weights_of_an_encoder_are_an_error(encoders, tmp_path):
     save_file(weights, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks weights.*encoder\.layer\.1\.output\.dense\.weight"):
         miniclip.load(encoders)
+
+
+def test_missing_weights_of_half_a_model_too(tmp_path):
+    from safetensors.torch import load_file
+
+    words = save_tokenizer(tmp_path / "t5")
+    sizes = {"vocab_size": words, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    theirs = transformers.T5Model(transformers.T5Config(**sizes, pad_token_id=0)).eval()
+    theirs.save_pretrained(tmp_path / "t5")
+    text = {"hf_model_name": str(tmp_path / "t5"), "hf_pooler_type": "mean", "context_length": 12}
+    config = save_config(tmp_path / "c.json", text=text)
+    model, _, tokenizer = miniclip.load(config)
+    ids = tokenizer(["a red shape"], trim=True)
+    expected = theirs.encoder(input_ids=ids).last_hidden_state.mean(dim=1)
+    torch.testing.assert_close(model.text.features(ids), expected, atol=1e-5, rtol=1e-4)
+    weights = load_file(tmp_path / "t5" / "model.safetensors")
+    del weights["encoder.block.1.layer.0.SelfAttention.q.weight"]
+    save_file(weights, tmp_path / "t5" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks weights.*block\.1\.layer\.0\.SelfAttention\.q\.weight"):
+        miniclip.load(config)
+
+
+def test_encoders_in_half_precision_become_float(tmp_path):
+    save_image_encoder(tmp_path / "resnet", "resnet").half().save_pretrained(tmp_path / "resnet")
+    save_text_encoder(tmp_path / "bert").half().save_pretrained(tmp_path / "bert")
+    text = {"hf_model_name": str(tmp_path / "bert"), "context_length": 12}
+    config = save_config(tmp_path / "c.json", {"hf_model_name": str(tmp_path / "resnet")}, text)
+    model, _, tokenizer = miniclip.load(config)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    outputs = model(torch.randn(2, 3, 32, 32), tokenizer(["a", "red shape"]))
+    assert all(part.isfinite().all() for part in outputs[:3])
+
+
+def test_a_convolutional_tower_from_scratch(tmp_path, caption_set):
+    """Averaged with its BatchNorm, and loaded from the average; not in chunks, whose statistics would be others."""
+    sizes = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    config = save_config(tmp_path / "c.json", {"hf_model_config": sizes | {"layer_type": "basic"}, "image_size": 32})
+    with pytest.warns(UserWarning, match="random weights"):
+        miniclip.load(config)
+    train(config, caption_set, tmp_path / "run", "--ema", "0.9", "--num_train_epochs", "2")
+    average = next((tmp_path / "run").glob("checkpoint-*/ema.safetensors"))
+    model, _, _ = miniclip.load(config, average)
+    assert model.state_dict()["visual.trunk.embedder.embedder.normalization.running_mean"].abs().sum() > 0
+    with pytest.raises(InputError, match="leave out grad_cache_chunk_size"):
+        train(config, caption_set, tmp_path / "no", "--grad_cache_chunk_size", "4")
+
+
+def test_features_of_another_tokenizer_are_others(encoders, tmp_path):
+    model, _, tokenizer = miniclip.load(encoders)
+    before = FeatureCache.for_texts(tmp_path / "f", model)
+    before.update([(text_key("Red"), np.zeros(32, np.float32))])
+    before.save()
+    assert text_key("Red") in FeatureCache.for_texts(tmp_path / "f", model)
+    tokenizer.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert text_key("Red") not in FeatureCache.for_texts(tmp_path / "f", model)
+
+
+def test_a_teacher_has_to_read_the_same_words(encoders):
+    teacher, preprocess, _ = miniclip.load(encoders)
+    student, _, _ = miniclip.load(encoders)
+    Distillation(teacher, preprocess, student, True, "positive")
+    words = json.loads(student.text.tokenizer.tokenizer.backend_tokenizer.to_str())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = Tokenizer.from_str(json.dumps(words))
+    student.text.tokenizer.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    with pytest.raises(InputError, match="the teacher reads"):
+        Distillation(teacher, preprocess, student, True, "positive")
 
 
 @pytest.mark.slow

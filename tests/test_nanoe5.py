@@ -62,7 +62,8 @@ def write(path) -> dict[str, torch.Tensor]:
     at = len(head) + sum(2 + len(key) + 1 + 4 + 16 for key in parts)
     table, body = b"", b""
     for key, (kind, count, data) in parts.items():
-        table += struct.pack("<H", len(key)) + key.encode() + struct.pack("<BIQQ", kind, count, at + len(body), len(data))
+        name = struct.pack("<H", len(key)) + key.encode()
+        table += name + struct.pack("<BIQQ", kind, count, at + len(body), len(data))
         body += data
     path.write_bytes(head + table + body)
     return weights
