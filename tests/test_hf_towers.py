@@ -395,7 +395,7 @@ def test_inheriting_is_for_own_towers(encoders, tiny_config):
     ({"vision_cfg": {"hf_model_name": "/no/such/folder"}}, "'/no/such/folder' cannot be used"),
     ({"text_cfg": {"hf_model_name": "{bert}", "context_length": 41}}, "is 41, and .*bert has 40 positions"),
     ({"text_cfg": {"hf_model_name": "{other}", "context_length": 39}}, "is 39, and .*other has 40 positions"),
-    ({"vision_cfg": {"hf_model_name": "package:all-MiniLM-L6-v2"}}, "cannot be used"),
+    ({"vision_cfg": {"hf_model_name": "package:all-MiniLM-L6-v2"}}, "cannot be used|is not installed"),
     ({"vision_cfg": {"hf_model_name": "{vit}", "image_size": 64}}, "cannot be used"),
     ({"vision_cfg": {"hf_model_name": "{bert}"}}, "cannot be used"),
     ({"text_cfg": {"hf_model_name": "{bert}", "hf_proj_type": "none", "context_length": 16}}, "32 wide"),
