@@ -21,7 +21,7 @@ import json
 import os
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import ftfy
@@ -278,10 +278,13 @@ class _HfTower(nn.Module):
             logging.set_verbosity(said)
             if bars:
                 logging.enable_progress_bar()
-        absent = {id(p) for key, p in model.named_parameters() if key in info["missing_keys"]}
+        # By identity: half of a model calls its weights by other names than the whole does.
+        absent = {id(t) for key, t in chain(model.named_parameters(), model.named_buffers())
+                  if key in info["missing_keys"]}  # fmt: skip
         trunk = self._pruned(model)
         weights = trunk.state_dict()
-        if missing := [key for key, p in trunk.named_parameters() if id(p) in absent]:
+        tensors = chain(trunk.named_parameters(), trunk.named_buffers())
+        if missing := [key for key, t in tensors if id(t) in absent and not key.endswith("num_batches_tracked")]:
             raise InputError(f"{name} lacks weights of this encoder: {', '.join(missing[:5])} and others like them")
         self.trunk.load_state_dict(weights, strict=True)
 

@@ -430,6 +430,17 @@ def test_missing_weights_of_an_encoder_are_an_error(encoders, tmp_path):
         miniclip.load(encoders)
 
 
+def test_missing_statistics_are_an_error_too(tmp_path):
+    from safetensors.torch import load_file
+
+    save_image_encoder(tmp_path / "resnet", "resnet")
+    weights = load_file(tmp_path / "resnet" / "model.safetensors")
+    del weights["embedder.embedder.normalization.running_var"]
+    save_file(weights, tmp_path / "resnet" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks weights.*normalization\.running_var"):
+        miniclip.load(save_config(tmp_path / "c.json", {"hf_model_name": str(tmp_path / "resnet")}))
+
+
 def test_missing_weights_of_half_a_model_too(tmp_path):
     from safetensors.torch import load_file
 
