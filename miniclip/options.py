@@ -192,7 +192,7 @@ FROM_SCRATCH = {
     "warmup_steps": 0.05,
 }
 # Between two encoders that stay as they are, only projections learn, from features that were computed once: an epoch
-# takes a second, and a batch has room for a good part of the data.
+# takes about a second, and a high rate harms nothing that was learned elsewhere.
 PROJECTIONS = {
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
