@@ -1,0 +1,114 @@
+"""How does a file come to be there whole or not at all, and how is it known later that nothing in it has changed?
+
+What is written goes to another name first and gets its own when all of it is on the disk: a process that is killed, a
+disk that is full leave the old file, or none. Beside weights lies `manifest.json`, with the sha256 of each file:
+
+    {"sha256": {"config.json": "9f86d0...", "model.safetensors": "60303a..."}}
+
+It finds a bit that has changed. It is no signature: who can change a file can change the manifest too.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from miniclip.config import InputError
+
+MANIFEST = "manifest.json"
+
+
+class DamagedFile(InputError):
+    """A file that is not what was saved."""
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, in the same folder and with the same ending. At the end of the `with` block the file takes
+    the place of `path`, in one step; after an exception it is gone, and `path` is as it was."""
+    path = Path(path)
+    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield scratch
+        sync(scratch)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: str | Path, text: str):
+    """`Path.write_text` in UTF-8, all or nothing."""
+    with replacing(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def write_json(path: str | Path, value):
+    """A JSON file, all or nothing."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def remove_scratch(folder: str | Path):
+    """Deletes what killed processes left half written in a folder. Nobody else may be writing there."""
+    for file in Path(folder).glob(".*.*"):
+        if file.name.split(".")[1].isdecimal():
+            file.unlink()
+
+
+def sync(path: str | Path):
+    """Returns when a file, or which names a folder has, is on the disk, as far as the system can tell."""
+    if os.name == "nt" and os.path.isdir(path):  # there folders cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: str | Path) -> str:
+    """Of all that is in a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def files_in(folder: str | Path) -> list[str]:
+    """The files in a folder and those below it, `/` between the names, but for the manifest."""
+    files = (path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+    return sorted(name for name in files if name != MANIFEST)
+
+
+def write_manifest(folder: str | Path, names: Iterable[str] | None = None):
+    """Writes the manifest of a folder: of the files named, or of all."""
+    names = files_in(folder) if names is None else sorted(names)
+    write_json(Path(folder) / MANIFEST, {"sha256": {name: sha256(Path(folder) / name) for name in names}})
+
+
+def check_manifest(folder: str | Path, names: Iterable[str] | None = None):
+    """Compares files (those named, or all that the manifest has) with the manifest of their folder. A folder without
+    one passes, and so does a file that it does not have. Raises DamagedFile, which names the first file that differs
+    or is missing."""
+    manifest, names = Path(folder) / MANIFEST, None if names is None else set(names)
+    if not manifest.is_file():
+        return
+    try:
+        expected = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
+        expected = {str(name): str(digest) for name, digest in expected.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFile(f"{manifest} is no manifest ({error}): copy the folder again") from None
+    for name, digest in expected.items():
+        if names is not None and name not in names:
+            continue
+        if not (Path(folder) / name).is_file():
+            raise DamagedFile(f"{Path(folder) / name} is missing, and {MANIFEST} beside it has it: copy it again")
+        if sha256(Path(folder) / name) != digest:
+            raise DamagedFile(
+                f"{Path(folder) / name} is not what was saved (its sha256 is not that in {MANIFEST}): copy it again; if"
+                f" you changed it yourself, delete {MANIFEST}"
+            )
