@@ -32,26 +32,30 @@ def main(argv: list[str]):
     from miniclip.augment import TrainTransform
     from miniclip.data import CaptionDataset, CaptionFileError
     from miniclip.fast import describe
+    from miniclip.files import write_json
     from miniclip.finetune import fine_tuning
     from miniclip.inference import load
     from miniclip.objectives import make_objective
     from miniclip.progress import check_reporters, watch
+    from miniclip.record import RECORD, training_record
+    from miniclip.resume import checkpoints, clean, lock
     from miniclip.retrieval import format_table
     from miniclip.sources import ColumnError, read_source
     from miniclip.sources import describe as describe_data
     from miniclip.streaming import StreamDataset
-    from miniclip.trainer import ClipTrainer, checkpoints
+    from miniclip.trainer import ClipTrainer
     from miniclip.twins import twin_free
 
     logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
     check_reporters(args)
-    resume = True if args.resume_from_checkpoint in ("latest", "True", "true") else args.resume_from_checkpoint
+    resume = options.resume or args.resume_from_checkpoint in ("latest", "True", "true") or args.resume_from_checkpoint
     earlier = [*checkpoints(args.output_dir), *Path(args.output_dir).glob("model.safetensors")]
     if earlier and not resume and not options.overwrite_output_dir:
         raise InputError(
-            f"{args.output_dir} holds an earlier run: go on with it by --resume_from_checkpoint latest, replace it by "
-            "--overwrite_output_dir, or name another --output_dir"
+            f"{args.output_dir} holds an earlier run: go on with it by --resume, replace it by --overwrite_output_dir,"
+            " or name another --output_dir"
         )
+    held = lock(args.output_dir) if args.process_index == 0 else None  # until this process ends
 
     records, eval_records, problems, make_dataset = None, None, [], CaptionDataset
     columns = {"image_column": options.image_column, "caption_column": options.caption_column}
@@ -122,13 +126,17 @@ def main(argv: list[str]):
     dataset = make_dataset(records, preprocess, seed=args.seed, transform=transform)
     if options.avoid_twins:
         dataset.sampler = partial(twin_free, dataset, dataset.sampler)
+    record = training_record(argv, options, args, model, records, eval_records)
     trainer = ClipTrainer(
         model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer, caches=caches,
-        objective=objective, callbacks=callbacks, **remedies,
+        objective=objective, callbacks=callbacks, record=record, **remedies,
     )  # fmt: skip
-    if not resume and trainer.is_world_process_zero():  # all is well so far: now the earlier run may go
-        for folder in checkpoints(args.output_dir):
+    if trainer.is_world_process_zero():
+        clean(args.output_dir)
+        for folder in () if resume else checkpoints(args.output_dir):  # all is well so far: now the earlier run may go
             shutil.rmtree(folder)
+        write_json(Path(args.output_dir) / RECORD, record)
+    trainer.accelerator.wait_for_everyone()  # no other may look for checkpoints before
     # The bar, log.jsonl and warnings; and curves.png, however it ends.
     with watch(trainer, contrasts=options.loss == "clip") as progress:
         trainer.train(resume)
@@ -140,6 +148,8 @@ def main(argv: list[str]):
     trainer.save_state()
     progress.summary()
     trainer.accelerator.wait_for_everyone()
+    if held:
+        held.close()
     trainer.accelerator.end_training()  # threads of a process group that is left open can abort the process at its exit
 
 

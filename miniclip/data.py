@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import random
 from collections.abc import Sequence
 
@@ -31,7 +32,8 @@ class CaptionDataset(Dataset):
     What is drawn depends on (seed, epoch, index) and on nothing else, so that a run can be repeated and resumed
     exactly, whatever the number of workers. `transform` augments (a TrainTransform); without one `preprocess` is used.
     `pixel_values` are levels (3, S, S), uint8: the trainer normalises them, where the model is. `pair_ids` are two
-    numbers, the one equal for the same picture and the other for the same words (`image_id`, `text_id`).
+    numbers, the one equal for the same picture and the other for the same words (`image_id`, `text_id`). `row` says
+    which item it is, should something be wrong with it (`label`).
 
     `records` are a list, or any sequence of such (`miniclip.sources`). There an image may be a handle: it has `read`,
     which gives its bytes, and `str` names it. Those are not checked in advance: one that cannot be used is reported,
@@ -44,6 +46,7 @@ class CaptionDataset(Dataset):
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
         self.image_ids = {}  # of the rows that `pair_ids` was asked for
         self.bad = torch.zeros(256, dtype=torch.long).share_memory_()  # what each worker could not use
+        self.reading = torch.zeros(256, 4, dtype=torch.long).share_memory_()  # its process, and the row it is at
 
     def sampler(self, args):
         """The order of an epoch, a torch Sampler that draws from (seed, epoch); None for the Trainer's, a shuffle."""
@@ -72,11 +75,25 @@ class CaptionDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         for step in range(MAX_BAD):
             try:
-                return self.item(index + step)
+                row = self.note(index + step)
+                return self.item(index + step) | {"row": row}
             except ImageError as error:
                 if self.checked or step + 1 == MAX_BAD:  # then it is no single sample: the disk may be gone
                     raise
                 self.report(error)
+
+    def note(self, *row: int) -> Tensor:
+        """Writes down, where the main process sees it, what a worker reads now; gives it as `label` wants it: (3,)."""
+        row = torch.tensor((*row, 0, 0)[:3])
+        if worker := torch.utils.data.get_worker_info():
+            self.reading[worker.id % len(self.reading)] = torch.cat([torch.tensor([os.getpid()]), row])
+        return row
+
+    def label(self, row) -> dict:
+        """Which record, picture and caption an item of this epoch is made of, by the `row` that comes with it."""
+        index, record = int(row[0]), self.records[int(row[0]) % len(self)]
+        caption = record["caption"][self.rng(index).randrange(len(record["caption"]))]
+        return {"record": index % len(self), "image": str(record["image"]), "caption": caption}
 
     def report(self, error: Exception):
         """Says and counts that a sample cannot be used."""

@@ -12,9 +12,13 @@
 
 import copy
 import ctypes
+import hashlib
+import json
+import os
 import time
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,7 +29,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.config import InputError
+from miniclip.files import user_cache
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
+from miniclip.record import processor
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -122,7 +128,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
 
 
 class Route(NamedTuple):
-    """One way to multiply fp32 matrices on this processor, and what `cpu_routes` found."""
+    """One way to multiply fp32 matrices on this processor, and what `measure_routes` found."""
 
     used: bool
     speedup: float  # over torch's default
@@ -131,7 +137,37 @@ class Route(NamedTuple):
 
 @cache
 def cpu_routes() -> dict[str, Route]:
-    """Measures once per process, in about 0.1 s, which way of multiplying fp32 matrices is fast and exact here.
+    """Which way of multiplying fp32 matrices is fast and exact on this processor, as `measure_routes` found when it
+    was first asked. That is kept in the user's cache: a busy moment may find otherwise, and the same training would
+    come to other numbers in their last bits."""
+    about = f"{processor()} {torch.__version__} {torch.get_num_threads()}"
+    path = user_cache() / f"products-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    try:
+        return _read_routes(path)
+    except (OSError, ValueError, TypeError):  # nobody has asked yet
+        routes = measure_routes()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{os.getpid()}.{path.name}")
+        scratch.write_text(json.dumps({"about": about, "routes": routes}, indent=2) + "\n")
+        try:
+            os.link(scratch, path)  # of processes that start together the first one decides
+        finally:
+            scratch.unlink()
+    except OSError:
+        pass
+    try:
+        return _read_routes(path)
+    except (OSError, ValueError, TypeError):  # no such folder can be written to
+        return routes
+
+
+def _read_routes(path: Path) -> dict[str, Route]:
+    return {way: Route(*values) for way, values in json.loads(path.read_text())["routes"].items()}
+
+
+def measure_routes() -> dict[str, Route]:
+    """Measures, in about 0.1 s, which way of multiplying fp32 matrices is fast and exact here.
 
     "default" is torch's own. "medium" lets torch take oneDNN, in training too, by a switch that also permits rounding
     to bf16: some processors go on computing in fp32, others, with matrix units, do round. "packed" is oneDNN in
@@ -185,10 +221,15 @@ def describe(device: str | torch.device) -> str:
     )
 
 
+def arithmetic(device: str | torch.device) -> str:
+    """How fp32 products are made in training, in a word."""
+    usable = torch.device(device).type == "cpu" and "medium" in cpu_routes() and cpu_routes()["medium"].used
+    return "oneDNN" if usable else "torch"
+
+
 def fast_arithmetic(device: str | torch.device):
     """A context in which fp32 products take this processor's faster exact way. On other devices it does nothing."""
-    usable = torch.device(device).type == "cpu" and "medium" in cpu_routes() and cpu_routes()["medium"].used
-    return matmul_precision("medium") if usable else nullcontext()
+    return matmul_precision("medium") if arithmetic(device) == "oneDNN" else nullcontext()
 
 
 def keep_freed_memory():

@@ -58,6 +58,11 @@ def remove_scratch(folder: str | Path):
             file.unlink()
 
 
+def user_cache() -> Path:
+    """The folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miniclip"
+
+
 def sync(path: str | Path):
     """Returns when a file, or which names a folder has, is on the disk, as far as the system can tell."""
     if os.name == "nt" and os.path.isdir(path):  # there folders cannot be opened

@@ -91,7 +91,7 @@ def unlock_last(model: MiniClip, image: int | None = None, text: int | None = No
         depth = depths(tower)
         for name, p in tower.named_parameters():
             p.requires_grad_(depth[name] <= blocks if blocks else name.partition(".")[0] == head)
-        hold_statistics(tower)
+        hold_statistics(tower, learning=True)
 
 
 TOP = re.compile(r"norm|^_?bn|ln_|final|proj|pool|head")  # names of what comes after the blocks
@@ -112,11 +112,12 @@ def depths(tower: nn.Module) -> dict[str, int]:
     return found
 
 
-def hold_statistics(module: nn.Module):
+def hold_statistics(module: nn.Module, learning: bool = False):
     """Keeps each BatchNorm whose own weights are all frozen in evaluation mode, whatever `train` is called on: in
-    training mode it would move its mean and variance though nothing in it learns."""
+    training mode it would move its mean and variance though nothing in it learns. `learning`: those whose weights learn
+    too, for the statistics of their first training are better than any of a few small batches."""
     for norm in module.modules():
-        if isinstance(norm, _BatchNorm) and not any(p.requires_grad for p in norm.parameters()):
+        if isinstance(norm, _BatchNorm) and (learning or not any(p.requires_grad for p in norm.parameters())):
             norm.eval()
             norm.train = types.MethodType(_stay_in_evaluation, norm)
 

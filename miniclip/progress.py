@@ -12,9 +12,7 @@ import json
 import logging
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from contextlib import ExitStack
 from datetime import datetime, timezone
@@ -191,10 +189,6 @@ class Progress(TrainerCallback):
         if self.has_bar():
             loggers = [logging.getLogger(), logging.getLogger("transformers")]
             self.cleanup.enter_context(logging_redirect_tqdm(loggers))  # lines come above the bar
-        in_main = threading.current_thread() is threading.main_thread()
-        if self.speaks and in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a job is cancelled by it
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-            self.cleanup.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
         return self
 
     def __exit__(self, kind, error, traceback):

@@ -1,13 +1,28 @@
-"""From which checkpoint can a run go on?"""
+"""From where can a run go on, and is it the same run?
 
-import json
+A checkpoint is written into a folder of another name, gets a manifest with the sha256 of its files (`files.py`), and is
+renamed when all of it is on the disk. So a folder `checkpoint-40` is complete, whenever the process was killed; should
+a disk have damaged it since, the manifest tells.
+"""
+
 import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
+from miniclip.config import InputError
+from miniclip.files import MANIFEST, check_manifest, files_in, remove_scratch, sync, write_manifest
+from miniclip.record import RECORD, differences, read_record
 
 logger = logging.getLogger(__name__)
+SCRATCH = "tmp-"  # before the names of folders that are being written, or deleted
+LOCK = ".lock"
+
+
+class SaveError(InputError):
+    """A checkpoint could not be written; the message says why, and what is left."""
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -16,21 +31,136 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of a run, or None.
+def check_checkpoint(folder: str | Path):
+    """Raises InputError for a folder that no run can go on from: what is in it is incomplete, or damaged."""
+    manifest = Path(folder) / MANIFEST
+    if not manifest.is_file() or '"trainer_state.json"' not in manifest.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"{folder} is incomplete: it has no {MANIFEST} of a checkpoint")
+    check_manifest(folder)
 
-    A process that is killed while it saves leaves a folder that cannot be resumed from: those are passed over, and
-    it is said.
-    """
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint of a run that is complete and undamaged, or None. Those passed over are said."""
     for folder in reversed(checkpoints(output_dir)):
         try:
-            json.loads((folder / "trainer_state.json").read_text())
-            with safe_open(folder / "model.safetensors", "pt") as weights:
-                weights.keys()
-            optimizer = "optimizer.bin" if (folder / "optimizer.bin").is_file() else "optimizer.pt"  # the first by FSDP
-            for name in (optimizer, "scheduler.pt"):
-                torch.load(folder / name, map_location="cpu", weights_only=True)
+            check_checkpoint(folder)
             return str(folder)
-        except Exception as error:  # whatever is wrong with it, an older one may do
-            logger.warning("passing over %s, which is incomplete: %s", folder, error)
+        except (InputError, OSError) as error:  # an older one may do
+            logger.warning("passing over %s: %s", folder, error)
     return None
+
+
+@contextmanager
+def saving(folder: Path, is_first: bool, wait) -> Iterator[Path]:
+    """Within it a checkpoint is written, by all processes of a run, into the folder that it gives; then that becomes
+    `folder`, in one step. `is_first` on one process, `wait` waits for all. After an exception there is no trace of it,
+    and a SaveError says which checkpoint is left."""
+    scratch = folder.with_name(SCRATCH + folder.name)
+    try:
+        if is_first:
+            shutil.rmtree(scratch, ignore_errors=True)
+        wait()
+        yield scratch
+        wait()
+        if is_first:
+            for name in files_in(scratch):
+                sync(scratch / name)
+            write_manifest(scratch)
+            remove(folder)  # one that was found damaged
+            os.rename(scratch, folder)
+            sync(folder.parent)
+        wait()
+    except Exception as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if "DataLoader worker" in str(error):  # one died, which can be heard of at any time
+            raise
+        left, needed = checkpoints(folder.parent), f"{type(error).__name__}: {error}".partition("\n")[0]
+        free = shutil.disk_usage(folder.parent).free / 1e6
+        raise SaveError(
+            f"{folder} could not be saved, with {free:.0f} MB free on that disk ({needed}). The newest checkpoint is"
+            f" {left[-1] if left else 'none'}, untouched: free space and go on from it by --resume"
+        ) from error
+
+
+def remove(folder: Path):
+    """Deletes a folder; a process that is killed meanwhile leaves no half of it under its name."""
+    if folder.is_dir():
+        doomed = folder.with_name(f"{SCRATCH}old-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def keep_newest(output_dir: str | Path, newest: Path, limit: int | None, best: str | None):
+    """Deletes checkpoints until there are `limit`: those after the newest, left by a run that was resumed from before
+    them, then the oldest. The newest is the one just saved; neither it nor the best is ever deleted."""
+    folders = checkpoints(output_dir)
+    place = folders.index(newest)
+    spared = {newest, Path(best) if best else newest}
+    doomed = [folder for folder in folders[place + 1 :] + folders[:place] if folder not in spared]
+    for folder in doomed[: max(0, len(folders) - limit)] if limit and limit > 0 else []:
+        remove(folder)
+
+
+def clean(output_dir: str | Path):
+    """Deletes what a killed process left half written, or half deleted."""
+    for folder in Path(output_dir).glob(f"{SCRATCH}*checkpoint-*"):
+        if not folder.name.startswith(f"{SCRATCH}old"):
+            logger.warning("passing over %s, which was being written when the run was stopped", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    remove_scratch(output_dir)
+
+
+def lock(output_dir: str | Path):
+    """Takes an output folder for this process, until it ends, however that comes. Gives what has to be kept until then.
+    Raises InputError where another process has it."""
+    path = Path(output_dir) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        try:
+            import fcntl
+
+            # Of this kind, which workers that are forked do not inherit: they may live on for a while.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        file.seek(0)
+        process = file.read().strip() or "another"
+        file.close()
+        raise InputError(
+            f"process {process} is writing to {output_dir}: wait for its end, or name another --output_dir"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+# What a run may not differ in from the one that it goes on with, and why.
+SAME = {
+    "data": "the order of the pairs, and which have been seen, would not be what they were",
+    "seed": "what is drawn for the rest of the epoch would not be what it was",
+    "pairs_per_step": "its place in the epoch is counted in steps of another size",
+    "model": "its weights are of another model",
+}
+
+
+def check_same_run(checkpoint: str | Path, record: dict):
+    """Compares a checkpoint's record of its run (`record.py`) with that of the run that is to go on from it. What
+    differs is said; raises InputError where the outcome would be wrong."""
+    if not (Path(checkpoint) / RECORD).is_file():
+        logger.warning("%s has no %s: nobody can tell whether data and options are the same", checkpoint, RECORD)
+        return
+    found = differences(read_record(checkpoint), record)
+    parts = {name: name.partition(".")[0] for name in found}
+    if wrong := [f"  {line}: {SAME[parts[name]]}" for name, line in found.items() if parts[name] in SAME]:
+        raise InputError(
+            "\n".join([f"{checkpoint} is of another run:", *wrong])
+            + f"\nSay what was said then, or start anew from its weights: --model_config {checkpoint} --output_dir ..."
+        )
+    if found:
+        logger.warning("other than before %s:\n  %s", checkpoint, "\n  ".join(found.values()))

@@ -81,6 +81,11 @@ class StreamDataset(CaptionDataset):
     def sampler(self, args):
         """None: a stream comes in its own order."""
 
+    def label(self, row) -> dict:
+        """Where in the stream a sample is: it cannot be looked up."""
+        turn, reader, number = map(int, row)
+        return {"record": f"{self.spec}: sample {number} of reader {reader}, pass {turn}"}
+
     def share(self, reader: int, readers: int, number: int | None = None):
         """The items of one of several readers: `number` of them, pass after pass, or without end."""
         passes = (self.one_pass(reader, readers, turn) for turn in itertools.count())
@@ -100,7 +105,8 @@ class StreamDataset(CaptionDataset):
         # In batches, since the library would split the plain iteration once more between workers, by files.
         samples = (dict(zip(batch, row)) for batch in part.iter(16) for row in zip(*batch.values()))
         for number, sample in enumerate(samples):
-            name = f"{self.spec}: sample {number} of reader {reader}, pass {turn}"
+            row = self.note(turn, reader, number)
+            name = self.label(row)["record"]
             try:
                 captions = check_captions(captions_in(sample[self.columns[1]]), name)
                 record = {"image": StreamImage(sample[self.columns[0]], name, self.root), "caption": captions}
@@ -112,7 +118,7 @@ class StreamDataset(CaptionDataset):
                     raise InputError(f"{self.spec}: {bad} bad samples in a row, the last: {error}") from None
                 continue
             bad = 0
-            yield item
+            yield item | {"row": row}
         if number < 0:
             raise InputError(f"{self.spec}: nothing in a whole pass for reader {reader}: take fewer workers")
         if bad > number:

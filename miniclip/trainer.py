@@ -1,7 +1,6 @@
 """How is CLIP trained? By the Hugging Face Trainer, with the few hooks that a contrastive model needs changed."""
 
 import logging
-import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from miniclip.arguments import ClipTrainingArguments
@@ -21,10 +21,13 @@ from miniclip.batch import batch_forward
 from miniclip.config import InputError
 from miniclip.data import CaptionDataset, Collator, flatten_captions
 from miniclip.fast import fast_arithmetic, fast_model, keep_freed_memory, speed_up
+from miniclip.files import write_json
+from miniclip.guard import Guard, first_line, out_of_memory, spare_worker
 from miniclip.inference import embed_images, embed_texts, on_all_processes
 from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip
-from miniclip.resume import checkpoints, last_checkpoint  # noqa: F401
+from miniclip.record import RECORD
+from miniclip.resume import check_checkpoint, check_same_run, keep_newest, last_checkpoint, saving
 from miniclip.retrieval import retrieval_metrics
 from miniclip.scale import load_whole_weights, prepare_fsdp, uses_fsdp, whole_model, with_scalars
 
@@ -38,6 +41,7 @@ class ClipTrainer(Trainer):
     `objective` is the loss where it is not CLIP's: called with the model's outputs, the pairs' ids and the batch.
     `lr_scale` gives the factor of the learning rate for a parameter's name. `ema`, a model of the same shape whose
     weights somebody keeps as an average of those that learn, is measured in their place and kept in checkpoints.
+    `record` says what is run (`record.py`): it is kept in checkpoints, and compared when a run goes on from one.
     Everything else is Trainer's.
     """
 
@@ -56,6 +60,7 @@ class ClipTrainer(Trainer):
         objective=None,
         lr_scale: Callable[[str], float] | None = None,
         ema: MiniClip | None = None,
+        record: dict | None = None,
         **kwargs,
     ):
         self.sharded = uses_fsdp(args)
@@ -66,18 +71,19 @@ class ClipTrainer(Trainer):
         towers = [t for t in (model.visual, model.text) if hasattr(t, "trunk")]
         if any(p.requires_grad for tower in towers for p in tower.trunk.parameters()):
             args.ddp_find_unused_parameters = True  # encoders of others have parts that nothing here reads
-        learning = (isinstance(m, _BatchNorm) and m.weight.requires_grad for t in towers for m in t.modules())
-        if args.grad_cache_chunk_size and any(learning):
+        moving = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
+        if args.grad_cache_chunk_size and any(moving):
             raise InputError(
                 "a BatchNorm that learns takes its statistics from a chunk, not from the batch: leave out"
-                " grad_cache_chunk_size, or lock the image tower"
+                " grad_cache_chunk_size, or lock the image tower or all but its last blocks"
             )
         super().__init__(model, args, collator, train_dataset, eval_dataset, **kwargs)
         if self.sharded:
             prepare_fsdp(self)
         self.preprocess, self.tokenizer, self.caches = preprocess, tokenizer, caches
         self.objective = objective or (lambda outputs, ids, inputs: clip_loss(*outputs[:3], ids))
-        self.lr_scale, self.ema = lr_scale, ema
+        self.lr_scale, self.ema, self.record, self.guard = lr_scale, ema, record, Guard(self)
+        self.add_callback(self.guard)
         self.add_callback(_Hooks(model, train_dataset))
         batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
         if train_dataset is not None and has_length(train_dataset):  # a stream may have none
@@ -90,9 +96,27 @@ class ClipTrainer(Trainer):
         """The contrastive loss of a batch. What occurs in it twice is no negative of itself."""
         inputs = dict(inputs)
         ids = inputs.pop("pair_ids", None)  # data without them has no twins that could be known
+        rows = inputs.pop("row", None)
         outputs = model(**inputs)
         loss = self.objective(outputs, ids, inputs)
+        self.guard.saw(loss, rows, inputs.get("input_ids"))
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            said = first_line(error)
+        # Only here the exception is gone, and with it all that the failed pass had kept.
+        raise self.guard.too_large(model, inputs, said)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Comes after the gradients of all processes are added, and before the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.check(norm)
+        return norm
 
     def _get_train_sampler(self, train_dataset=None):
         """The dataset's own order, if it has one."""
@@ -106,7 +130,9 @@ class ClipTrainer(Trainer):
     def get_train_dataloader(self):
         """As Trainer's, but for a dataset that makes its own: a stream, of which each process reads its share."""
         make = getattr(self.train_dataset, "dataloader", None)
-        return make(self.args, self.data_collator) if make else super().get_train_dataloader()
+        loader = make(self.args, self.data_collator) if make else super().get_train_dataloader()
+        loader.worker_init_fn = partial(spare_worker, loader.worker_init_fn)
+        return loader
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices that multiply: not for gains, biases, the temperature and positions."""
@@ -155,32 +181,56 @@ class ClipTrainer(Trainer):
         return image_embeds, on_all_processes(self.args, texts, embed), image_of_text
 
     def log(self, logs: dict[str, float], *args, **kwargs):
-        """Stops at a loss that is no number, which no later step mends. What watches the run may add to an entry."""
+        """What watches the run may add to an entry."""
         for callback in self.callback_handler.callbacks:
             getattr(callback, "before_log", lambda logs: None)(logs)
-        for name in ("loss", "train_loss"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise FloatingPointError(
-                    f"the {name} is {logs[name]} at step {self.state.global_step}: lower --learning_rate"
-                    f" (now {self.args.learning_rate}) or raise --warmup_steps"
-                )
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As Trainer's; True resumes from the newest checkpoint that is complete."""
+        """As Trainer's; True resumes from the newest checkpoint that is complete. What stops it: `guard.py`."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             logger.warning("resuming from %s", resume_from_checkpoint or "the start: there is no checkpoint yet")
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
         if len(set(gather_object([resume_from_checkpoint]))) > 1:
             raise InputError(f"not all processes see the same checkpoints: {self.args.output_dir} must be on one disk")
-        if resume_from_checkpoint:
-            before = len(list(Path(resume_from_checkpoint).glob("rng_state_*.pth"))) or 1  # one for each process
-            if before != self.args.world_size:
-                logger.warning("%d processes now, %d before: batches are of another size", self.args.world_size, before)
+        if resume_from_checkpoint and self.record:
+            check_same_run(resume_from_checkpoint, self.record)
         if self.args.fast and self.args.device.type == "cpu" and not self.args.grad_cache_chunk_size:
             keep_freed_memory()
-        with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
-            return super().train(resume_from_checkpoint, **kwargs)
+        with fast_arithmetic(self.args.device) if self.args.fast else nullcontext(), self.guard.watching():
+            try:
+                return super().train(resume_from_checkpoint, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if meaning := self.guard.explained(error):
+                    raise meaning from error
+                raise
+
+    def _save_checkpoint(self, model, trial):
+        """As Trainer's, but all or nothing, and with the record of the run."""
+        state, folder = self.state, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        best = folder.with_name(f"checkpoint-{state.best_global_step}")
+        if best == folder or state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+        self.store_flos()
+        with saving(folder, self.args.should_save, self.accelerator.wait_for_everyone) as scratch:
+            self.save_model(str(scratch), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(scratch))
+                self._save_scaler(str(scratch))
+                self._save_rng_state(str(scratch))
+            if self.args.should_save:
+                for part in (*self.callback_handler.callbacks, self.control):
+                    if isinstance(part, ExportableState):
+                        state.stateful_callbacks[type(part).__name__] = part.state()
+                state.save_to_json(str(scratch / "trainer_state.json"))
+                if self.record:
+                    write_json(scratch / RECORD, self.record)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            keep_newest(self.args.output_dir, folder, self.args.save_total_limit, state.best_model_checkpoint)
 
     def _save(self, output_dir=None, state_dict=None):
         """Trainer saves bare weights of a model that is not its own; ours go with their config."""
@@ -192,7 +242,6 @@ class ClipTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict)
         if self.ema is not None and self.is_in_train:
             save_file(self.ema.state_dict(), os.path.join(output_dir, "ema.safetensors"), metadata={"format": "pt"})
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Strictly: Trainer's own goes on with random numbers where a weight is missing."""
@@ -213,6 +262,7 @@ class ClipTrainer(Trainer):
             os.remove(os.path.join(output_dir, "pytorch_model_fsdp.bin"))  # model.safetensors once more
 
     def _load_best_model(self):
+        check_checkpoint(self.state.best_model_checkpoint)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 

@@ -23,4 +23,4 @@ port=$((20000 + SLURM_JOB_ID % 20000)) # so that two jobs on a node do not meet
 srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m torch.distributed.run \
     --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first_node:$port" \
-    train.py "$@" --resume_from_checkpoint latest
+    train.py "$@" --resume

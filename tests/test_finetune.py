@@ -97,6 +97,11 @@ def test_a_frozen_batch_norm_keeps_its_statistics():
         after = model.state_dict()
         changed = {name for name in after if not torch.equal(before[name], after[name])}
         assert changed == {f"head.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    hold_statistics(tower, learning=True)
+    before = copy.deepcopy(tower.state_dict())
+    tower.train()(torch.randn(5, 3, 8, 8) + 3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tower.state_dict().items())
+    assert tower.head.weight.requires_grad
 
 
 @pytest.fixture

@@ -1,0 +1,196 @@
+"""Real runs of train.py that are killed. They are forked from this process, which has imported everything, so that each
+begins in a moment. Prints what came of it as JSON.
+
+    python tests/survival_worker.py chain OUT PROCESSES KILLS SEED -- train.py's options
+    python tests/survival_worker.py boundaries OUT
+"""
+
+import io
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def launch(argv: list[str], processes: int, log: Path) -> list[int]:
+    """Starts a run of so many processes; gives their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(processes):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        os.setpgid(0, 0)  # its data workers are of its group
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        if processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        import train
+        from miniclip.options import run
+
+        sys.argv = ["train.py", *argv]
+        try:
+            run(train.main)
+            code = 0
+        except SystemExit as left:
+            code = left.code if isinstance(left.code, int) else 1
+            if isinstance(left.code, str):
+                print(left.code, file=sys.stderr)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return pids
+
+
+def wait(pids: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def kill(pids: list[int], number: int = signal.SIGKILL):
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def over(pids: list[int]) -> bool:
+    return any(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in pids)
+
+
+def chain(out: Path, processes: int, kills: int, seed: int, argv: list[str]) -> dict:
+    """One run, killed so many times at random moments, half of them while a checkpoint is written, and resumed each
+    time; and the same undisturbed."""
+    draw, log, inside, killed = random.Random(seed), out / "log.txt", 0, 0
+    out.mkdir()
+    run = [*argv, "--output_dir", str(out / "cut"), "--resume"]
+    while killed < kills:
+        pids = launch(run, processes, log)
+        before, saves = state(out / "cut"), draw.randrange(3)  # so many checkpoints are made first
+        in_save = killed % 2 == 0
+        while not over(pids):
+            now = state(out / "cut")
+            if len(now[0] - before[0]) >= saves and (now[1] or not in_save):
+                time.sleep(draw.random() * (0.02 if in_save else 0.3))
+                break
+            time.sleep(0.0005)
+        if over(pids):
+            wait(pids)
+            break
+        kill(draw.sample(pids, len(pids)))
+        wait(pids)
+        killed += 1
+        inside += bool(state(out / "cut")[1])
+    last = wait(launch(run, processes, log))
+    whole = wait(launch([*argv, "--output_dir", str(out / "whole")], processes, log))
+    return {"killed": killed, "inside": inside, "codes": last + whole, "log": log.read_text()}
+
+
+def state(folder: Path) -> tuple[set, bool]:
+    """The checkpoints there are, and whether one is being written."""
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    return {name for name in names if name.startswith("checkpoint-")}, any(n.startswith("tmp-") for n in names)
+
+
+def boundaries(out: Path) -> dict:
+    """A trainer saves its third checkpoint, which replaces the first, and is killed before and after each thing that it
+    does with files, one after the other."""
+    import shutil
+
+    import safetensors.torch
+    import torch
+
+    from miniclip.resume import check_checkpoint, last_checkpoint
+    from tests.survival_trainer import make_trainer
+
+    trainer = make_trainer(out / "run")
+    trainer.train()  # leaves checkpoint-1 and -2
+    shutil.copytree(out / "run", out / "start")
+
+    def save(fatal: int) -> int:
+        """Saves; kills itself at that event, or gives how many there were."""
+        count = 0
+
+        def event(*_):
+            nonlocal count
+            count += 1
+            if count == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def around(function):
+            def wrapped(*args, **kwargs):
+                event()
+                result = function(*args, **kwargs)
+                event()
+                return result
+
+            return wrapped
+
+        names = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
+        inner = str(out / "run")
+        sys.addaudithook(lambda name, args: event() if name in names and inner in str(args[0]) else None)
+        torch.save = around(torch.save)
+        for module in list(sys.modules.values()):  # the writers that are no Python, and cause no audit event
+            if getattr(module, "save_file", None) is safetensors.torch.save_file and module is not safetensors.torch:
+                module.save_file = around(module.save_file)
+        trainer.state.global_step = 3
+        trainer._save_checkpoint(trainer.model, None)
+        return count
+
+    found, fatal = [], 0
+    while True:
+        fatal += 1
+        shutil.rmtree(out / "run")
+        shutil.copytree(out / "start", out / "run")
+        if not (pid := os.fork()):
+            save(fatal)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        last = last_checkpoint(out / "run")
+        check_checkpoint(last)
+        found.append(int(last.rpartition("-")[2]))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, code
+    left = sorted(path.name for path in (out / "run").iterdir() if path.name.startswith(("checkpoint", "tmp")))
+    return {"moments": fatal - 1, "newest": found, "left": left}
+
+
+def main(argv: list[str]):
+    import datasets  # noqa: F401
+    import torch
+    from transformers import Trainer  # noqa: F401
+
+    import miniclip.objectives  # noqa: F401
+    import miniclip.sources  # noqa: F401
+    import miniclip.trainer  # noqa: F401
+    import miniclip.twins  # noqa: F401
+
+    torch.set_num_threads(1)  # threads would not come along when this process is forked
+    os.chdir(ROOT)
+    what, out, *rest = argv
+    with redirect_stdout(io.StringIO()):
+        if what == "chain":
+            number = rest.index("--")
+            result = chain(Path(out), *map(int, rest[:number]), rest[number + 1 :])
+        else:
+            result = boundaries(Path(out))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
