@@ -46,7 +46,7 @@ ROWS = [
 ]  # fmt: skip
 OPERATIONS = {  # (their tensors -> ours, ours -> theirs)
     "": (lambda tensors: tensors, lambda tensors: tensors),
-    "transpose": (lambda tensors: [tensors[0].T], lambda tensors: [tensors[0].T]),  # x @ matrix against nn.Linear
+    "transpose": (lambda tensors: [tensors[0].mT], lambda tensors: [tensors[0].mT]),  # x @ matrix against nn.Linear
     "fuse_qkv": (lambda tensors: [torch.cat(tensors)], lambda tensors: tensors[0].chunk(3)),  # first q, then k, then v
     "scalar": (lambda tensors: [tensors[0].squeeze()], lambda tensors: tensors),  # some files have the shape (1,)
 }
