@@ -320,7 +320,7 @@ def test_pickles_that_ask_for_memory(tmp_path):
         b"X\xff\xff\xff\xffabc",
         b"\x8e" + struct.pack("<Q", 1 << 60) + b"abc",
         b"\x96" + struct.pack("<Q", 1 << 40) + b"abc",
-        b"(" * (1 << 20) + b".",
+        b"(" * (1 << 18) + b".",
         b"c__torch__\nM\n" + b")\x81" * 2,
         b"c_codecs\nencode\nX\x04\x00\x00\x00abcdX\x03\x00\x00\x00hex" + b"\x86R.",
     )):  # fmt: skip
@@ -433,7 +433,7 @@ def test_each_changed_byte_of_a_saved_folder_is_found(tmp_path):
     ):
         for name in ("config.json", "model.safetensors"):
             whole = (folder / name).read_bytes()
-            for at in [*range(0, 40), *range(40, len(whole), len(whole) // 40), len(whole) - 1]:
+            for at in [*range(0, 20), *range(20, len(whole), len(whole) // 30), len(whole) - 1]:
                 broken = bytearray(whole)
                 broken[at] ^= 1 << at % 8
                 (folder / name).write_bytes(broken)
@@ -442,7 +442,7 @@ def test_each_changed_byte_of_a_saved_folder_is_found(tmp_path):
                 tried += 1
             (folder / name).write_bytes(whole)
         read(folder)  # all is as it was
-    assert tried > 400
+    assert tried > 300
     (tmp_path / "model" / "manifest.json").write_text("{")
     with pytest.raises(DamagedFile, match="no manifest"):
         MiniClip.from_pretrained(tmp_path / "model")
@@ -567,7 +567,7 @@ ANY = given(
 )
 
 
-@settings(max_examples=500, **FUZZ)
+@settings(max_examples=400, **FUZZ)
 @ANY
 def test_damaged_files_load_or_are_refused(tmp_path, name, where, mutations):
     survives(tmp_path / "x", mutants(name, where, mutations))
