@@ -230,6 +230,7 @@ def test_a_saved_model_opens_without_its_encoders(encoders, tmp_path):
         miniclip.load(tmp_path / "saved")
 
 
+@pytest.mark.filterwarnings("ignore:.*has random weights:UserWarning")
 def test_each_changed_byte_of_a_tokenizer_is_found(tmp_path):
     text = {"hf_model_config": SIZES | {"model_type": "bert", "vocab_size": save_tokenizer(tmp_path / "words")}}
     text |= {"hf_tokenizer_name": str(tmp_path / "words"), "context_length": 16}
