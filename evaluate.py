@@ -31,6 +31,7 @@ def main(argv: list[str]):
 
     import numpy as np
 
+    from miniclip.files import replacing, write_json
     from miniclip.retrieval import KS, format_table, retrieval_metrics
 
     first_only = options.captions == "first"
@@ -64,15 +65,18 @@ def main(argv: list[str]):
     print(f"{source} on {dataset}: {len(image_embeds)} images, {len(text_embeds)} captions")
     print(format_table(metrics, ks))
     if options.save_features:
-        Path(options.save_features).mkdir(parents=True, exist_ok=True)
-        np.save(Path(options.save_features) / "image.npy", image_embeds)
-        np.save(Path(options.save_features) / "text.npy", text_embeds)
+        folder = Path(options.save_features)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "image.npy") as image, replacing(folder / "text.npy") as text:
+            np.save(image, image_embeds)
+            np.save(text, text_embeds)
+            (folder / "image.npy").unlink(missing_ok=True)  # which comes last: old images never lie beside new texts
     beside = Path(options.model if os.path.isdir(options.model or "") else "")
     name = re.sub(r"[{}*?:]+", "_", Path(options.eval_file or options.features).stem)
     name += "_first" if first_only else ""
     output = Path(options.output or beside / f"retrieval_{name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"model": str(source), "dataset": str(dataset), "metrics": metrics}, indent=2) + "\n")
+    write_json(output, {"model": str(source), "dataset": str(dataset), "metrics": metrics})
     print(f"written to {output}")
     if options.report:
         from miniclip.report import draw_report, pick_examples

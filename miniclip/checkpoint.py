@@ -46,7 +46,7 @@ ROWS = [
 ]  # fmt: skip
 OPERATIONS = {  # (their tensors -> ours, ours -> theirs)
     "": (lambda tensors: tensors, lambda tensors: tensors),
-    "transpose": (lambda tensors: [tensors[0].T], lambda tensors: [tensors[0].T]),  # x @ matrix against nn.Linear
+    "transpose": (lambda tensors: [tensors[0].mT], lambda tensors: [tensors[0].mT]),  # x @ matrix against nn.Linear
     "fuse_qkv": (lambda tensors: [torch.cat(tensors)], lambda tensors: tensors[0].chunk(3)),  # first q, then k, then v
     "scalar": (lambda tensors: [tensors[0].squeeze()], lambda tensors: tensors),  # some files have the shape (1,)
 }
@@ -171,14 +171,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     state_dict, run = read_checkpoint(path)
     try:
         weights, source = to_miniclip(state_dict)
-    except CheckpointError as error:
+    except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
         raise CheckpointError(f"{path}: {error}") from None
+    if odd := [key for key, t in weights.items() if t.ndim != dimensions(key) or not t.numel()]:
+        shapes = shorten(f"{key} {tuple(weights[key].shape)}" for key in odd)
+        raise CheckpointError(f"{path}: these have shapes that no CLIP model has: {shapes}")
     if broken := [key for key, t in weights.items() if not (t.is_floating_point() and t.isfinite().all())]:
         raise CheckpointError(f"{path}: integers, infinite or undefined numbers in {shorten(broken)}")
     patches = len(weights["visual.positional_embedding"]) - 1
     if patches < 1 or math.isqrt(patches) ** 2 != patches:
         raise CheckpointError(f"{path}: {patches + 1} image positions are no class token and square grid of patches")
     return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
+
+
+def dimensions(key: str) -> int:
+    """How many dimensions a tensor has, by MiniCLIP's name of it."""
+    if key in ("logit_scale", "logit_bias", "visual.conv1.weight"):
+        return 4 if key.startswith("visual") else 0
+    return 1 if re.search(r"bias$|class_embedding$|\.ln_\w+\.weight$", key) else 2
 
 
 def load_weights(model: MiniClip, path: str | Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from miniclip.checkpoint import Checkpoint, fit_weights, from_miniclip, open_checkpoint
 from miniclip.config import MiniClipConfig
+from miniclip.files import MANIFEST, sync, write_json, write_manifest
 from miniclip.identify import ACTIVATION_NAMES, fitting_configs, infer_config
 from miniclip.model import MiniClip
 from miniclip.weight_files import CheckpointError, read_json
@@ -130,8 +131,9 @@ def write_hf(path: Path, weights: dict[str, Tensor], config: MiniClipConfig):
     files = {"config": hf_config(config) | {"dtype": precision}, "preprocessor_config": hf_preprocessor(config)}
     path.mkdir()
     for name, values in files.items():
-        (path / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(path / f"{name}.json", values)
     save_file(from_miniclip(weights, "hf"), path / "model.safetensors", {"format": "pt"})
+    write_manifest(path)
 
 
 def hf_config(config: MiniClipConfig) -> dict:
@@ -179,11 +181,15 @@ def write_atomically(target: Path, write: Callable[[Path], None]):
     new = target.with_name(f".{os.getpid()}-{target.name}")
     try:
         write(new)
+        for file in [*(new.iterdir() if new.is_dir() else ()), new]:
+            sync(file)
         if not target.is_dir():
             new.replace(target)
         else:  # one that was there: its other files are not ours to remove
-            for file in new.iterdir():
+            (target / MANIFEST).unlink(missing_ok=True)  # the new one comes last, when it is true
+            for file in sorted(new.iterdir(), key=lambda file: file.name == MANIFEST):
                 file.replace(target / file.name)
+        sync(target.parent)
     finally:
         shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from miniclip.config import InputError
 from miniclip.fast import FastClip
+from miniclip.files import sha256, sync
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
 
@@ -90,14 +91,13 @@ class FeatureCache:
         scratch = self.folder / f"{os.getpid()}.tmp"
         with open(scratch, "wb") as file:
             np.save(file, part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, self.folder / f"{_digest(scratch).hex()}.npy")
+        sync(scratch)
+        os.replace(scratch, self.folder / f"{sha256(scratch)}.npy")
         self.found |= {key: (part["features"], row) for row, key in enumerate(self.added)}
         self.added = {}
 
     def _read(self, path: Path):
-        if _digest(path).hex() != path.stem:
+        if sha256(path) != path.stem:
             warnings.warn(f"{path} is damaged: its features are computed again; it can be deleted", stacklevel=4)
             return
         part = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -109,7 +109,7 @@ class FeatureCache:
 
 def file_key(path) -> bytes:
     """The key of a picture: sha256 of what is in its file, wherever that lies, or of what a handle reads."""
-    return hashlib.sha256(path.read()).digest() if hasattr(path, "read") else _digest(path)
+    return hashlib.sha256(path.read()).digest() if hasattr(path, "read") else bytes.fromhex(sha256(path))
 
 
 def text_key(text: str) -> bytes:
@@ -132,11 +132,3 @@ def fingerprint(model: MiniClip, tower: nn.Module, about: dict) -> str:
 def _without_head(section) -> dict:
     """What a tower's features depend on, of its section of the config."""
     return {name: value for name, value in vars(section).items() if not name.startswith("hf_proj")}
-
-
-def _digest(path: str | Path) -> bytes:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.digest()

@@ -96,9 +96,9 @@ def write_manifest(folder: str | Path, names: Iterable[str] | None = None):
 
 
 def check_manifest(folder: str | Path, names: Iterable[str] | None = None):
-    """Compares files (those named, or all that the manifest has) with the manifest of their folder. A folder without
-    one passes, and so does a file that it does not have. Raises DamagedFile, which names the first file that differs
-    or is missing."""
+    """Compares files (those named, or all that the manifest has) with the manifest of their folder; a folder's name
+    stands for all that is in it. A folder without a manifest passes, and so does a file that it does not have. Raises
+    DamagedFile, which names the first file that differs or is missing."""
     manifest, names = Path(folder) / MANIFEST, None if names is None else set(names)
     if not manifest.is_file():
         return
@@ -108,7 +108,7 @@ def check_manifest(folder: str | Path, names: Iterable[str] | None = None):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFile(f"{manifest} is no manifest ({error}): copy the folder again") from None
     for name, digest in expected.items():
-        if names is not None and name not in names:
+        if names is not None and names.isdisjoint((name, name.partition("/")[0])):
             continue
         if not (Path(folder) / name).is_file():
             raise DamagedFile(f"{Path(folder) / name} is missing, and {MANIFEST} beside it has it: copy it again")

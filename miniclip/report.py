@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 
+from miniclip.files import replacing
+
 INK, GREY, GRID, PAPER, CELL = "#1f2328", "#6b7280", "#e3e6ea", "#ffffff", "#f1f3f5"
 RED = "#c0392b"
 GREEN = "#1a9850"  # the right image; it carries a tick mark too, for those who do not tell green from red
@@ -40,7 +42,8 @@ class Page:
 
     def save(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        (self.image.reduce(2) if self.freetype else self.image).save(path)
+        with replacing(path) as scratch:
+            (self.image.reduce(2) if self.freetype else self.image).save(scratch)
 
     def _px(self, points: list) -> list:
         return [(x * self.scale, y * self.scale) for x, y in points]

@@ -23,6 +23,8 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+from miniclip.files import write_text
+
 # Far apart from each other and from the light background, even after the jitter of `draw`.
 COLORS = {"red": (214, 32, 32), "orange": (250, 140, 20), "yellow": (245, 215, 20), "green": (40, 150, 60),
            "blue": (35, 85, 220), "purple": (125, 45, 170), "pink": (250, 130, 190), "black": (30, 30, 30)}
@@ -184,7 +186,7 @@ def write(out_dir: str | Path, train: int = 6000, evaluation: int = 600, seed: i
             name = f"images/{split}_{index:05d}.png"
             draw(scene, rng, size).save(out_dir / name, compress_level=1)
             records.append({"image": name, "caption": captions(scene, rng)})
-        (out_dir / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+        write_text(out_dir / f"{split}.json", json.dumps(records, indent=1))  # last: with it, all pictures are there
 
 
 def main(argv: list[str] | None = None) -> None:

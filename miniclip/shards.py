@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from miniclip.captions import check_captions
 from miniclip.config import InputError
+from miniclip.files import replacing
 from miniclip.transforms import ImageError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "ppm")
@@ -188,15 +189,13 @@ def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[
     rows = np.concatenate([part for part, _ in parts]) if parts else np.empty(0, ROW)
     problems = [problem for _, found in parts for problem in found]
     for place in places:
-        scratch = place.with_name(f"{name}.{os.getpid()}.tmp")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with open(scratch, "wb") as file:
-                np.savez(file, state=state, rows=rows, problems=np.array(problems, dtype=str))
-            os.replace(scratch, place)
+            with replacing(place) as scratch:
+                np.savez(scratch, state=state, rows=rows, problems=np.array(problems, dtype=str))
             break
         except OSError:  # a folder that must not be written to
-            scratch.unlink(missing_ok=True) if scratch.parent.is_dir() else None
+            continue
     return rows, problems
 
 

@@ -13,7 +13,6 @@ and as a picture. It costs no training:
 
 import argparse
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 from miniclip.config import InputError, MiniClipConfig
 from miniclip.data import flatten_captions
 from miniclip.fast import PRECISIONS, fast_model
+from miniclip.files import write_json, write_text
 from miniclip.inference import embed_images, embed_texts, load
 from miniclip.model import MiniClip
 from miniclip.options import run
@@ -251,8 +251,8 @@ def main(argv: list[str]):
     folder.mkdir(parents=True, exist_ok=True)
     table, chosen = format_sweep(found), best(found)
     about = {"before": str(options.before), "after": str(options.after), **files, "best_alpha": chosen}
-    (folder / "wise_ft.json").write_text(json.dumps({**about, "sweep": found}, indent=2) + "\n", encoding="utf-8")
-    (folder / "wise_ft.md").write_text(table + "\n", encoding="utf-8")
+    write_json(folder / "wise_ft.json", {**about, "sweep": found})
+    write_text(folder / "wise_ft.md", table + "\n")
     new, old = (Path(path).stem for path in files.values())
     draw_sweep(folder / "wise_ft.png", found, f"{options.before} to {options.after}: {new} (new) and {old} (old)")
     print(f"{table}\nbest mean of both: alpha {chosen:g}. Written: wise_ft.json, wise_ft.md, wise_ft.png in {folder}")

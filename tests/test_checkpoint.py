@@ -601,7 +601,8 @@ def test_convert_overwrites_only_when_told_and_never_half(tmp_path, monkeypatch)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("mine")
     convert(tmp_path / "a", tmp_path / "folder", "miniclip", force=True)
-    assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+    files = ["config.json", "manifest.json", "model.safetensors", "notes.txt"]
+    assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == files
 
     def breaks(path):
         path.mkdir()

@@ -22,6 +22,7 @@ from miniclip.config import InputError, MiniClipConfig
 from miniclip.distill import Distillation
 from miniclip.fast import fast_model
 from miniclip.feature_cache import FeatureCache, text_key
+from miniclip.files import DamagedFile
 from miniclip.finetune import depths, layer_rates, unlock_last
 from miniclip.hf_towers import PACKAGES, HfTextTower, load_hf_weights
 from miniclip.inference import embed_images, embed_texts
@@ -227,6 +228,30 @@ def test_a_saved_model_opens_without_its_encoders(encoders, tmp_path):
     shutil.rmtree(tmp_path / "saved" / "tokenizer")
     with pytest.raises(InputError, match="tokenizer.*is missing"):
         miniclip.load(tmp_path / "saved")
+
+
+@pytest.mark.filterwarnings("ignore:.*has random weights:UserWarning")
+def test_each_changed_byte_of_a_tokenizer_is_found(tmp_path):
+    text = {"hf_model_config": SIZES | {"model_type": "bert", "vocab_size": save_tokenizer(tmp_path / "words")}}
+    text |= {"hf_tokenizer_name": str(tmp_path / "words"), "context_length": 16}
+    model, *_ = miniclip.load(save_config(tmp_path / "c.json", text=text))
+    for _ in range(2):  # the second takes the first one's place
+        model.save_pretrained(tmp_path / "saved")
+    said = json.loads((tmp_path / "saved" / "manifest.json").read_text())["sha256"]
+    files = sorted(path for path in (tmp_path / "saved" / "tokenizer").iterdir())
+    assert {"tokenizer/tokenizer.json", "config.json", "model.safetensors"} <= said.keys()
+    assert {f"tokenizer/{path.name}" for path in files} <= said.keys()
+    for path in files:
+        whole = path.read_bytes()
+        for at in range(0, len(whole), max(1, len(whole) // 20)):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(DamagedFile, match=f"{path.name} is not what was saved"):
+                MiniClip.from_pretrained(tmp_path / "saved")
+        path.unlink()
+        with pytest.raises(DamagedFile, match=f"{path.name} is missing"):
+            MiniClip.from_pretrained(tmp_path / "saved")
+        path.write_bytes(whole)
+    MiniClip.from_pretrained(tmp_path / "saved")
 
 
 def test_weights_of_a_checkpoint_can_be_named(encoders, tmp_path):

@@ -134,6 +134,7 @@ def test_what_is_wrong_is_said_without_a_traceback(two, run_script):
     config = json.loads((folder / "after" / "config.json").read_text())
     config["quick_gelu"] = True
     (folder / "after" / "config.json").write_text(json.dumps(config))
+    (folder / "after" / "manifest.json").unlink()
     command = ["-m", "miniclip.wise_ft", "--before", folder / "before", "--after", folder / "after"]
     command += ["--new_file", folder / "new.json", "--old_file", folder / "old.json", "--output_dir", folder / "out"]
     done = run_script(*command, check=False)
