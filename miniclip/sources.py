@@ -248,7 +248,7 @@ def _read_table_text(path: Path, image_column, caption_column):
     fault, columns = None, None
     for delimiter in sorted("\t,;", key=header.count, reverse=True):
         try:  # OpenCLIP's .csv files have tabs: the separator is the one that gives both columns
-            head = next(csv.reader([header], delimiter=delimiter), [])
+            head = next(csv.reader([header], delimiter=delimiter, strict=True), [])
             columns = _columns(head, image_column, caption_column, str(path))
             break
         except (InputError, csv.Error) as error:

@@ -110,11 +110,11 @@ def _bpe_long(ids: tuple[int, ...], merges: Merges) -> tuple[int, ...]:
 @lru_cache(maxsize=1 << 16)  # captions repeat their words; bounded, as a service may run for months
 def encode_piece(piece: str) -> tuple[int, ...]:
     """Token ids of cleaned text without white space, such as "dog's." (the words dog, 's and the stop)."""
-    (byte_ids, merges, _), ids = load_table(), ()
+    (byte_ids, merges, _), ids = load_table(), []
     for word in WORD.findall(piece):
         *inner, last = (byte_ids[byte] for byte in word.encode("utf-8"))
         ids += bpe((*inner, last + 256), merges)
-    return ids
+    return tuple(ids)
 
 
 class Tokenizer:
