@@ -23,6 +23,8 @@ from miniclip import repack, wise_ft
 from miniclip.bad_samples import BadSamples
 from miniclip.captions import NO_FILE
 from miniclip.config import InputError, PreprocessConfig
+from miniclip.feature_cache import FeatureCache
+from miniclip.inference import embed_images
 from miniclip.options import run
 from miniclip.shards import ShardWriter
 from miniclip.sources import describe, read_source
@@ -529,6 +531,14 @@ def test_long_words_are_encoded_fast_and_alike():
     for piece in ("\ud800", "<|endoftext|>", "&amp;", "\0", "é", "日本", "9", "!?"):
         row = Tokenizer()(piece * (100_000 // len(piece)))[0]
         assert row[0] == 49406 and row.tolist().count(49407) == 1
+
+
+@pytest.mark.skipif(not os.path.isfile("/proc/self/mem"), reason="there is no file here that cannot be read")
+def test_a_file_that_cannot_be_read_is_named_with_a_cache_and_without(tiny_model):
+    cache = FeatureCache.for_images(None, tiny_model, preprocess := Preprocess(PreprocessConfig(size=32)))
+    for how in ({}, {"cache": cache}):
+        with pytest.raises(ImageError, match=r"/proc/self/mem: cannot be opened \("):
+            embed_images(tiny_model, preprocess, ["/proc/self/mem"], **how)
 
 
 def test_odd_pictures_are_right_not_only_read(tmp_path):
