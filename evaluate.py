@@ -31,18 +31,24 @@ def main(argv: list[str]):
 
     import numpy as np
 
+    from miniclip.bad_samples import BadSamples
     from miniclip.files import replacing, write_json
     from miniclip.retrieval import KS, format_table, retrieval_metrics
 
-    first_only = options.captions == "first"
+    first_only, bad_samples = options.captions == "first", BadSamples()
     records = None
     if options.eval_file:
+        from miniclip.captions import one_per_image
         from miniclip.sources import read_source
 
-        # Images are not checked in advance: whoever decodes them for the model finds all that is wrong with them. But
-        # those of shards and tables, where one that is damaged is left out and reported.
-        columns = {"image_column": options.image_column, "caption_column": options.caption_column}
-        records = read_source(options.eval_file, options.image_root, False, check_handles=True, **columns)
+        # Images in files are checked in advance only to leave bad ones out: otherwise whoever decodes them for the
+        # model finds all that is wrong with them.
+        how = {"image_column": options.image_column, "caption_column": options.caption_column}
+        how |= {"on_bad": options.on_bad_sample, "bad_samples": bad_samples, "check_handles": True}
+        how |= {"allow_outside": options.allow_outside_image_root}
+        records = read_source(options.eval_file, options.image_root, options.on_bad_sample == "skip", **how)
+        if not options.features:  # which have a row for each record as it stands in the file
+            records = one_per_image(records, options.eval_file)
     if options.features:
         embeds = (np.load(Path(options.features) / f"{kind}.npy").astype(np.float32) for kind in ("image", "text"))
         image_embeds, text_embeds = embeds
@@ -78,6 +84,9 @@ def main(argv: list[str]):
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, {"model": str(source), "dataset": str(dataset), "metrics": metrics})
     print(f"written to {output}")
+    bad_samples.open(output.with_suffix(".bad_samples.jsonl"))
+    if bad_samples:
+        print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
     if options.report:
         from miniclip.report import draw_report, pick_examples
 

@@ -30,6 +30,8 @@ def main(argv: list[str]):
     from transformers import set_seed
 
     from miniclip.augment import TrainTransform
+    from miniclip.bad_samples import NAME, BadSamples
+    from miniclip.captions import one_per_image
     from miniclip.data import CaptionDataset, CaptionFileError
     from miniclip.fast import describe
     from miniclip.files import write_json
@@ -59,11 +61,13 @@ def main(argv: list[str]):
 
     records, eval_records, problems, make_dataset = None, None, [], CaptionDataset
     columns = {"image_column": options.image_column, "caption_column": options.caption_column}
-    where = {"image_root": options.image_root, "on_bad": options.bad_records, **columns}
+    bad_samples, outside = BadSamples(), {"allow_outside": options.allow_outside_image_root}
+    where = {"image_root": options.image_root, "on_bad": options.on_bad_sample or "stop", **columns, **outside}
+    where["bad_samples"] = bad_samples
     try:
         if options.streaming:
             make_dataset = StreamDataset.opened(
-                options.train_file, args, options.train_num_samples, **columns, image_root=options.image_root
+                options.train_file, args, options.train_num_samples, image_root=options.image_root, **columns, **outside
             )
         else:
             epoch = {"factors": options.train_data_upsampling_factors, "num_samples": options.train_num_samples}
@@ -84,6 +88,7 @@ def main(argv: list[str]):
                 logging.warning("%s: its columns are guessed", error)
                 where |= dict.fromkeys(columns)
                 eval_records = read_source(options.eval_file, check_handles=True, **where)
+            eval_records = one_per_image(eval_records, options.eval_file)
     except InputError as error:
         problems.append(str(error))
     if problems:
@@ -123,7 +128,8 @@ def main(argv: list[str]):
         hflip=options.hflip,
         color_jitter=(jitter, jitter, jitter, 0.0) if jitter else None,
     )
-    dataset = make_dataset(records, preprocess, seed=args.seed, transform=transform)
+    bad = {"on_bad": options.on_bad_sample, "bad_samples": bad_samples}
+    dataset = make_dataset(records, preprocess, seed=args.seed, transform=transform, **bad)
     if options.avoid_twins:
         dataset.sampler = partial(twin_free, dataset, dataset.sampler)
     record = training_record(argv, options, args, model, records, eval_records)
@@ -136,6 +142,7 @@ def main(argv: list[str]):
         for folder in () if resume else checkpoints(args.output_dir):  # all is well so far: now the earlier run may go
             shutil.rmtree(folder)
         write_json(Path(args.output_dir) / RECORD, record)
+    bad_samples.open(Path(args.output_dir, NAME), trainer.is_world_process_zero(), go_on=bool(resume))
     trainer.accelerator.wait_for_everyone()  # no other may look for checkpoints before
     # The bar, log.jsonl and warnings; and curves.png, however it ends.
     with watch(trainer, contrasts=options.loss == "clip") as progress:
@@ -147,6 +154,8 @@ def main(argv: list[str]):
             print(format_table({name.removeprefix("eval_"): value for name, value in metrics.items()}))
     trainer.save_state()
     progress.summary()
+    if trainer.is_world_process_zero() and len(bad_samples):
+        print(f"bad samples were left out {len(bad_samples)} times: {bad_samples.path}")
     trainer.accelerator.wait_for_everyone()
     if held:
         held.close()

@@ -61,7 +61,7 @@ class Study:
     def __init__(self, data: Path, out: Path, quick: bool):
         self.out, self.quick, self.data = out, quick, out / "data" if quick else data
         out.mkdir(parents=True, exist_ok=True)
-        self.common = ["--image_root", data, "--bad_records", "skip", "--bf16", "true", "--disable_tqdm", "true"]
+        self.common = ["--image_root", data, "--on_bad_sample", "skip", "--bf16", "true", "--disable_tqdm", "true"]
         self.common += ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"]
         self.common += ["--save_total_limit", "1", "--logging_steps", "23"]
         if quick:

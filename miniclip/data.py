@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from miniclip.bad_samples import BadSamples
 from miniclip.captions import CaptionFileError, flatten_captions, read_captions  # noqa: F401, what they are made of
 from miniclip.transforms import ImageError, open_image
 
@@ -37,11 +38,16 @@ class CaptionDataset(Dataset):
 
     `records` are a list, or any sequence of such (`miniclip.sources`). There an image may be a handle: it has `read`,
     which gives its bytes, and `str` names it. Those are not checked in advance: one that cannot be used is reported,
-    counted in `bad`, and the next sound one takes its place. An index of n or more is another draw of item index - n.
+    counted in `bad`, listed in `bad_samples`, and the next sound one takes its place; or, where `on_bad` is "stop",
+    raises ImageError. An index of n or more is another draw of item index - n.
     """
 
-    def __init__(self, records: Sequence[dict], preprocess, seed: int = 0, transform=None):
-        self.records, self.checked = as_table(records), isinstance(records, list)
+    def __init__(
+        self, records: Sequence[dict], preprocess, seed: int = 0, transform=None, on_bad: str | None = None,
+        bad_samples: BadSamples | None = None,
+    ):  # fmt: skip
+        self.records, self.on_bad = as_table(records), on_bad
+        self.bad_samples = BadSamples() if bad_samples is None else bad_samples
         self.preprocess, self.seed, self.transform = preprocess, seed, transform
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
         self.image_ids = {}  # of the rows that `pair_ids` was asked for
@@ -78,9 +84,9 @@ class CaptionDataset(Dataset):
                 row = self.note(index + step)
                 return self.item(index + step) | {"row": row}
             except ImageError as error:
-                if self.checked or step + 1 == MAX_BAD:  # then it is no single sample: the disk may be gone
+                if self.on_bad == "stop" or step + 1 == MAX_BAD:  # so many are no accident: the disk may be gone
                     raise
-                self.report(error)
+                self.report(self.name(index + step), error)
 
     def note(self, *row: int) -> Tensor:
         """Writes down, where the main process sees it, what a worker reads now; gives it as `label` wants it: (3,)."""
@@ -95,8 +101,16 @@ class CaptionDataset(Dataset):
         caption = record["caption"][self.rng(index).randrange(len(record["caption"]))]
         return {"record": index % len(self), "image": str(record["image"]), "caption": caption}
 
-    def report(self, error: Exception):
-        """Says and counts that a sample cannot be used."""
+    def name(self, index: int) -> str:
+        """What to call an item in messages."""
+        try:
+            return str(self.records[index % len(self)]["image"])
+        except ImageError:
+            return f"sample {index % len(self)}"
+
+    def report(self, name: str, error: Exception):
+        """Says, counts and lists that a sample cannot be used."""
+        self.bad_samples.add(name, str(error).removeprefix(f"{name}: "), f"epoch {self.epoch.item()}")
         worker = torch.utils.data.get_worker_info()
         self.bad[(worker.id + 1) % len(self.bad) if worker else 0] += 1
         logger.warning("%s; the next one takes its place", error)

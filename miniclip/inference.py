@@ -135,6 +135,8 @@ def embed_images(
             return key, preprocess.levels(open_image(path, preprocess.scale))
         except ImageError as error:
             return None, error
+        except OSError as error:  # from its key
+            return None, ImageError(f"{path}: cannot be opened ({error.strerror})")
 
     def encode():
         rows, keys, levels = zip(*pending)

@@ -50,7 +50,13 @@ class TrainOptions:
         None, "how often each of the :: sources comes in an epoch: 1::2.5; with train_num_samples, how likely"
     )
     streaming: bool = option(False, "read hf:NAME or .parquet from end to end; needs max_steps or train_num_samples")
-    bad_records: str = option("error", "bad records and images: stop, or go on without", choices=["error", "skip"])
+    on_bad_sample: str | None = option(
+        None,
+        "bad records and images: stop, or skip and list them in bad_samples.jsonl; unless given, stop for those found "
+        "before training, skip those met in it",
+        choices=["stop", "skip"],
+    )
+    allow_outside_image_root: bool = option(False, "image paths may lead out of their folder: .., absolute ones, links")
     crop_scale: float = option(0.9, "smallest share of the image's area that a random crop keeps; 1: no cropping")
     hflip: float = option(0.0, "probability of a mirrored image; wrong for captions that say left or right")
     color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation; 0.4 is common")
@@ -100,7 +106,7 @@ class TrainOptions:
             if blocks == 0:
                 setattr(self, f"lock_{tower}", "tower")
         for fits, problem in (
-            (self.bad_records in ("error", "skip"), "bad_records must be error or skip"),
+            (self.on_bad_sample in (None, "stop", "skip"), "on_bad_sample must be stop or skip"),
             (0 < self.crop_scale <= 1, "crop_scale must lie above 0 and not above 1"),
             (0 <= self.hflip <= 1, "hflip must lie in 0 to 1"),
             (0 <= self.color_jitter <= 1, "color_jitter must lie in 0 to 1"),
@@ -221,6 +227,10 @@ class EvalOptions:
         None, "column of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
     )
     caption_column: str | None = option(None, "the same for the captions (OpenCLIP: --csv-caption-key)")
+    on_bad_sample: str = option(
+        "stop", "bad records and images: stop, or skip and list them beside the JSON", choices=["stop", "skip"]
+    )
+    allow_outside_image_root: bool = option(False, "image paths may lead out of their folder: .., absolute ones, links")
     captions: str = option("all", "captions of an image that count", choices=["all", "first"])
     batch_size: int | None = option(None, "images or captions encoded at once (32 and 64 on a CPU, 256 elsewhere)")
     num_workers: int | None = option(None, "threads that read images; as many as there are cores unless given")
@@ -380,10 +390,15 @@ def run(main: Callable[[list[str]], None]):
     """Runs a script on its command line. What is wrong with the input is said without a traceback, which would hide it,
     and so is that somebody stopped it, with the exit status that shells expect; all other errors keep theirs."""
     name = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what cannot be printed
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except InputError as error:
-        sys.exit(f"{name}: {error}")
+        message = str(error)
+        if "\nOriginal Traceback" in message:  # a data-loader process puts its traceback before what it has to say
+            message = message.rpartition(f"{type(error).__qualname__}: ")[2].strip()
+        sys.exit(f"{name}: {message}")
     except KeyboardInterrupt as stopped:
         print(f"{name}: {stopped or 'stopped'}", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signal", signal.SIGINT))

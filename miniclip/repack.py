@@ -13,11 +13,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from miniclip.bad_samples import BadSamples
+from miniclip.captions import leave_out
 from miniclip.config import InputError
 from miniclip.files import sync
 from miniclip.shards import ShardWriter, expand
 from miniclip.sources import read_source
-from miniclip.transforms import ImageError
+from miniclip.transforms import FORMATS, ImageError
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +34,39 @@ def image_kind(data: bytes) -> str:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             kind = image.format.lower()
     except Exception as error:
         raise ImageError(f"no picture ({error})") from None
-    return {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind)
+    return {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(kind, kind)
 
 
-def convert(source: Sequence[dict], target: str, samples_per_shard: int = 10_000) -> int:
+def convert(
+    source: Sequence[dict], target: str, samples_per_shard: int = 10_000, on_bad: str = "skip",
+    bad_samples: BadSamples | None = None,
+) -> int:  # fmt: skip
     """Writes records to a .json, .jsonl, .csv or .tsv file, or to shards; gives the number written.
 
     Shards (`out/{000000..000009}.tar`: as many as are named, filled evenly; `out/000000.tar`: counted on from there,
     `samples_per_shard` each) get the images bit by bit. The other forms name image files where they lie, relative to
     the folder of the target if below it; images that are no files are written into a folder `<target>_images` beside
-    it. Nothing is overwritten, and what is written appears when it is whole. An image that cannot be read or is no
-    picture is reported and left out. Raises InputError where the target is there already, or is of no known form.
+    it. Nothing is overwritten, and what is written appears when it is whole. About images that cannot be read or are
+    no picture see `captions.leave_out`. Raises InputError where the target is there already, or is of no known form.
     """
-    suffix = Path(target).suffix.lower()
+    suffix, faults = Path(target).suffix.lower(), []
+
+    def check(written: int):
+        what = f"{len(faults)} of {len(source)} images cannot be used"
+        leave_out(target, what, faults, written, "", on_bad, bad_samples)
+
     if suffix == ".tar":
-        return _to_shards(source, target, samples_per_shard)
+        return _to_shards(source, target, samples_per_shard, faults, check)
     if suffix not in (".json", ".jsonl", ".csv", ".tsv"):
         raise InputError(f"{target}: expected .json, .jsonl, .csv, .tsv or .tar")
-    return _to_file(source, Path(target))
+    return _to_file(source, Path(target), faults, check)
 
 
-def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int) -> int:
+def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int, faults: list, check) -> int:
     paths = [Path(path) for path in expand(target)]
     if len(paths) == 1:
         digits = re.search(r"(?:^|[-_])(\d+)$", paths[0].stem)  # 000, shard-000: not coco2017
@@ -79,10 +89,11 @@ def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int) -> i
                     writers.append(writer)
                     for index in range(start, end):
                         progress.update()
-                        if (found := _readable(source, index)) is not None:
+                        if (found := _readable(source, index, faults)) is not None:
                             record, data, kind = found
                             writer.add(f"{index:0{width}d}", data, kind, record["caption"])
                             written += 1
+        check(written)
         for writer in writers:
             sync(writer.scratch)
             os.replace(writer.scratch, writer.path)
@@ -92,7 +103,7 @@ def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int) -> i
     return written
 
 
-def _to_file(source: Sequence[dict], target: Path) -> int:
+def _to_file(source: Sequence[dict], target: Path, faults: list, check) -> int:
     images = target.with_name(f"{target.stem}_images")
     own = any(hasattr(record["image"], "read") for record in source)
     _refuse(target, *[images] * own)
@@ -110,18 +121,19 @@ def _to_file(source: Sequence[dict], target: Path) -> int:
                 record = source[index]
                 is_file = not hasattr(record["image"], "read")
             except ImageError as error:
-                logger.warning("%s; left out", error)
+                faults.append((f"sample {index}", str(error)))
                 continue
             if is_file:
                 file = Path(record["image"])
                 name = str(file) if outside else file.relative_to(base).as_posix()
-            elif (found := _readable(source, index)) is not None:
+            elif (found := _readable(source, index, faults)) is not None:
                 scratch_images.mkdir(exist_ok=True)
                 name = f"{images.name}/{index:0{width}d}.{found[2]}"
                 (scratch_images / Path(name).name).write_bytes(found[1])
             else:
                 continue
             records.append({"image": name, "caption": record["caption"]})
+        check(len(records))
         with open(scratch, "w", encoding="utf-8", newline="") as file:
             if target.suffix.lower() == ".json":
                 json.dump(records, file, ensure_ascii=False, indent=1)
@@ -144,16 +156,16 @@ def _to_file(source: Sequence[dict], target: Path) -> int:
     return len(records)
 
 
-def _readable(source: Sequence[dict], index: int):
-    """A record, the bytes of its image and their extension; None, with a warning, where that cannot be."""
+def _readable(source: Sequence[dict], index: int, faults: list):
+    """A record, the bytes of its image and their extension; None where that cannot be, and then `faults` has why."""
     record = None
     try:
         record = source[index]
         data = image_bytes(record["image"])
         return record, data, image_kind(data)
     except (ImageError, OSError) as error:
-        where = f"{record['image']}: " if record and str(record["image"]) not in str(error) else ""
-        logger.warning("%s%s; left out", where, error)
+        name = str(record["image"]) if record else f"sample {index}"
+        faults.append((name, str(error).removeprefix(f"{name}: ")))
         return None
 
 
@@ -176,15 +188,20 @@ def main(argv: list[str]):
     command.add_argument("--image_root", help="folder that image paths start from; the source's own unless given")
     command.add_argument("--image_column", help="its name, where it is not to be guessed")
     command.add_argument("--caption_column", help="its name, where it is not to be guessed")
-    command.add_argument("--bad_records", choices=["error", "skip"], default="error", help="stop, or go on without")
+    command.add_argument("--on_bad_sample", choices=["stop", "skip"], default="stop", help="stop, or go on without")
+    command.add_argument("--allow_outside_image_root", action="store_true", help="image paths may lead out of it")
     options = parser.parse_args(argv)
     if options.samples_per_shard < 1:
         parser.error("--samples_per_shard: expected at least 1")
     logging.basicConfig(format="%(message)s")
+    bad = {"on_bad": options.on_bad_sample, "bad_samples": BadSamples()}
     source = read_source(
-        options.source, options.image_root, False, options.bad_records, image_column=options.image_column,
-        caption_column=options.caption_column,
+        options.source, options.image_root, False, image_column=options.image_column,
+        caption_column=options.caption_column, allow_outside=options.allow_outside_image_root, **bad,
     )  # fmt: skip
-    written = convert(source, options.target, options.samples_per_shard)
-    left_out = f"; {len(source) - written} could not be used" if written < len(source) else ""
+    written = convert(source, options.target, options.samples_per_shard, **bad)
+    listed = re.sub(r"[{}*]+", "_", options.target)
+    bad["bad_samples"].open(f"{listed}.bad_samples.jsonl")
+    left_out = len(bad["bad_samples"])
+    left_out = f"; {left_out} could not be used: {bad['bad_samples'].path}" if left_out else ""
     print(f"{options.target}: {written} images{left_out}")

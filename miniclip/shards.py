@@ -14,7 +14,6 @@ import json
 import os
 import re
 import tarfile
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,15 +22,16 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from miniclip.captions import check_captions
+from miniclip.bad_samples import BadSamples
+from miniclip.captions import check_captions, leave_out, parse_json
 from miniclip.config import InputError
 from miniclip.files import replacing
 from miniclip.transforms import ImageError
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "ppm")
+IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "ico", "tga")
 CAPTIONS = ("txt", "caption", "json")  # the first of them that a sample has is taken
 CAPTION_KEYS = ("caption", "captions", "text", "texts", "title", "sentences", "sentence", "raw", "description")
-VERSION = 1  # of the index, to be raised when it is to be made anew
+VERSION = 2  # of the index, to be raised when it is to be made anew
 ROW = np.dtype([("shard", "<i4"), ("header", "<i8"), ("offset", "<i8"), ("size", "<i8"),
                 ("text_offset", "<i8"), ("text_size", "<i8"), ("json", "?")])  # fmt: skip
 
@@ -61,14 +61,14 @@ def expand(pattern: str) -> list[str]:
     return paths
 
 
-def captions_in(value, key: str | None = None):
+def captions_in(value, key: str | None = None, depth: int = 0):
     """The captions in what a caption file or column holds: a string, a list, an object that has them under `key`, or
     else under one of CAPTION_KEYS, or a list of such. Gives a list of whatever is there, for `check_captions`."""
     if isinstance(value, dict):
         value = next((value[known] for known in ([key] if key else CAPTION_KEYS) if known in value), None)
-    if not isinstance(value, list):
+    if not isinstance(value, list) or depth > 20:  # so deep there is none, and at 300 the stack is full
         return [value]
-    nested = (captions_in(part, key) if isinstance(part, (dict, list)) else [part] for part in value)
+    nested = (captions_in(part, key, depth + 1) if isinstance(part, (dict, list)) else [part] for part in value)
     return [caption for captions in nested for caption in captions]
 
 
@@ -77,11 +77,9 @@ def parse_caption(data: bytes, is_json: bool, name: str, key: str | None = None)
     InputError says what is wrong with it."""
     try:
         text = data.decode("utf-8-sig")
-        return check_captions(captions_in(json.loads(text), key) if is_json else [text.strip()], name)
+        return check_captions(captions_in(parse_json(text, name), key) if is_json else [text.strip()], name)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: the caption is no UTF-8 ({error})") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{name}: no JSON ({error})") from None
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:
@@ -133,11 +131,14 @@ class Shards(Sequence):
     """The samples of tar shards, in order: `[i]` is {"image": ShardImage, "caption": [strings]}.
 
     `paths` are the shards; with a `caption_key` only JSON with that key counts as caption. What cannot be used in them
-    is named in a warning and left out; `problems` has it, a line each. Raises InputError for a shard that is missing or
-    compressed, and where nothing can be used at all.
+    is in `problems`, (name, reason) each; with on_bad="skip" it is left out, named in a warning, and listed. Otherwise
+    it raises InputError, as does a shard that is missing or compressed, and where nothing can be used at all.
     """
 
-    def __init__(self, paths: list[str], caption_key: str | None = None):
+    def __init__(
+        self, paths: list[str], caption_key: str | None = None, on_bad: str = "stop",
+        bad_samples: BadSamples | None = None,
+    ):  # fmt: skip
         self.paths = [os.path.abspath(path) for path in paths]
         for path in self.paths:
             if re.search(r"\.(tgz|tar\.\w+)$", path):
@@ -149,11 +150,11 @@ class Shards(Sequence):
         self.caption_key = caption_key
         self.rows, self.problems = _index(self.paths, caption_key)
         what = f"{self.paths[0]}{f' and {len(self.paths) - 1} more' if len(self.paths) > 1 else ''}"
-        report = "\n  ".join([f"{what}: {len(self.problems)} things in the shards cannot be used:", *self.problems])
-        if not len(self.rows):
-            raise InputError(f"{report}\nNo sample is left: one is 000.jpg and 000.txt or 000.json, say")
-        if self.problems:
-            warnings.warn(f"{report}\nThe {len(self.rows)} sound samples are used.", stacklevel=3)
+        said, one = f"{len(self.problems)} things in the shards cannot be used", "000.jpg and 000.txt or 000.json, say"
+        left = len(self.rows)
+        leave_out(what, said, self.problems, left, "", on_bad, bad_samples, f"no sample would be left: one is {one}")
+        if not left:
+            raise InputError(f"{what}: there is no sample in it: one is {one}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -168,7 +169,7 @@ class Shards(Sequence):
         return {"image": image, "caption": caption}
 
 
-def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[str]]:
+def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """The rows of all shards and what is wrong with them, from the file where an earlier run left them if it fits."""
     stats = [os.stat(path) for path in paths]
     about = json.dumps([VERSION, caption_key, [(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]])
@@ -180,7 +181,7 @@ def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[
         try:
             with np.load(place, allow_pickle=False) as saved:
                 if str(saved["state"]) == state:
-                    return saved["rows"], saved["problems"].tolist()
+                    return saved["rows"], [tuple(json.loads(problem)) for problem in saved["problems"].tolist()]
         except Exception:  # none there, or half of one: it is made anew
             continue
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # they mostly wait for the disk
@@ -192,14 +193,14 @@ def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with replacing(place) as scratch:
-                np.savez(scratch, state=state, rows=rows, problems=np.array(problems, dtype=str))
+                np.savez(scratch, state=state, rows=rows, problems=np.array([*map(json.dumps, problems)], dtype=str))
             break
         except OSError:  # a folder that must not be written to
             continue
     return rows, problems
 
 
-def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.ndarray, list[str]]:
+def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """The samples of one shard, and what is wrong with it."""
     samples, problems = {}, []  # key -> {extension: member}
     end = os.path.getsize(path)
@@ -212,18 +213,19 @@ def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.nd
                 while (member := tar.next()) is not None:
                     tar.members = []  # which it would keep all of
                     if member.isfile() and member.offset_data + member.size > end:
-                        problems.append(f"{path}: {member.name}: the shard is cut off within it")
+                        problems.append((f"{path}: {member.name}", "the shard is cut off within it"))
                         break
                     if member.isfile():
                         _sort_in(samples, problems, path, member)
                     elif not member.isdir():
-                        problems.append(f"{path}: {member.name}: no file but a link or the like; pack the file itself")
+                        why = "no file but a link or the like; pack the file itself"
+                        problems.append((f"{path}: {member.name}", why))
                 else:
                     file.seek(tar.offset)
                     if file.read(512) != bytes(512):  # at no end mark tarfile stops without a word
-                        problems.append(f"{path}: damaged or cut off at byte {tar.offset}: what follows is lost")
+                        problems.append((path, f"damaged or cut off at byte {tar.offset}: what follows is lost"))
     except (tarfile.TarError, OSError) as error:
-        problems.append(f"{path}: damaged or cut off ({error}): what follows is lost")
+        problems.append((path, f"damaged or cut off ({error}): what follows is lost"))
     rows = []
     for key, members in samples.items():
         image = next((members[kind] for kind in IMAGES if kind in members), None)
@@ -231,19 +233,19 @@ def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.nd
         if image is None or kind is None:
             lacks = "no image" if image is None else "no caption"
             listed = ", ".join(f".{kind}" for kind in members)
-            problems.append(f"{path}: {key}: {lacks} that is known among {listed}")
+            problems.append((f"{path}: {key}", f"{lacks} that is known among {listed}"))
             continue
         text = members[kind]
         try:
             parse_caption(read_at(path, text.offset_data, text.size), kind == "json", text.name, caption_key)
         except (InputError, OSError) as error:
-            problems.append(f"{path}: {error}")
+            problems.append((path, str(error)))
             continue
         rows.append((number, image.offset, image.offset_data, image.size, text.offset_data, text.size, kind == "json"))
     return np.array(rows, ROW), problems
 
 
-def _sort_in(samples: dict, problems: list[str], path: str, member: tarfile.TarInfo):
+def _sort_in(samples: dict, problems: list[tuple[str, str]], path: str, member: tarfile.TarInfo):
     """Puts a member to its sample: WebDataset's rule is that the name up to the first dot of its last part is the key.
     Hidden files (`._000.jpg` of a Mac) and WebDataset's `__notes__` belong to none."""
     folder, _, name = member.name.rpartition("/")
@@ -253,7 +255,7 @@ def _sort_in(samples: dict, problems: list[str], path: str, member: tarfile.TarI
     members = samples.setdefault(f"{folder}/{key}" if folder else key, {})
     kind = extension.lower().rpartition(".")[2]
     if kind in members:
-        problems.append(f"{path}: {member.name}: a second .{kind} of its sample; the first is used")
+        problems.append((f"{path}: {member.name}", f"a second .{kind} of its sample; the first is used"))
     members.setdefault(kind, member)
 
 

@@ -18,19 +18,31 @@ convert FROM TO` turns one form into another.
 import csv
 import io
 import itertools
-import json
 import logging
 import os
 import re
 import sys
-import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from miniclip.captions import CaptionFileError, check_captions, check_records, image_fault, read_captions
+from miniclip.bad_samples import BadSamples
+from miniclip.captions import (
+    CaptionFileError,
+    ImageRoot,
+    check_captions,
+    check_records,
+    image_fault,
+    is_within,
+    leave_out,
+    parse_json,
+    read_captions,
+    read_text,
+    short,
+)
 from miniclip.config import InputError
 from miniclip.data import as_table
 from miniclip.inference import read_ahead
@@ -53,8 +65,10 @@ def read_source(
     spec: str,
     image_root: str | None = None,
     check_images: bool = True,
-    on_bad: str = "error",
+    on_bad: str = "stop",
     *,
+    allow_outside: bool = False,
+    bad_samples: BadSamples | None = None,
     check_handles: bool = False,
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -63,9 +77,9 @@ def read_source(
 ) -> Sequence[dict]:
     """The records of a source in any of the forms above.
 
-    `image_root`, `check_images` and `on_bad` are those of `read_captions`, for all forms with images in files of their
-    own; of several sources each may have its root (`A::B`). `check_handles` decodes the other images once too, and
-    leaves out those that are damaged; otherwise training finds them. `image_column` and `caption_column` name columns
+    `image_root`, `check_images`, `on_bad`, `allow_outside` and `bad_samples` are those of `read_captions`; of several
+    sources each may have its root (`A::B`). `check_images` is for images in files of their own; `check_handles` decodes
+    the others once too, which otherwise training finds to be damaged. `image_column` and `caption_column` name columns
     where they are not to be guessed. `factors` ("1::2.5") and `num_samples` make an epoch as `Mixture` says. Raises
     InputError for what cannot be read, for all sources together.
     """
@@ -75,7 +89,9 @@ def read_source(
         raise InputError(f"{spec}: {len(roots)} image roots for {len(specs)} sources: give one, or one for each")
     for part, root in zip(specs, itertools.cycle(roots)):
         try:
-            sources.append(_read_one(part, root, check_images, on_bad, check_handles, image_column, caption_column))
+            bad = {"on_bad": on_bad, "bad_samples": bad_samples}
+            how = (bad, allow_outside, check_images, check_handles)
+            sources.append(_read_one(part, root, *how, image_column, caption_column))
         except InputError as error:
             problems.append(error)
     if len(problems) == 1:
@@ -111,41 +127,37 @@ def parse_factors(text: str | None, n: int) -> list[float] | None:
     return factors
 
 
-def _read_one(spec, root, check_images, on_bad, check_handles, image_column, caption_column) -> Sequence[dict]:
+def _read_one(
+    spec, root, bad: dict, allow_outside, check_images, check_handles, image_column, caption_column
+) -> Sequence[dict]:
     suffix, path = Path(spec).suffix.lower(), Path(spec)
     columns = (image_column, caption_column)
     if suffix in READERS or path.is_dir() and not _is_table(path) and not any(path.glob("*.tar")):
         if suffix == ".json" and columns == (None, None):
-            return read_captions(path, root, check_images, on_bad)
-        raw, names = READERS[suffix](path, *columns) if suffix in READERS else _read_folder(path, caption_column)
-        folder = Path(os.path.abspath(root or (path if path.is_dir() else path.parent)))
-        return check_records(path, raw, folder, check_images, on_bad, names)
+            return read_captions(path, root, check_images, allow_outside=allow_outside, **bad)
+        folder = ImageRoot(path if path.is_dir() else root or path.parent, allow_outside)
+        raw, names = READERS[suffix](path, *columns) if suffix in READERS else _read_folder(folder, caption_column)
+        return check_records(path, raw, folder, check_images, names=names, **bad)
     if suffix in (".tar", ".tgz") or re.search(r"\.tar\.\w+$", spec) or path.is_dir() and any(path.glob("*.tar")):
         paths = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else expand(spec)
-        if on_bad == "skip" and (there := [p for p in paths if os.path.isfile(p)]) and len(there) < len(paths):
-            warnings.warn(f"{spec}: {len(paths) - len(there)} of {len(paths)} shards are not there", stacklevel=3)
-            paths = there
-        source = Shards(paths, caption_column)
+        missing = [p for p in paths if not os.path.isfile(p)]
+        if bad["on_bad"] == "skip" and 0 < len(missing) < len(paths):
+            what = f"{len(missing)} of {len(paths)} shards are not there"
+            leave_out(spec, what, [(path, "no such file") for path in missing], len(paths) - len(missing), "", **bad)
+            paths = [p for p in paths if p not in set(missing)]
+        source = Shards(paths, caption_column, **bad)
     elif spec.startswith("hf:") or suffix in (".parquet", ".arrow") or _is_table(Path(_at_split(spec)[0])):
-        source = Table(load_table(spec), spec, *columns, root or table_root(spec))
+        root = table_image_root(spec, root, allow_outside)
+        source = Table(load_table(spec), spec, *columns, root, **bad)
     elif not path.exists():
         raise InputError(f"{spec}: no such file or folder (a data set of the Hugging Face hub is hf:{spec})")
     else:
         known = ", ".join((*READERS, ".tar", ".parquet", ".arrow", "a folder", "hf:NAME"))
         raise InputError(f"{spec}: of no form that is known: {known}")
-    return without_damaged(source, spec) if check_handles else source
+    return without_damaged(source, spec, **bad) if check_handles else source
 
 
 # --- Files with a record or a caption a line, and folders: images in files of their own.
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise CaptionFileError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise CaptionFileError(f"{path}: no UTF-8: {error}") from None
 
 
 def _column(given: str | None, known: Iterable[str], there: Sequence[str], where: str, what: str) -> str:
@@ -188,16 +200,17 @@ def _grouped(rows: Iterable[tuple]) -> tuple[list, list[str]]:
 def _read_jsonl(path: Path, image_column, caption_column):
     def rows():
         columns = None
-        for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines, which breaks at other characters
+        # Not splitlines, which breaks at other characters too.
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                yield number, None, InputError(f"no JSON: {error}")
-                continue
+                record = parse_json(line)
+            except InputError as error:
+                record = error
             if not isinstance(record, dict):
-                yield number, None, InputError(f"expected an object, found {str(record)[:60]}")
+                fault = InputError(f"expected an object, found {short(record)}")
+                yield number, None, record if isinstance(record, InputError) else fault
                 continue
             if columns is None:
                 columns = _columns(record, image_column, caption_column, f"{path}, line {number}")
@@ -211,37 +224,38 @@ def _read_jsonl(path: Path, image_column, caption_column):
 
 
 def _read_json(path: Path, image_column, caption_column):
-    try:
-        raw = json.loads(_text(path))
-    except ValueError as error:
-        raise CaptionFileError(f"{path}: no JSON: {error}") from None
-    if not isinstance(raw, list) or not raw or not isinstance(raw[0], dict):
-        raise CaptionFileError(f"{path}: expected a list of records, found {str(raw)[:60]}")
-    image, caption = _columns(raw[0], image_column, caption_column, str(path))
+    raw = parse_json(read_text(path), path)
+    first = next((record for record in raw if isinstance(record, dict)), None) if isinstance(raw, list) else None
+    if first is None:
+        raise CaptionFileError(f"{path}: expected a list of records, found {short(raw)}")
+    image, caption = _columns(first, image_column, caption_column, str(path))
     renamed = [
         {"image": record[image], "caption": captions_in(record[caption])}
         if isinstance(record, dict) and {image, caption} <= record.keys()
-        else InputError(f"expected an object with {image} and {caption}, found {str(record)[:60]}")
+        else record
+        if isinstance(record, InputError)
+        else InputError(f"expected an object with {image} and {caption}, found {short(record)}")
         for record in raw
     ]
     return renamed, None
 
 
 def _read_table_text(path: Path, image_column, caption_column):
-    text = _text(path)
+    text = read_text(path)
+    text = text if "\n" in text else text.replace("\r", "\n")  # an old Mac's
     header = text.partition("\n")[0].rstrip("\r")
+    csv.field_size_limit(1 << 24)
     fault, columns = None, None
     for delimiter in sorted("\t,;", key=header.count, reverse=True):
         try:  # OpenCLIP's .csv files have tabs: the separator is the one that gives both columns
-            head = next(csv.reader([header], delimiter=delimiter), [])
+            head = next(csv.reader([header], delimiter=delimiter, strict=True), [])
             columns = _columns(head, image_column, caption_column, str(path))
             break
-        except InputError as error:
-            fault = fault or error
+        except (InputError, csv.Error) as error:
+            fault = fault or (error if isinstance(error, InputError) else f"{path}: {error}")
     if columns is None:
         raise CaptionFileError(f"{fault} (the first line names the columns, with tab, comma or semicolon between)")
     places = [head.index(column) for column in columns]
-    csv.field_size_limit(1 << 24)
 
     def rows():
         # Strictly: otherwise a lone quote at the start of a cell would swallow all up to the next one.
@@ -284,36 +298,54 @@ def _some(path: Path, raw: list, names: list[str]):
     return raw, names
 
 
-def _read_folder(path: Path, caption_key: str | None):
-    """Images with a caption file beside each, in folders at any depth; in order of their names."""
-    raw, names, beside = [], [], {}  # path without its extension -> {extension: path}
-    for folder, folders, files in os.walk(path, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+def _read_folder(root: ImageRoot, caption_key: str | None):
+    """Images with a caption file beside each, in folders at any depth; in order of their names. Links are followed
+    that stay in the folder, and none to a folder that was read already: they may go round in a ring."""
+    raw, names, beside, seen = [], [], {}, set()  # beside: path without its extension -> {extension: path}
+
+    def fault(name: str, reason: str):
+        names.append(name)
+        raw.append(InputError(reason))
+
+    def unread(error: OSError):
+        fault(os.path.relpath(error.filename, root.folder), f"cannot be opened ({error.strerror})")
+
+    for folder, folders, files in os.walk(root.folder, followlinks=True, onerror=unread):
+        real, here = os.path.realpath(folder), os.path.relpath(folder, root.folder)
+        if real in seen or not root.allow_outside and not is_within(real, root.real):
+            folders.clear()
+            why = "a second way to a folder that is read already" if real in seen else "a link out of the image folder"
+            fault(here, f"{why}: remove the link" + " or --allow_outside_image_root" * (real not in seen))
+            continue
+        seen.add(real)
+        links = {name: os.path.islink(os.path.join(folder, name)) for name in folders if not name.startswith(".")}
+        folders[:] = sorted(links, key=lambda name: (links[name], name))  # by its own name rather than by a link's
         for name in sorted(files):
             stem, extension = os.path.splitext(name)
             if not name.startswith(".") and extension.lower()[1:] in (*IMAGES, *CAPTIONS):
-                place = os.path.relpath(os.path.join(folder, stem), path)
+                place = os.path.normpath(os.path.join(here, stem))
                 kinds, kind = beside.setdefault(place, {}), extension.lower()[1:]
                 if kind in kinds:
-                    names.append(place + extension)
-                    raw.append(InputError(f"it differs from {kinds[kind]} in letter case alone: rename one"))
+                    fault(place + extension, f"it differs from {kinds[kind]} in letter case alone: rename one")
                 kinds.setdefault(kind, place + extension)
     for _, files in sorted(beside.items()):
         images = [files[kind] for kind in IMAGES if kind in files]
         text = next((kind for kind in (["json"] if caption_key else CAPTIONS) if kind in files), None)
         for image in images or [None]:
-            names.append(image or files[text])
             if image is None or text is None:
                 lacking = "image" if image is None else "caption file (.txt, .caption or .json)"
-                raw.append(InputError(f"there is no {lacking} beside it"))
+                fault(image or next(iter(files.values())), f"there is no {lacking} beside it")
                 continue
             try:
-                captions = parse_caption((path / files[text]).read_bytes(), text == "json", files[text], caption_key)
-                raw.append({"image": image, "caption": captions})
+                data = Path(root.file(files[text])).read_bytes()
+                raw.append({"image": image, "caption": parse_caption(data, text == "json", files[text], caption_key)})
+                names.append(image)
             except (InputError, OSError) as error:
-                raw.append(InputError(str(error)))
+                fault(image, str(error))
     if not any(isinstance(record, dict) for record in raw):
-        raise CaptionFileError(f"{path}: no image in it has a caption file beside it; no tar shards, no tables either")
+        listed = "".join(f"\n  {name}: {error}" for name, error in zip(names[:10], raw))
+        no_other = "no tar shards, no tables either"
+        raise CaptionFileError(f"{root.folder}: no image in it has a caption file beside it; {no_other}{listed}")
     return raw, names
 
 
@@ -395,22 +427,22 @@ def undecoded(dataset, image: str):
     return dataset.cast_column(image, datasets.Image(decode=False)) if isinstance(feature, datasets.Image) else dataset
 
 
-def cell_bytes(cell, root: str | None, name: str) -> bytes:
+def table_image_root(spec: str, root: str | None, allow_outside: bool) -> ImageRoot:
+    """Where image paths in a table start. Those of the hub the library has put somewhere in its own cache."""
+    return ImageRoot(root or table_root(spec) or "", allow_outside or root is None and spec.startswith("hf:"))
+
+
+def cell_bytes(cell, root: ImageRoot, name: str) -> bytes:
     """The bytes of an image in a table: they themselves, {"bytes", "path"}, or a path. Raises ImageError."""
-    own = isinstance(cell, dict)  # as the library keeps images: a path is where it put one
-    if own:
+    if isinstance(cell, dict):  # as the library keeps images
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, (bytes, bytearray)):
         return bytes(cell)
     if not isinstance(cell, str) or not cell:
-        raise ImageError(f"{name}: there is no image in it but {str(cell)[:60]}")
-    root = os.path.abspath(root or "")
-    file = os.path.abspath(os.path.join(root, cell if own else cell.replace("\\", "/")))
-    if not own and not Path(file).is_relative_to(root):
-        raise ImageError(f"{name}: {cell}: leads out of the image folder {root}")
+        raise ImageError(f"{name}: there is no image in it but {short(cell)}")
     try:
-        return Path(file).read_bytes()
-    except OSError as error:
+        return Path(root.file(cell)).read_bytes()
+    except (InputError, OSError) as error:
         raise ImageError(f"{name}: {error}") from None
 
 
@@ -432,10 +464,10 @@ class Cell:
 
 
 class Table(Sequence):
-    """The rows of a Hugging Face Dataset as records. Rows whose caption is none are named in a warning and left out."""
+    """The rows of a Hugging Face Dataset as records. About rows whose caption is none see `leave_out`."""
 
-    def __init__(self, dataset, spec: str, image_column=None, caption_column=None, root: str | None = None):
-        self.spec, self.root = spec, root
+    def __init__(self, dataset, spec: str, image_column=None, caption_column=None, root=None, on_bad="stop", **bad):
+        self.spec, self.root = spec, root or ImageRoot("")
         self.columns = _columns(dataset.column_names, image_column, caption_column, spec)
         dataset = undecoded(dataset, self.columns[0])
         self.images, self.texts = (dataset.select_columns([column]) for column in self.columns)
@@ -443,17 +475,16 @@ class Table(Sequence):
         for batch in self.texts.iter(1000):
             for value in batch[self.columns[1]]:
                 try:
-                    check_captions(captions_in(value), f"row {row}")
+                    check_captions(captions_in(value), "text")
                     good.append(row)
                 except InputError as error:
-                    problems.append(str(error))
+                    problems.append((f"row {row}", str(error)))
                 row += 1
         self.rows = np.array(good, np.int64)
-        report = "\n  ".join([f"{spec}: {len(problems)} of {row} rows cannot be used:", *problems])
+        what = f"{len(problems)} of {row} rows cannot be used"
+        leave_out(spec, what, problems, len(good), f"{spec}: ", on_bad, **bad)
         if not good:
-            raise InputError(f"{report}\nNo row is left.")
-        if problems:
-            warnings.warn(f"{report}\nThe other {len(good)} are used.", stacklevel=3)
+            raise InputError(f"{spec}: there is no row in it")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -547,8 +578,8 @@ class Part(Sequence):
         return self.source[self.rows[index].item()]
 
 
-def without_damaged(source: Sequence[dict], spec: str) -> Sequence[dict]:
-    """The records whose pictures can be decoded; the others are named in a warning."""
+def without_damaged(source: Sequence[dict], spec: str, on_bad: str = "stop", **bad) -> Sequence[dict]:
+    """The records whose pictures can be decoded. About the others see `leave_out`."""
 
     def fault(index: int) -> str | None:
         try:
@@ -558,14 +589,13 @@ def without_damaged(source: Sequence[dict], spec: str) -> Sequence[dict]:
 
     work = read_ahead(fault, range(len(source)), None, 1000)
     faults = list(tqdm(work, f"checking the images of {Path(spec).name}", len(source), disable=len(source) < 1000))
-    problems = [problem for problem in faults if problem]
-    if not problems:
+    good = [row for row, problem in enumerate(faults) if not problem]
+    if len(good) == len(source):
         return source
-    report = "\n  ".join([f"{spec}: {len(problems)} of {len(source)} images are damaged:", *problems])
-    if len(problems) == len(source):
-        raise InputError(f"{report}\nNo image is left.")
-    warnings.warn(f"{report}\nThe other {len(source) - len(problems)} are used.", stacklevel=4)
-    return Part(source, np.array([row for row, problem in enumerate(faults) if not problem]))
+    problems = [(f"sample {row}", problem) for row, problem in enumerate(faults) if problem]
+    what = f"{len(problems)} of {len(source)} images are damaged"
+    leave_out(spec, what, problems, len(good), f"{spec}: ", on_bad, **bad)
+    return Part(source, np.array(good))
 
 
 def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
@@ -574,9 +604,12 @@ def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
     captions = [record["caption"] for record, _ in zip(records, range(most))]
     texts = [text for texts in captions for text in texts]
     cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
+    files = Counter(record["image"] for record in records) if isinstance(records, list) else {}
+    again = sum(n - 1 for n in files.values())
+    twins = f"; {again} records have the image of another one: twins (--twins)" if again else ""
     of = f" (of the first {most:,} images)" if len(records) > most else ""
     at = f"{tokenizer.context_length} tokens"
-    return f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {at}"
+    return f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {at}{twins}"
 
 
 if __name__ == "__main__":

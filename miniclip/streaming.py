@@ -16,7 +16,7 @@ from miniclip.captions import check_captions
 from miniclip.config import InputError
 from miniclip.data import MAX_BAD, CaptionDataset
 from miniclip.shards import captions_in
-from miniclip.sources import _columns, cell_bytes, load_table, table_root
+from miniclip.sources import _columns, cell_bytes, load_table, table_image_root
 from miniclip.transforms import ImageError
 
 BUFFER = 1000  # samples that wait to be drawn from, in each worker
@@ -25,7 +25,7 @@ BUFFER = 1000  # samples that wait to be drawn from, in each worker
 class StreamImage:
     """An image that a stream brought. `read` gives its bytes, `str` its name."""
 
-    def __init__(self, cell, name: str, root: str | None):
+    def __init__(self, cell, name: str, root):
         self.cell, self.name, self.root = cell, name, root
 
     def read(self) -> bytes:
@@ -43,11 +43,11 @@ class StreamDataset(CaptionDataset):
     of all processes together meet every sample exactly once. Each goes on to its next pass when its share is at an end.
     Without `num_samples` it never ends, and `max_steps` ends the training. With `num_samples` an epoch is as many
     samples of all processes together, and each epoch begins a new pass. What cannot be used is reported, counted in
-    `bad`, and passed over.
+    `bad`, and passed over, unless `on_bad` is "stop".
     """
 
-    def __init__(self, stream, columns: tuple[str, str], num_samples, spec, root, preprocess, seed=0, transform=None):
-        super().__init__((), preprocess, seed, transform)
+    def __init__(self, stream, columns: tuple[str, str], num_samples, spec, root, preprocess, seed=0, **kwargs):
+        super().__init__((), preprocess, seed, **kwargs)
         self.columns, self.num_samples, self.spec, self.root = columns, num_samples, spec, root
         # One file after the other: newer versions would read ten at once, in threads, and wait five seconds for those
         # at the end of each pass.
@@ -56,7 +56,10 @@ class StreamDataset(CaptionDataset):
         self.stream = stream.shuffle(seed=seed, buffer_size=BUFFER, **single if single.keys() <= known.keys() else {})
 
     @classmethod
-    def opened(cls, spec: str, args, num_samples: int | None, image_column=None, caption_column=None, image_root=None):
+    def opened(
+        cls, spec: str, args, num_samples: int | None, image_column=None, caption_column=None, image_root=None,
+        allow_outside: bool = False,
+    ):  # fmt: skip
         """Opens hf:NAME, .parquet or .arrow; gives what makes the dataset of it, called like CaptionDataset with None
         for the records. Raises InputError for what cannot be streamed."""
         if "::" in spec:
@@ -70,7 +73,7 @@ class StreamDataset(CaptionDataset):
 
         if stream.features is None or isinstance(stream.features.get(columns[0]), datasets.Image):
             stream = stream.cast_column(columns[0], datasets.Image(decode=False))
-        stream, root = stream.select_columns(list(columns)), image_root or table_root(spec)
+        stream, root = stream.select_columns(list(columns)), table_image_root(spec, image_root, allow_outside)
         return lambda records, *more, **kwargs: cls(stream, columns, num_samples, spec, root, *more, **kwargs)
 
     def __len__(self) -> int:
@@ -112,7 +115,9 @@ class StreamDataset(CaptionDataset):
                 record = {"image": StreamImage(sample[self.columns[0]], name, self.root), "caption": captions}
                 item = self.draw(record, self.rng(f"{turn} {reader} {number}"))
             except (ImageError, InputError) as error:
-                self.report(error)
+                if self.on_bad == "stop":
+                    raise
+                self.report(name, error)
                 bad += 1
                 if bad == MAX_BAD:
                     raise InputError(f"{self.spec}: {bad} bad samples in a row, the last: {error}") from None

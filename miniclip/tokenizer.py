@@ -15,6 +15,7 @@ OpenCLIP, with one deliberate difference: "<|endoftext|>" typed in a caption is 
 import gzip
 import html
 from functools import cache, lru_cache
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def clean(text: str) -> str:
 
 def bpe(ids: tuple[int, ...], merges: Merges) -> tuple[int, ...]:
     """Join neighbouring ids, always everywhere the pair that was learned first, until no pair is known."""
+    if len(ids) > 200:
+        return _bpe_long(ids, merges)
     while len(ids) > 1:
         pair = min(pairwise(ids), key=lambda pair: merges.get(pair, 1 << 30))
         if pair not in merges:
@@ -82,14 +85,36 @@ def bpe(ids: tuple[int, ...], merges: Merges) -> tuple[int, ...]:
     return ids
 
 
+def _bpe_long(ids: tuple[int, ...], merges: Merges) -> tuple[int, ...]:
+    """The same for a word of thousands of letters, such as no language has but a damaged file: there `bpe`, which goes
+    through all of it for each pair, takes minutes. Joining makes pairs that were learned later only, so that a heap
+    has the next one."""
+    ids, n = list(ids), len(ids)
+    left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # the neighbours that are left of each place
+    heap = [(merges[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in merges]
+    heapify(heap)
+    while heap:
+        new, i = heappop(heap)
+        j = right[i]
+        if j == n or ids[i] is None or merges.get((ids[i], ids[j])) != new:
+            continue  # one of the two was joined meanwhile
+        ids[i], ids[j], right[i] = new, None, right[j]
+        if right[i] < n:
+            left[right[i]] = i
+        for a, b in ((left[i], i), (i, right[i])):
+            if a >= 0 and b < n and (ids[a], ids[b]) in merges:
+                heappush(heap, (merges[ids[a], ids[b]], a))
+    return tuple(token for token in ids if token is not None)
+
+
 @lru_cache(maxsize=1 << 16)  # captions repeat their words; bounded, as a service may run for months
 def encode_piece(piece: str) -> tuple[int, ...]:
     """Token ids of cleaned text without white space, such as "dog's." (the words dog, 's and the stop)."""
-    (byte_ids, merges, _), ids = load_table(), ()
+    (byte_ids, merges, _), ids = load_table(), []
     for word in WORD.findall(piece):
         *inner, last = (byte_ids[byte] for byte in word.encode("utf-8"))
         ids += bpe((*inner, last + 256), merges)
-    return ids
+    return tuple(ids)
 
 
 class Tokenizer:

@@ -279,7 +279,9 @@ class _Hooks(TrainerCallback):
         # Bad samples are named where they are met; here, and so at the end, those of all processes are counted.
         bad = gather_object([self.train_dataset.bad.sum().item()]) if hasattr(self.train_dataset, "bad") else []
         if any(bad) and args.process_index == 0:
-            logger.warning("bad samples met so far, each replaced by the next one: %d", sum(bad))
+            path = self.train_dataset.bad_samples.path
+            where = f" (listed in {path})" if path else ""
+            logger.warning("bad samples met so far, each replaced by the next one: %d%s", sum(bad), where)
 
     def on_step_begin(self, args, state, control, **kwargs):
         # So is patch dropout, which draws from torch's own generator: from (seed, step, process).

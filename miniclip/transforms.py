@@ -1,6 +1,8 @@
 """How does a picture become the model's input? With Pillow alone, so that every machine gets the same numbers."""
 
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from miniclip.config import InputError, PreprocessConfig
 
 INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_ASPECT = 100  # 4000 x 1 would be resized to 896000 x 224
+# What pictures come in. Pillow has forty more: rare ones, less well tested, and EPS, for which it runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO", "TGA")
 
 # Pillow warns above 89 million pixels, which good cameras reach, and raises above 179 million: that is limit enough.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -28,11 +32,14 @@ def open_image(path, scale: int | None = None) -> Image.Image:
     The first frame of an animation; 16-bit and float greyscale brought to 8 bits instead of clipped. `scale` lets
     the JPEG decoder shrink a picture to no less than that many pixels a side, which is fast and lossy. `path` may be a
     handle whose `read` gives the bytes, for a picture that is no file of its own (`miniclip.sources`). Raises
-    ImageError for what is no picture, is damaged, has more than 179 million pixels, or is a sliver of more than
-    100 to 1.
+    ImageError for what is no picture in one of FORMATS, is damaged, has more than 179 million pixels, or is a sliver
+    of more than 100 to 1.
     """
     try:
-        with Image.open(io.BytesIO(path.read()) if hasattr(path, "read") else path) as image:
+        own = not hasattr(path, "read")
+        if own and not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise ImageError(f"{path}: a device or a pipe, no image file")  # which might never come to an end
+        with Image.open(path if own else io.BytesIO(path.read()), formats=FORMATS) as image:
             check_aspect(image, path)
             size = image.size
             if scale:
@@ -40,6 +47,7 @@ def open_image(path, scale: int | None = None) -> Image.Image:
             if image.size != size:
                 image.info["drafted"] = True
             ImageOps.exif_transpose(image, in_place=True)  # decodes it; otherwise it would always copy
+            check_aspect(image, path)  # once more: within an icon may be another size than its header says
             return to_rgb(image)
     except ImageError:
         raise
@@ -48,13 +56,25 @@ def open_image(path, scale: int | None = None) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: {error} Shrink it or leave its record out") from None
     except UnidentifiedImageError:
-        head = path.read() if hasattr(path, "read") else Path(path).read_bytes()
-        what = "an empty file" if not head else f"no picture that Pillow can read (it begins with {head[:16]!r})"
-        raise ImageError(f"{path}: {what}; replace it or leave its record out") from None
+        raise ImageError(f"{path}: {_what_else(path)}; replace it or leave its record out") from None
     except Exception as error:  # a damaged file can make a decoder raise nearly anything
         if isinstance(error, OSError) and error.errno:  # a folder, no permission: the picture may be all right
             raise ImageError(f"{path}: cannot be opened ({error.strerror})") from None
         raise ImageError(f"{path}: damaged ({error}); replace it or leave its record out") from None
+
+
+def _what_else(path) -> str:
+    """What a file is that is no picture in one of FORMATS."""
+    if hasattr(path, "read"):
+        head = path.read()[:16]
+    else:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    Image.init()
+    for name, (_, begins) in Image.OPEN.items():
+        if name not in FORMATS and begins and len(head) == 16 and begins(head) is True:
+            return f"a picture of the format {name}, which is not read (but {', '.join(FORMATS)} are)"
+    return f"no picture that Pillow can read (it begins with {head!r})" if head else "an empty file"
 
 
 def check_aspect(image: Image.Image, name: str | Path = "the picture"):
@@ -68,11 +88,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":  # `convert` would clip what exceeds 8 bits to white
-        levels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        levels = np.nan_to_num(np.array(image, dtype=np.float64), copy=False, posinf=0, neginf=0)
         brightest = levels.max(initial=0)
         # Floats come in the ranges 0 to 1, 255 or 65535: the narrowest that holds the picture is meant.
         white = 65535 if image.mode != "F" else next((w for w in (1, 255, 65535) if brightest <= w), brightest)
-        return Image.fromarray((levels * (255 / white)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        levels *= 255 / white  # in place: of a hundred megapixels each copy is a gigabyte
+        levels = levels.round(out=levels).clip(0, 255, out=levels).astype(np.uint8)
+        return Image.fromarray(levels).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from miniclip.bad_samples import NAME, BadSamples
+from miniclip.captions import one_per_image
 from miniclip.config import InputError, MiniClipConfig
 from miniclip.data import flatten_captions
 from miniclip.fast import PRECISIONS, fast_model
@@ -217,6 +219,8 @@ def main(argv: list[str]):
     parser.add_argument("--new_file", required=True, help="captions of the new task")
     parser.add_argument("--old_file", required=True, help="captions of the old task")
     parser.add_argument("--image_root", help="folder that image paths start from; the caption file's own unless given")
+    parser.add_argument("--on_bad_sample", choices=["stop", "skip"], default="stop", help="stop, or go on without")
+    parser.add_argument("--allow_outside_image_root", action="store_true", help="image paths may lead out of it")
     parser.add_argument("--output_dir", required=True, help="folder for wise_ft.json, wise_ft.md and wise_ft.png")
     parser.add_argument("--alphas", type=float, nargs="+", default=ALPHAS, help="default: 0 0.1 ... 1")
     parser.add_argument("--save_alpha", help="write the model of this alpha, or of the best one, to output_dir/model")
@@ -243,7 +247,12 @@ def main(argv: list[str]):
     before, *_ = load(options.before, options.pretrained, device)
     after, preprocess, tokenizer = load(options.after, None, device)
     files = {"new": options.new_file, "old": options.old_file}
-    records = {name: read_source(path, options.image_root, check_images=False) for name, path in files.items()}
+    bad_samples = BadSamples()
+    about = {"on_bad": options.on_bad_sample, "allow_outside": options.allow_outside_image_root}
+    about |= {"check_images": options.on_bad_sample == "skip", "check_handles": True, "bad_samples": bad_samples}
+    records = {
+        name: one_per_image(read_source(path, options.image_root, **about), path) for name, path in files.items()
+    }
     how = {"precision": options.precision, "batch_size": options.batch_size, "num_workers": options.num_workers}
     found = sweep(before, after, preprocess, tokenizer, records, sorted(alphas), progress=True, **how)
 
@@ -255,6 +264,9 @@ def main(argv: list[str]):
     write_text(folder / "wise_ft.md", table + "\n")
     new, old = (Path(path).stem for path in files.values())
     draw_sweep(folder / "wise_ft.png", found, f"{options.before} to {options.after}: {new} (new) and {old} (old)")
+    bad_samples.open(folder / NAME)
+    if bad_samples:
+        print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
     print(f"{table}\nbest mean of both: alpha {chosen:g}. Written: wise_ft.json, wise_ft.md, wise_ft.png in {folder}")
     if save is not None:
         alpha = chosen if save == "best" else save

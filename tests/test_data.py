@@ -160,17 +160,23 @@ def test_odd_paths_and_broken_text_are_reported_not_crashed_on(caption_set):
     with pytest.raises(CaptionFileError) as caught:
         read_captions(write(caption_set, records), on_bad="skip")
     lines = str(caught.value).splitlines()
-    reasons = ["no such file", "no such file", "leads out", "is no path: ''", "no such file", "is no valid Unicode"]
+    reasons = ["File name too long", "NUL character", "leads out", "is no path: ''", "a folder", "is no valid Unicode"]
     for index, reason in enumerate(reasons):
         assert lines[1 + index].startswith(f"  record {index}: ") and reason in lines[1 + index]
     assert "no record would be left" in lines[-1]
 
 
-def test_images_may_be_linked_into_the_folder(caption_set, tmp_path_factory):
+def test_links_that_lead_out_of_the_folder_want_leave(caption_set, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("disk")
     Image.new("RGB", (8, 8)).save(elsewhere / "a.png")
     (caption_set / "images").symlink_to(elsewhere)
-    (record,) = read_captions(write(caption_set, [{"image": "images\\a.png", "caption": "x"}]))
+    (caption_set / "a.png").symlink_to(elsewhere / "a.png")
+    (caption_set / "b.png").symlink_to(caption_set / "0.png")
+    images = ["images\\a.png", "a.png", "b.png"]
+    path = write(caption_set, [{"image": image, "caption": "x"} for image in images])
+    with pytest.raises(CaptionFileError, match="2 of 3 (.|\n)*0: images/a.png: a link lea(.|\n)*1: a.png: a link"):
+        read_captions(path)
+    record, *_ = read_captions(path, allow_outside=True)
     assert record["image"] == str(caption_set / "images" / "a.png")
 
 

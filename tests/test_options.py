@@ -39,7 +39,7 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("option", [
-    ["--bad_records", "skp"], ["--crop_scale", "0"], ["--hflip", "2"], ["--color_jitter", "-1"],
+    ["--on_bad_sample", "skp"], ["--crop_scale", "0"], ["--hflip", "2"], ["--color_jitter", "-1"],
     ["--fixed_logit_scale", "0.5"], ["--fixed_logit_scale", "0"], ["--loss", "triplet"], ["--twins", "drop"],
 ])  # fmt: skip
 def test_values_out_of_range_are_refused_on_the_command_line_and_in_recipes(option, tmp_path):

@@ -61,10 +61,10 @@ def test_a_key_of_the_json_can_be_named(tmp_path):
     path = pack(tmp_path / "a.tar", members)
     assert [record["caption"] for record in Shards([path])] == [["alt"], ["alt text"]]
     with pytest.warns(UserWarning, match="b.json"):
-        source = Shards([path], "recaption")
+        source = Shards([path], "recaption", on_bad="skip")
     assert [record["caption"] for record in source] == [["a long one"]]
-    with pytest.raises(InputError, match="No sample is left"):
-        Shards([path], "nonsense")
+    with pytest.raises(InputError, match="no sample would be left"):
+        Shards([path], "nonsense", on_bad="skip")
 
 
 def test_links_are_reported(tmp_path):
@@ -74,7 +74,7 @@ def test_links_are_reported(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
         tar.addfile(link)
     with pytest.warns(UserWarning, match="b.jpg: no file but a link"):
-        assert len(Shards([path])) == 1
+        assert len(Shards([path], on_bad="skip")) == 1
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -118,14 +118,16 @@ def test_what_is_wrong_in_shards_is_named_and_the_rest_used(tmp_path):
         "1.tar: a: no image", "2.tar: damaged or cut off", "3.tar: damaged or cut off at byte 2048",
     ]  # fmt: skip
     for _ in range(2):  # from the tar files, then from the index that was kept
-        with pytest.warns(UserWarning, match=f"{len(expected)} things in the shards (.|\n)*The 4 sound sa") as said:
-            source = Shards(paths)
+        with pytest.warns(UserWarning, match=f"{len(expected)} things in the shards (.|\n)*The other 4 are") as said:
+            source = Shards(paths, on_bad="skip")
         for part in expected:
             assert part in str(said[0].message)
         assert [record["caption"][0] for record in source] == ["sound", "also sound", "sound", "sound"]
     assert len(list(tmp_path.glob(".miniclip-*.npz"))) == 1
-    with pytest.raises(InputError, match="2.tar: damaged(.|\n)*No sample is left"), warnings.catch_warnings():
-        Shards(paths[2:3])
+    with pytest.raises(InputError, match="11 things (.|\n)*by --on_bad_sample skip"):
+        Shards(paths)
+    with pytest.raises(InputError, match="2.tar: damaged(.|\n)*no sample would be left"), warnings.catch_warnings():
+        Shards(paths[2:3], on_bad="skip")
     with pytest.raises(InputError, match="1 of 2 shards are not there"):
         read_source(f"{tmp_path}/{{0,nine}}.tar")
     with pytest.warns(UserWarning, match="1 of 2 shards are not there"):
@@ -198,8 +200,15 @@ def test_a_corrupt_image_is_named_counted_and_replaced(damaged, workers, caplog)
 
 def test_a_set_to_measure_on_leaves_corrupt_images_out(damaged, caption_set):
     with pytest.warns(UserWarning, match="3 of 24 images are damaged(.|\n)*005.png(.|\n)*The other 21 are used"):
-        source = read_source(str(caption_set / "damaged" / "0.tar"), check_handles=True)
+        source = read_source(str(caption_set / "damaged" / "0.tar"), on_bad="skip", check_handles=True)
     assert [record["caption"] for record in source] == [[f"number {i}"] for i in range(24) if i not in (5, 6, 11)]
+
+
+def test_a_corrupt_image_stops_the_run_where_that_is_asked_for(damaged):
+    dataset = CaptionDataset(damaged, Preprocess(PreprocessConfig(size=16)), on_bad="stop")
+    assert dataset[4]["caption"] == "number 4" and dataset.bad.sum() == 0
+    with pytest.raises(InputError, match="0.tar: 005.png: no picture"):
+        dataset[5]
 
 
 def test_when_nothing_can_be_read_the_run_stops(damaged, caption_set):
@@ -229,7 +238,11 @@ def test_training_and_measuring_on_shards(shards, caption_set, tiny_config, run_
     )  # fmt: skip
     assert "24 images, 48 captions, 0 of them cut off" in done.stdout
     named = done.stderr.count("000008.png: no picture")
-    assert 1 <= named <= 4 and f"replaced by the next one: {named}\n" in done.stderr
+    assert 1 <= named <= 4 and f"replaced by the next one: {named} (" in done.stderr
+    listed = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    assert len(listed) == named and {line["when"] for line in listed} <= {f"epoch {n}" for n in range(4)}
+    assert all(line["sample"].endswith("000008.png") and line["reason"].startswith("no picture") for line in listed)
+    assert f"left out {named} times: {out}/bad_samples.jsonl" in done.stdout
 
     import evaluate
 

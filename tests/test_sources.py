@@ -83,7 +83,7 @@ FORMS = ["jsonl", "jsonl, a caption a line", "csv", "openclip", "tsv", "folder",
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_records(records, caption_set, form, recwarn):
-    source = read_source(as_form(records, caption_set, form), "/" if form == "paths" else None)
+    source = read_source(as_form(records, caption_set, form), "/" if form in ("paths", "parquet") else None)
     expected = content(records)
     if form == "folder":
         expected = content(sorted(records, key=lambda record: Path(record["image"]).stem))
@@ -222,12 +222,18 @@ def test_shards_and_back_are_the_same_bits(records, caption_set, form, tmp_path_
     assert sorted(path.name for path in out.iterdir()) == ["s"]
 
 
-def test_the_converter_counts_shards_and_leaves_bad_images_out(records, caption_set, capsys, caplog):
+def test_the_converter_counts_shards_and_leaves_bad_images_out(records, caption_set, capsys):
     (caption_set / "3.png").write_text("<html>")
     target = str(caption_set / "s" / "07.tar")
-    main(["convert", str(caption_set / "captions.json"), target, "--samples_per_shard", "10"])
+    command = ["convert", str(caption_set / "captions.json"), target, "--samples_per_shard", "10"]
+    with pytest.raises(InputError, match="1 of 24 images cannot be used:\n.*3.png: no picture"):
+        main(command)
+    assert not list((caption_set / "s").iterdir())
+    with pytest.warns(UserWarning, match="3.png: no picture"):
+        main([*command, "--on_bad_sample", "skip"])
+    assert "3.png" in (caption_set / "s" / "07.tar.bad_samples.jsonl").read_text()
     assert [path.name for path in sorted((caption_set / "s").glob("*.tar"))] == ["07.tar", "08.tar", "09.tar"]
-    assert "23 images; 1 could not be used" in capsys.readouterr().out and "3.png: no picture" in caplog.text
+    assert "23 images; 1 could not be used" in capsys.readouterr().out
     assert content(read_source(str(caption_set / "s"))) == content(records[:3] + records[4:])
     with pytest.raises(InputError, match="07.tar is there already"):
         convert(records, str(caption_set / "s" / "07.tar"))
@@ -283,7 +289,7 @@ def test_tables_name_what_cannot_be_used(records, caption_set, caplog):
     table = datasets.Dataset.from_dict({"image": images, "text": texts})
     table.to_parquet(caption_set / "a.parquet")
     with pytest.warns(UserWarning, match="2 of 24 rows cannot be used:\n  row 5: .*\n  row 6: (.|\n)*The other 22"):
-        source = read_source(str(caption_set / "a.parquet"))
+        source = read_source(str(caption_set / "a.parquet"), on_bad="skip")
     dataset = CaptionDataset(source, Preprocess(PreprocessConfig(size=16)))
     assert torch.equal(dataset[3]["pixel_values"], dataset[4]["pixel_values"]) and dataset.bad.sum() == 1
     assert "a.parquet: row 3: no picture" in caplog.messages[0]
@@ -462,7 +468,7 @@ def test_a_run_resumes_in_mid_epoch_with_any_order(records, caption_set, tiny_co
             save_steps=5, save_strategy="steps", disable_tqdm=True, lr_scheduler_type="constant", learning_rate=1e-3,
         )  # fmt: skip
         if form == "stream":
-            dataset = StreamDataset.opened(tables, args, 24)(None, preprocess, seed=1)
+            dataset = StreamDataset.opened(tables, args, 24, image_root="/")(None, preprocess, seed=1)
         else:
             epoch = {"factors": [0.5, 0.75]} if form == "factors" else {"num_samples": 24}
             dataset = CaptionDataset(Mixture([records[:12], records], **epoch), preprocess, seed=1)

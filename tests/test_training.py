@@ -190,7 +190,7 @@ def test_bad_records_are_reported_together_or_skipped_aloud(recipe, caption_set,
     done = run_script("train.py", recipe, check=False)
     assert done.returncode != 0 and "record 3: 'missing.png'" in done.stderr and "record 5: 5.png" in done.stderr
     assert "Traceback" not in done.stderr
-    skip = ["--bad_records", "skip", "--max_steps", "1", "--per_device_train_batch_size", "8"]
+    skip = ["--on_bad_sample", "skip", "--max_steps", "1", "--per_device_train_batch_size", "8"]
     done = run_script("train.py", recipe, *skip)
     assert "22 images" in done.stdout and "missing.png" in done.stderr
 
