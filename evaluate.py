@@ -33,6 +33,7 @@ def main(argv: list[str]):
 
     from miniclip.bad_samples import BadSamples
     from miniclip.files import replacing, write_json
+    from miniclip.record import evaluation_record
     from miniclip.retrieval import KS, format_table, retrieval_metrics
 
     first_only, bad_samples = options.captions == "first", BadSamples()
@@ -50,10 +51,11 @@ def main(argv: list[str]):
         if not options.features:  # which have a row for each record as it stands in the file
             records = one_per_image(records, options.eval_file)
     if options.features:
-        embeds = (np.load(Path(options.features) / f"{kind}.npy").astype(np.float32) for kind in ("image", "text"))
-        image_embeds, text_embeds = embeds
+        embeds = (np.load(Path(options.features) / f"{kind}.npy") for kind in ("image", "text"))
+        image_embeds, text_embeds = (array.astype(np.float32, copy=False) for array in embeds)
+        device = "cpu"
     else:
-        image_embeds, text_embeds = encode(options, records)
+        image_embeds, text_embeds, device = encode(options, records)
     each = len(text_embeds) // max(1, len(image_embeds))
     counts = [len(record["caption"]) for record in records] if records else [each] * len(image_embeds)
     image_of_text = np.repeat(np.arange(len(counts)), counts)
@@ -82,7 +84,8 @@ def main(argv: list[str]):
     name += "_first" if first_only else ""
     output = Path(options.output or beside / f"retrieval_{name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, {"model": str(source), "dataset": str(dataset), "metrics": metrics})
+    record = evaluation_record(argv, options, records, device)
+    write_json(output, {"model": str(source), "dataset": str(dataset), "metrics": metrics, "record": record})
     print(f"written to {output}")
     bad_samples.open(output.with_suffix(".bad_samples.jsonl"))
     if bad_samples:
@@ -100,7 +103,7 @@ def main(argv: list[str]):
 
 
 def encode(options: EvalOptions, records: list[dict]):
-    """The embeddings of all images, and of all captions or the first ones."""
+    """The embeddings of all images, and of all captions or the first ones; and the device that they were made on."""
     import torch
 
     from miniclip.data import flatten_captions
@@ -136,7 +139,7 @@ def encode(options: EvalOptions, records: list[dict]):
         f"{options.precision}: cosine to plain fp32 at least {cosines[0]:.6f} (images), {cosines[1]:.6f} (texts),"
         f" of the first {len(pixel_values)}"
     )
-    return image_embeds, text_embeds
+    return image_embeds, text_embeds, device
 
 
 if __name__ == "__main__":

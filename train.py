@@ -57,7 +57,6 @@ def main(argv: list[str]):
             f"{args.output_dir} holds an earlier run: go on with it by --resume, replace it by --overwrite_output_dir,"
             " or name another --output_dir"
         )
-    held = lock(args.output_dir) if args.process_index == 0 else None  # until this process ends
 
     records, eval_records, problems, make_dataset = None, None, [], CaptionDataset
     columns = {"image_column": options.image_column, "caption_column": options.caption_column}
@@ -93,6 +92,7 @@ def main(argv: list[str]):
         problems.append(str(error))
     if problems:
         raise CaptionFileError("\n".join(problems))
+    held = lock(args.output_dir) if args.process_index == 0 else None  # until this process ends
 
     set_seed(args.seed)
     warnings.filterwarnings("ignore", ".*random weights")  # here they may be what is wanted; the next line says so

@@ -144,21 +144,24 @@ def cpu_routes() -> dict[str, Route]:
     path = user_cache() / f"products-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
     try:
         return _read_routes(path)
-    except (OSError, ValueError, TypeError):  # nobody has asked yet
+    except (OSError, ValueError, TypeError, KeyError):  # nobody has asked yet, or the file is damaged
         routes = measure_routes()
     try:
+        path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{os.getpid()}.{path.name}")
         scratch.write_text(json.dumps({"about": about, "routes": routes}, indent=2) + "\n")
         try:
             os.link(scratch, path)  # of processes that start together the first one decides
+        except FileExistsError:
+            pass
         finally:
             scratch.unlink()
     except OSError:
         pass
     try:
         return _read_routes(path)
-    except (OSError, ValueError, TypeError):  # no such folder can be written to
+    except (OSError, ValueError, TypeError, KeyError):  # no such folder can be written to
         return routes
 
 

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from miniclip.config import InputError
+from miniclip.files import write_text
 from miniclip.model import MAX_LOGIT_SCALE
 from miniclip.report import curve, draw_curves, is_finite
 
@@ -378,9 +378,7 @@ def continue_log(path: Path, step: int, history: list[dict]) -> tuple[float, int
         except (ValueError, KeyError):
             pass
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(scratch, path)  # at once: a run that is killed here loses nothing
+    write_text(path, "".join(f"{line}\n" for line in kept))
     return seconds, len(lines) - len(kept)
 
 

@@ -27,22 +27,22 @@ MOST = 1 << 30  # bytes of a file that are read for its sha256; of a larger one 
 
 def record_of(command: Sequence[str], device) -> dict:
     """What any command has to say: the command line, when, and on what it runs."""
-    import torch
-
+    torch = sys.modules.get("torch")  # who measures stored vectors does without, and does not wait for it
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor()
+    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else processor()
+    threads = torch.get_num_threads() if torch else len(os.sched_getaffinity(0)) if sys.platform == "linux" else None
     return {
         "command": shlex.join([Path(sys.executable).name, *command]),
         "folder": os.getcwd(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions,
-        "machine": {"device": f"{device}: {name}", "threads": torch.get_num_threads(), "system": platform.platform()},
+        "machine": {"device": f"{device}: {name}", "threads": threads, "system": platform.platform()},
     }
 
 
@@ -116,6 +116,18 @@ def training_record(argv: Sequence[str], options, args, model, records, eval_rec
         "options": dataclasses.asdict(options),
         "arguments": plain,
     }
+
+
+def evaluation_record(argv: Sequence[str], options, records, device) -> dict:
+    """The record of an evaluation: with what it takes to do it again, and to see that it is the same model and data."""
+    about = record_of(["evaluate.py", *argv], device) | {"options": vars(options)}
+    if options.eval_file:
+        about["data"] = fingerprint(options.eval_file, records)
+    weights = options.pretrained or options.model and os.path.join(options.model, "model.safetensors")
+    features = [os.path.join(options.features, f"{kind}.npy") for kind in ("image", "text")] if options.features else []
+    files = [path for path in (weights, *features) if path and os.path.isfile(path)]
+    about["sha256"] = {path: sha256(path) for path in files}
+    return about
 
 
 def read_record(folder: str | Path) -> dict:

@@ -6,6 +6,8 @@ come are turned into the field's metrics. All functions here take and give plain
 Words: the *gallery* is searched by the *queries*; `relevant[q]` holds the gallery rows that are right for query q.
 """
 
+from functools import partial
+
 import numpy as np
 
 from miniclip.config import InputError
@@ -26,13 +28,12 @@ def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray
     import faiss  # takes a while to import, and who only wants the metrics does not need it
 
     gallery, queries = (np.ascontiguousarray(x, dtype=np.float32) for x in (gallery, queries))
-    index = faiss.IndexFlatIP(gallery.shape[1])
-    index.add(gallery)
+    find = partial(faiss.knn, xb=gallery, metric=faiss.METRIC_INNER_PRODUCT)  # an index would hold a copy of them
     k = min(k, len(gallery))
-    scores, found = _order(*index.search(queries, min(k + 1, len(gallery))))  # one more, to see a tie go on behind k
+    scores, found = _order(*find(queries, k=min(k + 1, len(gallery))))  # one more, to see a tie go on behind k
     if k < len(gallery):
         for row in np.flatnonzero(scores[:, k - 1] - scores[:, k] <= TIE):  # faiss chose which of them to keep
-            everything = _order(*index.search(queries[row : row + 1], len(gallery)))
+            everything = _order(*find(queries[row : row + 1], k=len(gallery)))
             scores[row, :k], found[row, :k] = everything[0][0, :k], everything[1][0, :k]
     return scores[:, :k], found[:, :k]
 
@@ -44,12 +45,16 @@ def _order(scores: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(found, order, axis=-1)
 
 
-def first_ranks(gallery: np.ndarray, queries: np.ndarray, relevant: list[np.ndarray], block: int = 1024) -> np.ndarray:
+def first_ranks(
+    gallery: np.ndarray, queries: np.ndarray, relevant: list[np.ndarray], memory: int = 1 << 28
+) -> np.ndarray:
     """The place (1 is best) of each query's best right answer, wherever in the gallery it comes: (Q,) int64.
 
-    Counted from whole rows of scores, a block of queries at a time, because a top-k list does not reach far enough.
+    Counted from whole rows of scores, because a top-k list does not reach far enough; as many queries at a time as have
+    theirs in `memory`, in bytes.
     """
     ranks = np.empty(len(queries), dtype=np.int64)
+    block = max(1, min(1024, memory // (4 * max(1, len(gallery)))))
     for start in range(0, len(queries), block):
         scores = queries[start : start + block] @ gallery.T
         for row, (score, right) in enumerate(zip(scores, relevant[start : start + block])):
@@ -121,10 +126,11 @@ def check_embeds(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_tex
             " the first ones only (--captions first)?"
         )
     for kind, embeds in (("image", image_embeds), ("text", text_embeds)):
-        bad = np.flatnonzero(~np.isfinite(embeds).all(1))
+        norms = np.sqrt(np.einsum("nd,nd->n", embeds, embeds))  # np.linalg.norm would make a copy of all of them
+        bad = np.flatnonzero(~np.isfinite(norms))
         if len(bad):
             raise InputError(f"{kind} embedding {bad[0]} is not finite ({len(bad)} of {len(embeds)} are not)")
-        off = np.abs(np.linalg.norm(embeds, axis=1) - 1)
+        off = np.abs(norms - 1)
         if off.max() > 1e-3:
             raise InputError(f"{kind} embedding {off.argmax()} is not of unit length: divide each row by its norm")
     if len(image_embeds) == 0 or not np.array_equal(np.unique(image_of_text), np.arange(len(image_embeds))):

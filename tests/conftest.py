@@ -64,16 +64,46 @@ def caption_set(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def forge():
+    """Runs train.py and evaluate.py as `forge.py` does; gives exit status, stdout and stderr."""
+    import subprocess
+
+    server = None
+
+    def run(argv: list[str], timeout: float):
+        nonlocal server
+        if server is None or server.poll() is not None:
+            server = subprocess.Popen(
+                [sys.executable, ROOT / "tests" / "forge.py"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        server.stdin.write(json.dumps([argv, timeout]) + "\n")
+        server.stdin.flush()
+        code, out, err = json.loads(server.stdout.readline())
+        assert code is not None, f"{argv} took more than {timeout} seconds\n{out[-3000:]}\n{err[-3000:]}"
+        return subprocess.CompletedProcess(argv, code, out, err)
+
+    yield run
+    if server is not None:
+        server.stdin.close()
+        server.wait()
+
+
 @pytest.fixture
-def run_script():
+def run_script(forge):
     """Runs a script of the project as a user would, in a process of its own; gives the finished process."""
     import subprocess
 
     def run(*argv, check=True, timeout=300, env=None):
-        done = subprocess.run(
-            [sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        )  # fmt: skip
+        argv = list(map(str, argv))
+        if argv[0] in ("train.py", "evaluate.py") and not env:
+            done = forge(argv, timeout)
+        else:
+            done = subprocess.run(
+                [sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            )  # fmt: skip
         assert not check or done.returncode == 0, f"{argv}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 

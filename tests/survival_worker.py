@@ -5,7 +5,6 @@ begins in a moment. Prints what came of it as JSON.
     python tests/survival_worker.py boundaries OUT
 """
 
-import io
 import json
 import os
 import random
@@ -13,11 +12,11 @@ import signal
 import socket
 import sys
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.forge import fork, prepare  # noqa: E402
 
 
 def launch(argv: list[str], processes: int, log: Path) -> list[int]:
@@ -25,38 +24,13 @@ def launch(argv: list[str], processes: int, log: Path) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pids = []
-    for rank in range(processes):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        os.setpgid(0, 0)  # its data workers are of its group
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        if processes > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-        import train
-        from miniclip.options import run
-
-        sys.argv = ["train.py", *argv]
-        try:
-            run(train.main)
-            code = 0
-        except SystemExit as left:
-            code = left.code if isinstance(left.code, int) else 1
-            if isinstance(left.code, str):
-                print(left.code, file=sys.stderr)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return pids
+    several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with open(log, "ab") as file:
+        return [
+            fork(["train.py", *argv], file.fileno(), file.fileno(),
+                 several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else None)
+            for rank in range(processes)
+        ]  # fmt: skip
 
 
 def wait(pids: list[int]) -> list[int]:
@@ -171,25 +145,16 @@ def boundaries(out: Path) -> dict:
 
 
 def main(argv: list[str]):
-    import datasets  # noqa: F401
-    import torch
-    from transformers import Trainer  # noqa: F401
-
-    import miniclip.objectives  # noqa: F401
-    import miniclip.sources  # noqa: F401
-    import miniclip.trainer  # noqa: F401
-    import miniclip.twins  # noqa: F401
-
-    torch.set_num_threads(1)  # threads would not come along when this process is forked
-    os.chdir(ROOT)
+    prepare()
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     what, out, *rest = argv
-    with redirect_stdout(io.StringIO()):
-        if what == "chain":
-            number = rest.index("--")
-            result = chain(Path(out), *map(int, rest[:number]), rest[number + 1 :])
-        else:
-            result = boundaries(Path(out))
-    print(json.dumps(result))
+    if what == "chain":
+        number = rest.index("--")
+        result = chain(Path(out), *map(int, rest[:number]), rest[number + 1 :])
+    else:
+        result = boundaries(Path(out))
+    print(json.dumps(result), file=answer, flush=True)
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ def test_a_locked_dataset_draws_the_captions_that_the_usual_one_draws(parts):
     for i in range(24):
         assert ours[i]["caption"] == usual[i]["caption"] == texts[int(both[i]["text_features"])]
         assert torch.equal(captions[i]["pixel_values"], usual[i]["pixel_values"])
-        assert set(captions[i]) == {"pixel_values", "text_features", "pair_ids"}
-        assert set(both[i]) == {"image_features", "text_features", "pair_ids"}
+        assert set(captions[i]) == {"pixel_values", "text_features", "pair_ids", "row"}
+        assert set(both[i]) == {"image_features", "text_features", "pair_ids", "row"}
         assert ours[i]["pair_ids"] == both[i]["pair_ids"] == captions[i]["pair_ids"] == usual[i]["pair_ids"]
 
 

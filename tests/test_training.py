@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import miniclip
+from miniclip.files import sha256
 from miniclip.trainer import ClipTrainer, ClipTrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +71,10 @@ def test_train_then_load_then_evaluate(recipe, caption_set, run_script):
         "--save_features", caption_set / "features", "--report", caption_set / "report.png",
     )  # fmt: skip
     result = json.loads((out / "retrieval_captions.json").read_text())
-    assert set(result) == {"model", "dataset", "metrics"}
+    assert set(result) == {"model", "dataset", "metrics", "record"}
+    record = result["record"]
+    assert record["sha256"] == {str(out / "model.safetensors"): sha256(out / "model.safetensors")}
+    assert record["data"]["records"] == 24 and record["data"]["files"] == [sha256(caption_set / "captions.json")]
     assert result["metrics"]["mean_recall"] == pytest.approx(max(recalls))
     assert "image to text" in done.stdout and (caption_set / "report.png").stat().st_size > 10_000
 
@@ -136,12 +140,6 @@ def test_gradients_of_two_processes_equal_those_of_one(tiny_model, tiny_config, 
     assert two["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
     for name, p in tiny_model.named_parameters():
         assert torch.allclose(p.grad, two["grads"][name], atol=1e-6, rtol=1e-4), name
-
-
-def test_a_loss_that_is_no_number_stops_the_run(recipe, caption_set, run_script):
-    done = run_script("train.py", recipe, "--learning_rate", "1e30", "--max_grad_norm", "0", check=False)
-    assert done.returncode != 0 and "lower --learning_rate" in done.stderr
-    assert not (caption_set / "run" / "model.safetensors").exists()
 
 
 def test_the_scale_stays_within_bounds_and_can_be_fixed(recipe, caption_set, run_script):

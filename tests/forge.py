@@ -1,0 +1,105 @@
+"""Runs the project's scripts in processes that are forked from this one, which has imported everything: each is a
+process of its own, as if a user had started it, and begins in a moment.
+
+Reads a line of JSON for each run, ["train.py", "recipe.json", ...], and answers with [exit status, stdout, stderr].
+"""
+
+import atexit
+import json
+import os
+import runpy
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def prepare():
+    """Imports what scripts import, most of it at leisure."""
+    import datasets  # noqa: F401
+    import faiss  # noqa: F401
+    import torch
+    from PIL import Image
+    from transformers import Trainer  # noqa: F401
+
+    import miniclip.hf_towers
+    import miniclip.locked
+    import miniclip.objectives
+    import miniclip.sources
+    import miniclip.streaming
+    import miniclip.trainer
+    import miniclip.twins  # noqa: F401
+
+    Image.init()
+    torch.set_num_threads(1)  # threads would not come along when this process is forked
+    os.chdir(ROOT)
+
+
+def fork(argv: list[str], out: int, err: int, env: dict | None = None) -> int:
+    """Starts a script with its output going to two open files; gives the process's id. It leads a group of its own, to
+    which its data workers belong."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    try:
+        os.setpgid(0, 0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        os.environ |= env or {}
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def status(pid: int, timeout: float) -> int:
+    """Waits for a process; one that takes too long is killed with its group."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        found, code = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(code)
+        time.sleep(0.01)
+    os.killpg(pid, 9)
+    os.waitpid(pid, 0)
+    raise TimeoutError
+
+
+def main():
+    prepare()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        argv, timeout = json.loads(line)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            try:
+                code = status(fork(argv, out.fileno(), err.fileno()), timeout)
+            except TimeoutError:
+                code = None
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read().decode("utf-8", "replace"))
+        answers.write(json.dumps([code, *texts]) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
