@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as evaluate.py: before NumPy and faiss are imported
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 
 def ranking(images: int, captions: int, width: int) -> dict:

@@ -103,7 +103,7 @@ class Guard(TrainerCallback):
     def check(self, grad_norm):
         """Raises NotFinite for a loss or gradients that are not, before the optimizer can take them. In fp16 an
         overflow of the gradients is no fault: the step is left out and the scale lowered."""
-        norm = float(grad_norm)
+        norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)  # sharded by FSDP
         losses = [loss.item() for loss, _, _ in self.batches]
         if all(map(math.isfinite, losses)) and (math.isfinite(norm) or self.trainer.args.fp16):
             return

@@ -7,6 +7,7 @@ Each option is a field with its help beside it. Nothing here imports torch or tr
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import signal
@@ -399,6 +400,10 @@ def run(main: Callable[[list[str]], None]):
         if "\nOriginal Traceback" in message:  # a data-loader process puts its traceback before what it has to say
             message = message.rpartition(f"{type(error).__qualname__}: ")[2].strip()
         sys.exit(f"{name}: {message}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"{name}: the disk is full: {error}. What was there before is as it was: free space and try again")
     except KeyboardInterrupt as stopped:
         print(f"{name}: {stopped or 'stopped'}", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signal", signal.SIGINT))

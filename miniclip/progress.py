@@ -197,7 +197,10 @@ class Progress(TrainerCallback):
         if not self.speaks:
             return
         if error is not None:
-            self.write(error=f"{kind.__name__}: {error}" if str(error) else kind.__name__)
+            try:
+                self.write(error=f"{kind.__name__}: {error}" if str(error) else kind.__name__)
+            except OSError as full:  # which may be the error itself
+                logger.warning("%s could not be written: %s", LOG, full)
         self.draw()
 
     def summary(self):

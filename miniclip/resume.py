@@ -34,8 +34,10 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def check_checkpoint(folder: str | Path):
     """Raises InputError for a folder that no run can go on from: what is in it is incomplete, or damaged."""
     manifest = Path(folder) / MANIFEST
-    if not manifest.is_file() or '"trainer_state.json"' not in manifest.read_text(encoding="utf-8", errors="replace"):
-        raise InputError(f"{folder} is incomplete: it has no {MANIFEST} of a checkpoint")
+    listed = manifest.read_text(encoding="utf-8", errors="replace") if manifest.is_file() else ""
+    for part in ("model.safetensors", "optimizer.", "scheduler.pt", "rng_state", "trainer_state.json"):
+        if f'"{part}' not in listed:
+            raise InputError(f"{folder} is no complete checkpoint: its {MANIFEST} has no {part.rstrip('.')}")
     check_manifest(folder)
 
 

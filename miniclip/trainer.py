@@ -21,7 +21,7 @@ from miniclip.batch import batch_forward
 from miniclip.config import InputError
 from miniclip.data import CaptionDataset, Collator, flatten_captions
 from miniclip.fast import fast_arithmetic, fast_model, keep_freed_memory, speed_up
-from miniclip.files import write_json
+from miniclip.files import check_manifest, write_json
 from miniclip.guard import Guard, first_line, out_of_memory, spare_worker
 from miniclip.inference import embed_images, embed_texts, on_all_processes
 from miniclip.loss import clip_loss
@@ -262,7 +262,7 @@ class ClipTrainer(Trainer):
             os.remove(os.path.join(output_dir, "pytorch_model_fsdp.bin"))  # model.safetensors once more
 
     def _load_best_model(self):
-        check_checkpoint(self.state.best_model_checkpoint)
+        check_manifest(self.state.best_model_checkpoint)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 

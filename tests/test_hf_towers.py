@@ -383,7 +383,8 @@ def test_a_run_goes_on_where_it_was(encoders, caption_set, tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_two_processes_equal_one(encoders, caption_set, run_script):
+@pytest.mark.parametrize("more", [["--grad_cache_chunk_size", "4"], pytest.param(["--fsdp"], marks=pytest.mark.slow)])
+def test_two_processes_equal_one(more, encoders, caption_set, run_script):
     config = json.loads(encoders.read_text())
     values = json.loads((caption_set / "bert" / "config.json").read_text())
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):  # which each process would draw by itself
@@ -393,11 +394,11 @@ def test_two_processes_equal_one(encoders, caption_set, run_script):
     argv = [
         "train.py", "--model_config", encoders, "--train_file", caption_set / "captions.json", "--use_cpu", "true",
         "--eval_file", caption_set / "captions.json", "--max_steps", "4", "--unlock_text_blocks", "1", "--disable_tqdm",
-        "true", "--learning_rate", "1e-3", "--adam_epsilon", "1e-3", "--grad_cache_chunk_size", "4",
+        "true", "--learning_rate", "1e-3", "--adam_epsilon", "1e-3",
     ]  # fmt: skip
     run_script(*argv, "--per_device_train_batch_size", "12", "--output_dir", caption_set / "one")
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run_script(*two, *argv, "--per_device_train_batch_size", "6", "--output_dir", caption_set / "two")
+    run_script(*two, *argv, "--per_device_train_batch_size", "6", "--output_dir", caption_set / "two", *more)
     one, two = (miniclip.load(caption_set / name)[0].state_dict() for name in ("one", "two"))
     assert max((one[name] - two[name]).abs().max().item() for name in one if one[name].is_floating_point()) < 1e-4
     entries = [json.loads((caption_set / n / "trainer_state.json").read_text())["log_history"] for n in ("one", "two")]
@@ -548,3 +549,14 @@ def test_the_packaged_encoders_load_and_tell_things_apart(tmp_path):
     pixels = torch.randn(2, 3, 224, 224)
     assert torch.equal(model.encode_image(pixels), again.encode_image(pixels))
     assert isinstance(again.text, HfTextTower) and set(PACKAGES) >= {"all-MiniLM-L6-v2", "efficientnet-lite0"}
+
+
+def test_learning_from_a_teacher(encoders, caption_set, tmp_path, capsys):
+    """One of the same kind teaches two encoders, which then see pictures and captions themselves."""
+    miniclip.load(encoders)[0].save_pretrained(tmp_path / "teacher")
+    more = ["--loss", "distill", "--teacher", str(tmp_path / "teacher"), "--max_steps", "2"]
+    train(encoders, caption_set, tmp_path / "pupil", *more)
+    before, after = miniclip.load(encoders)[0].state_dict(), miniclip.load(tmp_path / "pupil")[0].state_dict()
+    moved = {name.split(".")[0] for name in before if ".trunk." in name and not torch.equal(before[name], after[name])}
+    assert moved == {"visual", "text"}, "no tower is locked"
+    assert "locked towers" not in capsys.readouterr().out
