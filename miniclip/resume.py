@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.trainer_callback import ExportableState
+
 from miniclip.config import InputError
-from miniclip.files import MANIFEST, check_manifest, files_in, remove_scratch, sync, write_manifest
+from miniclip.files import MANIFEST, check_manifest, files_in, remove_scratch, sync, write_json, write_manifest
 from miniclip.record import RECORD, differences, read_record
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,33 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         except (InputError, OSError) as error:  # an older one may do
             logger.warning("passing over %s: %s", folder, error)
     return None
+
+
+def save_checkpoint(trainer):
+    """What Trainer saves, and a ClipTrainer's record of its run, all or nothing. All processes come here together."""
+    args, state = trainer.args, trainer.state
+    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    best = folder.with_name(f"checkpoint-{state.best_global_step}")
+    if best == folder or state.best_global_step and best.is_dir():
+        state.best_model_checkpoint = str(best)
+    trainer.store_flos()
+    with saving(folder, args.should_save, trainer.accelerator.wait_for_everyone) as scratch:
+        trainer.save_model(str(scratch), _internal_call=True)
+        if not args.save_only_model:
+            trainer._save_optimizer_and_scheduler(str(scratch))
+            trainer._save_scaler(str(scratch))
+            trainer._save_rng_state(str(scratch))
+        if args.should_save:
+            for part in (*trainer.callback_handler.callbacks, trainer.control):
+                if isinstance(part, ExportableState):
+                    state.stateful_callbacks[type(part).__name__] = part.state()
+            state.save_to_json(str(scratch / "trainer_state.json"))
+            if trainer.record:
+                write_json(scratch / RECORD, trainer.record)
+    if args.push_to_hub:
+        trainer._push_from_checkpoint(str(folder))
+    if args.should_save:
+        keep_newest(args.output_dir, folder, args.save_total_limit, state.best_model_checkpoint)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from miniclip.arguments import ClipTrainingArguments
@@ -21,13 +20,12 @@ from miniclip.batch import batch_forward
 from miniclip.config import InputError
 from miniclip.data import CaptionDataset, Collator, flatten_captions
 from miniclip.fast import fast_arithmetic, fast_model, keep_freed_memory, speed_up
-from miniclip.files import check_manifest, write_json
+from miniclip.files import check_manifest
 from miniclip.guard import Guard, first_line, out_of_memory, spare_worker
 from miniclip.inference import embed_images, embed_texts, on_all_processes
 from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip
-from miniclip.record import RECORD
-from miniclip.resume import check_checkpoint, check_same_run, keep_newest, last_checkpoint, saving
+from miniclip.resume import check_checkpoint, check_same_run, last_checkpoint, save_checkpoint
 from miniclip.retrieval import retrieval_metrics
 from miniclip.scale import load_whole_weights, prepare_fsdp, uses_fsdp, whole_model, with_scalars
 
@@ -208,29 +206,7 @@ class ClipTrainer(Trainer):
                 raise
 
     def _save_checkpoint(self, model, trial):
-        """As Trainer's, but all or nothing, and with the record of the run."""
-        state, folder = self.state, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        best = folder.with_name(f"checkpoint-{state.best_global_step}")
-        if best == folder or state.best_global_step and best.is_dir():
-            state.best_model_checkpoint = str(best)
-        self.store_flos()
-        with saving(folder, self.args.should_save, self.accelerator.wait_for_everyone) as scratch:
-            self.save_model(str(scratch), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(scratch))
-                self._save_scaler(str(scratch))
-                self._save_rng_state(str(scratch))
-            if self.args.should_save:
-                for part in (*self.callback_handler.callbacks, self.control):
-                    if isinstance(part, ExportableState):
-                        state.stateful_callbacks[type(part).__name__] = part.state()
-                state.save_to_json(str(scratch / "trainer_state.json"))
-                if self.record:
-                    write_json(scratch / RECORD, self.record)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-        if self.args.should_save:
-            keep_newest(self.args.output_dir, folder, self.args.save_total_limit, state.best_model_checkpoint)
+        save_checkpoint(self)
 
     def _save(self, output_dir=None, state_dict=None):
         """Trainer saves bare weights of a model that is not its own; ours go with their config."""

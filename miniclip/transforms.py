@@ -56,25 +56,15 @@ def open_image(path, scale: int | None = None) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: {error} Shrink it or leave its record out") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path}: {_what_else(path)}; replace it or leave its record out") from None
+        with open(path, "rb") if own else io.BytesIO(path.read()) as file:
+            head = file.read(16)
+        formats = ", ".join(FORMATS)
+        what = f"no picture in a format that is read ({formats}): it begins with {head!r}" if head else "an empty file"
+        raise ImageError(f"{path}: {what}; replace it or leave its record out") from None
     except Exception as error:  # a damaged file can make a decoder raise nearly anything
         if isinstance(error, OSError) and error.errno:  # a folder, no permission: the picture may be all right
             raise ImageError(f"{path}: cannot be opened ({error.strerror})") from None
         raise ImageError(f"{path}: damaged ({error}); replace it or leave its record out") from None
-
-
-def _what_else(path) -> str:
-    """What a file is that is no picture in one of FORMATS."""
-    if hasattr(path, "read"):
-        head = path.read()[:16]
-    else:
-        with open(path, "rb") as file:
-            head = file.read(16)
-    Image.init()
-    for name, (_, begins) in Image.OPEN.items():
-        if name not in FORMATS and begins and len(head) == 16 and begins(head) is True:
-            return f"a picture of the format {name}, which is not read (but {', '.join(FORMATS)} are)"
-    return f"no picture that Pillow can read (it begins with {head!r})" if head else "an empty file"
 
 
 def check_aspect(image: Image.Image, name: str | Path = "the picture"):

@@ -1,5 +1,6 @@
 """The benchmarks' own claims: made vectors lie like embeddings, recall and FLOPs are counted right, the scripts run."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -117,3 +118,18 @@ def test_the_forgetting_benchmark_runs_and_goes_on(caption_set, tmp_path, run_sc
     again = run_script(*command).stdout
     assert "\nema: --model_config" in first and "ema: --model_config" not in again, "what is there is not run again"
     assert (out / "finetuning.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_ranking_a_large_set_stays_below_two_gigabytes(run_script):
+    """100,000 images x 500,000 captions: a matrix of all scores would be 200 GB."""
+    found = json.loads(run_script("benchmarks/memory.py", "ranking", "--width", "64", timeout=3600).stdout)
+    assert found["peak_GB"] < 2 and found["text_to_image_R@1"] > 0.5, found
+
+
+@pytest.mark.slow
+def test_a_long_training_holds_no_more_and_no_more_files(run_script):
+    found = json.loads(run_script("benchmarks/memory.py", "soak", timeout=3600).stdout.splitlines()[-1])["seen"]
+    settled = found[1:]  # from step 400 on
+    assert len(settled) == 9 and {entry["files"] for entry in settled} == {settled[0]["files"]}, found
+    assert settled[-1]["MB"] - settled[0]["MB"] < 10, found

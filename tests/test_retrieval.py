@@ -112,7 +112,7 @@ def test_ranks_agree_with_a_full_sort():
     relevant = [rng.choice(200, size=rng.integers(1, 5), replace=False) for _ in queries]
     order = np.argsort(-(queries @ gallery.T), axis=1)
     expected = [min(np.flatnonzero(np.isin(row, right))) + 1 for row, right in zip(order, relevant)]
-    assert first_ranks(gallery, queries, relevant, block=16).tolist() == expected
+    assert first_ranks(gallery, queries, relevant, memory=16 * 4 * len(gallery)).tolist() == expected
 
 
 def test_published_features(flickr8k):
