@@ -3,7 +3,8 @@
     python benchmarks/memory.py ranking               # 100,000 images x 500,000 captions, 512 wide
     python benchmarks/memory.py soak --steps 2000     # memory and open files of a training with workers, over its steps
 
-Each prints one line of JSON. A matrix of all scores would be 200 GB; what is measured is the most that the process had.
+Each prints one line of JSON, and with --write puts its figures into RESULTS.md. A matrix of all scores would be 200 GB;
+what is measured is the most that the process had.
 """
 
 import argparse
@@ -71,8 +72,8 @@ def soak(steps: int, every: int) -> dict:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        more = {"dataloader_num_workers": 2, "save_steps": steps // 10, "save_total_limit": 1}
-        trainer = make_trainer(Path(folder), steps, n=256, **more)
+        more = {"dataloader_num_workers": 2, "save_steps": steps // 10, "save_total_limit": 1, "logging_steps": 100}
+        trainer = make_trainer(Path(folder), steps, n=260, **more)  # 65 steps an epoch: none ends where we look
         trainer.add_callback(Look())
         trainer.train()
     return {"steps": steps, "seen": seen}
@@ -86,9 +87,30 @@ def main():
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=200)
+    parser.add_argument("--write", action="store_true")
     o = parser.parse_args()
     result = ranking(o.images, o.captions, o.width) if o.what == "ranking" else soak(o.steps, o.every)
     print(json.dumps(result))
+    if o.write:
+        from results import machine, write_section
+
+        write_section(f"memory-{o.what}", f"{describe(result)}\n\n{machine()}. `python benchmarks/memory.py {o.what}`.")
+
+
+def describe(found: dict) -> str:
+    """The figures in words."""
+    if "seen" not in found:
+        return (
+            f"## Memory of ranking\n\n{found['images']:,} images against {found['captions']:,} captions, both ways,"
+            f" {found['width']} dimensions: {found['embeddings_GB']:.2f} GB of embeddings, at most"
+            f" **{found['peak_GB']:.2f} GB** for the process ({found['peak_before_GB']:.2f} before it ranked), in"
+            f" {found['seconds']:,.0f} s. Text to image R@1 of these made-up vectors: {found['text_to_image_R@1']:.1%}."
+        )
+    rows = "\n".join(f"| {row['step']:,} | {row['MB']} | {row['files']} | {row['threads']} |" for row in found["seen"])
+    return (
+        f"## A long training\n\n{found['steps']:,} steps with two workers that start anew every epoch, and ten"
+        f" checkpoints.\n\n| step | MB | open files | threads |\n|---|---|---|---|\n{rows}"
+    )
 
 
 if __name__ == "__main__":
