@@ -23,7 +23,6 @@ def main(argv: list[str]):
 
     import logging
     import math
-    import shutil
     import warnings
     from functools import partial
 
@@ -40,7 +39,7 @@ def main(argv: list[str]):
     from miniclip.objectives import make_objective
     from miniclip.progress import check_reporters, watch
     from miniclip.record import RECORD, training_record
-    from miniclip.resume import checkpoints, clean, lock
+    from miniclip.resume import checkpoints, clean, lock, start_anew
     from miniclip.retrieval import format_table
     from miniclip.sources import ColumnError, read_source
     from miniclip.sources import describe as describe_data
@@ -118,8 +117,8 @@ def main(argv: list[str]):
     if options.lock_image != "none" or options.lock_text != "none":
         from miniclip.locked import lock_towers
 
-        lock, folder = (options.lock_image, options.lock_text), options.feature_cache
-        make_dataset, caches = lock_towers(model, *lock, args, records, preprocess, tokenizer, folder)
+        locks, folder = (options.lock_image, options.lock_text), options.feature_cache
+        make_dataset, caches = lock_towers(model, *locks, args, records, preprocess, tokenizer, folder)
     callbacks, remedies = fine_tuning(model, options, args)
     jitter = options.color_jitter
     transform = TrainTransform(
@@ -139,8 +138,8 @@ def main(argv: list[str]):
     )  # fmt: skip
     if trainer.is_world_process_zero():
         clean(args.output_dir)
-        for folder in () if resume else checkpoints(args.output_dir):  # all is well so far: now the earlier run may go
-            shutil.rmtree(folder)
+        if not resume:  # all is well so far: now the earlier run may go
+            start_anew(args.output_dir)
         write_json(Path(args.output_dir) / RECORD, record)
     bad_samples.open(Path(args.output_dir, NAME), trainer.is_world_process_zero(), go_on=bool(resume))
     trainer.accelerator.wait_for_everyone()  # no other may look for checkpoints before

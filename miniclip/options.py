@@ -392,7 +392,8 @@ def run(main: Callable[[list[str]], None]):
     and so is that somebody stopped it, with the exit status that shells expect; all other errors keep theirs."""
     name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):  # names of files may hold what cannot be printed
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except InputError as error:

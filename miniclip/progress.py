@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -335,7 +336,10 @@ class Progress(TrainerCallback):
         self.busy, self.mark = self.busy + now - self.mark, now
 
     def _print(self, line: str):
-        tqdm.write(line) if self.bar is not None else print(line, flush=True)
+        try:
+            tqdm.write(line) if self.bar is not None else print(line, flush=True)
+        except BrokenPipeError:  # whoever read it is gone; the log has it all the same
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _close_bar(self):
         if self.bar is not None:

@@ -58,8 +58,11 @@ def processor() -> str:
 
 def commit() -> str | None:
     """The commit of this copy of MiniCLIP, `-dirty` where files differ from it; None where git knows nothing."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():  # it may lie in a repository of somebody else's
+        return None
     try:
-        how = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        how = {"cwd": root, "capture_output": True, "text": True, "timeout": 10, "check": True}
         return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], **how).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
@@ -105,7 +108,9 @@ def training_record(argv: Sequence[str], options, args, model, records, eval_rec
     from miniclip.fast import arithmetic
 
     plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (str, int, float, bool, list))}
-    return record_of(["train.py", *argv], args.device) | {
+    # A stream has no index: what has been read of it depends on how many read it.
+    readers = {"readers": args.world_size * max(1, args.dataloader_num_workers)} if options.streaming else {}
+    return record_of(["train.py", *argv], args.device) | readers | {
         "model": json.loads(json.dumps(model.config.to_dict())),
         "data": fingerprint(options.train_file, records),
         "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,

@@ -5,6 +5,7 @@ renamed when all of it is on the disk. So a folder `checkpoint-40` is complete, 
 a disk have damaged it since, the manifest tells.
 """
 
+import errno
 import logging
 import os
 import shutil
@@ -36,7 +37,10 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def check_checkpoint(folder: str | Path):
     """Raises InputError for a folder that no run can go on from: what is in it is incomplete, or damaged."""
     manifest = Path(folder) / MANIFEST
-    listed = manifest.read_text(encoding="utf-8", errors="replace") if manifest.is_file() else ""
+    if not manifest.is_file():
+        what = f"has no {MANIFEST}, which comes last" if Path(folder).is_dir() else "does not exist"
+        raise InputError(f"the checkpoint {folder} {what}")
+    listed = manifest.read_text(encoding="utf-8", errors="replace")
     for part in ("model.safetensors", "optimizer.", "scheduler.pt", "rng_state", "trainer_state.json"):
         if f'"{part}' not in listed:
             raise InputError(f"{folder} is no complete checkpoint: its {MANIFEST} has no {part.rstrip('.')}")
@@ -133,6 +137,16 @@ def keep_newest(output_dir: str | Path, newest: Path, limit: int | None, best: s
         remove(folder)
 
 
+def start_anew(output_dir: str | Path):
+    """Deletes what an earlier run left in its folder, as far as it could be taken for the new one's."""
+    folder = Path(output_dir)
+    whole = [folder / name for name in (MANIFEST, "model.safetensors", "trainer_state.json")]
+    for path in (*whole, *folder.glob("nonfinite-*.json")):
+        path.unlink(missing_ok=True)
+    for old in reversed(checkpoints(folder)):
+        remove(old)
+
+
 def clean(output_dir: str | Path):
     """Deletes what a killed process left half written, or half deleted."""
     for folder in Path(output_dir).glob(f"{SCRATCH}*checkpoint-*"):
@@ -146,8 +160,11 @@ def lock(output_dir: str | Path):
     """Takes an output folder for this process, until it ends, however that comes. Gives what has to be kept until then.
     Raises InputError where another process has it."""
     path = Path(output_dir) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output_dir} cannot be written to: {error}") from None
     try:
         try:
             import fcntl
@@ -157,8 +174,12 @@ def lock(output_dir: str | Path):
         except ImportError:  # Windows
             import msvcrt
 
+            file.seek(1 << 30)  # the byte that is locked is not one of those that say who has it
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # some network disks know no locks
+            logger.warning("%s cannot be locked (%s): see to it that no other run writes there", output_dir, error)
+            return file
         file.seek(0)
         process = file.read().strip() or "another"
         file.close()
@@ -177,6 +198,7 @@ SAME = {
     "seed": "what is drawn for the rest of the epoch would not be what it was",
     "pairs_per_step": "its place in the epoch is counted in steps of another size",
     "model": "its weights are of another model",
+    "readers": "each worker of each process reads a share of the stream, and the shares would be others",
 }
 
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from miniclip.bad_samples import BadSamples
 from miniclip.captions import check_captions, leave_out, parse_json
 from miniclip.config import InputError
-from miniclip.files import replacing
+from miniclip.files import replacing, user_cache
 from miniclip.transforms import ImageError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "ico", "tga")
@@ -175,7 +175,7 @@ def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[
     about = json.dumps([VERSION, caption_key, [(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]])
     state = hashlib.sha256(about.encode()).hexdigest()
     name = f".miniclip-{hashlib.sha256(json.dumps([caption_key, paths]).encode()).hexdigest()[:16]}.npz"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miniclip"
+    home = user_cache()
     places = [Path(paths[0]).parent / name, home / name]
     for place in places:
         try:

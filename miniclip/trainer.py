@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from miniclip.arguments import ClipTrainingArguments
@@ -20,27 +20,24 @@ from miniclip.batch import batch_forward
 from miniclip.config import InputError
 from miniclip.data import CaptionDataset, Collator, flatten_captions
 from miniclip.fast import fast_arithmetic, fast_model, keep_freed_memory, speed_up
-from miniclip.files import check_manifest
-from miniclip.guard import Guard, first_line, out_of_memory, spare_worker
+from miniclip.guard import GuardedTrainer, spare_workers
 from miniclip.inference import embed_images, embed_texts, on_all_processes
 from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip
-from miniclip.resume import check_checkpoint, check_same_run, last_checkpoint, save_checkpoint
 from miniclip.retrieval import retrieval_metrics
 from miniclip.scale import load_whole_weights, prepare_fsdp, uses_fsdp, whole_model, with_scalars
 
 logger = logging.getLogger(__name__)
 
 
-class ClipTrainer(Trainer):
+class ClipTrainer(GuardedTrainer):
     """Trains a MiniClip on a CaptionDataset and evaluates it on records (`read_captions`), by Recall@K.
 
     `preprocess` is the evaluation pipeline, `caches` has feature caches for the images and texts of locked towers.
     `objective` is the loss where it is not CLIP's: called with the model's outputs, the pairs' ids and the batch.
     `lr_scale` gives the factor of the learning rate for a parameter's name. `ema`, a model of the same shape whose
     weights somebody keeps as an average of those that learn, is measured in their place and kept in checkpoints.
-    `record` says what is run (`record.py`): it is kept in checkpoints, and compared when a run goes on from one.
-    Everything else is Trainer's.
+    Everything else is Trainer's, guarded (`guard.py`).
     """
 
     loss_is_scaled_for_ga = False  # our loss is a mean: with gradient accumulation Trainer has to divide it
@@ -58,7 +55,6 @@ class ClipTrainer(Trainer):
         objective=None,
         lr_scale: Callable[[str], float] | None = None,
         ema: MiniClip | None = None,
-        record: dict | None = None,
         **kwargs,
     ):
         self.sharded = uses_fsdp(args)
@@ -80,8 +76,7 @@ class ClipTrainer(Trainer):
             prepare_fsdp(self)
         self.preprocess, self.tokenizer, self.caches = preprocess, tokenizer, caches
         self.objective = objective or (lambda outputs, ids, inputs: clip_loss(*outputs[:3], ids))
-        self.lr_scale, self.ema, self.record, self.guard = lr_scale, ema, record, Guard(self)
-        self.add_callback(self.guard)
+        self.lr_scale, self.ema = lr_scale, ema
         self.add_callback(_Hooks(model, train_dataset))
         batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
         if train_dataset is not None and has_length(train_dataset):  # a stream may have none
@@ -100,22 +95,6 @@ class ClipTrainer(Trainer):
         self.guard.saw(loss, rows, inputs.get("input_ids"))
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            said = first_line(error)
-        # Only here the exception is gone, and with it all that the failed pass had kept.
-        raise self.guard.too_large(model, inputs, said)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Comes after the gradients of all processes are added, and before the optimizer's step."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        self.guard.check(norm)
-        return norm
-
     def _get_train_sampler(self, train_dataset=None):
         """The dataset's own order, if it has one."""
         sampler = self._own_sampler()
@@ -128,9 +107,7 @@ class ClipTrainer(Trainer):
     def get_train_dataloader(self):
         """As Trainer's, but for a dataset that makes its own: a stream, of which each process reads its share."""
         make = getattr(self.train_dataset, "dataloader", None)
-        loader = make(self.args, self.data_collator) if make else super().get_train_dataloader()
-        loader.worker_init_fn = partial(spare_worker, loader.worker_init_fn)
-        return loader
+        return spare_workers(make(self.args, self.data_collator) if make else super().get_train_dataloader())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices that multiply: not for gains, biases, the temperature and positions."""
@@ -185,28 +162,11 @@ class ClipTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As Trainer's; True resumes from the newest checkpoint that is complete. What stops it: `guard.py`."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            logger.warning("resuming from %s", resume_from_checkpoint or "the start: there is no checkpoint yet")
-        elif resume_from_checkpoint:
-            check_checkpoint(resume_from_checkpoint)
-        if len(set(gather_object([resume_from_checkpoint]))) > 1:
-            raise InputError(f"not all processes see the same checkpoints: {self.args.output_dir} must be on one disk")
-        if resume_from_checkpoint and self.record:
-            check_same_run(resume_from_checkpoint, self.record)
+        """As Trainer's; True resumes from the newest checkpoint that is complete. What may stop it: `guard.py`."""
         if self.args.fast and self.args.device.type == "cpu" and not self.args.grad_cache_chunk_size:
             keep_freed_memory()
-        with fast_arithmetic(self.args.device) if self.args.fast else nullcontext(), self.guard.watching():
-            try:
-                return super().train(resume_from_checkpoint, **kwargs)
-            except (RuntimeError, MemoryError) as error:
-                if meaning := self.guard.explained(error):
-                    raise meaning from error
-                raise
-
-    def _save_checkpoint(self, model, trial):
-        save_checkpoint(self)
+        with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         """Trainer saves bare weights of a model that is not its own; ours go with their config."""
@@ -236,10 +196,6 @@ class ClipTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.sharded and self.args.should_save:
             os.remove(os.path.join(output_dir, "pytorch_model_fsdp.bin"))  # model.safetensors once more
-
-    def _load_best_model(self):
-        check_manifest(self.state.best_model_checkpoint)
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class _Hooks(TrainerCallback):

@@ -155,7 +155,8 @@ def test_told_to_end_it_saves_first(number, processes, recipe, caption_set, run_
     """All its processes are told, data workers too, as by a terminal or a cluster; of two processes only one is. Then
     there is a checkpoint that no schedule asked for, and a resumed run ends as an undisturbed one."""
     run = caption_set / "run"
-    more = ["--num_train_epochs", "100", "--dataloader_num_workers", "1", "--logging_steps", "1"]
+    more = ["--num_train_epochs", "100", "--dataloader_num_workers", "2", "--logging_steps", "1"]
+    more += ["--dataloader_persistent_workers", "true"]
     argv = ["train.py", recipe, *more]
     if processes == 2:
         argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *argv]
@@ -163,7 +164,11 @@ def test_told_to_end_it_saves_first(number, processes, recipe, caption_set, run_
     process = start(*argv)
     until(lambda: logged(run) >= 3, process)
     if processes == 1:
+        for worker in children(process.pid):  # which stay, so that the step can be finished
+            caught = dict(line.split(":") for line in Path(f"/proc/{worker}/status").read_text().splitlines())
+            assert int(caught["SigIgn"], 16) >> (signal.SIGINT - 1) & 1 and int(caught["SigCgt"], 16) >> 14 & 1
         os.killpg(process.pid, number)
+        os.killpg(process.pid, number)  # as clusters do; it is not a second time
     else:
         os.kill(children(process.pid)[-1], number)
     said = process.communicate(timeout=120)[0]
@@ -182,15 +187,90 @@ def test_told_to_end_it_saves_first(number, processes, recipe, caption_set, run_
         assert state["global_step"] == 2 * int(more[1])
 
 
+def test_told_to_end_while_nobody_listens_and_where_only_the_best_is_saved(recipe, caption_set):  # noqa: F811
+    """Its output goes to a pipe whose reader ends too; no schedule would save; an epoch is one step."""
+    run = caption_set / "run"
+    argv = ["train.py", recipe, "--eval_file", caption_set / "captions.json", "--eval_strategy", "epoch"]
+    argv += ["--save_strategy", "best", "--per_device_train_batch_size", "24", "--learning_rate", "1e-9"]
+    argv += ["--num_train_epochs", "1000"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, argv)], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    until(lambda: logged(run) >= 2, process)
+    before = {path.name for path in checkpoints(run)}
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    (folder,) = [path for path in checkpoints(run) if path.name not in before]
+    check_manifest(folder)
+
+
+def test_no_checkpoint_is_overwritten_because_it_cannot_be_used(recipe, caption_set, run_script):  # noqa: F811
+    run = caption_set / "run"
+    run_script("train.py", recipe, *SAVE, "--max_steps", "2", "--save_only_model")
+    there = [path.name for path in checkpoints(run)]
+    done = run_script("train.py", recipe, *SAVE, "--max_steps", "4", "--resume", check=False)
+    assert done.returncode == 1 and "of the 2 checkpoints in" in done.stderr and "--model_config" in done.stderr
+    assert "has no optimizer" in done.stderr and [path.name for path in checkpoints(run)] == there
+    done = run_script("train.py", recipe, "--resume_from_checkpoint", caption_set / "nowhere", check=False)
+    assert "nowhere does not exist" in done.stderr and "Traceback" not in done.stderr
+    # and what replaces a run takes none of it for its own
+    (run / "nonfinite-step3.json").write_text("{}")
+    more = ["--overwrite_output_dir", "--learning_rate", "1e30", "--warmup_steps", "0"]
+    done = run_script("train.py", recipe, *more, check=False)
+    assert done.returncode == 1 and not (run / "model.safetensors").exists() and not checkpoints(run)
+    assert not (run / "nonfinite-step3.json").exists()
+
+
+def test_the_best_checkpoint_when_a_run_goes_on(recipe, caption_set, run_script):  # noqa: F811
+    """With a limit of one it is kept beside the newest; in a moved folder it is found; damaged, it is done without."""
+    best = ["--eval_file", caption_set / "captions.json", "--eval_strategy", "epoch", "--save_strategy", "epoch"]
+    best += ["--load_best_model_at_end", "--save_total_limit", "1", "--num_train_epochs", "6"]
+    best += ["--metric_for_best_model", "text_to_image_median_rank", "--greater_is_better", "true"]  # an early one is
+    run_script("train.py", recipe, *best)
+    state = json.loads((caption_set / "run" / "trainer_state.json").read_text())
+    kept = {path.name for path in checkpoints(caption_set / "run")}
+    assert kept == {f"checkpoint-{state['best_global_step']}", "checkpoint-12"} and len(kept) == 2
+    (caption_set / "run").rename(caption_set / "moved")
+    done = run_script("train.py", recipe, *best, "--output_dir", caption_set / "moved", "--resume")
+    named = caption_set / "moved" / f"checkpoint-{state['best_global_step']}"
+    assert largest_difference(caption_set / "moved", named) == 0
+    data = bytearray((named / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (named / "model.safetensors").write_bytes(data)
+    done = run_script("train.py", recipe, *best, "--output_dir", caption_set / "moved", "--resume")
+    assert "the best checkpoint is damaged" in done.stderr
+    assert largest_difference(caption_set / "moved", caption_set / "moved" / "checkpoint-12") == 0
+
+
+def test_a_run_that_stopped_early_stays_so(recipe, caption_set, run_script):  # noqa: F811
+    more = ["--eval_file", caption_set / "captions.json", "--early_stopping_patience", "1", "--learning_rate", "1e-9"]
+    run_script("train.py", recipe, *more)
+    step = json.loads((caption_set / "run" / "trainer_state.json").read_text())["global_step"]
+    assert step < 16
+    run_script("train.py", recipe, *more, "--resume")
+    assert json.loads((caption_set / "run" / "trainer_state.json").read_text())["global_step"] == step
+
+
+def test_folders_and_streams_that_cannot_be(recipe, tmp_path, run_script):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    done = run_script("train.py", recipe, "--output_dir", tmp_path / "file", check=False)
+    assert done.returncode == 1 and "file cannot be written to" in done.stderr and "Traceback" not in done.stderr
+    code = "import sys; sys.stdout = sys.stderr = None\nfrom miniclip.options import run\nrun(lambda argv: None)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(recipe, tmp_path):  # noqa: F811
     """A disk of its own with room for two checkpoints and a bit."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = 21  # MB; a checkpoint has 19: three times the weights
+    train = f"{sys.executable} train.py {recipe} --output_dir {disk}/run --max_steps 3"
     script = (
-        f"mount -t tmpfs -o size={size}m tmpfs {disk} && {sys.executable} train.py {recipe} --output_dir {disk}/run"
-        f" --save_strategy steps --save_steps 1 --max_steps 3; echo code $?; ls -a {disk}/run;"
-        f" cp -r {disk}/run {tmp_path}/kept; rm {disk}/run/.lock"
+        f"mount -t tmpfs -o size={size}m tmpfs {disk} && {train} --save_strategy steps --save_steps 1; echo code $?;"
+        f" cp -r {disk}/run {tmp_path}/kept;"
+        f" mount -t tmpfs -o size=3m tmpfs {disk} && {train}; ls {disk}/run"
     )
     how = {"cwd": ROOT, "env": ONE_THREAD, "capture_output": True, "text": True}
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], **how)
@@ -200,6 +280,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(recipe, tmp_path):  # noqa:
     assert "checkpoint-2 could not be saved" in done.stderr and "checkpoint-1, untouched" in done.stderr
     assert last_checkpoint(tmp_path / "kept") == str(tmp_path / "kept" / "checkpoint-1")
     assert not list((tmp_path / "kept").glob("tmp-*"))
+    assert "train.py: the disk is full" in done.stderr and "model.safetensors" not in done.stdout
 
 
 def test_a_data_worker_that_dies_names_its_sample(recipe, caption_set):  # noqa: F811
