@@ -14,6 +14,7 @@ import signal
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -406,5 +407,6 @@ def run(main: Callable[[list[str]], None]):
             raise
         sys.exit(f"{name}: the disk is full: {error}. What was there before is as it was: free space and try again")
     except KeyboardInterrupt as stopped:
-        print(f"{name}: {stopped or 'stopped'}", file=sys.stderr)
+        with suppress(OSError):  # of a pipe that nobody reads any more
+            print(f"{name}: {stopped or 'stopped'}", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signal", signal.SIGINT))

@@ -192,7 +192,7 @@ def test_told_to_end_while_nobody_listens_and_where_only_the_best_is_saved(recip
     run = caption_set / "run"
     argv = ["train.py", recipe, "--eval_file", caption_set / "captions.json", "--eval_strategy", "epoch"]
     argv += ["--save_strategy", "best", "--per_device_train_batch_size", "24", "--learning_rate", "1e-9"]
-    argv += ["--num_train_epochs", "1000"]
+    argv += ["--num_train_epochs", "1000", "--metric_for_best_model", "mean_recall"]
     process = subprocess.Popen(
         [sys.executable, *map(str, argv)], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -246,6 +246,7 @@ def test_the_best_checkpoint_when_a_run_goes_on(recipe, caption_set, run_script)
 
 def test_a_run_that_stopped_early_stays_so(recipe, caption_set, run_script):  # noqa: F811
     more = ["--eval_file", caption_set / "captions.json", "--early_stopping_patience", "1", "--learning_rate", "1e-9"]
+    more += ["--save_strategy", "epoch"]
     run_script("train.py", recipe, *more)
     step = json.loads((caption_set / "run" / "trainer_state.json").read_text())["global_step"]
     assert step < 16
