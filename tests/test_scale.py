@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 import miniclip
 from miniclip.config import InputError
 from miniclip.progress import draw_log
+from miniclip.resume import last_checkpoint
 from miniclip.scale import uses_fsdp
-from miniclip.trainer import ClipTrainer, ClipTrainingArguments, last_checkpoint
+from miniclip.trainer import ClipTrainer, ClipTrainingArguments
 from tests.scale_worker import bytes_kept_by_the_loss, make_trainer
 from tests.test_training import ROOT, largest_difference, recipe  # noqa: F401
 

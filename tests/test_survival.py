@@ -130,10 +130,11 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def start(*argv, **kwargs) -> subprocess.Popen:
+def start(*argv, stderr=subprocess.STDOUT) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *map(str, argv)], cwd=ROOT, env=ONE_THREAD, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+        stdout=subprocess.PIPE, stderr=stderr,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # of a background job it is ignored
     )  # fmt: skip
 
 
@@ -193,9 +194,7 @@ def test_told_to_end_while_nobody_listens_and_where_only_the_best_is_saved(recip
     argv = ["train.py", recipe, "--eval_file", caption_set / "captions.json", "--eval_strategy", "epoch"]
     argv += ["--save_strategy", "best", "--per_device_train_batch_size", "24", "--learning_rate", "1e-9"]
     argv += ["--num_train_epochs", "1000", "--metric_for_best_model", "mean_recall"]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, argv)], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = start(*argv, stderr=subprocess.PIPE)
     until(lambda: logged(run) >= 2, process)
     before = {path.name for path in checkpoints(run)}
     process.stdout.close()
