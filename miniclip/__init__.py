@@ -17,6 +17,7 @@ _HOMES = {  # where each public name lives; imported when first used, so that `i
     "ClipTrainingArguments": "trainer",
     "retrieval_metrics": "retrieval",
     "search": "retrieval",
+    "ImageSearch": "image_search",
     "load": "inference",
     "embed_images": "inference",
     "embed_texts": "inference",

@@ -6,7 +6,7 @@ import os
 import reprlib
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -173,6 +173,28 @@ class ImageRoot:
         if not self.allow_outside and not (self._inside(os.path.dirname(file)) and (not link or self._inside(file))):
             raise InputError(self._leads_out(image, "a link "))
         return file
+
+    def walk(self, fault: Callable[[str, str], None]) -> Iterator[tuple[str, list[str]]]:
+        """The folders in it at any depth, relative to it, each with the names of its files; neither those whose names
+        begin with a dot. Links are followed that stay in the folder, and none to a folder that was read already: they
+        may go round in a ring. What cannot be read is told by `fault(name, reason)`."""
+
+        def unread(error: OSError):
+            fault(os.path.relpath(error.filename, self.folder), f"cannot be opened ({error.strerror})")
+
+        seen = set()
+        for folder, folders, files in os.walk(self.folder, followlinks=True, onerror=unread):
+            real, here = os.path.realpath(folder), os.path.relpath(folder, self.folder)
+            if real in seen or not self.allow_outside and not is_within(real, self.real):
+                folders.clear()
+                why = "a second way to a folder that is read already"
+                why = why if real in seen else "a link out of the image folder"
+                fault(here, f"{why}: remove the link" + " or --allow_outside_image_root" * (real not in seen))
+                continue
+            seen.add(real)
+            links = {name: os.path.islink(os.path.join(folder, name)) for name in folders if not name.startswith(".")}
+            folders[:] = sorted(links, key=lambda name: (links[name], name))  # by its own name rather than by a link's
+            yield here, sorted(name for name in files if not name.startswith("."))
 
     def _inside(self, path: str) -> bool:
         if path not in self.inside:

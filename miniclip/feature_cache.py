@@ -89,8 +89,7 @@ class FeatureCache:
         part["features"] = np.stack(list(self.added.values()))
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f"{os.getpid()}.tmp"
-        with open(scratch, "wb") as file:
-            np.save(file, part)
+        write_npy(scratch, part.dtype, part.shape, [part])
         sync(scratch)
         os.replace(scratch, self.folder / f"{sha256(scratch)}.npy")
         self.found |= {key: (part["features"], row) for row, key in enumerate(self.added)}
@@ -105,6 +104,17 @@ class FeatureCache:
             raise InputError(f"{path} holds no features of this width ({self.row}): delete it")
         keys, features = part["key"].tobytes(), part["features"]
         self.found |= {keys[32 * row : 32 * row + 32]: (features, row) for row in range(len(part))}
+
+
+def write_npy(path: str | Path, dtype, shape: tuple, parts: Iterable[np.ndarray]):
+    """Writes a .npy file, of arrays one after the other. `np.save` does not notice it if the disk is full when its last
+    kilobytes are written."""
+    dtype = np.dtype(dtype)
+    with open(path, "wb") as file:
+        head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, head)
+        for part in parts:
+            file.write(part.astype(dtype, copy=False).tobytes())
 
 
 def file_key(path) -> bytes:

@@ -112,18 +112,20 @@ def embed_images(
     progress: bool = False,
     cache: FeatureCache | None = None,
     project: bool = True,
+    faults: dict[int, str] | None = None,
 ) -> np.ndarray:
     """Embeds n image files, or handles (see `open_image`): (n, E) float32, of unit length, in the order given.
 
     `num_workers` threads read files while others are encoded (0: none; as many as suit the machine unless given).
     Those whose features are in the `cache` are neither decoded nor encoded. Without `project` the features themselves
     are given, (n, W), as the tower's projection takes them. Raises ImageError that names each file that cannot be
-    read.
+    read; into `faults`, if that is given, go their rows and what is wrong instead, and those rows are NaN.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     fast, device = _fast(model, len(paths)), model.logit_scale.device
     features = torch.empty(len(paths), model.visual.width)
-    pending, faults = [], []  # (row, key, levels) that wait for a batch to be full
+    pending, stop = [], faults is None  # (row, key, levels) that wait for a batch to be full
+    faults = {} if stop else faults
 
     def read(path: str | Path):
         """The file's key and its levels, or features, or what is wrong with it."""
@@ -149,19 +151,19 @@ def embed_images(
     files = read_ahead(read, paths, num_workers, 2 * batch_size)
     for row, (key, found) in enumerate(tqdm(files, "images", len(paths), disable=not progress, leave=False)):
         if isinstance(found, ImageError):
-            faults.append(str(found))
+            faults[row], features[row] = str(found), torch.nan
         elif isinstance(found, np.ndarray):
             features[row] = torch.from_numpy(found.copy())
-        elif not faults:  # after a fault nothing will come of it, but all that is wrong is to be found at once
+        elif not (stop and faults):  # else nothing will come of it, but all that is wrong is to be found at once
             pending.append((row, key, found))
         if len(pending) == batch_size:
             encode()
-    if pending and not faults:
+    if pending and not (stop and faults):
         encode()
     if cache is not None:
         cache.save()
-    if faults:
-        raise ImageError("\n".join(faults))
+    if stop and faults:
+        raise ImageError("\n".join(faults.values()))
     return fast.project(features.to(device), "image").cpu().numpy() if project else features.numpy()
 
 

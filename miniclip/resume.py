@@ -156,9 +156,9 @@ def clean(output_dir: str | Path):
     remove_scratch(output_dir)
 
 
-def lock(output_dir: str | Path):
-    """Takes an output folder for this process, until it ends, however that comes. Gives what has to be kept until then.
-    Raises InputError where another process has it."""
+def lock(output_dir: str | Path, option: str = "--output_dir"):
+    """Takes an output folder, which `option` names, for this process, until it ends, however that comes. Gives what has
+    to be kept until then. Raises InputError where another process has it."""
     path = Path(output_dir) / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def lock(output_dir: str | Path):
         process = file.read().strip() or "another"
         file.close()
         raise InputError(
-            f"process {process} is writing to {output_dir}: wait for its end, or name another --output_dir"
+            f"process {process} is writing to {output_dir}: wait for its end, or name another {option}"
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()))

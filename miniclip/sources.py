@@ -36,7 +36,6 @@ from miniclip.captions import (
     check_captions,
     check_records,
     image_fault,
-    is_within,
     leave_out,
     parse_json,
     read_captions,
@@ -299,30 +298,17 @@ def _some(path: Path, raw: list, names: list[str]):
 
 
 def _read_folder(root: ImageRoot, caption_key: str | None):
-    """Images with a caption file beside each, in folders at any depth; in order of their names. Links are followed
-    that stay in the folder, and none to a folder that was read already: they may go round in a ring."""
-    raw, names, beside, seen = [], [], {}, set()  # beside: path without its extension -> {extension: path}
+    """Images with a caption file beside each, in folders at any depth; in order of their names."""
+    raw, names, beside = [], [], {}  # beside: path without its extension -> {extension: path}
 
     def fault(name: str, reason: str):
         names.append(name)
         raw.append(InputError(reason))
 
-    def unread(error: OSError):
-        fault(os.path.relpath(error.filename, root.folder), f"cannot be opened ({error.strerror})")
-
-    for folder, folders, files in os.walk(root.folder, followlinks=True, onerror=unread):
-        real, here = os.path.realpath(folder), os.path.relpath(folder, root.folder)
-        if real in seen or not root.allow_outside and not is_within(real, root.real):
-            folders.clear()
-            why = "a second way to a folder that is read already" if real in seen else "a link out of the image folder"
-            fault(here, f"{why}: remove the link" + " or --allow_outside_image_root" * (real not in seen))
-            continue
-        seen.add(real)
-        links = {name: os.path.islink(os.path.join(folder, name)) for name in folders if not name.startswith(".")}
-        folders[:] = sorted(links, key=lambda name: (links[name], name))  # by its own name rather than by a link's
-        for name in sorted(files):
+    for here, files in root.walk(fault):
+        for name in files:
             stem, extension = os.path.splitext(name)
-            if not name.startswith(".") and extension.lower()[1:] in (*IMAGES, *CAPTIONS):
+            if extension.lower()[1:] in (*IMAGES, *CAPTIONS):
                 place = os.path.normpath(os.path.join(here, stem))
                 kinds, kind = beside.setdefault(place, {}), extension.lower()[1:]
                 if kind in kinds:

@@ -22,11 +22,14 @@ def prepare():
     """Imports what scripts import, most of it at leisure."""
     import datasets  # noqa: F401
     import faiss  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
     import torch
     from PIL import Image
     from transformers import Trainer  # noqa: F401
 
     import miniclip.hf_towers
+    import miniclip.image_search
+    import miniclip.index_parts
     import miniclip.locked
     import miniclip.objectives
     import miniclip.sources

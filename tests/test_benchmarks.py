@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from miniclip.fast import speed_up
 from miniclip.model import MiniClip
@@ -66,6 +67,24 @@ def test_retrieval_writes_its_table(tmp_path, run_script):
     for row in rows:
         recalls = [float(re.match(r"[\d.]+", cell)[0]) for cell in row[-2:]]
         assert recalls == [1, 1] if row[2].startswith("exact") else all(0 <= recall <= 1 for recall in recalls), row
+
+
+def test_search_writes_its_tables(tiny_model, tmp_path, run_script):
+    tiny_model.save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    for number in range(260):  # each of another size, so that their contents differ
+        Image.new("RGB", (40 + number, 30), "red").save(tmp_path / "pictures" / f"{number:03d}.jpg")
+    run_script(
+        "benchmarks/search.py", "--sizes", 2000, "--queries", 30, "--model", tmp_path / "model", "--pictures",
+        tmp_path / "pictures", "--limit", 260, "--results", tmp_path / "RESULTS.md",
+    )  # fmt: skip
+    text = (tmp_path / "RESULTS.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 2,000 ")]
+    assert [row[1].split(",")[0] for row in rows] == ["exact", "HNSW", "IVF"]
+    for row in rows[1:]:
+        assert all(0.9 <= float(recall) <= 1 for recall in row[-1].split(", ")), row
+    encoded = re.findall(r"^\| index: (.+?) \| [\d.]+ \| (\d+) \|$", text, re.MULTILINE)
+    assert len(encoded) == 4 and [int(number) for _, number in encoded][1:] == [0, 0, 20], text
 
 
 def test_flops_are_those_that_torch_counts(benchmarks, tiny_config):

@@ -1,0 +1,401 @@
+"""How does a folder of pictures become an index that never disagrees with itself?
+
+An index is a folder. What can be searched is one generation in it, and one small file says which:
+
+    products.mc/index.json          generation, model, folder of the pictures, counts, sha256 of each file below
+    products.mc/000007/             vectors.npy (N, E) float32 of unit length, a row for each picture that differs from
+                                    the others in content; keys.npy, its sha256; files.parquet, which file has which
+                                    row; search.faiss above 100,000; texts.npy; bad_samples.jsonl
+    products.mc/new/                vectors of a run that is under way
+
+A run writes a generation of its own and, when all of it is on the disk, replaces index.json in one step: whenever it is
+killed, the old index is there or the new one, whole. The vectors computed so far are kept, and the next run takes them.
+A picture is known by its content: what was renamed, moved or copied is not encoded again. The model is known by the
+sha256 of what the vectors depend on: the image tower's weights, its projection, the preprocessing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from miniclip import feature_cache
+from miniclip.bad_samples import NAME as BAD
+from miniclip.bad_samples import BadSamples
+from miniclip.captions import ImageRoot, short
+from miniclip.config import InputError
+from miniclip.fast import fast_model
+from miniclip.feature_cache import FeatureCache, write_npy
+from miniclip.files import remove_scratch, sha256, sync, write_json
+from miniclip.inference import embed_images, embed_texts, read_ahead
+from miniclip.neighbours import Neighbours, check_method, choose, exact
+from miniclip.transforms import FORMATS, ImageError
+
+INDEX, NEW, FORMAT = "index.json", "new", 1
+PIECE = 512  # pictures after which vectors are written: what a killed run may have computed in vain
+DEAD = 0.1  # share of rows without a file above which a graph or lists are built anew
+SETTLED = 2e9  # nanoseconds after which a file's time tells whether it has changed
+SMALL = 1 << 26  # bytes up to which a file's sha256 is checked whenever the index is opened
+# What is asked to measure how much a graph or lists miss: pictures are not found by text as they are by pictures.
+TEXTS = [f"a photo of {what} {where}" for what in ("a person", "two people", "a dog", "a red dress", "a car", "food",
+         "shoes", "a building", "a child", "a drawing") for where in ("", "outdoors", "indoors", "on white", "at night",
+         "in the snow", "by the sea", "in a street", "from above", "close up")]  # fmt: skip
+
+
+class ImageIndexError(InputError):
+    """An index that cannot be used, or not with this model or folder."""
+
+
+class Picture:
+    """A picture as it was when its content was looked at: `read` gives those bytes. Raises ImageError if they are
+    others now."""
+
+    def __init__(self, path: str, key: bytes):
+        self.path, self.key = path, key
+
+    def __str__(self) -> str:
+        return self.path
+
+    def read(self) -> bytes:
+        data = Path(self.path).read_bytes()
+        if hashlib.sha256(data).digest() != self.key:
+            raise ImageError(f"{self.path}: it was changed while it was read; index again")
+        return data
+
+
+class ImageIndex:
+    """An index as `index.json` had it when it was opened; later runs do not touch what this one reads.
+
+    `about` is what that file says, `vectors` (N, E) float32, `keys` N times 32 bytes. Raises ImageIndexError for a
+    folder that is none, and for files that are not what was written; with `check` all are read for that, otherwise of
+    those above 64 MB the size has to tell.
+    """
+
+    def __init__(self, folder: str | Path, check: bool = False):
+        self.folder = Path(folder)
+        for attempt in range(5):  # a run may replace it, and remove the old one, between two lines here
+            self.about = read_about(self.folder)
+            self.place = self.folder / self.about["generation"]
+            try:
+                self._open(check)
+                return
+            except FileNotFoundError as error:
+                if attempt == 4 or read_about(self.folder)["generation"] == self.about["generation"]:
+                    raise ImageIndexError(f"{error.filename} is missing: {REMEDY}") from None
+
+    def _open(self, check: bool):
+        import pyarrow.parquet
+
+        for name, (size, digest) in self.about["files"].items():
+            path = self.place / name
+            if path.stat().st_size != size or (check or size <= SMALL) and sha256(path) != digest:
+                raise ImageIndexError(f"{path} is not what was written: {REMEDY}")
+        self.vectors = np.load(self.place / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        self.keys = np.load(self.place / "keys.npy", allow_pickle=False).tobytes()
+        with pyarrow.parquet.ParquetFile(self.place / "files.parquet") as file:
+            self.table = file.read()  # in the order of rows; `read_table` and `to_numpy` would import pandas
+        self.rows = np.frombuffer(self.table["row"].combine_chunks().buffers()[1], np.int64)[: len(self.table)]
+        used = np.zeros(len(self.vectors), bool)
+        used[self.rows] = True
+        self.alive = None if used.all() else used
+        self.neighbours = None
+        if (how := self.about["search"])["method"] != "exact":
+            path = self.place / "search.faiss"
+            self.neighbours = Neighbours.read(path, how["method"], how["effort"], how["built"])
+
+    def __len__(self) -> int:
+        """How many different pictures there are."""
+        return len(self.vectors) if self.alive is None else int(self.alive.sum())
+
+    def paths(self, row: int) -> list[str]:
+        """The files that have a row's content, relative to the folder of the pictures."""
+        start, end = np.searchsorted(self.rows, [row, row + 1])
+        return self.table["path"][start:end].to_pylist()
+
+    def find(self, queries: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
+        """For each of `queries` (Q, E) the k nearest as (score, row), best first; fewer where there are no more."""
+        k = min(k, len(self))
+        if self.neighbours is None:
+            scores, rows = exact(self.vectors, queries, k, self.alive)
+        else:
+            scores, rows = self.neighbours.find(self.vectors, queries, k, self.alive)
+        return [[(float(s), int(r)) for s, r in zip(*line) if s > -np.inf] for line in zip(scores, rows)]
+
+    def files(self) -> dict[str, tuple[bytes, tuple]]:
+        """All files: path -> (key, (size, times) by which it is known to be the same)."""
+        columns = [self.table[name].to_pylist() for name in ("path", "row", "size", "mtime", "ctime")]
+        return {path: (self.key(row), tuple(stamp)) for path, row, *stamp in zip(*columns)}
+
+    def bad(self) -> dict[str, str]:
+        """The files that could not be read: path -> reason."""
+        path = self.place / BAD
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return {entry["sample"]: entry["reason"] for entry in map(json.loads, lines)}
+
+    def key(self, row: int) -> bytes:
+        """The sha256 of a row's content."""
+        return self.keys[32 * row : 32 * row + 32]
+
+
+REMEDY = "copy the index again, or delete it and index anew"
+
+
+def read_about(folder: Path) -> dict:
+    """What `index.json` says. Raises ImageIndexError."""
+    try:
+        about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise ImageIndexError(f"{folder / INDEX} is of format {short(about['format'])}, not {FORMAT}: index anew")
+        if os.path.basename(about["generation"]) != about["generation"] or not about["generation"].isdecimal():
+            raise ValueError("generation")
+        about["model"]["fingerprint"], about["root"], about["search"]["method"], dict(about["files"])
+        return about
+    except FileNotFoundError:
+        raise ImageIndexError(f"{folder} is no index: there is no {INDEX} in it; make one by `index`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise ImageIndexError(f"{folder / INDEX} cannot be read ({error}): {REMEDY}") from None
+
+
+def fingerprint(model, preprocess) -> str:
+    """sha256 of all that a picture's vector depends on: weights of the image tower, projection, preprocessing."""
+    config = model.config
+    about = {"preprocess": vars(preprocess.cfg), "scale": preprocess.scale, "quick_gelu": config.quick_gelu}
+    about |= {"tower": vars(config.vision_cfg), "format": FORMAT}
+    digest = hashlib.sha256(feature_cache.fingerprint(model, model.visual, about).encode())
+    for name, tensor in sorted(model.visual.proj.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def update(
+    root: str | Path,
+    folder: str | Path,
+    model,
+    preprocess,
+    tokenizer,
+    named: dict[str, str | None],
+    shard: tuple[int, int] = (1, 1),
+    method: str = "auto",
+    check: bool = False,
+    allow_outside: bool = False,
+    moved: bool = False,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    progress: bool = False,
+) -> Counter:
+    """Brings the index in `folder` to what is in the folder `root`, at any depth; makes it where there is none. Gives
+    how many files were added, changed, removed, unchanged and bad, and how many pictures were encoded.
+
+    `named` is what to say and load the model by: {"name": ..., "pretrained": ...}. A file is the same while its size
+    and times are; with `check` all are read. `shard` (i, n) takes the i-th n-th of the files, by their names. `method`
+    is one of `neighbours.METHODS`, or "auto". Raises ImageIndexError for an index of another model or folder (unless
+    that was `moved`), InputError where another process is writing to it, or where there are no pictures.
+    """
+    check_method(method)
+    from miniclip.resume import lock
+
+    root, folder, mine = ImageRoot(root, allow_outside), Path(folder), fingerprint(model, preprocess)
+    names, broken = pictures(root, shard)
+    if not names:
+        raise ImageIndexError(f"{root.folder}: there is no picture in it, and no index was touched: is another meant?")
+    held = lock(folder, "--index")
+    old = ImageIndex(folder, check=True) if (folder / INDEX).is_file() else None
+    if old:
+        check_same(old, mine, named["name"], root.folder if not moved else None, shard)
+    clean(folder, old)
+    before = old.files() if old else {}
+    known = {old.key(row) for row in range(len(old.vectors))} if old else set()
+    journal = FeatureCache(folder / NEW, mine, model.config.embed_dim)
+    resumed, fast, files, faulty = len(journal), fast_model(model), {}, {}
+
+    def identify(name: str):
+        """The file's path, its content's key, and by what it is known to be the same; or what is wrong with it."""
+        try:
+            path = root.file(name)
+            found = os.stat(path)
+            stamp = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            if not check and name in before and before[name][1] == stamp:
+                return path, before[name][0], stamp
+            key = bytes.fromhex(sha256(path))
+            # Who writes to it in the same tick of the file system's clock leaves its time as it is.
+            return path, key, stamp if time.time_ns() - max(stamp[1:]) > SETTLED else (stamp[0], 0, 0)
+        except InputError as error:
+            return name, None, str(error)
+        except OSError as error:
+            return name, None, f"cannot be opened ({error.strerror})"
+
+    with tqdm(total=len(names), desc="pictures", disable=not progress) as bar:
+        for start in range(0, len(names), PIECE):
+            piece, fresh = names[start : start + PIECE], {}
+            for name, (path, key, stamp) in zip(piece, read_ahead(identify, piece, num_workers, 64)):
+                if key is None:
+                    broken[name] = stamp
+                    continue
+                files[name] = key, stamp
+                if key not in known and key not in journal and key not in faulty:
+                    fresh.setdefault(key, Picture(path, key))
+            if fresh:
+                faults, keys = {}, list(fresh)
+                vectors = embed_images(fast, preprocess, fresh.values(), batch_size, num_workers, faults=faults)
+                journal.update((key, vectors[row]) for row, key in enumerate(keys) if row not in faults)
+                journal.save()
+                faulty |= {keys[row]: reason for row, reason in faults.items()}
+            bar.update(len(piece))
+    broken |= {name: faulty[key] for name, (key, _) in files.items() if key in faulty}
+    files = {name: found for name, found in files.items() if found[0] not in faulty}
+    if not files:
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in list(broken.items())[:10])
+        raise ImageIndexError(f"{root.folder}: none of its {len(names)} pictures can be read. The first:{listed}")
+
+    changes = Counter(bad=len(broken), encoded=len(journal) - resumed, resumed=resumed)
+    for name, (key, _) in files.items():
+        changes["added" if name not in before else "unchanged" if before[name][0] == key else "changed"] += 1
+    changes["removed"] = len(before.keys() - files.keys())
+    wanted = [root.folder, allow_outside, choose(len(old) if old else 0)[0] if method == "auto" else method]
+    was = old and [old.about["root"], old.about["allow_outside"], old.about["search"]["method"]]
+    if files != before or wanted != was or broken != old.bad():
+        used = dict.fromkeys(key for key, _ in files.values())
+        keep, grown = kept(old, used, method)
+        new = [key for key in used if key not in known]
+        keys = b"".join([*(old.key(row) for row in keep), *new])
+        about = {"model": {**named, "fingerprint": mine}, "root": root.folder, "allow_outside": allow_outside}
+        about |= {"shard": list(shard)}
+        vectors = rows_of((old and old.vectors, keep), (journal, new))
+        # Now, because how much a graph or lists miss may have to be measured later, without the model.
+        texts = embed_texts(fast, tokenizer, TEXTS)
+        write(folder, about, vectors, keys, files, broken, texts, method, grown, progress)
+    shutil.rmtree(folder / NEW, ignore_errors=True)
+    held.close()
+    return changes
+
+
+def pictures(root: ImageRoot, shard: tuple[int, int]) -> tuple[list[str], dict[str, str]]:
+    """The files of a shard that by their names are pictures, in order, and what could not be looked into: name ->
+    reason. HEIC is none that can be read, and to be told of."""
+    Image.init()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS} | {".heic", ".heif"}
+    names, broken, (i, n) = [], {}, shard
+    for here, files in root.walk(broken.__setitem__):
+        for file in files:
+            name = os.path.normpath(os.path.join(here, file)).replace(os.sep, "/")
+            digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+            if os.path.splitext(file)[1].lower() in endings and int.from_bytes(digest[:8], "big") % n == i - 1:
+                names.append(name)
+    return sorted(names), broken
+
+
+def check_same(index: ImageIndex, mine: str, name: str, root: str | None, shard=None):
+    """Raises ImageIndexError where an index is of another model, folder or shard."""
+    about, folder = index.about, index.folder
+    if about["model"]["fingerprint"] != mine:
+        raise ImageIndexError(
+            f"{folder} was made by the model {about['model']['name']} ({about['model']['fingerprint'][:12]}), and this"
+            f" is {name} ({mine[:12]}): their vectors cannot be compared. Name that model by --model, or make another"
+            " index with this one"
+        )
+    if root is not None and about["root"] != root:
+        raise ImageIndexError(
+            f"{folder} is of the pictures in {about['root']}, not of {root}: name another --index, or say --moved if it"
+            " is the same folder in another place"
+        )
+    if shard is not None and about["shard"] != list(shard):
+        was, now = ("/".join(map(str, pair)) for pair in (about["shard"], shard))
+        raise ImageIndexError(f"{folder} has the shard {was} of its pictures, not {now}: name another --index")
+
+
+def kept(old: ImageIndex | None, used: dict, method: str) -> tuple[list[int], Neighbours | None]:
+    """Which rows of the old index go on, and its graph or lists where those only have to grow: rows can be added to
+    them, not taken out, but passed over."""
+    if old is None:
+        return [], None
+    rows = [row for row in range(len(old.vectors)) if old.key(row) in used]
+    wanted = choose(len(used))[0] if method == "auto" else method
+    few = len(old.vectors) - len(rows) <= DEAD * len(old.vectors)
+    if old.neighbours and old.neighbours.method == wanted and few and len(used) < 2 * old.neighbours.built:
+        return list(range(len(old.vectors))), old.neighbours
+    return rows, None
+
+
+def rows_of(*sources: tuple) -> Iterator[np.ndarray]:
+    """Vectors from one place and another, of each (what to ask, its rows or keys), some thousands at a time."""
+    for source, rows in sources:
+        for start in range(0, len(rows), 4096):
+            part = rows[start : start + 4096]
+            yield source[part] if isinstance(source, np.ndarray) else np.stack([source[key] for key in part])
+
+
+def write(
+    folder: Path, about: dict, vectors: Iterable[np.ndarray], keys: bytes, files: dict[str, tuple], broken: dict,
+    texts: np.ndarray, method: str, grown: Neighbours | None, progress: bool,
+):  # fmt: skip
+    """Writes a generation, and switches to it."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    numbers = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    place = folder / f"{max(numbers, default=0) + 1:06d}"
+    place.mkdir()
+    try:
+        shape = (len(keys) // 32, texts.shape[1])
+        write_npy(place / "vectors.npy", "<f4", shape, vectors)
+        write_npy(place / "keys.npy", "V32", shape[:1], [np.frombuffer(keys, "V32")])
+        write_npy(place / "texts.npy", "<f4", texts.shape, [texts])
+        row = {keys[32 * i : 32 * i + 32]: i for i in range(shape[0])}
+        lines = sorted((row[key], name, *stamp) for name, (key, stamp) in files.items())
+        columns = dict(zip(("row", "path", "size", "mtime", "ctime"), map(list, zip(*lines))))
+        pa.parquet.write_table(pa.table(columns), place / "files.parquet")
+        bad = BadSamples()
+        bad.open(place / BAD)
+        for name, reason in sorted(broken.items()):
+            bad.add(name, reason, "while indexing")
+        pictures = len({key for key, _ in files.values()})
+        about |= {"pictures": pictures, "copies": len(files) - pictures, "bad": len(broken)}
+        about["search"] = prepare(place, shape, lines, texts, method, grown, progress)
+        for path in [*place.iterdir(), place]:
+            sync(path)
+        sizes = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(place.iterdir())}
+        write_json(folder / INDEX, {"format": FORMAT, "generation": place.name, **about, "files": sizes})
+    except BaseException:
+        if not (folder / INDEX).is_file() or read_about(folder)["generation"] != place.name:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+    for number in numbers:
+        shutil.rmtree(folder / f"{number:06d}", ignore_errors=True)  # who has it open goes on reading it
+
+
+def prepare(place: Path, shape: tuple, lines: list, texts: np.ndarray, method: str, grown, progress: bool) -> dict:
+    """What `index.json` says of how an index is searched; above 100,000 vectors makes what that takes."""
+    chosen, why = choose(len({line[0] for line in lines}))
+    if method != "auto":
+        chosen, why = method, "as it was asked for"
+    if chosen == "exact":
+        return {"method": chosen, "why": why}
+    vectors = np.load(place / "vectors.npy", mmap_mode="r")
+    used = np.zeros(shape[0], bool)
+    used[[line[0] for line in lines]] = True
+    alive = None if used.all() else used
+    if grown is None:
+        grown = Neighbours.build(vectors, chosen, progress)
+    else:
+        grown.add(vectors[len(grown) :], progress)
+    found = grown.tune(vectors, alive, texts)
+    grown.write(place / "search.faiss")
+    return {"method": chosen, "why": why, "parameters": grown.parameters(), "built": grown.built, **found}
+
+
+def clean(folder: Path, current: ImageIndex | None):
+    """Deletes what killed runs have left, but for the vectors that they had computed."""
+    remove_scratch(folder)
+    for path in folder.iterdir():
+        if path.name.isdecimal() and (current is None or path != current.place):
+            shutil.rmtree(path)

@@ -1,0 +1,97 @@
+"""An index that is brought up to date by processes that are killed before and after each thing they do with files.
+Prints what is left each time as JSON.
+
+    python tests/search_worker.py FOLDER STEP
+
+FOLDER has model/, pictures/ and products.mc, which is old; STEP 1 tries every moment, 3 every third.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import faiss
+import numpy as np
+import pandas  # noqa: F401
+import pyarrow.parquet
+import torch
+
+import miniclip.resume  # noqa: F401
+from miniclip import image_index
+from miniclip.image_index import ImageIndex, update
+from miniclip.inference import embed_texts, load
+
+
+def bring_up_to_date(folder: Path, loaded, fatal: int) -> int:
+    """Updates; kills itself at that event, or gives how many there were."""
+    count = 0
+
+    def event(*_):
+        nonlocal count
+        count += 1
+        if count == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(function):
+        def wrapped(*args, **kwargs):
+            event()
+            result = function(*args, **kwargs)
+            event()
+            return result
+
+        return wrapped
+
+    inner = str(folder / "products.mc")
+    names = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
+    sys.addaudithook(lambda name, args: event() if name in names and inner in str(args[0]) else None)
+    # Writers that are no Python, and cause no audit event.
+    pyarrow.parquet.write_table, faiss.write_index = around(pyarrow.parquet.write_table), around(faiss.write_index)
+    image_index.PIECE, image_index.TEXTS = 4, image_index.TEXTS[:4]
+    named = {"name": str(folder / "model"), "pretrained": None}
+    update(folder / "pictures", inner, *loaded, named, method="hnsw", num_workers=0)
+    return count
+
+
+def state(index: ImageIndex) -> list:
+    """Which files there are, and whether each has the vector of its content, by what is searched: each file's own
+    vector, asked for, finds it."""
+    for path, (key, _) in index.files().items():
+        row = index.keys.index(key) // 32
+        best = index.find(np.array(index.vectors[row : row + 1]), 1)[0][0][1]
+        assert path in index.paths(best), (path, index.paths(best))
+    return sorted((path, key.hex()) for path, (key, _) in index.files().items())
+
+
+def main(folder: Path, step: int):
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    loaded, found, fatal = load(folder / "model"), [], 1 - step
+    embed_texts(*loaded[::2], ["what is imported and prepared here need not be after each fork"])
+    state(ImageIndex(folder / "products.mc"))
+    shutil.copytree(folder / "products.mc", folder / "start")
+    while True:
+        fatal += step
+        shutil.rmtree(folder / "products.mc")
+        shutil.copytree(folder / "start", folder / "products.mc")
+        if not (pid := os.fork()):
+            try:
+                bring_up_to_date(folder, loaded, fatal)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, -signal.SIGKILL), code
+        found.append(state(ImageIndex(folder / "products.mc", check=True)))
+        if code == 0:
+            break
+    left = sorted(path.name for path in (folder / "products.mc").iterdir())
+    print(json.dumps({"killed": len(found) - 1, "found": found, "left": left}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,498 @@
+"""Image search: what is found, what an index has after any change or kill, what is refused, what is written."""
+
+import base64
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+import miniclip
+from miniclip import image_index
+from miniclip.captions import ImageRoot
+from miniclip.config import InputError
+from miniclip.image_index import ImageIndex, ImageIndexError, update
+from miniclip.image_search import Found, split_minus, unit
+from miniclip.index_parts import export, merge
+from miniclip.neighbours import Neighbours, choose, exact
+from miniclip.sheet import write_sheet
+from tests.conftest import ROOT
+from tests.survival_worker import over
+
+SEARCH = "miniclip/search.py"
+
+
+def picture(path: Path, seed: int, size=(40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    Image.fromarray(levels).resize(size, Image.Resampling.NEAREST).save(path)
+    return path
+
+
+@pytest.fixture
+def album(tiny_model, tmp_path):
+    """A model and eight pictures in two folders; gives how to index them."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    for number in range(8):
+        picture(tmp_path / "pictures" / ("deep/er" if number % 2 else ".") / f"{number}.png", number)
+    loaded = miniclip.load(tmp_path / "model")
+
+    def index(folder="products.mc", pictures="pictures", model=loaded, **how):
+        named = {"name": str(tmp_path / "model"), "pretrained": None}
+        return update(tmp_path / pictures, tmp_path / folder, *model, named, num_workers=0, **how)
+
+    index.folder, index.loaded, index.pictures = tmp_path, loaded, tmp_path / "pictures"
+    return index
+
+
+def listed(folder: Path) -> set[str]:
+    return set(ImageIndex(folder, check=True).files())
+
+
+def check_vectors(index, folder: Path):
+    """Each file has the vector that the model makes of it now."""
+    opened = ImageIndex(folder, check=True)
+    names = list(opened.files())
+    paths = [str(index.pictures / name) for name in names]
+    wanted = miniclip.embed_images(index.loaded[0], index.loaded[1], paths)
+    row = {name: row for name, row in zip(opened.table["path"].to_pylist(), opened.rows)}
+    assert np.abs(opened.vectors[[row[name] for name in names]] - wanted).max() < 1e-5
+
+
+def test_pictures_are_found_by_themselves_and_texts_as_the_model_scores_them(album):
+    album()
+    search = miniclip.ImageSearch(album.folder / "products.mc", album.loaded)
+    assert len(search) == 8
+    for number in range(8):
+        name = f"deep/er/{number}.png" if number % 2 else f"{number}.png"
+        best = search.query(image=album.pictures / name, k=1)
+        assert best[0].path == name and best[0].score == pytest.approx(1, abs=1e-5) and best[0].rank == 1
+    found = search.query("a red dress", k=20)
+    assert [one.rank for one in found] == list(range(1, 9)), "no more than there are"
+    model, preprocess, tokenizer = album.loaded
+    paths = [search.file(one.path) for one in found]
+    text = miniclip.embed_texts(model, tokenizer, ["a red dress"])[0]
+    scores = miniclip.embed_images(model, preprocess, paths) @ text
+    assert [one.score for one in found] == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
+
+
+def test_texts_pictures_and_minus_make_one_vector_by_the_formula(album):
+    album()
+    search = miniclip.ImageSearch(album.folder / "products.mc", album.loaded)
+    model, preprocess, tokenizer = album.loaded
+    red, dress, blue = miniclip.embed_texts(model, tokenizer, ["red", "a dress", "blue"])
+    shown = miniclip.embed_images(model, preprocess, [album.pictures / "0.png"])[0]
+    both = unit(0.5 * unit(red + dress) + 0.5 * shown - 0.5 * blue)
+    assert search.vector(["red", "a dress"], album.pictures / "0.png", "blue") == pytest.approx(both, abs=1e-5)
+    weights = {"image_weight": 0.2, "minus_weight": 0.1}
+    wanted = unit(0.8 * red + 0.2 * shown - 0.1 * blue)
+    found = search.vector("red", [album.pictures / "0.png"], ["blue"], **weights)
+    assert found == pytest.approx(wanted, abs=1e-5)
+    spoken = search.query("red -blue", image=album.pictures / "0.png", k=8, **weights)
+    assert [one.path for one in spoken] == [one.path for one in search.nearest(wanted, 8)]
+    texts = ["red dress -floral -x1", "a t-shirt - 3 -5"]
+    assert split_minus(texts) == (["red dress", "a t-shirt - 3 -5"], ["floral", "x1"])
+    for nothing in ({"text": ""}, {"text": "-red"}, {"minus": "red"}):
+        with pytest.raises(InputError, match="nothing is asked for"):
+            search.query(**nothing)
+    with pytest.raises(InputError, match="image_weight 2"):
+        search.query("red", image=album.pictures / "0.png", image_weight=2)
+    with pytest.raises(InputError, match="k is 0"):
+        search.query("red", k=0)
+
+
+def test_changes_of_files_are_followed_by_content(album):
+    assert album()["encoded"] == 8
+    pictures, folder = album.pictures, album.folder / "products.mc"
+    picture(pictures / "new.JPG", 100)
+    picture(pictures / "0.png", 101)  # another content under the same name
+    (pictures / "1").mkdir()
+    (pictures / "2.png").rename(pictures / "1" / "moved.png")
+    (pictures / "4.png").unlink()
+    (pictures / "copy.png").write_bytes((pictures / "6.png").read_bytes())
+    (pictures / "broken.png").write_bytes((pictures / "6.png").read_bytes()[:60])
+    (pictures / "note.txt").write_text("no picture")
+    (pictures / ".hidden.png").write_bytes(b"")
+    changes = album()
+    wanted = {"added": 3, "changed": 1, "removed": 2, "unchanged": 5, "bad": 1, "encoded": 2, "resumed": 0}
+    assert dict(changes) == wanted
+    names = {"0.png", "1/moved.png", "6.png", "copy.png", "new.JPG", *(f"deep/er/{n}.png" for n in (1, 3, 5, 7))}
+    assert listed(folder) == names
+    check_vectors(album, folder)
+    opened = ImageIndex(folder)
+    assert list(opened.bad()) == ["broken.png"] and "damaged" in opened.bad()["broken.png"]
+    assert opened.about["pictures"] == len(opened) == 8 and opened.about["copies"] == 1 and opened.about["bad"] == 1
+    search = miniclip.ImageSearch(folder, album.loaded)
+    assert search.query(image=pictures / "copy.png", k=1)[0].copies == ["copy.png"]
+    generation = opened.about["generation"]
+    assert album()["encoded"] == 0 and ImageIndex(folder).about["generation"] == generation, "nothing has changed"
+    (pictures / "broken.png").unlink()
+    assert album()["bad"] == 0 and ImageIndex(folder).bad() == {}
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", f"{int(generation) + 1:06d}", "index.json"]
+
+
+def test_a_file_of_the_same_size_and_time_is_seen_by_check(album):
+    import os
+
+    old = time.time() - 1000
+    for path in album.pictures.rglob("*.png"):
+        os.utime(path, (old, old))
+    album()
+    path = album.pictures / "0.png"
+    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(album.folder / "other.png")
+    data, before = (album.folder / "other.png").read_bytes(), path.stat()
+    path.write_bytes(data.ljust(before.st_size, b"\0")[: max(len(data), before.st_size)])
+    os.utime(path, (old, old))
+    assert album(check=True)["changed"] == 1
+    check_vectors(album, album.folder / "products.mc")
+
+
+@pytest.mark.parametrize("method", ["hnsw", "ivf"])
+def test_a_graph_and_lists_follow_changes_too(album, method):
+    for number in range(40):
+        picture(album.pictures / "many" / f"{number}.png", 1000 + number)
+    folder = album.folder / "products.mc"
+    album(method=method)
+    first = ImageIndex(folder)
+    assert first.about["search"]["method"] == method and first.about["search"]["why"] == "as it was asked for"
+    picture(album.pictures / "late.png", 5000)
+    (album.pictures / "0.png").unlink()
+    assert album(method=method)["encoded"] == 1
+    grown = ImageIndex(folder)
+    assert len(grown.vectors) == 49 and len(grown) == 48 and not grown.alive.all(), "it grew; the dead row stays"
+    search = miniclip.ImageSearch(folder, album.loaded)
+    found = search.query("anything", k=100)
+    assert {one.path for one in found} <= listed(folder) and "0.png" not in listed(folder)
+    assert search.query(image=album.pictures / "late.png", k=1)[0].path == "late.png"
+    for number in range(20):
+        (album.pictures / "many" / f"{number}.png").unlink()
+    album(method=method)
+    assert ImageIndex(folder).alive is None and len(ImageIndex(folder).vectors) == 28, "built anew"
+    check_vectors(album, folder)
+
+
+def test_methods_are_chosen_by_number_and_measured():
+    assert [choose(n)[0] for n in (1, 100_000, 100_001, 500_001)] == ["exact", "exact", "hnsw", "ivf"]
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((4000, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    queries, alive = vectors[:50] + 0.1, np.arange(4000) % 3 > 0
+    order = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")
+    scores, rows = exact(vectors, queries, 10)
+    assert np.array_equal(rows, order[:, :10]) and (np.diff(scores, axis=1) <= 0).all()
+    living = np.array([[row for row in line if alive[row]][:10] for line in order])
+    assert np.array_equal(exact(vectors, queries, 10, alive)[1], living)
+    assert exact(vectors[:3], queries, 10)[1].shape == (50, 3)
+    for method in ("hnsw", "ivf"):
+        index = Neighbours.build(vectors, method)
+        told = index.tune(vectors, alive, queries)
+        found, got = index.find(vectors, queries, 10, alive)
+        recall = np.mean([np.isin(line, some).mean() for line, some in zip(living, got)])
+        assert told["recall@10"]["texts"] == pytest.approx(recall, abs=0.02) and recall >= 0.9
+        assert alive[got].all() and np.allclose(found, np.einsum("qkd,qd->qk", vectors[got], queries), atol=1e-5)
+        few = np.arange(4000) < 3  # where there are fewer than k
+        scores, rows = index.find(vectors, queries, 10, few)
+        assert (rows[:, 3:] == -1).all() and rows.max() == 2 and np.array_equal(rows == -1, np.isneginf(scores))
+
+
+def test_the_wrong_model_folder_or_shard_is_refused_by_name(album, tiny_config):
+    from miniclip.model import MiniClip
+
+    album()
+    torch.manual_seed(1)
+    other = MiniClip(tiny_config).eval()
+    other.save_pretrained(album.folder / "other")
+    index = album.folder / "products.mc"
+    before = (index / "index.json").read_bytes()
+    with pytest.raises(ImageIndexError, match="was made by the model .*model .*this is .*other .*cannot be compared"):
+        miniclip.ImageSearch(index, album.folder / "other")
+    with pytest.raises(ImageIndexError, match="was made by the model"):
+        album(model=miniclip.load(album.folder / "other"))
+    projected = miniclip.load(album.folder / "model")
+    projected[0].visual.proj.weight.data[0, 0] += 1
+    with pytest.raises(ImageIndexError, match="was made by the model"):
+        miniclip.ImageSearch(index, projected)
+    resized = miniclip.load(album.folder / "model")
+    resized[1].cfg.crop_pct = 0.5
+    with pytest.raises(ImageIndexError, match="was made by the model"):
+        miniclip.ImageSearch(index, resized)
+    picture(album.folder / "elsewhere" / "a.png", 1)
+    with pytest.raises(ImageIndexError, match="not of .*elsewhere.*--moved"):
+        album(pictures="elsewhere")
+    with pytest.raises(ImageIndexError, match="has the shard 1/1 of its pictures, not 2/3"):
+        album(shard=(2, 3))
+    (album.folder / "empty").mkdir()
+    with pytest.raises(ImageIndexError, match="there is no picture in it"):
+        album(pictures="empty", moved=True)
+    with pytest.raises(ImageIndexError, match="is no index: there is no index.json"):
+        ImageIndex(album.folder)
+    assert (index / "index.json").read_bytes() == before
+    assert album(pictures="elsewhere", moved=True)["encoded"] == 0, "one of its contents is known"
+
+
+def test_what_is_damaged_is_found(album):
+    album(method="hnsw")
+    folder = album.folder / "products.mc"
+    place = ImageIndex(folder).place
+    names = sorted(path.name for path in place.iterdir())
+    assert names == ["files.parquet", "keys.npy", "search.faiss", "texts.npy", "vectors.npy"]
+    for name in names:
+        data = bytearray((place / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        whole = (place / name).read_bytes()
+        (place / name).write_bytes(data)
+        with pytest.raises(ImageIndexError, match=f"{name} is not what was written"):
+            ImageIndex(folder)
+        (place / name).unlink()
+        with pytest.raises(ImageIndexError, match=f"{name} is missing"):
+            ImageIndex(folder)
+        (place / name).write_bytes(whole)
+    for text in ("{", "[]", '{"format": 9}', (folder / "index.json").read_text().replace(place.name, "../../x")):
+        (folder / "index.json").write_text(text)
+        with pytest.raises(ImageIndexError, match="index.json"):
+            ImageIndex(folder)
+
+
+def test_nothing_outside_of_the_folder_is_indexed_or_shown(album, tmp_path):
+    outside = picture(tmp_path / "secret" / "secret.png", 50)
+    (album.pictures / "link.png").symlink_to(outside)
+    (album.pictures / "folder").symlink_to(outside.parent)
+    (album.pictures / "ring").symlink_to(album.pictures)
+    album()
+    index = ImageIndex(tmp_path / "products.mc")
+    assert set(index.bad()) == {"link.png", "folder", "ring"} and "leads out" in index.bad()["link.png"]
+    assert not any("secret" in path or "link" in path for path in index.files())
+    found = [Found(1, 0.5, "../secret/secret.png", []), Found(2, 0.4, "link.png", []), Found(3, 0.3, "gone.png", [])]
+    write_sheet(tmp_path / "sheet.html", "t", found, ImageRoot(album.pictures).file)
+    text = (tmp_path / "sheet.html").read_text()
+    assert "<img" not in text and text.count("leads out") == 2 and "no such file" in text
+    album(allow_outside=True)
+    assert {"link.png", "folder/secret.png"} & listed(tmp_path / "products.mc")
+
+
+class Sheet(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.images, self.tags, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_sheet_needs_nothing_else_and_escapes_names(album, tmp_path):
+    name = "<script>alert(1)<&\">.png" if sys.platform != "win32" else "&.png"
+    picture(album.pictures / name, 77, (900, 500))
+    album()
+    search = miniclip.ImageSearch(tmp_path / "products.mc", album.loaded)
+    found = search.query("what", k=9)
+    search.write_sheet(tmp_path / "found.html", "red <b>dress</b>", found)
+    text = (tmp_path / "found.html").read_text()
+    sheet = Sheet(text)
+    assert "script" not in sheet.tags and "b" not in sheet.tags and "red <b>dress</b>" in sheet.text
+    assert name in sheet.text and len(sheet.images) == 9 and not re.search(r"(src|href|url)\W{0,3}(http|file|//)", text)
+    shown = next(image for image in sheet.images if image["alt"] == name)
+    with Image.open(io.BytesIO(base64.b64decode(shown["src"].partition("base64,")[2]))) as image:
+        assert image.format == "JPEG" and max(image.size) == 320
+    assert "prefers-color-scheme: dark" in text and "default-src 'none'" in text
+
+
+def test_shards_merge_to_what_one_run_makes_and_export_row_by_row(album, tmp_path):
+    (album.pictures / "copy.png").write_bytes((album.pictures / "6.png").read_bytes())
+    (album.pictures / "bad.png").write_bytes(b"bad")
+    album()
+    parts = [f"part{i}.mc" for i in (1, 2, 3)]
+    assert sum(album(part, shard=(i, 3))["added"] for i, part in enumerate(parts, 1)) == 9
+    merge([tmp_path / part for part in parts], tmp_path / "all.mc")
+    one, whole = ImageIndex(tmp_path / "products.mc"), ImageIndex(tmp_path / "all.mc", check=True)
+    assert whole.files().keys() == one.files().keys() and whole.bad().keys() == one.bad().keys() == {"bad.png"}
+    check_vectors(album, tmp_path / "all.mc")
+    picture(album.pictures / "later.png", 99)
+    assert album("all.mc")["encoded"] == 1, "a merged index goes on as any other"
+
+    assert export(whole, tmp_path / "out") == 9
+    vectors = np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy")
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "metadata" / "metadata_0.parquet")
+    paths = table["image_path"].to_pylist()
+    assert table.column_names == ["image_path"] and vectors.dtype == np.float32 and vectors.shape == (9, 16)
+    assert np.abs(vectors - miniclip.embed_images(*album.loaded[:2], paths)).max() < 1e-5
+    with pytest.raises(InputError, match="not empty"):
+        export(whole, tmp_path / "out")
+
+    with pytest.raises(ImageIndexError, match="indexes of their own"):
+        merge([tmp_path / "part1.mc", tmp_path / "part1.mc"], tmp_path / "all.mc")
+    album("left.mc", "pictures/deep")
+    (tmp_path / "other" / "er").mkdir(parents=True)
+    picture(tmp_path / "other" / "er" / "1.png", 60)
+    album("right.mc", "other")
+    merge([tmp_path / "left.mc", tmp_path / "right.mc"], tmp_path / "two.mc")
+    assert {"pictures/deep/er/1.png", "other/er/1.png"} <= listed(tmp_path / "two.mc")
+    picture(album.pictures / "deep" / "er" / "1.png", 61)
+    album("newer.mc", "pictures/deep")
+    with pytest.raises(ImageIndexError, match="different contents"):
+        merge([tmp_path / "left.mc", tmp_path / "newer.mc"], tmp_path / "three.mc")
+
+
+def test_exported_files_are_in_order(album, tmp_path, monkeypatch):
+    from miniclip import index_parts
+
+    album()
+    monkeypatch.setattr(index_parts, "FILE", 3)
+    export(ImageIndex(tmp_path / "products.mc"), tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out" / "img_emb").iterdir())
+    assert names == ["img_emb_0.npy", "img_emb_1.npy", "img_emb_2.npy"]
+    parts = [np.load(tmp_path / "out" / "img_emb" / name) for name in names]
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert np.array_equal(np.concatenate(parts), ImageIndex(tmp_path / "products.mc").vectors)
+
+
+def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_path):
+    index = tmp_path / "products.mc"
+    (album.pictures / "bad.png").write_bytes(b"no picture")
+    done = run_script(SEARCH, "index", album.pictures, "--model", tmp_path / "model", "--index", index)
+    assert "8 added, 0 changed, 0 removed, 0 unchanged; 8 pictures encoded" in done.stdout
+    assert "1 could not be read" in done.stdout and "exact, up to 100,000" in done.stdout
+    bad = Path(re.search(r"could not be read: (.+)", done.stdout)[1])
+    assert json.loads(bad.read_text())["sample"] == "bad.png"
+    again = run_script(SEARCH, "index", album.pictures, "--index", index, "--method", "ivf")
+    assert "8 unchanged; 0 pictures encoded" in again.stdout
+    assert re.search(r"IVF, nlist=\d+, nprobe=\d+, 8 bits; recall@10 against exact search: [01]\.\d+ for", again.stdout)
+    done = run_script(SEARCH, "query", index, "red dress", "-k", 3, "--html", tmp_path / "found.html")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5 and re.fullmatch(r" +1 +-?0\.\d{4}  \S+\.png", lines[1]), lines
+    assert len(Sheet((tmp_path / "found.html").read_text()).images) == 3
+    image = album.pictures / "0.png"
+    done = run_script(SEARCH, "query", index, "--image", image, "a dress -floral", "--minus", "blue", "-k", 2, "--json")
+    result = json.loads(done.stdout)
+    assert len(result["results"]) == 2 and result["results"][0]["rank"] == 1 and "- blue" in result["query"]
+    assert run_script(SEARCH, "check", index).stdout.endswith("all files are what was written\n")
+    assert "8 vectors" in run_script(SEARCH, "export", index, "--to", tmp_path / "out").stdout
+    merged = run_script(SEARCH, "merge", index, "--index", tmp_path / "all.mc")
+    assert "all.mc: 8 pictures" in merged.stdout
+    for words, problem in (
+        (["query", tmp_path / "nothing.mc", "x"], "is no index"),
+        (["index", tmp_path / "none", "--index", index], "is no folder"),
+        (["index", album.pictures, "--index", tmp_path / "new.mc"], "name the model that is to make it by --model"),
+        (["index", album.pictures, "--index", index, "--shard", "3/2"], "--shard 3/2: say"),
+    ):  # fmt: skip
+        done = run_script(SEARCH, *words, check=False)
+        assert done.returncode and problem in done.stderr and "Traceback" not in done.stderr
+
+
+def test_queries_come_a_line_each(album):
+    album()
+    command = [sys.executable, "-m", "miniclip.search", "query", album.folder / "products.mc", "-k", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, input="a dog\n\n-x\na cat\n", capture_output=True, text=True, timeout=120)
+    assert [json.loads(line)["query"] for line in done.stdout.splitlines()] == ["a dog", "a cat"], done.stderr
+    assert "nothing is asked for" in done.stderr
+
+
+def test_the_function_search_stays_what_it_was():
+    program = """
+import sys, miniclip
+try:
+    import miniclip.search
+except ImportError as error:
+    print(error)
+assert miniclip.search(*__import__("numpy").eye(2, dtype="f4")[None].repeat(2, 0), 1)[1].tolist() == [[0], [1]]
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "python -m miniclip.search" in done.stdout, done.stderr
+    start = time.perf_counter()
+    command = [sys.executable, "-X", "importtime", "-m", "miniclip.search", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "merge" in done.stdout and time.perf_counter() - start < 30
+    assert not re.search(r"\| +(torch|numpy|faiss)$", done.stderr, re.MULTILINE), "--help is to answer at once"
+
+
+@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_index_is_whole_whenever_a_run_is_killed(album, tmp_path, step):
+    """SIGKILL before and after everything that bringing an index up to date does with files, or every eighth of it."""
+    album(method="hnsw")
+    old = sorted((path, key.hex()) for path, (key, _) in ImageIndex(tmp_path / "products.mc").files().items())
+    for number in range(6):
+        picture(album.pictures / f"new{number}.png", 300 + number)
+    picture(album.pictures / "0.png", 400)
+    (album.pictures / "2.png").rename(album.pictures / "two.png")
+    (album.pictures / "4.png").unlink()
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "search_worker.py", tmp_path, str(step)], cwd=ROOT, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    found = [[tuple(file) for file in files] for files in result["found"]]
+    new = found[-1]
+    assert len(new) == 13 and new != old and result["killed"] > 40 / step
+    switch = found.index(new)
+    assert found == [old] * switch + [new] * (len(found) - switch) and 0 < switch < len(found) - 1
+    assert result["left"] == [".lock", "000002", "index.json"]
+
+
+def test_a_killed_run_goes_on_with_what_it_had_computed(album, tmp_path):
+    for number in range(1100):
+        picture(album.pictures / "many" / f"{number}.png", 2000 + number)
+    command = [sys.executable, "-m", "miniclip.search", "index", album.pictures, "--model", tmp_path / "model"]
+    command += ["--index", tmp_path / "products.mc", "--device", "cpu"]
+    with open(tmp_path / "log.txt", "wb") as log:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        while not over([run.pid]) and not list((tmp_path / "products.mc").glob("new/*/*.npy")):
+            time.sleep(0.001)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+    with pytest.raises(ImageIndexError, match="is no index"):
+        ImageIndex(tmp_path / "products.mc")
+    changes = album()
+    assert changes["resumed"] >= 512 and changes["resumed"] + changes["encoded"] == 1108 == changes["added"]
+    assert image_index.PIECE == 512 and not (tmp_path / "products.mc" / "new").exists()
+    check_vectors(album, tmp_path / "products.mc")
+
+
+def test_two_runs_do_not_write_to_one_index(album, tmp_path):
+    program = "import sys, time; from miniclip.resume import lock; held = lock(sys.argv[1]); print('held', flush=True);"
+    program += " time.sleep(60)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "products.mc"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"process {other.pid} is writing to .*products.mc.* name another --index"):
+            album()
+    finally:
+        other.kill()
+        other.wait()
+    assert album()["added"] == 8
+
+
+def test_a_disk_that_takes_no_more_leaves_the_index_as_it_was(album, tmp_path):
+    """The system lets the process write no file above 2,000 bytes; where it fails depends on what is written."""
+    pytest.importorskip("resource", reason="limits of files are Unix's")
+    album()
+    folder = tmp_path / "products.mc"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    for number in range(40):
+        picture(album.pictures / f"more{number}.png", 700 + number)
+    program = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+    program += " sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", program, SEARCH, "index", album.pictures, "--index", folder, "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode and "File too large" in done.stderr
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert {path: data for path, data in after.items() if path.parent.parent.name != "new"} == before
+    assert album()["added"] == 40
