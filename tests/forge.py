@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -70,6 +71,36 @@ def fork(argv: list[str], out: int, err: int, env: dict | None = None) -> int:
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+class KilledAt:
+    """Ends this process by SIGKILL at the `fatal`-th thing that it does with files below a folder; counts them."""
+
+    EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+    def __init__(self, fatal: int, inside: str | Path):
+        self.fatal, self.count, self.inside = fatal, 0, str(inside)
+        sys.addaudithook(self.heard)
+
+    def heard(self, name: str, args: tuple):
+        if name in self.EVENTS and self.inside in str(args[0]):
+            self.event()
+
+    def event(self):
+        self.count += 1
+        if self.count == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, function):
+        """A writer that is no Python, and causes no such event: so there is one before it, and one after."""
+
+        def wrapped(*args, **kwargs):
+            self.event()
+            result = function(*args, **kwargs)
+            self.event()
+            return result
+
+        return wrapped
 
 
 def status(pid: int, timeout: float) -> int:

@@ -25,36 +25,19 @@ import miniclip.resume  # noqa: F401
 from miniclip import image_index
 from miniclip.image_index import ImageIndex, update
 from miniclip.inference import embed_texts, load
+from tests.forge import KilledAt
 
 
 def bring_up_to_date(folder: Path, loaded, fatal: int) -> int:
     """Updates; kills itself at that event, or gives how many there were."""
-    count = 0
-
-    def event(*_):
-        nonlocal count
-        count += 1
-        if count == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def around(function):
-        def wrapped(*args, **kwargs):
-            event()
-            result = function(*args, **kwargs)
-            event()
-            return result
-
-        return wrapped
-
     inner = str(folder / "products.mc")
-    names = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
-    sys.addaudithook(lambda name, args: event() if name in names and inner in str(args[0]) else None)
-    # Writers that are no Python, and cause no audit event.
-    pyarrow.parquet.write_table, faiss.write_index = around(pyarrow.parquet.write_table), around(faiss.write_index)
+    killed = KilledAt(fatal, inner)
+    pyarrow.parquet.write_table = killed.around(pyarrow.parquet.write_table)
+    faiss.write_index = killed.around(faiss.write_index)
     image_index.PIECE, image_index.TEXTS = 4, image_index.TEXTS[:4]
     named = {"name": str(folder / "model"), "pretrained": None}
     update(folder / "pictures", inner, *loaded, named, method="hnsw", num_workers=0)
-    return count
+    return killed.count
 
 
 def state(index: ImageIndex) -> list:

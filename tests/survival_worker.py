@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.forge import fork, prepare  # noqa: E402
+from tests.forge import KilledAt, fork, prepare  # noqa: E402
 
 
 def launch(argv: list[str], processes: int, log: Path) -> list[int]:
@@ -97,33 +97,14 @@ def boundaries(out: Path) -> dict:
 
     def save(fatal: int) -> int:
         """Saves; kills itself at that event, or gives how many there were."""
-        count = 0
-
-        def event(*_):
-            nonlocal count
-            count += 1
-            if count == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def around(function):
-            def wrapped(*args, **kwargs):
-                event()
-                result = function(*args, **kwargs)
-                event()
-                return result
-
-            return wrapped
-
-        names = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
-        inner = str(out / "run")
-        sys.addaudithook(lambda name, args: event() if name in names and inner in str(args[0]) else None)
-        torch.save = around(torch.save)
-        for module in list(sys.modules.values()):  # the writers that are no Python, and cause no audit event
+        killed = KilledAt(fatal, out / "run")
+        torch.save = killed.around(torch.save)
+        for module in list(sys.modules.values()):
             if getattr(module, "save_file", None) is safetensors.torch.save_file and module is not safetensors.torch:
-                module.save_file = around(module.save_file)
+                module.save_file = killed.around(module.save_file)
         trainer.state.global_step = 3
         trainer._save_checkpoint(trainer.model, None)
-        return count
+        return killed.count
 
     found, fatal = [], 0
     while True:

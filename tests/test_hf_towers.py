@@ -446,30 +446,29 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
         miniclip.load("EfficientNet-Lite0-MiniLM")
 
 
-def test_missing_weights_of_an_encoder_are_an_error(encoders, tmp_path):
+def lose(path: Path, name: str):
+    """Takes a tensor out of a file."""
     from safetensors.torch import load_file
 
-    weights = load_file(tmp_path / "bert" / "model.safetensors")
-    del weights["encoder.layer.1.output.dense.weight"]
-    save_file(weights, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(path)
+    del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_missing_weights_of_an_encoder_are_an_error(encoders, tmp_path):
+    lose(tmp_path / "bert" / "model.safetensors", "encoder.layer.1.output.dense.weight")
     with pytest.raises(InputError, match=r"lacks weights.*encoder\.layer\.1\.output\.dense\.weight"):
         miniclip.load(encoders)
 
 
 def test_missing_statistics_are_an_error_too(tmp_path):
-    from safetensors.torch import load_file
-
     save_image_encoder(tmp_path / "resnet", "resnet")
-    weights = load_file(tmp_path / "resnet" / "model.safetensors")
-    del weights["embedder.embedder.normalization.running_var"]
-    save_file(weights, tmp_path / "resnet" / "model.safetensors", metadata={"format": "pt"})
+    lose(tmp_path / "resnet" / "model.safetensors", "embedder.embedder.normalization.running_var")
     with pytest.raises(InputError, match=r"lacks weights.*normalization\.running_var"):
         miniclip.load(save_config(tmp_path / "c.json", {"hf_model_name": str(tmp_path / "resnet")}))
 
 
 def test_missing_weights_of_half_a_model_too(tmp_path):
-    from safetensors.torch import load_file
-
     words = save_tokenizer(tmp_path / "t5")
     sizes = {"vocab_size": words, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     theirs = transformers.T5Model(transformers.T5Config(**sizes, pad_token_id=0)).eval()
@@ -480,9 +479,7 @@ def test_missing_weights_of_half_a_model_too(tmp_path):
     ids = tokenizer(["a red shape"], trim=True)
     expected = theirs.encoder(input_ids=ids).last_hidden_state.mean(dim=1)
     torch.testing.assert_close(model.text.features(ids), expected, atol=1e-5, rtol=1e-4)
-    weights = load_file(tmp_path / "t5" / "model.safetensors")
-    del weights["encoder.block.1.layer.0.SelfAttention.q.weight"]
-    save_file(weights, tmp_path / "t5" / "model.safetensors", metadata={"format": "pt"})
+    lose(tmp_path / "t5" / "model.safetensors", "encoder.block.1.layer.0.SelfAttention.q.weight")
     with pytest.raises(InputError, match=r"lacks weights.*block\.1\.layer\.0\.SelfAttention\.q\.weight"):
         miniclip.load(config)
 
