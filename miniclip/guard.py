@@ -262,13 +262,13 @@ class GuardedTrainer(Trainer):
         folder, there = resume_from_checkpoint, checkpoints(self.args.output_dir)
         if folder is True:
             folder = last_checkpoint(self.args.output_dir)
-            logger.warning("resuming from %s", folder or "the start: there is no checkpoint yet")
             if there and folder is None:
                 raise InputError(
                     f"of the {len(there)} checkpoints in {self.args.output_dir} none can be gone on from, as is said"
                     f" above: start anew from the weights of one by --model_config {there[-1]} --output_dir ..., or"
                     " from nothing by --overwrite_output_dir"
                 )
+            logger.warning("resuming from %s", folder or "the start: there is no checkpoint yet")
         elif folder:
             check_checkpoint(folder)
         if len(set(gather_object([folder]))) > 1:
@@ -320,7 +320,7 @@ class GuardedTrainer(Trainer):
             self._save_and_stop()
 
     def _run_epoch(self, *args, **kwargs):
-        if not self.control.should_training_stop:  # a run that early stopping had ended
+        if not self.control.should_training_stop:  # it is a run that early stopping had ended
             super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
