@@ -23,6 +23,10 @@ from miniclip.options import run
 if __name__ != "__main__":
     raise ImportError("miniclip/search.py is a command: python -m miniclip.search; in Python use miniclip.ImageSearch")
 
+# As in evaluate.py: threads of faiss and of torch that wait for one another would spin, and a query take a second.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""

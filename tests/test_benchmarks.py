@@ -69,6 +69,7 @@ def test_retrieval_writes_its_table(tmp_path, run_script):
         assert recalls == [1, 1] if row[2].startswith("exact") else all(0 <= recall <= 1 for recall in recalls), row
 
 
+@pytest.mark.slow
 def test_search_writes_its_tables(tiny_model, tmp_path, run_script):
     tiny_model.save_pretrained(tmp_path / "model")
     (tmp_path / "pictures").mkdir()
