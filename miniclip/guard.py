@@ -14,6 +14,7 @@ import gc
 import json
 import logging
 import math
+import multiprocessing
 import re
 import signal
 import sys
@@ -70,8 +71,21 @@ class Guard(TrainerCallback):
         try:
             yield
         finally:
+            self.end_workers()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def end_workers(self):
+        """At its end a process would wait for data workers that live on, which `spare_workers` made patient."""
+        pids = set(getattr(self.trainer.train_dataset, "reading", torch.zeros(0, 1))[:, 0].tolist())
+        ours = [worker for worker in multiprocessing.active_children() if worker.pid in pids]
+        quiet = ours and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if quiet else None  # that they end is no error now
+        for worker in ours:
+            worker.kill()
+            worker.join()
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)
 
     def on_signal(self, number, frame):
         name, now = signal.Signals(number).name, time.monotonic()
