@@ -73,11 +73,13 @@ def main(argv: list[str]):
     print(f"{source} on {dataset}: {len(image_embeds)} images, {len(text_embeds)} captions")
     print(format_table(metrics, ks))
     if options.save_features:
+        from miniclip.feature_cache import write_npy
+
         folder = Path(options.save_features)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "image.npy") as image, replacing(folder / "text.npy") as text:
-            np.save(image, image_embeds)
-            np.save(text, text_embeds)
+            write_npy(image, np.float32, image_embeds.shape, [image_embeds])
+            write_npy(text, np.float32, text_embeds.shape, [text_embeds])
             (folder / "image.npy").unlink(missing_ok=True)  # which comes last: old images never lie beside new texts
     beside = Path(options.model if os.path.isdir(options.model or "") else "")
     name = re.sub(r"[{}*?:]+", "_", Path(options.eval_file or options.features).stem)
