@@ -142,12 +142,17 @@ def cpu_routes() -> dict[str, Route]:
     come to other numbers in their last bits."""
     about = f"{processor()} {torch.__version__} {torch.get_num_threads()}"
     path = user_cache() / f"products-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    damaged = False
     try:
         return _read_routes(path)
-    except (OSError, ValueError, TypeError, KeyError):  # nobody has asked yet, or the file is damaged
-        routes = measure_routes()
+    except OSError:  # nobody has asked yet
+        pass
+    except (ValueError, TypeError, KeyError):
+        damaged = True
+    routes = measure_routes()
     try:
-        path.unlink(missing_ok=True)
+        if damaged:
+            path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{os.getpid()}.{path.name}")
         scratch.write_text(json.dumps({"about": about, "routes": routes}, indent=2) + "\n")

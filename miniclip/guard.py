@@ -190,7 +190,8 @@ class Guard(TrainerCallback):
     def too_large(self, model, inputs: dict, said: str) -> InputError:
         """For a batch that memory was short for: an error with a batch size that fits, tried by halves."""
         args, size = self.trainer.args, len(next(iter(inputs.values())))
-        chunk, advice = args.grad_cache_chunk_size, "a smaller one"
+        chunk = args.grad_cache_chunk_size
+        advice = "lower --per_device_train_batch_size, or add --grad_cache_chunk_size"
         if chunk:
             fix = f"try --grad_cache_chunk_size {chunk // 2 or 1}"
             return InputError(f"out of memory in chunks of {chunk} ({said}): {fix}")
