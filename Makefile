@@ -9,6 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m miniclip.shapes data/shapes
 	$(BIN)/python train.py recipes/demo.json --overwrite_output_dir
 	$(BIN)/python evaluate.py --model runs/demo --eval_file data/shapes/eval.json --report runs/demo/report.png
+	$(BIN)/python -m miniclip.scene_quiz --model runs/demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

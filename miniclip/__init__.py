@@ -21,6 +21,8 @@ _HOMES = {  # where each public name lives; imported when first used, so that `i
     "load": "inference",
     "embed_images": "inference",
     "embed_texts": "inference",
+    "build_zero_shot_classifier": "zero_shot",
+    "zero_shot_classify": "zero_shot",
 }
 __all__ = list(_HOMES)
 

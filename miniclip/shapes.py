@@ -172,19 +172,26 @@ def draw(scene: Scene, rng: random.Random, size: int = 64):
     return image.reduce(oversampling)
 
 
+def drawn(split: str, number: int, seed: int = 0, size: int = 64):
+    """The scenes of a split, "train" or "eval", as `write` draws them: (scene, its picture, what its captions are drawn
+    by), one after the other."""
+    pairs = split_pairs(seed)[("train", "eval").index(split)]
+    for index, scene in enumerate(make_scenes(pairs, number, random.Random(f"{seed} {split}"))):
+        rng = random.Random(f"{seed} {split} {index}")
+        yield scene, draw(scene, rng, size), rng
+
+
 def write(out_dir: str | Path, train: int = 6000, evaluation: int = 600, seed: int = 0, size: int = 64) -> None:
     """Write `images/*.png`, `train.json` and `eval.json`; the same arguments always give the same files."""
     from tqdm import tqdm
 
     out_dir = Path(out_dir)
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
-    for split, number, pairs in zip(("train", "eval"), (train, evaluation), split_pairs(seed)):
-        records = []
-        scenes = make_scenes(pairs, number, random.Random(f"{seed} {split}"))
-        for index, scene in enumerate(tqdm(scenes, desc=f"drawing {split} scenes", unit="image")):
-            rng = random.Random(f"{seed} {split} {index}")
+    for split, number in (("train", train), ("eval", evaluation)):
+        records, progress = [], {"desc": f"drawing {split} scenes", "unit": "image", "total": number}
+        for index, (scene, image, rng) in enumerate(tqdm(drawn(split, number, seed, size), **progress)):
             name = f"images/{split}_{index:05d}.png"
-            draw(scene, rng, size).save(out_dir / name, compress_level=1)
+            image.save(out_dir / name, compress_level=1)
             records.append({"image": name, "caption": captions(scene, rng)})
         write_text(out_dir / f"{split}.json", json.dumps(records, indent=1))  # last: with it, all pictures are there
 
