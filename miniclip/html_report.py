@@ -6,32 +6,26 @@ pictures, how cosines of pairs that match differ from those of others, the tempe
 
 import math
 from datetime import datetime
-from html import escape
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from miniclip.files import write_text
+from miniclip.query_gallery import queries_section, safe
 from miniclip.report import curve, ticks
 from miniclip.retrieval import TIE, Searched
-from miniclip.sheet import thumbnail
 from miniclip.similarities import (
     BINS,
     Similarities,
-    best_queries,
     chance_curve,
-    histogram,
     ordered_right,
     overlap,
     recall_curve,
-    worst_queries,
 )
 from miniclip.svg import HATCHING, Chart, legend
 
-WORST, BEST, SHOWN = 8, 4, 5  # queries of each kind, and answers of each
-SIDE = 224  # pixels of a picture's longer side
-LONGEST = 400  # letters of a caption
 WAYS = {"text_to_image": "captions finding their image", "image_to_text": "images finding a caption"}
 NAME = "report.html"
 STYLE = Path(__file__).with_name("report.css")
@@ -66,18 +60,11 @@ def write_report(path: str | Path, m: Measured):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = [head(m), metrics_table(m), recall_section(m), histogram_section(m), temperature_section(m)]
-    parts += [training_section(m.log_history), queries_section(m), record_section(m.record)]
-    title = safe(f"{m.model} on {m.dataset}")
-    write_text(path, PAGE.replace("TITLE", title, 1).replace("STYLE", STYLE.read_text(encoding="utf-8"), 1) + "\n".join(parts) + "\n</main></body></html>\n")
-
-
-def safe(text) -> str:
-    """Any text, as HTML: also one with bytes of a file name that are no UTF-8."""
-    return escape(str(text).encode("utf-8", "replace").decode())
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 3].rstrip() + "..."
+    parts.append(training_section(m.log_history))
+    parts.append(queries_section(m.searched, m.alike, m.images, m.texts, m.image_of_text))
+    parts.append(record_section(m.record))
+    page = PAGE.format(title=safe(f"{m.model} on {m.dataset}"), style=STYLE.read_text(encoding="utf-8"))
+    write_text(path, page + "\n".join(filter(None, parts)) + "\n</main></body></html>\n")
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -96,7 +83,7 @@ def table(head: list[str], rows: list[list[str]], caption: str) -> str:
 
 def head(m: Measured) -> str:
     """Title, the most important numbers, when, with what, and the command that repeats it."""
-    when = datetime.fromisoformat(m.record["started"]).strftime("%-d %B %Y, %H:%M UTC") if "started" in m.record else ""
+    when = datetime.fromisoformat(m.record["started"])
     tiles = [
         (percent(m.metrics["mean_recall"]), "mean recall, %"),
         (percent(m.metrics["text_to_image_R@1"]), "text to image R@1, %"),
@@ -107,18 +94,20 @@ def head(m: Measured) -> str:
     if m.temperature:
         tiles.append((f"{1 / m.temperature['scale']:.4f}", "temperature"))
     tiles = "".join(f"<li><b>{value}</b> <span>{name}</span></li>" for value, name in tiles)
-    options, versions = m.record.get("options", {}), m.record.get("versions", {})
-    with_what = [f"precision {options['precision']}"] if m.temperature and "precision" in options else []
-    with_what += [m.record.get("machine", {}).get("device"), f"commit {m.record['commit']}" if m.record.get("commit") else None]
-    with_what += [f"{name} {versions[name]}" for name in ("python", "torch", "numpy") if versions.get(name)]
+    options, versions, machine = (m.record.get(name, {}) for name in ("options", "versions", "machine"))
+    measured = [f"{when.day} {when:%B %Y, %H:%M} UTC", machine.get("device")]
+    measured += [f"precision {options['precision']}"] if m.temperature and "precision" in options else []
+    measured += [f"commit {m.record['commit']}"] if m.record.get("commit") else []
+    measured += [f"{name} {versions[name]}" for name in ("python", "torch", "numpy") if versions.get(name)]
     about = [
         ("Model" if m.temperature else "Vectors", safe(m.model)),
         ("Data set", f"{safe(m.dataset)}: {len(m.images):,} images, {len(m.texts):,} captions"),
-        ("Measured", safe("; ".join(filter(None, [when, *with_what])))),
+        ("Measured", safe("; ".join(filter(None, measured)))),
         ("Again", f"<code>{safe(m.record.get('command', ''))}</code>"),
     ]
     about = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in about)
-    return f"<header><h1>Which picture belongs to which sentence?</h1>\n<dl>{about}</dl>\n<ul class=\"tiles\">{tiles}</ul></header>"
+    title = "Which picture belongs to which sentence?"
+    return f'<header><h1>{title}</h1>\n<dl>{about}</dl>\n<ul class="tiles">{tiles}</ul></header>'
 
 
 def metrics_table(m: Measured) -> str:
@@ -134,14 +123,16 @@ def metrics_table(m: Measured) -> str:
         values += [f"{1 + np.searchsorted(chance, 0.5 - 1e-9):,}", f"{(at * ranks).sum():,.1f}"]
         rows.append(["by chance", *values, f"{(at / ranks).sum():.3f}"])
     columns = ["", *(f"R@{k}" for k in m.ks), "median rank", "mean rank", "MRR"]
-    n, each = len(m.images), len(m.texts) / len(m.images)
-    several = f"An image has {each:.3g} captions on average: it counts as found when any of them comes first. " if each > 1 else ""
+    shown = table(columns, rows, "R@K: share of queries whose right answer is among the first K, in percent")
+    each = len(m.texts) / len(m.images)
+    several = f"An image has {each:.3g} captions on average and counts as found when any of them comes first."
     return f"""<section><h2>Metrics</h2>
-<div class="wide">{table(columns, rows, "R@K: share of queries whose right answer is among the first K, in percent")}</div>
-<p class="note">Every caption searches all {n:,} images, every image all {len(m.texts):,} captions. {several}Only an
-image’s own captions are right, also where another’s would fit. Among equal cosines (closer than {TIE:g}) the earlier row
-comes first, so that a model to which all is alike scores as chance does. Ranks are those of the first right answer, 1
-is best; MRR is the mean of 1 / rank; mean recall is the mean of R@1, R@5 and R@10 in both directions.</p></section>"""
+<div class="wide">{shown}</div>
+<p class="note">Every caption searches all {len(m.images):,} images, every image all {len(m.texts):,} captions.
+{several if each > 1 else ""} Only an image’s own captions are right, also where another’s would fit. Among equal
+cosines (closer than {TIE:g}) the earlier row comes first, so that a model to which all is alike scores as chance does.
+Ranks are those of the first right answer, 1 is best; MRR is the mean of 1 / rank; mean recall is the mean of R@1, R@5
+and R@10 in both directions.</p></section>"""
 
 
 def chance_of(m: Measured, way: str) -> np.ndarray:
@@ -159,8 +150,8 @@ def recall_section(m: Measured) -> str:
     """Recall@K of both directions for every K, as a chart and as numbers."""
     longest, style = max(len(m.images), len(m.texts)), {"text_to_image": "a", "image_to_text": "b"}
     words = ", ".join(f"{way.replace('_', ' ')} R@1 {percent(m.metrics[f'{way}_R@1'])}" for way in WAYS)
-    chart = Chart("Recall@K for every K, in percent", f"Both curves rise to 100%: {words}.",
-                  lambda k: math.log(k) / math.log(max(longest, 2)), lambda share: share)  # fmt: skip
+    across, up = lambda k: math.log(k) / math.log(max(longest, 2)), float  # a logarithmic axis
+    chart = Chart("Recall@K for every K, in percent", f"Both curves rise to 100%: {words}.", across, up)
     powers = {10**n: f"{10**n:,}" for n in range(len(str(longest)))}
     chart.axes(powers, {share / 5: f"{20 * share}%" for share in range(6)}, "K: answers looked at")
     columns = {}
@@ -169,7 +160,8 @@ def recall_section(m: Measured) -> str:
         ks = np.unique(np.geomspace(1, len(chance), 150).round().astype(int))
         chart.line("c", list(zip(ks.tolist(), chance[ks - 1])))
         marked = [k for k in (1, 5, 10) if k <= len(chance)]
-        chart.line(series, list(zip(ks.tolist(), recall_curve(ranks, ks))), list(zip(marked, recall_curve(ranks, marked))))
+        points, marks = (list(zip(at, recall_curve(ranks, at))) for at in (ks.tolist(), marked))
+        chart.line(series, points, marks)
         columns[way] = [percent(share) for share in recall_curve(ranks, depths(longest))]
         columns[f"{way} chance"] = [percent(chance[min(k, len(chance)) - 1]) for k in depths(longest)]
     rows = [[f"{k:,}", *values] for k, *values in zip(depths(longest), *columns.values())]
@@ -187,28 +179,32 @@ def histogram_section(m: Measured) -> str:
     fine = next(width for width in (1, 2, 5, 10, 20, 40) if last // width - first // width < 60)  # bins to one bar
     start, stop = first // fine, last // fine + 1
     edges = [fine * bar * 2 / BINS - 1 for bar in range(start, stop + 1)]
-    shares = [np.add.reduceat(counts, np.arange(0, BINS, fine))[start:stop] / max(1, counts.sum()) for counts in (matching, others)]
+    shares = [
+        np.add.reduceat(counts, np.arange(0, BINS, fine))[start:stop] / max(1, counts.sum())
+        for counts in (matching, others)
+    ]
     n, of_others = int(matching.sum()), int(others.sum())
     mean, other_mean = m.alike.means
     said = f"<p>{n:,} matching pairs (each caption with its image) have a mean cosine of <b>{mean:.3f}</b>"
     if of_others:
         auc, common = ordered_right(matching, others), overlap(matching, others)
         said += (
-            f", {of_others:,} others (all remaining pairs) one of <b>{other_mean:.3f}</b>. Of a matching pair and another,"
-            f" the matching one has the higher cosine in <b>{percent(auc, 2)}%</b> of cases (the area under the ROC curve;"
-            f" 50% is chance). The two histograms share {percent(common)}% of their area. Both numbers are from counts in"
-            f" bins of {2 / BINS:g}, of all pairs."
+            f", {of_others:,} others (all remaining pairs) one of <b>{other_mean:.3f}</b>. Of a matching pair and"
+            f" another, the matching one has the higher cosine in <b>{percent(auc, 2)}%</b> of cases (the area under"
+            f" the ROC curve; 50% is chance). The two histograms share {percent(common)}% of their area. Both numbers"
+            f" are from counts in bins of {2 / BINS:g}, of all pairs.</p>"
         )
-    said += "</p>" if of_others else ". There are no others.</p>"
+    else:
+        said += ". There are no others.</p>"
     low, high = edges[0], edges[-1]
     y_ticks = ticks(max(share.max() for share in shares))
-    decimals = 0 if y_ticks[1] >= 0.01 else 1
+    top = y_ticks[-1]
     chart = Chart("Cosines of matching pairs and of others", f"Means {mean:.3f} and {other_mean:.3f}.",
-                  lambda cosine: (cosine - low) / (high - low), lambda share: share / y_ticks[-1])  # fmt: skip
+                  lambda cosine: (cosine - low) / (high - low), lambda share: share / top)  # fmt: skip
     step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / step <= 6)
     marks = [step * i for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
-    chart.axes({mark: f"{mark:.3f}".rstrip("0").rstrip(".").replace("-0", "0") if not mark else f"{mark:.3g}" for mark in marks},
-               {share: f"{100 * share:.{decimals}f}%" for share in y_ticks}, f"cosine, in bars of {fine * 2 / BINS:g}")  # fmt: skip
+    x_ticks, y_ticks = {mark: f"{mark:.3g}" for mark in marks}, {share: f"{100 * share:.3g}%" for share in y_ticks}
+    chart.axes(x_ticks, y_ticks, f"cosine, in bars of {fine * 2 / BINS:g}")
     for series, counts, average in (("b", shares[1], other_mean), ("a", shares[0], mean)):
         if counts.any():
             chart.area(series, edges, counts)
@@ -233,10 +229,11 @@ def temperature_section(m: Measured) -> str:
     if bias is None:
         p, first = float(m.alike.p_right.mean()), float(m.alike.p_first.mean())
         said += (
-            f" Asked which of the {len(m.images):,} images a caption belongs to, a softmax over all of them gives the right"
-            f" one a probability of <b>{percent(p)}%</b> on average (chance {percent(1 / len(m.images), 2)}%). The image"
-            f" that comes first gets {percent(first)}%, and is the right one in {percent(m.metrics['text_to_image_R@1'])}%"
-            " of cases: the nearer these two, the better the probabilities can be believed.</p>"
+            f" Asked which of the {len(m.images):,} images a caption belongs to, a softmax over all of them gives the"
+            f" right one a probability of <b>{percent(p)}%</b> on average (chance {percent(1 / len(m.images), 2)}%)."
+            f" The image that comes first gets {percent(first)}%, and is the right one in"
+            f" {percent(m.metrics['text_to_image_R@1'])}% of cases: the nearer these two, the better the probabilities"
+            " can be believed.</p>"
         )
     else:  # SigLIP: each pair is a question of its own
         border = -bias / scale
@@ -245,9 +242,9 @@ def temperature_section(m: Measured) -> str:
         no = (m.alike.others / (1 + np.exp(-(scale * middles + bias)))).sum() / max(1, m.alike.others.sum())
         rows.append(["bias", "", f"{bias:.2f}"])
         said += (
-            f" Its bias of {bias:.2f} makes each pair a question of its own (SigLIP): yes above a cosine of {border:.3f}."
-            f" Matching pairs get a probability of <b>{percent(float(yes.mean()))}%</b> on average, others"
-            f" {percent(float(no), 3)}%; of the matching ones {percent(float((yes > 0.5).mean()))}% are above that cosine.</p>"
+            f" Its bias of {bias:.2f} makes each pair a question of its own (SigLIP): yes above a cosine of"
+            f" {border:.3f}. Matching pairs get a probability of <b>{percent(float(yes.mean()))}%</b> on average,"
+            f" others {percent(float(no), 3)}%; {percent(float((yes > 0.5).mean()))}% of the matching are above it.</p>"
         )
     shown = table(["", "temperature", "logit scale"], rows, "The temperature is 1 / logit scale")
     return f'<section><h2>Temperature</h2><div class="pair">{shown}{said}</div></section>'
@@ -256,7 +253,10 @@ def temperature_section(m: Measured) -> str:
 def training_section(log_history: list[dict]) -> str:
     """Loss and recall over training, where the model's folder says."""
     loss = curve(log_history, "loss")
-    recalls = {series: curve(log_history, f"eval_{way}_R@1") for series, way in (("a", "text_to_image"), ("b", "image_to_text"))}
+    recalls = {
+        series: curve(log_history, f"eval_{way}_R@1")
+        for series, way in (("a", "text_to_image"), ("b", "image_to_text"))
+    }
     figures = []
     for title, curves, names in (
         ("Training loss", {"a": loss}, {"a": "loss"}),
@@ -268,95 +268,21 @@ def training_section(log_history: list[dict]) -> str:
         top, last = (max(point[i] for points in curves.values() for point in points) for i in (1, 0))
         share, y_ticks = title != "Training loss", ticks(max(top, 1e-6))
         ends = ", ".join(f"{names[series]} {points[-1][1]:.3g} at the end" for series, points in curves.items())
-        chart = Chart(title, f"From step {min(points[0][0] for points in curves.values()):,} to {last:,}: {ends}.",
-                      lambda step, last=last: step / last, lambda value, top=y_ticks[-1]: max(0, value) / top)  # fmt: skip
-        chart.axes({step: f"{step:,.0f}" for step in ticks(last) if step <= last and step == int(step)},
-                   {v: f"{100 * v:.3g}%" if share else f"{v:.3g}" for v in y_ticks}, "training step")  # fmt: skip
+        across, up = partial(portion, last), partial(portion, y_ticks[-1])
+        chart = Chart(title, f"Up to step {last:,}: {ends}.", across, up)
+        x_ticks = {step: f"{step:,.0f}" for step in ticks(last) if step <= last and step == int(step)}
+        y_ticks = {value: f"{100 * value:.3g}%" if share else f"{value:.3g}" for value in y_ticks}
+        chart.axes(x_ticks, y_ticks, "training step")
         for series, points in curves.items():
             chart.line(series, points, points if len(points) <= 40 else ())
-        figures.append(f"<figure><h3>{title}</h3>{chart}{legend({series: names[series] for series in curves})}</figure>")
+        figures.append(
+            f"<figure><h3>{title}</h3>{chart}{legend({series: names[series] for series in curves})}</figure>"
+        )
     return f'<section><h2>Training</h2><div class="pair">{"".join(figures)}</div></section>' if figures else ""
 
 
-def queries_section(m: Measured) -> str:
-    """The best and the worst queries of both directions."""
-    thumbnails: dict[int, str] = {}
-
-    def picture(image: int) -> str:
-        """One of the images, or what is wrong with it."""
-        if image not in thumbnails:
-            try:
-                about = f"{Path(str(m.images[image])).name}: {shortened(m.texts[first_text[image]])}"
-                thumbnails[image] = f'<img src="{thumbnail(m.images[image], SIDE)}" alt="{safe(about)}">'
-            except (ValueError, OSError) as error:  # ImageError is the former
-                thumbnails[image] = f'<div class="gone">no picture: {safe(error)}</div>'
-        return thumbnails[image]
-
-    first_text = np.unique(m.image_of_text, return_index=True)[1]
-    alike, right = m.alike, m.alike.right.copy()
-    parts = ["<section><h2>Captions looking for their image</h2>"]
-    ranks = m.searched["text_to_image"].ranks
-    for title, rows in chosen(ranks, alike.right - alike.wrong_image, m.image_of_text):
-        parts.append(f"<h3>{title}</h3>")
-        for row in rows:
-            own, found, scores = m.image_of_text[row], *(x[row, :SHOWN] for x in m.searched["text_to_image"][1::-1])
-            cells = [
-                answer(picture(image), place, score, image == own) for place, (image, score) in enumerate(zip(found, scores), 1)
-            ]
-            if own not in found:
-                cells.append(answer(picture(own), ranks[row], alike.right[row], True))
-            verdict = told(ranks[row], len(m.images), alike.right[row] - alike.wrong_image[row])
-            parts.append(f'<article><h4 dir="auto">{safe(shortened(m.texts[row]))}</h4>{verdict}'
-                         f'<ol class="pictures">{"".join(cells)}</ol></article>')  # fmt: skip
-    parts.append("</section>\n<section><h2>Images looking for a caption</h2>")
-    searched = m.searched["image_to_text"]
-    ranks, relevant = searched.ranks, searched.relevant
-    best = np.array([rows[np.argmax(right[rows] >= right[rows].max() - TIE)] for rows in relevant])
-    for title, rows in chosen(ranks, right[best] - alike.wrong_text, np.arange(len(ranks))):
-        parts.append(f"<h3>{title}</h3>")
-        for row in rows:
-            found, scores = searched.found[row, :SHOWN], searched.scores[row, :SHOWN]
-            cells = [sentence(m.texts[text], place, score, text in relevant[row])
-                     for place, (text, score) in enumerate(zip(found, scores), 1)]  # fmt: skip
-            if ranks[row] > SHOWN:
-                cells.append(sentence(m.texts[best[row]], ranks[row], right[best[row]], True))
-            verdict = told(ranks[row], len(m.texts), right[best[row]] - alike.wrong_text[row])
-            name = safe(Path(str(m.images[row])).name)
-            parts.append(f'<article class="beside">{picture(row)}<div><h4>{name}</h4>{verdict}'
-                         f'<ol class="sentences">{"".join(cells)}</ol></div></article>')  # fmt: skip
-    return "\n".join([*parts, "</section>"])
-
-
-def chosen(ranks: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray):
-    """Titles, and the queries below them."""
-    worst = worst_queries(ranks, margins, image_of_query, WORST)
-    best = best_queries(ranks, margins, image_of_query, BEST)
-    yield "Worst: the right answer comes last" if worst else "Worst: none, all find their right answer first", worst
-    yield "Best: the right answer leads by most" if best else "Best: none finds its right answer first", best
-
-
-def told(rank: int, gallery: int, margin: float) -> str:
-    """A query's outcome in words."""
-    if rank > 1:
-        return f'<p class="verdict">right answer at rank <b>{rank:,}</b> of {gallery:,}</p>'
-    lead = f", {margin:.3f} ahead of the best wrong one" if math.isfinite(margin) else "; there is no wrong one"
-    return f'<p class="verdict">right answer <b>first</b>{lead}</p>'
-
-
-def answer(picture: str, place: int, score: float, right: bool) -> str:
-    """A picture found. The right one has a frame, and says so."""
-    mark = '<span class="yes">✓ right</span>' if right else ""
-    return (
-        f'<li class="{"right" if right else ""}{" apart" if place > SHOWN else ""}">{picture}'
-        f"<p><b>{place:,}</b> {mark}<span>{score:.3f}</span></p></li>"
-    )
-
-
-def sentence(text: str, place: int, score: float, right: bool) -> str:
-    """A caption found, likewise."""
-    mark = '<span class="yes">✓ right</span> ' if right else ""
-    kind = f'{"right" if right else ""}{" apart" if place > SHOWN else ""}'
-    return f'<li class="{kind}"><b>{place:,}</b><p>{mark}<span dir="auto">{safe(shortened(text))}</span></p><span>{score:.3f}</span></li>'
+def portion(whole: float, part: float) -> float:
+    return max(0.0, part) / whole
 
 
 def record_section(record: dict) -> str:
@@ -366,15 +292,17 @@ def record_section(record: dict) -> str:
         if isinstance(value, dict):
             for key, inner in value.items():
                 yield from lines(inner, f"{name} {key}".strip())
-        elif value not in (None, False, [], ""):
+        elif value is not None and value is not False and value not in ([], ""):
             yield f'<tr><th scope="row">{safe(name)}</th><td>{safe(value)}</td></tr>'
 
-    return f'<details><summary>What it was measured with</summary><table class="record"><tbody>{"".join(lines(record))}</tbody></table></details>'
+    shown = f'<table class="record"><tbody>{"".join(lines(record))}</tbody></table>'
+    return f"<details><summary>What it was measured with</summary>{shown}</details>"
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>STYLE</style></head><body><main>
+<style>
+{style}</style></head><body><main>
 """

@@ -245,8 +245,8 @@ class EvalOptions:
     output: str | None = option(None, "where the JSON goes (default: retrieval_*.json in the model's folder, or here)")
     report: str | None = option(
         None,
-        "folder for report.html, a page of metrics, curves, best and worst queries; or a name that ends in .html; or in "
-        ".png: the training curves and a few searches, drawn",
+        "folder for report.html: a page of metrics, curves, best and worst queries (or its name, ending in .html); to "
+        "a name that ends in .png the training curves and a few searches are drawn",
     )
 
 

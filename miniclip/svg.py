@@ -6,7 +6,6 @@ and hatching too, for those who print in grey or do not tell colours apart.
 
 from collections.abc import Callable, Sequence
 from html import escape
-from itertools import pairwise
 
 WIDTH, HEIGHT = 440, 280  # in the chart's own units; the page draws it as wide as there is room
 LEFT, RIGHT, TOP, BOTTOM = 46, 424, 12, 234  # the plot within it
@@ -58,15 +57,19 @@ class Chart:
 
     def area(self, series: str, edges: Sequence[float], heights: Sequence[float]):
         """A histogram: a filled outline of steps, `heights[i]` from `edges[i]` to `edges[i + 1]`."""
-        steps = [(x, y) for (left, right), y in zip(pairwise(edges), heights) for x in (left, right)]
-        path = self._path([(edges[0], 0), *zip([x for x, _ in steps], [h for h in heights for _ in "lr"]), (edges[-1], 0)])
+        bars = [i for i, height in enumerate(heights) if height > 0]
+        bars = range(bars[0], bars[-1] + 1)  # no line where there is nothing
+        steps = [(edge, heights[i]) for i in bars for edge in (edges[i], edges[i + 1])]
+        path = self._path([(steps[0][0], 0), *steps, (steps[-1][0], 0)])
         self.parts.append(f'<polygon class="area {series}" points="{path}"/>')
         self.parts.append(f'<polyline class="line {series}" points="{path}"/>')
 
     def upright(self, series: str, value: float):
         """A line from below to the top, at a value across."""
         place = self.x(value)
-        self.parts.append(f'<line class="line thin {series}" x1="{place:.1f}" y1="{TOP}" x2="{place:.1f}" y2="{BOTTOM}"/>')
+        self.parts.append(
+            f'<line class="line thin {series}" x1="{place:.1f}" y1="{TOP}" x2="{place:.1f}" y2="{BOTTOM}"/>'
+        )
 
     def _path(self, points: Points) -> str:
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
