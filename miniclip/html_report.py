@@ -199,7 +199,8 @@ def histogram_section(m: Measured) -> str:
     low, high = edges[0], edges[-1]
     y_ticks = ticks(max(share.max() for share in shares))
     top = y_ticks[-1]
-    chart = Chart("Cosines of matching pairs and of others", f"Means {mean:.3f} and {other_mean:.3f}.",
+    about = f"The mean of matching pairs is {mean:.3f}" + (f", that of others {other_mean:.3f}." if of_others else ".")
+    chart = Chart("Cosines of matching pairs and of others", about,
                   lambda cosine: (cosine - low) / (high - low), lambda share: share / top)  # fmt: skip
     step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / step <= 6)
     marks = [step * i for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
