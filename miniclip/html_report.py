@@ -152,8 +152,9 @@ def recall_section(m: Measured) -> str:
     words = ", ".join(f"{way.replace('_', ' ')} R@1 {percent(m.metrics[f'{way}_R@1'])}" for way in WAYS)
     across, up = lambda k: math.log(k) / math.log(max(longest, 2)), float  # a logarithmic axis
     chart = Chart("Recall@K for every K, in percent", f"Both curves rise to 100%: {words}.", across, up)
-    powers = {10**n: f"{10**n:,}" for n in range(len(str(longest)))}
-    chart.axes(powers, {share / 5: f"{20 * share}%" for share in range(6)}, "K: answers looked at")
+    marks = [k * 10**n for n in range(len(str(longest))) for k in ((1, 2, 5) if longest < 100 else (1,))]
+    x_ticks, y_ticks = {k: f"{k:,}" for k in marks if k <= longest}, {n / 5: f"{20 * n}%" for n in range(6)}
+    chart.axes(x_ticks, y_ticks, "K: answers looked at")
     columns = {}
     for way, series in style.items():
         chance, ranks = chance_of(m, way), m.searched[way].ranks
@@ -176,14 +177,16 @@ def histogram_section(m: Measured) -> str:
     matching, others = m.alike.matching, m.alike.others
     used = np.flatnonzero(matching + others)
     first, last = int(used[0]), int(used[-1])
-    fine = next(width for width in (1, 2, 5, 10, 20, 40) if last // width - first // width < 60)  # bins to one bar
+    n, of_others = int(matching.sum()), int(others.sum())
+    bars = min(60, max(10, round(2 * n**0.5)))  # at most: of few pairs each would have one or none
+    widths = (1, 2, 5, 10, 20, 40, 100, 200)  # of a bar, in bins
+    fine = next(width for width in widths if last // width - first // width < bars)
     start, stop = first // fine, last // fine + 1
     edges = [fine * bar * 2 / BINS - 1 for bar in range(start, stop + 1)]
     shares = [
         np.add.reduceat(counts, np.arange(0, BINS, fine))[start:stop] / max(1, counts.sum())
         for counts in (matching, others)
     ]
-    n, of_others = int(matching.sum()), int(others.sum())
     mean, other_mean = m.alike.means
     said = f"<p>{n:,} matching pairs (each caption with its image) have a mean cosine of <b>{mean:.3f}</b>"
     if of_others:

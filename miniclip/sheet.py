@@ -41,7 +41,7 @@ def thumbnail(path, side: int = SIDE) -> str:
     Raises ImageError."""
     image, file = open_image(path, side), io.BytesIO()
     image.thumbnail((side, side))
-    image.save(file, "JPEG", quality=82)
+    image.save(file, "JPEG", quality=82, comment=b"")  # else that of the file, of whatever length, would come along
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
