@@ -197,8 +197,9 @@ def test_ranks_and_cosines_are_those_of_retrieval(tmp_path):
         assert marked[0] == rank and float(marked[1]) == pytest.approx(row[image_of_text[int(m)]], abs=6e-4)
         assert len(places) == 5 + (int(rank) > 5)
     ranks = first_ranks(text, image, [np.array([2 * n, 2 * n + 1]) for n in range(40)])
-    shown = re.findall(r"p(\d+)\.png right answer at rank (\d+) of 80 (.*?)(?=p\d+\.png|Best)", pictures)
-    assert len(shown) == query_gallery.WORST and int(shown[0][1]) == ranks.max()
+    shown = re.findall(r"p(\d+)\.png right answer (?:at rank )?(\d+|first)(.*?)(?=p\d+\.png|$)", pictures)
+    shown = [(n, "1" if rank == "first" else rank, found) for n, rank, found in shown]
+    assert len(shown) == query_gallery.WORST + query_gallery.BEST and int(shown[0][1]) == ranks.max()
     for n, rank, found in shown:
         row = scores[:, int(n)]
         places = re.findall(r"(\d+) (✓ right )?caption number (\d+) end (-?\d\.\d{3})", found)
@@ -206,7 +207,8 @@ def test_ranks_and_cosines_are_those_of_retrieval(tmp_path):
         assert [int(m) for _, _, m, _ in places[:5]] == np.argsort(-row)[:5].tolist()
         assert all(float(score) == pytest.approx(row[int(m)], abs=6e-4) for _, _, m, score in places)
         assert all(bool(mark) == (int(m) // 2 == int(n)) for _, mark, m, _ in places)
-        assert next(place for place, mark, _, _ in places if mark) == rank
+        place, score = next((place, float(score)) for place, mark, _, score in places if mark)
+        assert place == rank and score == pytest.approx(row[2 * int(n) : 2 * int(n) + 2].max(), abs=6e-4)
 
 
 def test_metrics_counts_and_temperature_are_on_the_page(tmp_path):
