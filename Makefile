@@ -1,4 +1,4 @@
-# make demo: everything from nothing to a trained, measured and drawn model.   make test: the tests.
+# make demo: everything from nothing to a trained and measured model, with a report of it.   make test: the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/python -m miniclip.shapes data/shapes
 	$(BIN)/python train.py recipes/demo.json --overwrite_output_dir
-	$(BIN)/python evaluate.py --model runs/demo --eval_file data/shapes/eval.json --report runs/demo/report.png
+	$(BIN)/python evaluate.py --model runs/demo --eval_file data/shapes/eval.json --report runs/demo
 	$(BIN)/python -m miniclip.scene_quiz --model runs/demo
 
 test: $(VENV)/installed

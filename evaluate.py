@@ -28,13 +28,15 @@ def main(argv: list[str]):
             parser.error(f"there is no {kind}.npy in {options.features}")
     if options.report and not options.eval_file:
         parser.error("--report shows images: give --eval_file too")
+    if options.report and Path(options.report).is_file() and not re.search(r"\.(png|html?)$", options.report, re.I):
+        parser.error(f"--report takes a folder, or a name that ends in .html or .png: {options.report} is a file")
 
     import numpy as np
 
     from miniclip.bad_samples import BadSamples
     from miniclip.files import replacing, write_json
     from miniclip.record import evaluation_record
-    from miniclip.retrieval import KS, format_table, retrieval_metrics
+    from miniclip.retrieval import KS, format_table, metrics_of, search_both
 
     first_only, bad_samples = options.captions == "first", BadSamples()
     records = None
@@ -53,9 +55,9 @@ def main(argv: list[str]):
     if options.features:
         embeds = (np.load(Path(options.features) / f"{kind}.npy") for kind in ("image", "text"))
         image_embeds, text_embeds = (array.astype(np.float32, copy=False) for array in embeds)
-        device = "cpu"
+        device, temperature = "cpu", None
     else:
-        image_embeds, text_embeds, device = encode(options, records)
+        image_embeds, text_embeds, device, temperature = encode(options, records)
     each = len(text_embeds) // max(1, len(image_embeds))
     counts = [len(record["caption"]) for record in records] if records else [each] * len(image_embeds)
     image_of_text = np.repeat(np.arange(len(counts)), counts)
@@ -66,7 +68,8 @@ def main(argv: list[str]):
         image_of_text = np.arange(len(counts))
     ks = KS if len(text_embeds) > len(image_embeds) else (1, 3, 5, 10)  # the article gives 3 too
 
-    metrics = retrieval_metrics(image_embeds, text_embeds, image_of_text, ks)
+    searched = search_both(image_embeds, text_embeds, image_of_text, max(ks))
+    metrics = metrics_of(searched, ks)
     source, dataset = options.model or options.features, options.eval_file or options.features
     if first_only:
         dataset += " (first captions)"
@@ -93,19 +96,33 @@ def main(argv: list[str]):
     if bad_samples:
         print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
     if options.report:
-        from miniclip.report import draw_report, pick_examples
+        from miniclip.html_report import Measured, report_file, write_report
 
         images = [record["image"] for record in records]
         texts = [text for record in records for text in record["caption"][: 1 if first_only else None]]
         state = Path(options.model or "") / "trainer_state.json"
         log_history = json.loads(state.read_text())["log_history"] if state.is_file() else []
-        examples = pick_examples(images, texts, image_embeds, text_embeds, image_of_text)
-        draw_report(options.report, log_history, examples, f"{source} on {dataset}")
-        print(f"drawn in {options.report}")
+        path = report_file(options.report)
+        if path.suffix.lower() == ".png":
+            from miniclip.report import draw_report, pick_examples
+
+            examples = pick_examples(images, texts, image_embeds, text_embeds, image_of_text)
+            draw_report(path, log_history, examples, f"{source} on {dataset}")
+            print(f"drawn in {path}")
+        else:
+            from miniclip.similarities import similarities
+
+            alike = similarities(image_embeds, text_embeds, image_of_text, temperature and temperature["scale"])
+            about = (image_of_text, record, temperature, log_history)
+            write_report(path, Measured(source, dataset, metrics, ks, searched, alike, images, texts, *about))
+            print(f"the report is {path}")
 
 
 def encode(options: EvalOptions, records: list[dict]):
-    """The embeddings of all images, and of all captions or the first ones; and the device that they were made on."""
+    """The embeddings of all images, and of all captions or the first ones; the device that they were made on; and the
+    model's temperature, as `html_report.Measured` has it."""
+    import math
+
     import torch
 
     from miniclip.data import flatten_captions
@@ -141,7 +158,9 @@ def encode(options: EvalOptions, records: list[dict]):
         f"{options.precision}: cosine to plain fp32 at least {cosines[0]:.6f} (images), {cosines[1]:.6f} (texts),"
         f" of the first {len(pixel_values)}"
     )
-    return image_embeds, text_embeds, device
+    bias = None if model.logit_bias is None else model.logit_bias.item()
+    start = math.exp(model.config.init_logit_scale)
+    return image_embeds, text_embeds, device, {"scale": model.logit_scale.exp().item(), "bias": bias, "start": start}
 
 
 if __name__ == "__main__":

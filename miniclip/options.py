@@ -243,7 +243,11 @@ class EvalOptions:
     save_features: str | None = option(None, "folder to write image.npy and text.npy to")
     features: str | None = option(None, "folder with image.npy and text.npy to measure instead of a model's")
     output: str | None = option(None, "where the JSON goes (default: retrieval_*.json in the model's folder, or here)")
-    report: str | None = option(None, "draw the training curves and a few searches into this .png")
+    report: str | None = option(
+        None,
+        "folder for report.html: a page of metrics, curves, best and worst queries (or its name, ending in .html); to "
+        "a name that ends in .png the training curves and a few searches are drawn",
+    )
 
 
 def make_parser(options: type, **kwargs) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ Words: the *gallery* is searched by the *queries*; `relevant[q]` holds the galle
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -86,8 +87,18 @@ def metrics_from_hits(hits: np.ndarray, ranks: np.ndarray, n_relevant: np.ndarra
     }
 
 
-def retrieval_metrics(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, ks=KS) -> dict[str, float]:
-    """Both directions: `image_to_text_*`, `text_to_image_*` and `mean_recall`, the mean of their R@1, R@5 and R@10.
+class Searched(NamedTuple):
+    """What the queries of one direction found: the K first, best first, and where the right answers are."""
+
+    scores: np.ndarray  # (Q, K) float32
+    found: np.ndarray  # (Q, K) int64, rows of the gallery
+    hits: np.ndarray  # (Q, K) bool: right at this place?
+    ranks: np.ndarray  # (Q,) int64, the place of the first right answer, wherever it comes
+    relevant: list[np.ndarray]  # Q arrays: all gallery rows that are right
+
+
+def search_both(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, k: int) -> dict[str, Searched]:
+    """`image_to_text` and `text_to_image`: what all queries find, the first k and the rank of the right answer.
 
     `image_embeds` (N, E) and `text_embeds` (M, E), float32 and of unit length; caption m belongs to image
     `image_of_text[m]`. An image counts as found by any of its captions, and finds any of them. Raises InputError for
@@ -96,21 +107,35 @@ def retrieval_metrics(image_embeds: np.ndarray, text_embeds: np.ndarray, image_o
     image_of_text = np.asarray(image_of_text)
     check_embeds(image_embeds, text_embeds, image_of_text)
     texts_of_image = np.split(np.argsort(image_of_text, kind="stable"), np.bincount(image_of_text).cumsum()[:-1])
-    metrics = {}
+    directions = {}
     for direction, gallery, queries, relevant in (
         ("image_to_text", text_embeds, image_embeds, texts_of_image),
         ("text_to_image", image_embeds, text_embeds, list(image_of_text[:, None])),
     ):
-        _, found = search(gallery, queries, max(ks))
-        hits = np.stack([np.isin(row, right) for row, right in zip(found, relevant)])  # (Q, K): right at this place?
+        scores, found = search(gallery, queries, k)
+        hits = np.stack([np.isin(row, right) for row, right in zip(found, relevant)])
         ranks = 1 + hits.argmax(1)
         deeper = np.flatnonzero(~hits.any(1))
         ranks[deeper] = first_ranks(gallery, queries[deeper], [relevant[q] for q in deeper])
-        n_relevant = np.array([len(right) for right in relevant])
-        one_way = metrics_from_hits(hits, ranks, n_relevant, ks)
+        directions[direction] = Searched(scores, found, hits, ranks, relevant)
+    return directions
+
+
+def metrics_of(directions: dict[str, Searched], ks=KS) -> dict[str, float]:
+    """The metrics of what `search_both` gives, for K up to its k: `image_to_text_*`, `text_to_image_*` and
+    `mean_recall`, the mean of their R@1, R@5 and R@10."""
+    metrics = {}
+    for direction, searched in directions.items():
+        n_relevant = np.array([len(right) for right in searched.relevant])
+        one_way = metrics_from_hits(searched.hits, searched.ranks, n_relevant, ks)
         metrics |= {f"{direction}_{name}": value for name, value in one_way.items()}
     recalls = [metrics[f"{way}_R@{k}"] for way in ("image_to_text", "text_to_image") for k in ks if k in KS]
     return metrics | {"mean_recall": sum(recalls) / len(recalls)}
+
+
+def retrieval_metrics(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, ks=KS) -> dict[str, float]:
+    """The metrics of embeddings, both directions; arguments and errors are those of `search_both`."""
+    return metrics_of(search_both(image_embeds, text_embeds, image_of_text, max(ks)), ks)
 
 
 def check_embeds(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text: np.ndarray):

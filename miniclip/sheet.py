@@ -36,11 +36,12 @@ p {{ margin: 6px 0 0; overflow-wrap: anywhere; }}
 """
 
 
-def thumbnail(path: str | Path) -> str:
-    """A picture as the text of a `data:` address: JPEG, its longer side at most 320 pixels. Raises ImageError."""
-    image, file = open_image(path, SIDE), io.BytesIO()
-    image.thumbnail((SIDE, SIDE))
-    image.save(file, "JPEG", quality=82)
+def thumbnail(path, side: int = SIDE) -> str:
+    """A picture, a file or a handle, as the text of a `data:` address: JPEG, its longer side at most `side` pixels.
+    Raises ImageError."""
+    image, file = open_image(path, side), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(file, "JPEG", quality=82, comment=b"")  # else that of the file, of whatever length, would come along
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
