@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from miniclip.options import EvalOptions, make_parser, run
+from miniclip.options import EvalOptions, find_device, make_parser, run
 
 # Threads that wait for one another spin before they sleep, by default for so long that a short search costs twice its
 # time. To be said before NumPy and faiss are imported.
@@ -131,7 +131,7 @@ def encode(options: EvalOptions, records: list[dict]):
     from miniclip.inference import embed_images, embed_texts, load
     from miniclip.transforms import Preprocess
 
-    device = torch.device(options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = find_device(options.device)
     model, preprocess, tokenizer = load(options.model, options.pretrained, device)
     preprocess = Preprocess(model.config.preprocess_cfg, draft=not options.full_decode)
     images = [record["image"] for record in records]

@@ -33,13 +33,13 @@ def main(argv: list[str]):
     from miniclip.captions import one_per_image
     from miniclip.data import CaptionDataset, CaptionFileError
     from miniclip.fast import describe
-    from miniclip.files import write_json
+    from miniclip.files import lock, write_json
     from miniclip.finetune import fine_tuning
     from miniclip.inference import load
     from miniclip.objectives import make_objective
     from miniclip.progress import check_reporters, watch
     from miniclip.record import RECORD, training_record
-    from miniclip.resume import checkpoints, clean, lock, start_anew
+    from miniclip.resume import checkpoints, clean, start_anew
     from miniclip.retrieval import format_table
     from miniclip.sources import ColumnError, read_source
     from miniclip.sources import describe as describe_data

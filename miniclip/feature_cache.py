@@ -130,7 +130,7 @@ def text_key(text: str) -> bytes:
 def fingerprint(model: MiniClip, tower: nn.Module, about: dict) -> str:
     """sha256 of a tower's weights, its projection apart, and of whatever else its features depend on."""
     if isinstance(model, FastClip):
-        raise InputError("open the feature cache with the model as it was loaded, without a precision")
+        raise InputError("features are known by the weights of a model as it was loaded: give it without a precision")
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
         if name.partition(".")[0] not in ("proj", "text_projection"):

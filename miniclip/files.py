@@ -11,6 +11,7 @@ It finds a bit that has changed. It is no signature: who can change a file can c
 import errno
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from miniclip.config import InputError
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
+logger = logging.getLogger(__name__)
 
 
 class DamagedFile(InputError):
@@ -60,6 +62,42 @@ def remove_scratch(folder: str | Path):
     for file in Path(folder).glob(".*.*"):
         if file.name.split(".")[1].isdecimal():
             file.unlink()
+
+
+def lock(output_dir: str | Path, option: str = "--output_dir"):
+    """Takes an output folder, which `option` names, for this process, until it ends, however that comes. Gives what has
+    to be kept until then. Raises InputError where another process has it."""
+    path = Path(output_dir) / LOCK
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output_dir} cannot be written to: {error}") from None
+    try:
+        try:
+            import fcntl
+
+            # Of this kind, which workers that are forked do not inherit: they may live on for a while.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            import msvcrt
+
+            file.seek(1 << 30)  # the byte that is locked is not one of those that say who has it
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # some network disks know no locks
+            logger.warning("%s cannot be locked (%s): see to it that no other run writes there", output_dir, error)
+            return file
+        file.seek(0)
+        process = file.read().strip() or "another"
+        file.close()
+        raise InputError(
+            f"process {process} is writing to {output_dir}: wait for its end, or name another {option}"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def user_cache() -> Path:

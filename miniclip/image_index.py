@@ -3,10 +3,10 @@
 An index is a folder. What can be searched is one generation in it, and one small file says which:
 
     products.mc/index.json          generation, model, folder of the pictures, counts, sha256 of each file below
-    products.mc/000007/             vectors.npy (N, E) float32 of unit length, a row for each picture that differs from
+    products.mc/generation-000007/  vectors.npy (N, E) float32 of unit length, a row for each picture that differs from
                                     the others in content; keys.npy, its sha256; files.parquet, which file has which
                                     row; search.faiss above 100,000; texts.npy; bad_samples.jsonl
-    products.mc/new/                vectors of a run that is under way
+    products.mc/under-way/          vectors of a run that has not come to its end
 
 A run writes a generation of its own and, when all of it is on the disk, replaces index.json in one step: whenever it is
 killed, the old index is there or the new one, whole. The vectors computed so far are kept, and the next run takes them.
@@ -17,14 +17,15 @@ sha256 of what the vectors depend on: the image tower's weights, its projection,
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from miniclip import feature_cache
@@ -34,12 +35,15 @@ from miniclip.captions import ImageRoot, short
 from miniclip.config import InputError
 from miniclip.fast import fast_model
 from miniclip.feature_cache import FeatureCache, write_npy
-from miniclip.files import remove_scratch, sha256, sync, write_json
+from miniclip.files import LOCK, lock, sha256, sync, write_json
 from miniclip.inference import embed_images, embed_texts, read_ahead
-from miniclip.neighbours import Neighbours, check_method, choose, exact
-from miniclip.transforms import FORMATS, ImageError
+from miniclip.neighbours import Neighbours, check_method, choose
+from miniclip.retrieval import search
+from miniclip.transforms import ImageError, endings
 
-INDEX, NEW, FORMAT = "index.json", "new", 1
+INDEX, NEW, FORMAT = "index.json", "under-way", 2
+GENERATION = re.compile(r"generation-(\d+)")
+OURS = re.compile(rf"{GENERATION.pattern}|{NEW}|{re.escape(LOCK)}|(\.\d+\.)?{re.escape(INDEX)}")  # all in an index
 PIECE = 512  # pictures after which vectors are written: what a killed run may have computed in vain
 DEAD = 0.1  # share of rows without a file above which a graph or lists are built anew
 SETTLED = 2e9  # nanoseconds after which a file's time tells whether it has changed
@@ -55,20 +59,22 @@ class ImageIndexError(InputError):
 
 
 class Picture:
-    """A picture as it was when its content was looked at: `read` gives those bytes. Raises ImageError if they are
-    others now."""
+    """A picture as it was when its content was looked at, in one file or several: `read` gives those bytes. Raises
+    ImageError if none of them has it now."""
 
-    def __init__(self, path: str, key: bytes):
-        self.path, self.key = path, key
+    def __init__(self, key: bytes):
+        self.key, self.paths = key, []
 
     def __str__(self) -> str:
-        return self.path
+        return self.paths[0]
 
     def read(self) -> bytes:
-        data = Path(self.path).read_bytes()
-        if hashlib.sha256(data).digest() != self.key:
-            raise ImageError(f"{self.path}: it was changed while it was read; index again")
-        return data
+        for path in self.paths:
+            with suppress(OSError):
+                data = Path(path).read_bytes()
+                if hashlib.sha256(data).digest() == self.key:
+                    return data
+        raise ImageError(f"{self}: it was changed or removed while it was read; index again")
 
 
 class ImageIndex:
@@ -107,9 +113,16 @@ class ImageIndex:
         used[self.rows] = True
         self.alive = None if used.all() else used
         self.neighbours = None
+        lines = (self.place / BAD).read_text(encoding="utf-8").splitlines() if BAD in self.about["files"] else []
+        self.bad = {entry["sample"]: entry["reason"] for entry in map(json.loads, lines)}  # could not be read: why
         if (how := self.about["search"])["method"] != "exact":
             path = self.place / "search.faiss"
-            self.neighbours = Neighbours.read(path, how["method"], how["effort"], how["built"])
+            try:
+                self.neighbours = Neighbours.read(path, how["method"], how["effort"], how["built"])
+            except RuntimeError as error:  # faiss's
+                if not path.exists():
+                    raise FileNotFoundError(2, "removed while it was opened", str(path)) from None
+                raise ImageIndexError(f"{path} cannot be read ({short(error)}): {REMEDY}") from None
 
     def __len__(self) -> int:
         """How many different pictures there are."""
@@ -122,23 +135,16 @@ class ImageIndex:
 
     def find(self, queries: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
         """For each of `queries` (Q, E) the k nearest as (score, row), best first; fewer where there are no more."""
-        k = min(k, len(self))
-        if self.neighbours is None:
-            scores, rows = exact(self.vectors, queries, k, self.alive)
+        if self.neighbours is None:  # then all rows are alive: those that are not are left out when it is written
+            scores, rows = search(self.vectors, queries, k)
         else:
             scores, rows = self.neighbours.find(self.vectors, queries, k, self.alive)
-        return [[(float(s), int(r)) for s, r in zip(*line) if s > -np.inf] for line in zip(scores, rows)]
+        return [[(float(s), int(r)) for s, r in zip(*line)] for line in zip(scores, rows)]
 
     def files(self) -> dict[str, tuple[bytes, tuple]]:
         """All files: path -> (key, (size, times) by which it is known to be the same)."""
         columns = [self.table[name].to_pylist() for name in ("path", "row", "size", "mtime", "ctime")]
         return {path: (self.key(row), tuple(stamp)) for path, row, *stamp in zip(*columns)}
-
-    def bad(self) -> dict[str, str]:
-        """The files that could not be read: path -> reason."""
-        path = self.place / BAD
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return {entry["sample"]: entry["reason"] for entry in map(json.loads, lines)}
 
     def key(self, row: int) -> bytes:
         """The sha256 of a row's content."""
@@ -154,9 +160,21 @@ def read_about(folder: Path) -> dict:
         about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise ImageIndexError(f"{folder / INDEX} is of format {short(about['format'])}, not {FORMAT}: index anew")
-        if os.path.basename(about["generation"]) != about["generation"] or not about["generation"].isdecimal():
+        if not GENERATION.fullmatch(about["generation"]):
             raise ValueError("generation")
-        about["model"]["fingerprint"], about["root"], about["search"]["method"], dict(about["files"])
+        how = about["search"]
+        wanted = {"root": str, "allow_outside": bool, "pictures": int, "copies": int, "bad": int, "shard": list}
+        for place, kinds in (
+            (about, wanted),
+            (about["model"], {"name": str, "pretrained": (str, type(None)), "fingerprint": str}),
+            (about["files"], {"vectors.npy": list, "keys.npy": list, "files.parquet": list, "texts.npy": list}),
+            (how, {"method": str, "asked": str, "why": str}),
+            (how, {"effort": int, "built": int, "parameters": str, "recall@10": dict, "milliseconds": (int, float)}
+             if how["method"] != "exact" else {}),
+        ):  # fmt: skip
+            for name, kind in kinds.items():
+                if not isinstance(place[name], kind):
+                    raise TypeError(name)
         return about
     except FileNotFoundError:
         raise ImageIndexError(f"{folder} is no index: there is no {INDEX} in it; make one by `index`") from None
@@ -185,7 +203,7 @@ def update(
     tokenizer,
     named: dict[str, str | None],
     shard: tuple[int, int] = (1, 1),
-    method: str = "auto",
+    method: str | None = None,
     check: bool = False,
     allow_outside: bool = False,
     moved: bool = False,
@@ -194,26 +212,30 @@ def update(
     progress: bool = False,
 ) -> Counter:
     """Brings the index in `folder` to what is in the folder `root`, at any depth; makes it where there is none. Gives
-    how many files were added, changed, removed, unchanged and bad, and how many pictures were encoded.
+    how many files were added, changed, removed, unchanged and bad, and how many pictures were encoded. What lies in
+    folders that cannot be opened stays as it was, and is counted as kept.
 
     `named` is what to say and load the model by: {"name": ..., "pretrained": ...}. A file is the same while its size
-    and times are; with `check` all are read. `shard` (i, n) takes the i-th n-th of the files, by their names. `method`
-    is one of `neighbours.METHODS`, or "auto". Raises ImageIndexError for an index of another model or folder (unless
+    and times are; with `check` all are read. `shard` (i, n) takes the i-th n-th of the files, by their names: where it
+    gets none, no index is made. `method` is one of `neighbours.METHODS`, or "auto"; unless given, what it was the last
+    time. Raises ImageIndexError for an index of another model or folder (unless
     that was `moved`), InputError where another process is writing to it, or where there are no pictures.
     """
-    check_method(method)
-    from miniclip.resume import lock
-
+    check_method(method or "auto")
     root, folder, mine = ImageRoot(root, allow_outside), Path(folder), fingerprint(model, preprocess)
-    names, broken = pictures(root, shard)
+    names, broken, closed = pictures(root, shard)
     if not names:
+        if shard[1] > 1 and not (folder / INDEX).exists() and pictures(root, (1, 1))[0]:
+            return Counter()
         raise ImageIndexError(f"{root.folder}: there is no picture in it, and no index was touched: is another meant?")
+    check_ours(folder)
     held = lock(folder, "--index")
     old = ImageIndex(folder, check=True) if (folder / INDEX).is_file() else None
     if old:
         check_same(old, mine, named["name"], root.folder if not moved else None, shard)
     clean(folder, old)
     before = old.files() if old else {}
+    method = method or (old.about["search"]["asked"] if old else "auto")
     known = {old.key(row) for row in range(len(old.vectors))} if old else set()
     journal = FeatureCache(folder / NEW, mine, model.config.embed_dim)
     resumed, fast, files, faulty = len(journal), fast_model(model), {}, {}
@@ -243,7 +265,7 @@ def update(
                     continue
                 files[name] = key, stamp
                 if key not in known and key not in journal and key not in faulty:
-                    fresh.setdefault(key, Picture(path, key))
+                    fresh.setdefault(key, Picture(key)).paths.append(path)
             if fresh:
                 faults, keys = {}, list(fresh)
                 vectors = embed_images(fast, preprocess, fresh.values(), batch_size, num_workers, faults=faults)
@@ -253,19 +275,23 @@ def update(
             bar.update(len(piece))
     broken |= {name: faulty[key] for name, (key, _) in files.items() if key in faulty}
     files = {name: found for name, found in files.items() if found[0] not in faulty}
+    # A disk that is not mounted, a folder that must not be read: its pictures are not gone.
+    kept = {name: found for name, found in before.items() if any(name.startswith(f"{place}/") for place in closed)}
+    files = kept | files
     if not files:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in list(broken.items())[:10])
         raise ImageIndexError(f"{root.folder}: none of its {len(names)} pictures can be read. The first:{listed}")
 
-    changes = Counter(bad=len(broken), encoded=len(journal) - resumed, resumed=resumed)
+    changes = Counter(bad=len(broken), encoded=len(journal) - resumed, resumed=resumed, kept=len(kept))
     for name, (key, _) in files.items():
-        changes["added" if name not in before else "unchanged" if before[name][0] == key else "changed"] += 1
+        if name not in kept:
+            changes["added" if name not in before else "unchanged" if before[name][0] == key else "changed"] += 1
     changes["removed"] = len(before.keys() - files.keys())
-    wanted = [root.folder, allow_outside, choose(len(old) if old else 0)[0] if method == "auto" else method]
-    was = old and [old.about["root"], old.about["allow_outside"], old.about["search"]["method"]]
-    if files != before or wanted != was or broken != old.bad():
+    wanted = [root.folder, allow_outside, method]
+    was = old and [old.about["root"], old.about["allow_outside"], old.about["search"]["asked"]]
+    if files != before or wanted != was or broken != old.bad:
         used = dict.fromkeys(key for key, _ in files.values())
-        keep, grown = kept(old, used, method)
+        keep, grown = kept_rows(old, used, method)
         new = [key for key in used if key not in known]
         keys = b"".join([*(old.key(row) for row in keep), *new])
         about = {"model": {**named, "fingerprint": mine}, "root": root.folder, "allow_outside": allow_outside}
@@ -279,19 +305,33 @@ def update(
     return changes
 
 
-def pictures(root: ImageRoot, shard: tuple[int, int]) -> tuple[list[str], dict[str, str]]:
-    """The files of a shard that by their names are pictures, in order, and what could not be looked into: name ->
-    reason. HEIC is none that can be read, and to be told of."""
-    Image.init()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS} | {".heic", ".heif"}
-    names, broken, (i, n) = [], {}, shard
-    for here, files in root.walk(broken.__setitem__):
+def check_ours(folder: Path):
+    """Raises ImageIndexError for a folder with something else than an index in it, which might be the pictures'."""
+    strange = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)] if folder.is_dir() else []
+    if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise ImageIndexError(f"{folder} is to be a folder with nothing but the index in it, and has"
+                              f" {min(strange)!r}{more}: name another --index")  # fmt: skip
+
+
+def pictures(root: ImageRoot, shard: tuple[int, int]) -> tuple[list[str], dict[str, str], list[str]]:
+    """The files of a shard that by their names are pictures, in order; what could not be looked into, name -> reason;
+    and which folders of that could not be opened."""
+    names, broken, closed, (i, n), known = [], {}, [], shard, endings()
+
+    def fault(name: str, reason: str):
+        name = name.replace(os.sep, "/")
+        broken[name] = reason
+        if reason.startswith("cannot be opened"):
+            closed.append(name)
+
+    for here, files in root.walk(fault):
         for file in files:
             name = os.path.normpath(os.path.join(here, file)).replace(os.sep, "/")
             digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-            if os.path.splitext(file)[1].lower() in endings and int.from_bytes(digest[:8], "big") % n == i - 1:
+            if os.path.splitext(file)[1].lower() in known and int.from_bytes(digest[:8], "big") % n == i - 1:
                 names.append(name)
-    return sorted(names), broken
+    return sorted(names), broken, closed
 
 
 def check_same(index: ImageIndex, mine: str, name: str, root: str | None, shard=None):
@@ -313,7 +353,7 @@ def check_same(index: ImageIndex, mine: str, name: str, root: str | None, shard=
         raise ImageIndexError(f"{folder} has the shard {was} of its pictures, not {now}: name another --index")
 
 
-def kept(old: ImageIndex | None, used: dict, method: str) -> tuple[list[int], Neighbours | None]:
+def kept_rows(old: ImageIndex | None, used: dict, method: str) -> tuple[list[int], Neighbours | None]:
     """Which rows of the old index go on, and its graph or lists where those only have to grow: rows can be added to
     them, not taken out, but passed over."""
     if old is None:
@@ -342,8 +382,8 @@ def write(
     import pyarrow as pa
     import pyarrow.parquet
 
-    numbers = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
-    place = folder / f"{max(numbers, default=0) + 1:06d}"
+    numbers = {int(found[1]): path for path in folder.iterdir() if (found := GENERATION.fullmatch(path.name))}
+    place = folder / f"generation-{max(numbers, default=0) + 1:06d}"
     place.mkdir()
     try:
         shape = (len(keys) // 32, texts.shape[1])
@@ -369,8 +409,8 @@ def write(
         if not (folder / INDEX).is_file() or read_about(folder)["generation"] != place.name:
             shutil.rmtree(place, ignore_errors=True)
         raise
-    for number in numbers:
-        shutil.rmtree(folder / f"{number:06d}", ignore_errors=True)  # who has it open goes on reading it
+    for path in numbers.values():
+        shutil.rmtree(path, ignore_errors=True)  # who has it open goes on reading it
 
 
 def prepare(place: Path, shape: tuple, lines: list, texts: np.ndarray, method: str, grown, progress: bool) -> dict:
@@ -378,8 +418,9 @@ def prepare(place: Path, shape: tuple, lines: list, texts: np.ndarray, method: s
     chosen, why = choose(len({line[0] for line in lines}))
     if method != "auto":
         chosen, why = method, "as it was asked for"
+    about = {"method": chosen, "asked": method, "why": why}
     if chosen == "exact":
-        return {"method": chosen, "why": why}
+        return about
     vectors = np.load(place / "vectors.npy", mmap_mode="r")
     used = np.zeros(shape[0], bool)
     used[[line[0] for line in lines]] = True
@@ -390,12 +431,13 @@ def prepare(place: Path, shape: tuple, lines: list, texts: np.ndarray, method: s
         grown.add(vectors[len(grown) :], progress)
     found = grown.tune(vectors, alive, texts)
     grown.write(place / "search.faiss")
-    return {"method": chosen, "why": why, "parameters": grown.parameters(), "built": grown.built, **found}
+    return {**about, "parameters": grown.parameters(), "built": grown.built, **found}
 
 
 def clean(folder: Path, current: ImageIndex | None):
     """Deletes what killed runs have left, but for the vectors that they had computed."""
-    remove_scratch(folder)
     for path in folder.iterdir():
-        if path.name.isdecimal() and (current is None or path != current.place):
+        if GENERATION.fullmatch(path.name) and (current is None or path != current.place):
             shutil.rmtree(path)
+        elif path.name.endswith(f".{INDEX}"):
+            path.unlink()

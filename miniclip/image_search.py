@@ -87,15 +87,17 @@ class ImageSearch:
         if not texts and not images:
             raise InputError("nothing is asked for: give a text or a picture; words not wanted are not enough")
         a = 0.5 if image_weight is None else image_weight
-        a = 1.0 if not texts else 0.0 if not images else a
-        if not 0 <= a <= 1 or not minus_weight >= 0:
+        if not 0 <= a <= 1 or not 0 <= minus_weight < float("inf"):
             raise InputError(f"image_weight {a} must lie in 0 to 1, minus_weight {minus_weight} not below 0")
+        a = 1.0 if not texts else 0.0 if not images else a
         width = self.index.vectors.shape[1]
         total = np.zeros(width, np.float32)
         words = embed_texts(self.model, self.tokenizer, texts + minus) if texts or minus else np.zeros((0, width))
         shown = embed_images(self.model, self.preprocess, images) if images else np.zeros((0, width))
         for weight, part in ((1 - a, words[: len(texts)]), (a, shown), (-minus_weight, words[len(texts) :])):
             total += weight * unit(part.sum(axis=0, dtype=np.float32))
+        if np.linalg.norm(total) < 1e-4:  # what remains is rounding
+            raise InputError("what is not wanted takes away all that is asked for: say something else, or less of it")
         return unit(total)
 
     def query(self, text: str | Iterable[str] = (), k: int = 10, image=(), minus=(), **weights) -> list[Found]:

@@ -15,6 +15,7 @@ vectors of unit length in `img_emb/img_emb_0.npy`, the file of each in `metadata
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,8 +23,8 @@ import numpy as np
 
 from miniclip.config import InputError
 from miniclip.feature_cache import write_npy
-from miniclip.files import replacing
-from miniclip.image_index import INDEX, ImageIndex, ImageIndexError, check_same, clean, rows_of, write
+from miniclip.files import lock, replacing
+from miniclip.image_index import INDEX, ImageIndex, ImageIndexError, check_ours, check_same, clean, rows_of, write
 from miniclip.neighbours import check_method
 
 FILE = 1_000_000  # rows of an exported file, as in clip-retrieval
@@ -32,12 +33,11 @@ FILE = 1_000_000  # rows of an exported file, as in clip-retrieval
 def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto", progress: bool = False) -> dict:
     """Makes one index of several, of the same model. Gives what its `index.json` says.
 
-    Parts of one folder of pictures, as shards are, become an index of that, which `index` brings up to date. Those of
-    others get paths from the folder that all lie in. Raises ImageIndexError for a part of another model, for a file
-    that two of them have with different contents, and where `folder` is an index of something else.
+    Parts of one folder of pictures, as shards are, become an index of that, which `index` brings up to date; a warning
+    says which shards are not among them. Those of others get paths from the folder that all lie in. Raises
+    ImageIndexError for a part of another model, for a file that two of them have with different contents, and where
+    `folder` is an index of something else.
     """
-    from miniclip.resume import lock
-
     check_method(method)
     folder, indexes = Path(folder), [ImageIndex(part, check=True) for part in parts]
     if len({index.folder.resolve() for index in indexes} | {folder.resolve()}) < len(indexes) + 1:
@@ -50,6 +50,7 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
         root = os.path.commonpath(roots)
     except ValueError as error:  # of several drives
         raise ImageIndexError(f"{', '.join(sorted(roots))} lie in no common folder ({error})") from None
+    check_ours(folder)
     held = lock(folder, "--index")
     old = ImageIndex(folder) if (folder / INDEX).is_file() else None
     if old:
@@ -65,7 +66,7 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
                     f"{index.folder} and a part before it have {prefix + name} with different contents: bring both up"
                     " to date by `index`"
                 )
-        broken |= {prefix + name: reason for name, reason in index.bad().items()}
+        broken |= {prefix + name: reason for name, reason in index.bad.items()}
         rows = [row for row in np.unique(index.rows).tolist() if index.key(row) not in place]
         place |= {index.key(row): None for row in rows}
         sources.append((index.vectors, rows))
@@ -75,6 +76,15 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
     texts = np.load(indexes[0].place / "texts.npy", allow_pickle=False)
     write(folder, about, rows_of(*sources), b"".join(place), files, broken, texts, method, None, progress)
     held.close()
+    for root in sorted(roots):
+        shards = [index.about["shard"] for index in indexes if index.about["root"] == root]
+        for n in sorted({n for _, n in shards} - {1} if [1, 1] not in shards else ()):
+            if missing := [f"{i}/{n}" for i in range(1, n + 1) if [i, n] not in shards]:
+                warnings.warn(
+                    f"{folder} is without the shards {', '.join(missing[:10])} of {root}: unless none of its pictures"
+                    " is in them, index those and merge again, or bring all up to date by `index`",
+                    stacklevel=2,
+                )
     return about
 
 

@@ -13,6 +13,7 @@ Both are folders with a folder for each class. The table has zero-shot and both 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from miniclip.config import InputError
@@ -121,15 +122,16 @@ def main(argv: list[str]):
     options = parser.parse_args(argv)
     if min(options.shots) < 1 or options.seeds < 1:
         raise InputError("--shots and --seeds are 1 or more")
-    given = read_classes(options.classes, options.language) if options.classes else None
+    given = read_classes(options.classes, options.language) if options.classes is not None else None
     examples, pictures = find_pictures([options.train]), find_pictures(options.images)
     classes, labels = choose_classes(given, [folder for _, folder in examples], options.language)
     _, truth = choose_classes(classes, [folder for _, folder in pictures], options.language)
     for what, found in (("--train", labels), ("--images", truth)):
         if found is None:
             raise InputError(f"{what}: expected a folder with a folder for each of the classes {', '.join(classes)}")
-    if missing := [name for row, name in enumerate(classes) if row not in labels]:
-        raise InputError(f"--train {options.train}: there is no example of {missing[0]!r}")
+    both = {os.path.realpath(path) for path, _ in examples} & {os.path.realpath(path) for path, _ in pictures}
+    if both:
+        raise InputError(f"{len(both)} pictures are both in --train and in --images: {min(both)}: not held out")
 
     import numpy as np
     import torch
@@ -145,6 +147,8 @@ def main(argv: list[str]):
     rows = [(path, row) for (path, _), row in zip(examples, labels)]
     rows, features = embed_pictures(options, model, preprocess, rows, bad_samples)
     labels = np.array([row for _, row in rows])
+    if missing := [name for row, name in enumerate(classes) if row not in labels]:
+        raise InputError(f"--train {options.train}: there is no example of {missing[0]!r} that can be used")
     rows = [(path, row) for (path, _), row in zip(pictures, truth)]
     rows, held_out = embed_pictures(options, model, preprocess, rows, bad_samples)
     truth, scale = np.array([row for _, row in rows]), model.logit_scale.exp().item()
@@ -169,7 +173,6 @@ def main(argv: list[str]):
         shares = f"{100 * entry['top1']:.1f} | {100 * entry['mean_per_class_recall']:.1f}"
         lines.append(f"| {entry['shots'] or '0: zero-shot itself'} | {entry['start']} | {shares} |")
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     weight, bias, strength = probe(features, labels, n, start, scale)
     with replacing(folder / "probe.npz") as scratch:  # of all examples: what one would use
         np.savez(scratch, weight=scale * weight, bias=bias, classes=list(classes))

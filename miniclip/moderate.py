@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from miniclip.config import InputError
 from miniclip.options import run
-from miniclip.zero_shot import common_options, embed_classes, embed_pictures, find_pictures, open_model
+from miniclip.zero_shot import cell, common_options, embed_classes, embed_pictures, find_pictures, open_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,6 +163,8 @@ def main(argv: list[str]):
     common_options(parser, "moderation")
     options = parser.parse_args(argv)
     categories = read_categories(options.categories) if options.categories else CATEGORIES
+    if options.ask is not None and not options.ask.strip():
+        raise InputError('--ask: say what to ask for: "a dog"')
     if options.ask and options.categories or options.against and not options.ask:
         raise InputError("--ask goes with --against, and without --categories")
     pictures = find_pictures(options.images)
@@ -197,10 +199,10 @@ def main(argv: list[str]):
         results.append({"image": path, **answer})
     verdict, number = ("answer", "score") if options.ask else ("status", "confidence")
     lines = [f"| picture | {verdict} | reason | {number} |", "|---|---|---|---|"]
-    lines += [f"| {r['image']} | {r[verdict]} | {r.get('reason', options.ask)} | {r[number]:.2f} |" for r in results]
+    for r in results:
+        lines.append(f"| {cell(r['image'])} | {r[verdict]} | {r.get('reason', options.ask)} | {r[number]:.2f} |")
     counts = {kind: sum(r[verdict] == kind for r in results) for kind in dict.fromkeys(r[verdict] for r in results)}
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     about = {"model": str(options.model), "ask": options.ask, "thresholds": thresholds,
              "calibrated": bool(options.examples)}  # fmt: skip
     write_json(folder / "moderation.json", {**about, "pictures": results})
@@ -208,7 +210,8 @@ def main(argv: list[str]):
     print("\n".join(lines[:22] + [f"| and {len(lines) - 22} more | | | |"] * (len(lines) > 22)))
     for name, limits in thresholds.items():
         on = f"balanced accuracy {limits['balanced_accuracy']:.2f} on" if len(limits) > 2 else "without"
-        print(f"{name}: threshold {limits['threshold']:.3f}, review from {limits['review']:.3f} ({on} examples)")
+        review = "" if options.ask else f", review from {limits['review']:.3f}"
+        print(f"{name}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
     print(f"{counts} of {len(results)} pictures. Written: moderation.json, moderation.md in {folder}")
     bad_samples.open(folder / NAME)
     if bad_samples:

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from miniclip.config import InputError
+from miniclip.retrieval import search
 
 EXACT, HNSW = 100_000, 500_000  # vectors up to which each is chosen
 METHODS = ("exact", "hnsw", "ivf")
@@ -34,20 +35,17 @@ def choose(n: int) -> tuple[str, str]:
 
 
 def exact(vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | None = None):
-    """The k rows of `vectors` (N, E) with the highest inner product for each of `queries` (Q, E), best first: scores
-    and row numbers, (Q, k), k being at most N. Of equal scores the lower row comes first. Rows that are not `alive`,
-    (N,) bool, come last, with the score -inf."""
-    k, step, found = min(k, len(vectors)), max(4096, (1 << 25) // max(1, len(queries))), []
-    for start in range(0, len(vectors), step):  # all scores of many queries would take gigabytes
-        scores = queries @ vectors[start : start + step].T
-        if alive is not None:
-            scores[:, ~alive[start : start + step]] = -np.inf
-        n = min(k, scores.shape[1])
-        rows = np.argpartition(scores, scores.shape[1] - n, axis=1)[:, -n:]
-        found.append((np.take_along_axis(scores, rows, axis=1), rows + start))
-    scores, rows = (np.concatenate(part, axis=1) for part in zip(*found))
-    order = np.lexsort((rows, -scores), axis=-1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    """`retrieval.search` for the k of `vectors` (N, E) nearest to each of `queries` (Q, E), of the rows that are
+    `alive`, (N,) bool: scores and row numbers, (Q, k), k being at most as many as there are."""
+    if alive is None:
+        return search(vectors, queries, k)
+    k = wanted = min(k, int(alive.sum()))
+    while True:  # few are dead: leaving them out afterwards is less work than a copy of the others
+        wanted = min(2 * wanted + K, len(vectors))
+        scores, rows = search(vectors, queries, wanted)
+        if wanted == len(vectors) or (alive[rows].sum(axis=1) >= k).all():
+            order = np.argsort(~alive[rows], axis=1, kind="stable")[:, :k]
+            return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 class Neighbours:
@@ -89,7 +87,8 @@ class Neighbours:
         """Writes it into a file."""
         import faiss
 
-        faiss.write_index(self.index, str(path))
+        with open(path, "wb") as file:  # faiss by itself does not notice it if the disk is full at the very end
+            faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
 
     def __len__(self) -> int:
         return self.index.ntotal
@@ -101,11 +100,12 @@ class Neighbours:
             self.index.add(np.ascontiguousarray(vectors[start : start + step]))
 
     def find(self, vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | None = None):
-        """As `exact`, for the rows that it holds, and of them what it finds: where that is less than k, the row is -1
-        and the score -inf."""
+        """As `exact`, of what it finds. Queries for which that is fewer than k, because k is large or because much is
+        not alive, are compared with all."""
         import faiss
 
-        wanted, kind = 4 * k, {}
+        k = min(k, len(vectors) if alive is None else int(alive.sum()))
+        wanted, kind = min(4 * k, len(vectors)), {}
         if alive is not None:
             kind["sel"] = faiss.IDSelectorBitmap(np.packbits(alive, bitorder="little"))
         if self.method == "hnsw":
@@ -119,6 +119,8 @@ class Neighbours:
             products = vectors[among] @ query
             order = np.argsort(-products, kind="stable")[:k]
             score[: len(order)], row[: len(order)] = products[order], among[order]
+        if len(short := np.flatnonzero(rows[:, -1] < 0)):
+            scores[short], rows[short] = exact(vectors, queries[short], k, alive)
         return scores, rows
 
     def tune(self, vectors: np.ndarray, alive: np.ndarray | None, texts: np.ndarray, pictures: int = 200) -> dict:
@@ -134,7 +136,8 @@ class Neighbours:
             recall, start = {}, time.perf_counter()
             for name, (queries, _) in asked.items():
                 found = [self.find(vectors, query[None], K + 1, alive)[1] for query in queries]
-                recall[name] = float(np.mean([np.isin(line, got).mean() for line, got in zip(best[name], found)]))
+                shares = [np.isin(line, got).mean() for line, got in zip(best[name], found) if len(line)]
+                recall[name] = float(np.mean(shares)) if shares else 1.0  # of one picture nothing can be missed
             milliseconds = 1000 * (time.perf_counter() - start) / sum(len(queries) for queries, _ in asked.values())
             if min(recall.values()) >= TARGET:
                 break
@@ -143,8 +146,7 @@ class Neighbours:
     @staticmethod
     def _best(vectors: np.ndarray, queries: np.ndarray, own: np.ndarray, alive: np.ndarray | None) -> list[np.ndarray]:
         """The first ten rows for each query but for its own."""
-        scores, rows = exact(vectors, queries, K + 1, alive)
-        return [row[(row != itself) & (score > -np.inf)][:K] for score, row, itself in zip(scores, rows, own)]
+        return [row[row != itself][:K] for row, itself in zip(exact(vectors, queries, K + 1, alive)[1], own)]
 
     def parameters(self) -> str:
         """What it was made with, for people."""

@@ -10,6 +10,7 @@ import difflib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import typing
@@ -250,6 +251,36 @@ class EvalOptions:
     )
 
 
+def find_device(name: str | None):
+    """The torch device that is named, or the GPU that there is, or the CPU. Raises InputError for one that is not
+    there."""
+    import torch
+
+    try:
+        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number that is not below."""
+
+    def number(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is less than {lowest}")
+        return int(text)
+
+    number.__name__ = "whole number"
+    return number
+
+
+def printable(text: str) -> str:
+    """Text with what would end a line, or speak to the terminal, written out: names of files may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def make_parser(options: type, **kwargs) -> argparse.ArgumentParser:
     """An argparse parser for the fields of one of the classes above."""
     parser = argparse.ArgumentParser(
@@ -392,6 +423,11 @@ def read_recipe(path: str, known: set[str]) -> dict:
     return recipe
 
 
+# What a system says of a name that cannot be used; any other error is one to be looked into.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+           errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # fmt: skip
+
+
 def run(main: Callable[[list[str]], None]):
     """Runs a script on its command line. What is wrong with the input is said without a traceback, which would hide it,
     and so is that somebody stopped it, with the exit status that shells expect; all other errors keep theirs."""
@@ -406,11 +442,18 @@ def run(main: Callable[[list[str]], None]):
         if "\nOriginal Traceback" in message:  # a data-loader process puts its traceback before what it has to say
             message = message.rpartition(f"{type(error).__qualname__}: ")[2].strip()
         sys.exit(f"{name}: {message}")
+    except BrokenPipeError:  # who read what was printed has seen enough, as `head` does
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # else Python complains when it closes them
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f"{name}: the disk is full: {error}. What was there before is as it was: free space and try again")
+        if error.filename is None or error.errno not in REFUSED:
             raise
-        sys.exit(f"{name}: the disk is full: {error}. What was there before is as it was: free space and try again")
+        # Without what `files.replacing` puts before a name.
+        path = re.sub(r"(^|[/\\])\.\d+\.(?=[^/\\]+$)", r"\1", os.fsdecode(error.filename))
+        sys.exit(f"{name}: {path}: {error.strerror}")
     except KeyboardInterrupt as stopped:
         with suppress(OSError):  # of a pipe that nobody reads any more
-            print(f"{name}: {stopped or 'stopped'}", file=sys.stderr)
+            print(f"{name}: {str(stopped) or 'stopped'}", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signal", signal.SIGINT))

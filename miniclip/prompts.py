@@ -8,6 +8,7 @@ said.
 
 from __future__ import annotations
 
+import string
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,14 +47,14 @@ def fill(template, name: str, where="templates") -> str:
     if not isinstance(template, str):
         return template(name)
     try:
-        sentence = template.format(name)
-        if template.format("") == sentence and name:
-            raise InputError(f"{where}: {template!r} has no {{}} for the class name: put it in")
-        return sentence
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{where}: {template!r} has other braces than one {{}} for the class name") from None
+        fields = [field[1:] for field in string.Formatter().parse(template) if field[1] is not None]
+    except ValueError:  # half a pair of braces
+        fields = None
+    if fields == []:
+        raise InputError(f"{where}: {template!r} has no {{}} for the class name: put it in")
+    if fields not in ([("", "", None)], [("0", "", None)]):  # {:>9999999999} would ask for gigabytes
+        raise InputError(f"{where}: {template!r} has other braces than one {{}} for the class name")
+    return template.format(name)
 
 
 def read_classes(text: str, language: str = "en") -> dict[str, str]:
@@ -64,6 +65,8 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
     {"en": "dog", "zh": "狗"}. Raises InputError for what is none of these, and for a name that comes twice.
     """
     found = items = [part.strip() for part in text.split(",")]
+    if Path(text).suffix not in (".json", ".txt") and Path(text).is_file():
+        raise InputError(f"{text}: classes are read from .txt and .json")
     if Path(text).suffix in (".json", ".txt"):
         items, found = _lines(text) if Path(text).suffix == ".txt" else [], _read(text)
     if isinstance(found, dict):
@@ -84,6 +87,8 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
             raise InputError(f"{text}: a class without a name, or without words: {name!r}: {words!r}")
         if name in classes:
             raise InputError(f"{text}: the class {name!r} is named twice: leave one out")
+        if words in classes.values():
+            raise InputError(f"{text}: two classes have the words {words!r}: they could not be told apart")
         classes[name] = words
     return classes
 

@@ -5,7 +5,6 @@ renamed when all of it is on the disk. So a folder `checkpoint-40` is complete, 
 a disk have damaged it since, the manifest tells.
 """
 
-import errno
 import logging
 import os
 import shutil
@@ -21,7 +20,6 @@ from miniclip.record import RECORD, differences, read_record
 
 logger = logging.getLogger(__name__)
 SCRATCH = "tmp-"  # before the names of folders that are being written, or deleted
-LOCK = ".lock"
 
 
 class SaveError(InputError):
@@ -154,42 +152,6 @@ def clean(output_dir: str | Path):
             logger.warning("passing over %s, which was being written when the run was stopped", folder)
         shutil.rmtree(folder, ignore_errors=True)
     remove_scratch(output_dir)
-
-
-def lock(output_dir: str | Path, option: str = "--output_dir"):
-    """Takes an output folder, which `option` names, for this process, until it ends, however that comes. Gives what has
-    to be kept until then. Raises InputError where another process has it."""
-    path = Path(output_dir) / LOCK
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{output_dir} cannot be written to: {error}") from None
-    try:
-        try:
-            import fcntl
-
-            # Of this kind, which workers that are forked do not inherit: they may live on for a while.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            import msvcrt
-
-            file.seek(1 << 30)  # the byte that is locked is not one of those that say who has it
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # some network disks know no locks
-            logger.warning("%s cannot be locked (%s): see to it that no other run writes there", output_dir, error)
-            return file
-        file.seek(0)
-        process = file.read().strip() or "another"
-        file.close()
-        raise InputError(
-            f"process {process} is writing to {output_dir}: wait for its end, or name another {option}"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 # What a run may not differ in from the one that it goes on with, and why.

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from miniclip.config import InputError
-from miniclip.options import run
+from miniclip.options import at_least, find_device, printable, run
 
 if __name__ != "__main__":
     raise ImportError("miniclip/search.py is a command: python -m miniclip.search; in Python use miniclip.ImageSearch")
@@ -33,8 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m miniclip.search", description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
-    methods = {"choices": ["auto", "exact", "hnsw", "ivf"], "default": "auto"}
-    methods["help"] = "how it is searched; auto: exact up to 100,000 pictures, then what is fast (default: auto)"
+    methods = {"choices": ["auto", "exact", "hnsw", "ivf"]}
+    how = "how it is searched; auto: exact up to 100,000 pictures, then what is fast (default: auto{})"
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", help="a folder saved by MiniCLIP, or a config's name; the index's own unless given")
     model.add_argument("--pretrained", help="weights for the named config")
@@ -44,17 +44,18 @@ def make_parser() -> argparse.ArgumentParser:
     index.add_argument("pictures", metavar="DIR", help="folder of the pictures, at any depth")
     index.add_argument("--index", required=True, help="folder for the index: products.mc")
     index.add_argument("--shard", default="1/1", metavar="I/N", help="only the I-th N-th of the files, for `merge`")
-    index.add_argument("--method", **methods)
+    index.add_argument("--method", **methods, help=how.format(", or what was said before"))
     index.add_argument("--check", action="store_true", help="read all files, not only those of another size or time")
     index.add_argument("--moved", action="store_true", help="the folder of the pictures has been moved to DIR")
     index.add_argument("--allow_outside_image_root", action="store_true", help="links may lead out of DIR")
-    index.add_argument("--batch_size", type=int, help="pictures encoded at once (32 on a CPU, 256 elsewhere)")
-    index.add_argument("--num_workers", type=int, help="threads that read pictures; as many as there are cores")
+    index.add_argument("--batch_size", type=at_least(1), help="pictures encoded at once (32 on a CPU, 256 elsewhere)")
+    index.add_argument("--num_workers", type=at_least(0), help="threads that read pictures; as many as there are cores")
 
     query = commands.add_parser("query", parents=[model], help="search an index")
     query.add_argument("index", metavar="INDEX")
-    query.add_argument("text", nargs="*", help="what to look for; -word in it is not wanted; none: a query a line")
-    query.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    what = 'what to look for, quoted; -word in it is not wanted: "a dog -kids"; none: a query a line'
+    query.add_argument("text", nargs="*", help=what)
+    query.add_argument("-k", type=at_least(1), default=10, help="how many (default: 10)")
     query.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture to be like; repeatable")
     query.add_argument("--minus", action="append", default=[], metavar="TEXT", help="what is not wanted; repeatable")
     query.add_argument("--image_weight", type=float, help="of the pictures, beside a text: 0 to 1 (default: 0.5)")
@@ -66,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="make one index of several")
     merge.add_argument("parts", nargs="+", metavar="PART")
     merge.add_argument("--index", required=True, help="folder for the index")
-    merge.add_argument("--method", **methods)
+    merge.add_argument("--method", **methods, default="auto", help=how.format(""))
 
     export = commands.add_parser("export", help="write vectors and paths in clip-retrieval's form")
     export.add_argument("index", metavar="INDEX")
@@ -102,17 +103,22 @@ def index(options: argparse.Namespace):
         if not (Path(options.index) / INDEX).is_file():
             raise InputError(f"{options.index} is no index yet: name the model that is to make it by --model")
         named = {name: read_about(Path(options.index))["model"][name] for name in ("name", "pretrained")}
-    device = find_device(options)
+    device = find_device(options.device)
     model = load(named["name"], named["pretrained"], device)
     changes = update(
         options.pictures, options.index, *model, named, (int(shard[1]), int(shard[2])), options.method, options.check,
         options.allow_outside_image_root, options.moved, options.batch_size or (32 if device.type == "cpu" else 256),
         options.num_workers, progress=True,
     )  # fmt: skip
+    if not changes:
+        print(f"the shard {options.shard} has none of the pictures in {options.pictures}: there is nothing to index")
+        return
     if changes["resumed"]:
         print(f"{changes['resumed']} pictures were encoded by a run that did not come to its end")
     names = ("added", "changed", "removed", "unchanged")
     print(", ".join(f"{changes[name]} {name}" for name in names) + f"; {changes['encoded']} pictures encoded")
+    if changes["kept"]:
+        print(f"{changes['kept']} are in folders that cannot be opened now, and were kept as they were")
     describe(options.index)
 
 
@@ -136,7 +142,8 @@ def query(options: argparse.Namespace):
     """Answers the query of the command line, or those that come, one a line."""
     from miniclip.image_search import ImageSearch
 
-    search = ImageSearch(options.index, options.model, options.pretrained, find_device(options), options.pictures)
+    device = find_device(options.device)
+    search = ImageSearch(options.index, options.model, options.pretrained, device, options.pictures)
     how = {"image": options.image, "minus": options.minus, "image_weight": options.image_weight}
     how |= {"minus_weight": options.minus_weight}
     if options.text or options.image:
@@ -144,12 +151,18 @@ def query(options: argparse.Namespace):
         return
     if options.html:
         raise InputError("--html shows what one query found: give a text or --image")
-    for line in sys.stdin:
-        if line.strip():
+    failed = False
+    for line in map(str.strip, sys.stdin):
+        if line or options.json:  # then each line has its answer
             try:
-                answer(search, options, line.strip(), how)
+                answer(search, options, line, how)
             except InputError as error:
+                failed = True
                 print(error, file=sys.stderr, flush=True)
+                if options.json:
+                    print(json.dumps({"query": line, "error": str(error)}), flush=True)
+    if failed:
+        sys.exit(1)
 
 
 def answer(search, options: argparse.Namespace, text: str, how: dict):
@@ -165,7 +178,7 @@ def answer(search, options: argparse.Namespace, text: str, how: dict):
     print("rank   score  path")
     for one in found:
         copies = f"  (the same: {', '.join(one.copies)})" if one.copies else ""
-        print(f"{one.rank:4}  {one.score:6.4f}  {one.path}{copies}", flush=True)
+        print(f"{one.rank:4}  {one.score:6.4f}  {printable(one.path + copies)}", flush=True)
     if options.html:
         print(f"written to {options.html}")
 
@@ -194,13 +207,6 @@ def check(options: argparse.Namespace):
     ImageIndex(options.index, check=True)
     describe(options.index)
     print("all files are what was written")
-
-
-def find_device(options: argparse.Namespace):
-    """The device that was asked for, or the one there is."""
-    import torch
-
-    return torch.device(options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 if __name__ == "__main__":

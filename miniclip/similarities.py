@@ -16,12 +16,8 @@ class Similarities(NamedTuple):
     """What `similarities` gives, of N images and M captions."""
 
     right: np.ndarray  # (M,) float32: the cosine of each caption and its image
-    wrong_image: (
-        np.ndarray
-    )  # (M,) float32: that of each caption and the wrong image that is nearest; -inf: there is none
-    wrong_text: (
-        np.ndarray
-    )  # (N,) float32: that of each image and the wrong caption that is nearest; -inf: there is none
+    wrong_image: np.ndarray  # (M,) float32: that of each caption and the nearest wrong image; -inf: there is none
+    wrong_text: np.ndarray  # (N,) float32: that of each image and the nearest wrong caption; -inf: there is none
     matching: np.ndarray  # (BINS,) int64: how many of the M matching pairs have a cosine in each bin
     others: np.ndarray  # (BINS,) int64: the same of the N x M - M others
     means: tuple[float, float]  # of matching pairs and of others; NaN where there are none

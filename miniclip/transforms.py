@@ -22,6 +22,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+def endings() -> set[str]:
+    """What names of pictures end in, ".jpg" and so on: those of FORMATS, and of HEIC, which cannot be read and is to be
+    told of."""
+    Image.init()
+    return {end for end, kind in Image.registered_extensions().items() if kind in FORMATS} | {".heic", ".heif"}
+
+
 class ImageError(InputError):
     """A picture that cannot be used. Says which file, why, and what to do."""
 

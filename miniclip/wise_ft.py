@@ -29,7 +29,7 @@ from miniclip.fast import PRECISIONS, fast_model
 from miniclip.files import write_json, write_text
 from miniclip.inference import embed_images, embed_texts, load
 from miniclip.model import MiniClip
-from miniclip.options import run
+from miniclip.options import find_device, run
 from miniclip.report import CHART, GREEN, GREY, GRID, INK, LINES, MARGIN, WIDTH, Page, ticks
 from miniclip.retrieval import retrieval_metrics
 from miniclip.sources import read_source
@@ -239,7 +239,7 @@ def main(argv: list[str]):
     if outside := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
         raise InputError(f"alpha {outside[0]} lies outside of 0 (the model before) to 1 (the model after)")
 
-    device = torch.device(options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = find_device(options.device)
     if not Path(options.before).is_dir() and options.pretrained is None:
         raise InputError(f"--before {options.before} is no folder; the name of a config needs --pretrained too")
     if not Path(options.after).is_dir():

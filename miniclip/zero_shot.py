@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miniclip.config import InputError
-from miniclip.options import run
+from miniclip.options import at_least, find_device, printable, run
 from miniclip.prompts import (
     OBJECTS,
     TEMPLATES,
@@ -45,6 +46,7 @@ def build_zero_shot_classifier(
     templates: Sequence[str | Callable[[str], str]],
     num_classes_per_batch: int | None = 10,
     device="cpu",
+    use_tqdm: bool = False,
 ) -> Tensor:
     """The vectors of classes, one a column: (embed_dim, num_classes) float32, of unit length, on `device`.
 
@@ -54,16 +56,18 @@ def build_zero_shot_classifier(
     tower cannot read. Raises InputError where there is no class or template, or a template makes no use of the name.
     """
     import torch
+    from tqdm.auto import tqdm
 
+    classnames, templates = (x if isinstance(x, str) else list(x) for x in (classnames, templates))
     for name, values in (("classnames", classnames), ("templates", templates)):
         if isinstance(values, str) or not len(values):
             raise InputError(f"{name} is a list of at least one, not {values!r}")
     warn_if_illegible(tokenizer, classnames)
-    step = num_classes_per_batch or len(classnames)
+    step = max(1, num_classes_per_batch or len(classnames))
     model = _for_many(model, len(classnames) * len(templates))
     parts = [
         embed_classes(model, tokenizer, [[fill(t, name) for t in templates] for name in classnames[at : at + step]])
-        for at in range(0, len(classnames), step)
+        for at in tqdm(range(0, len(classnames), step), desc="classes", disable=not use_tqdm, leave=False)
     ]
     return torch.cat(parts, dim=1).to(device)
 
@@ -104,6 +108,8 @@ def zero_shot_classify(model, preprocess, classifier: Tensor, images, classnames
     one = isinstance(images, (str, Path))
     scores = probabilities(model, embed_images(model, preprocess, [images] if one else images), classifier)
     names = list(classnames)
+    if len(names) != classifier.shape[1]:
+        raise InputError(f"{len(names)} class names for a classifier of {classifier.shape[1]} classes")
     found = [{"class_names": names, "scores": row, "top_class": names[row.argmax()]} for row in scores]
     return found[0] if one else found
 
@@ -112,28 +118,39 @@ def find_pictures(paths: Sequence[str]) -> list[tuple[str, str | None]]:
     """The pictures that paths stand for, each with the folder that may be its class, in order of their names.
 
     A path is a picture, or a folder with some at any depth. A folder with none of its own is one of classes: what lies
-    below each of its folders belongs to that. Raises InputError for a path that is not there, or has no picture.
+    below each of its folders belongs to that. Links are followed; names that begin with a dot are passed over. Raises
+    InputError for a path that is not there, has no picture or cannot be read through; warns of folders without one.
     """
-    from miniclip.sources import IMAGES
-
     found = []
     for path in paths:
-        if not os.path.isdir(path):
-            if not os.path.exists(path):
-                raise InputError(f"{path}: there is no such file or folder")
+        if os.path.isdir(path):
+            found += _pictures_in(path)
+        elif os.path.exists(path):
             found.append((str(path), None))
-            continue
-        files = sorted(
-            os.path.relpath(os.path.join(folder, name), path)
-            for folder, _, names in os.walk(path)
-            for name in names
-            if name.rpartition(".")[2].lower() in IMAGES and not name.startswith(".")
-        )
-        if not files:
-            raise InputError(f"{path}: there is no picture in it ({', '.join(IMAGES)})")
-        flat = any(os.sep not in name for name in files)
-        found += [(os.path.join(path, name), None if flat else name.split(os.sep)[0]) for name in files]
+        else:
+            raise InputError(f"{path}: there is no such file or folder")
     return found
+
+
+def _pictures_in(path: str) -> list[tuple[str, str | None]]:
+    from miniclip.captions import ImageRoot
+    from miniclip.transforms import endings
+
+    def fault(name: str, reason: str):
+        raise InputError(f"{os.path.join(path, name)}: {reason}")
+
+    known, names, counts = endings(), [], {}
+    for here, files in ImageRoot(path, allow_outside=True).walk(fault):
+        files = [name for name in files if os.path.splitext(name)[1].lower() in known]
+        names += [os.path.normpath(os.path.join(here, name)) for name in files]
+        folder = here.split(os.sep)[0]
+        counts[folder] = counts.get(folder, 0) + len(files)
+    if not names:
+        raise InputError(f"{path}: there is no picture in it ({', '.join(sorted(known))})")
+    flat = counts.pop(".") > 0
+    if empty := [name for name, n in counts.items() if not n and not flat]:
+        warnings.warn(f"{path}: there is no picture in {', '.join(sorted(empty))}", stacklevel=3)
+    return [(os.path.join(path, name), None if flat else name.split(os.sep)[0]) for name in sorted(names)]
 
 
 def choose_classes(given: dict[str, str] | None, folders: list[str | None], language: str) -> tuple[dict, list | None]:
@@ -154,22 +171,42 @@ def choose_classes(given: dict[str, str] | None, folders: list[str | None], lang
     return given, None if unknown else [row[name] for name in folders]
 
 
+def why_no_truth(pictures: list[tuple[str, str | None]]) -> str | None:
+    """Why it cannot be told how many are right, where one may have thought so."""
+    loose = [path for path, folder in pictures if folder is None]
+    if len(loose) < len(pictures):
+        return f"{loose[0]} lies in no folder of a class" if loose else "the folders are none of the classes"
+    if len({os.path.dirname(path) for path in loose}) > 1:
+        return "there are pictures beside the folders, which are then no classes"
+    return None
+
+
 def embed_pictures(options, model, preprocess, pictures: list, bad_samples=None) -> tuple[list, np.ndarray]:
     """The pictures that can be read, of (path, ...) each, and their embeddings. Raises InputError naming the others,
     which `--on_bad_sample skip` leaves out and lists."""
     from miniclip.captions import image_fault, leave_out
     from miniclip.inference import embed_images, read_ahead
 
+    paths = [picture[0] for picture in pictures]
+    faults = [name_fault(path) for path in paths]
     if options.on_bad_sample == "skip":
-        paths = [picture[0] for picture in pictures]
-        faults = list(read_ahead(image_fault, paths, options.num_workers, 1000))
+        faults = list(read_ahead(lambda path: name_fault(path) or image_fault(path), paths, options.num_workers, 1000))
+    if any(faults):
         bad = [(path, fault) for path, fault in zip(paths, faults) if fault]
         pictures = [picture for picture, fault in zip(pictures, faults) if not fault]
         what, where = f"{len(bad)} of {len(paths)} pictures cannot be used", ", ".join(options.images)
-        leave_out(where, what, bad, len(pictures), "", "skip", bad_samples, "none would be left")
+        leave_out(where, what, bad, len(pictures), "", options.on_bad_sample, bad_samples, "none would be left")
     paths = [picture[0] for picture in pictures]
     embeds = embed_images(model, preprocess, paths, options.batch_size, options.num_workers, progress=True)
     return pictures, embeds
+
+
+def name_fault(path: str) -> str | None:
+    """What is wrong with the name of a file, if anything is: what is written could not hold it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "the name is no valid Unicode: rename the file"
 
 
 def drawable(classes: dict[str, str], folders: Sequence[str]) -> list[str]:
@@ -183,8 +220,13 @@ def format_pictures(pictures: list[dict], most: int = 20) -> str:
     rows = ["| picture | class | then |", "|---|---|---|"]
     for picture in pictures[:most]:
         first, *others = [f"{name} {100 * share:.1f}" for name, share in picture["top"][:3]]
-        rows.append(f"| {picture['image']} | {first} | {', '.join(others)} |")
+        rows.append(f"| {cell(picture['image'])} | {first} | {', '.join(others)} |")
     return "\n".join(rows + [f"| and {len(pictures) - most} more | | |"] * (len(pictures) > most))
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return printable(text).replace("|", "\\|")
 
 
 def common_options(parser: argparse.ArgumentParser, output_dir: str):
@@ -194,21 +236,19 @@ def common_options(parser: argparse.ArgumentParser, output_dir: str):
     parser.add_argument("--images", required=True, nargs="+", help="pictures, folders, or a folder of class folders")
     parser.add_argument("--on_bad_sample", choices=["stop", "skip"], default="stop", help="stop, or go on without")
     parser.add_argument("--output_dir", default=output_dir, help=f"folder for what is written (default: {output_dir})")
-    parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once")
-    parser.add_argument("--num_workers", type=int, help="threads that read images; as many as there are cores")
+    parser.add_argument("--batch_size", type=at_least(1), default=32, help="images encoded at once")
+    parser.add_argument("--num_workers", type=at_least(0), help="threads that read images; as many as there are cores")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "int8"], help="of matrix products")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one unless given")
 
 
 def open_model(options):
     """`(model, preprocess, tokenizer)`, the model in its form for inference."""
-    import torch
-
     from miniclip.fast import fast_model
     from miniclip.inference import load
 
-    device = torch.device(options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    model, preprocess, tokenizer = load(options.model, options.pretrained, device)
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # now: if it cannot be, nothing is done in vain
+    model, preprocess, tokenizer = load(options.model, options.pretrained, find_device(options.device))
     return fast_model(model, options.precision), preprocess, tokenizer
 
 
@@ -226,8 +266,11 @@ def main(argv: list[str]):
         raise InputError(f"--language {options.language} is none of {known}: give --templates and --classes for it")
     templates = read_templates(options.templates) if options.templates else TEMPLATES[options.language]
     pictures = find_pictures(options.images)
-    given = read_classes(options.classes, options.language) if options.classes else None
+    given = read_classes(options.classes, options.language) if options.classes is not None else None
     classes, truth = choose_classes(given, [folder for _, folder in pictures], options.language)
+
+    if len(classes) == 1:
+        raise InputError("of one class alone every picture is: name others too, or ask by miniclip.moderate --ask")
 
     import numpy as np
 
@@ -255,7 +298,6 @@ def main(argv: list[str]):
              "temperature": float(1 / model.logit_scale.exp()), "reading": reading, "seconds": seconds}  # fmt: skip
 
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     written = ["zero_shot.json", "zero_shot.md"] + ["confusion.png"] * bool(truth)
     if truth:
         right = np.array([row for *_, row in rows])
@@ -269,8 +311,9 @@ def main(argv: list[str]):
         table += f"\n\n{percent}"
     else:
         table = format_pictures(results)
-        if any(picture[1] for picture in pictures):
-            table += "\n\nno accuracy: the folders are none of the classes"
+        if why := why_no_truth(pictures):
+            table += f"\n\nno accuracy: {printable(why)}"
+        (folder / "confusion.png").unlink(missing_ok=True)  # an earlier run's
     write_json(folder / "zero_shot.json", {**about, "pictures": results})
     write_text(folder / "zero_shot.md", table + "\n")
     print(table)

@@ -1,9 +1,14 @@
+import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 
 from miniclip.config import InputError
-from miniclip.options import FINE_TUNE, FROM_SCRATCH, parse_train
+from miniclip.files import write_text
+from miniclip.options import FINE_TUNE, FROM_SCRATCH, at_least, find_device, parse_train, printable, run
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
@@ -81,3 +86,30 @@ def test_unknown_options_are_named(tmp_path):
 def test_options_that_do_not_go_together(options, message, tmp_path):
     with pytest.raises(InputError, match=message):
         parse_train(["--output_dir", str(tmp_path), *options])
+
+
+def test_what_the_system_refuses_is_said_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for folder, reason in (("file", "Not a directory"), ("no", "No such file")):
+        path = tmp_path / folder / "x.json"
+        with pytest.raises(SystemExit, match=rf"{path.parent.name}/x\.json: {reason}"):
+            run(lambda argv, path=path: write_text(path, "x"))
+    with pytest.raises(OSError, match="bug"):
+        run(lambda argv: (_ for _ in ()).throw(OSError("bug")))
+    code = "from miniclip.options import run\nrun(lambda argv: [print(n, flush=True) for n in range(99999)])"
+    command = f"{sys.executable} -c '{code}' | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_numbers_and_devices_that_cannot_be():
+    assert at_least(1)("3") == 3 and printable("a\x1b[2J\n|é狗") == "a\\x1b[2J\\n|é狗"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=at_least(1))
+    for text in ("0", "-1", "x", "1.5"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--n", text])
+    assert find_device("cpu").type == "cpu"
+    for name in ("nope", "cuda:99"):
+        with pytest.raises(InputError, match=f"--device {name}: "):
+            find_device(name)

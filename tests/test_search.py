@@ -21,6 +21,7 @@ import miniclip
 from miniclip import image_index
 from miniclip.captions import ImageRoot
 from miniclip.config import InputError
+from miniclip.files import sha256
 from miniclip.image_index import ImageIndex, ImageIndexError, update
 from miniclip.image_search import Found, split_minus, unit
 from miniclip.index_parts import export, merge
@@ -107,6 +108,11 @@ def test_texts_pictures_and_minus_make_one_vector_by_the_formula(album):
             search.query(**nothing)
     with pytest.raises(InputError, match="image_weight 2"):
         search.query("red", image=album.pictures / "0.png", image_weight=2)
+    with pytest.raises(InputError, match="takes away all that is asked for"):
+        search.query("red -red", minus_weight=1)
+    for weights in ({"image_weight": 7}, {"minus_weight": float("inf")}):
+        with pytest.raises(InputError, match="must lie in 0 to 1"):
+            search.query("red", **weights)
     with pytest.raises(InputError, match="k is 0"):
         search.query("red", k=0)
 
@@ -124,21 +130,84 @@ def test_changes_of_files_are_followed_by_content(album):
     (pictures / "note.txt").write_text("no picture")
     (pictures / ".hidden.png").write_bytes(b"")
     changes = album()
-    wanted = {"added": 3, "changed": 1, "removed": 2, "unchanged": 5, "bad": 1, "encoded": 2, "resumed": 0}
+    wanted = {"added": 3, "changed": 1, "removed": 2, "unchanged": 5, "bad": 1, "encoded": 2, "resumed": 0, "kept": 0}
     assert dict(changes) == wanted
     names = {"0.png", "1/moved.png", "6.png", "copy.png", "new.JPG", *(f"deep/er/{n}.png" for n in (1, 3, 5, 7))}
     assert listed(folder) == names
     check_vectors(album, folder)
     opened = ImageIndex(folder)
-    assert list(opened.bad()) == ["broken.png"] and "damaged" in opened.bad()["broken.png"]
+    assert list(opened.bad) == ["broken.png"] and "damaged" in opened.bad["broken.png"]
     assert opened.about["pictures"] == len(opened) == 8 and opened.about["copies"] == 1 and opened.about["bad"] == 1
     search = miniclip.ImageSearch(folder, album.loaded)
     assert search.query(image=pictures / "copy.png", k=1)[0].copies == ["copy.png"]
     generation = opened.about["generation"]
     assert album()["encoded"] == 0 and ImageIndex(folder).about["generation"] == generation, "nothing has changed"
     (pictures / "broken.png").unlink()
-    assert album()["bad"] == 0 and ImageIndex(folder).bad() == {}
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", f"{int(generation) + 1:06d}", "index.json"]
+    assert album()["bad"] == 0 and ImageIndex(folder).bad == {}
+    left = [".lock", f"generation-{int(generation[-6:]) + 1:06d}", "index.json"]
+    assert sorted(path.name for path in folder.iterdir()) == left
+
+
+def test_a_folder_of_pictures_is_no_place_for_an_index(album, tmp_path):
+    """Whatever its folders are called: months, years, the names of an index's own."""
+    for name in ("2023", "202401", "generation-2", "under-way"):
+        picture(tmp_path / "mine" / name / "a.png", 5)
+    before = sorted(tmp_path.rglob("*"))
+    for folder in ("pictures", "mine", "mine/2023"):
+        with pytest.raises(ImageIndexError, match="nothing but the index in it, and has"):
+            album(folder)
+    album("a.mc", "pictures/deep")
+    with pytest.raises(ImageIndexError, match="nothing but the index in it"):
+        merge([tmp_path / "a.mc"], tmp_path / "mine")
+    assert [path for path in sorted(tmp_path.rglob("*")) if "a.mc" not in str(path)] == before
+    (tmp_path / "a.mc" / "202401").mkdir()
+    with pytest.raises(ImageIndexError, match="'202401'"):
+        album("a.mc", "pictures/deep")
+    assert (tmp_path / "a.mc" / "202401").is_dir()
+
+
+def test_a_folder_that_cannot_be_opened_loses_nothing(album, monkeypatch):
+    import os
+
+    album()
+    (album.pictures / "0.png").unlink()
+    scandir = os.scandir
+
+    def closed(path):
+        if isinstance(path, str) and os.path.basename(path) == "deep":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    changes = album()
+    assert (changes["kept"], changes["removed"], changes["unchanged"], changes["encoded"]) == (4, 1, 3, 0)
+    assert len(listed(album.folder / "products.mc")) == 7
+    assert ImageIndex(album.folder / "products.mc").bad == {"deep": "cannot be opened (Permission denied)"}
+    monkeypatch.undo()
+    assert album()["unchanged"] == 7 and ImageIndex(album.folder / "products.mc").bad == {}
+
+
+def test_a_picture_is_read_from_whichever_file_still_has_it(album):
+    from miniclip.image_index import Picture
+    from miniclip.transforms import ImageError
+
+    one = Picture(bytes.fromhex(sha256(album.pictures / "0.png")))
+    one.paths = [str(album.pictures / "gone.png"), str(album.pictures / "2.png"), str(album.pictures / "0.png")]
+    assert one.read() == (album.pictures / "0.png").read_bytes()
+    one.paths.pop()
+    with pytest.raises(ImageError, match="gone.png: it was changed or removed while it was read"):
+        one.read()
+
+
+def test_equal_pictures_come_in_one_order_however_many_are_asked_for(album):
+    same = Image.open(album.pictures / "0.png").convert("RGB")
+    for name in ("z.bmp", "y.tif", "x.tga", "w.ppm"):
+        same.save(album.pictures / name)
+    album()
+    search = miniclip.ImageSearch(album.folder / "products.mc", album.loaded)
+    found = [[one.path for one in search.query(image=album.pictures / "0.png", k=k)] for k in range(1, 14)]
+    assert all(more[: len(fewer)] == fewer for fewer, more in zip(found, found[1:]))
+    assert set(found[4]) == {"0.png", "z.bmp", "y.tif", "x.tga", "w.ppm"}
 
 
 def test_a_file_of_the_same_size_and_time_is_seen_by_check(album):
@@ -174,9 +243,11 @@ def test_a_graph_and_lists_follow_changes_too(album, method):
     found = search.query("anything", k=100)
     assert {one.path for one in found} <= listed(folder) and "0.png" not in listed(folder)
     assert search.query(image=album.pictures / "late.png", k=1)[0].path == "late.png"
+    assert len(found) == 48, "as many as are asked for, whatever the effort"
     for number in range(20):
         (album.pictures / "many" / f"{number}.png").unlink()
-    album(method=method)
+    album()
+    assert ImageIndex(folder).about["search"]["method"] == method, "as it was said the last time"
     assert ImageIndex(folder).alive is None and len(ImageIndex(folder).vectors) == 28, "built anew"
     check_vectors(album, folder)
 
@@ -202,7 +273,12 @@ def test_methods_are_chosen_by_number_and_measured():
         assert alive[got].all() and np.allclose(found, np.einsum("qkd,qd->qk", vectors[got], queries), atol=1e-5)
         few = np.arange(4000) < 3  # where there are fewer than k
         scores, rows = index.find(vectors, queries, 10, few)
-        assert (rows[:, 3:] == -1).all() and rows.max() == 2 and np.array_equal(rows == -1, np.isneginf(scores))
+        assert rows.shape == (50, 3) and np.array_equal(np.sort(rows), np.tile([0, 1, 2], (50, 1)))
+        assert np.array_equal(np.sort(index.find(vectors, queries[:2], 9999)[1]), np.arange(4000)[None].repeat(2, 0))
+        one = Neighbours.build(vectors[:1], method)
+        assert one.tune(vectors[:1], None, queries)["recall@10"] == {"pictures": 1, "texts": 1}
+        with pytest.raises(OSError, match="No space left on device"):
+            index.write("/dev/full")
 
 
 def test_the_wrong_model_folder_or_shard_is_refused_by_name(album, tiny_config):
@@ -257,6 +333,24 @@ def test_what_is_damaged_is_found(album):
         with pytest.raises(ImageIndexError, match=f"{name} is missing"):
             ImageIndex(folder)
         (place / name).write_bytes(whole)
+    about = json.loads((folder / "index.json").read_text())
+    whole, was = (place / "search.faiss").read_bytes(), about["files"]["search.faiss"]
+    (place / "search.faiss").write_bytes(whole[:-40])
+    about["files"]["search.faiss"] = [(place / "search.faiss").stat().st_size, sha256(place / "search.faiss")]
+    (folder / "index.json").write_text(json.dumps(about))
+    with pytest.raises(ImageIndexError, match="search.faiss cannot be read"):
+        ImageIndex(folder)
+    (place / "search.faiss").write_bytes(whole)
+    about["files"]["search.faiss"] = was
+    for part in (about, about["model"], about["files"], about["search"]):
+        for name in set(part) - {"search.faiss"}:
+            for value in (None, [] if isinstance(part[name], str) else "x"):
+                was, part[name] = part[name], value
+                if (name, value) not in (("pretrained", None), ("pretrained", "x")):
+                    (folder / "index.json").write_text(json.dumps(about))
+                    with pytest.raises(ImageIndexError, match="index.json"):
+                        ImageIndex(folder)
+                part[name] = was
     for text in ("{", "[]", '{"format": 9}', (folder / "index.json").read_text().replace(place.name, "../../x")):
         (folder / "index.json").write_text(text)
         with pytest.raises(ImageIndexError, match="index.json"):
@@ -270,7 +364,7 @@ def test_nothing_outside_of_the_folder_is_indexed_or_shown(album, tmp_path):
     (album.pictures / "ring").symlink_to(album.pictures)
     album()
     index = ImageIndex(tmp_path / "products.mc")
-    assert set(index.bad()) == {"link.png", "folder", "ring"} and "leads out" in index.bad()["link.png"]
+    assert set(index.bad) == {"link.png", "folder", "ring"} and "leads out" in index.bad["link.png"]
     assert not any("secret" in path or "link" in path for path in index.files())
     found = [Found(1, 0.5, "../secret/secret.png", []), Found(2, 0.4, "link.png", []), Found(3, 0.3, "gone.png", [])]
     write_sheet(tmp_path / "sheet.html", "t", found, ImageRoot(album.pictures).file)
@@ -320,8 +414,13 @@ def test_shards_merge_to_what_one_run_makes_and_export_row_by_row(album, tmp_pat
     assert sum(album(part, shard=(i, 3))["added"] for i, part in enumerate(parts, 1)) == 9
     merge([tmp_path / part for part in parts], tmp_path / "all.mc")
     one, whole = ImageIndex(tmp_path / "products.mc"), ImageIndex(tmp_path / "all.mc", check=True)
-    assert whole.files().keys() == one.files().keys() and whole.bad().keys() == one.bad().keys() == {"bad.png"}
+    assert whole.files().keys() == one.files().keys() and whole.bad.keys() == one.bad.keys() == {"bad.png"}
     check_vectors(album, tmp_path / "all.mc")
+    with pytest.warns(UserWarning, match="is without the shards 2/3 of .*pictures"):
+        merge([tmp_path / "part1.mc", tmp_path / "part3.mc"], tmp_path / "some.mc")
+    assert listed(tmp_path / "some.mc") == listed(tmp_path / "part1.mc") | listed(tmp_path / "part3.mc")
+    empty = [i for i in range(1, 100) if not album(f"of99_{i}.mc", "pictures/deep", shard=(i, 99))]
+    assert len(empty) >= 95 and not (tmp_path / f"of99_{empty[0]}.mc").exists()
     picture(album.pictures / "later.png", 99)
     assert album("all.mc")["encoded"] == 1, "a merged index goes on as any other"
 
@@ -398,8 +497,10 @@ def test_queries_come_a_line_each(album):
     album()
     command = [sys.executable, "-m", "miniclip.search", "query", album.folder / "products.mc", "-k", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, input="a dog\n\n-x\na cat\n", capture_output=True, text=True, timeout=120)
-    assert [json.loads(line)["query"] for line in done.stdout.splitlines()] == ["a dog", "a cat"], done.stderr
-    assert "nothing is asked for" in done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["query"] for one in answers] == ["a dog", "", "-x", "a cat"] and done.returncode == 1, done.stderr
+    assert ["error" in one for one in answers] == [False, True, True, False]
+    assert "nothing is asked for" in done.stderr and "nothing is asked for" in answers[2]["error"]
 
 
 def test_the_function_search_stays_what_it_was():
@@ -442,7 +543,7 @@ def test_an_index_is_whole_whenever_a_run_is_killed(album, tmp_path, step):
     assert len(new) == 13 and new != old and result["killed"] > 40 / step
     switch = found.index(new)
     assert found == [old] * switch + [new] * (len(found) - switch) and 0 < switch < len(found) - 1
-    assert result["left"] == [".lock", "000002", "index.json"]
+    assert result["left"] == [".lock", "generation-000002", "index.json"]
 
 
 def test_a_killed_run_goes_on_with_what_it_had_computed(album, tmp_path):
@@ -452,7 +553,7 @@ def test_a_killed_run_goes_on_with_what_it_had_computed(album, tmp_path):
     command += ["--index", tmp_path / "products.mc", "--device", "cpu"]
     with open(tmp_path / "log.txt", "wb") as log:
         run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        while not over([run.pid]) and not list((tmp_path / "products.mc").glob("new/*/*.npy")):
+        while not over([run.pid]) and not list((tmp_path / "products.mc").glob("under-way/*/*.npy")):
             time.sleep(0.001)
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
@@ -460,12 +561,12 @@ def test_a_killed_run_goes_on_with_what_it_had_computed(album, tmp_path):
         ImageIndex(tmp_path / "products.mc")
     changes = album()
     assert changes["resumed"] >= 512 and changes["resumed"] + changes["encoded"] == 1108 == changes["added"]
-    assert image_index.PIECE == 512 and not (tmp_path / "products.mc" / "new").exists()
+    assert image_index.PIECE == 512 and not (tmp_path / "products.mc" / "under-way").exists()
     check_vectors(album, tmp_path / "products.mc")
 
 
 def test_two_runs_do_not_write_to_one_index(album, tmp_path):
-    program = "import sys, time; from miniclip.resume import lock; held = lock(sys.argv[1]); print('held', flush=True);"
+    program = "import sys, time; from miniclip.files import lock; held = lock(sys.argv[1]); print('held', flush=True);"
     program += " time.sleep(60)"
     other = subprocess.Popen(
         [sys.executable, "-c", program, tmp_path / "products.mc"], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -494,5 +595,5 @@ def test_a_disk_that_takes_no_more_leaves_the_index_as_it_was(album, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode and "File too large" in done.stderr
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert {path: data for path, data in after.items() if path.parent.parent.name != "new"} == before
+    assert {path: data for path, data in after.items() if path.parent.parent.name != "under-way"} == before
     assert album()["added"] == 40

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from miniclip.config import InputError
-from miniclip.files import check_manifest, write_manifest
+from miniclip.files import check_manifest, lock, write_manifest
 from miniclip.guard import NotFinite
 from miniclip.record import RECORD, differences
-from miniclip.resume import checkpoints, keep_newest, last_checkpoint, lock
+from miniclip.resume import checkpoints, keep_newest, last_checkpoint
 from tests.survival_trainer import make_trainer
 from tests.test_training import ROOT, largest_difference, recipe  # noqa: F401
 

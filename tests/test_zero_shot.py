@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -57,6 +58,7 @@ def test_a_class_is_the_mean_of_unit_vectors(tiny_model):
         ("dog", ["a {}"], "classnames is a list"), (["dog"], "a {}", "templates is a list"), ([], ["{}"], "at least"),
         (["dog"], ["a photo"], "'a photo' has no {}"), (["dog"], ["a {name}"], "other braces"),
         (["dog"], ["{} {}"], "other braces"), (["dog"], ["a {"], "other braces"),
+        (["dog"], ["a {:>9999999999}"], "other braces"), (["dog"], ["{!r}"], "other braces"),
     ],
 )  # fmt: skip
 def test_what_makes_no_classifier_is_said(tiny_model, classnames, templates, message):
@@ -170,6 +172,57 @@ def test_bad_pictures_stop_or_are_listed(folders):
     assert listed["sample"].endswith("red/bad.png") and "no picture" in listed["reason"]
 
 
+def test_no_picture_of_a_folder_is_passed_over_in_silence(folders, tmp_path, capsys, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (folders / "set" / "red").rename(tmp_path / "elsewhere" / "red")
+    (folders / "set" / "red").symlink_to(tmp_path / "elsewhere" / "red")
+    shutil.copy(folders / "1.png", folders / "set" / "green" / "x.JFIF")
+    (folders / "set" / ".thumbs").mkdir()
+    shutil.copy(folders / "1.png", folders / "set" / ".thumbs")
+    (folders / "set" / "grey").mkdir()
+    with pytest.warns(UserWarning, match="there is no picture in grey"):
+        found = run(zero_shot, folders, "--images", folders / "set")
+    assert list(found["classes"]) == ["blue", "green", "red"] and len(found["pictures"]) == 7 and "metrics" in found
+    (folders / "set" / "grey").rmdir()
+
+    for words, reason in (
+        ([folders / "set", folders / "0.png"], "0.png lies in no folder of a class"),
+        ([folders / "loose"], "pictures beside the folders"),
+    ):
+        shutil.copytree(folders / "set", folders / "loose", dirs_exist_ok=True)
+        shutil.copy(folders / "0.png", folders / "loose" / "cover.png")
+        assert "metrics" not in run(zero_shot, folders, "--images", *words, "--classes", "red,blue,green")
+        assert reason in capsys.readouterr().out and not (folders / "out" / "confusion.png").exists()
+
+    with open(os.fsencode(folders / "set" / "green") + b"/\xff.png", "wb") as file:
+        file.write((folders / "1.png").read_bytes())
+    with pytest.raises(InputError, match=r"1 of 8 pictures cannot be used:\n.*no valid Unicode"):
+        run(zero_shot, folders, "--images", folders / "set")
+    with pytest.warns(UserWarning, match="no valid Unicode"):
+        assert len(run(zero_shot, folders, "--images", folders / "set", "--on_bad_sample", "skip")["pictures"]) == 7
+    with pytest.raises(InputError, match="of one class alone every picture is"):
+        run(zero_shot, folders, "--images", folders / "0.png", "--classes", "red")
+
+    scandir = os.scandir
+
+    def closed(path):
+        if isinstance(path, str) and os.path.basename(path) == "blue":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(InputError, match=r"blue: cannot be opened \(Permission denied\)"):
+        run(zero_shot, folders, "--images", folders / "set")
+
+
+def test_a_picture_is_classified_by_all_classes_or_none(folders, tiny_model):
+    classifier = build_zero_shot_classifier(tiny_model, TOKENIZER, (name for name in ("a", "b")), ["{}"], use_tqdm=True)
+    preprocess = miniclip.Preprocess(tiny_model.config.preprocess_cfg)
+    for names in (["a"], ["a", "b", "c"]):
+        with pytest.raises(InputError, match=f"{len(names)} class names for a classifier of 2 classes"):
+            zero_shot_classify(tiny_model, preprocess, classifier, folders / "0.png", names)
+
+
 def test_classes_and_templates_from_files(tmp_path):
     path = tmp_path / "classes.json"
     path.write_text(json.dumps({"n1": "tench", "n2": {"en": "dog", "zh": "狗"}}), encoding="utf-8")
@@ -181,7 +234,11 @@ def test_classes_and_templates_from_files(tmp_path):
     (tmp_path / "c.txt").write_text("n1=hot dog\n\ncat\n")
     assert prompts.read_classes(str(tmp_path / "c.txt")) == {"n1": "hot dog", "cat": "cat"}
     missing = str(tmp_path / "no.txt")
-    for text, message in (("a,b,a", "'a' is named twice"), ("a,,b", "without a name"), (missing, "no such file")):
+    (tmp_path / "c.csv").write_text("a,b")
+    for text, message in (
+        ("a,b,a", "'a' is named twice"), ("a,,b", "without a name"), (missing, "no such file"), ("", "without a name"),
+        ("a=x,b=x", "two classes have the words 'x'"), (str(tmp_path / "c.csv"), "are read from .txt and .json"),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             prompts.read_classes(text)
     for content in ("{}", "[1]", '"a {}"'):
@@ -331,7 +388,10 @@ def test_the_strength_is_chosen_by_what_was_left_out():
 
 def test_a_probe_learns_what_the_words_do_not_say(folders):
     """A random model's words mean nothing, its pictures still differ."""
-    found = run(linear_probe, folders, "--train", folders / "set", "--images", folders / "set", "--shots", "2",
+    with pytest.raises(InputError, match="6 pictures are both in --train and in --images"):
+        run(linear_probe, folders, "--train", folders / "set", "--images", folders / "set")
+    shutil.copytree(folders / "set", folders / "copy")
+    found = run(linear_probe, folders, "--train", folders / "set", "--images", folders / "copy", "--shots", "2",
                 "--seeds", "1")  # fmt: skip
     zero, nothing, started = found["found"]
     assert zero["shots"] == 0 and nothing["shots"] == started["shots"] == 2
@@ -343,6 +403,11 @@ def test_a_probe_learns_what_the_words_do_not_say(folders):
         embeds = embed_images(model, miniclip.Preprocess(model.config.preprocess_cfg), paths)
         guess = saved["classes"][(embeds @ saved["weight"] + saved["bias"]).argmax(1)]
     assert (guess == [path.parent.name for path in paths]).mean() == pytest.approx(found["all_examples"]["top1"])
+    for path in (folders / "set" / "red").iterdir():
+        path.write_bytes(b"bad")
+    skip = ("--train", folders / "set", "--images", folders / "copy", "--on_bad_sample", "skip")
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="no example of 'red' that can be used"):
+        run(linear_probe, folders, *skip)
     with pytest.raises(InputError, match="--train: expected a folder with a folder for each"):
         run(linear_probe, folders, "--train", folders / "set" / "red", "--images", folders / "set", "--classes", "a,b")
 
