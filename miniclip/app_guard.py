@@ -14,9 +14,9 @@ from miniclip.config import InputError
 
 # What the page itself asks for. Gradio has fifty more, among them some that read files and fetch addresses for others.
 PUBLIC = re.compile(
-    r"GET /|GET /(config|theme\.css|favicon\.ico|manifest\.json)|GET /(assets|static|svelte)/.+"
-    r"|GET /gradio_api/(info|queue/data|heartbeat/\w+|upload_progress|startup-events)|POST /gradio_api/(upload|cancel)"
-    r"|POST /gradio_api/(queue/join|reset)/?"
+    r"GET /|GET /(theme\.css|favicon\.ico|manifest\.json)|GET /(assets|static|svelte)/.+"
+    r"|GET /gradio_api/(queue/data|heartbeat/\w+|upload_progress|startup-events)"
+    r"|POST /gradio_api/(queue/join|upload|cancel|reset)"
 )
 HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self'"
@@ -83,8 +83,10 @@ class Guard:
 
 
 def own_page(html: str, language: str) -> str:
-    """Gradio's page in the reader's language, without what it tells other sites about itself."""
+    """Gradio's page in the reader's language, without what it tells other sites of itself, and without its examples of
+    requests, which name other hosts."""
     html = re.sub(r'<meta\s+(property="og:|name="twitter:)[^>]*>', "", html)
+    html = re.sub(r'https://(github\.com|raw\.githubusercontent\.com)/gradio-app/[^"]*', "", html)
     return html.replace('lang="en"', f'lang="{"zh-CN" if language == "zh" else "en"}"', 1)
 
 

@@ -1,13 +1,4 @@
-"""What does the page say, in English and Chinese, and what does it look like? Words, HTML and CSS for app.py.
-
-All that is shown of names, captions and messages is escaped; pictures are in the HTML itself (see sheet.py), so that
-no address of the page stands for a file.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-from html import escape
+"""What does the page say, in English and Chinese, and what does it look like?"""
 
 SAYINGS = {  # what stands in the page from the beginning, and what it answers: English, Chinese
     "title": ("Ask your pictures", "问问你的图片"),
@@ -92,77 +83,16 @@ class Words:
         return SAYINGS[saying][self.language == "zh"].format(**values)
 
 
-def problem(text: str) -> str:
-    """A message in the place of an answer; what was typed stays."""
-    return f'<p class="mc-problem" role="alert">{escape(text)}</p>'
-
-
-def note(text: str, kind: str = "mc-note") -> str:
-    return f'<p class="{kind}">{escape(text)}</p>' if text else ""
-
-
-def figure(picture: str | None, name: str, missing: str) -> str:
-    """A picture, the text of a `data:` address, or what is said where there is none."""
-    return f'<img src="{picture}" alt="{escape(name)}">' if picture else f'<div class="mc-gone">{escape(missing)}</div>'
-
-
-def cards(title: str, found: Sequence, pictures: Sequence, say: Words, asked: str = "") -> str:
-    """What was found, best first: `found` as ImageSearch has it, each with its picture or None."""
-    cells = []
-    for one, picture in zip(found, pictures):
-        same = f"<small>{escape(say('same', names=', '.join(one.copies)))}</small>" if one.copies else ""
-        cells.append(
-            f"<li>{figure(picture, one.path, say('gone'))}<div><b>{one.rank}</b> {escape(one.path)}</div>"
-            f"<small>{one.score:.4f}</small>{same}</li>"
-        )
-    head = f'<h2 role="status">{escape(title)}</h2>{asked}'
-    return f'{head}<ol class="mc-cards">{"".join(cells)}</ol>{note(say("score"))}'
-
-
-def bars(names: Sequence[str], shares: Sequence[float], say: Words) -> str:
-    """Probabilities as bars, the greatest first. The numbers are text, the bars are for the eye alone."""
-    rows = sorted(zip(names, map(float, shares)), key=lambda row: -row[1])
-    items = "".join(
-        f'<li><span class="mc-name">{escape(name)}</span><span class="mc-bar" aria-hidden="true">'
-        f'<i style="width:{100 * share:.2f}%"></i></span><span class="mc-share">{100 * share:.1f}%</span></li>'
-        for name, share in rows
-    )
-    return f'<ol class="mc-bars">{items}</ol>{note(say("among", n=len(rows)))}'
-
-
-def heat_table(captions: Sequence[str], names: Sequence[str], pictures: Sequence, cosines, shares, say: Words) -> str:
-    """Cosines (images, captions) and probabilities as a table, a caption in each row and a picture in each column; the
-    colour of a cell is where its cosine lies between the lowest and the highest."""
-    low, high = float(cosines.min()), float(cosines.max())
-    heads = "".join(
-        f'<th scope="col">{figure(picture, name, say("gone"))}<span>{escape(name)}</span></th>'
-        for name, picture in zip(names, pictures)
-    )
-    rows = []
-    for column, caption in enumerate(captions):
-        cells = "".join(
-            f'<td style="--heat:{(cosine - low) / max(high - low, 1e-9):.2f}">{cosine:.3f}<small>{share:.0%}</small>'
-            for cosine, share in zip(map(float, cosines[:, column]), map(float, shares[:, column]))
-        )
-        rows.append(f'<tr><th scope="row">{escape(caption)}</th>{cells}</tr>')
-    title = escape(say("heat_title"))
-    return (
-        f'<div class="mc-scroll" tabindex="0" role="region" aria-label="{title}"><table class="mc-heat">'
-        f"<caption>{title}</caption><thead><tr><td>{escape(say('caption'))}</td>{heads}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>{note(say('cells'))}"
-    )
-
-
 CSS = """
 .gradio-container { width: 100%; max-width: 1120px !important; margin: 0 auto !important;
   padding: clamp(12px, 3vw, 28px) clamp(12px, 3vw, 20px) 40px !important; }
 .gradio-container > .main { padding: 0 !important; max-width: none !important; }
-.gradio-container :focus-visible { outline: 3px solid var(--mc-accent) !important; outline-offset: 2px; }
+.gradio-container.gradio-container.gradio-container :focus-visible { outline: 3px solid var(--mc-accent) !important; outline-offset: 2px; }
 :root { --mc-accent: #3450b4; --mc-cell: #f3f4f6; --mc-grey: #5b6370; --mc-heat: 63, 101, 214; --mc-bad: #a3231d;
   --mc-bad-cell: #fdecea; }
 .dark { --mc-accent: #9db0ff; --mc-cell: #262a33; --mc-grey: #a9b1bd; --mc-heat: 96, 128, 240; --mc-bad: #ffb4ab;
   --mc-bad-cell: #45201d; }
-.gradio-container .mc-head, .gradio-container .mc-answer, .mc-head > *, .mc-answer > * { padding: 0 !important; }
+.mc-head .html-container, .mc-answer .html-container { padding: 0 !important; }
 .gradio-container button[role=tab][aria-selected=true] { color: var(--mc-accent); }
 .mc-head h1 { font-size: 26px; font-weight: 650; margin: 0 !important; }
 .mc-head p, .mc-note, .mc-cards small, .mc-limits p { color: var(--mc-grey) !important; font-size: 13px;
@@ -213,6 +143,7 @@ footer { display: none !important; }
   .tab-container button { padding: 0 6px; font-size: 13px; }
   .mc-cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; }
   .mc-cards img, .mc-gone { height: 120px; }
+  .mc-asked.mc-large img { max-width: 200px; }
   .mc-bars li { grid-template-columns: minmax(70px, 30%) 1fr 52px; }
 }
 """
