@@ -18,7 +18,7 @@ from pathlib import Path
 
 from miniclip.app_answers import CAPTIONS, IMAGES, MOST, Page, note, problem, split
 from miniclip.app_guard import Guard, is_here, listen, stay_inside
-from miniclip.app_labels import CSS, LANGUAGES, SAYINGS, Words
+from miniclip.app_labels import CSS, LANGUAGES, SAYINGS, SCRIPT, Words
 from miniclip.config import InputError
 from miniclip.options import run
 from miniclip.prompts import OBJECTS, TEMPLATES
@@ -157,7 +157,8 @@ def serve(page: Page, host: str, sock: socket.socket):
               input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400")  # fmt: skip
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None), blocks, "/", footer_links=[], run_history=False, ssr_mode=False, i18n=say,
-        max_file_size=int(page.megabytes * 1e6), theme=theme, css=CSS, show_error=False, enable_monitoring=False,
+        max_file_size=int(page.megabytes * (1 << 20)), theme=theme, css=CSS, js=SCRIPT, show_error=False,
+        enable_monitoring=False,
     )  # fmt: skip
     blocks.has_launched = True  # without it gradio lets a request name any file as one that was uploaded
     here, port = is_here(host), sock.getsockname()[1]
@@ -170,7 +171,7 @@ def serve(page: Page, host: str, sock: socket.socket):
             if not here:
                 print("warning: whoever can reach this machine can search, and see what is found", flush=True)
 
-    guard = Guard(app, here, int((IMAGES * page.megabytes + 1) * 1e6))
+    guard = Guard(app, here, int((IMAGES * page.megabytes + 1) * (1 << 20)))
     Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1)).run([sock])
 
 

@@ -112,13 +112,14 @@ class Page:
 
         if not path:
             raise InputError(say("no_picture"))
-        image, size = Upload(path), os.path.getsize(path) / 1e6
+        image, size = Upload(path), os.path.getsize(path) / (1 << 20)
         if size > self.megabytes:
             raise InputError(say("too_large", name=image, n=size, most=self.megabytes))
         try:
             return image, thumbnail(image)
         except ImageError as error:
-            raise InputError(say("broken", why=error)) from None
+            why = str(error).replace("; replace it or leave its record out", "")  # there is no record here
+            raise InputError(say("broken", why=why)) from None
 
     def read(self, say: Words, texts: list[str]) -> str:
         """A warning where the text tower cannot read the texts, with the numbers."""

@@ -87,7 +87,8 @@ CSS = """
 .gradio-container { width: 100%; max-width: 1120px !important; margin: 0 auto !important;
   padding: clamp(12px, 3vw, 28px) clamp(12px, 3vw, 20px) 40px !important; }
 .gradio-container > .main { padding: 0 !important; max-width: none !important; }
-.gradio-container.gradio-container.gradio-container :focus-visible { outline: 3px solid var(--mc-accent) !important; outline-offset: 2px; }
+.gradio-container.gradio-container.gradio-container :focus-visible { outline-offset: 2px;
+  outline: 3px solid var(--mc-accent) !important; }
 :root { --mc-accent: #3450b4; --mc-cell: #f3f4f6; --mc-grey: #5b6370; --mc-heat: 63, 101, 214; --mc-bad: #a3231d;
   --mc-bad-cell: #fdecea; }
 .dark { --mc-accent: #9db0ff; --mc-cell: #262a33; --mc-grey: #a9b1bd; --mc-heat: 96, 128, 240; --mc-bad: #ffb4ab;
@@ -147,3 +148,11 @@ footer { display: none !important; }
   .mc-bars li { grid-template-columns: minmax(70px, 30%) 1fr 52px; }
 }
 """
+# The arrow keys go from tab to tab; Tab, Enter and the space bar are Gradio's.
+SCRIPT = """() => document.addEventListener("keydown", event => {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key], tab = event.target.closest("[role=tab]");
+  if (!step || !tab) return;
+  const tabs = [...tab.parentElement.querySelectorAll("[role=tab]")];
+  const next = tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length];
+  next.focus(); next.click(); event.preventDefault();
+})"""
