@@ -69,7 +69,7 @@ def build(page: Page):
 
     def picture_field(place: str, **more):
         more = {"label": say("upload"), **more}
-        field = gr.File(file_types=["image"], height=140, elem_id=f"file-{place}", **more)
+        field = gr.File(file_types=["image"], height=140, elem_id=f"file-{place}", elem_classes="mc-file", **more)
         gr.Markdown(say("limits"), elem_classes="mc-limits")
         return field
 

@@ -101,7 +101,7 @@ CSS = """
 .mc-answer { overflow-wrap: anywhere; }
 .mc-answer h2 { font-size: 16px; font-weight: 600; margin: 4px 0 12px; }
 .mc-answer p { margin: 6px 0 0; }
-.mc-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px; margin: 0;
+.mc-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 14px; margin: 0;
   padding: 0 !important; }
 .mc-cards li { list-style: none; background: var(--mc-cell); border-radius: 8px; padding: 10px; margin: 0; }
 .mc-cards img, .mc-gone { width: 100%; height: 150px; object-fit: contain; margin: 0; }
@@ -138,7 +138,7 @@ CSS = """
   font-variant-numeric: tabular-nums; min-width: 76px; }
 .mc-heat small { display: block; opacity: 0.85; }
 .mc-code { background: var(--mc-cell); border-radius: 8px; padding: 12px 14px; overflow-x: auto; font-size: 13px; }
-.download, .file-preview .download { display: none !important; }
+.mc-file .download, .mc-file [data-testid=status-tracker] { display: none !important; }
 footer { display: none !important; }
 @media (max-width: 640px) {
   .tab-container button { padding: 0 6px; font-size: 13px; }
