@@ -110,7 +110,7 @@ class Page:
         from miniclip.sheet import thumbnail
         from miniclip.transforms import ImageError
 
-        if not path:
+        if not path or not os.path.isfile(path):  # deleted, after an hour
             raise InputError(say("no_picture"))
         image, size = Upload(path), os.path.getsize(path) / (1 << 20)
         if size > self.megabytes:
