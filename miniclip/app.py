@@ -111,7 +111,8 @@ def build(page: Page):
                         names = gr.Textbox(label=say("names"), info=say("names_hint"), lines=6, max_lines=12)
                         language = gr.Radio([(text, key) for key, text in LANGUAGES.items()], label=say("language"))
                         with gr.Accordion(say("templates"), open=False):
-                            sentences = gr.Textbox(label=say("templates"), lines=5, max_lines=12, show_label=False)
+                            sentences = gr.Textbox(label=say("templates"), lines=5, max_lines=12, show_label=False,
+                                                   elem_id="sentences")  # fmt: skip
                         button = gr.Button(say("classify"), variant="primary")
                     with gr.Column(min_width=280):
                         found = answer_field("classes")
@@ -123,7 +124,7 @@ def build(page: Page):
                         images = picture_field("heat", label=say("pictures"), file_count="multiple")
                     with gr.Column(min_width=280):
                         captions = gr.Textbox(label=say("captions"), placeholder=say("captions_hint"), lines=6,
-                                              max_lines=16)  # fmt: skip
+                                              max_lines=16, elem_id="captions")  # fmt: skip
                 button = gr.Button(say("compare"), variant="primary")
                 on([button.click], page.heat, [images, captions], answer_field("heat"))
         start = [top, names, language, sentences]

@@ -511,7 +511,7 @@ def test_classes_are_edited_and_weighed(visit, site):
     assert "cannot read this: 猫" in page.locator(".mc-warning").inner_text()
     assert shown().keys() == wanted(OBJECTS["zh"], OBJECTS["zh"], "zh").keys()
     page.get_by_role("button", name="Sentences").click()
-    page.locator("textarea:visible").last.fill("a photo")
+    page.locator("#sentences textarea").fill("a photo")
     page.get_by_role("button", name="Classify").click()
     page.locator("#found-classes [role=alert]").filter(has_text="“a photo” is no sentence with one {}").wait_for()
 
@@ -596,7 +596,7 @@ def test_a_narrow_screen_needs_no_scrolling_sideways(visit, site, locale):
             page.get_by_label(say("query")).fill("a red circle " * 10)
             page.keyboard.press("Enter")
         elif saying == "heat":
-            page.locator("textarea:visible").last.fill("one\ntwo\n" + "three" * 30)
+            page.locator("#captions textarea").fill("one\ntwo\n" + "three" * 30)
             page.locator("#file-heat input[type=file]").set_input_files(sorted(site.pictures.glob("scene_0*.png")))
             page.locator("#file-heat").get_by_text("scene_09").first.wait_for()
             page.get_by_role("button", name=say("compare")).click()
