@@ -1,9 +1,10 @@
 # make demo: everything from nothing to a trained and measured model, with a report of it.   make test: the tests.
+# make test-ui: those of the page, in Chromium, which has to be installed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all clean
+.PHONY: demo test test-all test-ui clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m miniclip.shapes data/shapes
@@ -16,6 +17,14 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# MINICLIP_UI: what is missing is a failure here, and no reason to skip. -n 0: one server and one browser for all.
+test-ui: $(VENV)/installed-ui
+	MINICLIP_UI=1 $(BIN)/python -m pytest -n 0 tests/test_app.py
+
+$(VENV)/installed-ui: requirements-ui.txt $(VENV)/installed
+	$(BIN)/python -m pip install --requirement requirements-ui.txt "playwright>=1.50"
+	touch $@
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
