@@ -20,7 +20,7 @@ from miniclip.app_answers import CAPTIONS, IMAGES, MOST, Page, note, problem, sp
 from miniclip.app_guard import Guard, is_here, listen, stay_inside
 from miniclip.app_labels import CSS, LANGUAGES, SAYINGS, SCRIPT, Words
 from miniclip.config import InputError
-from miniclip.options import run
+from miniclip.options import find_device, run
 from miniclip.prompts import OBJECTS, TEMPLATES
 
 
@@ -206,12 +206,10 @@ def main(argv: list[str]):
 
 def open_page(options: argparse.Namespace) -> Page:
     """Loads what is asked for."""
-    import torch
-
     from miniclip.image_search import ImageSearch
     from miniclip.inference import load
 
-    device = torch.device(options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = find_device(options.device)
     if options.index:
         search = ImageSearch(options.index, options.model, options.pretrained, device, options.pictures)
         name = options.model or search.index.about["model"]["name"]
