@@ -50,9 +50,10 @@ def build(page: Page):
         return answer
 
     def on(triggers, method, inputs, output):
-        # One at a time: an answer takes all cores, and the others see that they wait.
+        # One at a time: an answer takes all cores, and the others see that they wait. What is asked before an answer
+        # has come is asked again after it: otherwise gradio would drop it.
         gr.on(triggers, answering(method), inputs, output, concurrency_id="model", concurrency_limit=1,
-              api_visibility="private", show_progress="minimal")  # fmt: skip
+              api_visibility="private", show_progress="minimal", trigger_mode="always_last")  # fmt: skip
 
     def head(request: gr.Request):
         words = Words(request.headers.get("accept-language", ""))

@@ -6,7 +6,6 @@ come are turned into the field's metrics. All functions here take and give plain
 Words: the *gallery* is searched by the *queries*; `relevant[q]` holds the gallery rows that are right for query q.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ KS = (1, 5, 10)
 # Scores closer than this are equal: the products of the very same vectors differ by a few last bits of float32,
 # depending on where in a matrix they stand.
 TIE = 5e-7
+FEW = 20  # queries; below, faiss compares one after the other on one core, a matrix product uses all
 
 
 def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,17 +26,27 @@ def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray
     at most N. Among equal scores the lower row number comes first, as in OpenCLIP's metrics. So the outcome does not
     depend on faiss's internals, and a model that embeds everything alike scores as chance does, no better.
     """
-    import faiss  # takes a while to import, and who only wants the metrics does not need it
-
     gallery, queries = (np.ascontiguousarray(x, dtype=np.float32) for x in (gallery, queries))
-    find = partial(faiss.knn, xb=gallery, metric=faiss.METRIC_INNER_PRODUCT)  # an index would hold a copy of them
     k = min(k, len(gallery))
-    scores, found = _order(*find(queries, k=min(k + 1, len(gallery))))  # one more, to see a tie go on behind k
+    scores, found = _order(*_first(gallery, queries, min(k + 1, len(gallery))))  # one more, to see a tie go on behind k
     if k < len(gallery):
-        for row in np.flatnonzero(scores[:, k - 1] - scores[:, k] <= TIE):  # faiss chose which of them to keep
-            everything = _order(*find(queries[row : row + 1], k=len(gallery)))
+        for row in np.flatnonzero(scores[:, k - 1] - scores[:, k] <= TIE):  # chance chose which of them to keep
+            everything = _order(*_first(gallery, queries[row : row + 1], len(gallery)))
             scores[row, :k], found[row, :k] = everything[0][0, :k], everything[1][0, :k]
     return scores[:, :k], found[:, :k]
+
+
+def _first(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k highest scores of each query, sorted, and their rows."""
+    if len(queries) >= FEW:
+        import faiss  # takes a while to import, and who only wants a few answers does not need it
+
+        return faiss.knn(queries, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)  # an index would hold a copy of them
+    scores = queries @ gallery.T
+    rows = np.argpartition(scores, len(gallery) - k, axis=1)[:, len(gallery) - k :]
+    found = np.take_along_axis(scores, rows, axis=1)
+    order = np.argsort(-found, axis=1)
+    return np.take_along_axis(found, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 def _order(scores: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
