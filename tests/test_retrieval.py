@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from miniclip.retrieval import first_ranks, format_table, metrics_from_hits, retrieval_metrics, search
+from miniclip.retrieval import FEW, first_ranks, format_table, metrics_from_hits, retrieval_metrics, search
 
 
 def unit(rows) -> np.ndarray:
@@ -138,3 +138,18 @@ def test_table_shows_percent():
     metrics = retrieval_metrics(np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32), range(4), ks=(1, 3))
     table = format_table(metrics, ks=(1, 3))
     assert table.splitlines()[1].split() == ["image", "to", "text", "100.0", "100.0", "1", "1.0", "1.000"]
+
+
+def test_a_few_queries_find_what_many_do():
+    """Two ways to compute: a product of one's own, and faiss. Half of the gallery is there twice."""
+    rng = np.random.default_rng(3)
+    gallery = unit(rng.standard_normal((300, 16)).astype(np.float32))
+    gallery[150:] = gallery[:150]
+    queries = unit(rng.standard_normal((FEW + 20, 16)).astype(np.float32))
+    order = np.lexsort((np.arange(300) * np.ones((len(queries), 1)), -(queries @ gallery.T).round(6)), axis=1)
+    for k in (1, 5, 6, 300):
+        scores, found = search(gallery, queries, k)
+        pieces = [search(gallery, queries[at : at + 7], k) for at in range(0, len(queries), 7)]
+        assert np.array_equal(found, np.concatenate([piece[1] for piece in pieces]))
+        assert np.abs(scores - np.concatenate([piece[0] for piece in pieces])).max() < 1e-6
+        assert (found == order[:, :k]).mean() > 0.99  # all but what rounding at the sixth digit parts or joins
