@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from miniclip.checkpoint import load_weights
 from miniclip.config import MiniClipConfig
-from miniclip.fast import FastClip, fast_model
+from miniclip.fast import FastClip, fast_model, keep_freed_memory
 from miniclip.feature_cache import FeatureCache, file_key, text_key
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
@@ -182,7 +182,10 @@ def on_all_processes(args, items: list, embed) -> np.ndarray:
 
 
 def _fast(model: MiniClip, n: int) -> FastClip:
-    """The model in its form for inference. Weights are laid out anew only where there is enough to do."""
+    """The model in its form for inference. Only where there is enough to do are weights laid out anew and, on a CPU, is
+    memory kept for the next batch: large activations that go back to the system cost more than their convolutions."""
+    if n >= 64 and model.logit_scale.device.type == "cpu":
+        keep_freed_memory()
     return model if isinstance(model, FastClip) else fast_model(model, pack=n >= 64)
 
 
