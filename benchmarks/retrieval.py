@@ -82,13 +82,13 @@ class Contestant(NamedTuple):
 
 
 def exact(gallery: np.ndarray) -> list[Contestant]:
-    """`search` copies the gallery into an index in every call: nothing to build, and nothing that could be stale."""
+    """`search` takes the gallery as it is: nothing to build, no copy, nothing that could be stale."""
     start, index = time.perf_counter(), faiss.IndexFlatIP(DIM)
     index.add(gallery)
     seconds = time.perf_counter() - start
     return [
         Contestant(
-            "`miniclip.retrieval.search`", "exact, index made in each call", 0, gallery.nbytes / 1e6,
+            "`miniclip.retrieval.search`", "exact, no index", 0, 0.0,
             lambda queries: search(gallery, queries, K)[1],
         ),
         Contestant(
