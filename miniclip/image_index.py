@@ -252,7 +252,7 @@ def update(
             # Who writes to it in the same tick of the file system's clock leaves its time as it is.
             return path, key, stamp if time.time_ns() - max(stamp[1:]) > SETTLED else (stamp[0], 0, 0)
         except InputError as error:
-            return name, None, str(error)
+            return name, None, str(error).removeprefix(f"{name}: ").removeprefix(f"{name!r}: ")
         except OSError as error:
             return name, None, f"cannot be opened ({error.strerror})"
 
