@@ -55,9 +55,9 @@ def main(argv: list[str]):
     if options.features:
         embeds = (np.load(Path(options.features) / f"{kind}.npy") for kind in ("image", "text"))
         image_embeds, text_embeds = (array.astype(np.float32, copy=False) for array in embeds)
-        device, temperature = "cpu", None
+        device, temperature, left_out = "cpu", None, []
     else:
-        image_embeds, text_embeds, device, temperature = encode(options, records)
+        image_embeds, text_embeds, device, temperature, left_out = encode(options, records)
     each = len(text_embeds) // max(1, len(image_embeds))
     counts = [len(record["caption"]) for record in records] if records else [each] * len(image_embeds)
     image_of_text = np.repeat(np.arange(len(counts)), counts)
@@ -95,13 +95,17 @@ def main(argv: list[str]):
     bad_samples.open(output.with_suffix(".bad_samples.jsonl"))
     if bad_samples:
         print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
+        left_out.append(f"{len(bad_samples)} bad samples were left out")
     if options.report:
         from miniclip.html_report import Measured, report_file, write_report
 
         images = [record["image"] for record in records]
         texts = [text for record in records for text in record["caption"][: 1 if first_only else None]]
-        state = Path(options.model or "") / "trainer_state.json"
-        log_history = json.loads(state.read_text())["log_history"] if state.is_file() else []
+        state, log_history = Path(options.model or "") / "trainer_state.json", []
+        try:
+            log_history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"{state} cannot be read ({error!r}): the report is without the curves of training")
         path = report_file(options.report)
         if path.suffix.lower() == ".png":
             from miniclip.report import draw_report, pick_examples
@@ -113,14 +117,14 @@ def main(argv: list[str]):
             from miniclip.similarities import similarities
 
             alike = similarities(image_embeds, text_embeds, image_of_text, temperature and temperature["scale"])
-            about = (image_of_text, record, temperature, log_history)
+            about = (image_of_text, record, temperature, log_history, tuple(left_out))
             write_report(path, Measured(source, dataset, metrics, ks, searched, alike, images, texts, *about))
             print(f"the report is {path}")
 
 
 def encode(options: EvalOptions, records: list[dict]):
     """The embeddings of all images, and of all captions or the first ones; the device that they were made on; and the
-    model's temperature, as `html_report.Measured` has it."""
+    model's temperature, and what was left out, as `html_report.Measured` has them."""
     import math
 
     import torch
@@ -147,8 +151,11 @@ def encode(options: EvalOptions, records: list[dict]):
         image_size = text_size = 256
     image_embeds = embed_images(fast, preprocess, images, image_size, options.num_workers, progress=True, cache=cache)
     text_embeds = embed_texts(fast, tokenizer, texts, text_size, progress=True)
+    left_out = []
     if tokenizer.truncated:
-        print(f"{tokenizer.truncated} of {len(texts)} captions were cut off at {tokenizer.context_length} tokens")
+        told = f"{tokenizer.truncated} of {len(texts)} captions were cut off at {tokenizer.context_length} tokens"
+        left_out.append(told)
+        print(told)
     if cache is not None:
         print(f"{cache.reused} of {len(images)} images were in {options.feature_cache}")
     sample = slice(0, 8 if options.precision == "fp32" else 64)
@@ -160,7 +167,8 @@ def encode(options: EvalOptions, records: list[dict]):
     )
     bias = None if model.logit_bias is None else model.logit_bias.item()
     start = math.exp(model.config.init_logit_scale)
-    return image_embeds, text_embeds, device, {"scale": model.logit_scale.exp().item(), "bias": bias, "start": start}
+    temperature = {"scale": model.logit_scale.exp().item(), "bias": bias, "start": start}
+    return image_embeds, text_embeds, device, temperature, left_out
 
 
 if __name__ == "__main__":

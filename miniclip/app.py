@@ -9,15 +9,17 @@ to nothing outside, gives out no file at any address, answers no address that th
 
 import argparse
 import os
+import shlex
 import signal
 import socket
 import sys
 import tempfile
 import traceback
+from html import escape
 from pathlib import Path
 
 from miniclip.app_answers import CAPTIONS, IMAGES, MOST, Page, note, problem, split
-from miniclip.app_guard import Guard, is_here, listen, stay_inside
+from miniclip.app_guard import HOUR, OFTEN, Guard, is_here, keep_sweeping, listen, stay_inside
 from miniclip.app_labels import CSS, LANGUAGES, SAYINGS, SCRIPT, Words
 from miniclip.config import InputError
 from miniclip.options import find_device, run
@@ -64,9 +66,11 @@ def build(page: Page):
         key = words.language
         return f"<h1>{words('title')}</h1>{note(line)}", "\n".join(OBJECTS[key]), key, "\n".join(TEMPLATES[key])
 
-    def sentences_of(key: str, names: str):
-        """The sentences of a language; the ten objects too, where they were not changed."""
-        return "\n".join(TEMPLATES[key]), "\n".join(OBJECTS[key]) if split(names) in OBJECTS.values() else names
+    def in_language(key: str, sentences: str, names: str):
+        """The sentences and the ten objects of a language, each where it was not changed."""
+        stock = sentences.strip() in map("\n".join, TEMPLATES.values())
+        sentences = "\n".join(TEMPLATES[key]) if stock else sentences
+        return sentences, "\n".join(OBJECTS[key]) if split(names) in OBJECTS.values() else names
 
     def picture_field(place: str, **more):
         more = {"label": say("upload"), **more}
@@ -82,7 +86,7 @@ def build(page: Page):
             k = gr.Slider(1, MOST, 10, step=1, label=say("k"), scale=3, min_width=200, buttons=[])
             return k, gr.Button(say(button), variant="primary", scale=1, min_width=120)
 
-    with gr.Blocks(title="MiniCLIP", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+    with gr.Blocks(title="MiniCLIP", analytics_enabled=False, delete_cache=(OFTEN, HOUR)) as blocks:
         top = gr.HTML(elem_classes="mc-head")
         with gr.Tabs():
             with gr.Tab(say("words")):
@@ -117,7 +121,7 @@ def build(page: Page):
                         button = gr.Button(say("classify"), variant="primary")
                     with gr.Column(min_width=280):
                         found = answer_field("classes")
-                language.input(sentences_of, [language, names], [sentences, names], api_visibility="private")
+                language.input(in_language, [language, sentences, names], [sentences, names], api_visibility="private")
                 on([image.upload, button.click], page.classes, [image, names, sentences], found)
             with gr.Tab(say("heat")):
                 with gr.Row():
@@ -136,8 +140,8 @@ def build(page: Page):
 def no_index(gr, say, model: str):
     """What stands in a tab that searches, where there is nothing to be searched."""
     gr.Markdown(say("no_index"))
-    command = f"python -m miniclip.search index photos --model {model} --index products.mc"
-    gr.HTML(f'<pre class="mc-code">{command}\npython -m miniclip.app --index products.mc</pre>')
+    command = f"python -m miniclip.search index photos --model {shlex.quote(model)} --index products.mc"
+    gr.HTML(f'<pre class="mc-code">{escape(command)}\npython -m miniclip.app --index products.mc</pre>')
 
 
 def serve(page: Page, host: str, sock: socket.socket):
@@ -173,7 +177,9 @@ def serve(page: Page, host: str, sock: socket.socket):
             if not here:
                 print("warning: whoever can reach this machine can search, and see what is found", flush=True)
 
-    guard = Guard(app, here, int((IMAGES * page.megabytes + 1) * (1 << 20)))
+    uploads = os.environ["GRADIO_TEMP_DIR"]
+    keep_sweeping(uploads)
+    guard = Guard(app, here, int((IMAGES * page.megabytes + 1) * (1 << 20)), uploads)
     Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1)).run([sock])
 
 

@@ -6,14 +6,18 @@ All that is shown of names, captions and messages is escaped.
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
+
+from PIL import Image
 
 from miniclip.app_labels import Words
 from miniclip.config import InputError
 from miniclip.prompts import legibility
 
 IMAGES, CAPTIONS, CLASSES, MOST, LETTERS = 16, 32, 200, 100, 20_000  # the most that is taken of each at once
+PIXELS = 50  # millions of a picture: small files may hold pictures that take gigabytes and minutes
 
 
 class Upload:
@@ -39,12 +43,16 @@ class Page:
 
     def words(self, say: Words, text: str, minus: str, k: int) -> str:
         """Words to pictures."""
-        if not text.strip():
+        from miniclip.image_search import split_minus
+
+        unwanted = split(self.checked(say, minus))
+        limit(say, unwanted, CAPTIONS)
+        if not split_minus([self.checked(say, text)])[0]:
             raise InputError(say("nothing"))
         title = f"{text.strip()} − {minus.strip()}" if minus.strip() else text.strip()
-        found = self.search.query(self.checked(say, text), self.many(say, k), minus=split(self.checked(say, minus)))
+        found = self.search.query(text, self.many(say, k), minus=unwanted)
         head = say("found", n=len(found), pictures=f"{len(self.search):,}", query=title)
-        return self.read(say, [text]) + self.cards(say, head, found)
+        return self.read(say, [text, *unwanted]) + self.cards(say, head, found)
 
     def picture(self, say: Words, path: str | None, text: str, k: int) -> str:
         """A picture, and words beside it, to pictures."""
@@ -108,17 +116,24 @@ class Page:
     def upload(self, say: Words, path: str | None) -> tuple[Upload, str]:
         """A picture that was sent, and what to show of it."""
         from miniclip.sheet import thumbnail
-        from miniclip.transforms import ImageError
+        from miniclip.transforms import FORMATS, ImageError
 
-        if not path or not os.path.isfile(path):  # deleted, after an hour
+        if not path:
             raise InputError(say("no_picture"))
+        if not os.path.isfile(path):
+            raise InputError(say("deleted", name=Path(path).name))
         image, size = Upload(path), os.path.getsize(path) / (1 << 20)
         if size > self.megabytes:
             raise InputError(say("too_large", name=image, n=size, most=self.megabytes))
+        pixels = 0.0
+        with suppress(Exception), Image.open(path, formats=FORMATS) as opened:  # of a broken one it is said below
+            pixels = opened.size[0] * opened.size[1] / 1e6
+        if pixels > PIXELS:
+            raise InputError(say("too_many_pixels", name=image, n=pixels, most=PIXELS))
         try:
             return image, thumbnail(image)
         except ImageError as error:
-            why = str(error).replace("; replace it or leave its record out", "")  # there is no record here
+            why = re.sub(r"(; replace it)? or leave its record out", "", str(error))  # there is no record here
             raise InputError(say("broken", why=why)) from None
 
     def read(self, say: Words, texts: list[str]) -> str:
@@ -181,6 +196,11 @@ def note(text: str, kind: str = "mc-note") -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if text else ""
 
 
+def heading(text: str) -> str:
+    """What an answer begins with; programs that read pages aloud say it by themselves."""
+    return f'<div role="status"><h2>{escape(text)}</h2></div>'
+
+
 def figure(picture: str | None, name: str, missing: str) -> str:
     """A picture, the text of a `data:` address, or what is said where there is none."""
     return f'<img src="{picture}" alt="{escape(name)}">' if picture else f'<div class="mc-gone">{escape(missing)}</div>'
@@ -195,8 +215,7 @@ def cards(title: str, found: Sequence, pictures: Sequence, say: Words, asked: st
             f"<li>{figure(picture, one.path, say('gone'))}<div><b>{one.rank}</b> {escape(one.path)}</div>"
             f"<small>{one.score:.4f}</small>{same}</li>"
         )
-    head = f'<h2 role="status">{escape(title)}</h2>{asked}'
-    return f'{head}<ol class="mc-cards">{"".join(cells)}</ol>{note(say("score"))}'
+    return f'{heading(title)}{asked}<ol class="mc-cards">{"".join(cells)}</ol>{note(say("score"))}'
 
 
 def bars(names: Sequence[str], shares: Sequence[float], say: Words) -> str:
@@ -207,7 +226,8 @@ def bars(names: Sequence[str], shares: Sequence[float], say: Words) -> str:
         f'<i style="width:{100 * share:.2f}%"></i></span><span class="mc-share">{100 * share:.1f}%</span></li>'
         for name, share in rows
     )
-    return f'<ol class="mc-bars">{items}</ol>{note(say("among", n=len(rows)))}'
+    head = heading(f"{rows[0][0]}: {100 * rows[0][1]:.1f}%")
+    return f'{head}<ol class="mc-bars">{items}</ol>{note(say("among", n=len(rows)))}'
 
 
 def heat_table(captions: Sequence[str], names: Sequence[str], pictures: Sequence, cosines, shares, say: Words) -> str:
@@ -215,7 +235,7 @@ def heat_table(captions: Sequence[str], names: Sequence[str], pictures: Sequence
     colour of a cell is where its cosine lies between the lowest and the highest."""
     low, high = float(cosines.min()), float(cosines.max())
     heads = "".join(
-        f'<th scope="col">{figure(picture, name, say("gone"))}<span>{escape(name)}</span></th>'
+        f'<th scope="col">{figure(picture, "", say("gone"))}<span>{escape(name)}</span></th>'
         for name, picture in zip(names, pictures)
     )
     rows = []
@@ -227,7 +247,7 @@ def heat_table(captions: Sequence[str], names: Sequence[str], pictures: Sequence
         rows.append(f'<tr><th scope="row">{escape(caption)}</th>{cells}</tr>')
     title = escape(say("heat_title"))
     return (
-        f'<div class="mc-scroll" tabindex="0" role="region" aria-label="{title}"><table class="mc-heat">'
-        f"<caption>{title}</caption><thead><tr><td>{escape(say('caption'))}</td>{heads}</tr></thead>"
+        f'{heading(say("heat_title"))}<div class="mc-scroll" tabindex="0" role="region" aria-label="{title}">'
+        f'<table class="mc-heat"><thead><tr><td>{escape(say("caption"))}</td>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{note(say('cells'))}"
     )

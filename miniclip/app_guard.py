@@ -6,8 +6,13 @@ programs. Each of these has an address, and only the page's own pass here.
 
 import ipaddress
 import re
+import shutil
 import socket
 import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 
 from miniclip.app_labels import Words
 from miniclip.config import InputError
@@ -27,28 +32,41 @@ HEADERS = {
 }
 
 
+HOUR, OFTEN = 3600, 600  # seconds after which an upload is deleted, and after which it is looked whether it is time
+
+
 class Guard:
     """Lets through what the page asks for, and nothing else: no address but PUBLIC's, no other site's pages, no name
-    for this machine but its own, no body above the limits. Takes the tags that name other hosts out of the page."""
+    for this machine but its own, no body above the limits, no upload for which there is no room. Takes the tags that
+    name other hosts out of the page."""
 
-    def __init__(self, app, here: bool, most: int):
-        """`here`: whether this machine alone can ask; `most`: bytes of an upload, which may be several files."""
-        self.app, self.here, self.most = app, here, {"/gradio_api/upload": most}
+    def __init__(self, app, here: bool, most: int, uploads: str):
+        """`here`: whether this machine alone can ask; `most`: bytes of an upload, which may be several files, and which
+        go to the folder `uploads`."""
+        self.app, self.here, self.most, self.uploads = app, here, {"/gradio_api/upload": most}, uploads
+        self.name = socket.gethostname().split(".")[0].lower()
+
+    def knows(self, host: str) -> bool:
+        """Whether a name is one of this machine's: another site could give it one of its own."""
+        name = re.sub(r":\d+$", "", host).strip("[]").rstrip(".").lower()
+        return is_here(name) or not self.here and (is_number(name) or name.split(".")[0] == self.name)
 
     def refused(self, scope, headers: dict) -> int:
         """The status by which a request is refused, or 0."""
         host = headers.get("host", "")
-        name = re.sub(r":\d+$", "", host)
-        if self.here and name not in ("127.0.0.1", "localhost", "[::1]"):  # another site's name for this machine
+        if not self.knows(host):
             return 421
         if headers.get("origin", f"http://{host}").partition("://")[2] != host:  # another site's page asks
             return 403
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         if not PUBLIC.fullmatch(f"{method} {scope['path']}"):
             return 404
-        if method == "POST" and not headers.get("content-length", "").isdecimal():
+        if "transfer-encoding" in headers or method == "POST" and not headers.get("content-length", "").isdecimal():
             return 411
-        return 413 if int(headers.get("content-length", 0)) > self.most.get(scope["path"], 1_000_000) else 0
+        size, most = int(headers.get("content-length", 0)), self.most.get(scope["path"], 1_000_000)
+        if size > most:
+            return 413
+        return 507 if scope["path"] in self.most and not has_room(self.uploads, 2 * size, 4 * most) else 0
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
@@ -58,9 +76,15 @@ class Guard:
         if status is None:  # a web socket, of which the page has none
             return await send({"type": "websocket.close"})
         own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-        if status:
+        words = Words(headers.get("accept-language", ""))
+        if status:  # what is said is shown where the picture was dropped
+            own.append((b"content-type", b"text/plain; charset=utf-8"))
+            most = self.most["/gradio_api/upload"] >> 20
+            said = words({413: "too_much", 507: "no_room"}.get(status, "refused"), most=most)
             await send({"type": "http.response.start", "status": status, "headers": own})
-            return await send({"type": "http.response.body", "body": f"{status}\n".encode()})
+            return await send({"type": "http.response.body", "body": said.encode()})
+        # What a proxy would say, and nobody need believe.
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if not pair[0].startswith(b"x-forwarded")]}
         page, start, body = scope["path"] == "/" and scope["method"] == "GET", {}, b""
         if page:  # as it is, to be changed
             scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0].lower() != b"accept-encoding"]}
@@ -74,7 +98,7 @@ class Guard:
                 return await send(message)
             body += message.get("body", b"")
             if not message.get("more_body"):
-                text = own_page(body.decode(), Words(headers.get("accept-language", "")).language).encode()
+                text = own_page(body.decode(), words.language).encode()
                 kept = [pair for pair in start["headers"] if pair[0].lower() != b"content-length"]
                 await send({**start, "headers": [*kept, (b"content-length", str(len(text)).encode())]})
                 await send({"type": "http.response.body", "body": text})
@@ -84,10 +108,38 @@ class Guard:
 
 def own_page(html: str, language: str) -> str:
     """Gradio's page in the reader's language, without what it tells other sites of itself, and without its examples of
-    requests, which name other hosts."""
+    requests, which name other hosts. Its script looks for a language by itself, and has others than the page."""
     html = re.sub(r'<meta\s+(property="og:|name="twitter:)[^>]*>', "", html)
     html = re.sub(r'https://(github\.com|raw\.githubusercontent\.com)/gradio-app/[^"]*', "", html)
-    return html.replace('lang="en"', f'lang="{"zh-CN" if language == "zh" else "en"}"', 1)
+    code = "zh-CN" if language == "zh" else "en"
+    told = f'{{get: () => "{code}"}}), Object.defineProperty(navigator, "languages", {{get: () => ["{code}"]}})'
+    script = f'<script>Object.defineProperty(navigator, "language", {told}</script>'
+    return html.replace('lang="en"', f'lang="{code}"', 1).replace("<head>", f"<head>{script}", 1)
+
+
+def has_room(folder: str, size: int, most: int) -> bool:
+    """Whether so many bytes more fit on the disk of a folder, and it has not more than `most` then."""
+    there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    return there <= most and shutil.disk_usage(folder).free > size + (1 << 20)
+
+
+def sweep(folder: str, seconds: float = HOUR):
+    """Deletes what has lain in a folder for longer: uploads, and what is left of those that were broken off."""
+    for path in Path(folder).rglob("*"):
+        with suppress(OSError):  # gradio deletes too
+            if path.is_file() and time.time() - path.stat().st_mtime > seconds:
+                path.unlink()
+
+
+def keep_sweeping(folder: str):
+    """Does so as long as the process lives."""
+
+    def work():
+        while True:
+            time.sleep(OFTEN)
+            sweep(folder)
+
+    threading.Thread(target=work, daemon=True).start()
 
 
 def stay_inside():

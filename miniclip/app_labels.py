@@ -54,6 +54,13 @@ SAYINGS = {  # what stands in the page from the beginning, and what it answers: 
     "nothing": ("Nothing is asked for: write what should be in the pictures. What is not wanted is not enough.",
                 "还没有输入要找的内容：请写出图片里要有什么，只写不要什么是不够的。"),
     "no_picture": ("There is no picture yet: choose one, or drop it in the box.", "还没有图片：请选择，或拖到框里。"),
+    "deleted": ("{name} has been deleted here meanwhile: choose it again.", "{name} 已在这里删除：请重新选择。"),
+    "too_many_pixels": ("{name} has {n:.0f} million pixels: at most {most}.",
+                        "{name} 有 {n:.0f} 百万像素，最多 {most}。"),
+    "too_much": ("These are too many megabytes at once: at most {most}.", "一次上传太多：合计最多 {most} MB。"),
+    "no_room": ("There is no room for more uploads on the page's machine now: try again in an hour.",
+                "运行本页的机器暂时没有空间存放上传的图片：请一小时后再试。"),
+    "refused": ("This page does not answer that.", "本页不回答这个请求。"),
     "bad_k": ("Ask for 1 to {most} pictures.", "请选择显示 1 到 {most} 张图片。"),
     "no_classes": ("Name at least two classes, one a line or commas between.", "请至少写两个类别，一行一个。"),
     "twice": ("“{name}” is named twice: leave one out.", "“{name}”出现了两次：请去掉一个。"),
@@ -73,8 +80,8 @@ LANGUAGES = {"en": "English", "zh": "中文", "fr": "Français", "es": "Español
 
 
 class Words:
-    """What the page says, in one language: `say("k")`. The language is the first that a browser asks for, Chinese or
-    else English."""
+    """What the page says, in one language: `say("k")`. The language is the first that a browser names, Chinese or else
+    English."""
 
     def __init__(self, accepted: str = ""):
         self.language = "zh" if accepted.strip().lower().startswith("zh") else "en"
@@ -147,6 +154,7 @@ footer { display: none !important; }
   .mc-asked.mc-large img { max-width: 200px; }
   .mc-bars li { grid-template-columns: minmax(70px, 30%) 1fr 52px; }
 }
+@media (max-width: 339px) { .tab-container button { padding: 0 3px; font-size: 12px; } }
 """
 # The arrow keys go from tab to tab; Tab, Enter and the space bar are Gradio's.
 SCRIPT = """() => document.addEventListener("keydown", event => {

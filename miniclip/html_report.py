@@ -46,6 +46,7 @@ class Measured(NamedTuple):
     record: dict  # `record.evaluation_record`
     temperature: dict | None = None  # {"scale", "bias" or None, "start"}; None: measured without a model
     log_history: list[dict] = []  # of the Trainer
+    left_out: tuple[str, ...] = ()  # what was not measured, or not whole, in words
 
 
 def report_file(name: str | Path) -> Path:
@@ -99,9 +100,10 @@ def head(m: Measured) -> str:
     measured += [f"precision {options['precision']}"] if m.temperature and "precision" in options else []
     measured += [f"commit {m.record['commit']}"] if m.record.get("commit") else []
     measured += [f"{name} {versions[name]}" for name in ("python", "torch", "numpy") if versions.get(name)]
+    measured_on = [f"{m.dataset}: {len(m.images):,} images, {len(m.texts):,} captions", *m.left_out]
     about = [
         ("Model" if m.temperature else "Vectors", safe(m.model)),
-        ("Data set", f"{safe(m.dataset)}: {len(m.images):,} images, {len(m.texts):,} captions"),
+        ("Data set", safe("; ".join(measured_on))),
         ("Measured", safe("; ".join(filter(None, measured)))),
         ("Again", f"<code>{safe(m.record.get('command', ''))}</code>"),
     ]
@@ -125,12 +127,12 @@ def metrics_table(m: Measured) -> str:
     columns = ["", *(f"R@{k}" for k in m.ks), "median rank", "mean rank", "MRR"]
     shown = table(columns, rows, "R@K: share of queries whose right answer is among the first K, in percent")
     each = len(m.texts) / len(m.images)
-    several = f"An image has {each:.3g} captions on average and counts as found when any of them comes first."
+    several = f"An image has {each:.3g} captions on average and counts as found when any of them is."
     return f"""<section><h2>Metrics</h2>
 <div class="wide">{shown}</div>
 <p class="note">Every caption searches all {len(m.images):,} images, every image all {len(m.texts):,} captions.
 {several if each > 1 else ""} Only an image’s own captions are right, also where another’s would fit. Among equal
-cosines (closer than {TIE:g}) the earlier row comes first, so that a model to which all is alike scores as chance does.
+cosines (closer than {TIE:g}) the earlier row comes first: a model to which all is alike scores no better than chance.
 Ranks are those of the first right answer, 1 is best; MRR is the mean of 1 / rank; mean recall is the mean of R@1, R@5
 and R@10 in both directions.</p></section>"""
 
@@ -190,12 +192,12 @@ def histogram_section(m: Measured) -> str:
     mean, other_mean = m.alike.means
     said = f"<p>{n:,} matching pairs (each caption with its image) have a mean cosine of <b>{mean:.3f}</b>"
     if of_others:
-        auc, common = ordered_right(matching, others), overlap(matching, others)
+        auc, common = ordered_right(matching, others), overlap(*shares)  # of the bars: bins are nearly empty
         said += (
             f", {of_others:,} others (all remaining pairs) one of <b>{other_mean:.3f}</b>. Of a matching pair and"
             f" another, the matching one has the higher cosine in <b>{percent(auc, 2)}%</b> of cases (the area under"
-            f" the ROC curve; 50% is chance). The two histograms share {percent(common)}% of their area. Both numbers"
-            f" are from counts in bins of {2 / BINS:g}, of all pairs.</p>"
+            f" the ROC curve; 50% is chance), counted in bins of {2 / BINS:g}, of all pairs. The two histograms, as"
+            f" they are drawn, share {percent(common)}% of their area.</p>"
         )
     else:
         said += ". There are no others.</p>"
@@ -205,7 +207,8 @@ def histogram_section(m: Measured) -> str:
     about = f"The mean of matching pairs is {mean:.3f}" + (f", that of others {other_mean:.3f}." if of_others else ".")
     chart = Chart("Cosines of matching pairs and of others", about,
                   lambda cosine: (cosine - low) / (high - low), lambda share: share / top)  # fmt: skip
-    step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / step <= 6)
+    steps = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    step = next(step for step in steps if (high - low) / step <= 6)
     marks = [step * i for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
     x_ticks, y_ticks = {mark: f"{mark:.3g}" for mark in marks}, {share: f"{100 * share:.3g}%" for share in y_ticks}
     chart.axes(x_ticks, y_ticks, f"cosine, in bars of {fine * 2 / BINS:g}")
@@ -224,12 +227,10 @@ def temperature_section(m: Measured) -> str:
     if m.temperature is None:
         return "<section><h2>Temperature</h2><p>Measured without a model: vectors have no temperature.</p></section>"
     scale, bias, start = m.temperature["scale"], m.temperature.get("bias"), m.temperature["start"]
-    rows = [["here", f"{1 / scale:.4f}", f"{scale:.2f}"], ["where training starts", f"{1 / start:.4f}", f"{start:.2f}"]]
-    rows += [] if bias is not None else [["limit in training", "0.0100", "100.00"]]
-    said = (
-        f"<p>The model multiplies cosines by {scale:.2f}: an answer whose cosine is {1 / scale:.3f} higher counts as e"
-        " (2.72) times as likely."
-    )
+    rows = [["here", f"{1 / scale:.4f}", f"{scale:.2f}"], ["at its start", f"{1 / start:.4f}", f"{start:.2f}"]]
+    rows += [] if bias is not None else [["highest in training", "0.0100", "100.00"]]
+    likely = "counts as e (2.72) times as likely" if bias is None else "has e (2.72) times the odds"
+    said = f"<p>The model multiplies cosines by {scale:.2f}: with {1 / scale:.3f} more an answer {likely}."
     if bias is None:
         p, first = float(m.alike.p_right.mean()), float(m.alike.p_first.mean())
         said += (
@@ -282,7 +283,10 @@ def training_section(log_history: list[dict]) -> str:
         figures.append(
             f"<figure><h3>{title}</h3>{chart}{legend({series: names[series] for series in curves})}</figure>"
         )
-    return f'<section><h2>Training</h2><div class="pair">{"".join(figures)}</div></section>' if figures else ""
+    if not figures:
+        return ""
+    note = '<p class="note">Recall here is of the pairs that the run itself was evaluated on.</p>' if recalls else ""
+    return f'<section><h2>Training</h2><div class="pair">{"".join(figures)}</div>{note}</section>'
 
 
 def portion(whole: float, part: float) -> float:

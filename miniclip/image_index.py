@@ -54,6 +54,9 @@ TEXTS = [f"a photo of {what} {where}" for what in ("a person", "two people", "a 
          "in the snow", "by the sea", "in a street", "from above", "close up")]  # fmt: skip
 
 
+SYSTEMS = ("lost+found", "Thumbs.db", "desktop.ini", "@eaDir")  # beside names that begin with a dot
+
+
 class ImageIndexError(InputError):
     """An index that cannot be used, or not with this model or folder."""
 
@@ -159,7 +162,8 @@ def read_about(folder: Path) -> dict:
     try:
         about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
-            raise ImageIndexError(f"{folder / INDEX} is of format {short(about['format'])}, not {FORMAT}: index anew")
+            raise ImageIndexError(f"{folder / INDEX} is of format {short(about['format'])}, not {FORMAT}: delete"
+                                  " the folder and index anew")  # fmt: skip
         if not GENERATION.fullmatch(about["generation"]):
             raise ValueError("generation")
         how = about["search"]
@@ -213,7 +217,7 @@ def update(
 ) -> Counter:
     """Brings the index in `folder` to what is in the folder `root`, at any depth; makes it where there is none. Gives
     how many files were added, changed, removed, unchanged and bad, and how many pictures were encoded. What lies in
-    folders that cannot be opened stays as it was, and is counted as kept.
+    folders that cannot be opened, or cannot be opened itself, stays as it was, and is counted as kept.
 
     `named` is what to say and load the model by: {"name": ..., "pretrained": ...}. A file is the same while its size
     and times are; with `check` all are read. `shard` (i, n) takes the i-th n-th of the files, by their names: where it
@@ -225,9 +229,12 @@ def update(
     root, folder, mine = ImageRoot(root, allow_outside), Path(folder), fingerprint(model, preprocess)
     names, broken, closed = pictures(root, shard)
     if not names:
-        if shard[1] > 1 and not (folder / INDEX).exists() and pictures(root, (1, 1))[0]:
+        if shard[1] > 1 and not (folder / INDEX).exists() and not closed and pictures(root, (1, 1))[0]:
             return Counter()
-        raise ImageIndexError(f"{root.folder}: there is no picture in it, and no index was touched: is another meant?")
+        unread = "".join(f"\n  {name}: {reason}" for name, reason in list(broken.items())[:10])
+        raise ImageIndexError(
+            f"{root.folder}: there is no picture in it, and no index was touched: is another meant?{unread}"
+        )
     check_ours(folder)
     held = lock(folder, "--index")
     old = ImageIndex(folder, check=True) if (folder / INDEX).is_file() else None
@@ -238,7 +245,7 @@ def update(
     method = method or (old.about["search"]["asked"] if old else "auto")
     known = {old.key(row) for row in range(len(old.vectors))} if old else set()
     journal = FeatureCache(folder / NEW, mine, model.config.embed_dim)
-    resumed, fast, files, faulty = len(journal), fast_model(model), {}, {}
+    resumed, fast, files, faulty, unreadable = len(journal), fast_model(model), {}, {}, []
 
     def identify(name: str):
         """The file's path, its content's key, and by what it is known to be the same; or what is wrong with it."""
@@ -251,10 +258,15 @@ def update(
             key = bytes.fromhex(sha256(path))
             # Who writes to it in the same tick of the file system's clock leaves its time as it is.
             return path, key, stamp if time.time_ns() - max(stamp[1:]) > SETTLED else (stamp[0], 0, 0)
+        except FileNotFoundError:
+            return name, None, "was removed meanwhile"
         except InputError as error:
-            return name, None, str(error).removeprefix(f"{name}: ").removeprefix(f"{name!r}: ")
+            reason = str(error).removeprefix(f"{name}: ").removeprefix(f"{name!r}: ")
         except OSError as error:
-            return name, None, f"cannot be opened ({error.strerror})"
+            reason = f"cannot be opened ({error.strerror})"
+        if name in before and reason.startswith("cannot be opened"):
+            unreadable.append(name)
+        return name, None, reason
 
     with tqdm(total=len(names), desc="pictures", disable=not progress) as bar:
         for start in range(0, len(names), PIECE):
@@ -275,8 +287,9 @@ def update(
             bar.update(len(piece))
     broken |= {name: faulty[key] for name, (key, _) in files.items() if key in faulty}
     files = {name: found for name, found in files.items() if found[0] not in faulty}
-    # A disk that is not mounted, a folder that must not be read: its pictures are not gone.
-    kept = {name: found for name, found in before.items() if any(name.startswith(f"{place}/") for place in closed)}
+    # A disk that fails, a folder that must not be read: its pictures are not gone.
+    below = tuple(f"{place}/" for place in closed)
+    kept = {name: found for name, found in before.items() if name.startswith(below) or name in unreadable}
     files = kept | files
     if not files:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in list(broken.items())[:10])
@@ -306,12 +319,17 @@ def update(
 
 
 def check_ours(folder: Path):
-    """Raises ImageIndexError for a folder with something else than an index in it, which might be the pictures'."""
-    strange = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)] if folder.is_dir() else []
+    """Raises ImageIndexError for a folder with something else than an index in it, which might be the pictures'. What
+    systems leave in any folder is passed over."""
+    if (folder / INDEX).is_file():
+        read_about(folder)  # of another format it is to be said first
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    strange = [name for name in names if not OURS.fullmatch(name) and name[0] != "." and name not in SYSTEMS]
     if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        remedy = "move that away, or name another --index" if INDEX in names else "name another --index"
         raise ImageIndexError(f"{folder} is to be a folder with nothing but the index in it, and has"
-                              f" {min(strange)!r}{more}: name another --index")  # fmt: skip
+                              f" {min(strange)!r}{more}: {remedy}")  # fmt: skip
 
 
 def pictures(root: ImageRoot, shard: tuple[int, int]) -> tuple[list[str], dict[str, str], list[str]]:
@@ -438,6 +456,6 @@ def clean(folder: Path, current: ImageIndex | None):
     """Deletes what killed runs have left, but for the vectors that they had computed."""
     for path in folder.iterdir():
         if GENERATION.fullmatch(path.name) and (current is None or path != current.place):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # somebody may have it open, which some systems do not allow
         elif path.name.endswith(f".{INDEX}"):
             path.unlink()

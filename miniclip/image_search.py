@@ -120,7 +120,7 @@ class ImageSearch:
     def file(self, path: str) -> str:
         """Where a picture that was found lies. Raises InputError for one that is not there any more, or that leads out
         of the folder that was indexed."""
-        return self.root.file(path)
+        return ImageRoot(self.root.folder, self.root.allow_outside).file(path)  # which remembers: links may be new
 
     def write_sheet(self, path: str | Path, title: str, found: list[Found]):
         """Writes what was found as one HTML file with the pictures in it."""

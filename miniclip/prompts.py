@@ -8,6 +8,7 @@ said.
 
 from __future__ import annotations
 
+import os
 import string
 import warnings
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
     {"en": "dog", "zh": "狗"}. Raises InputError for what is none of these, and for a name that comes twice.
     """
     found = items = [part.strip() for part in text.split(",")]
-    if Path(text).suffix not in (".json", ".txt") and Path(text).is_file():
+    if Path(text).suffix not in ("", ".json", ".txt") and os.path.isfile(text):
         raise InputError(f"{text}: classes are read from .txt and .json")
     if Path(text).suffix in (".json", ".txt"):
         items, found = _lines(text) if Path(text).suffix == ".txt" else [], _read(text)

@@ -108,7 +108,7 @@ def told(rank: int, gallery: int, margin: float) -> str:
     """A query's outcome in words."""
     if rank > 1:
         return f'<p class="verdict">right answer at rank <b>{rank:,}</b> of {gallery:,}</p>'
-    lead = f", {margin:.3f} ahead of the best wrong one" if math.isfinite(margin) else "; there is no wrong one"
+    lead = f", {max(margin, 0):.3f} ahead of the best wrong one" if math.isfinite(margin) else "; there is no wrong one"
     return f'<p class="verdict">right answer <b>first</b>{lead}</p>'
 
 

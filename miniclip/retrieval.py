@@ -24,7 +24,7 @@ def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray
 
     `gallery` (N, E) and `queries` (Q, E), float32. Gives scores (Q, k) float32 and row numbers (Q, k) int64, k being
     at most N. Among equal scores the lower row number comes first, as in OpenCLIP's metrics. So the outcome does not
-    depend on faiss's internals, and a model that embeds everything alike scores as chance does, no better.
+    depend on faiss's internals, and a model that embeds everything alike scores no better than chance.
     """
     gallery, queries = (np.ascontiguousarray(x, dtype=np.float32) for x in (gallery, queries))
     k = min(k, len(gallery))

@@ -118,7 +118,7 @@ def index(options: argparse.Namespace):
     names = ("added", "changed", "removed", "unchanged")
     print(", ".join(f"{changes[name]} {name}" for name in names) + f"; {changes['encoded']} pictures encoded")
     if changes["kept"]:
-        print(f"{changes['kept']} are in folders that cannot be opened now, and were kept as they were")
+        print(f"{changes['kept']} cannot be opened now, or their folders cannot, and were kept as they were")
     describe(options.index)
 
 

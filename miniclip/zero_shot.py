@@ -171,13 +171,14 @@ def choose_classes(given: dict[str, str] | None, folders: list[str | None], lang
     return given, None if unknown else [row[name] for name in folders]
 
 
-def why_no_truth(pictures: list[tuple[str, str | None]]) -> str | None:
-    """Why it cannot be told how many are right, where one may have thought so."""
+def why_no_truth(paths: Sequence[str], pictures: list[tuple[str, str | None]]) -> str | None:
+    """Why it cannot be told how many are right, where one may have thought so. `paths`: those that were named."""
     loose = [path for path, folder in pictures if folder is None]
     if len(loose) < len(pictures):
         return f"{loose[0]} lies in no folder of a class" if loose else "the folders are none of the classes"
-    if len({os.path.dirname(path) for path in loose}) > 1:
-        return "there are pictures beside the folders, which are then no classes"
+    for top in filter(os.path.isdir, paths):
+        if len({os.path.dirname(path) for path in loose if path.startswith(os.path.join(top, ""))}) > 1:
+            return f"{top} has pictures beside its folders, which are then no classes"
     return None
 
 
@@ -311,7 +312,7 @@ def main(argv: list[str]):
         table += f"\n\n{percent}"
     else:
         table = format_pictures(results)
-        if why := why_no_truth(pictures):
+        if why := why_no_truth(options.images, pictures):
             table += f"\n\nno accuracy: {printable(why)}"
         (folder / "confusion.png").unlink(missing_ok=True)  # an earlier run's
     write_json(folder / "zero_shot.json", {**about, "pictures": results})

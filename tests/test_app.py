@@ -23,8 +23,10 @@ import torch
 from PIL import Image
 
 import miniclip
-from miniclip.app_guard import own_page
+from miniclip.app_answers import Page, read_classes
+from miniclip.app_guard import Guard, has_room, own_page, sweep
 from miniclip.app_labels import SAYINGS, Words
+from miniclip.config import InputError
 from miniclip.prompts import OBJECTS, TEMPLATES
 from miniclip.shapes import drawn
 from miniclip.zero_shot import build_zero_shot_classifier, zero_shot_classify
@@ -248,8 +250,67 @@ def test_it_is_this_machines_alone_and_names_no_other_host(site):
     assert request(site, "POST", "/gradio_api/queue/join", body, Origin="http://evil.example")[0] == 403
     assert request(site, "POST", "/gradio_api/queue/join", "x" * 1_100_000)[0] == 413
     assert request(site, "POST", "/gradio_api/upload", iter([b"x"]))[0] == 411  # whose length is not said
+    with socket.create_connection(("127.0.0.1", site.port), 20) as sock:  # said, and then not kept to
+        head = f"POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost:{site.port}\r\nContent-Length: 5\r\n"
+        sock.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n".encode())
+        assert re.match(rb"HTTP/1.1 (400|411) ", sock.recv(100))
+    connection = HTTPConnection("127.0.0.1", site.port, timeout=30)
+    connection.request("GET", "/", headers={"X-Forwarded-Host": "evil.example"})
+    answer = connection.getresponse()
+    assert "default-src 'self'" in answer.headers["content-security-policy"] and b"evil" not in answer.read()
+    assert (answer.headers["x-content-type-options"], answer.headers["referrer-policy"]) == ("nosniff", "no-referrer")
     assert send(site, "large.png", bytes(2_100_000))[0] == 413 and send(site, "many.png", bytes(36_000_000))[0] == 413
     assert not [file for file in (site.folder / "temporary").rglob("*") if file.is_file() and file.stat().st_size > 1e6]
+
+
+def test_names_of_this_machine_and_of_others():
+    alone, shared = Guard(None, True, 1, "."), Guard(None, False, 1, ".")
+    for host in ("127.0.0.1:7860", "127.0.0.2", "LOCALHOST:1", "localhost.", "[::1]:7860"):
+        assert alone.knows(host) and shared.knows(host), host
+    for host in ("192.168.1.5:7860", f"{socket.gethostname()}:7860", f"{socket.gethostname()}.lan"):
+        assert shared.knows(host) and not alone.knows(host), host
+    for host in ("evil.example", "127.0.0.1.evil.example", "", "localhost.evil.example"):
+        assert not alone.knows(host) and not shared.knows(host), host
+
+
+def test_uploads_go_after_an_hour_and_have_room(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name, age in (("a/old.png", 4000), ("tmpbroken", 4000), ("new.png", 10)):
+        (tmp_path / name).write_bytes(b"123")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    sweep(str(tmp_path))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["new.png"]
+    assert has_room(str(tmp_path), 1, 3) and not has_room(str(tmp_path), 1, 2)
+    assert not has_room(str(tmp_path), shutil.disk_usage(tmp_path).total, 3)
+
+
+def test_the_command_shuts_its_process_in(tmp_path):
+    program = """
+import socket, miniclip.app as app
+app.open_page = lambda options: None
+app.serve = lambda *about: socket.create_connection(("192.0.2.1", 9), 0.1)
+try:
+    app.main(["--model", "x", "--port", "0"])
+except PermissionError as error:
+    print(error)
+"""
+    pytest.importorskip("gradio", reason="gradio is not installed: make test-ui")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "the page connects to nothing outside: 192.0.2.1\n", done.stderr
+
+
+def test_no_more_is_taken_than_is_said():
+    say = Words()
+    with pytest.raises(InputError, match="201 are too many: 200 at most"):
+        read_classes(say, ",".join(map(str, range(201))))
+    page = Page(None, (None, None, None), "", 20)
+    sentences, captions, unwanted = "{}\n" * 33, "a\n" * 33, "x," * 33
+    for ask in (lambda: page.classes(say, None, "a, b", sentences), lambda: page.heat(say, None, captions),
+                lambda: page.words(say, "a", unwanted, 3)):  # fmt: skip
+        with pytest.raises(InputError, match="33 are too many: 32 at most"):
+            ask()
+    with pytest.raises(InputError, match="17 are too many: 16 at most"):
+        page.heat(say, ["x"] * 17, "a")
 
 
 @needs_gradio
@@ -260,7 +321,7 @@ def test_no_file_is_served_at_any_address(site):
     files += [site.outside / "secret.txt", site.folder / "model" / "config.json"]
     for file in files:
         for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "//gradio_api/file=", "/gradio_api%2Ffile="):
-            assert request(site, "GET", f"{route}{file}") == (404, "404\n"), (route, file)
+            assert request(site, "GET", f"{route}{file}") == (404, SAYINGS["refused"][0]), (route, file)
         for route in ("/assets/", "/static/", "/svelte/", "/"):
             for up in ("", "../" * 12, "..%2f" * 12):
                 status, text = request(site, "GET", f"{route}{up}{file}")
@@ -451,6 +512,12 @@ def test_a_picture_finds_itself_and_broken_ones_are_said(visit, site, tmp_path):
         assert said.startswith("This picture cannot be used.") and why in said, said
         assert "Traceback" not in said and "record" not in said and "/" not in said, "nor where it lies"
         page.locator("#file-picture").get_by_label("Clear").click()
+    for side, said in ((8000, "wide.png has 64 million pixels: at most 50"), (14_000, "Shrink it")):
+        Image.new("1", (side, side)).save(tmp_path / "wide.png")  # a few kilobytes
+        file.set_input_files(tmp_path / "wide.png")
+        page.locator("#found-picture [role=alert]").filter(has_text=said).wait_for()
+        assert "record" not in problem(page, "picture")
+        page.locator("#file-picture").get_by_label("Clear").click()
     (tmp_path / "large.png").write_bytes(scene + bytes(2_200_000))
     (tmp_path / "page.html").write_text("<p>I am no picture")
     for name, said in (("large.png", "exceed the maximum allowed size of 2"), ("page.html", "Invalid file type")):
@@ -572,6 +639,13 @@ def test_in_chinese(visit, site):
     page.get_by_role("tab", name="图片分类").click()
     assert page.get_by_label("类别", exact=False).first.input_value().split("\n") == OBJECTS["zh"]
     assert page.get_by_label("中文").is_checked()
+    for locale in ("zh", "zh-HK", "zh-Hans-CN"):
+        other = visit(locale)
+        assert other.get_by_role("tab").first.inner_text() == SAYINGS["words"][1], locale
+        assert other.evaluate("document.documentElement.lang") == "zh-CN"
+    german = visit("de-DE")
+    assert german.evaluate("document.documentElement.lang") == "en"
+    assert german.get_by_role("tab").first.inner_text() == "By words"
     english = visit("en-US")
     assert english.evaluate("document.documentElement.lang") == "en"
     assert english.get_by_role("tab").first.inner_text() == "By words"

@@ -221,7 +221,7 @@ def test_metrics_counts_and_temperature_are_on_the_page(tmp_path):
         assert " ".join([way.replace("_", " "), *cells]) in page.text
     assert "60 matching pairs" in page.text and "1,740 others" in page.text and "30 images, 60 captions" in page.text
     assert f"in {100 * ordered_right(alike.matching, alike.others):.2f}% of cases" in page.text
-    assert "0.0500" in page.text and "0.0700" in page.text and "limit in training" in page.text
+    assert "0.0500" in page.text and "0.0700" in page.text and "highest in training" in page.text
     assert f"a probability of {100 * alike.p_right.mean():.1f}% on average (chance 3.33%)" in page.text
     assert "21 November 2026, 19:43 UTC" in page.text and RECORD["command"] in page.text
     assert "Training loss" in page.text

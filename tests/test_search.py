@@ -522,9 +522,9 @@ assert "torch" not in sys.modules
     assert not re.search(r"\| +(torch|numpy|faiss)$", done.stderr, re.MULTILINE), "--help is to answer at once"
 
 
-@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_index_is_whole_whenever_a_run_is_killed(album, tmp_path, step):
-    """SIGKILL before and after everything that bringing an index up to date does with files, or every eighth of it."""
+    """SIGKILL before and after everything that bringing an index up to date does with files, or every fifth of it."""
     album(method="hnsw")
     old = sorted((path, key.hex()) for path, (key, _) in ImageIndex(tmp_path / "products.mc").files().items())
     for number in range(6):
@@ -597,3 +597,62 @@ def test_a_disk_that_takes_no_more_leaves_the_index_as_it_was(album, tmp_path):
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
     assert {path: data for path, data in after.items() if path.parent.parent.name != "under-way"} == before
     assert album()["added"] == 40
+
+
+def test_what_systems_leave_in_a_folder_is_passed_over_and_an_old_format_said(album, tmp_path):
+    album()
+    folder = tmp_path / "products.mc"
+    for name in (".DS_Store", ".nfs0001", "Thumbs.db"):
+        (folder / name).write_text("")
+    (folder / "lost+found").mkdir()
+    picture(album.pictures / "new.png", 9)
+    assert album()["added"] == 1 and (folder / ".DS_Store").exists()
+    (folder / "index.json").write_text((folder / "index.json").read_text().replace('"format": 2', '"format": 1'))
+    (folder / "000001").mkdir()
+    with pytest.raises(ImageIndexError, match="is of format 1, not 2: delete the folder and index anew"):
+        album()
+
+
+def test_a_file_that_cannot_be_opened_is_not_gone(album, monkeypatch):
+    import os
+
+    album()
+    stat, named = os.lstat, []
+
+    def closed(path, **how):
+        if str(path).endswith(("0.png", "1.png")):
+            named.append(path)
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(os, "lstat", closed)
+    changes = album()
+    assert named and (changes["kept"], changes["removed"], changes["unchanged"], changes["bad"]) == (2, 0, 6, 2)
+    monkeypatch.undo()
+    assert album()["encoded"] == 0 and len(ImageIndex(album.folder / "products.mc")) == 8
+    for path in list(album.pictures.iterdir()):
+        if path.name != "deep":
+            path.unlink()
+    scandir = os.scandir
+
+    def shut(path):
+        if isinstance(path, str) and os.path.basename(path) == "deep":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", shut)
+    for how in ({}, {"folder": "of2.mc", "shard": (1, 2)}):
+        with pytest.raises(ImageIndexError, match=r"there is no picture in it(.|\n)*deep: cannot be opened"):
+            album(**how)
+
+
+def test_a_link_that_is_put_in_the_place_of_a_folder_is_not_followed(album, tmp_path):
+    album()
+    search = miniclip.ImageSearch(tmp_path / "products.mc", album.loaded)
+    assert search.file("deep/er/1.png").endswith("1.png")
+    (tmp_path / "secret" / "er").mkdir(parents=True)
+    picture(tmp_path / "secret" / "er" / "1.png", 1)
+    (album.pictures / "deep").rename(album.pictures / "old")
+    (album.pictures / "deep").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="leads out of the image folder"):
+        search.file("deep/er/1.png")

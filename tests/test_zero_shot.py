@@ -187,7 +187,7 @@ def test_no_picture_of_a_folder_is_passed_over_in_silence(folders, tmp_path, cap
 
     for words, reason in (
         ([folders / "set", folders / "0.png"], "0.png lies in no folder of a class"),
-        ([folders / "loose"], "pictures beside the folders"),
+        ([folders / "loose"], "pictures beside its folders"),
     ):
         shutil.copytree(folders / "set", folders / "loose", dirs_exist_ok=True)
         shutil.copy(folders / "0.png", folders / "loose" / "cover.png")
@@ -241,6 +241,8 @@ def test_classes_and_templates_from_files(tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             prompts.read_classes(text)
+    many = [f"class {n}" for n in range(300)]
+    assert list(prompts.read_classes(",".join(many))) == many, "longer than the name of a file may be"
     for content in ("{}", "[1]", '"a {}"'):
         path.write_text(content)
         with pytest.raises(InputError, match="classes.json: expected templates"):
