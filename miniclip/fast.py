@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -250,6 +250,12 @@ def keep_freed_memory():
         return
     mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
     mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which stays as large as it was
+
+
+def return_freed_memory():
+    """Gives all that was kept back to the system, once."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def speed_up(model: MiniClip) -> MiniClip:

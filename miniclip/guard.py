@@ -9,7 +9,6 @@
 A process that is killed outright leaves its checkpoints, which are complete (`resume.py`).
 """
 
-import ctypes
 import gc
 import json
 import logging
@@ -30,6 +29,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from miniclip.config import InputError
+from miniclip.fast import return_freed_memory
 from miniclip.files import DamagedFile, check_manifest, write_text
 from miniclip.resume import check_checkpoint, check_same_run, checkpoints, last_checkpoint, save_checkpoint
 
@@ -229,8 +229,7 @@ class Guard(TrainerCallback):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        with suppress(AttributeError, OSError, TypeError):  # what glibc keeps, other allocators may want
-            ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()  # what glibc keeps, other allocators may want
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from miniclip.checkpoint import load_weights
 from miniclip.config import MiniClipConfig
-from miniclip.fast import FastClip, fast_model, keep_freed_memory
+from miniclip.fast import FastClip, fast_model, keep_freed_memory, return_freed_memory
 from miniclip.feature_cache import FeatureCache, file_key, text_key
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
@@ -162,6 +162,8 @@ def embed_images(
         encode()
     if cache is not None:
         cache.save()
+    if large(fast, len(paths)):
+        return_freed_memory()
     if stop and faults:
         raise ImageError("\n".join(faults.values()))
     return fast.project(features.to(device), "image").cpu().numpy() if project else features.numpy()
@@ -184,9 +186,14 @@ def on_all_processes(args, items: list, embed) -> np.ndarray:
 def _fast(model: MiniClip, n: int) -> FastClip:
     """The model in its form for inference. Only where there is enough to do are weights laid out anew and, on a CPU, is
     memory kept for the next batch: large activations that go back to the system cost more than their convolutions."""
-    if n >= 64 and model.logit_scale.device.type == "cpu":
+    if large(model, n):
         keep_freed_memory()
     return model if isinstance(model, FastClip) else fast_model(model, pack=n >= 64)
+
+
+def large(model: MiniClip, n: int) -> bool:
+    """Whether n items are so many that memory is worth keeping from batch to batch."""
+    return n >= 64 and model.logit_scale.device.type == "cpu"
 
 
 def read_ahead(function: Callable, items: Iterable, num_workers: int | None, ahead: int) -> Iterator:
