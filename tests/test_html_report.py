@@ -88,13 +88,15 @@ def pictures(folder, n: int) -> list[str]:
     return [str(folder / f"p{i}.png") for i in range(n)]
 
 
-def measured(folder, image, text, image_of_text, texts=None, temperature=None, log_history=(), images=None) -> Measured:
+def measured(
+    folder, image, text, image_of_text, texts=None, temperature=None, log_history=(), images=None, left_out=()
+) -> Measured:
     searched = search_both(image, text, image_of_text, max(KS))
     alike = similarities(image, text, image_of_text, temperature and temperature["scale"])
     images = images or pictures(folder, len(image))
     texts = texts or [f"caption number {m} end" for m in range(len(text))]
     what = ("runs/mine", "val.json", metrics_of(searched, KS), KS, searched, alike, images, texts, image_of_text)
-    return Measured(*what, RECORD, temperature, list(log_history))
+    return Measured(*what, RECORD, temperature, list(log_history), left_out)
 
 
 def written(folder, *args, **kwargs) -> tuple[Page, str]:
@@ -219,6 +221,11 @@ def test_metrics_counts_and_temperature_are_on_the_page(tmp_path):
     for way in ("text_to_image", "image_to_text"):
         cells = [f"{100 * metrics[f'{way}_R@{k}']:.1f}" for k in KS]
         assert " ".join([way.replace("_", " "), *cells]) in page.text
+    # Among 30, one of them right: 15.5 on average, the mean of 1 / rank 3.995 / 30. Among 60, two: 61 / 3.
+    assert "by chance 3.3 16.7 33.3 15 15.5 0.133" in page.text
+    assert re.search(r"by chance 3\.3 16\.1 30\.8 \d+ 20\.3 ", page.text)
+    first, right = 100 * alike.p_first.mean(), 100 * metrics["text_to_image_R@1"]
+    assert f"comes first gets {first:.1f}%, and is the right one in {right:.1f}%" in page.text
     assert "60 matching pairs" in page.text and "1,740 others" in page.text and "30 images, 60 captions" in page.text
     assert f"in {100 * ordered_right(alike.matching, alike.others):.2f}% of cases" in page.text
     assert "0.0500" in page.text and "0.0700" in page.text and "highest in training" in page.text
@@ -231,6 +238,23 @@ def test_metrics_counts_and_temperature_are_on_the_page(tmp_path):
 def test_a_siglip_model_has_a_bias(tmp_path):
     page, _ = written(tmp_path, *vectors(9, 1), temperature={"scale": 10.0, "bias": -5.0, "start": 10.0})
     assert "yes above a cosine of 0.500" in page.text and "-5.00" in page.text and "softmax" not in page.text
+    image, text, image_of_text = vectors(9, 1)
+    shares = 1 / (1 + np.exp(5 - 10 * (text @ image.T)))
+    own = np.zeros((9, 9), bool)
+    own[np.arange(9), image_of_text] = True
+    told = re.search(r"a probability of ([\d.]+)% on average, others ([\d.]+)%", page.text)
+    wanted = [100 * shares[own].mean(), 100 * shares[~own].mean()]
+    assert [float(x) for x in told.groups()] == pytest.approx(wanted, abs=0.1)
+
+
+@pytest.mark.parametrize("n", [40, 300])
+def test_pairs_that_differ_in_nothing_have_one_histogram(tmp_path, n):
+    rng = np.random.default_rng(n)
+    image, text = (rng.standard_normal((n, 32)).astype(np.float32) for _ in range(2))
+    image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
+    page, _ = written(tmp_path, image, text, np.arange(n), left_out=("2 bad samples were left out",))
+    assert float(re.search(r"share ([\d.]+)% of their area", page.text)[1]) > 70
+    assert f"{n} images, {n} captions; 2 bad samples were left out" in page.text
 
 
 def test_without_a_model_there_is_no_temperature(tmp_path):
