@@ -703,6 +703,7 @@ def test_without_an_index_the_tabs_say_how_to_make_one(tmp_path, chromium):
         assert "warning: whoever can reach this machine can search" in ready(process, tmp_path)
         page = chromium.new_page(locale="en-US")
         page.goto(f"http://127.0.0.1:{port}")
+        page.locator(".mc-head h1").wait_for()  # with it come the classes
         page.get_by_text("There is no index to search in").wait_for()
         assert "python -m miniclip.search index photos --model" in page.locator(".mc-code").first.inner_text()
         page.get_by_role("tab", name="What is it?").click()
