@@ -119,7 +119,10 @@ def own_page(html: str, language: str) -> str:
 
 def has_room(folder: str, size: int, most: int) -> bool:
     """Whether so many bytes more fit on the disk of a folder, and it has not more than `most` then."""
-    there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    there = 0
+    for path in Path(folder).rglob("*"):
+        with suppress(OSError):  # it may be deleted just now
+            there += path.stat().st_size if path.is_file() else 0
     return there <= most and shutil.disk_usage(folder).free > size + (1 << 20)
 
 

@@ -245,7 +245,7 @@ def update(
     method = method or (old.about["search"]["asked"] if old else "auto")
     known = {old.key(row) for row in range(len(old.vectors))} if old else set()
     journal = FeatureCache(folder / NEW, mine, model.config.embed_dim)
-    resumed, fast, files, faulty, unreadable = len(journal), fast_model(model), {}, {}, []
+    resumed, fast, files, faulty, unreadable = len(journal), fast_model(model), {}, {}, set()
 
     def identify(name: str):
         """The file's path, its content's key, and by what it is known to be the same; or what is wrong with it."""
@@ -265,7 +265,7 @@ def update(
         except OSError as error:
             reason = f"cannot be opened ({error.strerror})"
         if name in before and reason.startswith("cannot be opened"):
-            unreadable.append(name)
+            unreadable.add(name)
         return name, None, reason
 
     with tqdm(total=len(names), desc="pictures", disable=not progress) as bar:

@@ -108,3 +108,18 @@ def run_script(forge):
         return done
 
     return run
+
+
+@pytest.fixture
+def shut_folder(monkeypatch):
+    """Makes a folder, by its name, one that must not be looked into, as root, who may run the tests, could."""
+
+    def shut(name: str):
+        def scandir(path, look=os.scandir):
+            if isinstance(path, str) and os.path.basename(path) == name:
+                raise PermissionError(13, "Permission denied", path)
+            return look(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+
+    return shut

@@ -166,19 +166,10 @@ def test_a_folder_of_pictures_is_no_place_for_an_index(album, tmp_path):
     assert (tmp_path / "a.mc" / "202401").is_dir()
 
 
-def test_a_folder_that_cannot_be_opened_loses_nothing(album, monkeypatch):
-    import os
-
+def test_a_folder_that_cannot_be_opened_loses_nothing(album, monkeypatch, shut_folder):
     album()
     (album.pictures / "0.png").unlink()
-    scandir = os.scandir
-
-    def closed(path):
-        if isinstance(path, str) and os.path.basename(path) == "deep":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", closed)
+    shut_folder("deep")
     changes = album()
     assert (changes["kept"], changes["removed"], changes["unchanged"], changes["encoded"]) == (4, 1, 3, 0)
     assert len(listed(album.folder / "products.mc")) == 7
@@ -613,7 +604,7 @@ def test_what_systems_leave_in_a_folder_is_passed_over_and_an_old_format_said(al
         album()
 
 
-def test_a_file_that_cannot_be_opened_is_not_gone(album, monkeypatch):
+def test_a_file_that_cannot_be_opened_is_not_gone(album, monkeypatch, shut_folder):
     import os
 
     album()
@@ -633,14 +624,7 @@ def test_a_file_that_cannot_be_opened_is_not_gone(album, monkeypatch):
     for path in list(album.pictures.iterdir()):
         if path.name != "deep":
             path.unlink()
-    scandir = os.scandir
-
-    def shut(path):
-        if isinstance(path, str) and os.path.basename(path) == "deep":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", shut)
+    shut_folder("deep")
     for how in ({}, {"folder": "of2.mc", "shard": (1, 2)}):
         with pytest.raises(ImageIndexError, match=r"there is no picture in it(.|\n)*deep: cannot be opened"):
             album(**how)

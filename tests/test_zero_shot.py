@@ -172,7 +172,7 @@ def test_bad_pictures_stop_or_are_listed(folders):
     assert listed["sample"].endswith("red/bad.png") and "no picture" in listed["reason"]
 
 
-def test_no_picture_of_a_folder_is_passed_over_in_silence(folders, tmp_path, capsys, monkeypatch):
+def test_no_picture_of_a_folder_is_passed_over_in_silence(folders, tmp_path, capsys, shut_folder):
     (tmp_path / "elsewhere").mkdir()
     (folders / "set" / "red").rename(tmp_path / "elsewhere" / "red")
     (folders / "set" / "red").symlink_to(tmp_path / "elsewhere" / "red")
@@ -203,14 +203,7 @@ def test_no_picture_of_a_folder_is_passed_over_in_silence(folders, tmp_path, cap
     with pytest.raises(InputError, match="of one class alone every picture is"):
         run(zero_shot, folders, "--images", folders / "0.png", "--classes", "red")
 
-    scandir = os.scandir
-
-    def closed(path):
-        if isinstance(path, str) and os.path.basename(path) == "blue":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", closed)
+    shut_folder("blue")
     with pytest.raises(InputError, match=r"blue: cannot be opened \(Permission denied\)"):
         run(zero_shot, folders, "--images", folders / "set")
 
