@@ -222,8 +222,8 @@ def update(
     `named` is what to say and load the model by: {"name": ..., "pretrained": ...}. A file is the same while its size
     and times are; with `check` all are read. `shard` (i, n) takes the i-th n-th of the files, by their names: where it
     gets none, no index is made. `method` is one of `neighbours.METHODS`, or "auto"; unless given, what it was the last
-    time. Raises ImageIndexError for an index of another model or folder (unless
-    that was `moved`), InputError where another process is writing to it, or where there are no pictures.
+    time. Raises ImageIndexError for an index of another model or folder (unless that was `moved`), for a folder with
+    something else in it, and where there are no pictures; InputError where another process is writing to it.
     """
     check_method(method or "auto")
     root, folder, mine = ImageRoot(root, allow_outside), Path(folder), fingerprint(model, preprocess)

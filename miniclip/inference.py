@@ -81,7 +81,7 @@ def embed_texts(
     TypeError, with its place, for what is no string.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
-    fast, device = _fast(model, len(texts)), model.logit_scale.device
+    fast, device = for_inference(model, len(texts)), model.logit_scale.device
     features = torch.empty(len(texts), model.text.width)
     ids = tokenizer(texts, trim=True)
     lengths = tokenizer.lengths(ids)
@@ -122,7 +122,7 @@ def embed_images(
     read; into `faults`, if that is given, go their rows and what is wrong instead, and those rows are NaN.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    fast, device = _fast(model, len(paths)), model.logit_scale.device
+    fast, device = for_inference(model, len(paths)), model.logit_scale.device
     features = torch.empty(len(paths), model.visual.width)
     pending, stop = [], faults is None  # (row, key, levels) that wait for a batch to be full
     faults = {} if stop else faults
@@ -183,7 +183,7 @@ def on_all_processes(args, items: list, embed) -> np.ndarray:
     return embeds
 
 
-def _fast(model: MiniClip, n: int) -> FastClip:
+def for_inference(model: MiniClip, n: int) -> FastClip:
     """The model in its form for inference. Only where there is enough to do are weights laid out anew and, on a CPU, is
     memory kept for the next batch: large activations that go back to the system cost more than their convolutions."""
     if large(model, n):

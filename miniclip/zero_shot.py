@@ -58,13 +58,15 @@ def build_zero_shot_classifier(
     import torch
     from tqdm.auto import tqdm
 
+    from miniclip.inference import for_inference
+
     classnames, templates = (x if isinstance(x, str) else list(x) for x in (classnames, templates))
     for name, values in (("classnames", classnames), ("templates", templates)):
         if isinstance(values, str) or not len(values):
             raise InputError(f"{name} is a list of at least one, not {values!r}")
     warn_if_illegible(tokenizer, classnames)
     step = max(1, num_classes_per_batch or len(classnames))
-    model = _for_many(model, len(classnames) * len(templates))
+    model = for_inference(model, len(classnames) * len(templates))  # laid out once for all batches
     parts = [
         embed_classes(model, tokenizer, [[fill(t, name) for t in templates] for name in classnames[at : at + step]])
         for at in tqdm(range(0, len(classnames), step), desc="classes", disable=not use_tqdm, leave=False)
@@ -82,13 +84,6 @@ def embed_classes(model, tokenizer, sentences: Sequence[Sequence[str]]) -> Tenso
     embeds = torch.from_numpy(embed_texts(model, tokenizer, [text for texts in sentences for text in texts]))
     means = [part.mean(dim=0) for part in embeds.split([len(texts) for texts in sentences])]
     return F.normalize(torch.stack(means), dim=1).T.contiguous()
-
-
-def _for_many(model, n: int):
-    """The model in its form for inference, laid out once for all batches."""
-    from miniclip.fast import FastClip, fast_model
-
-    return model if isinstance(model, FastClip) else fast_model(model, pack=n >= 64)
 
 
 def probabilities(model, image_embeds: np.ndarray, classifier: Tensor) -> np.ndarray:
