@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-all test-ui clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m miniclip.shapes data/shapes
+	$(BIN)/python -m miniclip shapes data/shapes
 	$(BIN)/python train.py recipes/demo.json --overwrite_output_dir
 	$(BIN)/python evaluate.py --model runs/demo --eval_file data/shapes/eval.json --report runs/demo
-	$(BIN)/python -m miniclip.scene_quiz --model runs/demo
+	$(BIN)/python -m miniclip scene_quiz --model runs/demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
@@ -20,7 +20,7 @@ test-all: $(VENV)/installed
 
 # MINICLIP_UI: what is missing is a failure here, and no reason to skip. -n 0: one server and one browser for all.
 test-ui: $(VENV)/installed-ui
-	MINICLIP_UI=1 $(BIN)/python -m pytest -n 0 tests/test_app.py
+	MINICLIP_UI=1 $(BIN)/python -m pytest -n 0 tests/page/test_app.py
 
 $(VENV)/installed-ui: requirements-ui.txt $(VENV)/installed
 	$(BIN)/python -m pip install --requirement requirements-ui.txt "playwright>=1.50"

@@ -5,7 +5,8 @@ import os
 import re
 from pathlib import Path
 
-from miniclip.options import EvalOptions, find_device, make_parser, run
+from miniclip.inference.options import EvalOptions
+from miniclip.utils.command_line import find_device, make_parser, run
 
 # Threads that wait for one another spin before they sleep, by default for so long that a short search costs twice its
 # time. To be said before NumPy and faiss are imported.
@@ -33,16 +34,16 @@ def main(argv: list[str]):
 
     import numpy as np
 
-    from miniclip.bad_samples import BadSamples
-    from miniclip.files import replacing, write_json
-    from miniclip.record import evaluation_record
     from miniclip.retrieval import KS, format_table, metrics_of, search_both
+    from miniclip.run.record import evaluation_record
+    from miniclip.utils.bad_samples import BadSamples
+    from miniclip.utils.files import replacing, write_json
 
     first_only, bad_samples = options.captions == "first", BadSamples()
     records = None
     if options.eval_file:
-        from miniclip.captions import one_per_image
-        from miniclip.sources import read_source
+        from miniclip.datasets.read import read_source
+        from miniclip.datasets.records import one_per_image
 
         # Images in files are checked in advance only to leave bad ones out: otherwise whoever decodes them for the
         # model finds all that is wrong with them.
@@ -76,7 +77,7 @@ def main(argv: list[str]):
     print(f"{source} on {dataset}: {len(image_embeds)} images, {len(text_embeds)} captions")
     print(format_table(metrics, ks))
     if options.save_features:
-        from miniclip.feature_cache import write_npy
+        from miniclip.utils.files import write_npy
 
         folder = Path(options.save_features)
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ def main(argv: list[str]):
         print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
         left_out.append(f"{len(bad_samples)} bad samples were left out")
     if options.report:
-        from miniclip.html_report import Measured, report_file, write_report
+        from miniclip.reports.html_page import Measured, report_file, write_report
 
         images = [record["image"] for record in records]
         texts = [text for record in records for text in record["caption"][: 1 if first_only else None]]
@@ -108,13 +109,13 @@ def main(argv: list[str]):
             print(f"{state} cannot be read ({error!r}): the report is without the curves of training")
         path = report_file(options.report)
         if path.suffix.lower() == ".png":
-            from miniclip.report import draw_report, pick_examples
+            from miniclip.reports.charts import draw_report, pick_examples
 
             examples = pick_examples(images, texts, image_embeds, text_embeds, image_of_text)
             draw_report(path, log_history, examples, f"{source} on {dataset}")
             print(f"drawn in {path}")
         else:
-            from miniclip.similarities import similarities
+            from miniclip.reports.similarities import similarities
 
             alike = similarities(image_embeds, text_embeds, image_of_text, temperature and temperature["scale"])
             about = (image_of_text, record, temperature, log_history, tuple(left_out))
@@ -129,10 +130,11 @@ def encode(options: EvalOptions, records: list[dict]):
 
     import torch
 
-    from miniclip.data import flatten_captions
-    from miniclip.fast import cosine_to_fp32, fast_model
-    from miniclip.feature_cache import FeatureCache
-    from miniclip.inference import embed_images, embed_texts, load
+    from miniclip.datasets.records import flatten_captions
+    from miniclip.inference.embed import embed_images, embed_texts
+    from miniclip.inference.fast import cosine_to_fp32, fast_model
+    from miniclip.inference.feature_cache import FeatureCache
+    from miniclip.inference.load import load
     from miniclip.transforms import Preprocess
 
     device = find_device(options.device)

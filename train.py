@@ -4,8 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from miniclip.config import InputError
-from miniclip.options import parse_train, run, train_help
+from miniclip.training.parse import parse_train, train_help
+from miniclip.utils.command_line import run
+from miniclip.utils.errors import InputError
 
 # On the CPU, threads that wait for one another spin before they sleep, by default for so long that beside another busy
 # program a step takes several times as long. A short spin costs nothing alone. To be said before torch is imported.
@@ -28,24 +29,26 @@ def main(argv: list[str]):
 
     from transformers import set_seed
 
-    from miniclip.augment import TrainTransform
-    from miniclip.bad_samples import NAME, BadSamples
-    from miniclip.captions import one_per_image
-    from miniclip.data import CaptionDataset, CaptionFileError
-    from miniclip.fast import describe
-    from miniclip.files import lock, write_json
-    from miniclip.finetune import fine_tuning
-    from miniclip.inference import load
-    from miniclip.objectives import make_objective
-    from miniclip.progress import check_reporters, watch
-    from miniclip.record import RECORD, training_record
-    from miniclip.resume import checkpoints, clean, start_anew
+    from miniclip.data import CaptionDataset
+    from miniclip.datasets.read import describe as describe_data
+    from miniclip.datasets.read import read_source
+    from miniclip.datasets.records import one_per_image
+    from miniclip.datasets.text_files import ColumnError
+    from miniclip.inference.load import load
+    from miniclip.inference.matmul import describe
     from miniclip.retrieval import format_table
-    from miniclip.sources import ColumnError, read_source
-    from miniclip.sources import describe as describe_data
-    from miniclip.streaming import StreamDataset
-    from miniclip.trainer import ClipTrainer
-    from miniclip.twins import twin_free
+    from miniclip.run.checkpoints import checkpoints, clean, start_anew
+    from miniclip.run.folder import training_record
+    from miniclip.run.progress import check_reporters, watch
+    from miniclip.run.record import RECORD
+    from miniclip.training.augment import TrainTransform
+    from miniclip.training.finetune import fine_tuning
+    from miniclip.training.objectives import make_objective
+    from miniclip.training.streaming import StreamDataset
+    from miniclip.training.trainer import ClipTrainer
+    from miniclip.training.twins import twin_free
+    from miniclip.utils.bad_samples import NAME, BadSamples, CaptionFileError
+    from miniclip.utils.files import lock, write_json
 
     logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
     check_reporters(args)
@@ -115,7 +118,7 @@ def main(argv: list[str]):
 
     caches = None, None
     if options.lock_image != "none" or options.lock_text != "none":
-        from miniclip.locked import lock_towers
+        from miniclip.training.freeze import lock_towers
 
         locks, folder = (options.lock_image, options.lock_text), options.feature_cache
         make_dataset, caches = lock_towers(model, *locks, args, records, preprocess, tokenizer, folder)

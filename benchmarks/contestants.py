@@ -119,7 +119,8 @@ class MiniClip:
         return self.preprocess.load(paths[0]).numpy()
 
     def train(self, turns: Turns, pairs: Pairs, batch: int, precision: str, chunk: int = 0):
-        from miniclip.trainer import ClipTrainer, ClipTrainingArguments
+        from miniclip.training.arguments import ClipTrainingArguments
+        from miniclip.training.trainer import ClipTrainer
 
         arguments = trainer_arguments(ClipTrainingArguments, self.folder, batch, precision, grad_cache_chunk_size=chunk)
         train_in_turns(
@@ -132,9 +133,10 @@ class Loop(MiniClip):
     """MiniCLIP's parts in a bare loop, without what Trainer and the data library take for themselves."""
 
     def train(self, turns: Turns, pairs: Pairs, batch: int, precision: str, chunk: int = 0):
-        from miniclip.batch import batch_forward
-        from miniclip.fast import fast_arithmetic, speed_up
+        from miniclip.inference.fast import speed_up
+        from miniclip.inference.matmul import fast_arithmetic
         from miniclip.loss import clip_loss
+        from miniclip.training.grad_cache import batch_forward
 
         model = speed_up(self.model.train())
 
@@ -407,8 +409,8 @@ def make_weights(folder: Path, config: str):
     """Random weights, drawn once, in the layout of each contestant."""
     sys.path.insert(0, str(ROOT))
     from miniclip.config import MODEL_CONFIGS, MiniClipConfig
-    from miniclip.convert import convert
     from miniclip.model import MiniClip
+    from miniclip.weights.convert import convert
 
     torch.manual_seed(0)
     shutil.rmtree(folder / "miniclip", ignore_errors=True)

@@ -107,8 +107,9 @@ class Study:
 
     def measure(self, folder: Path) -> dict:
         """Both languages: {"old": metrics, "new": metrics}."""
-        from miniclip.inference import embed_images, embed_texts, load
-        from miniclip.wise_ft import Tasks
+        from miniclip.inference.embed import embed_images, embed_texts
+        from miniclip.inference.evaluator import Tasks
+        from miniclip.inference.load import load
 
         self.tasks = self.tasks or Tasks(self.records())
         model, preprocess, tokenizer = load(folder)
@@ -116,7 +117,7 @@ class Study:
         return self.tasks.measure(image_embeds, embed_texts(model, tokenizer, self.tasks.texts))
 
     def records(self) -> dict[str, list[dict]]:
-        from miniclip.data import read_captions
+        from miniclip.datasets.records import read_captions
 
         files = {task: self.file(language, "val") for task, language in LANGUAGES.items()}
         return {task: read_captions(file, self.image_root, check_images=False) for task, file in files.items()}
@@ -152,8 +153,8 @@ class Study:
         """What lies between the base and a fine-tuned model."""
         done = self.out / name / "wise_ft.json"
         if not done.is_file() or done.stat().st_mtime < (self.out / name / "result.json").stat().st_mtime:
-            from miniclip.inference import load
-            from miniclip.wise_ft import sweep
+            from miniclip.inference.load import load
+            from miniclip.training.wise_ft import sweep
 
             print(f"sweep: {base} to {self.out / name}", flush=True)
             (before, *_), (after, preprocess, tokenizer) = load(base), load(self.out / name)
@@ -166,7 +167,7 @@ class Study:
         config, heir = self.out / "small.json", self.out / "heir-start"
         write(config, SMALL)
         if not (heir / "model.safetensors").is_file():
-            command = ["-m", "miniclip.inherit", "--from", base, "--to", config, "--output_dir", heir]
+            command = ["-m", "miniclip", "inherit", "--from", base, "--to", config, "--output_dir", heir]
             subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
         options = {**FINE_TUNE, "learning_rate": 1e-3, "weight_decay": 0.2, "train_file": self.file("en", "train")}
         words = [str(word) for option, value in options.items() for word in (f"--{option}", value)]
@@ -217,7 +218,7 @@ def forgetting_table(base: dict, runs: dict[str, dict], sweeps: dict[str, list[d
 
 def wise_rows(found: list[dict]) -> list[tuple[str, dict]]:
     """The model in the middle, and the best by the mean of both recalls."""
-    from miniclip.wise_ft import best
+    from miniclip.training.wise_ft import best
 
     alpha, entries = best(found), {entry["alpha"]: entry for entry in found}
     middle = [] if alpha == 0.5 else [("alpha 0.5", entries[0.5])]
@@ -226,8 +227,8 @@ def wise_rows(found: list[dict]) -> list[tuple[str, dict]]:
 
 def draw(path: Path, base: dict, runs: dict[str, dict], sweeps: dict[str, list[dict]]):
     """Old recall against new: a numbered dot for each run, a line for each sweep."""
-    from miniclip.report import GREY, INK, LINES, MARGIN, RED, WIDTH, Page
-    from miniclip.wise_ft import draw_axes
+    from miniclip.reports.charts import GREY, INK, LINES, MARGIN, RED, WIDTH, Page
+    from miniclip.training.wise_ft import draw_axes
 
     page = Page(640)
     page.text(MARGIN, MARGIN - 8, "What fine-tuning on Chinese captions gains, and what it forgets of English ones", 20)
@@ -281,7 +282,7 @@ def main():
         sections["forgetting"] = f"{about}\n\n{forgetting_table(before, runs, sweeps)}\n\n{picture}"
         draw(docs / "forgetting.png", before, runs, sweeps)
     if "plain" in sweeps:
-        from miniclip.wise_ft import draw_sweep, format_sweep
+        from miniclip.training.wise_ft import draw_sweep, format_sweep
 
         picture = "![both recalls over alpha](wise_ft.png)"
         sections["wise_ft"] = f"{format_sweep(sweeps['plain'])}\n\n{picture}"

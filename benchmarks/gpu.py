@@ -42,14 +42,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from transformers import PrinterCallback, TrainerCallback  # noqa: E402
 
-from miniclip.batch import batch_forward  # noqa: E402
 from miniclip.config import MiniClipConfig  # noqa: E402
 from miniclip.data import Collator  # noqa: E402
-from miniclip.fast import fast_model, image_features, matmul_precision, speed_up, text_features  # noqa: E402
+from miniclip.inference.fast import fast_model, image_features, speed_up, text_features  # noqa: E402
+from miniclip.inference.matmul import matmul_precision  # noqa: E402
 from miniclip.loss import clip_loss  # noqa: E402
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip  # noqa: E402
 from miniclip.tokenizer import Tokenizer  # noqa: E402
-from miniclip.trainer import ClipTrainer, ClipTrainingArguments  # noqa: E402
+from miniclip.training.arguments import ClipTrainingArguments  # noqa: E402
+from miniclip.training.grad_cache import batch_forward  # noqa: E402
+from miniclip.training.trainer import ClipTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402
 
 TINY = {
@@ -77,7 +79,7 @@ TITLES = {
 def tower_flops(width: int, layers: int, mlp_ratio: float, sequences: int, length: int) -> float:
     """Of the blocks of a tower, forward: 2 for each weight and row, and 4 x length x width a row for attention, whose
     whole square is counted, with a causal mask too. Of the last block only queries, keys and values are computed for
-    all rows; the rest for the one row of each sequence that is read out (`miniclip/fast.py`)."""
+    all rows; the rest for the one row of each sequence that is read out (`miniclip/inference/fast.py`)."""
     rows, qkv = sequences * length, 2 * 3 * width**2
     rest = 2 * width**2 + 2 * 2 * width * int(width * mlp_ratio) + 4 * length * width
     return layers * rows * qkv + ((layers - 1) * rows + sequences) * rest

@@ -3,8 +3,8 @@
     python benchmarks/locked.py
 
 Trains with the real trainer on made pictures (500 x 375) whose image tower is locked: first as any frozen part of a
-network would be, decoding and encoding every picture in every epoch, then by `miniclip.locked`. Writes its part of
-RESULTS.md.
+network would be, decoding and encoding every picture in every epoch, then by `miniclip.training.freeze`. Writes its part
+of RESULTS.md.
 """
 
 import argparse
@@ -22,11 +22,13 @@ from results import machine, write_section  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from miniclip.config import MiniClipConfig  # noqa: E402
-from miniclip.data import CaptionDataset, read_captions  # noqa: E402
-from miniclip.locked import lock, lock_towers  # noqa: E402
+from miniclip.data import CaptionDataset  # noqa: E402
+from miniclip.datasets.records import read_captions  # noqa: E402
 from miniclip.model import MiniClip  # noqa: E402
 from miniclip.tokenizer import Tokenizer  # noqa: E402
-from miniclip.trainer import ClipTrainer, ClipTrainingArguments  # noqa: E402
+from miniclip.training.arguments import ClipTrainingArguments  # noqa: E402
+from miniclip.training.freeze import lock, lock_towers  # noqa: E402
+from miniclip.training.trainer import ClipTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402
 
 CASES = [  # model, lock_image, lock_text

@@ -1,4 +1,4 @@
-"""What do OpenCLIP's losses give? Writes tests/data/loss_golden.json, which tests/test_losses.py reads.
+"""What do OpenCLIP's losses give? Writes tests/data/loss_golden.json, which tests/training/test_losses.py reads.
 
     /path/to/peers/bin/python benchmarks/make_loss_golden.py     (benchmarks/peers.md makes that environment)
 

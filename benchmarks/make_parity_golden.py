@@ -1,4 +1,4 @@
-"""What do OpenCLIP and OpenAI's code compute? Writes tests/data/parity_golden.json, which tests/test_parity.py reads.
+"""What do OpenCLIP and OpenAI's code compute? Writes tests/data/parity_golden.json.
 
     /path/to/peers/bin/python benchmarks/make_parity_golden.py     (benchmarks/peers.md makes that environment)
 

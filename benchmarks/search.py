@@ -4,9 +4,8 @@
     python benchmarks/search.py --part vectors                  100k and 1M vectors, without a model; peak about 6 GB
     python benchmarks/search.py --part vectors --quick          10k, in a minute
 
-Pictures: the commands of `miniclip.search` as they are, on copies of the first pictures of a folder. Vectors: what an
-index is searched by, `miniclip.neighbours`, on the vectors of `benchmarks/retrieval.py`, queries one at a time. Each
-writes its part of RESULTS.md.
+Pictures: `miniclip search` as it is, on copies of the first pictures of a folder. Vectors: what an
+index is searched by, on the vectors of `benchmarks/retrieval.py`, queries one at a time. Each writes its part of RESULTS.md.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as miniclip/search.py has it
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as miniclip/commands/search.py has it
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import numpy as np  # noqa: E402
@@ -31,7 +30,7 @@ import results  # noqa: E402
 from retrieval import make_gallery, make_queries  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from miniclip.neighbours import METHODS, Neighbours, exact  # noqa: E402
+from miniclip.index.neighbours import METHODS, Neighbours, exact  # noqa: E402
 
 
 def milliseconds(run, queries) -> str:
@@ -129,7 +128,7 @@ def pictures(model: Path, folder: Path, limit: int) -> str:
 def timed(*words) -> tuple[float, str]:
     """Seconds that a command takes, and how many pictures it says it has encoded."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "miniclip.search", *map(str, words)]
+    command = [sys.executable, "-m", "miniclip", "search", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)

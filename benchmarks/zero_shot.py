@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from miniclip import linear_probe, moderate
-from miniclip.confusion import classification_metrics, format_metrics
-from miniclip.fast import fast_model
-from miniclip.inference import embed_images, load
-from miniclip.prompts import TEMPLATES, describe_legibility, legibility
-from miniclip.shapes import drawn
-from miniclip.zero_shot import build_zero_shot_classifier, embed_classes, probabilities
+from miniclip.classify import linear_probe, moderate
+from miniclip.classify.prompts import TEMPLATES, describe_legibility, legibility
+from miniclip.classify.zero_shot import build_zero_shot_classifier, embed_classes, probabilities
+from miniclip.datasets.shapes import drawn
+from miniclip.inference.embed import embed_images
+from miniclip.inference.fast import fast_model
+from miniclip.inference.load import load
+from miniclip.reports.confusion import classification_metrics, format_metrics
 
 WORDS = {  # English, Chinese, French, Spanish, and how captions say it
     "dog": ("狗", "chien", "perro", "dogs?"), "bicycle": ("自行车", "vélo", "bicicleta", r"bi(ke|cycl)\w*"),

@@ -12,11 +12,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from miniclip.utils.errors import InputError
+
 MODEL_CONFIGS = Path(__file__).resolve().parent.parent / "model_configs"
-
-
-class InputError(ValueError):
-    """Something is wrong with what somebody gave us. The message names it, and says what to do."""
 
 
 @dataclass
@@ -117,7 +115,7 @@ class MiniClipConfig:
         if isinstance(values, dict) and values.get("model_type") == "clip":
             raise InputError(
                 f"{path} is a Hugging Face config: make a MiniCLIP folder of it with"
-                f" `python -m miniclip.checkpoint convert {Path(path).parent} NEW_FOLDER --to miniclip`"
+                f" `python -m miniclip convert {Path(path).parent} NEW_FOLDER --to miniclip`"
             )
         return cls.from_dict(values, str(path))
 
@@ -150,7 +148,8 @@ def _fill(cls, values: dict, where: str):
     if dataclasses.is_dataclass(values):
         return values  # made already
     if isinstance(values, dict) and any(name.startswith("hf_") for name in values):  # a tower of another make
-        from miniclip.hf_towers import SECTIONS
+        import miniclip.towers.huggingface  # noqa: F401
+        from miniclip.towers.hf_config import SECTIONS
 
         cls = SECTIONS.get(cls, cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}

@@ -11,20 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from miniclip.bad_samples import BadSamples
-from miniclip.captions import CaptionFileError, flatten_captions, read_captions  # noqa: F401, what they are made of
-from miniclip.transforms import ImageError, open_image
+from miniclip.utils.bad_samples import BadSamples
+from miniclip.utils.image_files import ImageError, open_image
+from miniclip.utils.parallel import as_table
 
 logger = logging.getLogger(__name__)
 MAX_BAD = 100  # more bad samples in a row than that are no accident
-
-
-def as_table(records: Sequence[dict]) -> Sequence[dict]:
-    """A list of records as an Arrow table: there they lie outside Python's heap, and worker processes share them
-    instead of copying. Other sequences as they are."""
-    import datasets  # slow to import
-
-    return datasets.Dataset.from_list(records) if isinstance(records, list) else records
 
 
 class CaptionDataset(Dataset):
@@ -36,10 +28,10 @@ class CaptionDataset(Dataset):
     numbers, the one equal for the same picture and the other for the same words (`image_id`, `text_id`). `row` says
     which item it is, should something be wrong with it (`label`).
 
-    `records` are a list, or any sequence of such (`miniclip.sources`). There an image may be a handle: it has `read`,
-    which gives its bytes, and `str` names it. Those are not checked in advance: one that cannot be used is reported,
-    counted in `bad`, listed in `bad_samples`, and the next sound one takes its place; or, where `on_bad` is "stop",
-    raises ImageError. An index of n or more is another draw of item index - n.
+    `records` are a list, or any sequence of such (`miniclip.datasets.read`). There an image may be a handle: `read`
+    gives its bytes, and `str` names it. Those are not checked in advance: one that cannot be used is reported, counted
+    in `bad`, listed in `bad_samples`, and the next sound one takes its place; or, where `on_bad` is "stop", raises
+    ImageError. An index of n or more is another draw of item index - n.
     """
 
     def __init__(

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from miniclip.config import InputError, MiniClipConfig, TextConfig, VisionConfig
-from miniclip.files import MANIFEST, check_manifest, files_in, replacing, write_manifest
-from miniclip.weight_files import CheckpointError, read_state_dict
+from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
+from miniclip.utils.errors import CheckpointError, InputError
+from miniclip.utils.files import MANIFEST, check_manifest, files_in, replacing, write_manifest
+from miniclip.utils.weight_files import read_state_dict
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper keeps the scale at 100 or less, "to prevent training instability"
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from miniclip.config import InputError
+from miniclip.utils.errors import InputError
 
 KS = (1, 5, 10)
 # Scores closer than this are equal: the products of the very same vectors differ by a few last bits of float32,

@@ -97,7 +97,9 @@ def run_script(forge):
 
     def run(*argv, check=True, timeout=300, env=None):
         argv = list(map(str, argv))
-        if argv[0] in ("train.py", "evaluate.py", "miniclip/search.py") and not env:
+        if argv[:2] == ["-m", "miniclip"] and not env:
+            done = forge(["miniclip/__main__.py", *argv[2:]], timeout)
+        elif argv[0] in ("train.py", "evaluate.py") and not env:
             done = forge(argv, timeout)
         else:
             done = subprocess.run(

@@ -28,15 +28,15 @@ def prepare():
     from PIL import Image
     from transformers import Trainer  # noqa: F401
 
-    import miniclip.hf_towers
-    import miniclip.image_search
-    import miniclip.index_parts
-    import miniclip.locked
-    import miniclip.objectives
-    import miniclip.sources
-    import miniclip.streaming
-    import miniclip.trainer
-    import miniclip.twins  # noqa: F401
+    import miniclip.datasets.read
+    import miniclip.index.parts
+    import miniclip.index.search
+    import miniclip.towers.huggingface
+    import miniclip.training.freeze
+    import miniclip.training.objectives
+    import miniclip.training.streaming
+    import miniclip.training.trainer
+    import miniclip.training.twins  # noqa: F401
 
     Image.init()
     torch.set_num_threads(1)  # threads would not come along when this process is forked

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from miniclip.batch import batch_forward
 from miniclip.config import MiniClipConfig
 from miniclip.loss import clip_loss
 from miniclip.model import MiniClip
+from miniclip.training.grad_cache import batch_forward
 
 
 def main(batch_file: str, output: str):

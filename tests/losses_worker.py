@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from miniclip.batch import batch_forward
 from miniclip.config import MiniClipConfig
-from miniclip.distill import Distillation
 from miniclip.model import MiniClip
-from miniclip.objectives import make_objective
+from miniclip.training.distill import Distillation
+from miniclip.training.grad_cache import batch_forward
+from miniclip.training.objectives import make_objective
 from miniclip.transforms import Preprocess
 
 

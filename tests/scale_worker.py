@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 import miniclip
 from miniclip.loss import clip_loss
-from miniclip.trainer import ClipTrainer, ClipTrainingArguments
+from miniclip.training.arguments import ClipTrainingArguments
+from miniclip.training.trainer import ClipTrainer
 
 
 def make_trainer(folder: Path, output: str, per_device: int, model=None, **more) -> ClipTrainer:

@@ -21,10 +21,12 @@ import pandas  # noqa: F401
 import pyarrow.parquet
 import torch
 
-import miniclip.resume  # noqa: F401
-from miniclip import image_index
-from miniclip.image_index import ImageIndex, update
-from miniclip.inference import embed_texts, load
+import miniclip.run.checkpoints  # noqa: F401
+from miniclip.index import image_index
+from miniclip.index.build import update
+from miniclip.index.image_index import ImageIndex
+from miniclip.inference.embed import embed_texts
+from miniclip.inference.load import load
 from tests.forge import KilledAt
 
 

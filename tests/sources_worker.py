@@ -9,10 +9,11 @@ from accelerate import skip_first_batches
 
 from miniclip.config import MiniClipConfig, PreprocessConfig
 from miniclip.data import CaptionDataset
+from miniclip.datasets.read import read_source
 from miniclip.model import MiniClip
-from miniclip.sources import read_source
-from miniclip.streaming import StreamDataset
-from miniclip.trainer import ClipTrainer, ClipTrainingArguments
+from miniclip.training.arguments import ClipTrainingArguments
+from miniclip.training.streaming import StreamDataset
+from miniclip.training.trainer import ClipTrainer
 from miniclip.transforms import Preprocess
 
 

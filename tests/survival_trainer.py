@@ -10,7 +10,8 @@ from miniclip.config import MiniClipConfig, PreprocessConfig
 from miniclip.data import CaptionDataset
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
-from miniclip.trainer import ClipTrainer, ClipTrainingArguments
+from miniclip.training.arguments import ClipTrainingArguments
+from miniclip.training.trainer import ClipTrainer
 from miniclip.transforms import Preprocess
 
 

@@ -88,7 +88,7 @@ def boundaries(out: Path) -> dict:
     import safetensors.torch
     import torch
 
-    from miniclip.resume import check_checkpoint, last_checkpoint
+    from miniclip.run.checkpoints import check_checkpoint, last_checkpoint
     from tests.survival_trainer import make_trainer
 
     trainer = make_trainer(out / "run")

@@ -1,0 +1,94 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from miniclip.classify.linear_probe import draw_shots, probe
+from miniclip.classify.pictures import choose_classes, embed_pictures, find_pictures
+from miniclip.classify.prompts import TEMPLATES, read_classes, read_templates
+from miniclip.classify.zero_shot import build_zero_shot_classifier
+from miniclip.commands.common import common_options, open_model
+from miniclip.utils.errors import InputError
+
+
+def main(argv: list[str]):
+    parser = argparse.ArgumentParser(
+        "python -m miniclip linear_probe", description="Classifies by logistic regression on image embeddings."
+    )
+    parser.add_argument("--train", required=True, help="examples: a folder with a folder for each class")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="examples of a class, as many")
+    parser.add_argument("--seeds", type=int, default=3, help="how often examples are drawn; the mean is said")
+    parser.add_argument("--classes", help="words of the classes, for zero-shot; the folders' names unless given")
+    parser.add_argument("--templates", help="a file of sentences with {} for the class name")
+    parser.add_argument("--language", default="en", choices=list(TEMPLATES), help="of classes and templates")
+    common_options(parser, "linear_probe")
+    options = parser.parse_args(argv)
+    if min(options.shots) < 1 or options.seeds < 1:
+        raise InputError("--shots and --seeds are 1 or more")
+    given = read_classes(options.classes, options.language) if options.classes is not None else None
+    examples, pictures = find_pictures([options.train]), find_pictures(options.images)
+    classes, labels = choose_classes(given, [folder for _, folder in examples], options.language)
+    _, truth = choose_classes(classes, [folder for _, folder in pictures], options.language)
+    for what, found in (("--train", labels), ("--images", truth)):
+        if found is None:
+            raise InputError(f"{what}: expected a folder with a folder for each of the classes {', '.join(classes)}")
+    both = {os.path.realpath(path) for path, _ in examples} & {os.path.realpath(path) for path, _ in pictures}
+    if both:
+        raise InputError(f"{len(both)} pictures are both in --train and in --images: {min(both)}: not held out")
+
+    import numpy as np
+    import torch
+
+    from miniclip.reports.confusion import classification_metrics
+    from miniclip.utils.bad_samples import NAME, BadSamples
+    from miniclip.utils.files import replacing, write_json, write_text
+
+    model, preprocess, tokenizer = open_model(options)
+    bad_samples, n = BadSamples(), len(classes)
+    templates = read_templates(options.templates) if options.templates else TEMPLATES[options.language]
+    start = build_zero_shot_classifier(model, tokenizer, list(classes.values()), templates)
+    rows = [(path, row) for (path, _), row in zip(examples, labels)]
+    rows, features = embed_pictures(options, model, preprocess, rows, bad_samples)
+    labels = np.array([row for _, row in rows])
+    if missing := [name for row, name in enumerate(classes) if row not in labels]:
+        raise InputError(f"--train {options.train}: there is no example of {missing[0]!r} that can be used")
+    rows = [(path, row) for (path, _), row in zip(pictures, truth)]
+    rows, held_out = embed_pictures(options, model, preprocess, rows, bad_samples)
+    truth, scale = np.array([row for _, row in rows]), model.logit_scale.exp().item()
+
+    def measure(weight, bias=0.0) -> dict[str, float]:
+        scores = scale * torch.from_numpy(held_out).double() @ weight.double() + bias
+        order = scores.argsort(dim=1, descending=True, stable=True).numpy()
+        return classification_metrics(order, truth, n)[0]
+
+    found = [{"shots": 0, "start": "zero-shot", **measure(start)}]
+    for shots in options.shots:
+        for name, begin in (("nothing", None), ("zero-shot", start)):
+            each = []
+            for seed in range(options.seeds):
+                chosen = draw_shots(labels, shots, seed)
+                weight, bias, strength = probe(features[chosen], labels[chosen], n, begin, scale)
+                each.append(measure(weight, bias))
+            mean = {metric: float(np.mean([one[metric] for one in each])) for metric in each[0]}
+            found.append({"shots": shots, "start": name, **mean})
+    lines = ["| examples of a class | starting from | top1 | mean per class recall |", "|---|---|---|---|"]
+    for entry in found:
+        shares = f"{100 * entry['top1']:.1f} | {100 * entry['mean_per_class_recall']:.1f}"
+        lines.append(f"| {entry['shots'] or '0: zero-shot itself'} | {entry['start']} | {shares} |")
+    folder = Path(options.output_dir)
+    weight, bias, strength = probe(features, labels, n, start, scale)
+    with replacing(folder / "probe.npz") as scratch:  # of all examples: what one would use
+        np.savez(scratch, weight=scale * weight, bias=bias, classes=list(classes))
+    about = {"model": str(options.model), "classes": classes, "examples": len(labels), "pictures": len(truth)}
+    about |= {"strength": strength, "all_examples": measure(weight, bias)}
+    write_json(folder / "linear_probe.json", {**about, "found": found})
+    write_text(folder / "linear_probe.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    everything = f"all {len(labels)} examples, starting from zero-shot: top1 {100 * about['all_examples']['top1']:.1f}"
+    print(f"{everything}. Written: linear_probe.json, linear_probe.md, probe.npz in {folder}")
+    bad_samples.open(folder / NAME)
+    if bad_samples:
+        print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")

@@ -1,0 +1,238 @@
+"""Where does the demo's data come from?
+
+From here: scenes of colored shapes, drawn with Pillow and described by templates, so that anybody can train a
+CLIP in minutes without downloading anything. A scene is two groups of shapes, one left of or above the other:
+
+    two small red circles   to the left of   three large blue stars
+         first group           relation           second group
+
+    python -m miniclip shapes data/shapes     # images/*.png, train.json, eval.json
+
+What makes the score mean something: the two kinds of shape of an eval scene (say, red circle and blue star)
+never meet in a training scene, although each of them is there with other partners. Remembering whole scenes does
+not help; the model has to compose what it learned of their parts. See `split_pairs`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+from miniclip.utils.files import write_text
+
+# Far apart from each other and from the light background, even after the jitter of `draw`.
+COLORS = {
+    "red": (214, 32, 32),
+    "orange": (250, 140, 20),
+    "yellow": (245, 215, 20),
+    "green": (40, 150, 60),
+    "blue": (35, 85, 220),
+    "purple": (125, 45, 170),
+    "pink": (250, 130, 190),
+    "black": (30, 30, 30),
+}
+SHAPES = {
+    "circle": [("circle", "circles"), ("disc", "discs")],  # the words for each: (singular, plural)
+    "square": [("square", "squares"), ("box", "boxes")],
+    "triangle": [("triangle", "triangles")],
+    "star": [("star", "stars")],
+    "diamond": [("diamond", "diamonds"), ("rhombus", "rhombuses")],
+    "cross": [("cross", "crosses"), ("plus sign", "plus signs")],
+}
+SIZES = {"small": ["small", "little", "tiny"], "large": ["large", "big", "huge"]}
+DIAMETER = {"small": 9.5, "large": 16.5}  # in 64ths of the picture
+COUNTS = {1: ["a", "one", "a single"], 2: ["two", "a pair of"], 3: ["three", "a group of three"]}
+# For each relation of the first group to the second: (prepositions, the place of the first group).
+RELATIONS = {
+    "left": (["to the left of", "left of", "on the left side of"], "on the left"),
+    "right": (["to the right of", "right of", "on the right side of"], "on the right"),
+    "above": (["above", "over", "higher than"], "at the top"),
+    "below": (["below", "under", "beneath"], "at the bottom"),
+}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+FRAMES = [
+    "{x} {rel} {y}",
+    "{x} {is_x} {rel} {y}",
+    "there {is_x} {x} {rel} {y}",
+    "{rel} {y} there {is_x} {x}",
+    "{x} {at_x} and {y} {at_y}",
+    "{at_x} {is_x} {x}, {at_y} {is_y} {y}",
+    "{x} {at_x}, with {y} {at_y}",
+    "a picture of {x} {rel} {y}",
+    "an image with {x} {at_x} and {y} {at_y}",
+]
+CAPTIONS_PER_IMAGE = 5
+HELD_OUT = 0.25  # of all pairs of kinds
+Kind = tuple[str, str]  # (color, shape)
+KINDS: list[Kind] = list(itertools.product(COLORS, SHAPES))
+
+
+class Group(NamedTuple):
+    """One to three equal shapes, drawn side by side."""
+
+    count: int
+    size: str
+    color: str
+    shape: str
+
+    @property
+    def kind(self) -> Kind:
+        return self.color, self.shape
+
+
+class Scene(NamedTuple):
+    """`first` is left of or above `second`; "B is right of A" is the same scene as "A is left of B"."""
+
+    first: Group
+    second: Group
+    relation: str  # "left" or "above"
+
+
+def split_pairs(seed: int) -> tuple[list[frozenset[Kind]], list[frozenset[Kind]]]:
+    """Deal every unordered pair of different kinds to either training or evaluation, never to both: (train, eval).
+
+    There are 48 kinds and 1,128 pairs. A kind has 47 partners, so each is left with many pairs in training.
+    """
+    pairs = [frozenset(pair) for pair in itertools.combinations(KINDS, 2)]
+    random.Random(f"{seed} pairs").shuffle(pairs)
+    held_out = round(len(pairs) * HELD_OUT)
+    return pairs[held_out:], pairs[:held_out]
+
+
+def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
+    """Return `number` different scenes, the pairs of kinds taken in turn so that all are equally frequent.
+
+    No two scenes are equal, so each has a description of its own and a perfect model can reach R@1 of 100%.
+    """
+    possible = len(pairs) * 2 * 2 * (len(COUNTS) * len(SIZES)) ** 2  # relations, orders, counts and sizes of both
+    if number > possible:
+        raise ValueError(f"{number:,} scenes asked for, but only {possible:,} different ones exist")
+    scenes: dict[Scene, None] = {}  # a set that keeps its order
+    while len(scenes) < number:
+        for pair in pairs[: number - len(scenes)]:
+            kinds = rng.sample(sorted(pair), 2)
+            groups = [Group(rng.choice(list(COUNTS)), rng.choice(list(SIZES)), *kind) for kind in kinds]
+            scenes[Scene(*groups, rng.choice(["left", "above"]))] = None
+    return list(scenes)
+
+
+def captions(scene: Scene, rng: random.Random, number: int = CAPTIONS_PER_IMAGE) -> list[str]:
+    """Describe the scene completely in `number` (up to 9) different sentences."""
+
+    def words(group: Group) -> tuple[str, str]:
+        count, size = rng.choice(COUNTS[group.count]), rng.choice(SIZES[group.size])
+        noun = rng.choice(SHAPES[group.shape])[group.count > 1]
+        description = rng.choice([f"{size} {group.color} {noun}", f"{size} {noun} in {group.color}"])
+        return f"{count} {description}", "are" if count in ("two", "three") else "is"  # a pair is, a group is
+
+    sentences = []
+    for frame in rng.sample(FRAMES, number):
+        x, y, relation = scene
+        if rng.random() < 0.5:
+            x, y, relation = y, x, OPPOSITE[relation]
+        (x, is_x), (y, is_y) = words(x), words(y)
+        prepositions, at_x = RELATIONS[relation]
+        sentences.append(
+            frame.format(
+                x=x,
+                y=y,
+                is_x=is_x,
+                is_y=is_y,
+                rel=rng.choice(prepositions),
+                at_x=at_x,
+                at_y=RELATIONS[OPPOSITE[relation]][1],
+            )
+        )
+    return sentences
+
+
+def outline(shape: str) -> list[tuple[float, float]]:
+    """The corners of a shape of diameter about 1 around (0, 0), y pointing down. A circle has none.
+
+    The sizes differ a little, so that a large star looks as large as a large square.
+    """
+    if shape == "square":
+        return [(-0.45, -0.45), (0.45, -0.45), (0.45, 0.45), (-0.45, 0.45)]
+    if shape == "triangle":
+        return [(0, -0.5), (0.55, 0.45), (-0.55, 0.45)]
+    if shape == "diamond":
+        return [(0, -0.57), (0.45, 0), (0, 0.57), (-0.45, 0)]
+    if shape == "star":
+        corners = [(0.24 if i % 2 else 0.58, i * math.pi / 5) for i in range(10)]  # (radius, angle)
+        return [(radius * math.sin(angle), -radius * math.cos(angle)) for radius, angle in corners]
+    if shape == "cross":
+        a, b = 0.17, 0.52  # half the thickness of an arm, and its length
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
+    return []
+
+
+def draw(scene: Scene, rng: random.Random, size: int = 64):
+    """Draw the scene as a (size, size) RGB image; `rng` moves, scales and shades everything a little."""
+    from PIL import Image, ImageDraw
+
+    oversampling = 4  # draw large and shrink: smooth edges
+    unit = size * oversampling / 64
+    shade = rng.randint(222, 250)
+    background = tuple(min(255, shade + rng.randint(-8, 8)) for _ in range(3))
+    image = Image.new("RGB", (size * oversampling, size * oversampling), background)
+    canvas = ImageDraw.Draw(image)
+    for group, centre in ((scene.first, 16), (scene.second, 48)):
+        diameter = DIAMETER[group.size] * rng.uniform(0.95, 1.05)
+        pitch = diameter * 1.12 + 1.2  # so that neighbours do not touch
+        color = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in COLORS[group.color])
+        along = centre + rng.uniform(-4, 4)  # the relation's axis: x for "left", y for "above"
+        # The members line up across that axis, where there is room for three large ones. They shift little there
+        # against the 32 units between the groups, so that "left" never looks like "above".
+        room = min(6, 31.5 - pitch * group.count / 2)
+        across = 32 + rng.uniform(-room, room) - pitch * (group.count - 1) / 2
+        for member in range(group.count):
+            x, y = along + rng.uniform(-1, 1), across + member * pitch
+            if scene.relation == "above":
+                x, y = y, x
+            x, y, d = x * unit, y * unit, diameter * unit
+            if group.shape == "circle":
+                canvas.ellipse((x - d / 2, y - d / 2, x + d / 2, y + d / 2), fill=color)
+            else:
+                canvas.polygon([(x + d * dx, y + d * dy) for dx, dy in outline(group.shape)], fill=color)
+    return image.reduce(oversampling)
+
+
+def drawn(split: str, number: int, seed: int = 0, size: int = 64):
+    """The scenes of a split, "train" or "eval", as `write` draws them: (scene, its picture, what its captions are drawn
+    by), one after the other."""
+    pairs = split_pairs(seed)[("train", "eval").index(split)]
+    for index, scene in enumerate(make_scenes(pairs, number, random.Random(f"{seed} {split}"))):
+        rng = random.Random(f"{seed} {split} {index}")
+        yield scene, draw(scene, rng, size), rng
+
+
+def write(out_dir: str | Path, train: int = 6000, evaluation: int = 600, seed: int = 0, size: int = 64) -> None:
+    """Write `images/*.png`, `train.json` and `eval.json`; the same arguments always give the same files."""
+    from tqdm import tqdm
+
+    out_dir = Path(out_dir)
+    (out_dir / "images").mkdir(parents=True, exist_ok=True)
+    for split, number in (("train", train), ("eval", evaluation)):
+        records, progress = [], {"desc": f"drawing {split} scenes", "unit": "image", "total": number}
+        for index, (scene, image, rng) in enumerate(tqdm(drawn(split, number, seed, size), **progress)):
+            name = f"images/{split}_{index:05d}.png"
+            image.save(out_dir / name, compress_level=1)
+            records.append({"image": name, "caption": captions(scene, rng)})
+        write_text(out_dir / f"{split}.json", json.dumps(records, indent=1))  # last: with it, all pictures are there

@@ -1,0 +1,150 @@
+"""How do I use a model? From a name to a model, from pictures and sentences to vectors."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from miniclip.inference.fast import FastClip, fast_model
+from miniclip.inference.feature_cache import FeatureCache, file_key, text_key
+from miniclip.model import MiniClip
+from miniclip.tokenizer import Tokenizer
+from miniclip.transforms import Preprocess
+from miniclip.utils.image_files import ImageError, open_image
+from miniclip.utils.machine import keep_freed_memory, return_freed_memory
+from miniclip.utils.parallel import read_ahead
+
+
+def embed_texts(
+    model: MiniClip,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    batch_size: int = 64,
+    progress: bool = False,
+    cache: FeatureCache | None = None,
+    project: bool = True,
+) -> np.ndarray:
+    """Embeds n sentences: (n, E) float32, of unit length, in the order given.
+
+    Sentences of about the same length share a batch, which is as long as its longest: with causal attention the
+    padding that this saves has no influence on the result. Those whose features are in the `cache` are not encoded.
+    Without `project` the features themselves are given, (n, W), as the tower's projection takes them. Raises
+    TypeError, with its place, for what is no string.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    fast, device = for_inference(model, len(texts)), model.logit_scale.device
+    features = torch.empty(len(texts), model.text.width)
+    ids = tokenizer(texts, trim=True)
+    lengths = tokenizer.lengths(ids)
+    order = lengths.argsort(stable=True)
+    if cache is not None:
+        keys = [text_key(text) for text in texts]
+        known = torch.tensor([key in cache for key in keys], dtype=torch.bool)
+        for row in known.nonzero().flatten().tolist():
+            features[row] = torch.from_numpy(cache[keys[row]].copy())
+        order = order[~known[order]]
+    for start in tqdm(range(0, len(order), batch_size), desc="texts", disable=not progress, leave=False):
+        rows = order[start : start + batch_size]
+        batch = ids[rows, : lengths[rows].max()]
+        features[rows] = fast.text_features(batch.to(device)).cpu()
+        if cache is not None:
+            cache.update((keys[row], features[row].numpy()) for row in rows.tolist())
+    if cache is not None:
+        cache.save()
+    return fast.project(features.to(device), "text").cpu().numpy() if project else features.numpy()
+
+
+def embed_images(
+    model: MiniClip,
+    preprocess: Preprocess,
+    paths: Iterable,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    progress: bool = False,
+    cache: FeatureCache | None = None,
+    project: bool = True,
+    faults: dict[int, str] | None = None,
+) -> np.ndarray:
+    """Embeds n image files, or handles (see `open_image`): (n, E) float32, of unit length, in the order given.
+
+    `num_workers` threads read files while others are encoded (0: none; as many as suit the machine unless given).
+    Those whose features are in the `cache` are neither decoded nor encoded. Without `project` the features themselves
+    are given, (n, W), as the tower's projection takes them. Raises ImageError that names each file that cannot be
+    read; into `faults`, if that is given, go their rows and what is wrong instead, and those rows are NaN.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    fast, device = for_inference(model, len(paths)), model.logit_scale.device
+    features = torch.empty(len(paths), model.visual.width)
+    pending, stop = [], faults is None  # (row, key, levels) that wait for a batch to be full
+    faults = {} if stop else faults
+
+    def read(path: str | Path):
+        """The file's key and its levels, or features, or what is wrong with it."""
+        try:
+            there = cache is not None and (hasattr(path, "read") or os.path.isfile(path))
+            key = file_key(path) if there else None
+            if key is not None and key in cache:
+                return key, cache[key]
+            return key, preprocess.levels(open_image(path, preprocess.scale))
+        except ImageError as error:
+            return None, error
+        except OSError as error:  # from its key
+            return None, ImageError(f"{path}: cannot be opened ({error.strerror})")
+
+    def encode():
+        rows, keys, levels = zip(*pending)
+        pixel_values = preprocess.normalize(torch.stack(levels).to(device, non_blocking=True))
+        features[list(rows)] = fast.image_features(pixel_values).cpu()
+        if cache is not None:
+            cache.update((key, features[row].numpy()) for key, row in zip(keys, rows))
+        pending.clear()
+
+    files = read_ahead(read, paths, num_workers, 2 * batch_size)
+    for row, (key, found) in enumerate(tqdm(files, "images", len(paths), disable=not progress, leave=False)):
+        if isinstance(found, ImageError):
+            faults[row], features[row] = str(found), torch.nan
+        elif isinstance(found, np.ndarray):
+            features[row] = torch.from_numpy(found.copy())
+        elif not (stop and faults):  # else nothing will come of it, but all that is wrong is to be found at once
+            pending.append((row, key, found))
+        if len(pending) == batch_size:
+            encode()
+    if pending and not (stop and faults):
+        encode()
+    if cache is not None:
+        cache.save()
+    if large(fast, len(paths)):
+        return_freed_memory()
+    if stop and faults:
+        raise ImageError("\n".join(faults.values()))
+    return fast.project(features.to(device), "image").cpu().numpy() if project else features.numpy()
+
+
+def on_all_processes(args, items: list, embed) -> np.ndarray:
+    """`embed(items)`, of which each process does every n-th item; then all have all. `args`: TrainingArguments."""
+    from accelerate.utils import gather_object
+
+    n = args.world_size
+    if n == 1:
+        return embed(items)
+    shares = gather_object([(args.process_index, embed(items[args.process_index :: n]))])
+    embeds = np.empty((len(items), shares[0][1].shape[1]), np.float32)
+    for rank, share in shares:
+        embeds[rank::n] = share
+    return embeds
+
+
+def for_inference(model: MiniClip, n: int) -> FastClip:
+    """The model in its form for inference. Only where there is enough to do are weights laid out anew and, on a CPU, is
+    memory kept for the next batch: large activations that go back to the system cost more than their convolutions."""
+    if large(model, n):
+        keep_freed_memory()
+    return model if isinstance(model, FastClip) else fast_model(model, pack=n >= 64)
+
+
+def large(model: MiniClip, n: int) -> bool:
+    """Whether n items are so many that memory is worth keeping from batch to batch."""
+    return n >= 64 and model.logit_scale.device.type == "cpu"

@@ -1,0 +1,195 @@
+"""TODO docstring."""
+
+import hashlib
+import json
+import os
+import time
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from miniclip.utils.files import user_cache
+from miniclip.utils.machine import processor
+
+
+class Route(NamedTuple):
+    """One way to multiply fp32 matrices on this processor, and what `measure_routes` found."""
+
+    used: bool
+    speedup: float  # over torch's default
+    error: float  # largest difference from the product in float64, over the largest number in that
+
+
+@cache
+def cpu_routes() -> dict[str, Route]:
+    """Which way of multiplying fp32 matrices is fast and exact on this processor, as `measure_routes` found when it
+    was first asked. That is kept in the user's cache: a busy moment may find otherwise, and the same training would
+    come to other numbers in their last bits."""
+    about = f"{processor()} {torch.__version__} {torch.get_num_threads()}"
+    path = user_cache() / f"products-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    damaged = False
+    try:
+        return _read_routes(path)
+    except OSError:  # nobody has asked yet
+        pass
+    except (ValueError, TypeError, KeyError):
+        damaged = True
+    routes = measure_routes()
+    try:
+        if damaged:
+            path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{os.getpid()}.{path.name}")
+        scratch.write_text(json.dumps({"about": about, "routes": routes}, indent=2) + "\n")
+        try:
+            os.link(scratch, path)  # of processes that start together the first one decides
+        except FileExistsError:
+            pass
+        finally:
+            scratch.unlink()
+    except OSError:
+        pass
+    try:
+        return _read_routes(path)
+    except (OSError, ValueError, TypeError, KeyError):  # no such folder can be written to
+        return routes
+
+
+def _read_routes(path: Path) -> dict[str, Route]:
+    return {way: Route(*values) for way, values in json.loads(path.read_text())["routes"].items()}
+
+
+def measure_routes() -> dict[str, Route]:
+    """Measures, in about 0.1 s, which way of multiplying fp32 matrices is fast and exact here.
+
+    "default" is torch's own. "medium" lets torch take oneDNN, in training too, by a switch that also permits rounding
+    to bf16: some processors go on computing in fp32, others, with matrix units, do round. "packed" is oneDNN in
+    strict fp32 with weights laid out for it, for inference. A way is used where it is 1.2 times as fast as the
+    default or more, and its error at most four times as large; that of bf16 would be a thousand times.
+    """
+    draw = torch.Generator().manual_seed(0)
+    linear = nn.Linear(512, 2048)
+    linear.weight.data, x = (torch.randn(rows, 512, generator=draw) for rows in (2048, 256))
+    linear.bias.data.zero_()
+    ways = {"default": linear}
+    if torch.backends.mkldnn.is_available():
+        ways |= {"medium": linear, "packed": OneDnnLinear(linear)}
+    seconds, errors = {way: [] for way in ways}, {}
+    with torch.inference_mode():
+        exact = x.double() @ linear.weight.double().T
+        for _ in range(3):  # in turn, so that a busy moment does not count against one alone
+            for way, multiply in ways.items():
+                with matmul_precision("medium" if way == "medium" else "highest"):
+                    multiply(x)  # the first time of a size sets up the product
+                    start = time.perf_counter()
+                    product = multiply(x)
+                    seconds[way].append(time.perf_counter() - start)
+                errors[way] = ((product - exact).abs().max() / exact.abs().max()).item()
+    speedup = {way: min(seconds["default"]) / min(seconds[way]) for way in ways}
+    return {
+        way: Route(speedup[way] >= 1.2 and errors[way] <= 4 * errors["default"], speedup[way], errors[way])
+        for way in ways
+    }
+
+
+@contextmanager
+def matmul_precision(precision: str):
+    """Within it `torch.set_float32_matmul_precision` is set so."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def describe(device: str | torch.device) -> str:
+    """One line on how fp32 matrices are multiplied in training."""
+    if torch.device(device).type != "cpu" or "medium" not in cpu_routes():
+        return "fp32 products as torch makes them"
+    default, onednn = cpu_routes()["default"], cpu_routes()["medium"]
+    return (
+        f"fp32 products {'through oneDNN' if onednn.used else 'as torch makes them; oneDNN would be'}"
+        f" ({onednn.speedup:.1f} times as fast as torch's own, error {onednn.error:.0e} against {default.error:.0e})"
+    )
+
+
+def arithmetic(device: str | torch.device) -> str:
+    """How fp32 products are made in training, in a word."""
+    usable = torch.device(device).type == "cpu" and "medium" in cpu_routes() and cpu_routes()["medium"].used
+    return "oneDNN" if usable else "torch"
+
+
+def fast_arithmetic(device: str | torch.device):
+    """A context in which fp32 products take this processor's faster exact way. On other devices it does nothing."""
+    return matmul_precision("medium") if arithmetic(device) == "oneDNN" else nullcontext()
+
+
+class OneDnnLinear(nn.Module):
+    """A linear layer for inference whose weights lie in the order that oneDNN wants, in the precision they have. The
+    activation and the sum with the residual are made while the product is still in the processor's cache."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight), linear.bias
+
+    def forward(self, x: Tensor, activation: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+        product = torch.ops.mkldnn._linear_pointwise
+        if residual is not None:
+            return product.binary(x, residual, self.weight, self.bias, "add")
+        if type(activation) is nn.GELU:
+            return product(x, self.weight, self.bias, "gelu", [], activation.approximate)
+        x = product(x, self.weight, self.bias, "none", [], "")
+        return x if activation is None else activation(x)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer for inference in 8-bit integers: each row of the weights and each row of the input has its own
+    scale, that of the input found on the fly (dynamic quantisation). A quarter of the memory."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.scale = linear.weight.abs().amax(dim=1).clamp_min(1e-12) / 127  # (out,)
+        self.weight = (linear.weight / self.scale[:, None]).round().to(torch.int8).T  # (in, out)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        product = torch._int_mm((rows / scale).round_().to(torch.int8), self.weight).to(x.dtype)
+        product = product.mul_(scale).mul_(self.scale)
+        product = product if self.bias is None else product.add_(self.bias)
+        return product.view(*x.shape[:-1], -1)
+
+
+class PatchLinear(nn.Module):
+    """The image tower's convolution for inference, by one of the layers above."""
+
+    def __init__(self, conv: nn.Conv2d, layer):
+        super().__init__()
+        self.patch_size = conv.stride[0]
+        linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, bias=False, device="meta")
+        linear.weight = nn.Parameter(conv.weight.flatten(1), requires_grad=False)
+        self.linear = layer(linear)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return patch_product(pixel_values, self.patch_size, self.linear)
+
+
+def patch_product(pixel_values: Tensor, patch_size: int, linear) -> Tensor:
+    """What a convolution with as large a stride as its kernel gives: (B, 3, S, S) to (B, W, S / P, S / P), by a linear
+    layer from 3 x P x P to W."""
+    B, C, S, _ = pixel_values.shape
+    side, P = S // patch_size, patch_size
+    patches = pixel_values.view(B, C, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B * side * side, C * P * P)
+    return linear(patches).view(B, side * side, -1).transpose(1, 2).unflatten(2, (side, side))
+
+
+def _onednn_pays(precision: str) -> bool:
+    if precision == "bf16":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return precision == "fp32" and "packed" in cpu_routes() and cpu_routes()["packed"].used

@@ -1,0 +1,177 @@
+"""How do people search who do not type commands? A page in the browser, for this machine alone unless told otherwise:
+
+    pip install -r requirements-ui.txt
+    python -m miniclip page --model runs/mine --index products.mc      # then open http://127.0.0.1:7860
+
+By words, by picture, zero-shot classes, and how near pictures and captions are. It is Gradio's, with less: it connects
+to nothing outside, gives out no file at any address, answers no address that the page does not use (docs/page.md).
+"""
+
+import os
+import shlex
+import socket
+import traceback
+from html import escape
+
+from miniclip.classify.prompts import OBJECTS, TEMPLATES
+from miniclip.page.answers import CAPTIONS, IMAGES, MOST, Page, note, problem, split
+from miniclip.page.labels import CSS, LANGUAGES, SAYINGS, SCRIPT, Words
+from miniclip.page.requests import HOUR, OFTEN, Guard, is_here, keep_sweeping
+from miniclip.utils.errors import InputError
+
+
+def build(page: Page):
+    """The page as Gradio has it: tabs, fields, and which method answers what."""
+    import gradio as gr
+
+    numbers = {"{images}": IMAGES, "{captions}": CAPTIONS, "{megabytes}": f"{page.megabytes:g}"}
+    english, chinese = {}, {}
+    for key, texts in SAYINGS.items():
+        for name, number in numbers.items():
+            texts = [text.replace(name, str(number)) for text in texts]
+        english[key], chinese[key] = texts
+    say = gr.I18n(en=english, zh=chinese, **{"zh-CN": chinese, "zh-TW": chinese})
+
+    def answering(method):
+        def answer(request: gr.Request, *values):
+            words = Words(request.headers.get("accept-language", ""))
+            try:
+                return method(words, *values)
+            except InputError as error:
+                return problem(str(error))
+            except Exception:
+                traceback.print_exc()
+                return problem(words("fault"))
+
+        return answer
+
+    def on(triggers, method, inputs, output):
+        # One at a time: an answer takes all cores, and the others see that they wait. What is asked before an answer
+        # has come is asked again after it: otherwise gradio would drop it.
+        gr.on(triggers, answering(method), inputs, output, concurrency_id="model", concurrency_limit=1,
+              api_visibility="private", show_progress="minimal", trigger_mode="always_last")  # fmt: skip
+
+    def head(request: gr.Request):
+        words = Words(request.headers.get("accept-language", ""))
+        about = {"model": page.name}
+        if page.search is not None:
+            about |= {"pictures": f"{len(page.search):,}", "index": page.search.index.folder.name}
+        line = words("about" if page.search is not None else "about_model", **about)
+        key = words.language
+        return f"<h1>{words('title')}</h1>{note(line)}", "\n".join(OBJECTS[key]), key, "\n".join(TEMPLATES[key])
+
+    def in_language(key: str, sentences: str, names: str):
+        """The sentences and the ten objects of a language, each where it was not changed."""
+        stock = sentences.strip() in map("\n".join, TEMPLATES.values())
+        sentences = "\n".join(TEMPLATES[key]) if stock else sentences
+        return sentences, "\n".join(OBJECTS[key]) if split(names) in OBJECTS.values() else names
+
+    def picture_field(place: str, **more):
+        more = {"label": say("upload"), **more}
+        field = gr.File(file_types=["image"], height=140, elem_id=f"file-{place}", elem_classes="mc-file", **more)
+        gr.Markdown(say("limits"), elem_classes="mc-limits")
+        return field
+
+    def answer_field(place: str):
+        return gr.HTML(elem_id=f"found-{place}", elem_classes="mc-answer")
+
+    def how_many_and(button: str):
+        with gr.Row(equal_height=True):
+            k = gr.Slider(1, MOST, 10, step=1, label=say("k"), scale=3, min_width=200, buttons=[])
+            return k, gr.Button(say(button), variant="primary", scale=1, min_width=120)
+
+    with gr.Blocks(title="MiniCLIP", analytics_enabled=False, delete_cache=(OFTEN, HOUR)) as blocks:
+        top = gr.HTML(elem_classes="mc-head")
+        with gr.Tabs():
+            with gr.Tab(say("words")):
+                if page.search is None:
+                    no_index(gr, say, page.name)
+                else:
+                    with gr.Row():
+                        query = gr.Textbox(label=say("query"), placeholder=say("query_hint"), scale=3, min_width=220,
+                                           max_lines=1, autofocus=True)  # fmt: skip
+                        minus = gr.Textbox(label=say("minus"), placeholder=say("minus_hint"), scale=1, min_width=160,
+                                           max_lines=1)  # fmt: skip
+                    k, button = how_many_and("search")
+                    on([query.submit, minus.submit, button.click], page.words, [query, minus, k], answer_field("words"))
+            with gr.Tab(say("picture")):
+                if page.search is None:
+                    no_index(gr, say, page.name)
+                else:
+                    image = picture_field("picture")
+                    beside = gr.Textbox(label=say("beside"), placeholder=say("beside_hint"), max_lines=1)
+                    k, button = how_many_and("search")
+                    triggers = [image.upload, beside.submit, button.click]
+                    on(triggers, page.picture, [image, beside, k], answer_field("picture"))
+            with gr.Tab(say("classes")):
+                with gr.Row():
+                    with gr.Column(min_width=280):
+                        image = picture_field("classes")
+                        names = gr.Textbox(label=say("names"), info=say("names_hint"), lines=6, max_lines=12)
+                        language = gr.Radio([(text, key) for key, text in LANGUAGES.items()], label=say("language"))
+                        with gr.Accordion(say("templates"), open=False):
+                            sentences = gr.Textbox(label=say("templates"), lines=5, max_lines=12, show_label=False,
+                                                   elem_id="sentences")  # fmt: skip
+                        button = gr.Button(say("classify"), variant="primary")
+                    with gr.Column(min_width=280):
+                        found = answer_field("classes")
+                language.input(in_language, [language, sentences, names], [sentences, names], api_visibility="private")
+                on([image.upload, button.click], page.classes, [image, names, sentences], found)
+            with gr.Tab(say("heat")):
+                with gr.Row():
+                    with gr.Column(min_width=280):
+                        images = picture_field("heat", label=say("pictures"), file_count="multiple")
+                    with gr.Column(min_width=280):
+                        captions = gr.Textbox(label=say("captions"), placeholder=say("captions_hint"), lines=6,
+                                              max_lines=16, elem_id="captions")  # fmt: skip
+                button = gr.Button(say("compare"), variant="primary")
+                on([button.click], page.heat, [images, captions], answer_field("heat"))
+        start = [top, names, language, sentences]
+        blocks.load(head, None, start, api_visibility="private", show_progress="hidden")
+    return blocks.queue(max_size=64), say
+
+
+def no_index(gr, say, model: str):
+    """What stands in a tab that searches, where there is nothing to be searched."""
+    gr.Markdown(say("no_index"))
+    command = f"python -m miniclip search index photos --model {shlex.quote(model)} --index products.mc"
+    gr.HTML(f'<pre class="mc-code">{escape(command)}\npython -m miniclip page --index products.mc</pre>')
+
+
+def serve(page: Page, host: str, sock: socket.socket):
+    """Answers until it is stopped."""
+    import fastapi
+    import gradio as gr
+    import uvicorn
+    from gradio import processing_utils
+
+    async def fetch(url, cache_dir):
+        raise InputError(f"{url} is no picture that was sent")
+
+    processing_utils.async_ssrf_protected_download = fetch  # a request may name an address where a file should be
+    blocks, say = build(page)
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
+    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", **fonts)
+    theme.set(button_primary_background_fill="*primary_600", button_primary_background_fill_dark="*primary_600",
+              block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+              input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400")  # fmt: skip
+    app = gr.mount_gradio_app(
+        fastapi.FastAPI(openapi_url=None), blocks, "/", footer_links=[], run_history=False, ssr_mode=False, i18n=say,
+        max_file_size=int(page.megabytes * (1 << 20)), theme=theme, css=CSS, js=SCRIPT, show_error=False,
+        enable_monitoring=False,
+    )  # fmt: skip
+    blocks.has_launched = True  # without it gradio lets a request name any file as one that was uploaded
+    here, port = is_here(host), sock.getsockname()[1]
+    name = f"[{host}]" if ":" in host else host
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            print(f"http://{name}:{port}   (Ctrl-C ends it)", flush=True)
+            if not here:
+                print("warning: whoever can reach this machine can search, and see what is found", flush=True)
+
+    uploads = os.environ["GRADIO_TEMP_DIR"]
+    keep_sweeping(uploads)
+    guard = Guard(app, here, int((IMAGES * page.megabytes + 1) * (1 << 20)), uploads)
+    Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1)).run([sock])

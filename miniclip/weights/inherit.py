@@ -1,0 +1,111 @@
+"""How does a small model start from a large one?
+
+With slices of its weights, which is a far better start than random numbers (TinyCLIP's manual weight inheritance: Wu
+et al., ICCV 2023, arXiv 2309.12314): of the depth evenly spaced blocks, of the width the first channels
+and the first attention heads, whole. What comes out knows little until it is trained, but learns faster:
+
+    python -m miniclip inherit --from runs/large --to model_configs/small.json --output_dir small
+    python train.py --model_config small --learning_rate 5e-4 ...
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
+from miniclip.model import MiniClip
+from miniclip.utils.errors import InputError
+from miniclip.weights.identify import ACTIVATION_NAMES
+from miniclip.weights.load import resize_positions
+
+
+def inherit(
+    source: MiniClip,
+    config: MiniClipConfig,
+    layers_image: list[int] | None = None,
+    layers_text: list[int] | None = None,
+) -> MiniClip:
+    """Gives a model of the sizes of `config` with slices of the weights of `source`, in evaluation mode.
+
+    - depth: of each tower the blocks `layers_image` and `layers_text` of the source, in that order, counted from 0;
+      unless given those of `spaced`;
+    - width, MLP and embedding: the first channels of each matrix, gain and bias; of queries, keys and values the first
+      heads, and so heads must be as wide as the source's;
+    - positions of another number are interpolated (`checkpoint.resize_positions`), before their channels are cut;
+    - what is not cut is bit-equal; the same sizes give the same weights.
+
+    The pictures are preprocessed as for the source, whose weights expect that, at the size of `config`. Raises
+    InputError, with all that is wrong, where the source has no such slices: where it is narrower or shallower, and for
+    other patches, another vocabulary, other heads or another activation.
+    """
+    for section in (source.config.vision_cfg, source.config.text_cfg, config.vision_cfg, config.text_cfg):
+        if not isinstance(section, VisionConfig | TextConfig):
+            raise InputError("weights are inherited by MiniCLIP's own towers from such, not by or from other encoders")
+    layers = {
+        "visual": spaced(len(source.visual.blocks), config.vision_cfg.layers) if layers_image is None else layers_image,
+        "text": spaced(len(source.text.blocks), config.text_cfg.layers) if layers_text is None else layers_text,
+    }
+    check(source.config, config, layers)
+    config = dataclasses.replace(
+        config, preprocess_cfg=dataclasses.replace(source.config.preprocess_cfg, size=config.vision_cfg.image_size)
+    )
+    with torch.device("meta"):  # shapes alone
+        model = MiniClip(config)
+    theirs = source.state_dict()
+    weights = {}
+    for name, expected in model.state_dict().items():
+        tower, *path = name.split(".")
+        if path and path[0] == "blocks":
+            path[1] = str(layers[tower][int(path[1])])
+        tensor = theirs[".".join([tower, *path])]
+        if name.endswith("positional_embedding") and len(tensor) != len(expected):
+            tensor = resize_positions(tensor, len(expected), is_grid=tower == "visual").to(tensor.dtype)
+        if ".in_proj." in name:  # queries, keys and values lie one above the other
+            third = (len(expected) // 3, *expected.shape[1:])
+            weights[name] = torch.cat([leading(part, third) for part in tensor.chunk(3)])
+        else:
+            weights[name] = leading(tensor, expected.shape).clone()
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
+
+
+def leading(tensor: Tensor, shape) -> Tensor:
+    """The first entries of a tensor in each direction."""
+    return tensor[tuple(slice(size) for size in shape)]
+
+
+def spaced(layers: int, wanted: int) -> list[int]:
+    """`wanted` of `layers` blocks, evenly spaced, the first one among them: block i is i * layers // wanted."""
+    return [i * layers // wanted for i in range(wanted)]
+
+
+def check(source: MiniClipConfig, target: MiniClipConfig, layers: dict[str, list[int]]):
+    """Raises InputError that lists why a model of the one config has no slices for a model of the other."""
+    problems = []
+    ours, theirs = (dataclasses.asdict(config) for config in (target, source))
+    for sizes in (ours, theirs):
+        vision, text = sizes["vision_cfg"], sizes["text_cfg"]
+        text["head_width"] = text["width"] // text["heads"]
+        for tower in (vision, text):
+            tower["MLP width"] = int(tower["width"] * tower["mlp_ratio"])
+    for tower, kind in (("vision_cfg", "image"), ("text_cfg", "text")):
+        us, them = ours[tower], theirs[tower]
+        for size in ("width", "MLP width"):
+            if us[size] > them[size]:
+                problems.append(f"the {kind} tower's {size} is {us[size]}, the source's only {them[size]}")
+        for size in ("patch_size", "head_width", "vocab_size"):
+            if us.get(size) != them.get(size):
+                problems.append(f"the {kind} tower's {size} is {us[size]}, the source's {them[size]}")
+        chosen, there = layers["visual" if kind == "image" else "text"], them["layers"]
+        if us["layers"] > there:
+            problems.append(f"the {kind} tower has {us['layers']} layers, the source's only {there}")
+        elif len(chosen) != us["layers"] or not all(0 <= layer < there for layer in chosen):
+            problems.append(f"layers_{kind} {chosen} are no {us['layers']} of the source's 0 to {there - 1}")
+    if target.embed_dim > source.embed_dim:
+        problems.append(f"embed_dim is {target.embed_dim}, the source's only {source.embed_dim}")
+    if target.quick_gelu != source.quick_gelu:
+        names = ACTIVATION_NAMES[target.quick_gelu], ACTIVATION_NAMES[source.quick_gelu]
+        problems.append("the activation is {}, the source's {} (quick_gelu)".format(*names))
+    if problems:
+        raise InputError("the source has no weights to inherit for this config: " + "; ".join(problems))

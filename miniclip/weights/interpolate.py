@@ -1,0 +1,37 @@
+"""TODO docstring."""
+
+import torch
+from torch import Tensor
+
+from miniclip.config import MiniClipConfig
+from miniclip.utils.errors import InputError
+
+
+def interpolate(before: dict[str, Tensor], after: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """(1 - alpha) before + alpha after, for two state dicts of the same names, shapes and types. Bit-equal to one of
+    them at alpha 0 and 1, and to both where they are equal. Raises InputError where they differ in more than numbers.
+    """
+    kinds = [{name: (tuple(t.shape), t.dtype) for name, t in weights.items()} for weights in (before, after)]
+    if differing := [name for name in kinds[0] | kinds[1] if kinds[0].get(name) != kinds[1].get(name)]:
+        name = differing[0]
+        raise InputError(f"{name} is {kinds[0].get(name)} before and {kinds[1].get(name)} after: not the same model")
+    return {
+        name: torch.lerp(t, after[name], alpha) if t.is_floating_point() else after[name] for name, t in before.items()
+    }  # the others count BatchNorm's batches
+
+
+def check_same(before: MiniClipConfig, after: MiniClipConfig):
+    """Raises InputError, naming the fields, for two models that do not compute alike. How many patches training hides
+    makes no difference."""
+    flat = [dict(_flatten(config.to_dict())) for config in (before, after)]
+    harmless = ("patch_dropout", "hf_proj_dropout", "hf_model_name")  # for what the weights compute
+    fields = [field for field in flat[0] | flat[1] if field.rpartition(".")[2] not in harmless]
+    if differing := [field for field in fields if flat[0].get(field) != flat[1].get(field)]:
+        both = [(field, flat[0].get(field), flat[1].get(field)) for field in differing]
+        problems = ", ".join(f"{field} is {before} before and {after} after" for field, before, after in both)
+        raise InputError(f"{problems}: only weights of the same model, before and after fine-tuning, can be mixed")
+
+
+def _flatten(values: dict, prefix: str = ""):
+    for name, value in values.items():
+        yield from _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]

@@ -1,0 +1,155 @@
+"""The benchmarks' own claims: made vectors lie like embeddings, recall and FLOPs are counted right, the scripts run."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from miniclip.inference.fast import speed_up
+from miniclip.model import MiniClip
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Lets a test import the benchmarks, which are scripts."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    yield
+    for name in {"gpu", "inputs", "results", "retrieval"} - before:
+        sys.modules.pop(name, None)
+
+
+def test_made_vectors_lie_like_embeddings(benchmarks):
+    from retrieval import make_gallery, make_queries
+
+    gallery = make_gallery(1000)
+    queries = make_queries(gallery, 300)
+    for vectors, n in ((gallery, 1000), (queries, 300)):
+        assert vectors.shape == (n, 512) and vectors.dtype == np.float32
+        assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
+    assert np.array_equal(gallery, make_gallery(1000))
+    cosines = (gallery @ gallery.T)[~np.eye(1000, dtype=bool)].reshape(1000, 999)
+    assert cosines.mean() == pytest.approx(0.41, abs=0.03)  # TinyCLIP's of Flickr8k: 0.40
+    assert np.median(cosines.max(axis=1)) == pytest.approx(0.74, abs=0.04)  # 0.74
+    assert np.median((queries @ gallery.T).max(axis=1)) == pytest.approx(0.8, abs=0.05)
+
+
+def test_recall_is_counted_against_the_exact_result(benchmarks):
+    from retrieval import recalls
+
+    gallery = np.eye(4, dtype=np.float32)
+    queries = np.float32([[0.9, 0.4, 0.1, 0], [0, 0, 0.6, 0.8]])
+    exact = np.array([[0, 1], [3, 2]])
+    assert recalls(gallery, queries, exact, exact) == (1, 1)
+    assert recalls(gallery, queries, exact, np.array([[0, 2], [2, -1]])) == (0.5, 0.5)
+    same = np.repeat(gallery, 2, axis=0)  # rows 0 and 1, 2 and 3, ... are equal: either will do
+    assert recalls(same, queries, 2 * exact, 2 * exact + 1) == (1, 1)
+
+
+def test_retrieval_writes_its_table(tmp_path, run_script):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n\n<!-- other -->\nstays\n<!-- /other -->\n")
+    run_script(
+        "benchmarks/retrieval.py", "--sizes", 500, "--rounds", 2, "--seconds", 0.01, "--queries", 100,
+        "--results", path,
+    )  # fmt: skip
+    text = path.read_text()
+    assert "stays" in text and "<!-- retrieval -->" in text and "<!-- /retrieval -->" in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 500 ")]
+    assert len(rows) == 8 and {row[1].split(",")[0] for row in rows} >= {"HNSW", "IVF", "faiss `IndexFlatIP`"}
+    for row in rows:
+        recalls = [float(re.match(r"[\d.]+", cell)[0]) for cell in row[-2:]]
+        assert recalls == [1, 1] if row[2].startswith("exact") else all(0 <= recall <= 1 for recall in recalls), row
+
+
+@pytest.mark.slow
+def test_search_writes_its_tables(tiny_model, tmp_path, run_script):
+    tiny_model.save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    for number in range(260):  # each of another size, so that their contents differ
+        Image.new("RGB", (40 + number, 30), "red").save(tmp_path / "pictures" / f"{number:03d}.jpg")
+    run_script(
+        "benchmarks/search.py", "--sizes", 2000, "--queries", 30, "--model", tmp_path / "model", "--pictures",
+        tmp_path / "pictures", "--limit", 260, "--results", tmp_path / "RESULTS.md",
+    )  # fmt: skip
+    text = (tmp_path / "RESULTS.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 2,000 ")]
+    assert [row[1].split(",")[0] for row in rows] == ["exact", "HNSW", "IVF"]
+    for row in rows[1:]:
+        assert all(0.9 <= float(recall) <= 1 for recall in row[-1].split(", ")), row
+    encoded = re.findall(r"^\| index: (.+?) \| [\d.]+ \| (\d+) \|$", text, re.MULTILINE)
+    assert len(encoded) == 4 and [int(number) for _, number in encoded][1:] == [0, 0, 20], text
+
+
+def test_flops_are_those_that_torch_counts(benchmarks, tiny_config):
+    from gpu import flops
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.manual_seed(0)
+    model = speed_up(MiniClip(tiny_config))
+    images, captions, length = 3, 4, 16
+    pixel_values = torch.randn(images, 3, 32, 32)
+    input_ids = torch.randint(1, 1000, (captions, length))
+    input_ids[:, -1] = 49407  # no padding, which the CPU would leave out
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        image_embeds, text_embeds, *_ = model(pixel_values, input_ids)
+    with FlopCounterMode(display=False) as backward:
+        (image_embeds.sum() + text_embeds.sum()).backward()
+    assert forward.get_total_flops() == flops(tiny_config, images, captions, length)
+    counted = forward.get_total_flops() + backward.get_total_flops()
+    assert counted == flops(tiny_config, images, captions, length, training=True)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_the_cpu(tmp_path, run_script):
+    command = ["benchmarks/gpu.py", "--device", "cpu", "--quick", "--out", tmp_path]
+    done = run_script(*command, "--results", tmp_path / "RESULTS.md", timeout=900)
+    lines = [line for line in done.stderr.splitlines() if re.match(r" *\d+ s  ", line)]
+    failed = [line for line in lines if "Error" in line]
+    assert len(lines) > 20 and not failed, failed
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("###") == 9 and "skipped: for CUDA only" in text
+    measured = (tmp_path / "gpu.jsonl").read_text().splitlines()
+    assert len(measured) == 1 + len(lines) and not any('"part": "fault"' in line for line in measured)
+    run_script("benchmarks/gpu.py", "--render", tmp_path / "gpu.jsonl", "--results", tmp_path / "again.md")
+    assert (tmp_path / "again.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_the_forgetting_benchmark_runs_and_goes_on(caption_set, tmp_path, run_script):
+    captions = (caption_set / "captions.json").read_text()
+    for name in ("en_train", "en_val", "cn_train", "cn_val"):
+        (caption_set / f"{name}.json").write_text(captions)
+    out = tmp_path / "forgetting"
+    command = ["benchmarks/forgetting.py", "--quick", "--data", caption_set, "--out", out, "--only", "plain", "ema"]
+    first = run_script(*command).stdout
+    text = (out / "finetuning.md").read_text()
+    assert "| before fine-tuning |" in text and "| moving average of the weights (`--ema 0.999`) |" in text
+    assert "| alpha |" in text
+    assert all((out / f"{name}.png").stat().st_size > 9999 for name in ("forgetting", "wise_ft"))
+    again = run_script(*command).stdout
+    assert "\nema: --model_config" in first and "ema: --model_config" not in again, "what is there is not run again"
+    assert (out / "finetuning.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_ranking_a_large_set_stays_below_two_gigabytes(run_script):
+    """100,000 images x 500,000 captions: a matrix of all scores would be 200 GB."""
+    found = json.loads(run_script("benchmarks/memory.py", "ranking", "--width", "64", timeout=3600).stdout)
+    assert found["peak_GB"] < 2 and found["text_to_image_R@1"] > 0.5, found
+
+
+@pytest.mark.slow
+def test_a_long_training_holds_no_more_and_no_more_files(run_script):
+    found = json.loads(run_script("benchmarks/memory.py", "soak", timeout=3600).stdout.splitlines()[-1])["seen"]
+    settled = found[1:]  # from step 400 on
+    assert len(settled) == 9 and {entry["files"] for entry in settled} == {settled[0]["files"]}, found
+    assert settled[-1]["MB"] - settled[0]["MB"] < 10, found

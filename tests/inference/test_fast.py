@@ -1,0 +1,186 @@
+"""The fast ways give what the plain ones give."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import miniclip
+from miniclip.config import MiniClipConfig
+from miniclip.inference import fast, matmul
+from miniclip.inference.fast import FastClip, fast_model, speed_up
+from miniclip.inference.matmul import OneDnnLinear, cpu_routes, fast_arithmetic
+from miniclip.loss import clip_loss
+from miniclip.model import MiniClip
+from miniclip.utils.errors import InputError
+
+SMALL = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 64, "layers": 3, "width": 128, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
+}
+
+
+def make_model(**changes) -> MiniClip:
+    torch.manual_seed(0)
+    model = MiniClip(MiniClipConfig.from_dict(SMALL | changes)).eval()
+    for name, p in model.named_parameters():  # zeros hide mistakes
+        if name.endswith("bias"):
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def make_batch(n: int = 7, image_size: int = 64):
+    torch.manual_seed(1)
+    lengths = [24, 3, 11, 2, 24, 7, 16][:n]
+    input_ids = torch.zeros(n, 24, dtype=torch.long)
+    for row, length in zip(input_ids, lengths):
+        row[:length] = torch.randint(0, 40000, (length,))
+        row[0], row[length - 1] = 49406, 49407
+    return torch.randn(n, 3, image_size, image_size), input_ids
+
+
+def gradients(model: MiniClip, pixel_values, input_ids) -> list[torch.Tensor]:
+    model.zero_grad()
+    clip_loss(*model(pixel_values, input_ids)).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_sped_up_model_has_the_outputs_and_gradients_of_the_plain_one(quick_gelu, checkpointing):
+    model, (pixel_values, input_ids) = make_model(quick_gelu=quick_gelu), make_batch()
+    expected, outputs = gradients(model, pixel_values, input_ids), model(pixel_values, input_ids)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    speed_up(model)
+    ours = model(pixel_values, input_ids)
+    assert torch.allclose(ours.image_embeds, outputs.image_embeds, atol=1e-6)
+    assert torch.allclose(ours.text_embeds, outputs.text_embeds, atol=1e-6)
+    for (name, _), a, b in zip(model.named_parameters(), expected, gradients(model, pixel_values, input_ids)):
+        assert torch.allclose(a, b, atol=1e-6, rtol=1e-4), name
+    with fast_arithmetic("cpu"):
+        assert torch.allclose(model(pixel_values, input_ids).text_embeds, outputs.text_embeds, atol=1e-5)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_less_is_computed():
+    """Most padding does not reach the blocks, and of the last block's MLP only one row a sequence is computed."""
+    model, (pixel_values, input_ids) = speed_up(make_model()), make_batch()
+    rows = {}
+    for kind, tower in (("image", model.visual), ("text", model.text)):
+        for number, block in enumerate(tower.blocks):
+            block.mlp.c_fc.register_forward_pre_hook(
+                lambda _, args, key=(kind, number): rows.__setitem__(key, args[0].shape[:-1].numel())
+            )
+    model(pixel_values, input_ids)
+    captions = 24 + 3 + 11 + 2 + 24 + 7 + 16
+    assert captions == 87 and 7 * 24 == 168
+    assert [rows["text", i] for i in range(3)] == [128, 128, 7]  # a multiple of 64
+    assert [rows["image", i] for i in range(3)] == [7 * 17, 7 * 17, 7]
+
+
+@pytest.mark.parametrize("precision, least", [("fp32", 0.999999), ("bf16", 0.999), ("int8", 0.998)])
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_each_precision_is_as_close_as_it_should_be(precision, least, quick_gelu):
+    model, (pixel_values, input_ids) = make_model(quick_gelu=quick_gelu), make_batch()
+    model.visual.patch_dropout = 0.5
+    model.train()  # whatever the mode of the original
+    ours = fast_model(model, precision)
+    model.eval()
+    assert isinstance(ours, MiniClip) and not ours.training and ours.precision == precision
+    assert min(fast.cosine_to_fp32(ours, model, pixel_values, input_ids)) >= least
+    image = ours.encode_image(pixel_values, normalize=True)
+    assert image.dtype == torch.float32 and torch.allclose(image.norm(dim=1), torch.ones(7), atol=1e-6)
+    exact = model.get_logits(pixel_values, input_ids)[0]
+    assert (ours.get_logits(pixel_values, input_ids)[0] - exact).abs().max() < 14.3 * (1 - least) ** 0.5 * 2
+    with torch.autocast("cpu", torch.bfloat16):  # what is set around it does not reach it
+        assert torch.equal(ours.encode_text(input_ids), ours.encode_text(input_ids).float())
+        assert torch.equal(image, ours.encode_image(pixel_values, normalize=True))
+    difference = {p: (fast_model(model, p).encode_image(pixel_values) - model.encode_image(pixel_values)).abs().max()
+                  for p in ("fp32", precision)}  # fmt: skip
+    assert precision == "fp32" or difference["fp32"] * 10 < difference[precision]  # the option does something
+
+
+def test_a_fast_model_is_for_inference(tmp_path):
+    model, (pixel_values, _) = make_model(), make_batch()
+    ours = fast_model(model)
+    before = ours.encode_image(pixel_values)
+    nn.init.normal_(model.visual.proj.weight)
+    packed = any(isinstance(module, OneDnnLinear) for module in ours.modules())
+    assert torch.equal(before, ours.encode_image(pixel_values)) == packed
+    for attempt in (ours.train, lambda: ours.save_pretrained(tmp_path), lambda: fast_model(model, "fp8")):
+        with pytest.raises(InputError):
+            attempt()
+    assert ours.eval() is ours and model.requires_grad_(True).visual.proj.weight.requires_grad
+    with pytest.raises(InputError, match="int8 is for the CPU"):
+        fast_model(model.to("meta"), "int8")
+
+
+def test_load_with_a_precision(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    ours, preprocess, tokenizer = miniclip.load(tmp_path, precision="fp32")
+    assert isinstance(ours, FastClip)
+    texts = ["a dog", "two small cats on a mat"] * 40
+    same = miniclip.embed_texts(ours, tokenizer, texts)
+    assert np.allclose(same, miniclip.embed_texts(model, tokenizer, texts), atol=1e-6)
+    assert np.allclose(same[:2], F.normalize(model.encode_text(tokenizer(texts[:2])), dim=-1).detach(), atol=1e-6)
+
+
+def test_how_to_multiply_is_decided_once(monkeypatch, tmp_path):
+    """A busy moment may find otherwise: what the first process found is kept, and read by the next."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_routes.cache_clear()
+    try:
+        first = cpu_routes()
+        (kept,) = (tmp_path / "miniclip").iterdir()
+        cpu_routes.cache_clear()
+        assert cpu_routes() == first
+        text = kept.read_text()
+        for damaged in (text[: len(text) // 2], text.replace('"routes"', '"roads"'), "[]"):
+            kept.write_text(damaged)
+            cpu_routes.cache_clear()
+            assert cpu_routes().keys() == first.keys(), "it is measured again"
+        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+        cpu_routes.cache_clear()
+        assert cpu_routes().keys() == first.keys()
+    finally:
+        cpu_routes.cache_clear()
+
+
+def test_the_self_check_refuses_what_is_not_exact(monkeypatch, tmp_path):
+    """A processor that rounds to bf16 is played by a layer that does so."""
+    routes = cpu_routes()
+    assert set(routes) <= {"default", "medium", "packed"} and not routes["default"].used
+    assert all(0 < route.error < 1e-5 for route in routes.values() if route.used or route.speedup == 1)
+
+    class Rounding(OneDnnLinear):
+        def forward(self, x, activation=None, residual=None):
+            return super().forward(x.bfloat16().float(), activation, residual)
+
+    monkeypatch.setattr(matmul, "OneDnnLinear", Rounding)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nobody has measured yet
+    cpu_routes.cache_clear()
+    try:
+        packed = cpu_routes()["packed"]
+        assert packed.error > 100 * cpu_routes()["default"].error and not packed.used
+        layers = {type(layer) for layer in fast_model(make_model()).modules()}
+        assert Rounding not in layers and nn.Linear in layers
+        monkeypatch.setattr(matmul, "cpu_routes", lambda: {"default": routes["default"]})
+        with fast_arithmetic("cpu"):
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        cpu_routes.cache_clear()
+
+
+def test_copies_of_a_sped_up_model_stand_alone():
+    model, (pixel_values, _) = speed_up(make_model()), make_batch()
+    twin = copy.deepcopy(model)
+    before = model.encode_image(pixel_values)
+    nn.init.normal_(twin.visual.proj.weight)
+    assert torch.equal(before, model.encode_image(pixel_values))
+    assert not torch.equal(before, twin.encode_image(pixel_values))

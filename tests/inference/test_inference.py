@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import miniclip
+from miniclip.model import MiniClip
+
+
+def test_load_by_name_by_file_and_by_folder(tiny_config, tmp_path):
+    import json
+
+    (tmp_path / "tiny.json").write_text(json.dumps(tiny_config.to_dict()))
+    with pytest.warns(UserWarning, match="tiny.json has random weights"):
+        model, preprocess, tokenizer = miniclip.load(str(tmp_path / "tiny.json"))
+    assert isinstance(model, MiniClip) and not model.training
+    model.save_pretrained(tmp_path / "saved")
+    again, _, _ = miniclip.load(tmp_path / "saved")
+    other, _, _ = miniclip.load(str(tmp_path / "tiny.json"), pretrained=tmp_path / "saved" / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]) and torch.equal(tensor, other.state_dict()[name])
+    assert preprocess(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+    assert tokenizer(["a", "b"]).shape == (2, 16)
+    with pytest.raises(ValueError, match="'ViT-B/32' is neither a folder nor .* nearest: ViT-B-32"):
+        miniclip.load("ViT-B/32")
+    with pytest.raises(ValueError, match="no folder that MiniCLIP saved: there is no config.json"):
+        miniclip.load(tmp_path)
+
+
+def test_embeddings_do_not_depend_on_batches_workers_or_order(tiny_model, caption_set):
+    preprocess, tokenizer = miniclip.Preprocess(tiny_model.config.preprocess_cfg), miniclip.Tokenizer(16)
+    paths = [caption_set / f"{i}.png" for i in (3, 1, 2, 23, 7)]
+    one = miniclip.embed_images(tiny_model, preprocess, paths, batch_size=1)
+    many = miniclip.embed_images(tiny_model, preprocess, paths, batch_size=4, num_workers=2)
+    assert one.dtype == np.float32 and np.allclose(one, many, atol=1e-6)
+    alone = tiny_model.encode_image(preprocess(miniclip.open_image(paths[3]))[None], normalize=True)
+    assert np.allclose(one[3], alone.detach()[0], atol=1e-6)
+
+    # "!!!" holds token id 0, which is what padding looks like
+    texts = ["a very long caption about a small dog that runs", "dog", "wow !!! a dog!!!", "", "two dogs", "cat " * 40]
+    one = miniclip.embed_texts(tiny_model, tokenizer, texts, batch_size=1)
+    many = miniclip.embed_texts(tiny_model, tokenizer, texts, batch_size=3)
+    padded = tiny_model.encode_text(tokenizer(texts), normalize=True).detach().numpy()
+    assert one.dtype == np.float32 and one.shape == (6, 16)
+    assert np.allclose(one, many, atol=1e-6) and np.allclose(one, padded, atol=1e-5)
+
+
+def test_one_string_a_generator_a_half_precision_model_and_training_mode(tiny_model, caption_set):
+    preprocess, tokenizer = miniclip.Preprocess(tiny_model.config.preprocess_cfg), miniclip.Tokenizer(16)
+    one = miniclip.embed_texts(tiny_model, tokenizer, "a dog")
+    assert one.shape == (1, 16)
+    assert np.array_equal(one, miniclip.embed_texts(tiny_model, tokenizer, (t for t in ["a dog"])))
+    path = caption_set / "3.png"
+    one = miniclip.embed_images(tiny_model, preprocess, path)
+    assert np.array_equal(one, miniclip.embed_images(tiny_model, preprocess, (p for p in [str(path)])))
+
+    tiny_model.visual.patch_dropout = 0.5
+    tiny_model.train()
+    assert np.array_equal(one, miniclip.embed_images(tiny_model, preprocess, path)) and tiny_model.training
+    half = miniclip.embed_images(tiny_model.to(torch.bfloat16), preprocess, path)
+    assert half.dtype == np.float32 and 0 < np.abs(half - one).max() < 0.05
+
+
+def test_nothing_to_embed(tiny_model):
+    preprocess, tokenizer = miniclip.Preprocess(tiny_model.config.preprocess_cfg), miniclip.Tokenizer(16)
+    assert miniclip.embed_texts(tiny_model, tokenizer, []).shape == (0, 16)
+    assert miniclip.embed_images(tiny_model, preprocess, []).shape == (0, 16)
+
+
+def test_an_unreadable_image_is_named(tiny_model, caption_set):
+    (caption_set / "bad.png").write_text("no picture")
+    preprocess = miniclip.Preprocess(tiny_model.config.preprocess_cfg)
+    with pytest.raises(ValueError, match="bad.png"):
+        miniclip.embed_images(tiny_model, preprocess, [caption_set / "0.png", caption_set / "bad.png"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_all_unreadable_images_are_named_at_once(tiny_model, caption_set, num_workers):
+    paths = [caption_set / f"{i}.png" for i in range(24)]
+    paths[3].write_text("no picture")
+    paths[20].unlink()
+    preprocess = miniclip.Preprocess(tiny_model.config.preprocess_cfg)
+    with pytest.raises(ValueError, match=r"3\.png: no picture.*\n.*20\.png: no such file"):
+        miniclip.embed_images(tiny_model, preprocess, paths, batch_size=4, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4, None])
+def test_reading_ahead_keeps_the_order_and_goes_only_so_far(num_workers):
+    import time
+
+    from miniclip.utils.parallel import read_ahead
+
+    started = []
+
+    def read(n: int) -> int:
+        started.append(n)
+        time.sleep(0.001 * (n % 3))
+        return n * n
+
+    results = read_ahead(read, range(50), num_workers, ahead=5)
+    for n in range(20):
+        assert next(results) == n * n
+        assert len(started) <= n + 7
+    results.close()
+    time.sleep(0.02)
+    assert len(started) <= 27
+
+    def fail(n: int):
+        raise KeyError(n)
+
+    with pytest.raises(KeyError):
+        list(read_ahead(fail, range(9), num_workers, ahead=5))
+
+
+def test_public_names_are_all_there():
+    for name in miniclip.__all__:
+        assert getattr(miniclip, name) is not None
+    with pytest.raises(AttributeError, match="lod"):
+        miniclip.lod  # noqa: B018

@@ -1,0 +1,117 @@
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from miniclip.training.defaults import FINE_TUNE, FROM_SCRATCH
+from miniclip.training.parse import parse_train
+from miniclip.utils.command_line import at_least, find_device, printable, run
+from miniclip.utils.errors import InputError
+from miniclip.utils.files import write_text
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_and_no_arguments_need_neither_torch_nor_transformers(script, run_script):
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert not {'torch', 'transformers', 'faiss', 'numpy'} & set(sys.modules)"
+    )
+    texts = [run_script("-c", code, script, *argv).stdout for argv in (["--help"], ["-h"], [])]
+    assert texts[0] == texts[1] == texts[2]
+    assert "--image_root" in texts[0]
+
+
+def test_defaults_follow_the_start(tmp_path):
+    common = ["--model_config", "ViT-B-32", "--output_dir", str(tmp_path), "--use_cpu"]
+    options, args = parse_train(common)
+    assert {name: getattr(args, name) for name in FROM_SCRATCH} == FROM_SCRATCH
+    _, args = parse_train([*common, "--pretrained", "x.pt", "--learning_rate", "3e-6"])
+    assert {name: getattr(args, name) for name in FINE_TUNE} == {**FINE_TUNE, "learning_rate": 3e-6}
+    assert (args.adam_beta2, args.adam_epsilon, args.dataloader_drop_last) == (0.98, 1e-6, True)
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    recipe = {"_about": "a comment", "model_config": "ViT-B-32", "output_dir": str(tmp_path), "learning_rate": 2e-4,
+              "pretrained": "x.pt", "hflip": 0.5, "use_cpu": True}  # fmt: skip
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    options, args = parse_train([str(tmp_path / "recipe.json"), "--hflip", "0.25"])
+    assert (options.model_config, options.hflip, options.pretrained) == ("ViT-B-32", 0.25, "x.pt")
+    assert args.learning_rate == 2e-4
+    assert args.num_train_epochs == FINE_TUNE["num_train_epochs"]
+
+
+@pytest.mark.parametrize("option", [
+    ["--on_bad_sample", "skp"], ["--crop_scale", "0"], ["--hflip", "2"], ["--color_jitter", "-1"],
+    ["--fixed_logit_scale", "0.5"], ["--fixed_logit_scale", "0"], ["--loss", "triplet"], ["--twins", "drop"],
+])  # fmt: skip
+def test_values_out_of_range_are_refused_on_the_command_line_and_in_recipes(option, tmp_path):
+    with pytest.raises((InputError, SystemExit)):
+        parse_train(["--output_dir", str(tmp_path), *option])
+    (tmp_path / "recipe.json").write_text(json.dumps({option[0][2:]: option[1], "output_dir": str(tmp_path)}))
+    with pytest.raises(InputError, match=option[0][2:]):
+        parse_train([str(tmp_path / "recipe.json")])
+
+
+def test_an_eval_file_is_used_each_epoch_unless_told(tmp_path):
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "--model_config", "ViT-B-32"]
+    assert parse_train(common)[1].eval_strategy == "no"
+    assert parse_train([*common, "--eval_file", "x.json"])[1].eval_strategy == "epoch"
+    assert parse_train([*common, "--eval_file", "x.json", "--eval_strategy", "no"])[1].eval_strategy == "no"
+
+
+def test_unknown_options_are_named(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"learnin_rate": 1}')
+    with pytest.raises(SystemExit, match="recipe.json.*'learnin_rate'.*'learning_rate'"):
+        parse_train([str(tmp_path / "recipe.json")])
+    (tmp_path / "list.json").write_text('["a"]')
+    with pytest.raises(SystemExit, match="list.json is no object"):
+        parse_train([str(tmp_path / "list.json")])
+    with pytest.raises(SystemExit, match="no-such.json cannot be read"):
+        parse_train(["no-such.json"])
+    with pytest.raises(SystemExit, match="unknown option 'train_fil'.*'train_file'"):
+        parse_train(["--model_config", "ViT-B-32", "--train_fil", "x"])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--loss", "distill"], "need one"),
+        (["--teacher", "ViT-B-32"], "need one"),
+        (["--loss", "affinity", "--teacher", "ViT-B-32", "--lock_image", "all"], "features"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        parse_train(["--output_dir", str(tmp_path), *options])
+
+
+def test_what_the_system_refuses_is_said_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for folder, reason in (("file", "Not a directory"), ("no", "No such file")):
+        path = tmp_path / folder / "x.json"
+        with pytest.raises(SystemExit, match=rf"{path.parent.name}/x\.json: {reason}"):
+            run(lambda argv, path=path: write_text(path, "x"))
+    with pytest.raises(OSError, match="bug"):
+        run(lambda argv: (_ for _ in ()).throw(OSError("bug")))
+    code = "from miniclip.utils.command_line import run\nrun(lambda argv: [print(n, flush=True) for n in range(99999)])"
+    command = f"{sys.executable} -c '{code}' | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_numbers_and_devices_that_cannot_be():
+    assert at_least(1)("3") == 3 and printable("a\x1b[2J\n|é狗") == "a\\x1b[2J\\n|é狗"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=at_least(1))
+    for text in ("0", "-1", "x", "1.5"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--n", text])
+    assert find_device("cpu").type == "cpu"
+    for name in ("nope", "cuda:99"):
+        with pytest.raises(InputError, match=f"--device {name}: "):
+            find_device(name)
