@@ -10,6 +10,7 @@ Paper: Radford et al., "Learning Transferable Visual Models From Natural Languag
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +78,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """The pre-norm transformer block of both towers."""
 
+    # inference/fast.py computes the same with less work, as long as nothing here is changed: change a line, and this
+    # code runs in training, evaluation and search. `--fast false` always runs it.
+
     def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
@@ -100,7 +104,65 @@ class Block(nn.Module):
             nn.init.zeros_(linear.bias)
 
 
-class VisionTransformer(nn.Module):
+class Tower(nn.Module):
+    """Base class of an encoder: an input, to features (B, W), to an embedding (B, E) by a linear projection.
+
+    A tower of your own defines `width`, `features`, `projection` and `blocks`, and registers itself in TOWERS.
+    """
+
+    width: int  # W
+    blocks: Sequence[nn.Module]  # the layers, in order, for rates by layer and freezing all but the last ones
+    tokenizer = None  # a text tower's own; CLIP's unless it has one
+    pretrained = False  # whether `load_pretrained` has weights to start from
+    # The seam around the forward pass: functions (tower, features, inputs) -> (B, W). Each may call `features(inputs)`,
+    # the next one inward. Innermost first: inference/fast.py, the normalisation of pixels, GradCache's chunks.
+    wrappers: tuple[Callable, ...] = ()
+    checkpoint_every = 0  # see `checkpoint_activations`; 0: no block
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """What the projection reads: (B, W)."""
+        raise NotImplementedError
+
+    @property
+    def projection(self) -> nn.Module:
+        """From features (B, W) to embeddings (B, E)."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.features
+        for wrapper in self.wrappers:
+            features = partial(wrapper, self, features)
+        return self.projection(features(inputs))
+
+    def run_blocks(self, x: Tensor, is_causal: bool) -> Tensor:
+        """Applies the blocks in order, (B, L, W) to (B, L, W)."""
+        for number, block in enumerate(self.blocks):
+            recompute = self.checkpoint_every and number % self.checkpoint_every == 0 and torch.is_grad_enabled()
+            x = checkpoint(block, x, is_causal, use_reentrant=False) if recompute else block(x, is_causal)
+        return x
+
+    def checkpoint_activations(self, every: int):
+        """Has every n-th block keep its input alone for the backward pass, which computes the rest again."""
+        self.checkpoint_every = every
+
+    def init_parameters(self):
+        """Draws the weights outside the blocks."""
+
+    def load_pretrained(self):
+        """Loads the weights that the config names, where `pretrained`."""
+
+    def for_inference(self) -> "Tower":
+        """The tower, or a copy that computes the same faster and cannot be trained."""
+        return self
+
+    def save_files(self, directory: Path):
+        """Writes what the tower needs besides weights, a tokenizer for example, below a folder."""
+
+    def load_files(self, directory: Path):
+        """Reads what `save_files` wrote."""
+
+
+class VisionTransformer(Tower):
     """Images (B, 3, S, S) to embeddings (B, E): cut into patches, read out at the class token."""
 
     def __init__(self, cfg: VisionConfig, embed_dim: int, quick_gelu: bool):
@@ -116,22 +178,20 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(cfg.width)
         self.proj = nn.Linear(cfg.width, embed_dim, bias=False)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.proj(self.features(pixel_values))
+    @property
+    def projection(self) -> nn.Module:
+        return self.proj
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What the projection is made from: (B, W)."""
-        x = self.embed_patches(pixel_values)
-        for block in self.blocks:
-            x = block(x, is_causal=False)
-        return self.ln_post(x[:, 0])
-
-    def embed_patches(self, pixel_values: Tensor) -> Tensor:
-        """The sequence that the blocks work on, the class token first: (B, 1 + patches, W)."""
         if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
             size = self.image_size
             raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {size}, {size})")
-        x = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (B, patches, W)
+        x = self.embed_patches(self.conv1(pixel_values))
+        return self.ln_post(self.run_blocks(x, is_causal=False)[:, 0])
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """(B, W, S/P, S/P) patches to the sequence the blocks work on, the class token first: (B, 1 + patches, W)."""
+        x = patches.flatten(2).transpose(1, 2)  # (B, patches, W)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + patches, W)
         x = x + self.positional_embedding.to(x.dtype)
         if self.training and self.patch_dropout:
@@ -146,17 +206,16 @@ class VisionTransformer(nn.Module):
         return torch.cat([x[:, :1], x.gather(1, kept[..., None].expand(-1, -1, W))], dim=1)
 
     def init_parameters(self):
-        """Draws the weights around the blocks."""
         nn.init.normal_(self.class_embedding, std=self.width**-0.5)
         nn.init.normal_(self.positional_embedding, std=self.width**-0.5)
         nn.init.normal_(self.proj.weight, std=self.width**-0.5)
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(Tower):
     """Token ids (B, L) to embeddings (B, E), read out at the end token.
 
-    L may be anything up to the context length: with causal attention nothing after the end token reaches it, so
-    that padding can be cut off without changing the result.
+    L is at most the context length. With causal attention nothing after the end token reaches it, so padding can be
+    cut off without changing the result.
     """
 
     def __init__(self, cfg: TextConfig, embed_dim: int, quick_gelu: bool):
@@ -168,14 +227,12 @@ class TextTransformer(nn.Module):
         self.ln_final = nn.LayerNorm(cfg.width)
         self.text_projection = nn.Linear(cfg.width, embed_dim, bias=False)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.text_projection(self.features(input_ids))
+    @property
+    def projection(self) -> nn.Module:
+        return self.text_projection
 
     def features(self, input_ids: Tensor) -> Tensor:
-        """What the projection is made from: (B, W)."""
-        x = self.embed_tokens(input_ids)
-        for block in self.blocks:
-            x = block(x, is_causal=True)
+        x = self.run_blocks(self.embed_tokens(input_ids), is_causal=True)
         end = input_ids.argmax(dim=1)  # the end token has the highest id of the vocabulary
         return self.ln_final(x[torch.arange(len(x), device=x.device), end])
 
@@ -186,15 +243,15 @@ class TextTransformer(nn.Module):
         return self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]
 
     def init_parameters(self):
-        """Draws the weights around the blocks."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
 
 
-# What a section of the config describes. Any tower will do that has `features`, from its input to (B, W), a projection
-# of these to (B, E), and what else is named alike in these two: hf_towers.py adds some.
-TOWERS = {VisionConfig: VisionTransformer, TextConfig: TextTransformer}
+TOWERS: dict[type, type[Tower]] = {  # a section of the config -> the tower it describes; `towers/` has more
+    VisionConfig: VisionTransformer,
+    TextConfig: TextTransformer,
+}
 
 
 class MiniClip(nn.Module):
@@ -241,18 +298,15 @@ class MiniClip(nn.Module):
         logits_per_image = logits_per_image if logit_bias is None else logits_per_image + logit_bias
         return logits_per_image, logits_per_image.T
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ):
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False):
         """Keeps only each block's input for the backward pass and computes the rest again: less memory, a third more
-        work, the same gradients. The name is the one that Trainer calls."""
+        work, the same gradients. Trainer calls it by this name."""
         if offload:
-            raise InputError("activations are computed again, not kept elsewhere: leave out offload")
+            raise InputError("offloading activations is not supported: leave out offload")
         for tower in (self.visual, self.text):
-            for block in tower.blocks[::every_n_layers]:
-                block.forward = partial(checkpoint, type(block).forward, block, use_reentrant=False)
+            tower.checkpoint_activations(every_n_layers)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
         """The same, by the name that older versions of Trainer call."""
         self.activation_checkpointing_enable()
 
@@ -276,7 +330,8 @@ class MiniClip(nn.Module):
             config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
             save_file(weights, file, metadata={"format": "pt"})
             (directory / MANIFEST).unlink(missing_ok=True)  # from here on it would not be true
-            self._files("save_files", directory)
+            for tower in (self.visual, self.text):
+                tower.save_files(directory)
         own = [f"tokenizer/{name}" for name in files_in(directory / "tokenizer")]
         write_manifest(directory, ["config.json", "model.safetensors", *own])
 
@@ -297,10 +352,6 @@ class MiniClip(nn.Module):
             if weights[name].is_floating_point() != expected[name].is_floating_point():
                 raise CheckpointError(f"{directory}: {name} is {weights[name].dtype}, not {expected[name].dtype}")
         model.load_state_dict(weights, strict=True, assign=True)
-        model._files("load_files", directory)
+        for tower in (model.visual, model.text):
+            tower.load_files(Path(directory))
         return model.eval()
-
-    def _files(self, action: str, directory: str | Path):
-        """A tower may have files of its own, a tokenizer's, say."""
-        for tower in (self.visual, self.text):
-            getattr(tower, action, lambda directory: None)(Path(directory))

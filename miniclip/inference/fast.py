@@ -37,10 +37,10 @@ PRECISIONS = ("fp32", "bf16", "int8")
 
 def image_features(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
     """What `tower.features(pixel_values)` gives: (B, 3, S, S) to (B, W)."""
-    x = tower.embed_patches(pixel_values)  # (B, L, W)
+    x = tower.embed_patches(tower.conv1(pixel_values))  # (B, L, W)
     B, L, W = x.shape
     ends = torch.arange(0, B * L, L, device=x.device)  # of L positions the first one, the class token, is read
-    return tower.ln_post(_blocks(tower.blocks, x.reshape(B * L, W), (B, L), ends, is_causal=False))
+    return tower.ln_post(_blocks(tower, x.reshape(B * L, W), (B, L), ends, is_causal=False))
 
 
 def _convolve(conv: nn.Conv2d, pixel_values: Tensor) -> Tensor:
@@ -60,23 +60,23 @@ def text_features(tower: TextTransformer, input_ids: Tensor) -> Tensor:
         if room < len(padding):
             kept = torch.cat([captions, padding[:room]])  # (T,)
             ends, x = end.cumsum(0) + torch.arange(B), x[kept]  # where among them the captions end
-    return tower.ln_final(_blocks(tower.blocks, x, (B, L), ends, True, kept))
+    return tower.ln_final(_blocks(tower, x, (B, L), ends, True, kept))
 
 
 FAST = {VisionTransformer: image_features, TextTransformer: text_features}
 
 
-def _blocks(blocks, x: Tensor, shape: tuple[int, int], ends: Tensor, is_causal: bool, kept: Tensor | None = None):
+def _blocks(tower, x: Tensor, shape: tuple[int, int], ends: Tensor, is_causal: bool, kept: Tensor | None = None):
     """All blocks of a tower: rows (T, W) to those that are read out, (B, W).
 
     The rows are B sequences of up to L (`shape`), end to end. With `kept` (T,) some of the B x L are left out, and
     it says which there are. `ends` (B,) are the rows to read.
     """
-    for number, block in enumerate(blocks, 1):
+    for number, block in enumerate(tower.blocks):
         run = partial(_block, block, shape=shape, is_causal=is_causal, kept=kept)
-        if "forward" in vars(block) and torch.is_grad_enabled():  # put there by gradient_checkpointing_enable
+        if tower.checkpoint_every and number % tower.checkpoint_every == 0 and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
-        x = run(x, ends=ends if number == len(blocks) else None)
+        x = run(x, ends=ends if number == len(tower.blocks) - 1 else None)
     return x
 
 
@@ -138,7 +138,7 @@ class FastClip(MiniClip):
         layer = Int8Linear if precision == "int8" else copy.copy
         if model.logit_scale.device.type == "cpu" and pack and _onednn_pays(precision):
             layer = OneDnnLinear
-        towers = (getattr(tower, "folded", lambda tower=tower: tower)() for tower in (model.visual, model.text))
+        towers = (tower.for_inference() for tower in (model.visual, model.text))
         self.visual, self.text = (_rebuilt(tower, self.dtype, layer) for tower in towers)
         self.logit_scale = nn.Parameter(model.logit_scale.detach().float(), requires_grad=False)
         self.logit_bias = model.logit_bias

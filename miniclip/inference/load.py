@@ -45,7 +45,7 @@ def load(
     elif pretrained is not None:
         load_weights(model, pretrained)
     config = model.config
-    tokenizer = getattr(model.text, "tokenizer", None) or Tokenizer(config.text_cfg.context_length)
+    tokenizer = model.text.tokenizer or Tokenizer(config.text_cfg.context_length)
     model = model.to(device).eval()
     if precision is not None:
         model = fast_model(model, precision)

@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 from miniclip.checkpoint import HARMLESS, _rename
-from miniclip.model import TOWERS
+from miniclip.model import TOWERS, Tower
 from miniclip.towers.hf_config import (
     HfTextConfig,
     HfVisionConfig,
@@ -52,7 +53,7 @@ class Head(nn.Sequential):
         return super().forward(F.dropout(x, self.dropout, self.training))
 
 
-class _HfTower(nn.Module):
+class _HfTower(Tower):
     """What both towers have: the encoder, `trunk`, and how its features are projected."""
 
     kind = "image"
@@ -139,8 +140,9 @@ class _HfTower(nn.Module):
             layers = [nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False)]
         return Head(cfg.hf_proj_dropout, *layers)
 
-    def init_parameters(self):
-        """The trunk's are drawn already, as its own library does."""
+    def checkpoint_activations(self, every: int):
+        for block in self.blocks[::every]:
+            block.forward = partial(checkpoint, type(block).forward, block, use_reentrant=False)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -167,8 +169,9 @@ class HfVisionTower(_HfTower):
         self.width = cfg.width
         self.proj = self.head(embed_dim)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.proj(self.features(pixel_values))
+    @property
+    def projection(self) -> nn.Module:
+        return self.proj
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """What the projection is made from: (B, W)."""
@@ -190,7 +193,7 @@ class HfVisionTower(_HfTower):
         return False  # a ViT's is what is left of its first training, and often not in the file
 
     @torch.no_grad()
-    def folded(self) -> "HfVisionTower":
+    def for_inference(self) -> "HfVisionTower":
         """The tower for inference: in a copy each BatchNorm has become part of the convolution before it, which is a
         third of the time (Jacob et al., arXiv 1712.05877, section 3.2). A tower without any is given as it is."""
         if self.layout != torch.channels_last:
@@ -237,8 +240,9 @@ class HfTextTower(_HfTower):
         self.text_projection = self.head(embed_dim)
         self.tokenizer = None
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.text_projection(self.features(input_ids))
+    @property
+    def projection(self) -> nn.Module:
+        return self.text_projection
 
     def features(self, input_ids: Tensor) -> Tensor:
         """What the projection is made from: (B, W)."""
