@@ -1,7 +1,8 @@
 """What is CLIP trained to do?
 
 In a batch of image-caption pairs, every image has to pick its own caption among all captions, and every caption its
-own image: two classifications, whose logits are cosine similarities times the learned scale.
+own image: two classifications, whose logits are cosine similarities times the learned scale. All other pairs of the
+batch are the negatives.
 """
 
 import torch
@@ -9,53 +10,66 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-TWINS = ("positive", "exclude", "ignore")
 
+def clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE: the mean of two cross-entropies, in nats (paper, figure 3).
 
-def clip_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, ids: Tensor | None = None, twins: str = "positive"
-) -> Tensor:
-    """Symmetric InfoNCE: the mean of the two cross-entropies, in nats (paper, figure 3).
-
-    `image_embeds` and `text_embeds` are (B, E), of unit length, row i of one belonging to row i of the other;
-    `logit_scale` is a scalar. With several processes each holds its own B rows, and the rows of all N = processes x B
-    are contrasted: a process scores its own rows against everybody's, which takes B x N numbers instead of N x N,
-    and the mean over the processes is the loss of the whole batch, gradients included. It is computed in float32 also
-    under autocast: a logit of 30 in bf16 is off by up to 0.06.
-
-    `ids` (B, 2) are whole numbers, equal in the first column where the images are the same and in the second where the
-    captions are. Pairs of the batch that are the same in either are twins. With l_ij the logits of row i, and P_i
-    the row itself and its twins, a direction's loss of row i is
-
-        "positive"   -1/|P_i| sum over j in P_i of log(exp l_ij / sum over all k of exp l_ik)     (UniCL: Yang et al.,
-                     arXiv 2204.03610, equations 2 to 4): what is wanted is an equal share for each of P_i
-        "exclude"    -log(exp l_ii / sum over k outside P_i, and i, of exp l_ik): twins are left out
-        "ignore"     -log(exp l_ii / sum over all k of exp l_ik): twins are negatives, as in CLIP
+    `image_embeds` and `text_embeds` (B, E) are of unit length, and row i of one belongs to row i of the other;
+    `logit_scale` is a scalar. Of several processes each holds B rows and scores them against the rows of all: the mean
+    over the processes is the loss of the whole batch, gradients included.
     """
-    if twins not in TWINS:
-        raise ValueError(f"twins {twins!r} is none of {', '.join(TWINS)}")
-    with torch.autocast(image_embeds.device.type, enabled=False):
-        return _clip_loss(image_embeds.float(), text_embeds.float(), logit_scale.float(), ids, twins)
-
-
-def _clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, ids, twins) -> Tensor:
-    all_images, all_texts, first = gather(image_embeds), gather(text_embeds), process_index() * len(image_embeds)
-    logits_per_image = logit_scale * image_embeds @ all_texts.T
-    logits_per_text = logit_scale * text_embeds @ all_images.T
-    target = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
-    if ids is not None and twins != "ignore":
-        same = find_twins(ids, gather(ids))
-        if twins == "positive":
-            target = same / same.sum(dim=1, keepdim=True)
-        else:
-            left_out = same.scatter(1, target[:, None], False)
-            logits_per_image = logits_per_image.masked_fill(left_out, -torch.inf)
-            logits_per_text = logits_per_text.masked_fill(left_out, -torch.inf)
+    logits_per_image, logits_per_text, target = clip_logits(image_embeds, text_embeds, logit_scale)
     return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_text, target)) / 2
 
 
-def find_twins(ids: Tensor, all_ids: Tensor) -> Tensor:
-    """Which pairs are the same, in the image or the caption: ids (B, 2) against (N, 2) gives booleans (B, N)."""
+def clip_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's rows against everybody's: logits of images (B, N) and of texts (B, N), and the right columns (B,).
+
+    In float32 also under autocast: a logit of 30 in bf16 is off by up to 0.06.
+    """
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        image_embeds, text_embeds, logit_scale = image_embeds.float(), text_embeds.float(), logit_scale.float()
+        logits_per_image = logit_scale * image_embeds @ gather(text_embeds).T
+        logits_per_text = logit_scale * text_embeds @ gather(image_embeds).T
+    own = torch.arange(len(image_embeds), device=image_embeds.device)
+    return logits_per_image, logits_per_text, own + process_index() * len(image_embeds)
+
+
+DUPLICATES = ("positive", "exclude", "ignore")
+
+
+def clip_loss_with_duplicates(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, ids: Tensor, duplicates: str = "positive"
+) -> Tensor:
+    """InfoNCE for batches in which an image or a caption occurs more than once. The rest is as in `clip_loss`.
+
+    `ids` (B, 2) are whole numbers, equal in the first column where the images are the same and in the second where the
+    captions are. Pairs that are the same in either are duplicates. With l_ij the logits of row i, and P_i the row
+    itself and its duplicates, the loss of row i in one direction is
+
+        "positive"   -1/|P_i| sum over j in P_i of log(exp l_ij / sum over all k of exp l_ik): all of P_i are right
+                     answers, with equal shares (UniCL: Yang et al., arXiv 2204.03610, equations 2 to 4)
+        "exclude"    -log(exp l_ii / sum over k outside P_i, and i, of exp l_ik): duplicates do not count
+        "ignore"     -log(exp l_ii / sum over all k of exp l_ik): duplicates are negatives, as in CLIP
+
+    Raises ValueError for another word.
+    """
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates {duplicates!r} is not one of {', '.join(DUPLICATES)}")
+    logits_per_image, logits_per_text, target = clip_logits(image_embeds, text_embeds, logit_scale)
+    if duplicates != "ignore":
+        same = find_duplicates(ids, gather(ids))
+    if duplicates == "positive":
+        target = same / same.sum(dim=1, keepdim=True)
+    if duplicates == "exclude":
+        others = same.scatter(1, target[:, None], False)
+        logits_per_image = logits_per_image.masked_fill(others, -torch.inf)
+        logits_per_text = logits_per_text.masked_fill(others, -torch.inf)
+    return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_text, target)) / 2
+
+
+def find_duplicates(ids: Tensor, all_ids: Tensor) -> Tensor:
+    """Which pairs have the same image or caption: ids (B, 2) against (N, 2), booleans (B, N)."""
     return (ids[:, None, 0] == all_ids[:, 0]) | (ids[:, None, 1] == all_ids[:, 1])
 
 
@@ -70,8 +84,8 @@ def process_index() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather, whose plain form stops gradients. Backwards, every process holds a gradient for every row: they are
-    summed, and each process takes the rows that are its own."""
+    """all_gather with gradients, which torch's own stops. In the backward pass every process holds a gradient for every
+    row: they are summed, and each process takes its own rows."""
 
     @staticmethod
     def forward(ctx, embeds: Tensor) -> Tensor:

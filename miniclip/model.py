@@ -114,6 +114,7 @@ class Tower(nn.Module):
     blocks: Sequence[nn.Module]  # the layers, in order, for rates by layer and freezing all but the last ones
     tokenizer = None  # a text tower's own; CLIP's unless it has one
     pretrained = False  # whether `load_pretrained` has weights to start from
+    uses_all_parameters = True  # whether every parameter has a part in the features
     # The seam around the forward pass: functions (tower, features, inputs) -> (B, W). Each may call `features(inputs)`,
     # the next one inward. Innermost first: inference/fast.py, the normalisation of pixels, GradCache's chunks.
     wrappers: tuple[Callable, ...] = ()

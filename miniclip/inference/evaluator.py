@@ -1,13 +1,84 @@
-"""TODO docstring."""
+"""Evaluation by retrieval over a whole caption set: the same code measures in training and in evaluate.py."""
 
 import numpy as np
+import torch.distributed as dist
+from torch import Tensor
 
 from miniclip.datasets.records import flatten_captions
-from miniclip.retrieval import retrieval_metrics
+from miniclip.inference.embed import embed_images, embed_texts
+from miniclip.inference.fast import fast_model
+from miniclip.model import MiniClip
+from miniclip.retrieval import KS, RetrievalResult, metrics_of, retrieval_metrics, search_both
+
+
+class RetrievalEvaluator:
+    """Measures models on `records`, as `read_captions` returns them: `evaluator(model)` is a dict of metrics.
+
+    With several processes each embeds a share of the images and captions. `caches` are feature caches for images and
+    texts; other options are those of `embed_images`. The last result is kept for reports: `result` by direction,
+    `image_embeds` (N, E), `text_embeds` (M, E).
+    """
+
+    primary_metric = "mean_recall"
+
+    def __init__(
+        self, records: list[dict], preprocess, tokenizer, *, precision: str = "fp32", first_caption_only: bool = False,
+        ks=KS, batch_size: int = 64, text_batch_size: int | None = None, caches=(None, None), **options,
+    ):  # fmt: skip
+        self.preprocess, self.tokenizer, self.precision, self.ks, self.caches = preprocess, tokenizer, precision, ks, caches
+        self.options, self.batch_size, self.text_batch_size = options, batch_size, text_batch_size or batch_size
+        self.images = [record["image"] for record in records]
+        captions = [record["caption"][: 1 if first_caption_only else None] for record in records]
+        self.texts, self.image_of_text = flatten_captions([{"caption": each} for each in captions])
+
+    def metric_names(self) -> set[str]:
+        """The names that a metric can have, to choose the best checkpoint by."""
+        one = np.eye(1, dtype=np.float32)
+        return set(retrieval_metrics(one, one, [0], self.ks))
+
+    def embed(self, model: MiniClip) -> tuple[np.ndarray, np.ndarray]:
+        """The embeddings of all images (N, E) and of all captions (M, E), by an inference copy of the model."""
+        model = fast_model(model, self.precision)
+        images = on_all_processes(
+            self.images,
+            lambda share: embed_images(
+                model, self.preprocess, share, self.batch_size, cache=self.caches[0], **self.options
+            ),
+        )
+        progress = self.options.get("progress", False)
+        texts = on_all_processes(
+            self.texts,
+            lambda share: embed_texts(
+                model, self.tokenizer, share, self.text_batch_size, progress=progress, cache=self.caches[1]
+            ),
+        )
+        return images, texts
+
+    def __call__(self, model: MiniClip) -> dict[str, float]:
+        self.image_embeds, self.text_embeds = self.embed(model)
+        return self.measure(self.image_embeds, self.text_embeds)
+
+    def measure(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> dict[str, float]:
+        """The metrics of embeddings that were made before."""
+        self.result: dict[str, RetrievalResult] = search_both(image_embeds, text_embeds, self.image_of_text, max(self.ks))
+        return metrics_of(self.result, self.ks)
+
+
+def on_all_processes(items: list, embed) -> np.ndarray:
+    """`embed(items)`, of which process i of n does every n-th item from the i-th on; then all have all."""
+    n = dist.get_world_size() if dist.is_initialized() else 1
+    if n == 1:
+        return embed(items)
+    shares: list = [None] * n
+    dist.all_gather_object(shares, embed(items[dist.get_rank() :: n]))
+    embeds = np.empty((len(items), shares[0].shape[1]), np.float32)
+    for rank, share in enumerate(shares):
+        embeds[rank::n] = share
+    return embeds
 
 
 class Tasks:
-    """Caption sets, by name, that are measured with the same model. Pictures that they share are encoded once."""
+    """Caption sets, by name, that are measured with the same model. Images that they share are encoded once."""
 
     def __init__(self, records: dict[str, list[dict]]):
         self.images = list(dict.fromkeys(record["image"] for task in records.values() for record in task))

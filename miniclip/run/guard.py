@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,7 @@ class Guard(TrainerCallback):
 
     def end_workers(self):
         """At its end a process would wait for data workers that live on, which `spare_workers` made patient."""
-        pids = set(getattr(self.trainer.train_dataset, "reading", torch.zeros(0, 1))[:, 0].tolist())
+        pids = set(self.trainer.train_dataset.reading[:, 0].tolist())
         ours = [worker for worker in multiprocessing.active_children() if worker.pid in pids]
         quiet = ours and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if quiet else None  # that they end is no error now
@@ -147,8 +148,7 @@ class Guard(TrainerCallback):
         about |= {"logit_scale": math.exp(scale.sum()), "weights_not_finite": bad, "gradients_not_finite": broken}
         write_text(path, json.dumps(about | {"records": self.records()}, indent=1, ensure_ascii=False) + "\n")
         loss = sum(losses) / max(1, len(losses))
-        for callback in self.trainer.callback_handler.callbacks:  # the log is to have it
-            getattr(callback, "before_log", lambda logs: None)({"loss": loss, "grad_norm": norm, "learning_rate": rate})
+        self.trainer.extend_log({"loss": loss, "grad_norm": norm, "learning_rate": rate})  # the log is to have it
         raise NotFinite(
             f"the loss is {loss} and the norm of its gradient {norm} at step {step}: the run ends before the weights"
             f" take it. The records of the batch are in {path}. Lower --learning_rate (now {rate:.3g}) or raise"
@@ -161,7 +161,7 @@ class Guard(TrainerCallback):
         for _, rows, input_ids in self.batches:
             n = len(rows) if rows is not None else 0 if input_ids is None else len(input_ids)
             for i in range(n):
-                entry = dataset.label(rows[i].tolist()) if rows is not None and hasattr(dataset, "label") else {}
+                entry = dataset.label(rows[i].tolist()) if rows is not None else {}
                 if input_ids is not None:
                     entry.setdefault("caption", self.trainer.tokenizer.decode(input_ids[i].tolist()))
                 found.append(entry)
@@ -174,7 +174,7 @@ class Guard(TrainerCallback):
         said = str(error)
         if "DataLoader worker" in said and (pids := re.search(r"pid(?:\(s\))? ([\d, ]+)", said)):
             dataset, dead = self.trainer.train_dataset, set(map(int, re.findall(r"\d+", pids[1])))
-            reading = [row for pid, *row in getattr(dataset, "reading", torch.zeros(0)).tolist() if pid in dead]
+            reading = [row for pid, *row in dataset.reading.tolist() if pid in dead]
             names = "; ".join(str(dataset.label(row)) for row in reading) or "nothing yet"
             return InputError(
                 f"a data worker died ({first_line(error).strip(' .')}): the system killed it, for want of memory,"
@@ -257,7 +257,16 @@ class GuardedTrainer(Trainer):
     def __init__(self, *args, record: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.record, self.guard, self.resumed_from = record, Guard(self), None
+        self.log_extras: list[Callable[[dict], None]] = []  # each adds to an entry of the log before it is written
         self.add_callback(self.guard)
+
+    def extend_log(self, logs: dict):
+        for extra in self.log_extras:
+            extra(logs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        self.extend_log(logs)
+        super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As Trainer's; True resumes from the newest checkpoint that is complete, or starts where there is none."""

@@ -49,6 +49,7 @@ def watch(trainer: Trainer, contrasts: bool = True) -> "Progress":
     trainer.remove_callback(PrinterCallback)
     progress = Progress(trainer, contrasts)
     trainer.add_callback(progress)
+    trainer.log_extras.append(progress.before_log)
     return progress
 
 

@@ -57,6 +57,7 @@ class _HfTower(Tower):
     """What both towers have: the encoder, `trunk`, and how its features are projected."""
 
     kind = "image"
+    uses_all_parameters = False
 
     def __init__(self, cfg: _HfConfig):
         super().__init__()

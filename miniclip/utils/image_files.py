@@ -1,5 +1,6 @@
-"""TODO docstring."""
+"""Image files: reading any supported format to RGB, and the base class of images that are not files of their own."""
 
+import hashlib
 import io
 import os
 import stat
@@ -29,6 +30,46 @@ class ImageError(InputError):
     """A picture that cannot be used. Says which file, why, and what to do."""
 
 
+class ImageFile:
+    """An image that is not a plain path: in an archive, a table, memory or a remote store.
+
+    Wherever the package takes an image path it takes an ImageFile too. A subclass defines `read` and `__str__`, and can
+    be pickled, for data-loader workers.
+    """
+
+    __slots__ = ()
+
+    def read(self) -> bytes:
+        """Returns the encoded image (JPEG, PNG, ...). Raises ImageError."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """Returns the name used in messages."""
+        raise NotImplementedError
+
+    def key(self) -> bytes:
+        """Returns 32 bytes that identify the content, for feature caches and to find duplicates: its sha256 unless a
+        subclass knows something cheaper. Raises ImageError."""
+        return hashlib.sha256(self.read()).digest()
+
+
+class BufferedImage(ImageFile):
+    """An ImageFile that was read once; its bytes are kept."""
+
+    def __init__(self, image: ImageFile):
+        self.image, self.data = image, image.read()
+
+    def read(self) -> bytes:
+        return self.data
+
+    def __str__(self) -> str:
+        return str(self.image)
+
+    def key(self) -> bytes:
+        hashes_content = type(self.image).key is ImageFile.key  # then the bytes need not be read again
+        return super().key() if hashes_content else self.image.key()
+
+
 def open_image(path, scale: int | None = None) -> Image.Image:
     """Reads a picture as a person would see it: an RGB image, upright, transparency shown on white.
 
@@ -39,7 +80,7 @@ def open_image(path, scale: int | None = None) -> Image.Image:
     of more than 100 to 1.
     """
     try:
-        own = not hasattr(path, "read")
+        own = not isinstance(path, ImageFile)
         if own and not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
             raise ImageError(f"{path}: a device or a pipe, no image file")  # which might never come to an end
         with Image.open(path if own else io.BytesIO(path.read()), formats=FORMATS) as image:

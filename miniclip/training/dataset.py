@@ -1,0 +1,90 @@
+"""Training data of a real run: bad samples replaced and listed, workers that say what they read, uint8 pixels."""
+
+import logging
+import os
+import random
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from miniclip.data import CaptionDataset
+from miniclip.datasets.mixture import Mixture
+from miniclip.utils.bad_samples import BadSamples
+from miniclip.utils.image_files import ImageError
+from miniclip.utils.parallel import as_table
+
+logger = logging.getLogger(__name__)
+MAX_BAD = 100  # more bad samples in a row than that are no accident: the disk may be gone
+
+
+class RunDataset(CaptionDataset):
+    """A CaptionDataset for RunTrainer, which survives bad samples.
+
+    `pixel_values` are levels (3, S, S), uint8: the trainer normalises them on the model's device. `row` identifies the
+    item in messages (`label`). `records` are a list, or any sequence of such (`miniclip.datasets.read`). An ImageFile
+    is not checked in advance: one that cannot be read is logged, counted in `bad`, listed in `bad_samples`, and the
+    next good one takes its place; with `on_bad` "stop" it raises ImageError.
+    """
+
+    def __init__(
+        self, records: Sequence[dict], preprocess, seed: int = 0, transform=None, on_bad: str | None = None,
+        bad_samples: BadSamples | None = None,
+    ):  # fmt: skip
+        super().__init__(as_table(records), preprocess, seed, transform)
+        self.on_bad, self.bad_samples = on_bad, BadSamples() if bad_samples is None else bad_samples
+        self.bad = torch.zeros(256, dtype=torch.long).share_memory_()  # number of bad samples, by worker
+        self.reading = torch.zeros(256, 4, dtype=torch.long).share_memory_()  # each worker's process, and its row
+
+    def sampler(self, args):
+        """The order of an epoch, a torch Sampler that draws from (seed, epoch); None for the Trainer's, a shuffle."""
+        return self.records.sampler(self.seed, self.epoch) if isinstance(self.records, Mixture) else None
+
+    def dataloader(self, args, collate):
+        """The batches of this process, where the dataset makes them itself; None for the Trainer's."""
+
+    def __getitem__(self, index: int) -> dict:
+        for step in range(MAX_BAD):
+            try:
+                row = self.note(index + step)
+                return self.item(index + step) | {"row": row}
+            except ImageError as error:
+                if self.on_bad == "stop" or step + 1 == MAX_BAD:
+                    raise
+                self.report(self.name(index + step), error)
+
+    def item(self, index: int) -> dict:
+        """Item `index`; raises ImageError for an image that cannot be used."""
+        return super().__getitem__(index)
+
+    def pixels(self, image: Image.Image, rng: random.Random) -> Tensor:
+        """The levels of an image, (3, S, S) uint8."""
+        return self.transform.levels(image, rng) if self.transform else self.preprocess.levels(image)
+
+    def note(self, *row: int) -> Tensor:
+        """Notes, where the main process sees it, what a worker is reading; returns it as `label` takes it: (3,)."""
+        row = torch.tensor((*row, 0, 0)[:3])
+        if worker := torch.utils.data.get_worker_info():
+            self.reading[worker.id % len(self.reading)] = torch.cat([torch.tensor([os.getpid()]), row])
+        return row
+
+    def label(self, row) -> dict:
+        """The record, image and caption that an item of this epoch is made of, by the `row` that comes with it."""
+        index, record = int(row[0]), self.records[int(row[0]) % len(self)]
+        caption = record["caption"][self.rng(index).randrange(len(record["caption"]))]
+        return {"record": index % len(self), "image": str(record["image"]), "caption": caption}
+
+    def name(self, index: int) -> str:
+        """An item's name in messages."""
+        try:
+            return str(self.records[index % len(self)]["image"])
+        except ImageError:
+            return f"sample {index % len(self)}"
+
+    def report(self, name: str, error: Exception):
+        """Logs, counts and lists a bad sample."""
+        self.bad_samples.add(name, str(error).removeprefix(f"{name}: "), f"epoch {self.epoch.item()}")
+        worker = torch.utils.data.get_worker_info()
+        self.bad[(worker.id + 1) % len(self.bad) if worker else 0] += 1
+        logger.warning("%s; the next one takes its place", error)
