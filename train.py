@@ -18,14 +18,13 @@ def main(argv: list[str]):
         print(train_help())
         return
     options, args = parse_train(argv)
-    for name in ("model_config", "train_file"):
+    for name in ("model", "train_file"):
         if getattr(options, name) is None:
             sys.exit(f"train.py: --{name} is missing (see --help)")
 
     import logging
     import math
     import warnings
-    from functools import partial
 
     from transformers import set_seed
 
@@ -46,7 +45,6 @@ def main(argv: list[str]):
     from miniclip.training.objectives import make_objective
     from miniclip.training.streaming import StreamDataset
     from miniclip.training.trainer import ClipTrainer
-    from miniclip.training.twins import twin_free
     from miniclip.utils.bad_samples import NAME, BadSamples, CaptionFileError
     from miniclip.utils.files import lock, write_json
 
@@ -98,10 +96,10 @@ def main(argv: list[str]):
 
     set_seed(args.seed)
     warnings.filterwarnings("ignore", ".*random weights")  # here they may be what is wanted; the next line says so
-    model, preprocess, tokenizer = load(options.model_config, options.pretrained)
+    model, preprocess, tokenizer = load(options.model, options.pretrained)
     model.float()  # small steps would be lost on weights in half precision
     teacher = {"teacher": options.teacher, "teacher_pretrained": options.teacher_pretrained, "bf16": args.bf16}
-    objective = make_objective(options.loss, options.twins, model, **teacher)
+    objective = make_objective(options.loss, options.duplicates, model, **teacher)
     if options.fixed_logit_scale is not None:
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)
@@ -109,10 +107,8 @@ def main(argv: list[str]):
         data = f"a stream of {options.train_file}" if options.streaming else describe_data(records, tokenizer)
         encoders = [getattr(cfg, "pretrained", False) for cfg in (model.config.vision_cfg, model.config.text_cfg)]
         start = ", from scratch" if not any(encoders) else ", from pretrained encoders"
-        start = "" if options.pretrained or Path(options.model_config).is_dir() else start
-        print(
-            f"{options.model_config}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {data}"
-        )
+        start = "" if options.pretrained or Path(options.model).is_dir() else start
+        print(f"{options.model}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {data}")
         if args.fast:
             print(describe(args.device))
 
@@ -132,8 +128,6 @@ def main(argv: list[str]):
     )
     bad = {"on_bad": options.on_bad_sample, "bad_samples": bad_samples}
     dataset = make_dataset(records, preprocess, seed=args.seed, transform=transform, **bad)
-    if options.avoid_twins:
-        dataset.sampler = partial(twin_free, dataset, dataset.sampler)
     record = training_record(argv, options, args, model, records, eval_records)
     trainer = ClipTrainer(
         model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer, caches=caches,

@@ -134,13 +134,13 @@ class Study:
                 write(done, {"options": [str(given)], "seconds": 0, "steps": 0, **self.measure(given)})
             return given, json.loads(done.read_text())
         files = ["--train_file", self.file("en", "train"), "--eval_file", self.file("en", "val")]
-        options = ["recipes/flickr8k.json", "--model_config", "ViT-S-28-112", "--num_train_epochs", "30", *files]
+        options = ["recipes/flickr8k.json", "--model", "ViT-S-28-112", "--num_train_epochs", "30", *files]
         options += ["--crop_scale", "0.5", "--color_jitter", "0", "--ema", "0"]  # a quicker base than the recipe's
         return self.out / "base", self.train("base", *options)
 
     def fine_tune(self, name: str, base: Path) -> dict:
         given = RUNS[name][1]
-        start = ["--model_config", base, "--train_file", self.file("cn", "train")]
+        start = ["--model", base, "--train_file", self.file("cn", "train")]
         if "--early_stopping_patience" in given:
             start += ["--eval_file", self.file("cn", "val")]
         options = {f"--{option}": str(value) for option, value in FINE_TUNE.items()}
@@ -172,8 +172,8 @@ class Study:
         options = {**FINE_TUNE, "learning_rate": 1e-3, "weight_decay": 0.2, "train_file": self.file("en", "train")}
         words = [str(word) for option, value in options.items() for word in (f"--{option}", value)]
         return {
-            "from slices of the base": self.train("heir", "--model_config", heir, *words),
-            "from random numbers": self.train("random", "--model_config", config, *words),
+            "from slices of the base": self.train("heir", "--model", heir, *words),
+            "from random numbers": self.train("random", "--model", config, *words),
         }
 
 

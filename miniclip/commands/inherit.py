@@ -17,7 +17,7 @@ def main(argv: list[str]):
     parser.add_argument("--from", dest="source", required=True, help="a folder saved by MiniCLIP, or a config's name")
     parser.add_argument("--pretrained", help="weights of --from where that is the name of a config")
     parser.add_argument("--to", required=True, help="config of the small model: a name or a .json file")
-    parser.add_argument("--output_dir", required=True, help="folder for the small model, for train.py's --model_config")
+    parser.add_argument("--output_dir", required=True, help="folder for the small model, for train.py's --model")
     parser.add_argument("--layers_image", type=int, nargs="+", help="blocks kept, from 0; evenly spaced unless given")
     parser.add_argument("--layers_text", type=int, nargs="+", help="the same for the text tower")
     options = parser.parse_args(argv)

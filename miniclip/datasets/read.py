@@ -150,7 +150,7 @@ def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
     cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
     files = Counter(record["image"] for record in records) if isinstance(records, list) else {}
     again = sum(n - 1 for n in files.values())
-    twins = f"; {again} records have the image of another one: twins (--twins)" if again else ""
+    duplicates = f"; {again} records have the image of another one: duplicates (--duplicates)" if again else ""
     of = f" (of the first {most:,} images)" if len(records) > most else ""
     at = f"{tokenizer.context_length} tokens"
-    return f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {at}{twins}"
+    return f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {at}{duplicates}"

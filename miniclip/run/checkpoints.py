@@ -175,7 +175,7 @@ def check_same_run(checkpoint: str | Path, record: dict):
     if wrong := [f"  {line}: {SAME[parts[name]]}" for name, line in found.items() if parts[name] in SAME]:
         raise InputError(
             "\n".join([f"{checkpoint} is of another run:", *wrong])
-            + f"\nSay what was said then, or start anew from its weights: --model_config {checkpoint} --output_dir ..."
+            + f"\nSay what was said then, or start anew from its weights: --model {checkpoint} --output_dir ..."
         )
     if found:
         logger.warning("other than before %s:\n  %s", checkpoint, "\n  ".join(found.values()))

@@ -37,7 +37,7 @@ PROJECTIONS = {
 def default_locks(given: dict) -> dict[str, str]:
     """How pretrained encoders are locked: they stay as they are unless the options say that
     they learn, or name a teacher, whose pupil has to see pictures and captions itself."""
-    name = given.get("model_config") or ""
+    name = given.get("model") or ""
     try:
         config = MiniClipConfig.from_name(os.path.join(name, "config.json") if os.path.isdir(name) else name)
     except InputError:

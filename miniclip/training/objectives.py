@@ -15,7 +15,7 @@ from miniclip.utils.errors import InputError
 
 def make_objective(
     loss: str,
-    twins: str,
+    duplicates: str,
     model: MiniClip,
     teacher: str | None = None,
     teacher_pretrained: str | None = None,
@@ -29,22 +29,22 @@ def make_objective(
     if loss != "siglip" and model.logit_bias is not None:
         model.logit_bias.requires_grad_(False)  # these losses do not read it
     if loss == "clip":
-        return partial(_clip, twins=twins)
+        return partial(_clip, duplicates=duplicates)
     if loss == "siglip":
         if model.logit_bias is None:
             add_logit_bias(model)
-        return partial(_siglip, twins=twins)
+        return partial(_siglip, duplicates=duplicates)
     if loss in ("distill", "affinity"):
         if not Path(teacher).is_dir() and teacher_pretrained is None:
             raise InputError(f"the teacher {teacher} has no weights: add teacher_pretrained, or name a folder")
         large, preprocess, _ = load(teacher, teacher_pretrained)
-        return Distillation(large, preprocess, model, contrast=loss == "distill", twins=twins, bf16=bf16)
+        return Distillation(large, preprocess, model, contrast=loss == "distill", duplicates=duplicates, bf16=bf16)
     raise InputError(f"loss {loss!r} is none of clip, siglip, distill and affinity")
 
 
-def _clip(outputs: ClipOutput, ids: Tensor, inputs: dict, twins: str) -> Tensor:
-    return clip_loss(*outputs[:3], ids, twins)
+def _clip(outputs: ClipOutput, ids: Tensor, inputs: dict, duplicates: str) -> Tensor:
+    return clip_loss(*outputs[:3], ids, duplicates)
 
 
-def _siglip(outputs: ClipOutput, ids: Tensor, inputs: dict, twins: str) -> Tensor:
-    return siglip_loss(*outputs, ids, twins)
+def _siglip(outputs: ClipOutput, ids: Tensor, inputs: dict, duplicates: str) -> Tensor:
+    return siglip_loss(*outputs, ids, duplicates)

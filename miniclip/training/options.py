@@ -14,7 +14,7 @@ from miniclip.utils.errors import InputError
 class TrainOptions:
     """What `train.py` takes besides the Hugging Face training arguments."""
 
-    model_config: str | None = option(
+    model: str | None = option(
         None, "a name from model_configs/, a config .json, or a folder saved by MiniCLIP (whose weights are taken too)"
     )
     pretrained: str | None = option(None, "weights to start from: OpenCLIP, OpenAI, TinyCLIP, Hugging Face, MiniCLIP")
@@ -72,14 +72,14 @@ class TrainOptions:
         "symmetric InfoNCE; SigLIP's sigmoid loss; InfoNCE and a teacher's scores; a teacher's scores alone (TinyCLIP)",
         choices=["clip", "siglip", "distill", "affinity"],
     )
-    teacher: str | None = option(None, "the model that distill and affinity learn from: as --model_config")
+    teacher: str | None = option(None, "the model that distill and affinity learn from: as --model")
     teacher_pretrained: str | None = option(None, "its weights, where --teacher is a config")
-    twins: str = option(
+    duplicates: str = option(
         "positive",
         "pairs of a batch with the same image or caption: right answers too, left out, or wrong answers as elsewhere",
         choices=["positive", "exclude", "ignore"],
     )
-    avoid_twins: bool = option(False, "draw batches in which no image and no caption occurs twice")
+    avoid_duplicates: bool = option(False, "draw batches in which no image and no caption occurs twice")
     fixed_logit_scale: float | None = option(None, "keep the logit scale at this value instead of learning it")
     resume: bool = option(False, "go on from the newest complete checkpoint in output_dir; from the start without one")
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir, and delete its checkpoints")
@@ -97,14 +97,14 @@ class TrainOptions:
             (0 <= self.hflip <= 1, "hflip must lie in 0 to 1"),
             (0 <= self.color_jitter <= 1, "color_jitter must lie in 0 to 1"),
             (self.loss in ("clip", "siglip", "distill", "affinity"), "loss must be clip, siglip, distill or affinity"),
-            (self.twins in ("positive", "exclude", "ignore"), "twins must be positive, exclude or ignore"),
+            (self.duplicates in ("positive", "exclude", "ignore"), "duplicates must be positive, exclude or ignore"),
             (
                 self.teacher is not None or self.teacher_pretrained is None,
                 "teacher_pretrained has the weights of a teacher: add teacher",
             ),
             (
-                self.loss != "affinity" or self.twins == "positive",
-                "twins: affinity has no right answers but the teacher's scores, in which twins are what they are",
+                self.loss != "affinity" or self.duplicates == "positive",
+                "duplicates: affinity has no right answers but the teacher's scores, in which duplicates are what they are",
             ),
             (
                 (self.loss in ("distill", "affinity")) == (self.teacher is not None),
@@ -154,8 +154,8 @@ class TrainOptions:
                 " data before the first step, which a stream never ends: leave out streaming",
             ),
             (
-                not (self.streaming and self.avoid_twins),
-                "avoid_twins orders the whole set, of which a stream shows a little at a time: leave out one of them",
+                not (self.streaming and self.avoid_duplicates),
+                "avoid_duplicates orders the whole set, of which a stream shows a little at a time: leave out one of them",
             ),
             (
                 not (self.streaming and self.train_data_upsampling_factors),

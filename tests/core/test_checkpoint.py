@@ -478,7 +478,7 @@ def test_convert_there_and_back(tmp_path, quick_gelu):
     convert(tmp_path / "a", tmp_path / "b", "hf")
     convert(tmp_path / "b", tmp_path / "c.safetensors", "openclip")
     convert(tmp_path / "c.safetensors", tmp_path / "d.pt", "openclip")
-    convert(tmp_path / "d.pt", tmp_path / "e", "miniclip", model_config=str(tmp_path / "tiny.json"))
+    convert(tmp_path / "d.pt", tmp_path / "e", "miniclip", model=str(tmp_path / "tiny.json"))
     convert(tmp_path / "b", tmp_path / "f", "miniclip")
     assert_equal(load_file(tmp_path / "c.safetensors"), read_state_dict(tmp_path / "d.pt"))
     for folder in ("e", "f"):
@@ -540,12 +540,12 @@ def test_convert_asks_for_the_activation_where_it_cannot_know(tmp_path):
     assert "TinyCLIP-ViT-8M-16-Text-3M" in convert(path, tmp_path / "a", "miniclip")  # the one that ships
     assert MiniClip.from_pretrained(tmp_path / "a").config == small
     path = saved(tmp_path, tiny(), name="tiny.safetensors")
-    with pytest.raises(CheckpointError, match="no shipped config.*--model_config"):
+    with pytest.raises(CheckpointError, match="no shipped config.*--model"):
         convert(path, tmp_path / "b", "miniclip")
     (tmp_path / "tiny.json").write_text(json.dumps(SIZES))
     renamed = path.rename(tmp_path / "tiny-quickgelu.safetensors")
     with pytest.warns(UserWarning, match="trained with QuickGELU.*config says GELU"):
-        convert(renamed, tmp_path / "b", "miniclip", model_config=str(tmp_path / "tiny.json"))
+        convert(renamed, tmp_path / "b", "miniclip", model=str(tmp_path / "tiny.json"))
 
 
 def test_both_activations_ship_for_some_sizes(tmp_path, monkeypatch):
@@ -555,7 +555,7 @@ def test_both_activations_ship_for_some_sizes(tmp_path, monkeypatch):
         "miniclip.weights.convert.fitting_configs", lambda weights, quick_gelu=None: ["X", "X-quickgelu"]
     )
     for to in ("hf", "miniclip"):
-        with pytest.raises(CheckpointError, match="fits X and X-quickgelu: name one with --model_config"):
+        with pytest.raises(CheckpointError, match="fits X and X-quickgelu: name one with --model"):
             convert(path, tmp_path / "out", to)
     assert "it fits X and X-quickgelu" in convert(path, tmp_path / "out.pt", "openclip")
 
@@ -570,7 +570,7 @@ def test_convert_to_another_image_size(tmp_path, capsys):
             str(tmp_path / "out"),
             "--to",
             "miniclip",
-            "--model_config",
+            "--model",
             str(tmp_path / "bigger.json"),
         ]
     )

@@ -234,7 +234,7 @@ def test_training_and_measuring_on_shards(shards, caption_set, tiny_config, run_
         (caption_set / "train" / f"{n}.tar").write_bytes(data if n == 1 else (shards / f"00{n}.tar").read_bytes())
     out = caption_set / "run"
     done = run_script(
-        "train.py", "--model_config", caption_set / "tiny.json", "--train_file", f"{caption_set}/train/{{0..3}}.tar",
+        "train.py", "--model", caption_set / "tiny.json", "--train_file", f"{caption_set}/train/{{0..3}}.tar",
         "--eval_file", shards, "--output_dir", out, "--per_device_train_batch_size", "8", "--num_train_epochs", "4",
         "--dataloader_num_workers", "1", "--use_cpu", "--disable_tqdm", "true", "--eval_strategy", "no",
     )  # fmt: skip

@@ -155,7 +155,7 @@ def test_the_evaluation_file_may_have_other_columns(caption_set, run_script, tin
     rows = [f"{i}.png,sheet {i}" for i in range(24)]
     (caption_set / "own.csv").write_text("\n".join(["bild,wort", *rows]))
     done = run_script(
-        "train.py", "--model_config", caption_set / "tiny.json", "--train_file", caption_set / "own.csv",
+        "train.py", "--model", caption_set / "tiny.json", "--train_file", caption_set / "own.csv",
         "--image_column", "bild", "--caption_column", "wort", "--eval_file", caption_set / "captions.json",
         "--max_steps", "1", "--per_device_train_batch_size", "8", "--output_dir", caption_set / "run", "--use_cpu",
     )  # fmt: skip

@@ -307,7 +307,7 @@ def test_a_batch_in_chunks_has_the_same_gradients(encoders):
 
 def test_pretrained_towers_are_locked_unless_asked_otherwise(encoders, tmp_path):
     def locks(*argv):
-        options, args = parse_train(["--model_config", str(encoders), "--output_dir", str(tmp_path / "o"), *argv])
+        options, args = parse_train(["--model", str(encoders), "--output_dir", str(tmp_path / "o"), *argv])
         return options.lock_image, options.lock_text, args.per_device_train_batch_size
 
     assert locks() == ("tower", "tower", 128)
@@ -324,7 +324,7 @@ def test_pretrained_towers_are_locked_unless_asked_otherwise(encoders, tmp_path)
     config["vision_cfg"]["hf_model_pretrained"] = False
     encoders.write_text(json.dumps(config))
     assert locks()[:2] == ("none", "tower")
-    options, args = parse_train(["--model_config", "ViT-B-32", "--output_dir", str(tmp_path / "o")])
+    options, args = parse_train(["--model", "ViT-B-32", "--output_dir", str(tmp_path / "o")])
     assert (options.lock_image, options.lock_text, args.learning_rate) == ("none", "none", 1e-3)
 
 
@@ -333,7 +333,7 @@ def train(config: Path, data: Path, output: Path, *more):
 
     data = data / "captions.json"
     main([
-        "--model_config", str(config), "--train_file", str(data), "--eval_file", str(data), "--output_dir", str(output),
+        "--model", str(config), "--train_file", str(data), "--eval_file", str(data), "--output_dir", str(output),
         "--use_cpu", "true", "--disable_tqdm", "true", "--per_device_train_batch_size", "8", "--report_to", "none",
         "--save_strategy", "epoch", "--learning_rate", "1e-2", *more,
     ])  # fmt: skip
@@ -395,7 +395,7 @@ def test_two_processes_equal_one(more, encoders, caption_set, run_script):
     (caption_set / "bert" / "config.json").write_text(json.dumps(values))
     encoders.write_text(json.dumps(config))
     argv = [
-        "train.py", "--model_config", encoders, "--train_file", caption_set / "captions.json", "--use_cpu", "true",
+        "train.py", "--model", encoders, "--train_file", caption_set / "captions.json", "--use_cpu", "true",
         "--eval_file", caption_set / "captions.json", "--max_steps", "4", "--unlock_text_blocks", "1", "--disable_tqdm",
         "true", "--learning_rate", "1e-3", "--adam_epsilon", "1e-3",
     ]  # fmt: skip

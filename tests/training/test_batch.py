@@ -182,7 +182,7 @@ def test_train_with_a_locked_tower_and_a_cache(recipe, caption_set, run_script):
     options = ["--lock_image", "tower", "--hflip", "0", "--color_jitter", "0", "--num_train_epochs", "2"]
     options += ["--eval_file", caption_set / "captions.json", "--feature_cache", caption_set / "cache"]
     options += ["--fast", "false"]  # how products are made is chosen by a measurement, which a busy moment can turn
-    start = ["--model_config", caption_set / "start"]
+    start = ["--model", caption_set / "start"]
     config = miniclip.MiniClipConfig.from_json(caption_set / "tiny.json")
     miniclip.MiniClip(config).save_pretrained(caption_set / "start")
     first = run_script("train.py", recipe, *options, *start)

@@ -262,7 +262,7 @@ def test_resuming_with_every_remedy_gives_the_same_weights(recipe, caption_set, 
     whole, cut = caption_set / "whole", caption_set / "cut"
     start = caption_set / "start"
     miniclip.MiniClip(miniclip.MiniClipConfig.from_json(caption_set / "tiny.json")).save_pretrained(start)
-    more = [*REMEDIES, "--model_config", start, "--save_total_limit", "9"]
+    more = [*REMEDIES, "--model", start, "--save_total_limit", "9"]
     done = run_script("train.py", recipe, *more, "--output_dir", whole)
     assert "fine-tuning: the last 1 of 2 blocks of the text tower learn" in done.stdout
     assert re.search(r"learning rates from 0.00051[45] \(visual.c\S+\) to 0.003 \(logit_scale\)", done.stdout)

@@ -27,7 +27,7 @@ def test_help_and_no_arguments_need_neither_torch_nor_transformers(script, run_s
 
 
 def test_defaults_follow_the_start(tmp_path):
-    common = ["--model_config", "ViT-B-32", "--output_dir", str(tmp_path), "--use_cpu"]
+    common = ["--model", "ViT-B-32", "--output_dir", str(tmp_path), "--use_cpu"]
     options, args = parse_train(common)
     assert {name: getattr(args, name) for name in FROM_SCRATCH} == FROM_SCRATCH
     _, args = parse_train([*common, "--pretrained", "x.pt", "--learning_rate", "3e-6"])
@@ -36,18 +36,18 @@ def test_defaults_follow_the_start(tmp_path):
 
 
 def test_the_command_line_overrides_the_recipe(tmp_path):
-    recipe = {"_about": "a comment", "model_config": "ViT-B-32", "output_dir": str(tmp_path), "learning_rate": 2e-4,
+    recipe = {"_about": "a comment", "model": "ViT-B-32", "output_dir": str(tmp_path), "learning_rate": 2e-4,
               "pretrained": "x.pt", "hflip": 0.5, "use_cpu": True}  # fmt: skip
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     options, args = parse_train([str(tmp_path / "recipe.json"), "--hflip", "0.25"])
-    assert (options.model_config, options.hflip, options.pretrained) == ("ViT-B-32", 0.25, "x.pt")
+    assert (options.model, options.hflip, options.pretrained) == ("ViT-B-32", 0.25, "x.pt")
     assert args.learning_rate == 2e-4
     assert args.num_train_epochs == FINE_TUNE["num_train_epochs"]
 
 
 @pytest.mark.parametrize("option", [
     ["--on_bad_sample", "skp"], ["--crop_scale", "0"], ["--hflip", "2"], ["--color_jitter", "-1"],
-    ["--fixed_logit_scale", "0.5"], ["--fixed_logit_scale", "0"], ["--loss", "triplet"], ["--twins", "drop"],
+    ["--fixed_logit_scale", "0.5"], ["--fixed_logit_scale", "0"], ["--loss", "triplet"], ["--duplicates", "drop"],
 ])  # fmt: skip
 def test_values_out_of_range_are_refused_on_the_command_line_and_in_recipes(option, tmp_path):
     with pytest.raises((InputError, SystemExit)):
@@ -58,7 +58,7 @@ def test_values_out_of_range_are_refused_on_the_command_line_and_in_recipes(opti
 
 
 def test_an_eval_file_is_used_each_epoch_unless_told(tmp_path):
-    common = ["--output_dir", str(tmp_path), "--use_cpu", "--model_config", "ViT-B-32"]
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "--model", "ViT-B-32"]
     assert parse_train(common)[1].eval_strategy == "no"
     assert parse_train([*common, "--eval_file", "x.json"])[1].eval_strategy == "epoch"
     assert parse_train([*common, "--eval_file", "x.json", "--eval_strategy", "no"])[1].eval_strategy == "no"
@@ -74,7 +74,7 @@ def test_unknown_options_are_named(tmp_path):
     with pytest.raises(SystemExit, match="no-such.json cannot be read"):
         parse_train(["no-such.json"])
     with pytest.raises(SystemExit, match="unknown option 'train_fil'.*'train_file'"):
-        parse_train(["--model_config", "ViT-B-32", "--train_fil", "x"])
+        parse_train(["--model", "ViT-B-32", "--train_fil", "x"])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def recipe(caption_set, tiny_config):
     """A recipe that trains a tiny model for 8 epochs of 2 steps on 24 images, with everything that is random on."""
     (caption_set / "tiny.json").write_text(json.dumps(tiny_config.to_dict()))
     values = {
-        "model_config": str(caption_set / "tiny.json"),
+        "model": str(caption_set / "tiny.json"),
         "train_file": str(caption_set / "captions.json"),
         "output_dir": str(caption_set / "run"),
         "per_device_train_batch_size": 12, "num_train_epochs": 8, "learning_rate": 3e-3, "hflip": 0.5,

@@ -199,7 +199,7 @@ def test_the_command_and_then_train(caption_set, tiny_model, run_script):
         "--output_dir", caption_set / "small",
     )  # fmt: skip
     run_script(
-        "train.py", "--model_config", caption_set / "small", "--train_file", caption_set / "captions.json",
+        "train.py", "--model", caption_set / "small", "--train_file", caption_set / "captions.json",
         "--output_dir", caption_set / "run", "--max_steps", "2", "--per_device_train_batch_size", "12", "--use_cpu",
     )  # fmt: skip
     start, trained = weights(caption_set / "small"), weights(caption_set / "run")
