@@ -119,12 +119,12 @@ class MiniClip:
         return self.preprocess.load(paths[0]).numpy()
 
     def train(self, turns: Turns, pairs: Pairs, batch: int, precision: str, chunk: int = 0):
-        from miniclip.training.arguments import ClipTrainingArguments
-        from miniclip.training.trainer import ClipTrainer
+        from miniclip.training.arguments import RunArguments
+        from miniclip.training.trainer import RunTrainer
 
-        arguments = trainer_arguments(ClipTrainingArguments, self.folder, batch, precision, grad_cache_chunk_size=chunk)
+        arguments = trainer_arguments(RunArguments, self.folder, batch, precision, grad_cache_chunk_size=chunk)
         train_in_turns(
-            ClipTrainer, turns, model=self.model, args=arguments, train_dataset=pairs, preprocess=self.preprocess,
+            RunTrainer, turns, model=self.model, args=arguments, train_dataset=pairs, preprocess=self.preprocess,
             tokenizer=self.tokenizer,
         )  # fmt: skip
 

@@ -49,9 +49,10 @@ from miniclip.inference.matmul import matmul_precision  # noqa: E402
 from miniclip.loss import clip_loss  # noqa: E402
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip  # noqa: E402
 from miniclip.tokenizer import Tokenizer  # noqa: E402
-from miniclip.training.arguments import ClipTrainingArguments  # noqa: E402
+from miniclip.training.arguments import RunArguments
+from miniclip.training.dataset import RunDataset  # noqa: E402
 from miniclip.training.grad_cache import batch_forward  # noqa: E402
-from miniclip.training.trainer import ClipTrainer  # noqa: E402
+from miniclip.training.trainer import RunTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402
 
 TINY = {
@@ -66,9 +67,9 @@ TITLES = {
     "sync": "Where a training step makes the host wait for the GPU",
     "transfer": "From host memory to the GPU: one batch of images",
     "train": "Training, a bare loop: bf16 autocast, contrastive loss, fused AdamW, the batch on the GPU already",
-    "trainer": "Training by `ClipTrainer`, from images in memory through its data loader",
+    "trainer": "Training by `RunTrainer`, from images in memory through its data loader",
     "inference": "Inference, encoding levels or token ids that are on the GPU already",
-    "compiled": "With torch.compile: training, `ClipTrainer` and inference",
+    "compiled": "With torch.compile: training, `RunTrainer` and inference",
     "chunks": "Training with large batches in chunks (`grad_cache_chunk_size`), a bare loop",
 }
 
@@ -125,7 +126,7 @@ def random_levels(config: MiniClipConfig, n: int, device="cpu") -> Tensor:
 
 
 class Pairs(Dataset):
-    """As many pairs as are asked for, from a few images in memory, in the form that CaptionDataset gives them."""
+    """As many pairs as are asked for, from a few images in memory, in the form that RunDataset gives them."""
 
     def __init__(self, config: MiniClipConfig, n: int, dtype: torch.dtype = torch.uint8):
         self.n, self.images = n, random_levels(config, min(n, 256)).to(dtype)
@@ -149,7 +150,7 @@ def new_model(config: MiniClipConfig, device) -> MiniClip:
 
 
 class Step:
-    """One training step of a bare loop, as ClipTrainer makes it, on a batch that stays the same."""
+    """One training step of a bare loop, as RunTrainer makes it, on a batch that stays the same."""
 
     def __init__(self, config, device, batch: int, trimmed=True, checkpointing=False, compiled=False, chunk=0):
         self.device, self.config = torch.device(device), config
@@ -322,7 +323,7 @@ class Benchmark:
 
         for name, config in self.configs.items():
             self.row("sync", partial(bare, config), needs_cuda=True, model=name, what="the bare loop's step")
-            self.row("sync", partial(trainer, config), needs_cuda=True, model=name, what="ClipTrainer's step")
+            self.row("sync", partial(trainer, config), needs_cuda=True, model=name, what="RunTrainer's step")
 
     def transfer(self):
         config, n = next(iter(self.configs.values())), min(256, self.middle)
@@ -353,7 +354,7 @@ class Benchmark:
             for pinned in (False, True):
                 what = f"{n} images, {name}, {'pinned' if pinned else 'pageable'} memory"
                 self.row("transfer", partial(copy, dtype, pinned), needs_cuda=True, what=what)
-            workers = 0 if self.options.quick else ClipTrainingArguments.dataloader_num_workers
+            workers = 0 if self.options.quick else RunArguments.dataloader_num_workers
             what = f"{n} images, {name}, by a data loader with {workers} workers, captions tokenized too"
             self.row("transfer", partial(load, dtype, workers), what=what)
 
@@ -397,11 +398,11 @@ class Benchmark:
     def train_by_trainer(self, config, batch: int, steps: int, callbacks=(), found: dict | None = None, **settings):
         """Trains a new model so many steps; where worker processes fail, as with little shared memory, without them.
         Gives their number."""
-        workers = [0] if self.options.quick else [ClipTrainingArguments.dataloader_num_workers, 0]
+        workers = [0] if self.options.quick else [RunArguments.dataloader_num_workers, 0]
         for number in workers:
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    args = ClipTrainingArguments(
+                    args = RunArguments(
                         folder, per_device_train_batch_size=batch, max_steps=steps, save_strategy="no",
                         report_to="none", disable_tqdm=True, learning_rate=1e-5, bf16=True, use_cpu=not self.cuda,
                         dataloader_num_workers=number, **settings,
@@ -474,10 +475,10 @@ class Benchmark:
                 self.row("compiled", measure, model=name, batch=f"{self.middle} {kind}", how="inference, bf16")
             torch.compiler.reset()
             measure = partial(self.trainer_speed, name, self.middle, torch_compile=True)
-            self.row("compiled", measure, model=name, batch=self.middle, how="ClipTrainer, --torch_compile")
+            self.row("compiled", measure, model=name, batch=self.middle, how="RunTrainer, --torch_compile")
 
     def chunks(self):
-        if not hasattr(ClipTrainingArguments, "grad_cache_chunk_size"):
+        if not hasattr(RunArguments, "grad_cache_chunk_size"):
             return
         sizes, chunk = ([16], 4) if self.options.quick else (self.options.chunked, self.options.chunk)
         repetitions, self.repetitions = self.repetitions, 2  # a step takes seconds
@@ -513,8 +514,8 @@ class _Spans(TrainerCallback):
         self.start = time.perf_counter()
 
 
-class _Watched(ClipTrainer):
-    """ClipTrainer, which remembers how long its captions are and, given a dict `found`, watches two of its steps."""
+class _Watched(RunTrainer):
+    """RunTrainer, which remembers how long its captions are and, given a dict `found`, watches two of its steps."""
 
     found, length, stack = None, 0, None
 

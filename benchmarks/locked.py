@@ -22,13 +22,13 @@ from results import machine, write_section  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from miniclip.config import MiniClipConfig  # noqa: E402
-from miniclip.data import CaptionDataset  # noqa: E402
+from miniclip.training.dataset import RunDataset  # noqa: E402
 from miniclip.datasets.records import read_captions  # noqa: E402
 from miniclip.model import MiniClip  # noqa: E402
 from miniclip.tokenizer import Tokenizer  # noqa: E402
-from miniclip.training.arguments import ClipTrainingArguments  # noqa: E402
+from miniclip.training.arguments import RunArguments  # noqa: E402
 from miniclip.training.freeze import lock, lock_towers  # noqa: E402
-from miniclip.training.trainer import ClipTrainer  # noqa: E402
+from miniclip.training.trainer import RunTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402
 
 CASES = [  # model, lock_image, lock_text
@@ -55,7 +55,7 @@ def epochs(name: str, image: str, text: str, records: list[dict], features: bool
     model = MiniClip(MiniClipConfig.from_name(name))
     preprocess, tokenizer = Preprocess(model.config.preprocess_cfg), Tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        args = ClipTrainingArguments(
+        args = RunArguments(
             folder, per_device_train_batch_size=64, num_train_epochs=n, save_strategy="no", disable_tqdm=True,
             learning_rate=1e-5, report_to="none",
         )  # fmt: skip
@@ -65,9 +65,9 @@ def epochs(name: str, image: str, text: str, records: list[dict], features: bool
             dataset = dataset(records, preprocess)
         else:
             lock(model, image, text)
-            dataset, caches = CaptionDataset(records, preprocess), (None, None)
+            dataset, caches = RunDataset(records, preprocess), (None, None)
         once = time.perf_counter() - start
-        ClipTrainer(
+        RunTrainer(
             model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, caches=caches, callbacks=[timer]
         ).train()  # fmt: skip
     return once, timer.seconds

@@ -118,6 +118,7 @@ class Tower(nn.Module):
     # The seam around the forward pass: functions (tower, features, inputs) -> (B, W). Each may call `features(inputs)`,
     # the next one inward. Innermost first: inference/fast.py, the normalisation of pixels, GradCache's chunks.
     wrappers: tuple[Callable, ...] = ()
+    fixed_norms: tuple[nn.Module, ...] = ()  # BatchNorms that keep their statistics in training too
     checkpoint_every = 0  # see `checkpoint_activations`; 0: no block
 
     def features(self, inputs: Tensor) -> Tensor:
@@ -141,6 +142,12 @@ class Tower(nn.Module):
             recompute = self.checkpoint_every and number % self.checkpoint_every == 0 and torch.is_grad_enabled()
             x = checkpoint(block, x, is_causal, use_reentrant=False) if recompute else block(x, is_causal)
         return x
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for norm in self.fixed_norms:
+            norm.eval()
+        return self
 
     def checkpoint_activations(self, every: int):
         """Has every n-th block keep its input alone for the backward pass, which computes the rest again."""

@@ -14,12 +14,10 @@ from miniclip.data import CaptionDataset, Collator
 from miniclip.loss import clip_loss, clip_loss_with_duplicates
 from miniclip.model import MAX_LOGIT_SCALE, ClipOutput, MiniClip
 
-Evaluator = Callable[[MiniClip], dict[str, float]]  # measures a model: metrics by name
-
 
 @dataclass
 class ClipTrainingArguments(TrainingArguments):
-    """The Hugging Face training arguments, with defaults for CLIP from random weights. To fine-tune, lower the rate."""
+    """The Hugging Face training arguments, with CLIP's defaults for training from random weights."""
 
     learning_rate: float = 1e-3  # to fine-tune: 1e-5
     weight_decay: float = 0.2
@@ -28,9 +26,7 @@ class ClipTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = 64
     warmup_steps: float = 0.05  # share of all steps
     lr_scheduler_type: str = "cosine"
-    # OpenCLIP's values for vision transformers: a shorter memory of squared gradients than AdamW's 0.999, because the
-    # gradients of a contrastive loss change fast.
-    adam_beta2: float = 0.98
+    adam_beta2: float = 0.98  # as OpenCLIP: a shorter memory than 0.999, as a contrastive loss's gradients change fast
     adam_epsilon: float = 1e-6
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False  # it would log NaN as 0 and train on
@@ -38,27 +34,28 @@ class ClipTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False  # the collator makes what the loss reads
     ddp_find_unused_parameters: bool = False  # every parameter is used in every step
 
+    def __post_init__(self):
+        if self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau":
+            self.metric_for_best_model = self.metric_for_best_model or "mean_recall"
+        if self.greater_is_better is None:
+            self.greater_is_better = not (self.metric_for_best_model or "").endswith("_rank")
+        super().__post_init__()
+
 
 class ClipTrainer(Trainer):
     """Trains a MiniClip on a CaptionDataset.
 
-    `loss(outputs, batch)` returns the loss of a batch: CLIP's unless given. `evaluator(model)` returns the metrics, a
-    `RetrievalEvaluator` for example. Everything else is Trainer's.
+    `loss(outputs, batch)` returns the loss of a batch: CLIP's unless given. `evaluator(model)` returns metrics by name,
+    a `RetrievalEvaluator` for example. Everything else is Trainer's.
     """
 
     loss_is_scaled_for_ga = False  # our loss is a mean: with gradient accumulation Trainer has to divide it
 
     def __init__(
-        self,
-        model: MiniClip,
-        args: ClipTrainingArguments,
-        train_dataset: CaptionDataset | None = None,
-        *,
-        tokenizer,
-        loss: Callable[[ClipOutput, dict], Tensor] | None = None,
-        evaluator: Evaluator | None = None,
-        **kwargs,
-    ):
+        self, model: MiniClip, args: ClipTrainingArguments, train_dataset: CaptionDataset | None = None, *, tokenizer,
+        loss: Callable[[ClipOutput, dict[str, Tensor]], Tensor] | None = None,
+        evaluator: Callable[[MiniClip], dict[str, float]] | None = None, **kwargs,
+    ):  # fmt: skip
         collator = Collator(tokenizer, multiple=1 if args.device.type == "cpu" else 8)
         super().__init__(model, args, collator, train_dataset, evaluator and [evaluator], **kwargs)
         self.loss, self.evaluator = loss or contrastive_loss, evaluator
@@ -76,15 +73,11 @@ class ClipTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Retrieval over the whole evaluation set, not batch by batch: the more images, the harder the search."""
-        metrics = self.evaluator(self.measured_model())
+        metrics = self.evaluator(self.accelerator.unwrap_model(self.model))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log({n: value for n, value in metrics.items() if not re.search("_precision@|_recall@|_mean_rank|_MRR", n)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def measured_model(self) -> MiniClip:
-        """The model that is evaluated."""
-        return self.accelerator.unwrap_model(self.model)
 
     def _save(self, output_dir=None, state_dict=None):
         """Trainer saves the bare weights of a model that is not its own; ours go with their config."""
@@ -98,19 +91,18 @@ class ClipTrainer(Trainer):
 
 
 def contrastive_loss(outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
-    """CLIP's loss; the same image or caption twice in a batch is not a negative of itself."""
+    """CLIP's loss, in which the same image or caption twice in a batch is not its own negative."""
     return clip_loss_with_duplicates(*outputs[:3], batch["pair_ids"]) if "pair_ids" in batch else clip_loss(*outputs[:3])
 
 
 class ContrastiveCallback(TrainerCallback):
-    """What has to happen between steps: new captions and crops each epoch, and a logit scale of 100 or less."""
+    """Between steps: new captions and crops each epoch, and a logit scale of at most 100."""
 
     def __init__(self, model: MiniClip, train_dataset: CaptionDataset | None):
         self.model, self.train_dataset = model, train_dataset
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # Captions and crops are drawn from (seed, epoch, index): a resumed run sees what it would have seen.
-        self.train_dataset.set_epoch(int(state.epoch + 1e-6))
+        self.train_dataset.set_epoch(int(state.epoch + 1e-6))  # draws from (seed, epoch, index): resumable exactly
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(hash((args.seed, state.global_step, args.process_index)))  # so is patch dropout

@@ -1,7 +1,7 @@
 """Started by torchrun from test_losses.py: the gradients of one step under DDP, for each loss, to a file."""
 
 import sys
-from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
 from miniclip.training.distill import Distillation
-from miniclip.training.grad_cache import batch_forward
-from miniclip.training.objectives import make_objective
+from miniclip.training.grad_cache import wrap_towers
+from miniclip.training.losses import make_loss
 from miniclip.transforms import Preprocess
 
 
@@ -37,13 +37,16 @@ def main(batch_file: str, output: str):
         model.load_state_dict(saved["weights"])
         model.logit_bias.requires_grad_(case["loss"] == "siglip")
         if case["loss"] in ("clip", "siglip"):
-            objective = make_objective(case["loss"], case["duplicates"], model)
+            options = SimpleNamespace(loss=case["loss"], duplicates=case["duplicates"])
+            objective = make_loss(model, options, None)
         else:
             preprocess = Normalized(teacher.config.preprocess_cfg)
-            objective = Distillation(teacher, preprocess, model, case["loss"] == "distill", case["duplicates"])
-        model.forward = partial(batch_forward, model, None, case["chunk_size"])
+            options = SimpleNamespace(loss="clip", duplicates=case["duplicates"])
+            contrast = make_loss(model, options, None) if case["loss"] == "distill" else None
+            objective = Distillation(teacher, preprocess, model, contrast)
+        wrap_towers(model, lambda levels: levels, case["chunk_size"])
         ddp = DistributedDataParallel(model)
-        loss = objective(ddp(**batch), ids, batch)
+        loss = objective(ddp(**batch), batch | {"pair_ids": ids})
         loss.backward()
         losses = [torch.zeros_like(loss) for _ in range(n)]
         dist.all_gather(losses, loss.detach())

@@ -9,23 +9,26 @@ import torch
 import torch.distributed as dist
 
 import miniclip
+from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.loss import clip_loss
-from miniclip.training.arguments import ClipTrainingArguments
-from miniclip.training.trainer import ClipTrainer
+from miniclip.training.arguments import RunArguments
+from miniclip.training.dataset import RunDataset
+from miniclip.training.trainer import RunTrainer
 
 
-def make_trainer(folder: Path, output: str, per_device: int, model=None, **more) -> ClipTrainer:
+def make_trainer(folder: Path, output: str, per_device: int, model=None, **more) -> RunTrainer:
     """A trainer of a small model (`model_dir`, unless a model is given) for four steps of 12 pairs."""
-    args = ClipTrainingArguments(
+    args = RunArguments(
         str(folder / output), use_cpu=True, bf16=more.pop("bf16", False), per_device_train_batch_size=per_device,
         max_steps=4, learning_rate=1e-2, adam_epsilon=1e-3, disable_tqdm=True, logging_steps=1, **more,
     )  # fmt: skip
     model = model or miniclip.load(folder / "model_dir")[0]
     records = miniclip.read_captions(folder / "captions.json")
     preprocess, tokenizer = miniclip.Preprocess(model.config.preprocess_cfg), miniclip.Tokenizer(16)
-    dataset = miniclip.CaptionDataset(records, preprocess, seed=args.seed)
+    dataset = RunDataset(records, preprocess, seed=args.seed)
     eval_records = miniclip.read_captions(folder / "odd.json")
-    return ClipTrainer(model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer)
+    evaluator = RetrievalEvaluator(eval_records, preprocess, tokenizer)
+    return RunTrainer(model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, evaluator=evaluator)
 
 
 def bytes_kept_by_the_loss(batch: int) -> int:
@@ -42,10 +45,18 @@ def bytes_kept_by_the_loss(batch: int) -> int:
     return sum(sizes.values())
 
 
+def evaluate_two(trainer: RunTrainer, folder: Path) -> dict:
+    """Metrics of fewer images than there are processes."""
+    records = miniclip.read_captions(folder / "odd.json")[:2]
+    evaluator = trainer.measured_by
+    trainer.measured_by = RetrievalEvaluator(records, evaluator.preprocess, evaluator.tokenizer)
+    return trainer.evaluate()
+
+
 def evaluate(folder: Path) -> dict:
     """Metrics of the set that does not divide and of one smaller than there are processes, and the loss's memory."""
     trainer = make_trainer(folder, "ddp", 4)
-    metrics, of_two = trainer.evaluate(), trainer.evaluate(trainer.eval_dataset[:2])
+    metrics, of_two = trainer.evaluate(), evaluate_two(trainer, folder)
     return {"metrics": metrics, "of_two": of_two, "kept": bytes_kept_by_the_loss(1200 // trainer.args.world_size)}
 
 

@@ -8,12 +8,12 @@ import torch
 from accelerate import skip_first_batches
 
 from miniclip.config import MiniClipConfig, PreprocessConfig
-from miniclip.data import CaptionDataset
+from miniclip.training.dataset import RunDataset
 from miniclip.datasets.read import read_source
 from miniclip.model import MiniClip
-from miniclip.training.arguments import ClipTrainingArguments
+from miniclip.training.arguments import RunArguments
 from miniclip.training.streaming import StreamDataset
-from miniclip.training.trainer import ClipTrainer
+from miniclip.training.trainer import RunTrainer
 from miniclip.transforms import Preprocess
 
 
@@ -26,18 +26,18 @@ def main(cases_file: str, output: str):
     cases, results = json.loads(open(cases_file).read()), {}
     model = MiniClip(MiniClipConfig.from_dict(cases.pop("config")))
     for name, case in cases.items():
-        args = ClipTrainingArguments(
+        args = RunArguments(
             output, use_cpu=True, per_device_train_batch_size=case["batch"], max_steps=case.get("max_steps", -1),
             seed=5, dataloader_num_workers=case["workers"],
         )  # fmt: skip
-        make, records = CaptionDataset, None
+        make, records = RunDataset, None
         if case.get("streaming"):
             make = StreamDataset.opened(case["source"], args, case.get("num_samples"))
         else:
             records = read_source(case["source"], factors=case.get("factors"), num_samples=case.get("num_samples"))
         preprocess = Preprocess(PreprocessConfig(size=8))
         dataset = make(records, preprocess, seed=5)
-        trainer = ClipTrainer(model, args, dataset, preprocess=preprocess, tokenizer=None)
+        trainer = RunTrainer(model, args, dataset, preprocess=preprocess, tokenizer=None)
         trainer.data_collator = collate
         loader, epochs = trainer.get_train_dataloader(), []
         for epoch in range(case.get("epochs", 2)):

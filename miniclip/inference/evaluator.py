@@ -11,15 +11,26 @@ from miniclip.model import MiniClip
 from miniclip.retrieval import KS, RetrievalResult, metrics_of, retrieval_metrics, search_both
 
 
-class RetrievalEvaluator:
+class Evaluator:
+    """Measures a model: `evaluator(model)` returns metrics by name, of which `primary_metric` says which model is best."""
+
+    primary_metric = "mean_recall"
+
+    def metric_names(self) -> set[str]:
+        """The names of all metrics, to refuse others early; empty where they are not known in advance."""
+        return set()
+
+    def __call__(self, model: MiniClip) -> dict[str, float]:
+        raise NotImplementedError
+
+
+class RetrievalEvaluator(Evaluator):
     """Measures models on `records`, as `read_captions` returns them: `evaluator(model)` is a dict of metrics.
 
     With several processes each embeds a share of the images and captions. `caches` are feature caches for images and
     texts; other options are those of `embed_images`. The last result is kept for reports: `result` by direction,
     `image_embeds` (N, E), `text_embeds` (M, E).
     """
-
-    primary_metric = "mean_recall"
 
     def __init__(
         self, records: list[dict], preprocess, tokenizer, *, precision: str = "fp32", first_caption_only: bool = False,
@@ -32,7 +43,6 @@ class RetrievalEvaluator:
         self.texts, self.image_of_text = flatten_captions([{"caption": each} for each in captions])
 
     def metric_names(self) -> set[str]:
-        """The names that a metric can have, to choose the best checkpoint by."""
         one = np.eye(1, dtype=np.float32)
         return set(retrieval_metrics(one, one, [0], self.ks))
 

@@ -1,32 +1,94 @@
-"""TODO docstring."""
+"""The output folder of a run: locked while the run lasts, cleared or resumed, with its metadata, log and curves."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import logging
+from contextlib import ExitStack
+from pathlib import Path
 
 from miniclip.datasets.fingerprint import fingerprint
-from miniclip.run.record import record_of
+from miniclip.run.checkpoints import checkpoints, clean, start_anew
+from miniclip.run.progress import check_reporters, watch
+from miniclip.run.record import RECORD, record_of
+from miniclip.utils.bad_samples import NAME, BadSamples
+from miniclip.utils.errors import InputError
+from miniclip.utils.files import lock, write_json
 
 
-def training_record(argv: Sequence[str], options, args, model, records, eval_records=None) -> dict:
-    """The record of a training run. `options` is a TrainOptions, `args` the ClipTrainingArguments."""
-    from miniclip.inference.matmul import arithmetic
+class Run:
+    """A run's output folder, held for this process inside the `with` block.
 
-    plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (str, int, float, bool, list))}
-    # A stream has no index: what has been read of it depends on how many read it.
-    readers = {"readers": args.world_size * max(1, args.dataloader_num_workers)} if options.streaming else {}
-    return (
-        record_of(["train.py", *argv], args.device)
-        | readers
-        | {
+        with Run(argv, options, args) as run:
+            ...                                  # `run.bad_samples` collects what is skipped
+            trainer = RunTrainer(..., record=run.record(...))
+            trainer.train(run.start(trainer))    # clears or resumes, and begins to log
+            run.finish(trainer)
+
+    Raises InputError for a folder that holds an earlier run which is neither to be resumed nor replaced.
+    """
+
+    def __init__(self, argv: list[str], options, args):
+        logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
+        check_reporters(args)
+        self.argv, self.options, self.args, self.folder = argv, options, args, Path(args.output_dir)
+        given = args.resume_from_checkpoint
+        self.resume = options.resume or given in ("latest", "True", "true") or given
+        self.bad_samples, self.stack = BadSamples(), ExitStack()
+        earlier = [*checkpoints(self.folder), *self.folder.glob("model.safetensors")]
+        if earlier and not self.resume and not options.overwrite_output_dir:
+            raise InputError(
+                f"{self.folder} holds an earlier run: resume it with --resume, replace it with --overwrite_output_dir,"
+                " or name another --output_dir"
+            )
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error):
+        return self.stack.__exit__(*error)
+
+    def hold(self):
+        """Locks the folder, once all that was named is known to be there, until the end of the `with` block."""
+        if self.args.process_index == 0:
+            self.stack.enter_context(lock(self.folder))
+
+    def record(self, model, records, eval_records, arithmetic: str) -> dict:
+        """The run's metadata, kept in its folder and its checkpoints and compared when it is resumed."""
+        args, options = self.args, self.options
+        plain = {name: v for name, v in args.to_dict().items() if isinstance(v, (str, int, float, bool, list))}
+        # A stream has no index: what has been read of it depends on how many read it.
+        readers = {"readers": args.world_size * max(1, args.dataloader_num_workers)} if options.streaming else {}
+        pairs = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        return record_of(["train.py", *self.argv], args.device) | readers | {
             "model": json.loads(json.dumps(model.config.to_dict())),
             "data": fingerprint(options.train_file, records),
             "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,
-            "seed": args.seed,
-            "pairs_per_step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            "processes": args.world_size,
-            "arithmetic": arithmetic(args.device) if args.fast else "plain",
-            "options": dataclasses.asdict(options),
-            "arguments": plain,
-        }
-    )
+            "seed": args.seed, "pairs_per_step": pairs, "processes": args.world_size,
+            "arithmetic": arithmetic if args.fast else "plain",
+            "options": dataclasses.asdict(options), "arguments": plain,
+        }  # fmt: skip
+
+    def start(self, trainer):
+        """Clears what is left of an earlier run, writes the metadata and begins to log. Returns the checkpoint to
+        resume from, True for the newest, or nothing."""
+        first = trainer.is_world_process_zero()
+        if first:
+            clean(self.folder)
+            if not self.resume:  # all is well so far: now the earlier run may go
+                start_anew(self.folder)
+            write_json(self.folder / RECORD, trainer.record)
+        self.bad_samples.open(self.folder / NAME, first, go_on=bool(self.resume))
+        trainer.accelerator.wait_for_everyone()  # no other process may look for checkpoints before
+        # Ended by `finish`, or by the error that ends the run: it draws curves.png in either case.
+        self.progress = self.stack.enter_context(watch(trainer, contrasts=self.options.loss == "clip"))
+        return self.resume
+
+    def finish(self, trainer):
+        """Saves the trainer's state and says where everything is."""
+        trainer.save_state()
+        self.progress.summary()
+        if trainer.is_world_process_zero() and len(self.bad_samples):
+            print(f"bad samples were skipped {len(self.bad_samples)} times: {self.bad_samples.path}")
+        trainer.accelerator.wait_for_everyone()
+        self.stack.close()
+        trainer.accelerator.end_training()  # threads of an open process group can abort the process at its exit

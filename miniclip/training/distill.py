@@ -1,16 +1,17 @@
-"""How does a small model learn from a large one?
+"""Distillation: a small model learns to score the images and captions of a batch as a large one scores them."""
 
-By scoring the images and captions of a batch as the teacher scores them: not only which caption is right, but how near
-the others come.
-"""
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from miniclip.inference.fast import FastClip, fast_model
-from miniclip.loss import clip_loss, gather
+from miniclip.inference.load import load
+from miniclip.loss import gather
 from miniclip.model import ClipOutput, MiniClip
+from miniclip.training.objectives import clip
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 
@@ -35,12 +36,12 @@ def _cross_entropy(student: ClipOutput, teacher: ClipOutput, of: int, over: int)
 
 
 class Distillation:
-    """A loss for ClipTrainer: what `teacher`, a frozen MiniClip with its own preprocessing, makes of the same batch is
-    what the student should make of it.
+    """A loss for ClipTrainer: the student learns to score a batch as `teacher` does, a frozen MiniClip with its own
+    preprocessing, in fp32 or with `bf16` in that.
 
-    It computes in fp32, or with `bf16` in that. With `contrast` the ordinary loss is added to it (OpenCLIP's
-    `--distill-model`), without it the teacher is all there is to learn from (TinyCLIP). The teacher sees the student's
-    pictures, resized where its own are of another size. Raises InputError where it does not read the student's tokens.
+    With `contrast` that loss is added (OpenCLIP's `--distill-model`); without it the teacher's scores are all there is
+    to learn from (TinyCLIP). The teacher sees the student's images, resized to its own size. Raises InputError for a
+    teacher that does not read the student's tokens.
     """
 
     def __init__(
@@ -48,8 +49,7 @@ class Distillation:
         teacher: MiniClip,
         preprocess: Preprocess,
         student: MiniClip,
-        contrast: bool,
-        duplicates: str,
+        contrast: Callable[[ClipOutput, dict], Tensor] | None = None,
         bf16: bool = False,
     ):
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
@@ -62,14 +62,14 @@ class Distillation:
                 f" {ours.context_length} of {ours.vocab_size}: take a teacher that reads all that the student does"
             )
         self.teacher, self.preprocess = teacher.float().eval().requires_grad_(False), preprocess
-        self.contrast, self.duplicates, self.chunk_size = contrast, duplicates, 256
+        self.contrast, self.chunk_size = contrast, 256
         self.precision = "bf16" if bf16 else "fp32"
 
-    def __call__(self, outputs: ClipOutput, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        if not {"pixel_values", "input_ids"} <= inputs.keys():
-            raise InputError("a teacher needs pictures and captions: unlock the towers, or leave the teacher out")
-        loss = affinity_loss(outputs, self.embed(inputs["pixel_values"], inputs["input_ids"]))
-        return loss + clip_loss(*outputs[:3], ids, self.duplicates) if self.contrast else loss
+    def __call__(self, outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
+        if not {"pixel_values", "input_ids"} <= batch.keys():
+            raise InputError("a teacher needs images and captions: do not freeze a tower, or remove --teacher")
+        loss = affinity_loss(outputs, self.embed(batch["pixel_values"], batch["input_ids"]))
+        return loss + self.contrast(outputs, batch) if self.contrast else loss
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor, input_ids: Tensor) -> ClipOutput:
@@ -84,3 +84,20 @@ class Distillation:
             images.append(self.teacher.encode_image(self.preprocess.normalize(levels), normalize=True))
             texts.append(self.teacher.encode_text(ids, normalize=True))
         return ClipOutput(torch.cat(images), torch.cat(texts), self.teacher.logit_scale.exp())
+
+
+def distill(model: MiniClip, options, args) -> Distillation:
+    """CLIP's loss and the teacher's scores."""
+    return Distillation(*_teacher(options), model, clip(model, options, args), args.bf16)
+
+
+def affinity(model: MiniClip, options, args) -> Distillation:
+    """The teacher's scores alone."""
+    return Distillation(*_teacher(options), model, bf16=args.bf16)
+
+
+def _teacher(options) -> tuple[MiniClip, Preprocess]:
+    if len(options.teacher) == 1 and not Path(options.teacher[0]).is_dir():
+        name = options.teacher[0]
+        raise InputError(f"the teacher {name} has no weights. Give a folder, or add the weights: --teacher {name} WEIGHTS")
+    return load(*options.teacher)[:2]

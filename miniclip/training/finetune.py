@@ -13,7 +13,6 @@ A locked tower is in locked.py; what can be done after training in wise_ft.py. W
 """
 
 import re
-import types
 from collections.abc import Callable
 from functools import partial
 
@@ -23,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from miniclip.model import MiniClip, VisionTransformer
+from miniclip.model import MiniClip, Tower, VisionTransformer
 from miniclip.training.fsdp import uses_fsdp
 from miniclip.utils.errors import InputError
 
@@ -79,18 +78,15 @@ def unlock_last(model: MiniClip, image: int | None = None, text: int | None = No
     `--lock-image-unlocked-groups` counts the projection as a group, and so is one more than ours. Raises InputError
     for more blocks than there are.
     """
-    for kind, tower, head, blocks in (
-        ("image", model.visual, "proj", image),
-        ("text", model.text, "text_projection", text),
-    ):
+    for kind, tower, blocks in (("image", model.visual, image), ("text", model.text, text)):
         if blocks is None:
             continue
         layers = len(tower.blocks)
         if not 0 <= blocks <= layers:
             raise InputError(f"{blocks} blocks of the {kind} tower are to learn, and it has {layers}")
-        depth = depths(tower)
+        depth, head = depths(tower), set(tower.projection.parameters())
         for name, p in tower.named_parameters():
-            p.requires_grad_(depth[name] <= blocks if blocks else name.partition(".")[0] == head)
+            p.requires_grad_(depth[name] <= blocks if blocks else p in head)
         hold_statistics(tower, learning=True)
 
 
@@ -112,18 +108,13 @@ def depths(tower: nn.Module) -> dict[str, int]:
     return found
 
 
-def hold_statistics(module: nn.Module, learning: bool = False):
-    """Keeps each BatchNorm whose own weights are all frozen in evaluation mode, whatever `train` is called on: in
-    training mode it would move its mean and variance though nothing in it learns. `learning`: those whose weights learn
-    too, for the statistics of their first training are better than any of a few small batches."""
-    for norm in module.modules():
-        if isinstance(norm, _BatchNorm) and (learning or not any(p.requires_grad for p in norm.parameters())):
-            norm.eval()
-            norm.train = types.MethodType(_stay_in_evaluation, norm)
-
-
-def _stay_in_evaluation(norm: nn.Module, mode: bool = True) -> nn.Module:
-    return norm
+def hold_statistics(tower: Tower, learning: bool = False):
+    """Keeps each BatchNorm whose own weights are all frozen in evaluation mode: in training mode it would move its mean
+    and variance though nothing in it learns. `learning`: also those whose weights learn, because the statistics of
+    their first training are better than those of a few small batches."""
+    norms = [module for module in tower.modules() if isinstance(module, _BatchNorm)]
+    tower.fixed_norms = tuple(n for n in norms if learning or not any(p.requires_grad for p in n.parameters()))
+    tower.train(tower.training)
 
 
 def layer_rates(

@@ -1,50 +1,28 @@
-"""What can a model be trained to do? The losses by the names that `train.py --loss` knows them by."""
+"""InfoNCE and SigLIP's loss as functions of a batch's outputs and the batch."""
 
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
 
 from torch import Tensor
 
-from miniclip.inference.load import load
-from miniclip.loss import clip_loss
+from miniclip.loss import clip_loss, clip_loss_with_duplicates
 from miniclip.model import ClipOutput, MiniClip
-from miniclip.training.distill import Distillation
 from miniclip.training.siglip import add_logit_bias, siglip_loss
-from miniclip.utils.errors import InputError
 
 
-def make_objective(
-    loss: str,
-    duplicates: str,
-    model: MiniClip,
-    teacher: str | None = None,
-    teacher_pretrained: str | None = None,
-    bf16: bool = False,
-):
-    """What ClipTrainer calls with (outputs, ids, inputs) for the loss of a batch.
+def clip(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Tensor]:
+    """CLIP's loss, with `--duplicates`."""
 
-    "clip" (`clip_loss`), "siglip" (`siglip_loss`; a model without a bias gets one), "distill" (`clip_loss` and
-    `affinity_loss`) or "affinity" (that alone), the last two with a `teacher` to load. Raises InputError for others.
-    """
-    if loss != "siglip" and model.logit_bias is not None:
-        model.logit_bias.requires_grad_(False)  # these losses do not read it
-    if loss == "clip":
-        return partial(_clip, duplicates=duplicates)
-    if loss == "siglip":
-        if model.logit_bias is None:
-            add_logit_bias(model)
-        return partial(_siglip, duplicates=duplicates)
-    if loss in ("distill", "affinity"):
-        if not Path(teacher).is_dir() and teacher_pretrained is None:
-            raise InputError(f"the teacher {teacher} has no weights: add teacher_pretrained, or name a folder")
-        large, preprocess, _ = load(teacher, teacher_pretrained)
-        return Distillation(large, preprocess, model, contrast=loss == "distill", duplicates=duplicates, bf16=bf16)
-    raise InputError(f"loss {loss!r} is none of clip, siglip, distill and affinity")
+    def loss(outputs: ClipOutput, batch: dict) -> Tensor:
+        if "pair_ids" not in batch:  # data without ids has no duplicates that could be known
+            return clip_loss(*outputs[:3])
+        return clip_loss_with_duplicates(*outputs[:3], batch["pair_ids"], options.duplicates)
+
+    return loss
 
 
-def _clip(outputs: ClipOutput, ids: Tensor, inputs: dict, duplicates: str) -> Tensor:
-    return clip_loss(*outputs[:3], ids, duplicates)
-
-
-def _siglip(outputs: ClipOutput, ids: Tensor, inputs: dict, duplicates: str) -> Tensor:
-    return siglip_loss(*outputs, ids, duplicates)
+def siglip(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Tensor]:
+    """SigLIP's loss, with `--duplicates`. A model without a bias gets one."""
+    if model.logit_bias is None:
+        add_logit_bias(model)
+    model.logit_bias.requires_grad_(True)
+    return lambda outputs, batch: siglip_loss(*outputs[:4], batch.get("pair_ids"), options.duplicates)

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
+from miniclip.inference.evaluator import Evaluator
 from miniclip.inference.matmul import fast_arithmetic
 from miniclip.model import MiniClip
 from miniclip.run.guard import GuardedTrainer, spare_workers
@@ -41,6 +42,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         train_dataset: RunDataset | None = None,
         *,
         preprocess,
+        evaluator: Evaluator | None = None,
         lr_scale: Callable[[str], float] | None = None,
         ema: MiniClip | None = None,
         **kwargs,
@@ -59,7 +61,10 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
                 " Leave it out, or freeze the image tower or all but its last blocks"
             )
         self.lr_scale, self.ema = lr_scale, ema
-        super().__init__(model, args, train_dataset, **kwargs)
+        self.measured_by = evaluator
+        if evaluator is not None:
+            check_metric(args, evaluator)
+        super().__init__(model, args, train_dataset, evaluator=evaluator and self.measure, **kwargs)
         if self.sharded:
             prepare_fsdp(self)
         self.add_callback(ReportBadSamples(train_dataset))
@@ -104,9 +109,10 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
             self.optimizer.param_groups = [groups[key] for key in sorted(groups)]
         return self.optimizer
 
-    def measured_model(self) -> MiniClip:
-        model = super().measured_model() if self.ema is None else self.ema
-        return whole_model(model, self.args.device) if self.sharded else model
+    def measure(self, model: MiniClip) -> dict[str, float]:
+        """What ClipTrainer calls as its evaluator: the average of the weights, or all of a sharded model."""
+        model = model if self.ema is None else self.ema
+        return self.measured_by(whole_model(model, self.args.device) if self.sharded else model)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As Trainer's; True resumes from the newest complete checkpoint."""
@@ -138,6 +144,16 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.sharded and self.args.should_save:
             os.remove(os.path.join(output_dir, "pytorch_model_fsdp.bin"))  # model.safetensors once more
+
+
+def check_metric(args: RunArguments, evaluator: Evaluator):
+    """Has the best checkpoint chosen by the evaluator's own metric unless another is named. Raises InputError for a
+    name that it does not have."""
+    if args.metric_for_best_model == "mean_recall":
+        args.metric_for_best_model = evaluator.primary_metric
+    name, known = (args.metric_for_best_model or evaluator.primary_metric).removeprefix("eval_"), evaluator.metric_names()
+    if known and name not in known:
+        raise InputError(f"metric_for_best_model {name!r} is not one of {', '.join(sorted(known))}")
 
 
 class ReportBadSamples(TrainerCallback):

@@ -8,7 +8,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from miniclip.config import PreprocessConfig
-from miniclip.data import CaptionDataset, Collator
+from miniclip.training.dataset import RunDataset
+from miniclip.data import Collator
 from miniclip.datasets.records import flatten_captions, read_captions
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.augment import TrainTransform
@@ -92,7 +93,7 @@ def dataset(caption_set):
     cfg = PreprocessConfig(size=16)
     records = read_captions(caption_set / "captions.json")
     transform = TrainTransform(cfg, scale=(0.5, 1.0), hflip=0.5)
-    return CaptionDataset(records, Preprocess(cfg), seed=5, transform=transform)
+    return RunDataset(records, Preprocess(cfg), seed=5, transform=transform)
 
 
 def test_items_depend_on_seed_epoch_and_index_alone(dataset):

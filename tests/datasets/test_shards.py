@@ -11,7 +11,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from miniclip.config import PreprocessConfig
-from miniclip.data import CaptionDataset
+from miniclip.training.dataset import RunDataset
 from miniclip.datasets.convert import convert
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import read_captions
@@ -189,7 +189,7 @@ def damaged(caption_set):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_image_is_named_counted_and_replaced(damaged, workers, caplog):
-    dataset = CaptionDataset(damaged, Preprocess(PreprocessConfig(size=16)))
+    dataset = RunDataset(damaged, Preprocess(PreprocessConfig(size=16)))
     loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=list)
     got = [int(item["caption"].split()[1]) for batch in loader for item in batch]
     instead = {5: 7, 6: 7, 11: 12}
@@ -207,14 +207,14 @@ def test_a_set_to_measure_on_leaves_corrupt_images_out(damaged, caption_set):
 
 
 def test_a_corrupt_image_stops_the_run_where_that_is_asked_for(damaged):
-    dataset = CaptionDataset(damaged, Preprocess(PreprocessConfig(size=16)), on_bad="stop")
+    dataset = RunDataset(damaged, Preprocess(PreprocessConfig(size=16)), on_bad="stop")
     assert dataset[4]["caption"] == "number 4" and dataset.bad.sum() == 0
     with pytest.raises(InputError, match="0.tar: 005.png: no picture"):
         dataset[5]
 
 
 def test_when_nothing_can_be_read_the_run_stops(damaged, caption_set):
-    dataset = CaptionDataset(damaged, Preprocess(PreprocessConfig(size=16)))
+    dataset = RunDataset(damaged, Preprocess(PreprocessConfig(size=16)))
     (caption_set / "damaged" / "0.tar").unlink()
     with pytest.raises(InputError, match="No such file"):
         dataset[0]

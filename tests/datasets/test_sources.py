@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 import miniclip
 from miniclip.commands.convert_data import main
 from miniclip.config import PreprocessConfig
-from miniclip.data import CaptionDataset
+from miniclip.training.dataset import RunDataset
 from miniclip.datasets.convert import convert, image_bytes
 from miniclip.datasets.mixture import Mixture, parse_factors
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import flatten_captions, read_captions
-from miniclip.training.arguments import ClipTrainingArguments
+from miniclip.training.arguments import RunArguments
 from miniclip.training.streaming import StreamDataset
-from miniclip.training.trainer import ClipTrainer
+from miniclip.training.trainer import RunTrainer
 from miniclip.transforms import Preprocess
 from miniclip.utils.bad_samples import CaptionFileError
 from miniclip.utils.errors import InputError
@@ -100,7 +100,7 @@ def test_every_form_gives_the_same_records(records, caption_set, form, recwarn):
     again = pickle.loads(pickle.dumps(source))
     assert content(again) == expected
     assert open_image(again[3]["image"]).size == open_image(source[3]["image"]).size in ((30, 50), (50, 30))
-    dataset = CaptionDataset(source, Preprocess(PreprocessConfig(size=16)), seed=5)
+    dataset = RunDataset(source, Preprocess(PreprocessConfig(size=16)), seed=5)
     assert dataset[7]["caption"] in source[7]["caption"]
     joined = read_source(f"{as_form(records, caption_set, 'csv')}::{caption_set}/a.csv")
     assert content(joined) == content(records) * 2
@@ -283,7 +283,7 @@ def test_factors_and_resampling():
 
 
 def test_a_sample_that_comes_again_is_drawn_anew(records):
-    dataset = CaptionDataset(Mixture([records], num_samples=5), Preprocess(PreprocessConfig(size=16)))
+    dataset = RunDataset(Mixture([records], num_samples=5), Preprocess(PreprocessConfig(size=16)))
     seen = {dataset[3 + 24 * copy]["caption"] for copy in range(12)}
     assert seen == set(records[3]["caption"])
 
@@ -297,7 +297,7 @@ def test_tables_name_what_cannot_be_used(records, caption_set, caplog):
     table.to_parquet(caption_set / "a.parquet")
     with pytest.warns(UserWarning, match="2 of 24 rows cannot be used:\n  row 5: .*\n  row 6: (.|\n)*The other 22"):
         source = read_source(str(caption_set / "a.parquet"), on_bad="skip")
-    dataset = CaptionDataset(source, Preprocess(PreprocessConfig(size=16)))
+    dataset = RunDataset(source, Preprocess(PreprocessConfig(size=16)))
     assert torch.equal(dataset[3]["pixel_values"], dataset[4]["pixel_values"]) and dataset.bad.sum() == 1
     assert "a.parquet: row 3: no picture" in caplog.messages[0]
     assert torch.equal(dataset[21]["pixel_values"], dataset[0]["pixel_values"])
@@ -419,7 +419,7 @@ def test_a_stream_is_shared_out(shares):
 @pytest.mark.parametrize(("files", "readers"), [(3, 1), (3, 2), (3, 3), (1, 4), (3, 8)])
 def test_one_pass_of_a_stream_has_every_sample_once(tmp_path, files, readers):
     _, tables = numbered(tmp_path, 23, files)
-    args = ClipTrainingArguments(str(tmp_path / "out"), use_cpu=True, max_steps=1)
+    args = RunArguments(str(tmp_path / "out"), use_cpu=True, max_steps=1)
     preprocess = Preprocess(PreprocessConfig(size=8))
     dataset = StreamDataset.opened(tables, args, None)(None, preprocess, seed=3)
     passes = []
@@ -442,7 +442,7 @@ def test_a_stream_passes_over_what_is_corrupt(tmp_path, caplog):
     texts = [f"number {i}" for i in range(6)]
     texts[4] = ""
     datasets.Dataset.from_dict({"image": images, "caption": texts}).to_parquet(tmp_path / "bad.parquet")
-    args = ClipTrainingArguments(str(tmp_path / "out"), use_cpu=True, max_steps=1)
+    args = RunArguments(str(tmp_path / "out"), use_cpu=True, max_steps=1)
     open_stream = StreamDataset.opened(str(tmp_path / "bad.parquet"), args, None)
     dataset = open_stream(None, Preprocess(PreprocessConfig(size=8)))
     seen = sorted(item["caption"] for item in dataset.share(0, 1, 4))
@@ -470,7 +470,7 @@ def test_a_run_resumes_in_mid_epoch_with_any_order(records, caption_set, tiny_co
     tables = as_form(records, caption_set, "parquet")
 
     def run(folder, steps, resume=None):
-        args = ClipTrainingArguments(
+        args = RunArguments(
             str(tmp_path / folder), num_train_epochs=3, max_steps=steps, per_device_train_batch_size=8, use_cpu=True,
             save_steps=5, save_strategy="steps", disable_tqdm=True, lr_scheduler_type="constant", learning_rate=1e-3,
         )  # fmt: skip
@@ -478,9 +478,9 @@ def test_a_run_resumes_in_mid_epoch_with_any_order(records, caption_set, tiny_co
             dataset = StreamDataset.opened(tables, args, 24, image_root="/")(None, preprocess, seed=1)
         else:
             epoch = {"factors": [0.5, 0.75]} if form == "factors" else {"num_samples": 24}
-            dataset = CaptionDataset(Mixture([records[:12], records], **epoch), preprocess, seed=1)
+            dataset = RunDataset(Mixture([records[:12], records], **epoch), preprocess, seed=1)
         torch.manual_seed(0)
-        trainer = ClipTrainer(
+        trainer = RunTrainer(
             miniclip.MiniClip(tiny_config), args, dataset, preprocess=preprocess, tokenizer=tokenizer
         )  # fmt: skip
         trainer.train(resume)

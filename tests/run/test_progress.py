@@ -18,8 +18,10 @@ import miniclip
 from miniclip.reports import charts as report
 from miniclip.run.diagnose import best_loss, recall_falls, scale_at_limit, scale_collapses, stays_at_chance
 from miniclip.run.progress import check_reporters, continue_log, read_log, to_json, watch
-from miniclip.training.arguments import ClipTrainingArguments
-from miniclip.training.trainer import ClipTrainer
+from miniclip.inference.evaluator import RetrievalEvaluator
+from miniclip.training.arguments import RunArguments
+from miniclip.training.dataset import RunDataset
+from miniclip.training.trainer import RunTrainer
 from miniclip.utils.errors import InputError
 
 
@@ -120,11 +122,14 @@ def make(caption_set, tiny_model):
             "per_device_train_batch_size": 12, "learning_rate": 3e-3, "logging_steps": 1, "save_strategy": "no",
             "lr_scheduler_type": "constant", "use_cpu": True, "bf16": False, "max_steps": 6,
         }  # fmt: skip
-        args = ClipTrainingArguments(str(caption_set / "run"), **(values | more))
+        args = RunArguments(str(caption_set / "run"), **(values | more))
         records = miniclip.read_captions(caption_set / "captions.json")[:pairs]
         preprocess, tokenizer = miniclip.Preprocess(model.config.preprocess_cfg), miniclip.Tokenizer(16)
-        dataset = miniclip.CaptionDataset(records, preprocess, seed=args.seed)
-        trainer = ClipTrainer(model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer)
+        dataset = RunDataset(records, preprocess, seed=args.seed)
+        trainer = RunTrainer(
+            model, args, dataset, preprocess=preprocess, tokenizer=tokenizer,
+            evaluator=eval_records and RetrievalEvaluator(eval_records, preprocess, tokenizer),
+        )  # fmt: skip
         return trainer, watch(trainer)
 
     return make
@@ -317,7 +322,7 @@ def test_one_bar_in_a_terminal(make, caption_set, monkeypatch, capsys):
 
 
 def test_a_service_that_is_not_installed_is_named(tmp_path):
-    args = ClipTrainingArguments(str(tmp_path), use_cpu=True, report_to=["tensorboard", "wandb"])
+    args = RunArguments(str(tmp_path), use_cpu=True, report_to=["tensorboard", "wandb"])
     missing = [name for name in ("tensorboard", "wandb") if not __import__("importlib.util").util.find_spec(name)]
     if not missing:
         pytest.skip("both are installed")

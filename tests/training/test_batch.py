@@ -1,6 +1,7 @@
 """Large batches in chunks, and locked towers: the gradients of one step, and whole runs."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import miniclip
 from miniclip.inference.fast import fast_model, speed_up
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.loss import clip_loss
-from miniclip.training.arguments import ClipTrainingArguments
-from miniclip.training.freeze import LockedDataset, lock, lock_towers
+from miniclip.inference.evaluator import RetrievalEvaluator
+from miniclip.training.arguments import RunArguments
+from miniclip.training.dataset import RunDataset
+from miniclip.training.freeze import FrozenDataset, freeze, freeze_towers
 from miniclip.training.grad_cache import batch_forward
-from miniclip.training.trainer import ClipTrainer
+from miniclip.training.trainer import RunTrainer
 from miniclip.utils.errors import InputError
 from tests.inference.test_fast import make_batch, make_model
 from tests.training.test_training import ROOT, largest_difference, recipe, weights  # noqa: F401
@@ -106,7 +109,7 @@ def test_a_run_in_chunks_ends_at_the_same_weights(recipe, caption_set, run_scrip
 
 
 def test_accumulation_says_what_it_does_not_do(tmp_path, caplog):
-    ClipTrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, gradient_accumulation_steps=4)
+    RunArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, gradient_accumulation_steps=4)
     assert "adds no negatives" in caplog.text
     assert "--per_device_train_batch_size 32 --grad_cache_chunk_size 8" in caplog.text
 
@@ -115,7 +118,7 @@ def test_accumulation_says_what_it_does_not_do(tmp_path, caplog):
 def parts(tiny_model, caption_set):
     records = miniclip.read_captions(caption_set / "captions.json")
     preprocess, tokenizer = miniclip.Preprocess(tiny_model.config.preprocess_cfg), miniclip.Tokenizer(16)
-    args = ClipTrainingArguments(
+    args = RunArguments(
         str(caption_set / "run"), use_cpu=True, bf16=False, per_device_train_batch_size=12, max_steps=5,
         save_strategy="no", disable_tqdm=True, learning_rate=1e-2, adam_epsilon=1e-3,
     )  # fmt: skip
@@ -128,14 +131,15 @@ def test_features_computed_once_train_as_the_locked_tower_would(image, text, par
 
     model, args, records, preprocess, tokenizer = parts
     running, before = copy.deepcopy(model), copy.deepcopy(model).state_dict()
-    lock(running, image, text)
-    dataset = miniclip.CaptionDataset(records, preprocess, seed=args.seed)
-    ClipTrainer(running, args, dataset, preprocess=preprocess, tokenizer=tokenizer).train()
+    freeze(running, image, text)
+    dataset = RunDataset(records, preprocess, seed=args.seed)
+    RunTrainer(running, args, dataset, preprocess=preprocess, tokenizer=tokenizer).train()
 
-    make_dataset, caches = lock_towers(model, image, text, args, records, preprocess, tokenizer, None)
-    trainer = ClipTrainer(
-        model, args, make_dataset(records, preprocess, seed=args.seed), records, preprocess=preprocess,
-        tokenizer=tokenizer, caches=caches,
+    options = SimpleNamespace(frozen=(image, text), feature_cache=None)
+    make_dataset, caches = freeze_towers(model, options, args, records, preprocess, tokenizer)
+    trainer = RunTrainer(
+        model, args, make_dataset(records, preprocess, seed=args.seed), preprocess=preprocess, tokenizer=tokenizer,
+        evaluator=RetrievalEvaluator(records, preprocess, tokenizer, caches=caches),
     )  # fmt: skip
     calls = []
     tower = model.visual if image != "none" else model.text
@@ -157,12 +161,12 @@ def test_features_computed_once_train_as_the_locked_tower_would(image, text, par
 
 def test_a_locked_dataset_draws_the_captions_that_the_usual_one_draws(parts):
     model, args, records, preprocess, tokenizer = parts
-    usual = miniclip.CaptionDataset(records, preprocess, seed=5)
+    usual = RunDataset(records, preprocess, seed=5)
     texts = [text for record in records for text in record["caption"]]
     image, text = torch.randn(24, 8).numpy(), torch.arange(48.0).view(48, 1).numpy()
-    ours = LockedDataset(records, preprocess, seed=5, image_features=image, text_features=None)
-    both = LockedDataset(records, preprocess, seed=5, image_features=image, text_features=text)
-    captions = LockedDataset(records, preprocess, seed=5, image_features=None, text_features=text)
+    ours = FrozenDataset(records, preprocess, seed=5, image_features=image, text_features=None)
+    both = FrozenDataset(records, preprocess, seed=5, image_features=image, text_features=text)
+    captions = FrozenDataset(records, preprocess, seed=5, image_features=None, text_features=text)
     for dataset in (usual, ours, both, captions):
         dataset.set_epoch(2)
     for i in range(24):
@@ -175,7 +179,7 @@ def test_a_locked_dataset_draws_the_captions_that_the_usual_one_draws(parts):
 
 def test_locking_everything_is_refused(tiny_model):
     with pytest.raises(InputError, match="nothing is left to learn"):
-        lock(tiny_model, "all", "all")
+        freeze(tiny_model, "all", "all")
 
 
 def test_train_with_a_locked_tower_and_a_cache(recipe, caption_set, run_script):  # noqa: F811

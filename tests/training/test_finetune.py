@@ -20,12 +20,14 @@ from transformers import TrainerCallback
 import miniclip
 from miniclip.inference.fast import speed_up
 from miniclip.loss import clip_loss
-from miniclip.training.arguments import ClipTrainingArguments
+from miniclip.inference.evaluator import RetrievalEvaluator
+from miniclip.training.arguments import RunArguments
+from miniclip.training.dataset import RunDataset
 from miniclip.training.finetune import EMA, EarlyStopping, PatchDropout, hold_statistics, layer_rates, unlock_last
 from miniclip.training.freeze import lock
 from miniclip.training.grad_cache import batch_forward
 from miniclip.training.parse import parse_train
-from miniclip.training.trainer import ClipTrainer
+from miniclip.training.trainer import RunTrainer
 from miniclip.utils.errors import InputError
 from tests.inference.test_fast import make_batch, make_model
 from tests.training.test_training import ROOT, largest_difference, recipe, weights  # noqa: F401
@@ -116,11 +118,11 @@ def parts(tiny_model, caption_set):
             "output_dir": str(caption_set / "run"), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 12,
             "max_steps": 6, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 3e-3, **arguments,
         }  # fmt: skip
-        args = ClipTrainingArguments(**arguments)
-        dataset = miniclip.CaptionDataset(records, preprocess, seed=args.seed)
-        return ClipTrainer(
-            model, args, dataset, records, preprocess=preprocess, tokenizer=tokenizer, callbacks=list(callbacks),
-            lr_scale=lr_scale, ema=ema,
+        args = RunArguments(**arguments)
+        dataset = RunDataset(records, preprocess, seed=args.seed)
+        return RunTrainer(
+            model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, callbacks=list(callbacks),
+            evaluator=RetrievalEvaluator(records, preprocess, tokenizer), lr_scale=lr_scale, ema=ema,
         )  # fmt: skip
 
     return SimpleNamespace(make=make, model=tiny_model, records=records, preprocess=preprocess, tokenizer=tokenizer)

@@ -15,14 +15,15 @@ from torch.autograd.graph import saved_tensors_hooks
 import miniclip
 from miniclip.commands.convert import main as weights_main
 from miniclip.commands.convert_data import main as repack
-from miniclip.data import CaptionDataset, Collator, image_id, text_id
+from miniclip.training.dataset import RunDataset
+from miniclip.data import Collator, image_id, text_id
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import read_captions
-from miniclip.loss import clip_loss, find_duplicates
+from miniclip.loss import clip_loss, clip_loss_with_duplicates, find_duplicates
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.training.distill import Distillation, affinity_loss
 from miniclip.training.grad_cache import batch_forward
-from miniclip.training.objectives import make_objective
+from miniclip.training.losses import make_loss
 from miniclip.training.siglip import add_logit_bias, siglip_loss
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
@@ -89,7 +90,7 @@ def test_duplicates_by_hand(duplicates):
     mates = [[0, 2], [1], [0, 2]]
     of_images = sum(row(logits[i], i, mates[i]) for i in range(3)) / 3
     of_texts = sum(row([logits[j][i] for j in range(3)], i, mates[i]) for i in range(3)) / 3
-    loss = clip_loss(image, text, torch.tensor(1.0), ids, duplicates)
+    loss = clip_loss_with_duplicates(image, text, torch.tensor(1.0), ids, duplicates)
     assert loss.item() == pytest.approx((of_images + of_texts) / 2, abs=1e-6)
 
     yes = [[i == j or (duplicates == "positive" and j in mates[i]) for j in range(3)] for i in range(3)]
@@ -106,17 +107,17 @@ def test_without_duplicates_all_ways_agree():
     image, text, scale = draw(0, 8).float(), draw(1, 8).float(), torch.tensor(9.0)
     alone = torch.arange(24).view(12, 2)
     for duplicates in ("positive", "exclude", "ignore"):
-        ours = clip_loss(image, text, scale, alone, duplicates).item()
+        ours = clip_loss_with_duplicates(image, text, scale, alone, duplicates).item()
         assert ours == pytest.approx(clip_loss(image, text, scale).item())
     with pytest.raises(ValueError, match="positive, exclude, ignore"):
-        clip_loss(image, text, scale, alone, "drop")
+        clip_loss_with_duplicates(image, text, scale, alone, "drop")
 
 
 @pytest.mark.parametrize("duplicates, direction", [("positive", -1), ("exclude", 0), ("ignore", 1)])
 def test_what_happens_to_a_duplicate(duplicates, direction):
     """Two crops of one image, and their captions: a caption is pulled to the other crop, left alone, or pushed off."""
     text, same_image = torch.eye(2, requires_grad=True), torch.tensor([[5, 1], [5, 2]])
-    clip_loss(torch.eye(2), text, torch.tensor(2.0), same_image, duplicates).backward()
+    clip_loss_with_duplicates(torch.eye(2), text, torch.tensor(2.0), same_image, duplicates).backward()
     assert torch.sign(text.grad[1, 0]) == torch.sign(text.grad[0, 1]) == direction
 
 
@@ -153,17 +154,17 @@ def test_siglip_starts_where_the_paper_says(tiny_config, tmp_path):
 def test_a_teacher_that_is_the_student_is_matched_already(tiny_model):
     """The cross-entropy is then the entropy, the least that it can be: no gradient."""
     preprocess = Preprocess(tiny_model.config.preprocess_cfg)
-    objective = Distillation(tiny_model, preprocess, tiny_model, contrast=False, duplicates="positive")
+    objective = Distillation(tiny_model, preprocess, tiny_model)
     tiny_model.requires_grad_(True)
     levels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     ids = miniclip.tokenizer.Tokenizer(16)([f"picture {n}" for n in range(6)])
     inputs = {"pixel_values": levels, "input_ids": ids}
     outputs = batch_forward(tiny_model, preprocess.normalize, **inputs)
-    objective(outputs, None, inputs).backward()
+    objective(outputs, inputs).backward()
     assert max(p.grad.abs().max() for p in tiny_model.parameters()) < 1e-5
     other = MiniClip(tiny_model.config)
     outputs = batch_forward(other, preprocess.normalize, **inputs)
-    objective(outputs, None, inputs).backward()
+    objective(outputs, inputs).backward()
     assert max(p.grad.abs().max() for p in other.parameters()) > 1e-3
 
 
@@ -177,7 +178,7 @@ def test_a_model_with_a_bias_goes_through_weight_files(tiny_config, tmp_path):
     fresh = MiniClip(miniclip.MiniClipConfig.from_dict(tiny_config.to_dict() | {"init_logit_bias": None}))
     load_weights(fresh, tmp_path / "w.safetensors")
     assert fresh.logit_bias.item() == -3.5 and fresh.config.init_logit_bias == -3.5
-    make_objective("clip", "positive", fresh)
+    make_loss(fresh, SimpleNamespace(loss="clip", duplicates="positive"), None)
     assert not fresh.logit_bias.requires_grad  # several processes would wait for its gradient
     with pytest.raises(SystemExit, match="logit_bias"):
         weights_main([str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf"])
@@ -185,7 +186,7 @@ def test_a_model_with_a_bias_goes_through_weight_files(tiny_config, tmp_path):
 
 def test_a_teacher_without_weights_is_refused(tiny_model):
     with pytest.raises(InputError, match="ViT-B-32 has no weights"):
-        make_objective("distill", "positive", tiny_model, "ViT-B-32")
+        make_loss(tiny_model, SimpleNamespace(loss="distill", teacher=["ViT-B-32"]), SimpleNamespace(bf16=False))
 
 
 def test_half_precision_weights_are_trained_in_fp32(tiny_model, caption_set, recipe, run_script):  # noqa: F811
@@ -206,12 +207,7 @@ def test_a_teacher_that_cannot_read_is_refused(tiny_model, tiny_config):
         tiny_model.config.text_cfg.context_length = 16
         student = MiniClip(miniclip.MiniClipConfig.from_dict(tiny_config.to_dict()))
         student.config.text_cfg.context_length = 77
-        Distillation(tiny_model, preprocess, student, contrast=True, duplicates="positive")
-
-
-def test_unknown_loss(tiny_model):
-    with pytest.raises(InputError, match="none of clip, siglip, distill and affinity"):
-        make_objective("triplet", "positive", tiny_model)
+        Distillation(tiny_model, preprocess, student)
 
 
 # Which pairs are duplicates
@@ -239,7 +235,7 @@ def flat(caption_set) -> Path:
 
 def test_a_batch_knows_its_duplicates(caption_set, tiny_config):
     records = read_captions(flat(caption_set))
-    data = CaptionDataset(records, Preprocess(tiny_config.preprocess_cfg))
+    data = RunDataset(records, Preprocess(tiny_config.preprocess_cfg))
     batch = Collator(miniclip.tokenizer.Tokenizer(16))([data[0], data[1], data[2]])
     ids = batch["pair_ids"]
     assert find_duplicates(ids, ids).tolist() == [[True, True, False], [True, True, False], [False, False, True]]

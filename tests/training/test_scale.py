@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 import miniclip
 from miniclip.run.checkpoints import last_checkpoint
 from miniclip.run.progress import draw_log
-from miniclip.training.arguments import ClipTrainingArguments
+from miniclip.training.arguments import RunArguments
 from miniclip.training.fsdp import uses_fsdp
-from miniclip.training.trainer import ClipTrainer
+from miniclip.training.trainer import RunTrainer
 from miniclip.utils.errors import InputError
-from tests.scale_worker import bytes_kept_by_the_loss, make_trainer
+from tests.scale_worker import bytes_kept_by_the_loss, evaluate_two, make_trainer
 from tests.training.test_training import ROOT, largest_difference, recipe  # noqa: F401
 
 
@@ -41,7 +41,7 @@ def start_worker(run_script, processes: int, folder, what: str) -> dict:
     return json.loads((folder / "found.json").read_text())
 
 
-def train_alone(folder, **more) -> tuple[ClipTrainer, list[float]]:
+def train_alone(folder, **more) -> tuple[RunTrainer, list[float]]:
     """What one process makes of the worker's four steps: the trainer, its model saved in one/, and its losses."""
     trainer = make_trainer(folder, "one", 12, save_strategy="no", **more)
     trainer.train()
@@ -54,7 +54,7 @@ def test_three_processes_evaluate_and_shard(folder, run_script):
     found = start_worker(run_script, 3, folder, "quick")
     trainer = make_trainer(folder, "one", 12)
     assert found["metrics"] == trainer.evaluate()
-    assert found["of_two"] == trainer.evaluate(trainer.eval_dataset[:2])
+    assert found["of_two"] == evaluate_two(trainer, folder)
     # the logits of 1,200 pairs: each of three processes keeps a third of what one keeps
     assert found["kept"] == pytest.approx(bytes_kept_by_the_loss(1200) / 3, rel=0.05)
 
@@ -190,7 +190,7 @@ def test_the_slurm_script_starts_what_it_says(folder, recipe):  # noqa: F811
 
 
 def test_fsdp_that_cannot_be_is_refused(tmp_path, monkeypatch):
-    args = ClipTrainingArguments(str(tmp_path), use_cpu=True)
+    args = RunArguments(str(tmp_path), use_cpu=True)
     assert not uses_fsdp(args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="take FSDP 2"):  # accelerate's default

@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import miniclip
-from miniclip.training.arguments import ClipTrainingArguments
-from miniclip.training.trainer import ClipTrainer
+from miniclip.inference.evaluator import RetrievalEvaluator
+from miniclip.training.arguments import RunArguments
+from miniclip.training.dataset import RunDataset
+from miniclip.training.trainer import RunTrainer, check_metric
+from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,24 +153,24 @@ def test_the_scale_stays_within_bounds_and_can_be_fixed(recipe, caption_set, run
     records = miniclip.read_captions(caption_set / "captions.json", None)
     for start in (math.log(99.9), 0.01):
         model.logit_scale.data.fill_(start)
-        args = ClipTrainingArguments(
+        args = RunArguments(
             str(caption_set / "clamp"), max_steps=3, learning_rate=1.0, per_device_train_batch_size=12, use_cpu=True,
             save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
         for p in model.parameters():
             p.requires_grad_(p is model.logit_scale)
-        dataset = miniclip.CaptionDataset(records, preprocess)
-        ClipTrainer(model, args, dataset, preprocess=preprocess, tokenizer=tokenizer).train()
+        dataset = RunDataset(records, preprocess)
+        RunTrainer(model, args, dataset, preprocess=preprocess, tokenizer=tokenizer).train()
         assert 0 <= model.logit_scale.item() <= math.log(100) + 1e-6
 
 
 def test_weight_decay_spares_what_it_should(tiny_model, tmp_path, caption_set):
-    args = ClipTrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
+    args = RunArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
     records = miniclip.read_captions(caption_set / "captions.json", None)
     config = tiny_model.config
     preprocess, tokenizer = miniclip.Preprocess(config.preprocess_cfg), miniclip.Tokenizer(16)
-    dataset = miniclip.CaptionDataset(records, preprocess)
-    trainer = ClipTrainer(tiny_model, args, dataset, preprocess=preprocess, tokenizer=tokenizer)
+    dataset = RunDataset(records, preprocess)
+    trainer = RunTrainer(tiny_model, args, dataset, preprocess=preprocess, tokenizer=tokenizer)
     decayed = set(trainer.get_decay_parameter_names(tiny_model))
     spared = {name for name, _ in tiny_model.named_parameters()} - decayed
     embeddings = {"visual.class_embedding", "visual.positional_embedding", "text.positional_embedding"}
@@ -178,7 +181,7 @@ def test_weight_decay_spares_what_it_should(tiny_model, tmp_path, caption_set):
 
 def test_batch_larger_than_the_data_says_so(recipe, run_script):
     done = run_script("train.py", recipe, "--per_device_train_batch_size", "25", check=False)
-    assert done.returncode != 0 and "24 images make no batch of 25" in done.stderr
+    assert done.returncode != 0 and "24 images do not fill a batch of 25" in done.stderr
 
 
 def test_bad_records_are_reported_together_or_skipped_aloud(recipe, caption_set, run_script):
@@ -210,13 +213,15 @@ def test_gradient_accumulation_logs_the_mean_loss(recipe, caption_set, run_scrip
     ("metric", "greater"), [(None, True), ("text_to_image_R@1", True), ("eval_text_to_image_mean_rank", False)]
 )
 def test_the_best_model_is_the_best_by_any_metric(metric, greater, tmp_path):
-    args = ClipTrainingArguments(
+    args = RunArguments(
         str(tmp_path), load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", use_cpu=True,
         metric_for_best_model=metric,
     )  # fmt: skip
     assert (args.metric_for_best_model, args.greater_is_better) == (metric or "mean_recall", greater)
-    with pytest.raises(ValueError, match="'text_to_image_R1' is none of .*text_to_image_R@1"):
-        ClipTrainingArguments(str(tmp_path), use_cpu=True, metric_for_best_model="text_to_image_R1")
+    evaluator = RetrievalEvaluator([], None, None)
+    args = RunArguments(str(tmp_path), use_cpu=True, metric_for_best_model="text_to_image_R1")
+    with pytest.raises(InputError, match="'text_to_image_R1' is not one of .*text_to_image_R@1"):
+        check_metric(args, evaluator)
 
 
 def test_activation_checkpointing_changes_no_gradient(tiny_model):

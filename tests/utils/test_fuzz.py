@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from miniclip.config import PreprocessConfig
-from miniclip.data import CaptionDataset
+from miniclip.training.dataset import RunDataset
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import one_per_image
 from miniclip.datasets.shards import ShardWriter
@@ -106,7 +106,7 @@ def test_any_caption_file_gives_records_or_an_input_error(examples, tmp_path, re
                 and os.path.realpath(record["image"]).startswith(f"{root}/")
             )
             assert all(isinstance(text, str) and text.strip() and text.encode() for text in record["caption"])
-        CaptionDataset(records, Preprocess(PreprocessConfig(size=4)))  # a table can be made of them
+        RunDataset(records, Preprocess(PreprocessConfig(size=4)))  # a table can be made of them
 
     tried(check, examples, CAPTION_FILES, st.sampled_from([".json", ".jsonl", ".csv", ".tsv"]),
           st.sampled_from(["stop", "skip"]))  # fmt: skip
@@ -184,7 +184,7 @@ class Handle:
 def usable(data: bytes) -> bool:
     """Whether bytes make a tensor, as they should, or an ImageError; anything else raises."""
     cfg = PreprocessConfig(size=8, mean=(0, 0, 0), std=(1, 1, 1))
-    dataset = CaptionDataset((), Preprocess(cfg), transform=TrainTransform(cfg, scale=(0.5, 1), hflip=0.5))
+    dataset = RunDataset((), Preprocess(cfg), transform=TrainTransform(cfg, scale=(0.5, 1), hflip=0.5))
     record = {"image": Handle(data), "caption": ["x"]}
     try:
         pixels = dataset.preprocess.load(record["image"])

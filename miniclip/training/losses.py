@@ -1,0 +1,30 @@
+"""The losses of `train.py --loss`: the one place to register one."""
+
+import importlib
+from collections.abc import Callable
+
+# A loss by name: a function (model, options, args) -> loss(outputs, batch), or "module:function", imported when asked
+# for. `options` is a TrainOptions, `args` the RunArguments, `outputs` a ClipOutput, `batch` a dict of tensors.
+LOSSES: dict[str, Callable | str] = {
+    "clip": "miniclip.training.objectives:clip",
+    "siglip": "miniclip.training.objectives:siglip",
+    "distill": "miniclip.training.distill:distill",
+    "affinity": "miniclip.training.distill:affinity",
+}
+HELP = {  # for `train.py --help`
+    "clip": "symmetric InfoNCE",
+    "siglip": "SigLIP's sigmoid loss",
+    "distill": "InfoNCE plus a teacher's scores",
+    "affinity": "a teacher's scores alone (TinyCLIP)",
+}
+
+
+def make_loss(model, options, args) -> Callable:
+    """Returns the loss that `options.loss` names, a function of (outputs, batch), and prepares the model for it."""
+    if model.logit_bias is not None:
+        model.logit_bias.requires_grad_(False)  # only SigLIP's loss reads it
+    make = LOSSES[options.loss]
+    if isinstance(make, str):
+        module, _, name = make.partition(":")
+        make = getattr(importlib.import_module(module), name)
+    return make(model, options, args)

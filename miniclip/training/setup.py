@@ -1,0 +1,81 @@
+"""What train.py sets up from its options: the data, the model and the transform of its images."""
+
+import logging
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from miniclip.datasets.read import describe, read_source
+from miniclip.datasets.records import ReadOptions, one_per_image
+from miniclip.datasets.text_files import ColumnError
+from miniclip.inference import matmul
+from miniclip.inference.load import load
+from miniclip.training.augment import TrainTransform
+from miniclip.training.dataset import RunDataset
+from miniclip.training.streaming import StreamDataset
+from miniclip.utils.bad_samples import BadSamples, CaptionFileError
+from miniclip.utils.errors import InputError
+
+
+def read_data(options, args, bad_samples: BadSamples):
+    """Reads both caption files: training records (None for a stream), evaluation records or None, and the dataset class
+    for the former. Raises CaptionFileError with all that is wrong with either."""
+    records, eval_records, make_dataset, problems = None, None, RunDataset, []
+    roots, columns = options.image_root or [None], options.columns or (None, None)
+    outside, on_bad = options.allow_outside_image_root, options.on_bad_sample or "stop"
+    how = ReadOptions(roots[0], *columns, on_bad, bad_samples, outside)
+    try:
+        if options.streaming:
+            make_dataset = StreamDataset.opened(options.train_file, args, options.train_num_samples, how)
+        else:
+            # A frozen tower sees all images at once, before the first step.
+            how_train = replace(how, check_handles=options.frozen[0] != "none")
+            epoch = {"factors": options.train_data_upsampling_factors, "num_samples": options.train_num_samples}
+            records = read_source(options.train_file, how_train, **epoch)
+    except InputError as error:
+        problems.append(str(error))
+    try:
+        if options.eval_file:
+            how = replace(how, image_root=roots[-1], check_handles=True)
+            try:
+                eval_records = read_source(options.eval_file, how)
+            except ColumnError as error:  # it may be in another format than the training data
+                logging.warning("%s: its columns are guessed", error)
+                eval_records = read_source(options.eval_file, replace(how, image_column=None, caption_column=None))
+            eval_records = one_per_image(eval_records, options.eval_file)
+    except InputError as error:
+        problems.append(str(error))
+    if problems:
+        raise CaptionFileError("\n".join(problems))
+    return records, eval_records, make_dataset
+
+
+def load_model(options, args, records):
+    """Loads the model to train, its preprocessing and its tokenizer, and prints a line about them and the data."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*random weights")  # they may be what is wanted; the line below says so
+        model, preprocess, tokenizer = load(options.model, options.pretrained)
+    model.float()  # small steps would be lost on weights in half precision
+    if options.fixed_logit_scale is not None:
+        model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
+        model.logit_scale.requires_grad_(False)
+    if args.process_index == 0:
+        start = ", from scratch"
+        if options.pretrained or Path(options.model).is_dir():
+            start = ""
+        elif model.visual.pretrained or model.text.pretrained:
+            start = ", from pretrained encoders"
+        data = f"a stream of {options.train_file}" if options.streaming else describe(records, tokenizer)
+        print(f"{options.model}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {data}")
+        if args.fast:
+            print(matmul.describe(args.device))
+    return model, preprocess, tokenizer
+
+
+def make_transform(options, model) -> TrainTransform:
+    """The random crops, flips and colours of training images."""
+    jitter = options.color_jitter
+    color_jitter = (jitter, jitter, jitter, 0.0) if jitter else None
+    scale = (options.crop_scale, 1.0)
+    return TrainTransform(model.config.preprocess_cfg, scale, hflip=options.hflip, color_jitter=color_jitter)
