@@ -1,4 +1,4 @@
-"""SigLIP's loss, distillation and duplicates: by hand, against OpenCLIP's numbers, across processes and in whole runs."""
+"""SigLIP's loss, distillation and duplicates: by hand, and by OpenCLIP's numbers, across processes, in whole runs."""
 
 import json
 import math
@@ -185,7 +185,7 @@ def test_a_model_with_a_bias_goes_through_weight_files(tiny_config, tmp_path):
 
 def test_a_teacher_without_weights_is_refused(tiny_model):
     with pytest.raises(InputError, match="ViT-B-32 has no weights"):
-        make_objective("distill", "positive", tiny_model, "ViT-B-32")
+        make_objective("distill", "positive", tiny_model, ["ViT-B-32"])
 
 
 def test_half_precision_weights_are_trained_in_fp32(tiny_model, caption_set, recipe, run_script):  # noqa: F811
