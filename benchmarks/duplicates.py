@@ -79,7 +79,7 @@ def main():
                     settings |= {"bf16": "true", "hflip": 0.5, "crop_scale": 0.6}
                 settings = [word for name, value in settings.items() for word in (f"--{name}", value)]
                 run("train.py", *data, *settings, "--overwrite_output_dir", *cache, *extra)
-                run("evaluate.py", *data, "--model", options.output_dir / name, "--output", result, *cache)
+                run("evaluate.py", *data, "--model", options.output_dir / name, "--output_file", result, *cache)
             found.setdefault(case, []).append(json.loads(result.read_text())["metrics"])
 
     lines = ["| duplicates are | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]

@@ -17,7 +17,7 @@ def main(argv: list[str]):
     parser.add_argument("--model", required=True, help="folder of a model that was trained on the built-in scenes")
     parser.add_argument("--eval", type=int, default=600, help="number of scenes (default: 600)")
     parser.add_argument("--seed", type=int, default=0, help="that of the data which the model was trained on")
-    parser.add_argument("--output", help="where the JSON goes (default: scene_quiz.json in the model's folder)")
+    parser.add_argument("--output_file", help="where the JSON goes (default: scene_quiz.json in the model's folder)")
     options = parser.parse_args(argv)
     if not Path(options.model).is_dir():
         raise InputError(f"--model {options.model}: there is no such folder; make demo makes runs/demo")
@@ -40,7 +40,7 @@ def main(argv: list[str]):
     print("| asked for | the rest told | alone | chance |\n|---|---|---|---|")
     for name, classes in CLASSES.items():
         print(f"| {name} | {100 * told[name]:.1f} | {100 * alone[name]:.1f} | {100 / len(classes):.1f} |")
-    output = Path(options.output or Path(options.model) / "scene_quiz.json")
+    output = Path(options.output_file or Path(options.model) / "scene_quiz.json")
     about = {"model": str(options.model), "scenes": len(scenes), "seed": options.seed}
     write_json(output, {**about, "told": told, "alone": alone})
     print(f"written to {output}")

@@ -219,7 +219,7 @@ def test_evaluation_stops_or_leaves_out_alike(corpus, tmp_path, tiny_model, caps
     early = {name: reason for name, reason in reasons.items() if int(name.split()[1]) >= first}
     check_report(str(caught.value), early)
     with pytest.warns(UserWarning, match="records cannot be used"):
-        evaluate.main([*command, "--on_bad_sample", "skip", "--output", str(tmp_path / "r.json")])
+        evaluate.main([*command, "--on_bad_sample", "skip", "--output_file", str(tmp_path / "r.json")])
     said = capsys.readouterr().out
     assert f"{len(good)} images, {2 * len(good)} captions" in said  # "twice" counts once for each
     assert f"{len(reasons)} bad samples were left out: {tmp_path}/r.bad_samples.jsonl" in said
@@ -335,7 +335,7 @@ def test_the_same_picture_in_several_records(corpus, tmp_path, caplog, tiny_mode
     file.write_text(json.dumps([{"image": name, "caption": text} for name, text in zip(names, texts)]))
     tiny_model.save_pretrained(tmp_path / "model")
     evaluate.main(["--model", str(tmp_path / "model"), "--eval_file", str(file), "--device", "cpu", "--save_features",
-                   str(tmp_path / "features"), "--output", str(tmp_path / "r.json")])  # fmt: skip
+                   str(tmp_path / "features"), "--output_file", str(tmp_path / "r.json")])  # fmt: skip
     assert "again.json: 2 records of images that others have too were joined to those, 4 captions" in caplog.text
     assert [len(np.load(tmp_path / "features" / f"{kind}.npy")) for kind in ("image", "text")] == [2, 3]
     said = "; 2 records have the image of another one: duplicates (--duplicates)"

@@ -250,7 +250,7 @@ def test_training_and_measuring_on_shards(shards, caption_set, tiny_config, run_
 
     metrics = []
     for source in (caption_set / "captions.json", shards):
-        evaluate.main(["--model", str(out), "--eval_file", str(source), "--output", str(caption_set / "out.json"),
+        evaluate.main(["--model", str(out), "--eval_file", str(source), "--output_file", str(caption_set / "out.json"),
                        "--device", "cpu", "--feature_cache", str(caption_set / "cache")])  # fmt: skip
         metrics.append(json.loads((caption_set / "out.json").read_text())["metrics"])
     assert metrics[0] == metrics[1]

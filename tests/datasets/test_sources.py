@@ -156,7 +156,7 @@ def test_the_evaluation_file_may_have_other_columns(caption_set, run_script, tin
     (caption_set / "own.csv").write_text("\n".join(["bild,wort", *rows]))
     done = run_script(
         "train.py", "--model", caption_set / "tiny.json", "--train_file", caption_set / "own.csv",
-        "--image_column", "bild", "--caption_column", "wort", "--eval_file", caption_set / "captions.json",
+        "--columns", "bild", "wort", "--eval_file", caption_set / "captions.json",
         "--max_steps", "1", "--per_device_train_batch_size", "8", "--output_dir", caption_set / "run", "--use_cpu",
     )  # fmt: skip
     assert "its columns are guessed" in done.stderr + done.stdout
@@ -164,7 +164,9 @@ def test_the_evaluation_file_may_have_other_columns(caption_set, run_script, tin
 
 def test_columns_are_named_guessed_or_asked_for(caption_set):
     (caption_set / "a.csv").write_text("where;what;imag\n0.png;a red sheet;x\n1.png;a sheet; green;x\n")
-    with pytest.raises(InputError, match="which column has the image. Name it by --image_column: 'where', 'what', 'im"):
+    with pytest.raises(
+        InputError, match="which column has the image. Name both with --columns. There are 'where', 'what', 'im"
+    ):
         read_source(str(caption_set / "a.csv"))
     columns = {"image_column": "where", "caption_column": "what"}
     with pytest.raises(CaptionFileError, match="line 3: 4 cells for 3 columns"):

@@ -85,7 +85,7 @@ def test_train_then_load_then_evaluate(recipe, caption_set, run_script):
     for captions in ("all", "first"):
         again = run_script(
             "evaluate.py", "--features", caption_set / "features", "--captions", captions,
-            "--eval_file", caption_set / "captions.json", "--output", caption_set / f"{captions}.json",
+            "--eval_file", caption_set / "captions.json", "--output_file", caption_set / f"{captions}.json",
         )  # fmt: skip
         assert ("R@3" in again.stdout) == (captions == "first")
     assert json.loads((caption_set / "all.json").read_text())["metrics"] == result["metrics"]
