@@ -1,9 +1,9 @@
 """How good are the embeddings?
 
-Every caption searches the images, every image the captions, with faiss, and the places at which the right answers
-come are turned into the field's metrics. All functions here take and give plain numpy arrays; none knows a model.
+Every caption searches the images and every image the captions, with faiss. The ranks of the right answers give the
+field's metrics. All functions take and return plain numpy arrays; none knows a model.
 
-Words: the *gallery* is searched by the *queries*; `relevant[q]` holds the gallery rows that are right for query q.
+Words: *queries* search the *gallery*; `relevant[q]` holds the gallery rows that are right answers to query q.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ import numpy as np
 from miniclip.utils.errors import InputError
 
 KS = (1, 5, 10)
-# Scores closer than this are equal: the products of the very same vectors differ by a few last bits of float32,
-# depending on where in a matrix they stand.
+# Scores closer than this are ties: products of the very same vectors differ in the last bits of float32, depending on
+# where in a matrix they stand.
 TIE = 5e-7
 FEW = 100  # queries; below, a matrix product with all of the gallery is faster than faiss
 
@@ -22,26 +22,26 @@ FEW = 100  # queries; below, a matrix product with all of the gallery is faster 
 def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k gallery rows with the highest inner product for each query, exactly, best first.
 
-    `gallery` (N, E) and `queries` (Q, E), float32. Gives scores (Q, k) float32 and row numbers (Q, k) int64, k being
-    at most N. Among equal scores the lower row number comes first, as in OpenCLIP's metrics. So the outcome does not
-    depend on faiss's internals, and a model that embeds everything alike scores no better than chance.
+    `gallery` (N, E) and `queries` (Q, E), float32. Returns scores (Q, k) float32 and row numbers (Q, k) int64, k being
+    at most N. In a tie the lower row number comes first, as in OpenCLIP's metrics: the result does not depend on
+    faiss's internals, and a model that embeds everything alike scores no better than chance.
     """
     gallery, queries = (np.ascontiguousarray(x, dtype=np.float32) for x in (gallery, queries))
     k = min(k, len(gallery))
-    scores, found = _order(*_first(gallery, queries, min(k + 1, len(gallery))))  # one more, to see a tie go on behind k
+    scores, found = _order(*_first(gallery, queries, min(k + 1, len(gallery))))  # one more, to see ties that cross k
     if k < len(gallery):
         for row in np.flatnonzero(scores[:, k - 1] - scores[:, k] <= TIE):  # chance chose which of them to keep
             everything = _order(*_first(gallery, queries[row : row + 1], len(gallery)))
-            scores[row, :k], found[row, :k] = everything[0][0, :k], everything[1][0, :k]
+            scores[row, :k], found[row, :k] = (part[0, :k] for part in everything)
     return scores[:, :k], found[:, :k]
 
 
 def _first(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k highest scores of each query, sorted, and their rows."""
     if len(queries) >= FEW:
-        import faiss  # takes a while to import, and who only wants a few answers does not need it
+        import faiss  # slow to import, and a few queries do not need it
 
-        return faiss.knn(queries, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)  # an index would hold a copy of them
+        return faiss.knn(queries, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)  # an index would copy the gallery
     scores = queries @ gallery.T
     rows = np.argpartition(scores, len(gallery) - k, axis=1)[:, len(gallery) - k :]
     found = np.take_along_axis(scores, rows, axis=1)
@@ -50,19 +50,19 @@ def _first(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray
 
 
 def _order(scores: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Within each run of equal scores (they come sorted), puts the lower row number first."""
+    """Within each run of ties (scores come sorted), puts the lower row number first."""
     run = np.cumsum(np.diff(scores, axis=1, prepend=scores[:, :1]) < -TIE, axis=1)
     order = np.lexsort((found, run), axis=-1)
     return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(found, order, axis=-1)
 
 
-def first_ranks(
+def rank_of_first_relevant(
     gallery: np.ndarray, queries: np.ndarray, relevant: list[np.ndarray], memory: int = 1 << 28
 ) -> np.ndarray:
-    """The place (1 is best) of each query's best right answer, wherever in the gallery it comes: (Q,) int64.
+    """The rank (1 is best) of each query's first right answer in the whole gallery: (Q,) int64.
 
-    Counted from whole rows of scores, because a top-k list does not reach far enough; as many queries at a time as have
-    theirs in `memory`, in bytes.
+    Counted from whole rows of scores, because a top-k list does not reach far enough, for as many queries at a time as
+    fit in `memory` bytes.
     """
     ranks = np.empty(len(queries), dtype=np.int64)
     block = max(1, min(1024, memory // (4 * max(1, len(gallery)))))
@@ -77,14 +77,14 @@ def first_ranks(
 
 
 def metrics_from_hits(hits: np.ndarray, ranks: np.ndarray, n_relevant: np.ndarray, ks=KS) -> dict[str, float]:
-    """The metrics of one direction, all as fractions of 1 but for the ranks.
+    """The metrics of one direction, as fractions of 1 except for the ranks.
 
-    `hits` (Q, k) says at which places right answers stand, `ranks` (Q,) at which place the first one stands,
-    `n_relevant` (Q,) how many there are.
+    `hits` (Q, k): is the answer at this rank right? `ranks` (Q,): the rank of the first right answer. `n_relevant`
+    (Q,): the number of right answers.
 
     - `R@K`: share of queries with at least one right answer among the first K. What CLIP papers report.
-    - `precision@K`: right answers among the first K, over K.
-    - `recall@K`: right answers among the first K, over all right answers. Lower than R@K with several right ones.
+    - `precision@K`: right answers among the first K, divided by K.
+    - `recall@K`: right answers among the first K, divided by all right answers. Lower than R@K if there are several.
     - `mean_rank`, `median_rank` (rounded down, as OpenCLIP does), `MRR` (mean of 1 / rank): of the first right answer.
     """
     return {
@@ -97,22 +97,22 @@ def metrics_from_hits(hits: np.ndarray, ranks: np.ndarray, n_relevant: np.ndarra
     }
 
 
-class Searched(NamedTuple):
-    """What the queries of one direction found: the K first, best first, and where the right answers are."""
+class RetrievalResult(NamedTuple):
+    """What the queries of one direction retrieved, best first, and where the right answers are."""
 
     scores: np.ndarray  # (Q, K) float32
     found: np.ndarray  # (Q, K) int64, rows of the gallery
-    hits: np.ndarray  # (Q, K) bool: right at this place?
-    ranks: np.ndarray  # (Q,) int64, the place of the first right answer, wherever it comes
+    hits: np.ndarray  # (Q, K) bool: right at this rank?
+    ranks: np.ndarray  # (Q,) int64, the rank of the first right answer, wherever it comes
     relevant: list[np.ndarray]  # Q arrays: all gallery rows that are right
 
 
-def search_both(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, k: int) -> dict[str, Searched]:
-    """`image_to_text` and `text_to_image`: what all queries find, the first k and the rank of the right answer.
+def search_both(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, k: int) -> dict[str, RetrievalResult]:
+    """Both directions, `image_to_text` and `text_to_image`: the first k answers to every query.
 
     `image_embeds` (N, E) and `text_embeds` (M, E), float32 and of unit length; caption m belongs to image
-    `image_of_text[m]`. An image counts as found by any of its captions, and finds any of them. Raises InputError for
-    shapes that do not fit, NaN, and images without a caption.
+    `image_of_text[m]`, and any caption of an image is a right answer. Raises InputError for shapes that do not fit,
+    NaN, and images without a caption.
     """
     image_of_text = np.asarray(image_of_text)
     check_embeds(image_embeds, text_embeds, image_of_text)
@@ -126,25 +126,25 @@ def search_both(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text
         hits = np.stack([np.isin(row, right) for row, right in zip(found, relevant)])
         ranks = 1 + hits.argmax(1)
         deeper = np.flatnonzero(~hits.any(1))
-        ranks[deeper] = first_ranks(gallery, queries[deeper], [relevant[q] for q in deeper])
-        directions[direction] = Searched(scores, found, hits, ranks, relevant)
+        ranks[deeper] = rank_of_first_relevant(gallery, queries[deeper], [relevant[q] for q in deeper])
+        directions[direction] = RetrievalResult(scores, found, hits, ranks, relevant)
     return directions
 
 
-def metrics_of(directions: dict[str, Searched], ks=KS) -> dict[str, float]:
-    """The metrics of what `search_both` gives, for K up to its k: `image_to_text_*`, `text_to_image_*` and
+def metrics_of(directions: dict[str, RetrievalResult], ks=KS) -> dict[str, float]:
+    """The metrics of `search_both`'s results, for K up to its k: `image_to_text_*`, `text_to_image_*` and
     `mean_recall`, the mean of their R@1, R@5 and R@10."""
     metrics = {}
-    for direction, searched in directions.items():
-        n_relevant = np.array([len(right) for right in searched.relevant])
-        one_way = metrics_from_hits(searched.hits, searched.ranks, n_relevant, ks)
+    for direction, result in directions.items():
+        n_relevant = np.array([len(right) for right in result.relevant])
+        one_way = metrics_from_hits(result.hits, result.ranks, n_relevant, ks)
         metrics |= {f"{direction}_{name}": value for name, value in one_way.items()}
     recalls = [metrics[f"{way}_R@{k}"] for way in ("image_to_text", "text_to_image") for k in ks if k in KS]
     return metrics | {"mean_recall": sum(recalls) / len(recalls)}
 
 
 def retrieval_metrics(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, ks=KS) -> dict[str, float]:
-    """The metrics of embeddings, both directions; arguments and errors are those of `search_both`."""
+    """The metrics of embeddings in both directions; arguments and errors as in `search_both`."""
     return metrics_of(search_both(image_embeds, text_embeds, image_of_text, max(ks)), ks)
 
 
@@ -157,11 +157,11 @@ def check_embeds(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_tex
         )
     if len(image_of_text) != len(text_embeds):
         raise InputError(
-            f"{len(text_embeds)} text embeddings for {len(image_of_text)} captions: are they of other captions, or of"
-            " the first ones only (--captions first)?"
+            f"{len(text_embeds)} text embeddings for {len(image_of_text)} captions: were they made from other captions,"
+            " or from the first ones only (--captions first)?"
         )
     for kind, embeds in (("image", image_embeds), ("text", text_embeds)):
-        norms = np.sqrt(np.einsum("nd,nd->n", embeds, embeds))  # np.linalg.norm would make a copy of all of them
+        norms = np.sqrt(np.einsum("nd,nd->n", embeds, embeds))  # np.linalg.norm would copy them all
         bad = np.flatnonzero(~np.isfinite(norms))
         if len(bad):
             raise InputError(f"{kind} embedding {bad[0]} is not finite ({len(bad)} of {len(embeds)} are not)")

@@ -1,4 +1,4 @@
-"""How does a picture become the model's input? With Pillow alone, so that every machine gets the same numbers."""
+"""How does an image become the model's input? With Pillow alone, so that every machine gets the same numbers."""
 
 from pathlib import Path
 
@@ -16,46 +16,46 @@ INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampli
 class Preprocess:
     """The evaluation pipeline: a PIL image to a float32 tensor (3, size, size).
 
-    Resize and crop, then (level / 255 - mean) / std for each channel. For resize_mode "shortest" bit-equal to
-    transformers' CLIPImageProcessorPil. Raises ValueError for a config that asks for something unknown.
+    Resize and crop, then (level / 255 - mean) / std for each channel. With resize_mode "shortest" it is bit-equal to
+    transformers' CLIPImageProcessorPil. Raises ValueError for an unknown interpolation or resize_mode.
 
-    `load` starts from a file. With `draft` it has large JPEGs decoded at a half, a quarter or an eighth of their size,
-    but not below twice the size that is wanted: several times faster, and 0.2 of 255 levels off on average.
+    `load` starts from a file. With `draft`, large JPEGs are decoded at a half, a quarter or an eighth of their size, but
+    at no less than twice the target size: several times faster, and 0.2 of 255 levels off on average.
     """
 
     def __init__(self, cfg: PreprocessConfig, draft: bool = True):
         if cfg.interpolation not in INTERPOLATION:
-            raise ValueError(f"interpolation {cfg.interpolation!r} is none of {', '.join(INTERPOLATION)}")
+            raise ValueError(f"interpolation {cfg.interpolation!r} is not one of {', '.join(INTERPOLATION)}")
         if cfg.resize_mode not in ("shortest", "longest", "squash") or cfg.mode != "RGB":
-            raise ValueError(f"resize_mode {cfg.resize_mode!r} with mode {cfg.mode!r} is not known")
+            raise ValueError(f"resize_mode {cfg.resize_mode!r} with mode {cfg.mode!r} is unknown")
         self.cfg, self.interpolation = cfg, INTERPOLATION[cfg.interpolation]
         self.mean, self.std = torch.tensor([cfg.mean, cfg.std], dtype=torch.float32).view(2, 3, 1, 1)
         self.moments = {}  # mean and std by device
-        self.scale = 2 * cfg.size if draft else None  # what `open_image` is asked for
+        self.scale = 2 * cfg.size if draft else None  # the size that `open_image` may shrink to
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.normalize(self.levels(image))
 
     def load(self, path: str | Path) -> Tensor:
-        """From a file to a float32 tensor (3, size, size). Raises ImageError, naming the file."""
+        """From a file to a float32 tensor (3, size, size). Raises ImageError that names the file."""
         return self.normalize(self.levels(open_image(path, self.scale)))
 
     def levels(self, image: Image.Image) -> Tensor:
-        """All but the normalisation: a uint8 tensor (3, size, size), a quarter of the bytes to keep or to send."""
+        """Everything but the normalisation: a uint8 tensor (3, size, size), a quarter of the bytes to keep or send."""
         return to_levels(self.resize(to_rgb(image)))
 
     def normalize(self, levels: Tensor) -> Tensor:
-        """Levels (..., 3, size, size) to float32 of the same shape, on the device where they are."""
-        if levels.device not in self.moments:  # sent once: each copy would have the host wait for the device
+        """Levels (..., 3, size, size) to float32 of the same shape, on their device."""
+        if levels.device not in self.moments:  # sent once: each copy makes the host wait for the device
             self.moments[levels.device] = self.mean.to(levels.device), self.std.to(levels.device)
         mean, std = self.moments[levels.device]
         return levels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"moments": {}}  # worker processes have no business on the device
+        return vars(self) | {"moments": {}}  # worker processes must not touch the device
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """To a square of the model's size."""
+        """Resizes and crops or pads to a square of the model's size."""
         size, (width, height) = self.cfg.size, image.size
         if self.cfg.resize_mode == "squash":
             return image.resize((size, size), self.interpolation)
@@ -69,7 +69,7 @@ class Preprocess:
         short, resized = min(width, height), int(size / self.cfg.crop_pct + 1e-6)
         across, down = int(resized * width / short), int(resized * height / short)
         left, top = (across - size) // 2, (down - size) // 2
-        if "drafted" in image.info:  # not exact any more: then the part that is cropped off need not be computed
+        if "drafted" in image.info:  # no longer exact anyway: do not compute what is cropped off
             x, y = width / across, height / down
             box = (left * x, top * y, (left + size) * x, (top + size) * y)
             return image.resize((size, size), self.interpolation, box)

@@ -1,9 +1,7 @@
-"""How is a model trained that is too large for each GPU to hold?
+"""FSDP 2 (fully sharded data parallel: Zhao et al., arXiv 2304.11277), through accelerate.
 
-By FSDP (fully sharded data parallel: Zhao et al., arXiv 2304.11277), the second version in torch, through accelerate: a
-process keeps a share of every weight, of its gradient and of what the optimizer knows of it, and a block's weights are
-put together only while that block computes. The numbers are those of training without. `docs/scale.md` says how to
-start it; what is here fits a MiniClip to it, and puts the weights together where they are needed in one piece.
+Each process keeps a shard of every weight, of its gradient and of the optimizer's state; a block's weights are gathered
+only while it computes. The numbers are those of training without it. How to start it: docs/distributed.md.
 """
 
 import os
@@ -14,22 +12,22 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from miniclip.model import MiniClip
+from miniclip.model import ClipOutput, MiniClip, Tower
 from miniclip.utils.errors import InputError
 
 SCALARS = ("logit_scale", "logit_bias")
 
 
 def uses_fsdp(args: TrainingArguments) -> bool:
-    """Whether FSDP is asked for, by `--fsdp` or by `accelerate launch`. Raises InputError for what cannot be done."""
+    """Whether FSDP is requested, by `--fsdp` or `accelerate launch`. Raises InputError for what is not supported."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not args.fsdp and not launched:
         return False
     version = args.fsdp_config.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1")
     for fits, problem in (
-        (int(version) == 2, 'FSDP 1 is on its way out: take FSDP 2, by fsdp_config {"version": 2} or --fsdp_version 2'),
-        (not args.fp16, "FSDP with fp16 is not supported: take --bf16"),
-        (args.world_size > 1, "FSDP shares a model out among processes, and there is one: start several with torchrun"),
+        (int(version) == 2, 'FSDP 1 is deprecated: use FSDP 2, with fsdp_config {"version": 2} or --fsdp_version 2'),
+        (not args.fp16, "FSDP with fp16 is not supported: use --bf16"),
+        (args.world_size > 1, "FSDP shards a model across processes, and there is only one: start several with torchrun"),
     ):
         if not fits:
             raise InputError(problem)
@@ -37,53 +35,57 @@ def uses_fsdp(args: TrainingArguments) -> bool:
 
 
 def prepare_fsdp(trainer: Trainer):
-    """Readies a trainer and its MiniClip, before training, for what accelerate does with them when it starts."""
+    """Prepares a trainer and its MiniClip, before training, for accelerate's FSDP."""
     args, state, model = trainer.args, trainer.accelerator.state, trainer.model
-    if args.device.type == "cpu":  # accelerate passes over FSDP there, without a word; torch does not mind
+    if args.device.type == "cpu":  # accelerate silently skips FSDP there; torch supports it
         plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
         state.distributed_type, state.fsdp_plugin, trainer.is_fsdp_enabled = DistributedType.FSDP, plugin, True
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # where every new state looks it up
     plugin = state.fsdp_plugin
-    # Checkpoints are of whole weights, as without FSDP: any number of processes goes on from them.
+    # Checkpoints hold whole weights, as without FSDP: any number of processes can resume from them.
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("FULL_STATE_DICT")
-    plugin.cpu_ram_efficient_loading = False  # for transformers' models: ours are read by every process
-    # In bf16 the shares stay fp32 and each product rounds what it takes, as elsewhere. FSDP's own way would round the
-    # logit scale too, to steps of 1.6%, and the embeddings that the loss compares.
+    plugin.cpu_ram_efficient_loading = False  # for transformers' models; ours are read by every process
+    # In bf16 the shards stay fp32 and each product rounds its inputs, as elsewhere. FSDP's own mixed precision would
+    # also round the logit scale, in steps of 1.6%, and the embeddings that the loss compares.
     plugin.mixed_precision_policy = None
-    blocks = [*model.visual.blocks, *model.text.blocks]  # what is put together at a time, unless fsdp_config says else
+    blocks = [*model.visual.blocks, *model.text.blocks]  # the units that are gathered, unless fsdp_config names others
     model._no_split_modules = sorted({type(block).__name__ for block in blocks})
-    for name in SCALARS:  # of which there are no shares
+    for name in SCALARS:  # scalars cannot be sharded
         if (scalar := getattr(model, name)) is not None:
             setattr(model, name, nn.Parameter(scalar.detach().reshape(1), scalar.requires_grad))
-    forward = model.forward
 
-    def forward_in_precision(**batch):
-        # Rounded weights are not kept for the rest of the forward pass, which would be a copy of them all.
+    def without_cache(tower: Tower, features, inputs: Tensor) -> Tensor:
+        # autocast would keep rounded weights for the rest of the forward pass: a copy of them all.
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
-            outputs = forward(**batch)
-        bias = outputs.logit_bias  # sums of one number: scalars again, and no views
-        return outputs._replace(logit_scale=outputs.logit_scale.sum(), logit_bias=None if bias is None else bias.sum())
+            return features(inputs)
 
-    model.forward = forward_in_precision
+    for tower in (model.visual, model.text):
+        tower.wrappers += (without_cache,)
+
+
+def scalar_outputs(outputs: ClipOutput) -> ClipOutput:
+    """The outputs of a sharded model with scale and bias as scalars again: sums of one number, and no views."""
+    bias = outputs.logit_bias
+    return outputs._replace(logit_scale=outputs.logit_scale.sum(), logit_bias=None if bias is None else bias.sum())
 
 
 def whole_weights(model: MiniClip) -> dict[str, Tensor]:
-    """A model's state dict as it would be without FSDP, on each process. All processes have to ask for it together."""
+    """A model's state dict as it would be without FSDP, on each process. All processes must call it together."""
     weights = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
-    for name, _ in model.named_buffers():  # BatchNorm's statistics, of which each process has its own: the first one's
+    for name, _ in model.named_buffers():  # BatchNorm's statistics, which differ by process: take the first one's
         if name in weights:
             torch.distributed.broadcast(weights[name], src=0)
     return with_scalars(weights, ())
 
 
 def with_scalars(weights: dict[str, Tensor], shape: tuple) -> dict[str, Tensor]:
-    """The same weights, the logits' scale and bias in this shape: () as everywhere, (1,) for FSDP."""
+    """The same weights with the logits' scale and bias in this shape: (), or (1,) for FSDP."""
     return weights | {name: weights[name].reshape(shape) for name in SCALARS if name in weights}
 
 
 def whole_model(model: MiniClip, device: torch.device) -> MiniClip:
-    """A copy of a sharded model, to evaluate: all of it on each process. All have to ask for it together."""
+    """A whole copy of a sharded model on each process, to evaluate. All processes must call it together."""
     with torch.device("meta"):
         whole = MiniClip(model.config)
     whole.load_state_dict(whole_weights(model), assign=True)
@@ -91,7 +93,7 @@ def whole_model(model: MiniClip, device: torch.device) -> MiniClip:
 
 
 def load_whole_weights(model: MiniClip, weights: dict[str, Tensor]):
-    """Gives a sharded model its shares of whole weights, strictly; each process brings them all."""
+    """Loads whole weights, which each process passes, into a sharded model, strictly."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # slow to import
 
     weights = with_scalars(weights, (1,))

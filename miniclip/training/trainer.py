@@ -19,7 +19,14 @@ from miniclip.run.guard import GuardedTrainer, spare_workers
 from miniclip.trainer import ClipTrainer
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
-from miniclip.training.fsdp import load_whole_weights, prepare_fsdp, uses_fsdp, whole_model, with_scalars
+from miniclip.training.fsdp import (
+    load_whole_weights,
+    prepare_fsdp,
+    scalar_outputs,
+    uses_fsdp,
+    whole_model,
+    with_scalars,
+)
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.utils.errors import InputError
 from miniclip.utils.machine import keep_freed_memory
@@ -79,6 +86,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         """As ClipTrainer's. What a frozen tower computed in advance comes in the place of its inputs."""
         images = inputs.get("image_features", inputs.get("pixel_values"))
         outputs = model(images, inputs.get("text_features", inputs.get("input_ids")))
+        outputs = scalar_outputs(outputs) if self.sharded else outputs
         loss = self.loss(outputs, inputs)
         self.guard.saw(loss, inputs.get("row"), inputs.get("input_ids"))
         return (loss, outputs) if return_outputs else loss

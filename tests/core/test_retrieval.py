@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from miniclip.retrieval import FEW, first_ranks, format_table, metrics_from_hits, retrieval_metrics, search
+from miniclip.retrieval import FEW, rank_of_first_relevant, format_table, metrics_from_hits, retrieval_metrics, search
 
 
 def unit(rows) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_ranks_agree_with_a_full_sort():
     relevant = [rng.choice(200, size=rng.integers(1, 5), replace=False) for _ in queries]
     order = np.argsort(-(queries @ gallery.T), axis=1)
     expected = [min(np.flatnonzero(np.isin(row, right))) + 1 for row, right in zip(order, relevant)]
-    assert first_ranks(gallery, queries, relevant, memory=16 * 4 * len(gallery)).tolist() == expected
+    assert rank_of_first_relevant(gallery, queries, relevant, memory=16 * 4 * len(gallery)).tolist() == expected
 
 
 def test_published_features(flickr8k):
