@@ -1,7 +1,6 @@
 """Started by torchrun from test_training.py: the gradients of one step under DDP, to a file."""
 
 import sys
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from miniclip.config import MiniClipConfig
 from miniclip.loss import clip_loss
 from miniclip.model import MiniClip
-from miniclip.training.grad_cache import batch_forward
+from miniclip.training.grad_cache import wrap_towers
 
 
 def main(batch_file: str, output: str):
@@ -19,7 +18,7 @@ def main(batch_file: str, output: str):
     saved = torch.load(batch_file, weights_only=True)
     model = MiniClip(MiniClipConfig.from_dict(saved["config"]))
     model.load_state_dict(saved["weights"])
-    model.forward = partial(batch_forward, model, None, saved.get("chunk_size", 0))
+    wrap_towers(model, None, saved.get("chunk_size", 0), fast=False)
     ddp = DistributedDataParallel(model)
     rows = slice(rank * len(saved["input_ids"]) // n, (rank + 1) * len(saved["input_ids"]) // n)
     loss = clip_loss(*ddp(pixel_values=saved["pixel_values"][rows], input_ids=saved["input_ids"][rows]))

@@ -1,7 +1,6 @@
 """Started by torchrun from test_losses.py: the gradients of one step under DDP, for each loss, to a file."""
 
 import sys
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
 from miniclip.training.distill import Distillation
-from miniclip.training.grad_cache import batch_forward
+from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.objectives import make_objective
 from miniclip.transforms import Preprocess
 
@@ -41,7 +40,7 @@ def main(batch_file: str, output: str):
         else:
             preprocess = Normalized(teacher.config.preprocess_cfg)
             objective = Distillation(teacher, preprocess, model, case["loss"] == "distill", case["twins"])
-        model.forward = partial(batch_forward, model, None, case["chunk_size"])
+        wrap_towers(model, None, case["chunk_size"], fast=False)
         ddp = DistributedDataParallel(model)
         loss = objective(ddp(**batch), ids, batch)
         loss.backward()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.inference.fast import FastClip, fast_model
+from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.loss import clip_loss, gather
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.transforms import Preprocess
@@ -74,8 +74,8 @@ class Distillation:
     @torch.no_grad()
     def embed(self, pixel_values: Tensor, input_ids: Tensor) -> ClipOutput:
         """What the teacher makes of levels (B, 3, S, S) and token ids (B, L), a chunk at a time."""
-        if not isinstance(self.teacher, FastClip):  # here and not before: its weights are laid out for a device
-            self.teacher = fast_model(self.teacher.to(pixel_values.device), self.precision)
+        if not isinstance(self.teacher, InferenceClip):  # here and not before: its weights are laid out for a device
+            self.teacher = inference_copy(self.teacher.to(pixel_values.device), self.precision)
         size = self.preprocess.cfg.size
         images, texts = [], []
         for levels, ids in zip(pixel_values.split(self.chunk_size), input_ids.split(self.chunk_size)):

@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 from miniclip.data import CaptionDataset, Collator
 from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
-from miniclip.inference.fast import fast_model, speed_up
+from miniclip.inference.fast import inference_copy
 from miniclip.inference.matmul import fast_arithmetic
 from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip
@@ -26,7 +26,7 @@ from miniclip.retrieval import retrieval_metrics
 from miniclip.run.guard import GuardedTrainer, spare_workers
 from miniclip.training.arguments import ClipTrainingArguments
 from miniclip.training.fsdp import load_whole_weights, prepare_fsdp, uses_fsdp, whole_model, with_scalars
-from miniclip.training.grad_cache import batch_forward
+from miniclip.training.grad_cache import wrap_towers
 from miniclip.utils.errors import InputError
 from miniclip.utils.machine import keep_freed_memory
 
@@ -61,9 +61,8 @@ class ClipTrainer(GuardedTrainer):
         **kwargs,
     ):
         self.sharded = uses_fsdp(args)
-        if args.fast and not self.sharded:  # which counts on every block being called as a whole
-            speed_up(model)
-        model.forward = partial(batch_forward, model, preprocess.normalize, args.grad_cache_chunk_size)
+        fast = args.fast and not self.sharded  # FSDP needs each block to be called as a whole
+        wrap_towers(model, preprocess.normalize, args.grad_cache_chunk_size, fast)
         collator = Collator(tokenizer, 1 if args.device.type == "cpu" else 8)
         towers = [t for t in (model.visual, model.text) if hasattr(t, "trunk")]
         if any(p.requires_grad for tower in towers for p in tower.trunk.parameters()):
@@ -93,7 +92,10 @@ class ClipTrainer(GuardedTrainer):
         inputs = dict(inputs)
         ids = inputs.pop("pair_ids", None)  # data without them has no twins that could be known
         rows = inputs.pop("row", None)
-        outputs = model(**inputs)
+        outputs = model(  # a frozen tower takes the features that were computed before
+            pixel_values=inputs.get("pixel_values", inputs.get("image_features")),
+            input_ids=inputs.get("input_ids", inputs.get("text_features")),
+        )
         loss = self.objective(outputs, ids, inputs)
         self.guard.saw(loss, rows, inputs.get("input_ids"))
         return (loss, outputs) if return_outputs else loss
@@ -148,7 +150,7 @@ class ClipTrainer(GuardedTrainer):
         model = self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema
         model = whole_model(model, self.args.device) if self.sharded else model
         # What goes into a feature cache is of full precision: later runs read it.
-        model = fast_model(model, "bf16" if self.args.bf16 and self.caches == (None, None) else "fp32")
+        model = inference_copy(model, "bf16" if self.args.bf16 and self.caches == (None, None) else "fp32")
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers or None
         images = [record["image"] for record in records]
         texts, image_of_text = flatten_captions(records)

@@ -21,7 +21,7 @@ from miniclip.datasets.records import read_captions
 from miniclip.loss import clip_loss, find_twins
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.training.distill import Distillation, affinity_loss
-from miniclip.training.grad_cache import batch_forward
+from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.objectives import make_objective
 from miniclip.training.siglip import add_logit_bias, siglip_loss
 from miniclip.training.twins import TwinFreeSampler, part_twins
@@ -158,11 +158,11 @@ def test_a_teacher_that_is_the_student_is_matched_already(tiny_model):
     levels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     ids = miniclip.tokenizer.Tokenizer(16)([f"picture {n}" for n in range(6)])
     inputs = {"pixel_values": levels, "input_ids": ids}
-    outputs = batch_forward(tiny_model, preprocess.normalize, **inputs)
+    outputs = wrap_towers(tiny_model, preprocess.normalize)(**inputs)
     objective(outputs, None, inputs).backward()
     assert max(p.grad.abs().max() for p in tiny_model.parameters()) < 1e-5
     other = MiniClip(tiny_model.config)
-    outputs = batch_forward(other, preprocess.normalize, **inputs)
+    outputs = wrap_towers(other, preprocess.normalize)(**inputs)
     objective(outputs, None, inputs).backward()
     assert max(p.grad.abs().max() for p in other.parameters()) > 1e-3
 
