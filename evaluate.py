@@ -133,7 +133,7 @@ def encode(options: EvalOptions, records: list[dict]):
 
     from miniclip.datasets.records import flatten_captions
     from miniclip.inference.embed import embed_images, embed_texts
-    from miniclip.inference.fast import cosine_to_fp32, fast_model
+    from miniclip.inference.fast import cosine_to_fp32, inference_copy
     from miniclip.inference.feature_cache import FeatureCache
     from miniclip.inference.load import load
     from miniclip.transforms import Preprocess
@@ -148,7 +148,7 @@ def encode(options: EvalOptions, records: list[dict]):
     cache = None
     if options.feature_cache:
         cache = FeatureCache.for_images(options.feature_cache, model, preprocess, options.precision)
-    fast = fast_model(model, options.precision)
+    fast = inference_copy(model, options.precision)
     image_size, text_size = (options.batch_size,) * 2 if options.batch_size else (32, 64)
     if device.type != "cpu" and not options.batch_size:
         image_size = text_size = 256

@@ -133,16 +133,15 @@ class Loop(MiniClip):
     """MiniCLIP's parts in a bare loop, without what Trainer and the data library take for themselves."""
 
     def train(self, turns: Turns, pairs: Pairs, batch: int, precision: str, chunk: int = 0):
-        from miniclip.inference.fast import speed_up
         from miniclip.inference.matmul import fast_arithmetic
         from miniclip.loss import clip_loss
-        from miniclip.training.grad_cache import batch_forward
+        from miniclip.training.grad_cache import wrap_towers
 
-        model = speed_up(self.model.train())
+        model = wrap_towers(self.model.train(), self.preprocess.normalize, chunk)
 
         def loss_of(images: torch.Tensor, captions: list[str]) -> torch.Tensor:
             ids = self.tokenizer(captions, trim=True)
-            return clip_loss(*batch_forward(model, self.preprocess.normalize, chunk, images, ids))
+            return clip_loss(*model(images, ids))
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
         with fast_arithmetic("cpu"):

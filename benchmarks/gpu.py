@@ -44,14 +44,13 @@ from transformers import PrinterCallback, TrainerCallback  # noqa: E402
 
 from miniclip.config import MiniClipConfig  # noqa: E402
 from miniclip.data import Collator  # noqa: E402
-from miniclip.inference.fast import fast_model, image_features, speed_up, text_features  # noqa: E402
+from miniclip.inference.fast import image_features, inference_copy, text_features  # noqa: E402
 from miniclip.inference.matmul import matmul_precision  # noqa: E402
 from miniclip.loss import clip_loss  # noqa: E402
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip  # noqa: E402
 from miniclip.tokenizer import Tokenizer  # noqa: E402
 from miniclip.training.arguments import RunArguments
-from miniclip.training.dataset import RunDataset  # noqa: E402
-from miniclip.training.grad_cache import batch_forward  # noqa: E402
+from miniclip.training.grad_cache import wrap_towers  # noqa: E402
 from miniclip.training.trainer import RunTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402
 
@@ -154,11 +153,11 @@ class Step:
 
     def __init__(self, config, device, batch: int, trimmed=True, checkpointing=False, compiled=False, chunk=0):
         self.device, self.config = torch.device(device), config
-        self.model = speed_up(new_model(config, device)).train()
+        self.model = new_model(config, device).train()
         if checkpointing:
             self.model.gradient_checkpointing_enable()
         normalize = Preprocess(config.preprocess_cfg).normalize
-        self.model.forward = partial(batch_forward, self.model, normalize, chunk)
+        wrap_towers(self.model, normalize, chunk)
         self.forward = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True
@@ -297,7 +296,7 @@ class Benchmark:
 
         def flash_only(config, fast):
             model = new_model(config, self.device).train()
-            model = speed_up(model) if fast else model
+            model = wrap_towers(model) if fast else model
             pixel_values = torch.randn_like(random_levels(config, 8, self.device), dtype=torch.float32)
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast(self.device.type, torch.bfloat16):
                 clip_loss(*model(pixel_values, token_ids(config, 8, True).to(self.device))).backward()
@@ -434,7 +433,7 @@ class Benchmark:
     def encode_speed(self, name: str, kind: str, batch: int, how: str) -> dict:
         config = self.configs[name]
         model, normalize = new_model(config, self.device).eval(), Preprocess(config.preprocess_cfg).normalize
-        fast = fast_model(model, "bf16" if how.startswith("bf16") else "fp32")
+        fast = inference_copy(model, "bf16" if how.startswith("bf16") else "fp32")
         levels = random_levels(config, batch, self.device) if kind == "images" else None
         ids = token_ids(config, batch, True).to(self.device)
 
@@ -445,7 +444,7 @@ class Benchmark:
 
         precision, work = "highest", encode
         if how == "fp32, TF32 on":  # the inference copy never rounds so; the model itself does as torch is told
-            precision, work = "high", partial(encode, speed_up(model))
+            precision, work = "high", partial(encode, wrap_towers(model))
         elif how == "bf16, compiled":
 
             def towers(levels: Tensor | None, ids: Tensor) -> Tensor:

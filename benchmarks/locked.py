@@ -22,11 +22,11 @@ from results import machine, write_section  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from miniclip.config import MiniClipConfig  # noqa: E402
-from miniclip.training.dataset import RunDataset  # noqa: E402
 from miniclip.datasets.records import read_captions  # noqa: E402
 from miniclip.model import MiniClip  # noqa: E402
 from miniclip.tokenizer import Tokenizer  # noqa: E402
 from miniclip.training.arguments import RunArguments  # noqa: E402
+from miniclip.training.dataset import RunDataset  # noqa: E402
 from miniclip.training.freeze import lock, lock_towers  # noqa: E402
 from miniclip.training.trainer import RunTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402

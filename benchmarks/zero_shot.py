@@ -25,7 +25,7 @@ from miniclip.classify.prompts import TEMPLATES, describe_legibility, legibility
 from miniclip.classify.zero_shot import build_zero_shot_classifier, embed_classes, probabilities
 from miniclip.datasets.shapes import drawn
 from miniclip.inference.embed import embed_images
-from miniclip.inference.fast import fast_model
+from miniclip.inference.fast import inference_copy
 from miniclip.inference.load import load
 from miniclip.reports.confusion import classification_metrics, format_metrics
 
@@ -54,7 +54,7 @@ def auc(scores: np.ndarray, yes: np.ndarray) -> float:
 def ask_in_languages(name: str, paths: list[Path], truth: np.ndarray):
     """Prints the accuracies of a model, of pictures whose classes are known, in each language."""
     model, preprocess, tokenizer = load(name)
-    fast = fast_model(model)
+    fast = inference_copy(model)
     images = embed_images(fast, preprocess, paths)
     print(f"\n{name}, temperature {1 / model.logit_scale.exp().item():.4f}")
     for number, language in enumerate(TEMPLATES):
@@ -75,7 +75,7 @@ def main():
     parser.add_argument("--others", nargs="*", default=[], help="models that are asked for the classes alone")
     options = parser.parse_args()
     model, preprocess, tokenizer = load(options.model)
-    fast, root = fast_model(model), Path(options.flickr8k)
+    fast, root = inference_copy(model), Path(options.flickr8k)
     records = json.loads((root / "en_val.json").read_text())
     paths = [root / record["image"].replace("\\", "/") for record in records]
     start = time.perf_counter()

@@ -47,7 +47,8 @@ class CaptionDataset(Dataset):
         caption = record["caption"][rng.randrange(len(record["caption"]))]
         file = BufferedImage(record["image"]) if isinstance(record["image"], ImageFile) else record["image"]
         image = open_image(file, (self.transform or self.preprocess).scale)
-        return {"pixel_values": self.pixels(image, rng), "caption": caption, "pair_ids": (image_id(file), text_id(caption))}
+        ids = image_id(file), text_id(caption)
+        return {"pixel_values": self.pixels(image, rng), "caption": caption, "pair_ids": ids}
 
     def pixels(self, image: Image.Image, rng: random.Random) -> Tensor:
         """The tensor made of an image, (3, S, S) float32."""

@@ -91,8 +91,9 @@ class ClipTrainer(Trainer):
 
 
 def contrastive_loss(outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
-    """CLIP's loss, in which the same image or caption twice in a batch is not its own negative."""
-    return clip_loss_with_duplicates(*outputs[:3], batch["pair_ids"]) if "pair_ids" in batch else clip_loss(*outputs[:3])
+    """CLIP's loss, in which an image or caption that occurs twice in a batch is not its own negative."""
+    embeds_and_scale, ids = outputs[:3], batch.get("pair_ids")
+    return clip_loss(*embeds_and_scale) if ids is None else clip_loss_with_duplicates(*embeds_and_scale, ids)
 
 
 class ContrastiveCallback(TrainerCallback):

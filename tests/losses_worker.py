@@ -44,7 +44,7 @@ def main(batch_file: str, output: str):
             options = SimpleNamespace(loss="clip", duplicates=case["duplicates"])
             contrast = make_loss(model, options, None) if case["loss"] == "distill" else None
             objective = Distillation(teacher, preprocess, model, contrast)
-        wrap_towers(model, lambda levels: levels, case["chunk_size"])
+        wrap_towers(model, None, case["chunk_size"], fast=False)
         ddp = DistributedDataParallel(model)
         loss = objective(ddp(**batch), batch | {"pair_ids": ids})
         loss.backward()

@@ -8,10 +8,10 @@ import torch
 from accelerate import skip_first_batches
 
 from miniclip.config import MiniClipConfig, PreprocessConfig
-from miniclip.training.dataset import RunDataset
 from miniclip.datasets.read import read_source
 from miniclip.model import MiniClip
 from miniclip.training.arguments import RunArguments
+from miniclip.training.dataset import RunDataset
 from miniclip.training.streaming import StreamDataset
 from miniclip.training.trainer import RunTrainer
 from miniclip.transforms import Preprocess

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from miniclip.config import MiniClipConfig, PreprocessConfig
-from miniclip.training.dataset import RunDataset
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.arguments import RunArguments
+from miniclip.training.dataset import RunDataset
 from miniclip.training.trainer import RunTrainer
 from miniclip.transforms import Preprocess
 

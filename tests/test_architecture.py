@@ -117,7 +117,7 @@ def test_train_has_at_most_30_flags_of_its_own():
 
 def test_our_own_classes_are_not_probed():
     """hasattr and getattr with a default are for other people's objects; ours have base classes with defaults."""
-    names = {"read", "key", "tokenizer", "trunk", "sampler", "dataloader", "label", "features", "pretrained", "wrappers"}
+    names = {"read", "key", "tokenizer", "trunk", "sampler", "dataloader", "label", "features", "pretrained", "blocks"}
     found = []
     for file in FILES.values():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -129,8 +129,8 @@ def test_our_own_classes_are_not_probed():
     assert not found, "\n".join(found)
 
 
-# The private methods of Trainer that are overridden, with the parameters they must have in the installed transformers: a
-# rename there fails here, by name, and not in the middle of somebody's run.
+# The private methods of Trainer that are overridden, with the parameters they must have in the installed transformers:
+# a rename there fails here, by name, and not in the middle of somebody's run.
 PRIVATE = {
     "_save": ["self", "output_dir", "state_dict"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],

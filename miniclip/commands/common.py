@@ -27,12 +27,12 @@ def common_options(parser: argparse.ArgumentParser, output_dir: str):
 
 def open_model(options):
     """`(model, preprocess, tokenizer)`, the model in its form for inference."""
-    from miniclip.inference.fast import fast_model
+    from miniclip.inference.fast import inference_copy
     from miniclip.inference.load import load
 
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # now: if it cannot be, nothing is done in vain
     model, preprocess, tokenizer = load(options.model, options.pretrained, find_device(options.device))
-    return fast_model(model, options.precision), preprocess, tokenizer
+    return inference_copy(model, options.precision), preprocess, tokenizer
 
 
 def cell(text: str) -> str:

@@ -26,12 +26,12 @@ def main(argv: list[str]):
 
     import torch
 
-    from miniclip.inference.fast import fast_model
+    from miniclip.inference.fast import inference_copy
     from miniclip.inference.load import load
     from miniclip.utils.files import write_json
 
     model, preprocess, tokenizer = load(options.model)
-    fast = fast_model(model)
+    fast = inference_copy(model)
     scenes, pictures, _ = zip(*drawn("eval", options.eval, options.seed))
     pixel_values = torch.stack([preprocess(picture) for picture in pictures])
     embeds = torch.cat([fast.encode_image(batch, normalize=True) for batch in pixel_values.split(64)]).numpy()

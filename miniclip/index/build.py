@@ -32,7 +32,7 @@ from miniclip.index.image_index import (
 )
 from miniclip.index.neighbours import Neighbours, check_method, choose
 from miniclip.inference.embed import embed_images, embed_texts
-from miniclip.inference.fast import fast_model
+from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.utils.bad_samples import NAME as BAD
 from miniclip.utils.bad_samples import BadSamples
@@ -88,7 +88,7 @@ def update(
     method = method or (old.about["search"]["asked"] if old else "auto")
     known = {old.key(row) for row in range(len(old.vectors))} if old else set()
     journal = FeatureCache(folder / NEW, mine, model.config.embed_dim)
-    resumed, fast, files, faulty, unreadable = len(journal), fast_model(model), {}, {}, set()
+    resumed, fast, files, faulty, unreadable = len(journal), inference_copy(model), {}, {}, set()
 
     def identify(name: str):
         """The file's path, its content's key, and by what it is known to be the same; or what is wrong with it."""

@@ -24,7 +24,7 @@ from miniclip.datasets.records import ImageRoot
 from miniclip.index.build import update
 from miniclip.index.image_index import ImageIndex, check_same, fingerprint
 from miniclip.inference.embed import embed_images, embed_texts
-from miniclip.inference.fast import fast_model
+from miniclip.inference.fast import inference_copy
 from miniclip.inference.load import load
 from miniclip.reports.contact_sheet import write_sheet
 from miniclip.utils.errors import InputError
@@ -61,7 +61,7 @@ class ImageSearch:
                 raise InputError(f"the model of {index}: {error}. Name it by --model") from None
         self.model, self.preprocess, self.tokenizer = model
         check_same(self.index, fingerprint(self.model, self.preprocess), str(name or "the one given"), None)
-        self.model = fast_model(self.model)  # now, not with each query
+        self.model = inference_copy(self.model)  # now, not with each query
         self.root = ImageRoot(pictures or about["root"], about["allow_outside"])
 
     @classmethod

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from miniclip.inference.fast import FastClip, fast_model
+from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FeatureCache, file_key, text_key
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
@@ -137,12 +137,12 @@ def on_all_processes(args, items: list, embed) -> np.ndarray:
     return embeds
 
 
-def for_inference(model: MiniClip, n: int) -> FastClip:
+def for_inference(model: MiniClip, n: int) -> InferenceClip:
     """The model in its form for inference. Only where there is enough to do are weights laid out anew and, on a CPU, is
     memory kept for the next batch: large activations that go back to the system cost more than their convolutions."""
     if large(model, n):
         keep_freed_memory()
-    return model if isinstance(model, FastClip) else fast_model(model, pack=n >= 64)
+    return model if isinstance(model, InferenceClip) else inference_copy(model, pack=n >= 64)
 
 
 def large(model: MiniClip, n: int) -> bool:

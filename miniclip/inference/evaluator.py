@@ -2,17 +2,16 @@
 
 import numpy as np
 import torch.distributed as dist
-from torch import Tensor
 
 from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts
-from miniclip.inference.fast import fast_model
+from miniclip.inference.fast import inference_copy
 from miniclip.model import MiniClip
-from miniclip.retrieval import KS, RetrievalResult, metrics_of, retrieval_metrics, search_both
+from miniclip.retrieval import KS, metrics_of, retrieval_metrics, search_both
 
 
 class Evaluator:
-    """Measures a model: `evaluator(model)` returns metrics by name, of which `primary_metric` says which model is best."""
+    """Measures a model: `evaluator(model)` returns metrics by name. `primary_metric` says which model is the best."""
 
     primary_metric = "mean_recall"
 
@@ -36,8 +35,9 @@ class RetrievalEvaluator(Evaluator):
         self, records: list[dict], preprocess, tokenizer, *, precision: str = "fp32", first_caption_only: bool = False,
         ks=KS, batch_size: int = 64, text_batch_size: int | None = None, caches=(None, None), **options,
     ):  # fmt: skip
-        self.preprocess, self.tokenizer, self.precision, self.ks, self.caches = preprocess, tokenizer, precision, ks, caches
-        self.options, self.batch_size, self.text_batch_size = options, batch_size, text_batch_size or batch_size
+        self.preprocess, self.tokenizer, self.precision, self.ks = preprocess, tokenizer, precision, ks
+        self.batch_size, self.text_batch_size = batch_size, text_batch_size or batch_size
+        self.caches, self.options = caches, options
         self.images = [record["image"] for record in records]
         captions = [record["caption"][: 1 if first_caption_only else None] for record in records]
         self.texts, self.image_of_text = flatten_captions([{"caption": each} for each in captions])
@@ -48,7 +48,7 @@ class RetrievalEvaluator(Evaluator):
 
     def embed(self, model: MiniClip) -> tuple[np.ndarray, np.ndarray]:
         """The embeddings of all images (N, E) and of all captions (M, E), by an inference copy of the model."""
-        model = fast_model(model, self.precision)
+        model = inference_copy(model, self.precision)
         images = on_all_processes(
             self.images,
             lambda share: embed_images(
@@ -70,7 +70,7 @@ class RetrievalEvaluator(Evaluator):
 
     def measure(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> dict[str, float]:
         """The metrics of embeddings that were made before."""
-        self.result: dict[str, RetrievalResult] = search_both(image_embeds, text_embeds, self.image_of_text, max(self.ks))
+        self.result = search_both(image_embeds, text_embeds, self.image_of_text, max(self.ks))
         return metrics_of(self.result, self.ks)
 
 

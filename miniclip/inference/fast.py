@@ -1,54 +1,197 @@
-"""How are the same numbers had in less time?
+"""The fast path: what model.py computes, with less work. And copies of a model for inference.
 
-`model.py` says what CLIP computes; here the same is computed with less work:
+    padding    nothing after a caption's end token has any influence: on the CPU a batch's captions lie end to end
+    read-out   only one position of the last block is read, so only that one goes through its query and MLP
+    patches    are cut out and multiplied as one matrix, which is faster than a general convolution
+    oneDNN     multiplies fp32 matrices on processors where `cpu_routes` finds it faster and as exact
 
-    padding    what follows a caption's end token influences nothing: on the CPU the captions of a batch lie end to end
-    read-out   one position of the last block is read, so that only this one goes on through its query and MLP
-    patches    are cut out and multiplied as one matrix, which a general convolution makes less of
-    oneDNN     fp32 matrices are multiplied by oneDNN on processors where `cpu_routes` finds that faster and as exact
-
-`fast_model` makes an inference copy of a model (in fp32, bf16 or int8); `speed_up` lets a model train this way.
+It runs only while model.py's code and the parts of the model are those it was written for. `plain_reason` names what
+has been changed; then the plain code runs, and one line says so. `grad_cache.wrap_towers` lets a model train this way,
+`inference_copy` makes a copy of it for inference, in fp32, bf16 or int8.
 """
 
+import ast
 import copy
+import hashlib
+import inspect
+import logging
+import textwrap
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
+from types import CodeType, MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.inference.matmul import (
     Int8Linear,
     OneDnnLinear,
     PatchLinear,
-    _onednn_pays,
     matmul_precision,
+    onednn_pays,
     patch_product,
 )
-from miniclip.model import MiniClip, TextTransformer, VisionTransformer
+from miniclip.model import MLP, Attention, Block, MiniClip, QuickGELU, TextTransformer, Tower, VisionTransformer
 from miniclip.utils.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 PRECISIONS = ("fp32", "bf16", "int8")
+# The functions that this file computes in another way, as they were when it was written. Whoever changes one of them
+# brings this file into line with it first, and then the hash: tests/inference/test_read_is_run.py prints the new one.
+WRITTEN_FOR = {
+    (Block, "forward"): "ae0c0d7e975b",
+    (Attention, "forward"): "63a1e8a15492",
+    (MLP, "forward"): "a2e2ed7fac6d",
+    (QuickGELU, "forward"): "27877a203c3f",
+    (Tower, "run_blocks"): "8f53a0d8d38c",
+    (VisionTransformer, "features"): "db61f640a24b",
+    (VisionTransformer, "embed_patches"): "93c1f4648675",
+    (TextTransformer, "features"): "ea56b4e800e1",
+    (TextTransformer, "embed_tokens"): "6de43c921259",
+}
+LINEAR, NORM = ((nn.Linear, OneDnnLinear, Int8Linear), {}), ((nn.LayerNorm,), {})
+BLOCK = (
+    (Block,),
+    {  # the types that a block and its parts may have
+        "ln_1": NORM,
+        "attn": ((Attention,), {"in_proj": LINEAR, "out_proj": LINEAR}),
+        "ln_2": NORM,
+        "mlp": ((MLP,), {"c_fc": LINEAR, "act": ((nn.GELU, QuickGELU), {}), "c_proj": LINEAR}),
+    },
+)
+
+
+def plain_reason(tower: Tower) -> str | None:
+    """What has been changed in one of model.py's towers, or in model.py, so that its code has to run as it stands; None
+    if nothing has, or for other towers. Takes about 0.1 ms: asked at each forward pass, it misses no change."""
+    kind = next((kind for kind in FAST if isinstance(tower, kind)), None)
+    if kind is None:
+        return None
+    if type(tower) is not kind:
+        return f"{type(tower).__name__} is not {kind.__name__} itself"
+    for (owner, name), expected in WRITTEN_FOR.items():
+        of_tower = issubclass(owner, Tower)
+        if of_tower and not isinstance(tower, owner):
+            continue
+        function = getattr(kind if of_tower else owner, name)
+        code = getattr(function, "__code__", None)
+        replaced = (of_tower and name in vars(tower)) or function.__module__ != Tower.__module__
+        if replaced or fingerprint(code) != expected:
+            return f"{owner.__name__}.{name} differs from the code that inference/fast.py was written for"
+    if kind is VisionTransformer:
+        conv = tower.conv1
+        if changed := _changed(conv, (nn.Conv2d, PatchLinear), {}):
+            return f"VisionTransformer.conv1{changed}"
+        if type(conv) is nn.Conv2d and (conv.stride, (0, 0), (1, 1), 1, None) != (
+            conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.bias
+        ):  # fmt: skip
+            return "VisionTransformer.conv1 does not cut images into patches"
+    for block in tower.blocks:
+        if changed := _changed(block, *BLOCK):
+            return f"Block{changed}"
+    return "every module has a hook" if _has_any_global_hook() else None
+
+
+def _changed(module: nn.Module | None, types: tuple[type, ...], parts: dict) -> str | None:
+    """What is unlike model.py's in a module or its parts, to be read after its name."""
+    state = vars(module) if type(module) in types else {}
+    if not state:
+        return f" is a {type(module).__name__}"
+    if "forward" in state:
+        return ".forward is replaced in an instance"
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return " has a hook"
+    for name, part in parts.items():
+        if changed := _changed(state["_modules"].get(name), *part):
+            return f".{name}{changed}"
+    return None
+
+
+@cache
+def fingerprint(code: CodeType | None) -> str | None:
+    """A hash of a function's source that comments, docstring and layout have no part in; None where there is no source,
+    or another one than what runs, because the file was edited since."""
+    try:
+        if code not in _compiled("".join(inspect.findsource(code)[0])):
+            return None
+        function = ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
+    except Exception:  # OSError, TypeError, SyntaxError, and what the tokenizer of each Python version raises
+        return None
+    if ast.get_docstring(function) is not None:
+        del function.body[0]
+    return hashlib.sha256(repr(_nodes(function)).encode()).hexdigest()[:12]
+
+
+@cache
+def _compiled(source: str) -> set[CodeType]:
+    """The code of all functions in a file, nested ones included."""
+    found = [compile(source, "source", "exec", dont_inherit=True)]
+    for code in found:
+        found += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(found)
+
+
+def _nodes(node):
+    """A syntax tree as nested lists. `ast.dump` and `ast.unparse` write it differently in each version of Python."""
+    if isinstance(node, list):
+        return [_nodes(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = ((name, _nodes(value)) for name, value in ast.iter_fields(node))
+    return [type(node).__name__, *((name, value) for name, value in fields if value not in (None, []))]
+
+
+@cache
+def _say(reason: str):
+    """Once in a process."""
+    logger.warning("%s: the plain model runs (slower, same result as the code)", reason)
+
+
+def fast_wrappers(tower: Tower) -> tuple[Callable, ...]:
+    """The fast path as the innermost of a tower's `wrappers`; none, and a line that says why, for changed code."""
+    if reason := plain_reason(tower):
+        _say(reason)
+    return (fast_features,) if type(tower) in FAST and reason is None else ()
+
+
+def fast_features(tower: Tower, features: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """What `features(inputs)` returns; computed by this file, unless the code or the tower has been changed by now."""
+    # A compiler would trace the check too: what it compiles is decided by `fast_wrappers` alone.
+    if not torch.compiler.is_compiling() and (reason := plain_reason(tower)):
+        _say(reason)
+        return features(inputs)
+    return FAST[type(tower)](tower, inputs)
 
 
 def image_features(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
-    """What `tower.features(pixel_values)` gives: (B, 3, S, S) to (B, W)."""
-    x = tower.embed_patches(tower.conv1(pixel_values))  # (B, L, W)
+    """What `tower.features(pixel_values)` returns: (B, 3, S, S) to (B, W)."""
+    if pixel_values.shape[1:] != (3, tower.image_size, tower.image_size):
+        return tower.features(pixel_values)  # which says what is wrong
+    conv = tower.conv1
+    if isinstance(conv, nn.Conv2d):
+        conv = partial(
+            patch_product, patch_size=conv.stride[0], linear=partial(F.linear, weight=conv.weight.flatten(1))
+        )
+    x = tower.embed_patches(conv(pixel_values))  # (B, L, W)
     B, L, W = x.shape
-    ends = torch.arange(0, B * L, L, device=x.device)  # of L positions the first one, the class token, is read
+    ends = torch.arange(0, B * L, L, device=x.device)  # the class tokens: the first of each L positions
     return tower.ln_post(_blocks(tower, x.reshape(B * L, W), (B, L), ends, is_causal=False))
 
 
-def _convolve(conv: nn.Conv2d, pixel_values: Tensor) -> Tensor:
-    return patch_product(pixel_values, conv.stride[0], lambda patches: F.linear(patches, conv.weight.flatten(1)))
-
-
 def text_features(tower: TextTransformer, input_ids: Tensor) -> Tensor:
-    """What `tower.features(input_ids)` gives: (B, L) to (B, W)."""
+    """What `tower.features(input_ids)` returns: (B, L) to (B, W)."""
     x, (B, L) = tower.embed_tokens(input_ids), input_ids.shape
     x, end = x.reshape(B * L, -1), input_ids.argmax(dim=1)
     ends, kept = torch.arange(B, device=x.device) * L + end, None
@@ -117,50 +260,40 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, **kwargs)
 
 
-def speed_up(model: MiniClip) -> MiniClip:
-    """Makes a model compute by this file's functions from now on, in training too. Weights and results stay. Towers of
-    another make than model.py's stay as they are."""
-    for tower in (model.visual, model.text):
-        if type(tower) in FAST:
-            tower.features = partial(FAST[type(tower)], tower)
-    if isinstance(model.visual, VisionTransformer):
-        model.visual.conv1.forward = partial(_convolve, model.visual.conv1)
-    return model
-
-
-class FastClip(MiniClip):
-    """A MiniClip for inference; made by `fast_model`. Called as any other, it neither trains nor saves itself."""
+class InferenceClip(MiniClip):
+    """A copy of a MiniClip for inference, made by `inference_copy`. It is called as any other, but neither trained nor
+    saved."""
 
     def __init__(self, model: MiniClip, precision: str, pack: bool):
         nn.Module.__init__(self)
         self.config, self.precision, self.training = model.config, precision, False
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         layer = Int8Linear if precision == "int8" else copy.copy
-        if model.logit_scale.device.type == "cpu" and pack and _onednn_pays(precision):
+        if model.logit_scale.device.type == "cpu" and pack and onednn_pays(precision):
             layer = OneDnnLinear
-        towers = (tower.for_inference() for tower in (model.visual, model.text))
-        self.visual, self.text = (_rebuilt(tower, self.dtype, layer) for tower in towers)
+        self.visual, self.text = (
+            _tower_copy(tower.for_inference(), self.dtype, layer) for tower in (model.visual, model.text)
+        )
         self.logit_scale = nn.Parameter(model.logit_scale.detach().float(), requires_grad=False)
         self.logit_bias = model.logit_bias
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """The image tower up to its projection: (B, 3, S, S) to (B, W) float32."""
-        with self.inference():
-            return self._features(self.visual, pixel_values.to(self.dtype))
+        return self._features(self.visual, pixel_values.to(self.dtype))
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """The text tower up to its projection: (B, L) to (B, W) float32."""
-        with self.inference():
-            return self._features(self.text, input_ids)
+        return self._features(self.text, input_ids)
 
-    def _features(self, tower: nn.Module, inputs: Tensor) -> Tensor:
-        return FAST.get(type(tower), type(tower).features)(tower, inputs).float()
+    def _features(self, tower: Tower, inputs: Tensor) -> Tensor:
+        with self.inference():
+            features = fast_features(tower, tower.features, inputs) if tower.wrappers else tower.features(inputs)
+            return features.float()
 
     def project(self, features: Tensor, kind: str, normalize: bool = True) -> Tensor:
         """The last step, from features (B, W) of a kind, "image" or "text", to embeddings (B, E) float32."""
-        projection = self.visual.proj if kind == "image" else self.text.text_projection
         with self.inference():
-            embeds = projection(features.to(self.dtype)).float()
+            embeds = (self.visual if kind == "image" else self.text).projection(features.to(self.dtype)).float()
             return F.normalize(embeds, dim=-1) if normalize else embeds
 
     def encode_image(self, pixel_values: Tensor, normalize: bool = False) -> Tensor:
@@ -173,12 +306,9 @@ class FastClip(MiniClip):
 
     @contextmanager
     def inference(self):
-        """Without gradients, and in the precision chosen whatever is set around it, as in the midst of training."""
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.logit_scale.device.type, enabled=False),
-            matmul_precision("highest"),
-        ):
+        """No gradients, and the copy's own precision whatever autocast is active outside, as during training."""
+        autocast = torch.autocast(self.logit_scale.device.type, enabled=False)
+        with torch.inference_mode(), autocast, matmul_precision("highest"):
             yield
 
     def train(self, mode: bool = True):
@@ -190,44 +320,59 @@ class FastClip(MiniClip):
         raise InputError("a model loaded with a precision cannot be saved: load it without")
 
 
-def fast_model(model: MiniClip, precision: str = "fp32", pack: bool = True) -> FastClip:
-    """A copy of a model for inference, on the same device: the same embeddings (fp32) or nearly (bf16, int8), sooner.
+def inference_copy(model: MiniClip, precision: str = "fp32", pack: bool = True) -> InferenceClip:
+    """A copy of a model for inference, on the same device. It is faster, with the same embeddings (fp32) or nearly the
+    same (bf16, int8); later changes of the model's weights do not reach it.
 
-    Later changes of the model's weights do not reach it. It takes half a second for a large model on the CPU; without
-    `pack` no time, but then the weights stay as they lie. Raises InputError for an unknown precision, and for int8
-    elsewhere than on the CPU.
+    `pack` lays weights out for oneDNN: half a second for a large model on the CPU. Raises InputError for an unknown
+    precision, and for int8 elsewhere than on the CPU.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     if precision == "int8" and model.logit_scale.device.type != "cpu":
         raise InputError(f"precision int8 is for the CPU; on {model.logit_scale.device} take bf16")
-    return FastClip(model, precision, pack)
+    return InferenceClip(model, precision, pack)
 
 
-def cosine_to_fp32(fast: FastClip, model: MiniClip, pixel_values: Tensor, input_ids: Tensor) -> tuple[float, float]:
-    """The smallest cosine between what a fast model gives and what the model it was made of gives, computed as
-    model.py says: of the images (B, 3, S, S), and of the texts (B, L)."""
+def cosine_to_fp32(ours: MiniClip, model: MiniClip, pixel_values: Tensor, input_ids: Tensor) -> tuple[float, float]:
+    """The smallest cosine between the embeddings of an inference copy and those of its model, computed by the plain
+    code: of the images (B, 3, S, S), and of the texts (B, L)."""
     with torch.inference_mode():
         exact = model.encode_image(pixel_values, normalize=True), model.encode_text(input_ids, normalize=True)
-    ours = fast.encode_image(pixel_values, normalize=True), fast.encode_text(input_ids, normalize=True)
+    ours = ours.encode_image(pixel_values, normalize=True), ours.encode_text(input_ids, normalize=True)
     return tuple((a * b).sum(dim=1).min().item() for a, b in zip(exact, ours))
 
 
-def _rebuilt(module: nn.Module, dtype: torch.dtype, layer) -> nn.Module:
+def _tower_copy(tower: Tower, dtype: torch.dtype, layer) -> Tower:
+    """A tower for inference. Changed code keeps its kind of layer unless int8 is asked for: it may read the weights,
+    and oneDNN lays them out anew."""
+    if layer is OneDnnLinear and plain_reason(tower):
+        layer = copy.copy
+    twin = _module_copy(tower, dtype, layer)
+    twin.wrappers = fast_wrappers(tower)  # and not what training has put there
+    if twin.wrappers and isinstance(twin, VisionTransformer):
+        twin.conv1 = PatchLinear(twin.conv1, layer)
+    return twin
+
+
+def _module_copy(module: nn.Module, dtype: torch.dtype, layer) -> nn.Module:
     """A copy of a tree of modules with other linear layers, which shares what it can with the original."""
     twin = copy.copy(module)
-    for name in ("forward", "features"):  # what `speed_up` or gradient checkpointing put there
-        twin.__dict__.pop(name, None)
     twin.training = False
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            twin.__dict__[name] = MethodType(value.__func__, twin)
+    if isinstance(forward := vars(module).get("forward"), partial) and forward.func is checkpoint:
+        del twin.__dict__["forward"]  # of an encoder from elsewhere, whose blocks are checkpointed by this
     kept = torch.float32 if isinstance(module, _BatchNorm) else dtype  # its statistics are in fp32 in any case
     twin._parameters = {
         name: None if p is None else nn.Parameter(p.detach().to(kept), requires_grad=False)
         for name, p in module._parameters.items()
     }
-    if type(module) is nn.Linear:  # and no kind of its own, whose weights somebody else may read
-        return layer(twin)
+    if type(module) is nn.Linear and "forward" not in vars(module):  # a subclass's weights may be read elsewhere
+        linear = layer(twin)
+        linear.__dict__.update((name, value) for name, value in vars(module).items() if name.startswith("_forward_"))
+        return linear
     children = ((name, child) for name, child in module._modules.items() if child is not None)
-    twin._modules = dict(module._modules) | {name: _rebuilt(child, dtype, layer) for name, child in children}
-    if isinstance(module, VisionTransformer):
-        twin._modules["conv1"] = PatchLinear(twin._modules["conv1"], layer)
+    twin._modules = dict(module._modules) | {name: _module_copy(child, dtype, layer) for name, child in children}
     return twin

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from miniclip.inference.fast import FastClip
+from miniclip.inference.fast import InferenceClip
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
@@ -118,7 +118,7 @@ def text_key(text: str) -> bytes:
 
 def fingerprint(model: MiniClip, tower: nn.Module, about: dict) -> str:
     """sha256 of a tower's weights, its projection apart, and of whatever else its features depend on."""
-    if isinstance(model, FastClip):
+    if isinstance(model, InferenceClip):
         raise InputError("features are known by the weights of a model as it was loaded: give it without a precision")
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from miniclip.config import MiniClipConfig
-from miniclip.inference.fast import fast_model
+from miniclip.inference.fast import inference_copy
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
 from miniclip.transforms import Preprocess
@@ -48,7 +48,7 @@ def load(
     tokenizer = model.text.tokenizer or Tokenizer(config.text_cfg.context_length)
     model = model.to(device).eval()
     if precision is not None:
-        model = fast_model(model, precision)
+        model = inference_copy(model, precision)
     return model, Preprocess(config.preprocess_cfg), tokenizer
 
 

@@ -189,7 +189,7 @@ def patch_product(pixel_values: Tensor, patch_size: int, linear) -> Tensor:
     return linear(patches).view(B, side * side, -1).transpose(1, 2).unflatten(2, (side, side))
 
 
-def _onednn_pays(precision: str) -> bool:
+def onednn_pays(precision: str) -> bool:
     if precision == "bf16":
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return precision == "fp32" and "packed" in cpu_routes() and cpu_routes()["packed"].used

@@ -41,7 +41,7 @@ class RunArguments(ClipTrainingArguments):
         if self.gradient_accumulation_steps > 1:
             pairs = self.per_device_train_batch_size
             logger.warning(
-                "gradient accumulation averages the losses of %d pairs each and adds no negatives; one batch of them all"
-                " needs as little memory with --per_device_train_batch_size %d --grad_cache_chunk_size %d",
+                "gradient accumulation averages the losses of %d pairs each and adds no negatives; a batch of them all"
+                " takes as little memory with --per_device_train_batch_size %d --grad_cache_chunk_size %d",
                 pairs, pairs * self.gradient_accumulation_steps, pairs,
             )  # fmt: skip

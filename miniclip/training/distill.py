@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.inference.fast import FastClip, fast_model
+from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.load import load
 from miniclip.loss import gather
 from miniclip.model import ClipOutput, MiniClip
@@ -74,8 +74,8 @@ class Distillation:
     @torch.no_grad()
     def embed(self, pixel_values: Tensor, input_ids: Tensor) -> ClipOutput:
         """What the teacher makes of levels (B, 3, S, S) and token ids (B, L), a chunk at a time."""
-        if not isinstance(self.teacher, FastClip):  # here and not before: its weights are laid out for a device
-            self.teacher = fast_model(self.teacher.to(pixel_values.device), self.precision)
+        if not isinstance(self.teacher, InferenceClip):  # here and not before: its weights are laid out for a device
+            self.teacher = inference_copy(self.teacher.to(pixel_values.device), self.precision)
         size = self.preprocess.cfg.size
         images, texts = [], []
         for levels, ids in zip(pixel_values.split(self.chunk_size), input_ids.split(self.chunk_size)):
@@ -99,5 +99,5 @@ def affinity(model: MiniClip, options, args) -> Distillation:
 def _teacher(options) -> tuple[MiniClip, Preprocess]:
     if len(options.teacher) == 1 and not Path(options.teacher[0]).is_dir():
         name = options.teacher[0]
-        raise InputError(f"the teacher {name} has no weights. Give a folder, or add the weights: --teacher {name} WEIGHTS")
+        raise InputError(f"the teacher {name} has no weights. Name a folder, or add them: --teacher {name} WEIGHTS")
     return load(*options.teacher)[:2]

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from miniclip.data import image_id, text_id
-from miniclip.training.dataset import RunDataset
 from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.evaluator import on_all_processes
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MiniClip
+from miniclip.training.dataset import RunDataset
 from miniclip.training.finetune import hold_statistics
 from miniclip.utils.errors import InputError
 
@@ -71,7 +71,8 @@ class FrozenDataset(RunDataset):
 
 def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer):
     """Freezes the towers that `options` name and computes their features for all records, or reads them from
-    `--feature_cache`. Returns the dataset class to train on, None where nothing is frozen, and the image and text caches for evaluation."""
+    `--feature_cache`. Returns the dataset class to train on, None if nothing is frozen, and the image and text caches
+    for evaluation."""
     image, text = options.frozen
     if (image, text) == ("none", "none"):
         return None, (None, None)

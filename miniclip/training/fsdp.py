@@ -27,7 +27,7 @@ def uses_fsdp(args: TrainingArguments) -> bool:
     for fits, problem in (
         (int(version) == 2, 'FSDP 1 is deprecated: use FSDP 2, with fsdp_config {"version": 2} or --fsdp_version 2'),
         (not args.fp16, "FSDP with fp16 is not supported: use --bf16"),
-        (args.world_size > 1, "FSDP shards a model across processes, and there is only one: start several with torchrun"),
+        (args.world_size > 1, "FSDP shards a model across processes, but there is only one: use torchrun"),
     ):
         if not fits:
             raise InputError(problem)

@@ -1,55 +1,55 @@
-"""How does a batch of training go through the model?
+"""The training wrappers around a tower's forward pass: pixel normalisation, GradCache and precomputed features."""
 
-As `MiniClip.forward` says, with three things in between that concern training only: the images come as levels and are
-normalised where the model is, a batch too large for memory goes through in chunks, and where a tower is locked, its
-features come instead of what it would make them of.
-"""
+from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from miniclip.model import ClipOutput, MiniClip
+from miniclip.inference.fast import fast_wrappers
+from miniclip.model import MiniClip, Tower
 
 
-def batch_forward(
+def wrap_towers(
     model: MiniClip,
-    normalize,
+    normalize: Callable[[Tensor], Tensor] | None = None,
     chunk_size: int = 0,
-    pixel_values: Tensor | None = None,
-    input_ids: Tensor | None = None,
-    image_features: Tensor | None = None,
-    text_features: Tensor | None = None,
-) -> ClipOutput:
-    """Embeds a batch: `pixel_values` (B, 3, S, S), levels or normalised already, or `image_features` (B, W); and
-    `input_ids` (B, L) or `text_features` (B, W).
+    fast: bool = True,
+) -> MiniClip:
+    """Sets the `wrappers` of both towers, and returns the model. From the inside out, where they are asked for:
 
-    With a `chunk_size` the whole batch is contrasted while the memory is that of a chunk (GradCache: Gao et al., arXiv
-    2101.06983): the embeddings of all chunks are computed and nothing else of them is kept; the loss gives each its
-    gradient; then chunk by chunk the tower runs again, with the same random numbers, and that gradient goes back
-    through it. This is what `checkpoint` does. It costs one forward pass more, and the gradients are those of the
-    whole batch. Because all of it lies within one forward pass, DistributedDataParallel and autocast need no care.
+    1. `fast_features` computes the features by the fast path while model.py is unchanged (`fast`)
+    2. `normalize_pixels` normalises uint8 levels by `normalize`, on the model's device
+    3. `in_chunks` processes `chunk_size` inputs at a time
+    4. `precomputed` passes the features of a frozen tower through, to its projection
     """
+    for tower in (model.visual, model.text):
+        pixels = (partial(normalize_pixels, normalize),) if normalize and tower is model.visual else ()
+        chunks = (partial(in_chunks, chunk_size),) if chunk_size else ()
+        tower.wrappers = (*(fast_wrappers(tower) if fast else ()), *pixels, *chunks, precomputed)
+    return model
 
-    def image_tower(part: Tensor) -> Tensor:
-        part = normalize(part) if part.dtype == torch.uint8 else part
-        return model.encode_image(part, normalize=True)
 
-    def text_tower(part: Tensor) -> Tensor:
-        return model.encode_text(part, normalize=True)
+def normalize_pixels(normalize: Callable, tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
+    """Pixel levels (B, 3, S, S) uint8 are normalised here, a quarter of the bytes to send and within a chunk."""
+    return features(normalize(inputs) if inputs.dtype == torch.uint8 else inputs)
 
-    def in_chunks(tower, batch: Tensor) -> Tensor:
-        if not chunk_size or len(batch) <= chunk_size:
-            return tower(batch)
-        return torch.cat([checkpoint(tower, part, use_reentrant=False) for part in batch.split(chunk_size)])
 
-    if image_features is not None:
-        image_embeds = F.normalize(model.visual.proj(image_features), dim=-1)
-    else:
-        image_embeds = None if pixel_values is None else in_chunks(image_tower, pixel_values)
-    if text_features is not None:
-        text_embeds = F.normalize(model.text.text_projection(text_features), dim=-1)
-    else:
-        text_embeds = None if input_ids is None else in_chunks(text_tower, input_ids)
-    return ClipOutput(image_embeds, text_embeds, model.logit_scale.exp(), model.logit_bias)
+def in_chunks(size: int, tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
+    """GradCache (Gao et al., arXiv 2101.06983): the whole batch is contrasted with the memory of a chunk.
+
+    The forward pass keeps nothing of a chunk except its features. In the backward pass `checkpoint` runs the tower
+    again on one chunk after another, with the same random numbers, and sends that chunk's gradient through it. This
+    costs one more forward pass, and the gradients are those of the whole batch. All of it lies within one forward
+    pass: DistributedDataParallel and autocast work as usual.
+    """
+    if len(inputs) <= size:
+        return features(inputs)
+    return torch.cat([checkpoint(features, part, use_reentrant=False) for part in inputs.split(size)])
+
+
+def precomputed(tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
+    """Features (B, W) of a frozen tower are what it would compute."""
+    computed = inputs.ndim == 2 and inputs.is_floating_point() and inputs.shape[1] == tower.width
+    return inputs if computed else features(inputs)

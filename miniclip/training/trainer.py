@@ -159,7 +159,8 @@ def check_metric(args: RunArguments, evaluator: Evaluator):
     name that it does not have."""
     if args.metric_for_best_model == "mean_recall":
         args.metric_for_best_model = evaluator.primary_metric
-    name, known = (args.metric_for_best_model or evaluator.primary_metric).removeprefix("eval_"), evaluator.metric_names()
+    name = (args.metric_for_best_model or evaluator.primary_metric).removeprefix("eval_")
+    known = evaluator.metric_names()
     if known and name not in known:
         raise InputError(f"metric_for_best_model {name!r} is not one of {', '.join(sorted(known))}")
 

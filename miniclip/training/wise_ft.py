@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.evaluator import Tasks
-from miniclip.inference.fast import fast_model
+from miniclip.inference.fast import inference_copy
 from miniclip.model import MiniClip
 from miniclip.reports.charts import CHART, GREEN, GREY, GRID, INK, LINES, MARGIN, WIDTH, Page, ticks
 from miniclip.weights.interpolate import check_same, interpolate
@@ -50,7 +50,7 @@ def sweep(
     learned = {name.partition(".")[0] for name in weights[0] if not torch.equal(*(w[name] for w in weights))}
     for alpha in tqdm(alphas, "alphas", disable=not progress):
         model.load_state_dict(interpolate(*weights, alpha))
-        fast = fast_model(model, precision)
+        fast = inference_copy(model, precision)
         if "visual" in learned or "image" not in embeds:
             embeds["image"] = embed_images(fast, preprocess, tasks.images, batch_size, num_workers)
         if "text" in learned or "text" not in embeds:

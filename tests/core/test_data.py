@@ -8,11 +8,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from miniclip.config import PreprocessConfig
-from miniclip.training.dataset import RunDataset
 from miniclip.data import Collator
 from miniclip.datasets.records import flatten_captions, read_captions
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.augment import TrainTransform
+from miniclip.training.dataset import RunDataset
 from miniclip.transforms import Preprocess
 from miniclip.utils.bad_samples import CaptionFileError
 

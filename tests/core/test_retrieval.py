@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from miniclip.retrieval import FEW, rank_of_first_relevant, format_table, metrics_from_hits, retrieval_metrics, search
+from miniclip.retrieval import FEW, format_table, metrics_from_hits, rank_of_first_relevant, retrieval_metrics, search
 
 
 def unit(rows) -> np.ndarray:

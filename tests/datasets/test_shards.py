@@ -11,11 +11,11 @@ import pytest
 from torch.utils.data import DataLoader
 
 from miniclip.config import PreprocessConfig
-from miniclip.training.dataset import RunDataset
 from miniclip.datasets.convert import convert
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import read_captions
 from miniclip.datasets.shards import Shards, expand
+from miniclip.training.dataset import RunDataset
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 import miniclip
 from miniclip.commands.convert_data import main
 from miniclip.config import PreprocessConfig
-from miniclip.training.dataset import RunDataset
 from miniclip.datasets.convert import convert, image_bytes
 from miniclip.datasets.mixture import Mixture, parse_factors
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import flatten_captions, read_captions
 from miniclip.training.arguments import RunArguments
+from miniclip.training.dataset import RunDataset
 from miniclip.training.streaming import StreamDataset
 from miniclip.training.trainer import RunTrainer
 from miniclip.transforms import Preprocess

@@ -15,10 +15,10 @@ from PIL import Image
 from transformers import TrainerCallback
 
 import miniclip
+from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.reports import charts as report
 from miniclip.run.diagnose import best_loss, recall_falls, scale_at_limit, scale_collapses, stays_at_chance
 from miniclip.run.progress import check_reporters, continue_log, read_log, to_json, watch
-from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.trainer import RunTrainer

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 import miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.inference.embed import embed_images, embed_texts
-from miniclip.inference.fast import fast_model
+from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache, text_key
 from miniclip.model import MiniClip
 from miniclip.towers.huggingface import HfTextTower, load_hf_weights
@@ -26,7 +26,7 @@ from miniclip.towers.packages import PACKAGES
 from miniclip.training.distill import Distillation
 from miniclip.training.finetune import depths, layer_rates, unlock_last
 from miniclip.training.freeze import lock
-from miniclip.training.grad_cache import batch_forward
+from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.parse import parse_train
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import CheckpointError, InputError
@@ -146,7 +146,7 @@ def test_image_encoders_give_what_transformers_gives(kind, blocks, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again, preprocess, _ = miniclip.load(tmp_path / "saved")
     for precision, floor in (("fp32", 1 - 1e-5), ("bf16", 0.99), ("int8", 0.95)):  # in the form that evaluation takes
-        fast = fast_model(model, precision).encode_image(pixels, normalize=True)
+        fast = inference_copy(model, precision).encode_image(pixels, normalize=True)
         assert (fast * model.encode_image(pixels, normalize=True).detach()).sum(dim=1).min() > floor, precision
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
     torch.testing.assert_close(again.encode_image(pixels), model.encode_image(pixels), atol=1e-5, rtol=1e-4)
@@ -299,7 +299,7 @@ def test_a_batch_in_chunks_has_the_same_gradients(encoders):
     gradients = []
     for chunk in (0, 2):
         model.zero_grad()
-        outputs = batch_forward(model, None, chunk, **batch)
+        outputs = wrap_towers(model, None, chunk)(**batch)
         miniclip.clip_loss(*outputs[:3]).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)

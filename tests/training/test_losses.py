@@ -1,7 +1,8 @@
-"""SigLIP's loss, distillation and duplicates: by hand, against OpenCLIP's numbers, across processes and in whole runs."""
+"""SigLIP's loss, distillation and duplicates: by hand, against OpenCLIP, across processes and in whole runs."""
 
 import json
 import math
+from types import SimpleNamespace
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,13 @@ from torch.autograd.graph import saved_tensors_hooks
 import miniclip
 from miniclip.commands.convert import main as weights_main
 from miniclip.commands.convert_data import main as repack
-from miniclip.training.dataset import RunDataset
 from miniclip.data import Collator, image_id, text_id
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import read_captions
 from miniclip.loss import clip_loss, clip_loss_with_duplicates, find_duplicates
 from miniclip.model import ClipOutput, MiniClip
+from miniclip.training.dataset import RunDataset
 from miniclip.training.distill import Distillation, affinity_loss
-from miniclip.training.grad_cache import batch_forward
 from miniclip.training.losses import make_loss
 from miniclip.training.siglip import add_logit_bias, siglip_loss
 from miniclip.transforms import Preprocess
@@ -159,11 +159,11 @@ def test_a_teacher_that_is_the_student_is_matched_already(tiny_model):
     levels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     ids = miniclip.tokenizer.Tokenizer(16)([f"picture {n}" for n in range(6)])
     inputs = {"pixel_values": levels, "input_ids": ids}
-    outputs = batch_forward(tiny_model, preprocess.normalize, **inputs)
+    outputs = wrap_towers(tiny_model, preprocess.normalize)(**inputs)
     objective(outputs, inputs).backward()
     assert max(p.grad.abs().max() for p in tiny_model.parameters()) < 1e-5
     other = MiniClip(tiny_model.config)
-    outputs = batch_forward(other, preprocess.normalize, **inputs)
+    outputs = wrap_towers(other, preprocess.normalize)(**inputs)
     objective(outputs, inputs).backward()
     assert max(p.grad.abs().max() for p in other.parameters()) > 1e-3
 

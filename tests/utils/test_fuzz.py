@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from miniclip.config import PreprocessConfig
-from miniclip.training.dataset import RunDataset
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import one_per_image
 from miniclip.datasets.shards import ShardWriter
 from miniclip.tokenizer import WORD, Tokenizer, clean
 from miniclip.training.augment import TrainTransform
+from miniclip.training.dataset import RunDataset
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError
