@@ -16,7 +16,7 @@ class EvalOptions:
     eval_file: str | None = option(
         None,
         "captions: .json, .jsonl, .csv, .tsv, shards/{000..123}.tar, a folder of images with texts, hf:NAME[:SPLIT], "
-        ".parquet; several with :: (docs/data.md)",
+        ".parquet; several with :: (docs/datasets.md)",
     )
     image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
     image_column: str | None = option(

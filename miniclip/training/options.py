@@ -21,7 +21,7 @@ class TrainOptions:
     train_file: str | None = option(
         None,
         "captions: .json, .jsonl, .csv, .tsv, shards/{000..123}.tar, a folder of images with texts, hf:NAME[:SPLIT], "
-        ".parquet; several with :: (docs/data.md)",
+        ".parquet; several with :: (docs/datasets.md)",
     )
     eval_file: str | None = option(None, "the same for evaluation; without it nothing is measured")
     image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
