@@ -2,8 +2,8 @@
 
 By FSDP (fully sharded data parallel: Zhao et al., arXiv 2304.11277), the second version in torch, through accelerate: a
 process keeps a share of every weight, of its gradient and of what the optimizer knows of it, and a block's weights are
-put together only while that block computes. The numbers are those of training without. `docs/distributed.md` says how to
-start it; what is here fits a MiniClip to it, and puts the weights together where they are needed in one piece.
+put together only while that block computes. The numbers are those of training without. `docs/distributed.md` says how
+to start it; what is here fits a MiniClip to it, and puts the weights together where they are needed in one piece.
 """
 
 import os
