@@ -1,4 +1,4 @@
-"""What is zero-shot classification worth? Prints what docs/zero_shot.md says.
+"""What is zero-shot classification worth? Prints what docs/classify.md says.
 
     python benchmarks/zero_shot.py --model runs/encoders_image --demo runs/demo --flickr8k data/flickr8k \
         --others runs/encoders_multilingual runs/encoders_cn runs/flickr8k runs/flickr8k_cn

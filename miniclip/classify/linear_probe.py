@@ -3,7 +3,7 @@
 The model stays as it is and its image embeddings are classified by logistic regression (CLIP: Radford et al., arXiv
 2103.00020, section 3.2), which takes seconds and forgets nothing. Here it may start from the zero-shot classifier and
 is then held near to that, so that few examples do little harm and much good (cf. Silva-Rodriguez et al., arXiv
-2312.12730; figures: docs/zero_shot.md):
+2312.12730; figures: docs/classify.md):
 
     python -m miniclip linear_probe --model runs/mine --train labelled --images others --shots 1 4 16
 

@@ -8,7 +8,7 @@ harmless things, each of which may win. The probability is that of the class amo
     python -m miniclip moderate --model runs/mine --images photos --examples labelled
 
 The second asks about each category of CATEGORIES and gives `{"status": "approved", "rejected" or "review", "reason",
-"confidence"}`. "A photo without a dog" is no answer: CLIP does not read negation (docs/zero_shot.md has the numbers).
+"confidence"}`. "A photo without a dog" is no answer: CLIP does not read negation (docs/classify.md has the numbers).
 """
 
 from __future__ import annotations

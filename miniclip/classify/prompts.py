@@ -148,7 +148,7 @@ def warn_if_illegible(tokenizer, names: Sequence[str]) -> dict:
         warnings.warn(
             f"{len(bad)} of {len(names)} class names are no words to this text tower ({', '.join(bad[:6])}):"
             f" {describe_legibility(found)}{same}. Unless it was trained on captions in this language, scores will be"
-            " near chance: take a multilingual tower (docs/encoders.md), or ask in English and name the classes as you"
+            " near chance: take a multilingual tower (docs/towers.md), or ask in English and name the classes as you"
             " like: 猫=cat",
             stacklevel=3,
         )

@@ -32,7 +32,7 @@ def main(argv: list[str]):
     )
     parser.add_argument("--ask", metavar="THING", help='a yes/no question: "a dog"; without it, all categories')
     parser.add_argument("--against", nargs="+", help="texts for the answer no, with --ask (default: a photo, ...)")
-    parser.add_argument("--categories", help="a JSON file of categories and their texts (docs/zero_shot.md)")
+    parser.add_argument("--categories", help="a JSON file of categories and their texts (docs/classify.md)")
     parser.add_argument("--examples", help="labelled pictures for the thresholds: folders yes and no, or by category")
     common_options(parser, "moderation")
     options = parser.parse_args(argv)

@@ -56,7 +56,7 @@ def main(argv: list[str]):
     parser = argparse.ArgumentParser(
         "python -m miniclip zero_shot", description="Tells which of some classes pictures show, from their names."
     )
-    parser.add_argument("--classes", help="a,b,c; or name=words,...; or a .txt or .json of them (docs/zero_shot.md)")
+    parser.add_argument("--classes", help="a,b,c; or name=words,...; or a .txt or .json of them (docs/classify.md)")
     parser.add_argument("--templates", help="a file of sentences with {} for the class name; the language's own unless")
     parser.add_argument("--language", default="en", help="of classes and templates: en, zh, fr, es (default: en)")
     common_options(parser, "zero_shot")
