@@ -49,6 +49,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         train_dataset: RunDataset | None = None,
         *,
         preprocess,
+        tokenizer,
         evaluator: Evaluator | None = None,
         lr_scale: Callable[[str], float] | None = None,
         ema: MiniClip | None = None,
@@ -67,11 +68,13 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
                 "grad_cache_chunk_size: a BatchNorm that learns takes its statistics from a chunk, not from the batch."
                 " Leave it out, or freeze the image tower or all but its last blocks"
             )
-        self.lr_scale, self.ema = lr_scale, ema
+        self.tokenizer, self.lr_scale, self.ema = tokenizer, lr_scale, ema
         self.measured_by = evaluator
         if evaluator is not None:
             check_metric(args, evaluator)
-        super().__init__(model, args, train_dataset, evaluator=evaluator and self.measure, **kwargs)
+        super().__init__(
+            model, args, train_dataset, tokenizer=tokenizer, evaluator=evaluator and self.measure, **kwargs
+        )
         if self.sharded:
             prepare_fsdp(self)
         self.add_callback(ReportBadSamples(train_dataset))

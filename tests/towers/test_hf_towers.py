@@ -25,7 +25,7 @@ from miniclip.towers.huggingface import HfTextTower, load_hf_weights
 from miniclip.towers.packages import PACKAGES
 from miniclip.training.distill import Distillation
 from miniclip.training.finetune import depths, layer_rates, unlock_last
-from miniclip.training.freeze import lock
+from miniclip.training.freeze import freeze
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.parse import parse_train
 from miniclip.transforms import Preprocess
@@ -275,7 +275,7 @@ def test_towers_are_unlocked_and_slowed_down_from_the_top(encoders):
     }  # fmt: skip
     assert not any("layer.0." in name or "embeddings" in name for name in learning)
     assert any("text.trunk.encoder.layer.1." in name for name in learning)
-    lock(model, image="tower", text="all")
+    freeze(model, image="tower", text="all")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"logit_scale", "visual.proj.0.weight"}
     rate = layer_rates(model, image=0.5, layer_decay=0.1)
     assert rate("text.text_projection.0.weight") == 1 and rate("logit_scale") == 1
