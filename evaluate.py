@@ -43,14 +43,12 @@ def main(argv: list[str]):
     records = None
     if options.eval_file:
         from miniclip.datasets.read import read_source
-        from miniclip.datasets.records import one_per_image
+        from miniclip.datasets.records import ReadOptions, one_per_image
 
         # Images in files are checked in advance only to leave bad ones out: otherwise whoever decodes them for the
         # model finds all that is wrong with them.
-        how = {"image_column": options.image_column, "caption_column": options.caption_column}
-        how |= {"on_bad": options.on_bad_sample, "bad_samples": bad_samples, "check_handles": True}
-        how |= {"allow_outside": options.allow_outside_image_root}
-        records = read_source(options.eval_file, options.image_root, options.on_bad_sample == "skip", **how)
+        check = {"check_images": options.on_bad_sample == "skip", "check_handles": True}
+        records = read_source(options.eval_file, ReadOptions.from_args(options, bad_samples=bad_samples, **check))
         if not options.features:  # which have a row for each record as it stands in the file
             records = one_per_image(records, options.eval_file)
     if options.features:

@@ -25,6 +25,7 @@ def main(argv: list[str]):
     import logging
     import math
     import warnings
+    from dataclasses import replace
     from functools import partial
 
     from transformers import set_seed
@@ -32,7 +33,7 @@ def main(argv: list[str]):
     from miniclip.data import CaptionDataset
     from miniclip.datasets.read import describe as describe_data
     from miniclip.datasets.read import read_source
-    from miniclip.datasets.records import one_per_image
+    from miniclip.datasets.records import ReadOptions, one_per_image
     from miniclip.datasets.text_files import ColumnError
     from miniclip.inference.load import load
     from miniclip.inference.matmul import describe
@@ -61,19 +62,17 @@ def main(argv: list[str]):
         )
 
     records, eval_records, problems, make_dataset = None, None, [], CaptionDataset
-    columns = {"image_column": options.image_column, "caption_column": options.caption_column}
-    bad_samples, outside = BadSamples(), {"allow_outside": options.allow_outside_image_root}
-    where = {"image_root": options.image_root, "on_bad": options.on_bad_sample or "stop", **columns, **outside}
-    where["bad_samples"] = bad_samples
+    bad_samples = BadSamples()
+    reading = ReadOptions.from_args(options, bad_samples=bad_samples)
     try:
         if options.streaming:
             make_dataset = StreamDataset.opened(
-                options.train_file, args, options.train_num_samples, image_root=options.image_root, **columns, **outside
+                options.train_file, args, reading, num_samples=options.train_num_samples
             )
         else:
             epoch = {"factors": options.train_data_upsampling_factors, "num_samples": options.train_num_samples}
             locked = options.lock_image != "none"  # then all images are seen at once, before the first step
-            records = read_source(options.train_file, check_handles=locked, **where, **epoch)
+            records = read_source(options.train_file, replace(reading, check_handles=locked), **epoch)
             if options.max_train_samples:
                 if not isinstance(records, list):
                     raise InputError("max_train_samples is for a single file of records with images in files")
@@ -82,13 +81,12 @@ def main(argv: list[str]):
         problems.append(str(error))
     try:
         if options.eval_file:
-            where["image_root"] = options.eval_image_root or options.image_root
+            reading = replace(reading, image_root=options.eval_image_root or options.image_root, check_handles=True)
             try:
-                eval_records = read_source(options.eval_file, check_handles=True, **where)
+                eval_records = read_source(options.eval_file, reading)
             except ColumnError as error:  # it may be of another form than the training data
                 logging.warning("%s: its columns are guessed", error)
-                where |= dict.fromkeys(columns)
-                eval_records = read_source(options.eval_file, check_handles=True, **where)
+                eval_records = read_source(options.eval_file, replace(reading, image_column=None, caption_column=None))
             eval_records = one_per_image(eval_records, options.eval_file)
     except InputError as error:
         problems.append(str(error))

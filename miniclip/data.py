@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from miniclip.utils.bad_samples import BadSamples
-from miniclip.utils.image_files import ImageError, open_image
+from miniclip.utils.image_files import BufferedImage, ImageError, ImageFile, open_image
 from miniclip.utils.parallel import as_table
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,10 @@ class CaptionDataset(Dataset):
     numbers, the one equal for the same picture and the other for the same words (`image_id`, `text_id`). `row` says
     which item it is, should something be wrong with it (`label`).
 
-    `records` are a list, or any sequence of such (`miniclip.datasets.read`). There an image may be a handle: `read`
-    gives its bytes, and `str` names it. Those are not checked in advance: one that cannot be used is reported, counted
-    in `bad`, listed in `bad_samples`, and the next sound one takes its place; or, where `on_bad` is "stop", raises
-    ImageError. An index of n or more is another draw of item index - n.
+    `records` are a list, or any sequence of such (`miniclip.datasets.read`). An image that is an ImageFile is not
+    checked in advance: one that cannot be used is reported, counted in `bad`, listed in `bad_samples`, and the next
+    sound one takes its place; or, where `on_bad` is "stop", it raises ImageError. An index of n or more is another draw
+    of item index - n.
     """
 
     def __init__(
@@ -114,29 +114,17 @@ class CaptionDataset(Dataset):
     def draw(self, record: dict, rng: random.Random) -> dict:
         """One caption and one crop of a record."""
         caption = record["caption"][rng.randrange(len(record["caption"]))]
-        where = Kept(record["image"]) if hasattr(record["image"], "read") else record["image"]
+        where = record["image"]
+        where = BufferedImage(where) if isinstance(where, ImageFile) else where
         image = open_image(where, (self.transform or self.preprocess).scale)
         levels = self.transform.levels(image, rng) if self.transform else self.preprocess.levels(image)
         return {"pixel_values": levels, "caption": caption, "pair_ids": (image_id(where), text_id(caption))}
 
 
-class Kept:
-    """A handle whose bytes were read, once, and are kept."""
-
-    def __init__(self, handle):
-        self.handle, self.data = handle, handle.read()
-
-    def read(self) -> bytes:
-        return self.data
-
-    def __str__(self) -> str:
-        return str(self.handle)
-
-
 def image_id(image) -> int:
-    """A 64-bit number that tells pictures: by their path, or those in shards and tables by what is in them."""
+    """Returns a 64-bit number that identifies an image by its path, or an ImageFile by its key."""
     try:
-        return _number(image.read() if hasattr(image, "read") else str(image).encode())
+        return _number(image.key() if isinstance(image, ImageFile) else str(image).encode())
     except ImageError:  # it will be reported when its turn comes
         return _number(str(image).encode())
 
