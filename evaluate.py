@@ -43,7 +43,7 @@ def main(argv: list[str]):
     records = None
     if options.eval_file:
         from miniclip.datasets.read import read_source
-        from miniclip.datasets.records import one_per_image
+        from miniclip.datasets.records import ReadOptions, one_per_image
 
         # Images in files are checked in advance only to leave bad ones out: otherwise whoever decodes them for the
         # model finds all that is wrong with them.

@@ -38,7 +38,7 @@ from miniclip.utils.bad_samples import NAME as BAD
 from miniclip.utils.bad_samples import BadSamples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import lock, sha256, sync, write_json, write_npy
-from miniclip.utils.image_files import ImageError, endings
+from miniclip.utils.image_files import ImageError, ImageFile, endings
 from miniclip.utils.parallel import read_ahead
 
 
@@ -285,20 +285,23 @@ def check_ours(folder: Path):
                               f" {min(strange)!r}{more}: {remedy}")  # fmt: skip
 
 
-class Picture:
+class Picture(ImageFile):
     """A picture as it was when its content was looked at, in one file or several: `read` gives those bytes. Raises
     ImageError if none of them has it now."""
 
     def __init__(self, key: bytes):
-        self.key, self.paths = key, []
+        self.digest, self.paths = key, []
 
     def __str__(self) -> str:
         return self.paths[0]
+
+    def key(self) -> bytes:
+        return self.digest
 
     def read(self) -> bytes:
         for path in self.paths:
             with suppress(OSError):
                 data = Path(path).read_bytes()
-                if hashlib.sha256(data).digest() == self.key:
+                if hashlib.sha256(data).digest() == self.digest:
                     return data
         raise ImageError(f"{self}: it was changed or removed while it was read; index again")

@@ -25,6 +25,7 @@ from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256, sync, write_npy
+from miniclip.utils.image_files import ImageFile
 
 PART = 4096  # rows: what a killed process may have computed in vain
 FORMAT = 1  # to be raised when features change for another reason than weights and preprocessing
@@ -107,8 +108,8 @@ class FeatureCache:
 
 
 def file_key(path) -> bytes:
-    """The key of a picture: sha256 of what is in its file, wherever that lies, or of what a handle reads."""
-    return hashlib.sha256(path.read()).digest() if hasattr(path, "read") else bytes.fromhex(sha256(path))
+    """Returns the key of an image: the sha256 of its file's content, wherever it lies, or an ImageFile's own."""
+    return path.key() if isinstance(path, ImageFile) else bytes.fromhex(sha256(path))
 
 
 def text_key(text: str) -> bytes:

@@ -165,13 +165,13 @@ def test_names_words_and_folders(folders, capsys):
 
 def test_bad_pictures_stop_or_are_listed(folders):
     (folders / "set" / "red" / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="bad.png: no picture in a format that is read"):
+    with pytest.raises(InputError, match="bad.png: not an image in a supported format"):
         run(zero_shot, folders, "--images", folders / "set")
     with pytest.warns(UserWarning, match="1 of 7 pictures cannot be used"):
         found = run(zero_shot, folders, "--images", folders / "set", "--on_bad_sample", "skip")
     assert len(found["pictures"]) == 6 and sum(map(sum, found["confusion"])) == 6
     listed = json.loads((folders / "out" / "bad_samples.jsonl").read_text())
-    assert listed["sample"].endswith("red/bad.png") and "no picture" in listed["reason"]
+    assert listed["sample"].endswith("red/bad.png") and "not an image" in listed["reason"]
 
 
 def test_no_picture_of_a_folder_is_passed_over_in_silence(folders, tmp_path, capsys, shut_folder):

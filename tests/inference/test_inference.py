@@ -80,7 +80,7 @@ def test_all_unreadable_images_are_named_at_once(tiny_model, caption_set, num_wo
     paths[3].write_text("no picture")
     paths[20].unlink()
     preprocess = miniclip.Preprocess(tiny_model.config.preprocess_cfg)
-    with pytest.raises(ValueError, match=r"3\.png: no picture.*\n.*20\.png: no such file"):
+    with pytest.raises(ValueError, match=r"3\.png: not an image.*\n.*20\.png: no such file"):
         miniclip.embed_images(tiny_model, preprocess, paths, batch_size=4, num_workers=num_workers)
 
 

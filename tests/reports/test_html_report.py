@@ -279,7 +279,10 @@ def test_any_text_and_any_picture(tmp_path):
     page, html = written(tmp_path, image, text, image_of_text, texts=NASTY, images=files)
     assert {tag for tag, _ in page.elements}.isdisjoint({"script", "i", "b>", "iframe", "link", "object", "form"})
     assert all(text in page.text or len(text) > 400 or "\n" in text for text in NASTY[:6])
-    assert "no picture: p0.png: no such file" in page.text and "no picture: p1.png: no picture in a format" in page.text
+    assert (
+        "no picture: p0.png: no such file" in page.text
+        and "no picture: p1.png: not an image in a supported format" in page.text
+    )
     assert "x" * 397 + "..." in page.text and "x" * 401 not in html
     assert any(attrs["alt"].startswith("a\"b<i>'&.png: ") for attrs in page.all("img"))
     assert str(tmp_path) not in html, "where pictures lie is nobody's business"
