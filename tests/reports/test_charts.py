@@ -57,30 +57,6 @@ def marked(figure, picture: np.ndarray) -> list[bool]:
 @pytest.mark.parametrize("rank", [1, 2, 5, 6, 17])
 def test_the_right_image_is_framed_and_no_other(tmp_path, images, rank):
     figure, picture = drawn(tmp_path / "report.png", [], [example(images, rank)])
-    assert (
-        marked(figure, picture)
-        == [place == min(rank, 6) for place in range(1, max(6, min(rank, 6) + 1))][: 5 + (rank > 5)]
-    )
-    texts = [text.get_text() for text in figure.texts]
-    assert "two small red circles" in texts
-    assert ("correct image first" if rank == 1 else f"correct image at rank {rank}") in texts
-    labels = [axes.get_xlabel().removeprefix("✓ ") for axes in figure.axes[2:]]
-    assert labels[:5] == [f"{place}   {1 - place / 10:.3f}" for place in range(1, 6)]
-    assert labels[5:] == [f"{rank}"] * (rank > 5)
-
-
-def test_images_are_shown_whole_with_their_colors(tmp_path, images):
-    figure, picture = drawn(tmp_path / "report.png", [], [example(images, 17)])
-    side = figure.axes[2].bbox.height * 200 / figure.dpi / 1.06
-    for i, area in enumerate([1, 20 / 500, 3 / 90, 1, 200 / 300]):
-        found = count(pixels(picture, figure.axes[2 + i]), (250, 30 * i, 200))
-        assert found == pytest.approx(area * side**2, rel=0.15)
-
-
-def test_an_image_that_is_gone_leaves_a_hole(tmp_path, images):
-    (tmp_path / "0.png").unlink()
-    (tmp_path / "1.png").write_text("no image")
-    figure, picture = drawn(tmp_path / "report.png", [], [example(images, 2)])
     assert marked(figure, picture) == [place == min(rank, 6) for place in range(1, 6 + (rank > 5))]
     texts = [text.get_text() for text in figure.texts]
     assert "two small red circles" in texts
