@@ -7,7 +7,8 @@ from miniclip.datasets.read import read_source
 from miniclip.datasets.records import ReadOptions, one_per_image
 from miniclip.inference.fast import PRECISIONS
 from miniclip.inference.load import load
-from miniclip.training.wise_ft import ALPHAS, best, draw_sweep, format_sweep, sweep
+from miniclip.reports.charts import draw_sweep
+from miniclip.training.wise_ft import ALPHAS, best, format_sweep, sweep
 from miniclip.utils.bad_samples import NAME, BadSamples
 from miniclip.utils.command_line import find_device
 from miniclip.utils.errors import InputError
@@ -67,7 +68,8 @@ def main(argv: list[str]):
     write_json(folder / "wise_ft.json", {**about, "sweep": found})
     write_text(folder / "wise_ft.md", table + "\n")
     new, old = (Path(path).stem for path in files.values())
-    draw_sweep(folder / "wise_ft.png", found, f"{options.before} to {options.after}: {new} (new) and {old} (old)")
+    title = f"{options.before} to {options.after}: {new} (new) and {old} (old)"
+    draw_sweep(folder / "wise_ft.png", found, chosen, title)
     bad_samples.open(folder / NAME)
     if bad_samples:
         print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
