@@ -35,12 +35,11 @@ def main(argv: list[str]):
     from miniclip.datasets.records import one_per_image
     from miniclip.datasets.text_files import ColumnError
     from miniclip.inference.load import load
-    from miniclip.inference.matmul import describe
+    from miniclip.inference.matmul import arithmetic, describe
     from miniclip.retrieval import format_table
     from miniclip.run.checkpoints import checkpoints, clean, start_anew
-    from miniclip.run.folder import training_record
+    from miniclip.run.metadata import RECORD, training_metadata
     from miniclip.run.progress import check_reporters, watch
-    from miniclip.run.record import RECORD
     from miniclip.training.augment import TrainTransform
     from miniclip.training.finetune import fine_tuning
     from miniclip.training.objectives import make_objective
@@ -134,7 +133,8 @@ def main(argv: list[str]):
     dataset = make_dataset(records, preprocess, seed=args.seed, transform=transform, **bad)
     if options.avoid_twins:
         dataset.sampler = partial(twin_free, dataset, dataset.sampler)
-    record = training_record(argv, options, args, model, records, eval_records)
+    products = arithmetic(args.device) if args.fast else "plain"
+    record = training_metadata(argv, options, args, model, records, eval_records, products)
     trainer = ClipTrainer(
         model, args, dataset, eval_records, preprocess=preprocess, tokenizer=tokenizer, caches=caches,
         objective=objective, callbacks=callbacks, record=record, **remedies,

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from miniclip.datasets.shards import ShardWriter, expand
 from miniclip.utils.bad_samples import BadSamples, leave_out
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import sync
+from miniclip.utils.files import scratch_path, sync
 from miniclip.utils.image_files import FORMATS, ImageError
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _to_file(source: Sequence[dict], target: Path, faults: list, check) -> int:
     own = any(hasattr(record["image"], "read") for record in source)
     _refuse(target, *[images] * own)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch, scratch_images = (target.with_name(f".{p.name}.{os.getpid()}.tmp") for p in (target, images))
+    scratch, scratch_images = scratch_path(target), scratch_path(images)
     base, width, records = Path(os.path.abspath(target.parent)), max(6, len(str(len(source)))), []
     files = (record["image"] for record in source if not hasattr(record["image"], "read"))
     outside = any(not Path(file).is_relative_to(base) for file in files)

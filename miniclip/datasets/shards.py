@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from miniclip.datasets.records import check_captions, parse_json
 from miniclip.utils.bad_samples import BadSamples, leave_out
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import replacing, user_cache
+from miniclip.utils.files import replacing, scratch_path, user_cache
 from miniclip.utils.image_files import ImageError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "ico", "tga")
@@ -265,7 +265,7 @@ class ShardWriter:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.scratch = scratch_path(self.path)
         self.tar = tarfile.open(self.scratch, "w", format=tarfile.PAX_FORMAT)
 
     def add(self, key: str, image: bytes, kind: str, captions: list[str]):

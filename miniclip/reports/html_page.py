@@ -36,7 +36,7 @@ class Measured(NamedTuple):
     images: list  # N files or handles
     texts: list[str]  # M captions
     image_of_text: np.ndarray
-    record: dict  # `record.evaluation_record`
+    record: dict  # `metadata.evaluation_metadata`
     temperature: dict | None = None  # {"scale", "bias" or None, "start"}; None: measured without a model
     log_history: list[dict] = []  # of the Trainer
     left_out: tuple[str, ...] = ()  # what was not measured, or not whole, in words

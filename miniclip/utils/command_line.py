@@ -93,7 +93,7 @@ def run(main: Callable[[list[str]], None]):
             sys.exit(f"{name}: the disk is full: {error}. What was there before is as it was: free space and try again")
         if error.filename is None or error.errno not in REFUSED:
             raise
-        # Without what `files.replacing` puts before a name.
+        # Without the prefix of `files.scratch_path`.
         path = re.sub(r"(^|[/\\])\.\d+\.(?=[^/\\]+$)", r"\1", os.fsdecode(error.filename))
         sys.exit(f"{name}: {path}: {error.strerror}")
     except KeyboardInterrupt as stopped:
