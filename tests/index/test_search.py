@@ -558,7 +558,7 @@ def test_two_runs_do_not_write_to_one_index(album, tmp_path):
     )
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"process {other.pid} is writing to .*products.mc.* choose another --index"):
+        with pytest.raises(InputError, match=f"process {other.pid} is writing to .*products.mc.* another --index"):
             album()
     finally:
         other.kill()
