@@ -36,7 +36,7 @@ def main(argv: list[str]):
     import numpy as np
 
     from miniclip.retrieval import KS, format_table, metrics_of, search_both
-    from miniclip.run.record import evaluation_record
+    from miniclip.run.metadata import evaluation_metadata
     from miniclip.utils.bad_samples import BadSamples
     from miniclip.utils.files import replacing, write_json
 
@@ -92,7 +92,7 @@ def main(argv: list[str]):
     name += "_first" if first_only else ""
     output = Path(options.output_file or beside / f"retrieval_{name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    record = evaluation_record(argv, options, records, device)
+    record = evaluation_metadata(argv, options, records, device)
     write_json(output, {"model": str(source), "dataset": str(dataset), "metrics": metrics, "record": record})
     print(f"written to {output}")
     bad_samples.open(output.with_suffix(".bad_samples.jsonl"))

@@ -24,7 +24,7 @@ from miniclip.inference.fast import InferenceClip
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import sha256, sync, write_npy
+from miniclip.utils.files import scratch_path, sha256, sync, write_npy
 from miniclip.utils.image_files import ImageFile
 
 PART = 4096  # rows: what a killed process may have computed in vain
@@ -89,7 +89,7 @@ class FeatureCache:
         part["key"] = np.frombuffer(b"".join(self.added), "V32")
         part["features"] = np.stack(list(self.added.values()))
         self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / f"{os.getpid()}.tmp"
+        scratch = scratch_path(self.folder / "part")  # its name will be its sha256
         write_npy(scratch, part.dtype, part.shape, [part])
         sync(scratch)
         os.replace(scratch, self.folder / f"{sha256(scratch)}.npy")

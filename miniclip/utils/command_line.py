@@ -154,7 +154,7 @@ def run(main: Callable[[list[str]], None]):
             sys.exit(f"{name}: the disk is full: {error}. Earlier files are unchanged: free some space and try again")
         if error.filename is None or error.errno not in REFUSED:
             raise
-        # Without the prefix that `files.replacing` puts before a name.
+        # Without the prefix of `files.scratch_path`.
         path = re.sub(r"(^|[/\\])\.\d+\.(?=[^/\\]+$)", r"\1", os.fsdecode(error.filename))
         sys.exit(f"{name}: {path}: {error.strerror}")
     except KeyboardInterrupt as stopped:

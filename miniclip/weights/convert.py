@@ -4,10 +4,7 @@ python -m miniclip convert SRC DST --to openclip|hf|miniclip [--model NAME] [--f
 """
 
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +15,7 @@ from miniclip.checkpoint import from_miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
 from miniclip.utils.errors import CheckpointError
-from miniclip.utils.files import MANIFEST, sync, write_json, write_manifest
+from miniclip.utils.files import replacing, write_json, write_manifest
 from miniclip.utils.weight_files import read_json
 from miniclip.weights.identify import ACTIVATION_NAMES, fitting_configs, infer_config
 from miniclip.weights.load import Checkpoint, fit_weights, open_checkpoint
@@ -61,7 +58,9 @@ def convert(source: str | Path, target: str | Path, to: str, model: str | None =
     if len({tensor.dtype for tensor in weights.values()}) > 1:  # OpenAI's: a model has one precision elsewhere
         weights = {key: tensor.float() for key, tensor in weights.items()}
     writers = {"openclip": write_openclip, "hf": write_hf, "miniclip": write_miniclip}
-    write_atomically(target, lambda path: writers[to](path, weights, config))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as scratch:
+        writers[to](scratch, weights, config)
     name = "" if config is None else f", {ACTIVATION_NAMES[config.quick_gelu]}"
     return f"{source} ({checkpoint.source} layout{name}) -> {target} ({to}); {reason}"
 
@@ -171,22 +170,3 @@ def hf_preprocessor(config: MiniClipConfig) -> dict:
         "do_center_crop": pictures.resize_mode == "shortest",
         "resample": RESAMPLE[pictures.interpolation],
     }  # fmt: skip
-
-
-def write_atomically(target: Path, write: Callable[[Path], None]):
-    """Calls `write` with another name beside `target`; when the file or folder is complete, it is moved there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".{os.getpid()}-{target.name}")
-    try:
-        write(new)
-        for file in [*(new.iterdir() if new.is_dir() else ()), new]:
-            sync(file)
-        if not target.is_dir():
-            new.replace(target)
-        else:  # one that was there: its other files are not ours to remove
-            (target / MANIFEST).unlink(missing_ok=True)  # the new one comes last, when it is true
-            for file in sorted(new.iterdir(), key=lambda file: file.name == MANIFEST):
-                file.replace(target / file.name)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)

@@ -15,8 +15,9 @@ from miniclip.commands.convert import main
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
 from miniclip.utils.errors import CheckpointError
+from miniclip.utils.files import replacing
 from miniclip.utils.weight_files import read_state_dict
-from miniclip.weights.convert import convert, write_atomically
+from miniclip.weights.convert import convert
 from miniclip.weights.identify import fitting_configs, infer_config
 from miniclip.weights.load import load_weights, open_checkpoint
 
@@ -606,7 +607,8 @@ def test_convert_overwrites_only_when_told_and_never_half(tmp_path, monkeypatch)
 
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(tmp_path / "folder", breaks)
+        with replacing(tmp_path / "folder") as scratch:
+            breaks(scratch)
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "folder" / "config.json").read_text() != "half"
 

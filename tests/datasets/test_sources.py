@@ -233,7 +233,7 @@ def test_shards_and_back_are_the_same_bits(records, caption_set, form, tmp_path_
     out = tmp_path_factory.mktemp("out")
     source = str(caption_set / "captions.json") if form == "json" else as_form(records, caption_set, form)
     main([source, f"{out}/s/{{00..02}}.tar"])
-    assert len(list((out / "s").glob("*.tar"))) == 3 and not list((out / "s").glob(".*.tmp"))
+    assert len(list((out / "s").glob("*.tar"))) == 3 and not list((out / "s").glob(".*"))
     for target in ("back.json", "back.jsonl", "back.csv", "back.tsv"):
         main([f"{out}/s/{{00..02}}.tar", f"{out}/{target}"])
         assert content(read_source(str(out / target))) == content(records)

@@ -27,7 +27,7 @@ from miniclip.reports.similarities import (
     similarities,
     worst_queries,
 )
-from miniclip.retrieval import rank_of_first_relevant, metrics_of, retrieval_metrics, search_both
+from miniclip.retrieval import metrics_of, rank_of_first_relevant, retrieval_metrics, search_both
 
 KS = (1, 5, 10)
 RECORD = {

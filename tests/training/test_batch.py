@@ -245,6 +245,6 @@ def test_a_cache_is_for_one_tower_and_finds_damage(tiny_model, caption_set, tmp_
     with pytest.warns(UserWarning, match="damaged: its features are computed again"):
         cache, embeds = embed()
     assert cache.reused == 0 and (embeds == miniclip.embed_images(tiny_model, preprocess, paths)).all()
-    assert not list(folder.glob("*/*.tmp"))
+    assert not list(folder.glob("*/.*"))
     with pytest.raises(InputError, match="without a precision"):
         FeatureCache.for_images(folder, inference_copy(tiny_model), preprocess)
