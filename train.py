@@ -107,8 +107,8 @@ def main(argv: list[str]):
         model.logit_scale.requires_grad_(False)
     if args.process_index == 0:
         data = f"a stream of {options.train_file}" if options.streaming else describe_data(records, tokenizer)
-        encoders = [getattr(cfg, "pretrained", False) for cfg in (model.config.vision_cfg, model.config.text_cfg)]
-        start = ", from scratch" if not any(encoders) else ", from pretrained encoders"
+        encoders = model.config.vision_cfg.pretrained or model.config.text_cfg.pretrained
+        start = ", from pretrained encoders" if encoders else ", from scratch"
         start = "" if options.pretrained or Path(options.model_config).is_dir() else start
         print(
             f"{options.model_config}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {data}"

@@ -47,7 +47,7 @@ def default_locks(given: dict) -> dict[str, str]:
         f"lock_{tower}": given.get(f"lock_{tower}")
         or ("none" if learn or given.get(f"unlock_{tower}_blocks") else "tower")
         for tower, section in (("image", config.vision_cfg), ("text", config.text_cfg))
-        if getattr(section, "pretrained", False)
+        if section.pretrained
     }
 
 

@@ -65,9 +65,8 @@ class ClipTrainer(GuardedTrainer):
             speed_up(model)
         model.forward = partial(batch_forward, model, preprocess.normalize, args.grad_cache_chunk_size)
         collator = Collator(tokenizer, 1 if args.device.type == "cpu" else 8)
-        towers = [t for t in (model.visual, model.text) if hasattr(t, "trunk")]
-        if any(p.requires_grad for tower in towers for p in tower.trunk.parameters()):
-            args.ddp_find_unused_parameters = True  # encoders of others have parts that nothing here reads
+        if model.visual.may_skip_parameters or model.text.may_skip_parameters:
+            args.ddp_find_unused_parameters = True
         moving = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
         if args.grad_cache_chunk_size and any(moving):
             raise InputError(
