@@ -57,8 +57,8 @@ class FeatureCache:
         """The same for what the text tower makes of sentences."""
         about = {"tower": _without_head(model.config.text_cfg), "quick_gelu": model.config.quick_gelu}
         about |= {"precision": precision, "format": FORMAT}
-        if tokenizer := getattr(model.text, "tokenizer", None):  # one of its own
-            about["tokenizer"] = tokenizer.fingerprint()
+        if tokenizer := model.text.tokenizer.fingerprint():
+            about["tokenizer"] = tokenizer
         return cls(folder, fingerprint(model, model.text, about), model.text.width)
 
     def __len__(self) -> int:

@@ -58,10 +58,8 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         self.sharded = uses_fsdp(args)
         # FSDP counts on every block being called as a whole.
         wrap_towers(model, preprocess.normalize, args.grad_cache_chunk_size, args.fast and not self.sharded)
-        for tower in (model.visual, model.text):
-            learning = (p for p in tower.parameters() if p.requires_grad)
-            if not tower.uses_all_parameters and set(learning) - set(tower.projection.parameters()):
-                args.ddp_find_unused_parameters = True
+        if model.visual.may_skip_parameters or model.text.may_skip_parameters:
+            args.ddp_find_unused_parameters = True
         moving = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
         if args.grad_cache_chunk_size and any(moving):
             raise InputError(

@@ -23,7 +23,7 @@ def test_load_by_name_by_file_and_by_folder(tiny_config, tmp_path):
     assert tokenizer(["a", "b"]).shape == (2, 16)
     with pytest.raises(ValueError, match="'ViT-B/32' is neither a folder nor .* nearest: ViT-B-32"):
         miniclip.load("ViT-B/32")
-    with pytest.raises(ValueError, match="no folder that MiniCLIP saved: there is no config.json"):
+    with pytest.raises(ValueError, match="was not saved by MiniCLIP: it has no config.json"):
         miniclip.load(tmp_path)
 
 
