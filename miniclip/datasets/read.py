@@ -23,9 +23,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from miniclip.datasets.mixture import Mixture, Part, parse_factors
+from miniclip.datasets.mixture import Mixture, parse_factors
 from miniclip.datasets.records import ImageRoot, ReadOptions, check_records, image_fault, image_faults, read_captions
 from miniclip.datasets.shards import Shards, expand
 from miniclip.datasets.tables import Table, is_table, load_table
@@ -73,7 +71,10 @@ def split(source: str | Path) -> list[str]:
 def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     if not source.startswith("hf:") and (first := re.fullmatch(r"(.+)\[:(\d+)\]", source)):
         records, n = _read_one(first[1], options), int(first[2])
-        return records[:n] if isinstance(records, list) else Part(records, np.arange(min(n, len(records))))
+        if isinstance(records, list):
+            return records[:n]
+        records.rows = records.rows[:n]
+        return records
     path = Path(source)
     suffix = path.suffix.lower()
     table = suffix not in READERS and is_table(source)

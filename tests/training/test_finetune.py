@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 import miniclip
 from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.loss import clip_loss
+from miniclip.model import Tower
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.finetune import EMA, EarlyStopping, PatchDropout, hold_statistics, layer_rates, unlock_last
@@ -119,7 +120,8 @@ def parts(tiny_model, caption_set):
     def make(model, callbacks=(), lr_scale=None, ema=None, **arguments):
         arguments = {
             "output_dir": str(caption_set / "run"), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 12,
-            "max_steps": 6, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 3e-3, "warmup_steps": 0, **arguments,
+            "max_steps": 6, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 3e-3, "warmup_steps": 0,
+            **arguments,
         }  # fmt: skip
         args = RunArguments(**arguments)
         dataset = RunDataset(records, preprocess, seed=args.seed)
