@@ -1,6 +1,5 @@
 """Hugging Face datasets: from the hub, from `save_to_disk`, and .parquet and .arrow files."""
 
-import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from miniclip.utils.bad_samples import short
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError, ImageFile
 
-SAVED = ("dataset_info.json", "dataset_dict.json")  # one of them is in a folder that `save_to_disk` wrote
+FILES = (".parquet", ".arrow")
 
 
 def _at_split(source: str) -> tuple[str, str | None]:
@@ -24,16 +23,20 @@ def _at_split(source: str) -> tuple[str, str | None]:
     return (path, name) if path and not os.path.exists(source) and os.path.exists(path) else (source, None)
 
 
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))  # by `save_to_disk`
+
+
+def _files(path: Path) -> list[str]:
+    if path.is_dir():
+        return sorted(str(file) for file in path.iterdir() if file.suffix in FILES)
+    return expand(str(path)) if path.suffix.lower() in FILES else []
+
+
 def is_table(source: str) -> bool:
     """Returns whether a source is read by Hugging Face datasets."""
-    if source.startswith("hf:") or Path(source).suffix.lower() in (".parquet", ".arrow"):
-        return True
     path = Path(_at_split(source)[0])
-    return any((path / name).is_file() for name in SAVED) or any(_files(path))
-
-
-def _files(folder: Path):
-    return itertools.chain(folder.glob("*.parquet"), folder.glob("*.arrow"))
+    return source.startswith("hf:") or path.suffix.lower() in FILES or _is_saved(path) or bool(_files(path))
 
 
 def load_table(source: str, streaming: bool = False):
@@ -42,9 +45,7 @@ def load_table(source: str, streaming: bool = False):
     import datasets  # slow to import
 
     path, part = _at_split(source)
-    files = expand(path) if Path(path).suffix.lower() in (".parquet", ".arrow") else []
-    if os.path.isdir(path) and not any((Path(path) / name).is_file() for name in SAVED):
-        files = sorted(map(str, _files(Path(path))))
+    files = [] if _is_saved(Path(path)) or source.startswith("hf:") else _files(Path(path))
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         raise InputError(f"{missing[0]}: no such file ({len(missing)} of {len(files)} are missing)")
