@@ -32,8 +32,8 @@ CAPTION_KEYS = ("caption", "captions", "text", "texts", "title", "sentences", "s
 VERSION = 2  # of the index: raise it when old ones must be rebuilt
 ROW = np.dtype([("shard", "<i4"), ("header", "<i8"), ("offset", "<i8"), ("size", "<i8"),
                 ("text_offset", "<i8"), ("text_size", "<i8"), ("json", "?")])  # fmt: skip
-COMPRESSED = "compressed shards have no random access: decompress it (gunzip)"
-UNREADABLE = "HEIC images cannot be read: convert it to JPEG or PNG"
+COMPRESSED = "a compressed shard has no random access: decompress it (gunzip)"
+UNREADABLE = "HEIC cannot be read: convert it to JPEG or PNG"
 
 
 def expand(pattern: str) -> list[str]:
@@ -110,19 +110,15 @@ class ShardImage(ImageFile):
         except OSError as error:
             raise ImageError(f"{self}: cannot be read ({error})") from None
 
-    @property
-    def name(self) -> str:
-        """Its name, looked up in the shard: names of millions would fill the memory."""
+    def __str__(self) -> str:
+        """Returns its shard and its name, which is looked up there: names of millions would fill the memory."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.header)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    return tar.next().name
+                    return f"{self.path}: {tar.next().name}"
         except (OSError, tarfile.TarError, AttributeError):
-            return f"byte {self.offset}"
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.name}"
+            return f"{self.path}: byte {self.offset}"
 
 
 class Shards(Sequence):

@@ -29,7 +29,7 @@ def _is_saved(path: Path) -> bool:
 
 def _files(path: Path) -> list[str]:
     if path.is_dir():
-        return sorted(str(file) for file in path.iterdir() if file.suffix in FILES)
+        return sorted(str(file) for suffix in FILES for file in path.glob(f"*{suffix}"))
     return expand(str(path)) if path.suffix.lower() in FILES else []
 
 

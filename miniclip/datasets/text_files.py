@@ -37,13 +37,11 @@ def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list
     """Returns the columns of the image and of the caption among those that are there: as named, or else the first with
     a known name. Raises InputError, `where` in front."""
     there, columns = list(there), []
-    given = ("image", options.image_column, IMAGE_KEYS), ("caption", options.caption_column, TEXT_KEYS)
-    for what, name, known in given:
+    wanted = ("image", options.image_column, IMAGE_KEYS), ("caption", options.caption_column, TEXT_KEYS)
+    for what, name, known in wanted:
         there = [column for column in there if column not in columns]
-        folded, listed = (
-            {str(column).strip().lower(): column for column in reversed(there)},
-            ", ".join(map(repr, there)),
-        )
+        folded = {str(column).strip().lower(): column for column in reversed(there)}
+        listed = ", ".join(map(repr, there))
         found = [folded[key] for key in known if key in folded] if name is None else [name]
         if name is not None and name not in there:
             raise ColumnError(f"{where}: there is no column {name!r}, only {listed}")
@@ -116,17 +114,16 @@ def _read_table_text(path: Path, options: ReadOptions) -> Raw:
     text = text if "\n" in text else text.replace("\r", "\n")  # an old Mac's
     header = text.partition("\n")[0].rstrip("\r")
     csv.field_size_limit(1 << 24)
-    fault, columns = None, None
+    faults = []
     for delimiter in sorted("\t,;", key=header.count, reverse=True):
         try:  # OpenCLIP's .csv files have tabs: the separator is the one that gives both columns
             head = next(csv.reader([header], delimiter=delimiter, strict=True), [])
-            columns = find_columns(head, options, str(path))
+            places = [head.index(column) for column in find_columns(head, options, str(path))]
             break
         except (InputError, csv.Error) as error:
-            fault = fault or (error if isinstance(error, InputError) else f"{path}: {error}")
-    if columns is None:
-        raise CaptionFileError(f"{fault} (the first line names the columns, separated by tab, comma or semicolon)")
-    places = [head.index(column) for column in columns]
+            faults.append(error if isinstance(error, InputError) else f"{path}: {error}")
+    else:
+        raise CaptionFileError(f"{faults[0]} (the first line names the columns, separated by tab, comma or semicolon)")
 
     def rows():
         # Strictly: otherwise a lone quote at the start of a cell would swallow all up to the next one.
