@@ -1,5 +1,6 @@
 """Hugging Face datasets: from the hub, from `save_to_disk`, and .parquet and .arrow files."""
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -134,17 +135,16 @@ class Table(Sequence):
         if isinstance(dataset.features[self.columns[0]], datasets.Image):
             dataset = dataset.cast_column(self.columns[0], datasets.Image(decode=False))
         self.images, self.texts = (dataset.select_columns([column]) for column in self.columns)
-        good, problems, row = [], [], 0
-        for batch in self.texts.iter(1000):
-            for value in batch[self.columns[1]]:
-                try:
-                    check_captions(captions_in(value), "text")
-                    good.append(row)
-                except InputError as error:
-                    problems.append((f"row {row}", str(error)))
-                row += 1
+        good, problems = [], []
+        texts = (batch[self.columns[1]] for batch in self.texts.iter(1000))
+        for row, value in enumerate(itertools.chain.from_iterable(texts)):
+            try:
+                check_captions(captions_in(value), "text")
+                good.append(row)
+            except InputError as error:
+                problems.append((f"row {row}", str(error)))
         self.rows = np.array(good, np.int64)
-        what = f"{len(problems)} of {row} rows cannot be used"
+        what = f"{len(problems)} of {len(self.texts)} rows cannot be used"
         options.report(source, what, problems, len(good), f"{source}: ")
         if not good:
             raise InputError(f"{source}: it has no rows")
