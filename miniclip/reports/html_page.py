@@ -84,12 +84,10 @@ def write_report(path: str | Path, e: Evaluation) -> Path:
         examples = pick_examples(e.images, e.texts, e.results["text_to_image"], e.image_of_text)
         draw_report(path, log_history, examples, title)
         return path
-    sections = [header(e), metrics_section(e), recall_section(e), histogram_section(e), temperature_section(e)]
-    sections += [
-        training_section(log_history),
-        queries_section(e.results, e.similar, e.images, e.texts, e.image_of_text),
-    ]
-    write_page(path, title, "\n".join(filter(None, [*sections, metadata_section(e.metadata)])))
+    sections = [part(e) for part in (header, metrics_section, recall_section, histogram_section, temperature_section)]
+    gallery = queries_section(e.results, e.similar, e.images, e.texts, e.image_of_text)
+    sections += [training_section(log_history), gallery, metadata_section(e.metadata)]
+    write_page(path, title, "\n".join(filter(None, sections)))
     return path
 
 
@@ -239,7 +237,7 @@ def training_section(log_history: list[dict]) -> str:
         curves = {name: points for name, points in curves.items() if len(points) > 1}
         if curves:
             figures.append(f"<figure><h3>{title}</h3>{training_svg(title, curves, share)}</figure>")
-    note = fill("note") if any(recalls.values()) else ""
+    note = fill("note") if max(map(len, recalls.values())) > 1 else ""
     return fill("training", figures="".join(figures), note=note) if figures else ""
 
 
