@@ -46,26 +46,27 @@ def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list
         if name is not None and name not in there:
             raise ColumnError(f"{where}: there is no column {name!r}, only {listed}")
         if not found:
-            raise InputError(f"{where}: which column has the {what}? Name it with --{what}_column: {listed}")
+            raise InputError(f"{where}: which column has the {what}? Name both with --columns. There are {listed}")
         if len(found) > 1:
             logger.warning("%s: using column %r for the %s, not %r", where, found[0], what, found[1])
         columns.append(found[0])
     return columns
 
 
-def _column(given: str | None, known: Iterable[str], there: Sequence[str], where: str, what: str) -> str:
-    listed = ", ".join(map(repr, there))
-    if given is not None:
-        if given not in there:
-            raise ColumnError(f"{where}: there is no column {given!r}, only {listed}")
-        return given
-    folded = {str(name).strip().lower(): name for name in reversed(there)}
-    found = [folded[name] for name in known if name in folded]
-    if not found:
-        raise InputError(f"{where}: which column has the {what}? Name both with --columns. There are {listed}")
-    if len(found) > 1:
-        logger.warning("%s: using column %r for the %s, not %r", where, found[0], what, found[1])
-    return found[0]
+def _renamed(path: Path, rows: Iterable[tuple], options: ReadOptions) -> Iterator[tuple]:
+    """Yields (name, record) with the keys `image` and `caption`, or with an InputError in the place of a record."""
+    columns = None
+    for name, record in rows:
+        if isinstance(record, dict):
+            columns = columns or find_columns(record, options, f"{path}, {name}")
+            missing = [column for column in columns if column not in record]
+            if missing:
+                record = InputError(f"there is no {missing[0]!r} in it: {short(record)}")
+            else:
+                record = {"image": record[columns[0]], "caption": captions_in(record[columns[1]])}
+        elif not isinstance(record, InputError):
+            record = InputError(f"expected an object, found {short(record)}")
+        yield name, record
 
 
 def _grouped(path: Path, rows: Iterable[tuple]) -> Raw:
