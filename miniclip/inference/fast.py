@@ -81,9 +81,8 @@ def plain_reason(tower: Tower) -> str | None:
         if of_tower and not isinstance(tower, owner):
             continue
         function = getattr(kind if of_tower else owner, name)
-        code = getattr(function, "__code__", None)
         replaced = (of_tower and name in vars(tower)) or function.__module__ != Tower.__module__
-        if replaced or fingerprint(code) != expected:
+        if replaced or fingerprint(function, getattr(function, "__code__", None)) != expected:
             return f"{owner.__name__}.{name} differs from the code that inference/fast.py was written for"
     if kind is VisionTransformer:
         conv = tower.conv1
@@ -120,9 +119,9 @@ def _changed(module: nn.Module | None, types: tuple[type, ...], parts: dict) -> 
 
 
 @cache
-def fingerprint(code: CodeType | None) -> str | None:
-    """A hash of a function's source that comments, docstring and layout have no part in; None where there is no source,
-    or another one than what runs, because the file was edited since."""
+def fingerprint(function: Callable, code: CodeType | None) -> str | None:
+    """A hash of the source of a function (and its `__code__`) without comments, docstring and layout. None if there is
+    no source, or if it is not what runs because the file was edited since."""
     try:
         if code not in _compiled("".join(inspect.findsource(code)[0])):
             return None
