@@ -41,7 +41,7 @@ class FeatureCache:
     def __init__(self, folder: str | Path | None, fingerprint: str, width: int):
         self.folder = None if folder is None else Path(folder) / fingerprint[:32]
         self.row = np.dtype([("key", "V32"), ("features", "<f4", (width,))])
-        self.found, self.added = {}, {}  # key -> (array, row in it), key -> features (W,)
+        self.known, self.added = {}, {}  # key -> features (W,): all, and those not yet written
         self.reused = 0  # the number of lookups
         for part in sorted(self.folder.glob("*.npy")) if self.folder else ():
             self._read(part)
@@ -69,22 +69,21 @@ class FeatureCache:
         return cls(folder, fingerprint(model, tower, about), tower.width)
 
     def __len__(self) -> int:
-        return len(self.found) + len(self.added)
+        return len(self.known)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self.added or key in self.found
+        return key in self.known
 
     def __getitem__(self, key: bytes) -> np.ndarray:
         """Features (W,) float32."""
         self.reused += 1
-        if key in self.added:
-            return self.added[key]
-        array, row = self.found[key]
-        return array[row]
+        return self.known[key]
 
     def update(self, items: Iterable[tuple[bytes, np.ndarray]]):
         """Adds features (W,) by their keys. They are written by `save`, and whenever a part is full."""
-        self.added.update((key, features.copy()) for key, features in items)
+        items = {key: features.copy() for key, features in items}
+        self.known |= items
+        self.added |= items
         if len(self.added) >= PART:
             self.save()
 
@@ -100,7 +99,6 @@ class FeatureCache:
         write_npy(scratch, part.dtype, part.shape, [part])
         sync(scratch)
         os.replace(scratch, self.folder / f"{sha256(scratch)}.npy")
-        self.found |= {key: (part["features"], row) for row, key in enumerate(self.added)}
         self.added = {}
 
     def _read(self, path: Path):
@@ -110,8 +108,8 @@ class FeatureCache:
         part = np.load(path, mmap_mode="r", allow_pickle=False)
         if part.dtype != self.row:
             raise InputError(f"{path} holds no features of this width ({self.row}): delete it")
-        keys, features = part["key"].tobytes(), part["features"]
-        self.found |= {keys[32 * row : 32 * row + 32]: (features, row) for row in range(len(part))}
+        keys, features = part["key"].tobytes(), np.asarray(part["features"])
+        self.known |= {keys[32 * row : 32 * row + 32]: features[row] for row in range(len(part))}
 
 
 def file_key(path) -> bytes:
