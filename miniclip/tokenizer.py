@@ -123,7 +123,7 @@ class Tokenizer:
     `truncated` counts the captions cut so far, by this object: a DataLoader worker counts in its own copy.
     """
 
-    sot_token_id, eot_token_id, vocab_size, pad_token_id = 49406, 49407, 49408, 0
+    sot_token_id, eot_token_id, vocab_size, pad_token_id, unk_token_id = 49406, 49407, 49408, 0, None
 
     def __init__(self, context_length: int = 77):
         self.context_length, self.truncated = context_length, 0

@@ -20,7 +20,7 @@ class HfTokenizer:
     def __init__(self, tokenizer, context_length: int):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not go well
         self.tokenizer, self.context_length, self.truncated = tokenizer, context_length, 0
-        self.pad_token_id = tokenizer.pad_token_id
+        self.pad_token_id, self.unk_token_id = tokenizer.pad_token_id, tokenizer.unk_token_id
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one caption: no special tokens, and never cut."""
