@@ -122,7 +122,7 @@ def fingerprint(model: MiniClip, tower: nn.Module, about: dict) -> str:
         raise InputError("features are known by the weights of a model as it was loaded: give it without a precision")
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
-        if name.partition(".")[0] not in ("proj", "text_projection"):
+        if name.partition(".")[0] != tower.projection_name:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -306,6 +306,40 @@ def test_a_batch_in_chunks_has_the_same_gradients(encoders):
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
+def test_activation_checkpointing_changes_no_gradient(encoders):
+    """Each layer of both encoders runs twice, every other one with every_n_layers=2. A frozen tower is left alone."""
+    model, _, tokenizer = miniclip.load(encoders)
+    model.train()
+    pixels, ids = torch.randn(6, 3, 32, 32), tokenizer(WORDS[:6], trim=True)
+    computed = []
+    for number, block in enumerate([*model.visual.blocks, *model.text.blocks]):
+        next(m for m in block.modules() if isinstance(m, torch.nn.LayerNorm)).register_forward_pre_hook(
+            lambda *_, number=number: computed.append(number)
+        )
+    gradients, runs = [], []
+    for enable in (None, {}, {"every_n_layers": 2}):
+        if enable is not None:
+            model.activation_checkpointing_enable(**enable)
+        torch.manual_seed(0)  # of the dropout
+        model.zero_grad()
+        computed.clear()
+        miniclip.clip_loss(*model(pixels, ids)[:3]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        runs.append([computed.count(number) for number in range(6)])
+    assert all(torch.allclose(gradients[0], other, atol=1e-6) for other in gradients[1:])
+    assert runs == [[1] * 6, [2] * 6, [2, 1, 2, 2, 1, 2]]
+
+
+def test_activation_checkpointing_that_is_not_possible_is_refused(tmp_path):
+    save_image_encoder(tmp_path / "resnet", "resnet")
+    model, *_ = miniclip.load(save_config(tmp_path / "c.json", {"hf_model_name": str(tmp_path / "resnet")}))
+    with pytest.raises(InputError, match="image tower .* does not support activation checkpointing: remove"):
+        model.gradient_checkpointing_enable()
+    model.visual.trunk.requires_grad_(False)
+    model.gradient_checkpointing_enable()
+    assert model.text.checkpoint_every == 1
+
+
 def test_pretrained_towers_are_locked_unless_asked_otherwise(encoders, tmp_path):
     def locks(*argv):
         options, args = parse_train(["--model_config", str(encoders), "--output_dir", str(tmp_path / "o"), *argv])
