@@ -84,9 +84,9 @@ def make_layout(layout: str, rows=CLIP_ROWS) -> dict[str, tuple[str, str]]:
     "visual.proj.weight": ("visual.proj", "transpose")
     """
     column, image, text, scale = LAYOUTS[layout]
-    rules = {"logit_scale": (scale, "scalar")} | (
-        {"logit_bias": ("logit_bias", "scalar")} if layout in WITH_BIAS else {}
-    )
+    rules = {"logit_scale": (scale, "scalar")}
+    if layout in WITH_BIAS:
+        rules["logit_bias"] = "logit_bias", "scalar"
     for tower, prefix, tower_rows in zip(("visual.", "text."), (image, text), rows):
         for row in tower_rows:
             name, _, operation = row[column].partition(" | ")

@@ -52,7 +52,10 @@ def convert(
     if config is None and to != "openclip":  # whose files do not contain the config
         raise CheckpointError(f"{source}: {reason}: name one with --model_config")
     name = "" if config is None else f", {ACTIVATION_NAMES[config.quick_gelu]}"
-    model = shapes(config or MiniClipConfig.from_dict(infer_config(checkpoint.weights)))
+    sizes = config or MiniClipConfig.from_dict(infer_config(checkpoint.weights))
+    if "logit_bias" in checkpoint.weights:  # trained with SigLIP's loss
+        sizes.init_logit_bias = checkpoint.weights["logit_bias"].item()
+    model = shapes(sizes)
     weights = fit_weights(checkpoint.weights, model.state_dict(), source)
     if config and checkpoint.quick_gelu not in (None, config.quick_gelu):
         theirs, ours = ACTIVATION_NAMES[checkpoint.quick_gelu], ACTIVATION_NAMES[config.quick_gelu]

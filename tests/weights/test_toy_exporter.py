@@ -11,7 +11,8 @@ from transformers import CLIPImageProcessorPil
 import miniclip
 from miniclip.commands.convert import main
 from miniclip.model import MiniClip
-from miniclip.utils.errors import InputError
+from miniclip.utils.errors import CheckpointError, InputError
+from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import EXPORTERS, convert
 
 
@@ -60,3 +61,14 @@ def test_resize_256_crop_224_survives_conversion(tiny_config, tmp_path):
     image = Image.fromarray(noise).resize((500, 400), Image.Resampling.BICUBIC)
     theirs = CLIPImageProcessorPil.from_pretrained(tmp_path / "again")(image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(preprocess(image), torch.as_tensor(theirs), atol=1e-5, rtol=1e-5)
+
+
+def test_the_bias_of_siglips_loss_is_kept(tiny_config, tmp_path):
+    tiny_config.init_logit_bias = -10.0
+    model = MiniClip(tiny_config)
+    model.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b.pt", "openclip")
+    convert(tmp_path / "b.pt", tmp_path / "c.safetensors", "openclip")  # without a config
+    assert read_state_dict(tmp_path / "c.safetensors")["logit_bias"].item() == -10
+    with pytest.raises(CheckpointError, match="unknown logit_bias"):
+        convert(tmp_path / "a", tmp_path / "d", "hf")
