@@ -23,7 +23,7 @@ from miniclip.checkpoint import IMAGE_ROWS, TEXT_ROWS
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
 from miniclip.tokenizer import BaseTokenizer, Tokenizer
 from miniclip.utils.errors import InputError
-from miniclip.utils.weight_files import check_model_folder, load_state_dict, read_state_dict, write_model_folder
+from miniclip.utils.weight_files import read_model_folder, write_model_folder
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper keeps the scale at 100 or less, "to prevent training instability"
 
@@ -299,10 +299,6 @@ class MiniClip(nn.Module):
         """The same, by the name that older versions of Trainer call."""
         self.activation_checkpointing_enable()
 
-    def key_rows(self) -> tuple[list, list]:
-        """The rows of both towers, as checkpoint.py's functions take them."""
-        return self.visual.key_rows(), self.text.key_rows()
-
     @torch.no_grad()
     def init_parameters(self):
         """Draws the weights to start training from, with the standard deviations of OpenAI's code."""
@@ -316,17 +312,14 @@ class MiniClip(nn.Module):
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None):
         """Writes `config.json` (sizes, activation, preprocessing), `model.safetensors` and their `manifest.json` into
         a folder, each atomically. What was there stays until all of the new is written."""
-        save_tower_files = self.visual.save_files, self.text.save_files
-        write_model_folder(directory, self.config.to_dict(), state_dict or self.state_dict(), save_tower_files)
+        others = self.visual.save_files, self.text.save_files
+        write_model_folder(Path(directory), self.config.to_dict(), state_dict or self.state_dict(), others)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
         """Reads a folder that `save_pretrained` wrote, bit for bit, in evaluation mode. Raises InputError for a missing
         or damaged file and RuntimeError for missing, unexpected or misshapen weights."""
-        config = check_model_folder(directory)
-        with torch.device("meta"):  # shapes alone; the numbers, and their precision, are the file's
-            model = cls(MiniClipConfig.from_json(config))
-        load_state_dict(model, read_state_dict(config.with_name("model.safetensors")), directory)
-        model.visual.load_files(config.parent)
-        model.text.load_files(config.parent)
+        model = read_model_folder(Path(directory), lambda config: cls(MiniClipConfig.from_json(config)))
+        model.visual.load_files(Path(directory))
+        model.text.load_files(Path(directory))
         return model.eval()

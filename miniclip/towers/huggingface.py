@@ -138,8 +138,8 @@ class HfTower(Tower):
         return any(p.requires_grad for p in self.trunk.parameters())  # an encoder has parts that nothing here reads
 
     def checkpoint_activations(self, every: int):
-        if not any(p.requires_grad for p in self.trunk.parameters()):
-            return  # there is no backward pass
+        if not self.may_skip_parameters:
+            return  # frozen: there is no backward pass
         if isinstance(self.trunk, PackagedEncoder) or not self.trunk.supports_gradient_checkpointing:
             raise InputError(
                 f"the {self.kind} tower ({type(self.trunk).__name__}) does not support activation checkpointing: remove"

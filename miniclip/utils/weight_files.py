@@ -310,10 +310,9 @@ def shorten(names: Iterable[str]) -> str:
     return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "") or "none"
 
 
-def write_model_folder(directory: str | Path, config: dict, weights: dict[str, Tensor], others: Iterable[Callable]):
+def write_model_folder(directory: Path, config: dict, weights: dict[str, Tensor], others: Iterable[Callable]):
     """Writes `config.json`, `model.safetensors`, what the functions `others` write into the folder (a tokenizer, below
     `tokenizer/`) and `manifest.json`. The first two replace the old ones together, after all is written."""
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
     with replacing(directory / "config.json") as file, replacing(directory / "model.safetensors") as tensors:
@@ -326,15 +325,17 @@ def write_model_folder(directory: str | Path, config: dict, weights: dict[str, T
     write_manifest(directory, ["config.json", "model.safetensors", *tokenizer])
 
 
-def check_model_folder(directory: str | Path) -> Path:
-    """Returns the path of the config in a folder that `write_model_folder` wrote. Raises InputError for another folder
-    and DamagedFile for a changed file; the weights are checked when they are read."""
-    directory = Path(directory)
+def read_model_folder(directory: Path, make: Callable[[Path], nn.Module]) -> nn.Module:
+    """The model in a folder that `write_model_folder` wrote. `make` builds it from the path of its config. Raises
+    InputError for another folder, DamagedFile for a changed file, and what `load_state_dict` raises."""
     for name in ("config.json", "model.safetensors"):
         if not (directory / name).is_file():
             raise InputError(f"{directory} was not saved by MiniCLIP: it has no {name}")
     check_manifest(directory, ["config.json", "tokenizer"])
-    return directory / "config.json"
+    with torch.device("meta"):  # shapes alone; the numbers, and their precision, are the file's
+        model = make(directory / "config.json")
+    load_state_dict(model, read_state_dict(directory / "model.safetensors"), directory)
+    return model
 
 
 def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str | Path):

