@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import miniclip
+from miniclip.checkpoint import from_miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.fast import fast_model
@@ -114,6 +115,9 @@ def test_outputs_are_those_of_openclip_with_the_same_weights(case, tmp_path):
     load_weights(model, file)
     texts = model.encode_text(torch.tensor(case["input_ids"]))
     images = model.encode_image(draw("pixel_values", [2, 3, 16, 16]))
+    back = from_miniclip(model.state_dict(), "custom_text", (model.visual.key_rows(), model.text.key_rows()))
+    assert all(torch.equal(tensor, draw(name, tensor.shape)) for name, tensor in back.items())
+    assert back.keys() == {name for name in case["shapes"] if not name.endswith("position_ids")}
     torch.testing.assert_close(texts, torch.tensor(case["text_embeds"]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(images, torch.tensor(case["image_embeds"]), atol=1e-5, rtol=1e-5)
 
@@ -465,7 +469,7 @@ def test_inheriting_is_for_own_towers(encoders, tiny_config):
     ({"text_cfg": {"hf_model_name": "{bert}", "hf_proj_type": "none", "context_length": 16}}, "32 wide"),
     ({"text_cfg": {"hf_model_name": "{bert}", "hf_pooler_type": "median"}}, "hf_pooler_type is none of"),
     ({"text_cfg": {"hf_pooler": "mean"}}, "unknown field 'hf_pooler'; .*hf_pooler_type"),
-    ({"text_cfg": {"hf_model_name": "{vit}", "hf_tokenizer_name": "{bert}"}}, "is no text encoder"),
+    ({"text_cfg": {"hf_model_name": "{vit}", "hf_tokenizer_name": "{bert}"}}, "is not a text encoder"),
     ({"text_cfg": {"hf_model_name": "{bert}", "hf_tokenizer_name": "{other}", "context_length": 16}}, "do not belong"),
 ])  # fmt: skip
 def test_what_cannot_be_is_said(change, message, encoders, tmp_path):
