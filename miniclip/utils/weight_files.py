@@ -327,13 +327,17 @@ def write_model_folder(directory: Path, config: dict, weights: dict[str, Tensor]
     write_manifest(directory, ["config.json", "model.safetensors", *tokenizer])
 
 
-def check_model_folder(directory: Path):
-    """Raises InputError for a folder that `write_model_folder` did not write, DamagedFile for one that has changed. The
-    weights are checked when they are read."""
+def read_model_folder(directory: Path, make: Callable[[Path], nn.Module]) -> nn.Module:
+    """The model in a folder that `write_model_folder` wrote. `make` builds it from the path of its config. Raises
+    InputError for another folder, DamagedFile for a changed file, and what `load_state_dict` raises."""
     for name in ("config.json", "model.safetensors"):
         if not (directory / name).is_file():
             raise InputError(f"{directory} was not saved by MiniCLIP: it has no {name}")
     check_manifest(directory, ["config.json", "tokenizer"])
+    with torch.device("meta"):  # shapes alone; the numbers, and their precision, are the file's
+        model = make(directory / "config.json")
+    load_state_dict(model, read_state_dict(directory / "model.safetensors"), directory)
+    return model
 
 
 def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str | Path):
