@@ -1,8 +1,11 @@
 """Options of `evaluate.py`. Nothing here imports torch, so that `--help` is fast."""
 
+import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from miniclip.utils.command_line import FLAGS, HELP, option
+from miniclip.utils.command_line import FLAGS, HELP, make_parser, option
 
 
 @dataclass
@@ -38,3 +41,41 @@ class EvalOptions:
         "folder for report.html (or a name ending in .html): metrics, curves, best and worst queries; a name ending in "
         ".png gets the training curves and a few searches as an image",
     )
+
+    def problems(self):
+        """Yields what is wrong with the options and what to do about it."""
+        if not self.features and not (self.model and self.eval_file):
+            yield "give --model and --eval_file, or --features"
+        if self.features and self.model:
+            yield "--features are measured without a model: remove --model"
+        for kind in ("image", "text") if self.features else ():
+            if not (Path(self.features) / f"{kind}.npy").is_file():
+                yield f"there is no {kind}.npy in {self.features}"
+        if self.report and not self.eval_file:
+            yield "--report shows images: add --eval_file"
+        if self.report and Path(self.report).is_file() and Path(self.report).suffix.lower() not in REPORTS:
+            yield f"--report takes a folder, or a name that ends in .html or .png: {self.report} is a file"
+
+    def result_file(self) -> Path:
+        """The JSON file to write; its folder is created."""
+        beside = Path(self.model if self.model and Path(self.model).is_dir() else "")
+        name = re.sub(r"[{}*?:]+", "_", Path(self.eval_file or self.features).stem)
+        name += "_first" if self.captions == "first" else ""
+        path = Path(self.output_file or beside / f"retrieval_{name}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+REPORTS = (".html", ".htm", ".png")
+
+
+def parse_evaluate(argv: list[str]) -> EvalOptions:
+    """Reads evaluate.py's command line; without any arguments, prints the help."""
+    parser = make_parser(EvalOptions, prog="evaluate.py")
+    if not argv:
+        parser.print_help()
+        sys.exit()
+    options = EvalOptions(**vars(parser.parse_args(argv)))
+    for problem in options.problems():
+        parser.error(problem)
+    return options

