@@ -215,7 +215,7 @@ def test_the_best_model_is_the_best_by_any_metric(metric, greater, tmp_path):
         metric_for_best_model=metric,
     )  # fmt: skip
     assert (args.metric_for_best_model, args.greater_is_better) == (metric or "mean_recall", greater)
-    with pytest.raises(ValueError, match="'text_to_image_R1' is none of .*text_to_image_R@1"):
+    with pytest.raises(ValueError, match="'text_to_image_R1' is not one of .*text_to_image_R@1"):
         ClipTrainingArguments(str(tmp_path), use_cpu=True, metric_for_best_model="text_to_image_R1")
 
 
