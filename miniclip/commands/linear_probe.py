@@ -1,43 +1,53 @@
-"""TODO docstring."""
+"""Linear probe: few-shot classification by logistic regression on image embeddings.
+
+Reads labelled examples and held-out images, both in class folders, and writes linear_probe.json, linear_probe.md and
+probe.npz to --output_dir.
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
-from miniclip.classify.linear_probe import draw_shots, probe
-from miniclip.classify.pictures import choose_classes, embed_pictures, find_pictures
-from miniclip.classify.prompts import TEMPLATES, read_classes, read_templates
-from miniclip.classify.zero_shot import build_zero_shot_classifier
-from miniclip.commands.common import common_options, open_model
+from miniclip.commands.common import (
+    open_model,
+    read_class_flags,
+    report_bad_samples,
+    share_class_flags,
+    share_image_flags,
+)
+from miniclip.utils.command_line import Parser, at_least
 from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        "python -m miniclip linear_probe", description="Classifies by logistic regression on image embeddings."
-    )
-    parser.add_argument("--train", required=True, help="examples: a folder with a folder for each class")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="examples of a class, as many")
-    parser.add_argument("--seeds", type=int, default=3, help="how often examples are drawn; the mean is said")
-    parser.add_argument("--classes", help="words of the classes, for zero-shot; the folders' names unless given")
-    parser.add_argument("--templates", help="a file of sentences with {} for the class name")
-    parser.add_argument("--language", default="en", choices=list(TEMPLATES), help="of classes and templates")
-    common_options(parser, "linear_probe")
+    example = "miniclip linear_probe --model runs/mine --examples labelled --images held_out"
+    parser = Parser("miniclip linear_probe", description=__doc__, example=example)
+    parser.add_argument("--examples", required=True, help="labelled images to learn from: a folder of class folders")
+    shots = "numbers of examples per class to try (default: 1 2 4 8 16)"
+    parser.add_argument("--shots", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16], help=shots)
+    seeds = "number of random draws; the mean is reported (default: %(default)s)"
+    parser.add_argument("--seeds", type=at_least(1), default=3, help=seeds)
+    share_class_flags(parser)
+    share_image_flags(parser, "linear_probe")
     options = parser.parse_args(argv)
-    if min(options.shots) < 1 or options.seeds < 1:
-        raise InputError("--shots and --seeds are 1 or more")
-    given = read_classes(options.classes, options.language) if options.classes is not None else None
-    examples, pictures = find_pictures([options.train]), find_pictures(options.images)
+
+    from miniclip.classify.linear_probe import draw_shots, probe
+    from miniclip.classify.pictures import choose_classes, embed_pictures, find_pictures
+    from miniclip.classify.zero_shot import build_zero_shot_classifier
+
+    given, templates = read_class_flags(options)
+    examples, pictures = find_pictures([options.examples]), find_pictures(options.images)
     classes, labels = choose_classes(given, [folder for _, folder in examples], options.language)
     _, truth = choose_classes(classes, [folder for _, folder in pictures], options.language)
-    for what, found in (("--train", labels), ("--images", truth)):
+    for what, found in (("--examples", labels), ("--images", truth)):
         if found is None:
-            raise InputError(f"{what}: expected a folder with a folder for each of the classes {', '.join(classes)}")
+            raise InputError(f"{what}: expected a folder with one folder for each of the classes {', '.join(classes)}")
     both = {os.path.realpath(path) for path, _ in examples} & {os.path.realpath(path) for path, _ in pictures}
     if both:
-        raise InputError(f"{len(both)} pictures are both in --train and in --images: {min(both)}: not held out")
+        raise InputError(
+            f"{len(both)} images are both in --examples and in --images, such as {min(both)}. Hold them out of one"
+        )
 
     import numpy as np
     import torch
@@ -48,13 +58,12 @@ def main(argv: list[str]):
 
     model, preprocess, tokenizer = open_model(options)
     bad_samples, n = BadSamples(), len(classes)
-    templates = read_templates(options.templates) if options.templates else TEMPLATES[options.language]
     start = build_zero_shot_classifier(model, tokenizer, list(classes.values()), templates)
     rows = [(path, row) for (path, _), row in zip(examples, labels)]
     rows, features = embed_pictures(options, model, preprocess, rows, bad_samples)
     labels = np.array([row for _, row in rows])
     if missing := [name for row, name in enumerate(classes) if row not in labels]:
-        raise InputError(f"--train {options.train}: there is no example of {missing[0]!r} that can be used")
+        raise InputError(f"--examples {options.examples}: no usable example of {missing[0]!r}")
     rows = [(path, row) for (path, _), row in zip(pictures, truth)]
     rows, held_out = embed_pictures(options, model, preprocess, rows, bad_samples)
     truth, scale = np.array([row for _, row in rows]), model.logit_scale.exp().item()
@@ -89,6 +98,4 @@ def main(argv: list[str]):
     print("\n".join(lines))
     everything = f"all {len(labels)} examples, starting from zero-shot: top1 {100 * about['all_examples']['top1']:.1f}"
     print(f"{everything}. Written: linear_probe.json, linear_probe.md, probe.npz in {folder}")
-    bad_samples.open(folder / NAME)
-    if bad_samples:
-        print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
+    report_bad_samples(bad_samples, folder / NAME)

@@ -1,52 +1,51 @@
-"""TODO docstring."""
+"""Moderation: whether images show a thing, or something that should not be shown.
+
+Reads images, and writes moderation.json and moderation.md to --output_dir.
+"""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from miniclip.classify.moderate import (
-    CATEGORIES,
-    HARMLESS,
-    REVIEW,
-    THRESHOLD,
-    ask,
-    banned,
-    calibrate,
-    category_scores,
-    decide,
-    read_categories,
-)
-from miniclip.classify.pictures import embed_pictures, find_pictures
-from miniclip.commands.common import cell, common_options, open_model
+from miniclip.commands.common import cell, open_model, report_bad_samples, share_image_flags
+from miniclip.utils.command_line import Parser
 from miniclip.utils.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        "python -m miniclip moderate", description="Asks of pictures whether they show a thing, or may be shown."
+    example = 'miniclip moderate --model runs/mine --images photos --ask "a dog"'
+    parser = Parser("miniclip moderate", description=__doc__, example=example)
+    parser.add_argument("--ask", metavar="THING", help='ask a yes/no question: "a dog" (default: all categories)')
+    parser.add_argument("--against", nargs="+", help="texts that stand for no, with --ask (default: a photo, ...)")
+    parser.add_argument("--categories", help="JSON file of categories and their texts (docs/zero_shot.md)")
+    parser.add_argument(
+        "--examples", help="labelled images that set the thresholds: folders yes and no, or by category"
     )
-    parser.add_argument("--ask", metavar="THING", help='a yes/no question: "a dog"; without it, all categories')
-    parser.add_argument("--against", nargs="+", help="texts for the answer no, with --ask (default: a photo, ...)")
-    parser.add_argument("--categories", help="a JSON file of categories and their texts (docs/zero_shot.md)")
-    parser.add_argument("--examples", help="labelled pictures for the thresholds: folders yes and no, or by category")
-    common_options(parser, "moderation")
+    share_image_flags(parser, "moderation")
     options = parser.parse_args(argv)
-    categories = read_categories(options.categories) if options.categories else CATEGORIES
     if options.ask is not None and not options.ask.strip():
-        raise InputError('--ask: say what to ask for: "a dog"')
+        raise InputError('--ask is empty. Name a thing: --ask "a dog"')
     if options.ask and options.categories or options.against and not options.ask:
-        raise InputError("--ask goes with --against, and without --categories")
-    pictures = find_pictures(options.images)
+        raise InputError("--against needs --ask, and --ask excludes --categories")
 
+    from miniclip.classify.moderate import (
+        CATEGORIES,
+        HARMLESS,
+        REVIEW,
+        THRESHOLD,
+        ask,
+        banned,
+        category_scores,
+        decide,
+        read_categories,
+    )
+    from miniclip.classify.pictures import embed_pictures, find_pictures
     from miniclip.classify.prompts import warn_if_illegible
     from miniclip.utils.bad_samples import NAME, BadSamples
     from miniclip.utils.files import write_json, write_text
 
+    categories = read_categories(options.categories) if options.categories else CATEGORIES
+    pictures = find_pictures(options.images)
     model, preprocess, tokenizer = open_model(options)
     bad_samples = BadSamples()
     if options.ask:
@@ -87,15 +86,16 @@ def main(argv: list[str]):
         review = "" if options.ask else f", review from {limits['review']:.3f}"
         print(f"{name}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
     print(f"{counts} of {len(results)} pictures. Written: moderation.json, moderation.md in {folder}")
-    bad_samples.open(folder / NAME)
-    if bad_samples:
-        print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
+    report_bad_samples(bad_samples, folder / NAME)
 
 
 def calibrate_from(folder: str, wanted: list[str], no: str, score, options, model, preprocess, bad_samples) -> dict:
     """The thresholds of each class wanted from labelled pictures: those in the folder named as it, against those in the
     folder `no`. `score(embeds)` gives {name: scores}. Raises InputError where `no`, or all others, are missing."""
     import numpy as np
+
+    from miniclip.classify.moderate import calibrate
+    from miniclip.classify.pictures import embed_pictures, find_pictures
 
     found = find_pictures([folder])
     there = {name for _, name in found}

@@ -1,29 +1,26 @@
-"""TODO docstring."""
+"""Zero-shot classification: which of several classes an image shows, from the class names alone.
+
+Reads images and class names, and writes zero_shot.json and zero_shot.md to --output_dir; for images in class folders
+also the accuracy and confusion.png.
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from miniclip.classify.pictures import choose_classes, embed_pictures, find_pictures
-from miniclip.classify.prompts import (
-    TEMPLATES,
-    describe_legibility,
-    legibility,
-    read_classes,
-    read_templates,
+from miniclip.commands.common import (
+    cell,
+    open_model,
+    read_class_flags,
+    report_bad_samples,
+    share_class_flags,
+    share_image_flags,
 )
-from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
-from miniclip.commands.common import cell, common_options, open_model
-from miniclip.utils.command_line import printable
+from miniclip.utils.command_line import Parser, printable
 from miniclip.utils.errors import InputError
-
-if TYPE_CHECKING:  # all of it is imported when it is used: --help answers at once
-    pass
 
 
 def format_pictures(pictures: list[dict], most: int = 20) -> str:
@@ -53,24 +50,21 @@ def why_no_truth(paths: Sequence[str], pictures: list[tuple[str, str | None]]) -
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        "python -m miniclip zero_shot", description="Tells which of some classes pictures show, from their names."
-    )
-    parser.add_argument("--classes", help="a,b,c; or name=words,...; or a .txt or .json of them (docs/zero_shot.md)")
-    parser.add_argument("--templates", help="a file of sentences with {} for the class name; the language's own unless")
-    parser.add_argument("--language", default="en", help="of classes and templates: en, zh, fr, es (default: en)")
-    common_options(parser, "zero_shot")
+    example = 'miniclip zero_shot --model runs/mine --images photos --classes "dog,cat,horse"'
+    parser = Parser("miniclip zero_shot", description=__doc__, example=example)
+    share_class_flags(parser)
+    share_image_flags(parser, "zero_shot")
     options = parser.parse_args(argv)
-    if options.language not in TEMPLATES and not (options.templates and options.classes):
-        known = ", ".join(TEMPLATES)
-        raise InputError(f"--language {options.language} is none of {known}: give --templates and --classes for it")
-    templates = read_templates(options.templates) if options.templates else TEMPLATES[options.language]
-    pictures = find_pictures(options.images)
-    given = read_classes(options.classes, options.language) if options.classes is not None else None
-    classes, truth = choose_classes(given, [folder for _, folder in pictures], options.language)
 
+    from miniclip.classify.pictures import choose_classes, embed_pictures, find_pictures
+    from miniclip.classify.prompts import describe_legibility, legibility
+    from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
+
+    given, templates = read_class_flags(options)
+    pictures = find_pictures(options.images)
+    classes, truth = choose_classes(given, [folder for _, folder in pictures], options.language)
     if len(classes) == 1:
-        raise InputError("of one class alone every picture is: name others too, or ask by miniclip.moderate --ask")
+        raise InputError("one class alone fits every image. Name more classes, or use miniclip moderate --ask")
 
     import numpy as np
 
@@ -124,6 +118,4 @@ def main(argv: list[str]):
         print(f"{tokenizer.truncated} sentences were cut off at {tokenizer.context_length} tokens")
     speed = [f"{n} {kind} in {seconds[kind]:.1f} s" for kind, n in (("classes", len(names)), ("pictures", len(rows)))]
     print(f"{', '.join(speed)}. Written: {', '.join(written)} in {folder}")
-    bad_samples.open(folder / NAME)
-    if bad_samples:
-        print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
+    report_bad_samples(bad_samples, folder / NAME)

@@ -473,13 +473,13 @@ def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_
     )
     result = json.loads(done.stdout)
     assert len(result["results"]) == 2 and result["results"][0]["rank"] == 1 and "- blue" in result["query"]
-    assert run_script(*SEARCH, "check", index).stdout.endswith("all files are what was written\n")
+    assert run_script(*SEARCH, "check", index).stdout.endswith("all files are intact\n")
     assert "8 vectors" in run_script(*SEARCH, "export", index, "--to", tmp_path / "out").stdout
     merged = run_script(*SEARCH, "merge", index, "--index", tmp_path / "all.mc")
     assert "all.mc: 8 pictures" in merged.stdout
     for words, problem in (
         (["query", tmp_path / "nothing.mc", "x"], "is no index"),
-        (["index", tmp_path / "none", "--index", index], "is no folder"),
+        (["index", tmp_path / "none", "--index", index], "is not a folder"),
         (["index", album.pictures, "--index", tmp_path / "new.mc"], "name the model that is to make it by --model"),
         (["index", album.pictures, "--index", index, "--shard", "3/2"], "--shard 3/2: say"),
     ):  # fmt: skip

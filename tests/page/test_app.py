@@ -286,9 +286,9 @@ def test_uploads_go_after_an_hour_and_have_room(tmp_path):
 
 def test_the_command_shuts_its_process_in(tmp_path):
     program = """
-import socket, miniclip.app as app
+import socket, miniclip.commands.page as app, miniclip.page.server as server
 app.open_page = lambda options: None
-app.serve = lambda *about: socket.create_connection(("192.0.2.1", 9), 0.1)
+server.serve = lambda *about: socket.create_connection(("192.0.2.1", 9), 0.1)
 try:
     app.main(["--model", "x", "--port", "0"])
 except PermissionError as error:
