@@ -1,7 +1,5 @@
 """Flags and steps that several commands share."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from contextlib import contextmanager

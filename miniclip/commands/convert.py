@@ -9,7 +9,7 @@ from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    parser = Parser("miniclip convert", description=__doc__, example="miniclip convert runs/mine mine.pt --to openclip")
+    parser = Parser.command("convert", __doc__, "runs/mine mine.pt --to openclip")
     parser.add_argument("SRC", help="a weight file (.pt, .bin, .safetensors), or a folder of MiniCLIP or Hugging Face")
     parser.add_argument("DST", help="output: a .safetensors or .pt file for openclip, a folder for hf and miniclip")
     parser.add_argument("--to", required=True, choices=("openclip", "hf", "miniclip"), help="library to write for")

@@ -10,8 +10,7 @@ from miniclip.utils.command_line import Parser, at_least
 
 
 def main(argv: list[str]):
-    example = "miniclip convert_data photos/captions.csv 'shards/{000..009}.tar'"
-    parser = Parser("miniclip convert_data", description=__doc__, example=example)
+    parser = Parser.command("convert_data", __doc__, "photos/captions.csv 'shards/{000..009}.tar'")
     parser.add_argument("source", metavar="FROM", help="captions, as --train_file of train.py takes them")
     parser.add_argument(
         "target", metavar="TO", help="output: x.json, .jsonl, .csv, .tsv, x/{000..009}.tar, x/000000.tar"

@@ -12,8 +12,9 @@ from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    example = "miniclip inherit --from ViT-B-32 --pretrained vit_b_32.pt --to small.json --output_dir runs/small"
-    parser = Parser("miniclip inherit", description=__doc__, example=example)
+    parser = Parser.command(
+        "inherit", __doc__, "--from ViT-B-32 --pretrained vit_b_32.pt --to small.json --output_dir runs/small"
+    )
     parser.add_argument("--from", dest="source", required=True, help="the large model: a folder, or a config name")
     parser.share("pretrained")
     parser.add_argument("--to", required=True, help="config of the small model: a name or a .json file")

@@ -4,39 +4,30 @@ Reads labelled examples and held-out images, both in class folders, and writes l
 probe.npz to --output_dir.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
-from miniclip.commands.common import (
-    open_model,
-    read_class_flags,
-    report_bad_samples,
-    share_class_flags,
-    share_image_flags,
-)
+from miniclip.commands import common
 from miniclip.utils.command_line import Parser, at_least
 from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    example = "miniclip linear_probe --model runs/mine --examples labelled --images held_out"
-    parser = Parser("miniclip linear_probe", description=__doc__, example=example)
+    parser = Parser.command("linear_probe", __doc__, "--model runs/mine --examples labelled --images held_out")
     parser.add_argument("--examples", required=True, help="labelled images to learn from: a folder of class folders")
     shots = "numbers of examples per class to try (default: 1 2 4 8 16)"
     parser.add_argument("--shots", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16], help=shots)
     seeds = "number of random draws; the mean is reported (default: %(default)s)"
     parser.add_argument("--seeds", type=at_least(1), default=3, help=seeds)
-    share_class_flags(parser)
-    share_image_flags(parser, "linear_probe")
+    common.share_class_flags(parser)
+    common.share_image_flags(parser, "linear_probe")
     options = parser.parse_args(argv)
 
     from miniclip.classify.linear_probe import draw_shots, probe
     from miniclip.classify.pictures import choose_classes, embed_pictures, find_pictures
     from miniclip.classify.zero_shot import build_zero_shot_classifier
 
-    given, templates = read_class_flags(options)
+    given, templates = common.read_class_flags(options)
     examples, pictures = find_pictures([options.examples]), find_pictures(options.images)
     classes, labels = choose_classes(given, [folder for _, folder in examples], options.language)
     _, truth = choose_classes(classes, [folder for _, folder in pictures], options.language)
@@ -45,9 +36,7 @@ def main(argv: list[str]):
             raise InputError(f"{what}: expected a folder with one folder for each of the classes {', '.join(classes)}")
     both = {os.path.realpath(path) for path, _ in examples} & {os.path.realpath(path) for path, _ in pictures}
     if both:
-        raise InputError(
-            f"{len(both)} images are both in --examples and in --images, such as {min(both)}. Hold them out of one"
-        )
+        raise InputError(f"{len(both)} images are both in --examples and in --images, such as {min(both)}")
 
     import numpy as np
     import torch
@@ -56,7 +45,7 @@ def main(argv: list[str]):
     from miniclip.utils.bad_samples import NAME, BadSamples
     from miniclip.utils.files import replacing, write_json, write_text
 
-    model, preprocess, tokenizer = open_model(options)
+    model, preprocess, tokenizer = common.open_model(options)
     bad_samples, n = BadSamples(), len(classes)
     start = build_zero_shot_classifier(model, tokenizer, list(classes.values()), templates)
     rows = [(path, row) for (path, _), row in zip(examples, labels)]
@@ -98,4 +87,4 @@ def main(argv: list[str]):
     print("\n".join(lines))
     everything = f"all {len(labels)} examples, starting from zero-shot: top1 {100 * about['all_examples']['top1']:.1f}"
     print(f"{everything}. Written: linear_probe.json, linear_probe.md, probe.npz in {folder}")
-    report_bad_samples(bad_samples, folder / NAME)
+    common.report_bad_samples(bad_samples, folder / NAME)

@@ -3,60 +3,48 @@
 Reads images, and writes moderation.json and moderation.md to --output_dir.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
-from miniclip.commands.common import cell, open_model, report_bad_samples, share_image_flags
+from miniclip.commands import common
 from miniclip.utils.command_line import Parser
 from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    example = 'miniclip moderate --model runs/mine --images photos --ask "a dog"'
-    parser = Parser("miniclip moderate", description=__doc__, example=example)
+    parser = Parser.command("moderate", __doc__, '--model runs/mine --images photos --ask "a dog"')
     parser.add_argument("--ask", metavar="THING", help='ask a yes/no question: "a dog" (default: all categories)')
     parser.add_argument("--against", nargs="+", help="texts that stand for no, with --ask (default: a photo, ...)")
     parser.add_argument("--categories", help="JSON file of categories and their texts (docs/zero_shot.md)")
-    parser.add_argument(
-        "--examples", help="labelled images that set the thresholds: folders yes and no, or by category"
-    )
-    share_image_flags(parser, "moderation")
+    parser.add_argument("--examples", help="labelled images to set thresholds: folders yes and no, or by category")
+    common.share_image_flags(parser, "moderation")
     options = parser.parse_args(argv)
     if options.ask is not None and not options.ask.strip():
         raise InputError('--ask is empty. Name a thing: --ask "a dog"')
     if options.ask and options.categories or options.against and not options.ask:
         raise InputError("--against needs --ask, and --ask excludes --categories")
 
-    from miniclip.classify.moderate import (
-        CATEGORIES,
-        HARMLESS,
-        REVIEW,
-        THRESHOLD,
-        ask,
-        banned,
-        category_scores,
-        decide,
-        read_categories,
-    )
+    from miniclip.classify import moderate as rules
     from miniclip.classify.pictures import embed_pictures, find_pictures
     from miniclip.classify.prompts import warn_if_illegible
     from miniclip.utils.bad_samples import NAME, BadSamples
     from miniclip.utils.files import write_json, write_text
 
-    categories = read_categories(options.categories) if options.categories else CATEGORIES
+    categories = rules.read_categories(options.categories) if options.categories else rules.CATEGORIES
     pictures = find_pictures(options.images)
-    model, preprocess, tokenizer = open_model(options)
+    model, preprocess, tokenizer = common.open_model(options)
     bad_samples = BadSamples()
     if options.ask:
         wanted, no = ["yes"], "no"
         warn_if_illegible(tokenizer, [options.ask])
-        score = lambda embeds: {"yes": ask(model, tokenizer, embeds, options.ask, options.against)}  # noqa: E731
+        score = lambda embeds: {"yes": rules.ask(model, tokenizer, embeds, options.ask, options.against)}  # noqa: E731
     else:
-        wanted, no = banned(categories), HARMLESS
+        wanted, no = rules.banned(categories), rules.HARMLESS
         warn_if_illegible(tokenizer, wanted)
-        score = lambda embeds: category_scores(model, tokenizer, embeds, categories)  # noqa: E731
-    thresholds = {name: {"threshold": THRESHOLD, "review": THRESHOLD if options.ask else REVIEW} for name in wanted}
+        score = lambda embeds: rules.category_scores(model, tokenizer, embeds, categories)  # noqa: E731
+    thresholds = {
+        name: {"threshold": rules.THRESHOLD, "review": rules.THRESHOLD if options.ask else rules.REVIEW}
+        for name in wanted
+    }
     if options.examples:
         about = (wanted, no, score, options, model, preprocess, bad_samples)
         thresholds |= calibrate_from(options.examples, *about)
@@ -68,12 +56,12 @@ def main(argv: list[str]):
         if options.ask:
             answer = {"answer": "yes" if each["yes"] >= thresholds["yes"]["threshold"] else "no", "score": each["yes"]}
         else:
-            answer = {**decide(each, thresholds), "scores": each}
+            answer = {**rules.decide(each, thresholds), "scores": each}
         results.append({"image": path, **answer})
     verdict, number = ("answer", "score") if options.ask else ("status", "confidence")
     lines = [f"| picture | {verdict} | reason | {number} |", "|---|---|---|---|"]
     for r in results:
-        lines.append(f"| {cell(r['image'])} | {r[verdict]} | {r.get('reason', options.ask)} | {r[number]:.2f} |")
+        lines.append(f"| {common.cell(r['image'])} | {r[verdict]} | {r.get('reason', options.ask)} | {r[number]:.2f} |")
     counts = {kind: sum(r[verdict] == kind for r in results) for kind in dict.fromkeys(r[verdict] for r in results)}
     folder = Path(options.output_dir)
     about = {"model": str(options.model), "ask": options.ask, "thresholds": thresholds,
@@ -86,7 +74,7 @@ def main(argv: list[str]):
         review = "" if options.ask else f", review from {limits['review']:.3f}"
         print(f"{name}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
     print(f"{counts} of {len(results)} pictures. Written: moderation.json, moderation.md in {folder}")
-    report_bad_samples(bad_samples, folder / NAME)
+    common.report_bad_samples(bad_samples, folder / NAME)
 
 
 def calibrate_from(folder: str, wanted: list[str], no: str, score, options, model, preprocess, bad_samples) -> dict:

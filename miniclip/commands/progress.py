@@ -7,7 +7,7 @@ from miniclip.utils.command_line import Parser
 
 
 def main(argv: list[str]):
-    parser = Parser("miniclip progress", description=__doc__, example="miniclip progress runs/mine")
+    parser = Parser.command("progress", __doc__, "runs/mine")
     parser.add_argument("folder", help="the --output_dir of a run")
     options = parser.parse_args(argv)
 

@@ -10,7 +10,7 @@ from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    parser = Parser("miniclip scene_quiz", description=__doc__, example="miniclip scene_quiz --model runs/demo")
+    parser = Parser.command("scene_quiz", __doc__, "--model runs/demo")
     parser.share("model", required=True, help="folder of a model that was trained on the demo data set")
     parser.add_argument("--eval", type=at_least(1), default=600, help="number of scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training data set (default: %(default)s)")

@@ -186,18 +186,18 @@ def answer(search, options, text: str, how: dict):
 
 def merge(options):
     """Merges several indexes into one."""
-    from miniclip.index import parts as index_parts
+    from miniclip.index import parts
 
-    index_parts.merge(options.parts, options.index, options.method, progress=True)
+    parts.merge(options.parts, options.index, options.method, progress=True)
     describe(options.index)
 
 
 def export(options):
     """Writes vectors and paths for clip-retrieval, autofaiss or faiss."""
-    from miniclip.index import parts as index_parts
+    from miniclip.index import parts
     from miniclip.index.image_index import ImageIndex
 
-    n = index_parts.export(ImageIndex(options.index, check=True), options.to)
+    n = parts.export(ImageIndex(options.index, check=True), options.to)
     print(f"{options.to}: {n} vectors in img_emb, paths in metadata")
 
 

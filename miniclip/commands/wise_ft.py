@@ -11,11 +11,8 @@ from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    example = (
-        "miniclip wise_ft --before runs/base --after runs/tuned --old_file old.json --new_file new.json \\\n"
-        "    --output_dir runs/wise_ft --save_alpha best"
-    )
-    parser = Parser("miniclip wise_ft", description=__doc__, example=example)
+    example = "--before runs/base --after runs/tuned --old_file old.json --new_file new.json --output_dir runs/wise_ft"
+    parser = Parser.command("wise_ft", __doc__, example)
     parser.add_argument("--before", required=True, help="the model before fine-tuning: a folder, or a config name")
     parser.share("pretrained")
     parser.add_argument("--after", required=True, help="folder of the model after fine-tuning")

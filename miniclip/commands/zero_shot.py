@@ -4,21 +4,12 @@ Reads images and class names, and writes zero_shot.json and zero_shot.md to --ou
 also the accuracy and confusion.png.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from miniclip.commands.common import (
-    cell,
-    open_model,
-    read_class_flags,
-    report_bad_samples,
-    share_class_flags,
-    share_image_flags,
-)
+from miniclip.commands import common
 from miniclip.utils.command_line import Parser, printable
 from miniclip.utils.errors import InputError
 
@@ -28,7 +19,7 @@ def format_pictures(pictures: list[dict], most: int = 20) -> str:
     rows = ["| picture | class | then |", "|---|---|---|"]
     for picture in pictures[:most]:
         first, *others = [f"{name} {100 * share:.1f}" for name, share in picture["top"][:3]]
-        rows.append(f"| {cell(picture['image'])} | {first} | {', '.join(others)} |")
+        rows.append(f"| {common.cell(picture['image'])} | {first} | {', '.join(others)} |")
     return "\n".join(rows + [f"| and {len(pictures) - most} more | | |"] * (len(pictures) > most))
 
 
@@ -50,17 +41,16 @@ def why_no_truth(paths: Sequence[str], pictures: list[tuple[str, str | None]]) -
 
 
 def main(argv: list[str]):
-    example = 'miniclip zero_shot --model runs/mine --images photos --classes "dog,cat,horse"'
-    parser = Parser("miniclip zero_shot", description=__doc__, example=example)
-    share_class_flags(parser)
-    share_image_flags(parser, "zero_shot")
+    parser = Parser.command("zero_shot", __doc__, '--model runs/mine --images photos --classes "dog,cat,horse"')
+    common.share_class_flags(parser)
+    common.share_image_flags(parser, "zero_shot")
     options = parser.parse_args(argv)
 
     from miniclip.classify.pictures import choose_classes, embed_pictures, find_pictures
     from miniclip.classify.prompts import describe_legibility, legibility
     from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
 
-    given, templates = read_class_flags(options)
+    given, templates = common.read_class_flags(options)
     pictures = find_pictures(options.images)
     classes, truth = choose_classes(given, [folder for _, folder in pictures], options.language)
     if len(classes) == 1:
@@ -73,7 +63,7 @@ def main(argv: list[str]):
     from miniclip.utils.bad_samples import NAME, BadSamples
     from miniclip.utils.files import write_json, write_text
 
-    model, preprocess, tokenizer = open_model(options)
+    model, preprocess, tokenizer = common.open_model(options)
     names, bad_samples, start = list(classes), BadSamples(), time.perf_counter()
     classifier = build_zero_shot_classifier(model, tokenizer, list(classes.values()), templates)
     ready = time.perf_counter()
@@ -118,4 +108,4 @@ def main(argv: list[str]):
         print(f"{tokenizer.truncated} sentences were cut off at {tokenizer.context_length} tokens")
     speed = [f"{n} {kind} in {seconds[kind]:.1f} s" for kind, n in (("classes", len(names)), ("pictures", len(rows)))]
     print(f"{', '.join(speed)}. Written: {', '.join(written)} in {folder}")
-    report_bad_samples(bad_samples, folder / NAME)
+    common.report_bad_samples(bad_samples, folder / NAME)

@@ -67,6 +67,11 @@ class Parser(argparse.ArgumentParser):
         how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": epilog, "allow_abbrev": False}
         super().__init__(*args, **how | more)
 
+    @classmethod
+    def command(cls, name: str, docstring: str, example: str):
+        """The parser of `miniclip NAME`, whose example is `miniclip NAME EXAMPLE`."""
+        return cls(f"miniclip {name}", description=docstring, example=f"miniclip {name} {example}")
+
     def share(self, *names: str, **more):
         """Adds flags of FLAGS; `more` replaces some of their arguments."""
         for name in names:
