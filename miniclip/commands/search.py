@@ -29,9 +29,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         return subs.setdefault(name, commands.add_parser(name, **more))
 
     index = add(
-        "index",
-        "Make or update an index of a folder of images, written to --index.",
-        "photos --model runs/mine --index photos.mc",
+        "index", "Make or update an index of a folder, written to --index.", "photos --model runs/mine --index x.mc"
     )
     query = add("query", "Search an index. Prints rank, score and path of each image found; writes --html.",
                 'photos.mc "red dress -stripes" --image photo.jpg -k 5 --html found.html')  # fmt: skip
@@ -55,9 +53,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     index.share("num_workers")
 
     query.add_argument("index", metavar="INDEX")
-    what = (
-        'what to look for, quoted; -word excludes: "a dog -kids"; without it, queries are read from stdin, one per line'
-    )
+    what = 'what to look for, quoted; -word excludes: "a dog -kids"; without it, queries are read from stdin'
     query.add_argument("text", nargs="*", help=what)
     query.add_argument("-k", type=at_least(1), default=10, help="number of results (default: %(default)s)")
     query.add_argument("--image", action="append", default=[], metavar="FILE", help="find similar images; repeatable")
