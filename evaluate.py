@@ -47,7 +47,7 @@ def main(argv: list[str]):
 
         # Images in files are checked in advance only to leave bad ones out: otherwise whoever decodes them for the
         # model finds all that is wrong with them.
-        how = {"image_column": options.image_column, "caption_column": options.caption_column}
+        how = dict(zip(("image_column", "caption_column"), options.columns or (None, None)))
         how |= {"on_bad": options.on_bad_sample, "bad_samples": bad_samples, "check_handles": True}
         how |= {"allow_outside": options.allow_outside_image_root}
         records = read_source(options.eval_file, options.image_root, options.on_bad_sample == "skip", **how)
@@ -86,9 +86,10 @@ def main(argv: list[str]):
             write_npy(text, np.float32, text_embeds.shape, [text_embeds])
             (folder / "image.npy").unlink(missing_ok=True)  # which comes last: old images never lie beside new texts
     beside = Path(options.model if os.path.isdir(options.model or "") else "")
-    name = re.sub(r"[{}*?:]+", "_", Path(options.eval_file or options.features).stem)
+    name = re.sub(r"\.\w+(?=(\[:\d+\])?$)", "", Path(options.eval_file or options.features).name)
+    name = re.sub(r"[][{}*?:]+", "_", name).strip("_")
     name += "_first" if first_only else ""
-    output = Path(options.output or beside / f"retrieval_{name}.json")
+    output = Path(options.output_file or beside / f"retrieval_{name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     record = evaluation_metadata(argv, options, records, device)
     write_json(output, {"model": str(source), "dataset": str(dataset), "metrics": metrics, "record": record})

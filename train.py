@@ -18,14 +18,13 @@ def main(argv: list[str]):
         print(train_help())
         return
     options, args = parse_train(argv)
-    for name in ("model_config", "train_file"):
+    for name in ("model", "train_file"):
         if getattr(options, name) is None:
             sys.exit(f"train.py: --{name} is missing (see --help)")
 
     import logging
     import math
     import warnings
-    from functools import partial
 
     from transformers import set_seed
 
@@ -45,7 +44,6 @@ def main(argv: list[str]):
     from miniclip.training.objectives import make_objective
     from miniclip.training.streaming import StreamDataset
     from miniclip.training.trainer import ClipTrainer
-    from miniclip.training.twins import twin_free
     from miniclip.utils.bad_samples import NAME, BadSamples, CaptionFileError
     from miniclip.utils.files import lock, write_json
 
@@ -60,28 +58,25 @@ def main(argv: list[str]):
         )
 
     records, eval_records, problems, make_dataset = None, None, [], CaptionDataset
-    columns = {"image_column": options.image_column, "caption_column": options.caption_column}
+    columns = dict(zip(("image_column", "caption_column"), options.columns or (None, None)))
+    image_root, eval_image_root = (options.image_root or [None])[0], (options.image_root or [None])[-1]
     bad_samples, outside = BadSamples(), {"allow_outside": options.allow_outside_image_root}
-    where = {"image_root": options.image_root, "on_bad": options.on_bad_sample or "stop", **columns, **outside}
+    where = {"image_root": image_root, "on_bad": options.on_bad_sample or "stop", **columns, **outside}
     where["bad_samples"] = bad_samples
     try:
         if options.streaming:
             make_dataset = StreamDataset.opened(
-                options.train_file, args, options.train_num_samples, image_root=options.image_root, **columns, **outside
+                options.train_file, args, options.train_num_samples, image_root=image_root, **columns, **outside
             )
         else:
             epoch = {"factors": options.train_data_upsampling_factors, "num_samples": options.train_num_samples}
-            locked = options.lock_image != "none"  # then all images are seen at once, before the first step
+            locked = options.frozen[0] != "none"  # then all images are seen at once, before the first step
             records = read_source(options.train_file, check_handles=locked, **where, **epoch)
-            if options.max_train_samples:
-                if not isinstance(records, list):
-                    raise InputError("max_train_samples is for a single file of records with images in files")
-                records = records[: options.max_train_samples]
     except InputError as error:
         problems.append(str(error))
     try:
         if options.eval_file:
-            where["image_root"] = options.eval_image_root or options.image_root
+            where["image_root"] = eval_image_root
             try:
                 eval_records = read_source(options.eval_file, check_handles=True, **where)
             except ColumnError as error:  # it may be of another form than the training data
@@ -97,10 +92,9 @@ def main(argv: list[str]):
 
     set_seed(args.seed)
     warnings.filterwarnings("ignore", ".*random weights")  # here they may be what is wanted; the next line says so
-    model, preprocess, tokenizer = load(options.model_config, options.pretrained)
+    model, preprocess, tokenizer = load(options.model, options.pretrained)
     model.float()  # small steps would be lost on weights in half precision
-    teacher = {"teacher": options.teacher, "teacher_pretrained": options.teacher_pretrained, "bf16": args.bf16}
-    objective = make_objective(options.loss, options.twins, model, **teacher)
+    objective = make_objective(options.loss, options.duplicates, model, options.teacher, bf16=args.bf16)
     if options.fixed_logit_scale is not None:
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)
@@ -108,19 +102,17 @@ def main(argv: list[str]):
         data = f"a stream of {options.train_file}" if options.streaming else describe_data(records, tokenizer)
         encoders = [getattr(cfg, "pretrained", False) for cfg in (model.config.vision_cfg, model.config.text_cfg)]
         start = ", from scratch" if not any(encoders) else ", from pretrained encoders"
-        start = "" if options.pretrained or Path(options.model_config).is_dir() else start
-        print(
-            f"{options.model_config}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {data}"
-        )
+        start = "" if options.pretrained or Path(options.model).is_dir() else start
+        print(f"{options.model}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {data}")
         if args.fast:
             print(describe(args.device))
 
     caches = None, None
-    if options.lock_image != "none" or options.lock_text != "none":
+    if options.frozen != ("none", "none"):
         from miniclip.training.freeze import lock_towers
 
-        locks, folder = (options.lock_image, options.lock_text), options.feature_cache
-        make_dataset, caches = lock_towers(model, *locks, args, records, preprocess, tokenizer, folder)
+        folder = options.feature_cache
+        make_dataset, caches = lock_towers(model, *options.frozen, args, records, preprocess, tokenizer, folder)
     callbacks, remedies = fine_tuning(model, options, args)
     jitter = options.color_jitter
     transform = TrainTransform(
@@ -131,8 +123,6 @@ def main(argv: list[str]):
     )
     bad = {"on_bad": options.on_bad_sample, "bad_samples": bad_samples}
     dataset = make_dataset(records, preprocess, seed=args.seed, transform=transform, **bad)
-    if options.avoid_twins:
-        dataset.sampler = partial(twin_free, dataset, dataset.sampler)
     products = arithmetic(args.device) if args.fast else "plain"
     record = training_metadata(argv, options, args, model, records, eval_records, products)
     trainer = ClipTrainer(

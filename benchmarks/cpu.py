@@ -247,7 +247,7 @@ class Benchmark:
         data = ["--eval_file", self.folder / "eval.json"]
         weights = ["--pretrained", self.folder / "openclip.safetensors"]
         ours = [sys.executable, "evaluate.py", "--model", self.sizes["config"], *weights, *data, "--device", "cpu"]
-        ours += ["--output", self.folder / "ours.json"]
+        ours += ["--output_file", self.folder / "ours.json"]
         theirs = [self.options.peers, HERE / "peer_evaluate.py", "--model", self.folder / "model.json", *weights, *data]
         self.take_turns("evaluate", f"{self.options.images} images", {
             "open_clip": [theirs + way for way in PEER_EVALUATE_WAYS], "miniclip": [ours]
@@ -260,7 +260,7 @@ class Benchmark:
         for kind, rows in (("image", n), ("text", 5 * n)):
             embeds = rng.normal(size=(rows, 512)).astype(np.float32)
             np.save(vectors / f"{kind}.npy", embeds / np.linalg.norm(embeds, axis=1, keepdims=True))
-        command = [sys.executable, "evaluate.py", "--features", vectors, "--output", self.folder / "ours.json"]
+        command = [sys.executable, "evaluate.py", "--features", vectors, "--output_file", self.folder / "ours.json"]
         self.take_turns("features", f"{n} x {5 * n} vectors", {"miniclip": [command]})
 
     def take_turns(self, case: str, size: str, contestants: dict[str, list]):

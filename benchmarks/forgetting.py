@@ -31,13 +31,13 @@ RUNS = {  # name: (what it says in the table, options beside those of all runs)
     "long": ("plain, twice as long", ["--num_train_epochs", "16"]),
     "low-rate": ("a fifth of the learning rate", ["--learning_rate", "1e-4"]),
     "layer-decay": ("layer-wise decay", ["--layer_decay", "0.7"]),
-    "image-rate": ("image tower at a tenth of the rate", ["--image_lr_scale", "0.1"]),
-    "text-rate": ("text tower at a tenth of the rate", ["--text_lr_scale", "0.1"]),
-    "lock-image": ("image tower locked", ["--lock_image", "all", "--hflip", "0"]),
-    "lock-text": ("text tower locked but for its projection", ["--lock_text", "tower"]),
-    "last-image": ("image tower: the last block learns", ["--unlock_image_blocks", "1"]),
-    "last-both": ("both towers: the last block learns", ["--unlock_image_blocks", "1", "--unlock_text_blocks", "1"]),
-    "patch-dropout": ("half of the patches hidden", ["--patch_dropout", "0.5", "--patch_dropout_off", "0.1"]),
+    "image-rate": ("image tower at a tenth of the rate", ["--tower_lr_scales", "0.1", "1"]),
+    "text-rate": ("text tower at a tenth of the rate", ["--tower_lr_scales", "1", "0.1"]),
+    "lock-image": ("image tower locked", ["--freeze_image", "all", "--hflip", "0"]),
+    "lock-text": ("text tower locked but for its projection", ["--freeze_text", "tower"]),
+    "last-image": ("image tower: the last block learns", ["--freeze_image", "all_but_1"]),
+    "last-both": ("both towers: the last block learns", ["--freeze_image", "all_but_1", "--freeze_text", "all_but_1"]),
+    "patch-dropout": ("half of the patches hidden", ["--patch_dropout", "0.5", "0.1"]),
     "ema": ("moving average of the weights", ["--ema", "0.999"]),
     "early-stop": (
         "twice as long, with early stopping", ["--num_train_epochs", "16", "--early_stopping_patience", "2"]
@@ -134,13 +134,13 @@ class Study:
                 write(done, {"options": [str(given)], "seconds": 0, "steps": 0, **self.measure(given)})
             return given, json.loads(done.read_text())
         files = ["--train_file", self.file("en", "train"), "--eval_file", self.file("en", "val")]
-        options = ["recipes/flickr8k.json", "--model_config", "ViT-S-28-112", "--num_train_epochs", "30", *files]
+        options = ["recipes/flickr8k.json", "--model", "ViT-S-28-112", "--num_train_epochs", "30", *files]
         options += ["--crop_scale", "0.5", "--color_jitter", "0", "--ema", "0"]  # a quicker base than the recipe's
         return self.out / "base", self.train("base", *options)
 
     def fine_tune(self, name: str, base: Path) -> dict:
         given = RUNS[name][1]
-        start = ["--model_config", base, "--train_file", self.file("cn", "train")]
+        start = ["--model", base, "--train_file", self.file("cn", "train")]
         if "--early_stopping_patience" in given:
             start += ["--eval_file", self.file("cn", "val")]
         options = {f"--{option}": str(value) for option, value in FINE_TUNE.items()}
@@ -172,8 +172,8 @@ class Study:
         options = {**FINE_TUNE, "learning_rate": 1e-3, "weight_decay": 0.2, "train_file": self.file("en", "train")}
         words = [str(word) for option, value in options.items() for word in (f"--{option}", value)]
         return {
-            "from slices of the base": self.train("heir", "--model_config", heir, *words),
-            "from random numbers": self.train("random", "--model_config", config, *words),
+            "from slices of the base": self.train("heir", "--model", heir, *words),
+            "from random numbers": self.train("random", "--model", config, *words),
         }
 
 

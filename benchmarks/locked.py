@@ -31,7 +31,7 @@ from miniclip.training.freeze import lock, lock_towers  # noqa: E402
 from miniclip.training.trainer import ClipTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402
 
-CASES = [  # model, lock_image, lock_text
+CASES = [  # model, freeze_image, freeze_text
     ("TinyCLIP-ViT-40M-32-Text-19M", "all", "none"),
     ("TinyCLIP-ViT-40M-32-Text-19M", "tower", "tower"),
     ("ViT-B-16", "all", "none"),

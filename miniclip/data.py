@@ -42,7 +42,6 @@ class CaptionDataset(Dataset):
         self.bad_samples = BadSamples() if bad_samples is None else bad_samples
         self.preprocess, self.seed, self.transform = preprocess, seed, transform
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
-        self.image_ids = {}  # of the rows that `pair_ids` was asked for
         self.bad = torch.zeros(256, dtype=torch.long).share_memory_()  # what each worker could not use
         self.reading = torch.zeros(256, 4, dtype=torch.long).share_memory_()  # its process, and the row it is at
 
@@ -61,14 +60,6 @@ class CaptionDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
-
-    def pair_ids(self, index: int) -> tuple[int, int]:
-        """Of an item of this epoch, without decoding its image."""
-        row = index % len(self)
-        record = self.records[row]
-        if row not in self.image_ids:
-            self.image_ids[row] = image_id(record["image"])
-        return self.image_ids[row], text_id(record["caption"][self.rng(index).randrange(len(record["caption"]))])
 
     def __getitem__(self, index: int) -> dict:
         for step in range(MAX_BAD):

@@ -9,11 +9,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-TWINS = ("positive", "exclude", "ignore")
+DUPLICATES = ("positive", "exclude", "ignore")
 
 
 def clip_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, ids: Tensor | None = None, twins: str = "positive"
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    ids: Tensor | None = None,
+    duplicates: str = "positive",
 ) -> Tensor:
     """Symmetric InfoNCE: the mean of the two cross-entropies, in nats (paper, figure 3).
 
@@ -24,28 +28,28 @@ def clip_loss(
     under autocast: a logit of 30 in bf16 is off by up to 0.06.
 
     `ids` (B, 2) are whole numbers, equal in the first column where the images are the same and in the second where the
-    captions are. Pairs of the batch that are the same in either are twins. With l_ij the logits of row i, and P_i
-    the row itself and its twins, a direction's loss of row i is
+    captions are. Pairs of the batch that are the same in either are duplicates. With l_ij the logits of row i, and P_i
+    the row itself and its duplicates, a direction's loss of row i is
 
         "positive"   -1/|P_i| sum over j in P_i of log(exp l_ij / sum over all k of exp l_ik)     (UniCL: Yang et al.,
                      arXiv 2204.03610, equations 2 to 4): what is wanted is an equal share for each of P_i
-        "exclude"    -log(exp l_ii / sum over k outside P_i, and i, of exp l_ik): twins are left out
-        "ignore"     -log(exp l_ii / sum over all k of exp l_ik): twins are negatives, as in CLIP
+        "exclude"    -log(exp l_ii / sum over k outside P_i, and i, of exp l_ik): duplicates are left out
+        "ignore"     -log(exp l_ii / sum over all k of exp l_ik): duplicates are negatives, as in CLIP
     """
-    if twins not in TWINS:
-        raise ValueError(f"twins {twins!r} is none of {', '.join(TWINS)}")
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates {duplicates!r} is none of {', '.join(DUPLICATES)}")
     with torch.autocast(image_embeds.device.type, enabled=False):
-        return _clip_loss(image_embeds.float(), text_embeds.float(), logit_scale.float(), ids, twins)
+        return _clip_loss(image_embeds.float(), text_embeds.float(), logit_scale.float(), ids, duplicates)
 
 
-def _clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, ids, twins) -> Tensor:
+def _clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, ids, duplicates) -> Tensor:
     all_images, all_texts, first = gather(image_embeds), gather(text_embeds), process_index() * len(image_embeds)
     logits_per_image = logit_scale * image_embeds @ all_texts.T
     logits_per_text = logit_scale * text_embeds @ all_images.T
     target = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
-    if ids is not None and twins != "ignore":
-        same = find_twins(ids, gather(ids))
-        if twins == "positive":
+    if ids is not None and duplicates != "ignore":
+        same = find_duplicates(ids, gather(ids))
+        if duplicates == "positive":
             target = same / same.sum(dim=1, keepdim=True)
         else:
             left_out = same.scatter(1, target[:, None], False)
@@ -54,7 +58,7 @@ def _clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, i
     return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_text, target)) / 2
 
 
-def find_twins(ids: Tensor, all_ids: Tensor) -> Tensor:
+def find_duplicates(ids: Tensor, all_ids: Tensor) -> Tensor:
     """Which pairs are the same, in the image or the caption: ids (B, 2) against (N, 2) gives booleans (B, N)."""
     return (ids[:, None, 0] == all_ids[:, 0]) | (ids[:, None, 1] == all_ids[:, 1])
 

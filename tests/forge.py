@@ -35,8 +35,7 @@ def prepare():
     import miniclip.training.freeze
     import miniclip.training.objectives
     import miniclip.training.streaming
-    import miniclip.training.trainer
-    import miniclip.training.twins  # noqa: F401
+    import miniclip.training.trainer  # noqa: F401
 
     Image.init()
     torch.set_num_threads(1)  # threads would not come along when this process is forked

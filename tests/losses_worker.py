@@ -37,10 +37,10 @@ def main(batch_file: str, output: str):
         model.load_state_dict(saved["weights"])
         model.logit_bias.requires_grad_(case["loss"] == "siglip")
         if case["loss"] in ("clip", "siglip"):
-            objective = make_objective(case["loss"], case["twins"], model)
+            objective = make_objective(case["loss"], case["duplicates"], model)
         else:
             preprocess = Normalized(teacher.config.preprocess_cfg)
-            objective = Distillation(teacher, preprocess, model, case["loss"] == "distill", case["twins"])
+            objective = Distillation(teacher, preprocess, model, case["loss"] == "distill", case["duplicates"])
         model.forward = partial(batch_forward, model, None, case["chunk_size"])
         ddp = DistributedDataParallel(model)
         loss = objective(ddp(**batch), ids, batch)

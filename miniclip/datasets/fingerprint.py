@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def fingerprint(spec: str, records: Sequence[dict] | None = None) -> dict:
 def _digest(part: str) -> str | None:
     from miniclip.datasets.shards import expand
 
+    part = re.sub(r"\[:\d+\]$", "", part)  # of a part, the sha256 of the whole and the number of records tell
     path = Path(part)
     if path.is_file():
         return sha256(path) if path.stat().st_size <= MOST else f"{path.stat().st_size} bytes"

@@ -9,6 +9,7 @@
     folder/, folder:SPLIT             what `save_to_disk` of Hugging Face datasets wrote
     *.parquet, *.arrow                its tables
     A::B                              several of them
+    A[:300]                           only the first 300 records
 
 Whatever the form, `read_source` gives a sequence of {"image": where, "caption": [strings]}, where `where` is a path, or
 for an image that is no file of its own a handle: `read` gives its bytes, `str` its name. `python -m miniclip.sources
@@ -97,6 +98,11 @@ def _read_one(
 ) -> Sequence[dict]:
     suffix, path = Path(spec).suffix.lower(), Path(spec)
     columns = (image_column, caption_column)
+    if not spec.startswith("hf:") and (first := re.fullmatch(r"(.+)\[:(\d+)\]", spec)):
+        how = (root, bad, allow_outside, check_images, check_handles, *columns)
+        source = _read_one(first[1], *how)
+        n = min(int(first[2]), len(source))
+        return source[:n] if isinstance(source, list) else Part(source, np.arange(n))
     if suffix in READERS or path.is_dir() and not _is_table(path) and not any(path.glob("*.tar")):
         if suffix == ".json" and columns == (None, None):
             return read_captions(path, root, check_images, allow_outside=allow_outside, **bad)
@@ -150,7 +156,7 @@ def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
     cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
     files = Counter(record["image"] for record in records) if isinstance(records, list) else {}
     again = sum(n - 1 for n in files.values())
-    twins = f"; {again} records have the image of another one: twins (--twins)" if again else ""
+    duplicates = f"; {again} records have the image of another one: duplicates (--duplicates)" if again else ""
     of = f" (of the first {most:,} images)" if len(records) > most else ""
     at = f"{tokenizer.context_length} tokens"
-    return f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {at}{twins}"
+    return f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {at}{duplicates}"

@@ -41,7 +41,7 @@ def _column(given: str | None, known: Iterable[str], there: Sequence[str], where
     found = [folded[name] for name in known if name in folded]
     if not found:
         listed = ", ".join(map(repr, there))
-        raise InputError(f"{where}: which column has the {what}? Name it by --{what}_column: {listed}")
+        raise InputError(f"{where}: which column has the {what}? Name both with --columns. There are {listed}")
     if len(found) > 1:
         logger.warning("%s: taking column %r for the %s; there is %r too", where, found[0], what, found[1])
     return found[0]

@@ -267,7 +267,7 @@ class GuardedTrainer(Trainer):
             if there and folder is None:
                 raise InputError(
                     f"of the {len(there)} checkpoints in {self.args.output_dir} none can be gone on from, as is said"
-                    f" above: start anew from the weights of one by --model_config {there[-1]} --output_dir ..., or"
+                    f" above: start anew from the weights of one by --model {there[-1]} --output_dir ..., or"
                     " from nothing by --overwrite_output_dir"
                 )
             logger.warning("resuming from %s", folder or "the start: there is no checkpoint yet")

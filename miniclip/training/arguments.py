@@ -1,4 +1,4 @@
-"""Which of the Hugging Face training arguments have other defaults for CLIP?"""
+"""The Hugging Face training arguments with defaults for CLIP."""
 
 import logging
 from dataclasses import dataclass, field
@@ -17,29 +17,29 @@ CUDA = torch.cuda.is_available()
 
 @dataclass
 class ClipTrainingArguments(TrainingArguments):
-    """The Hugging Face training arguments, with defaults for CLIP. Rates and sizes: `miniclip/training/options.py`."""
+    """The Hugging Face training arguments, with defaults for CLIP. Rates and sizes: `miniclip/training/defaults.py`."""
 
     # OpenCLIP's values for vision transformers: a shorter memory of squared gradients than AdamW's 0.999, since the
     # gradients of a contrastive loss change fast.
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
     lr_scheduler_type: str = "cosine"
-    logging_steps: float = 10  # small data means few steps; a loss that is no number is noticed when it is logged
-    bf16: bool | None = None  # unless told: on a CUDA device that computes in it
+    logging_steps: float = 10  # small data means few steps, and a NaN loss is noticed when it is logged
+    bf16: bool | None = None  # by default, on CUDA devices that support it
     dataloader_pin_memory: bool = CUDA
-    # A few cores that train have no time to spare; of many, some had better read images.
+    # With few cores, training needs all of them; with many, some should read images.
     dataloader_num_workers: int = min(8, CORES if CUDA else CORES // 5)
-    use_cpu: bool = not torch.accelerator.is_available()  # said aloud, it allows --bf16 there
-    # Every batch has the same number of negatives, and the same on each process, which gathering needs.
+    use_cpu: bool = not torch.accelerator.is_available()  # if it is set, Trainer allows --bf16 on a CPU
+    # Every batch has the same number of negatives, also on each process, as gathering requires.
     dataloader_drop_last: bool = True
     ddp_find_unused_parameters: bool = False  # every parameter is used in every step
     remove_unused_columns: bool = False  # the collator makes the columns that `forward` takes
-    logging_nan_inf_filter: bool = False  # it would log NaN as 0, and the run would go on
+    logging_nan_inf_filter: bool = False  # it would log NaN as 0 and hide it
     save_total_limit: int | None = 2
     per_device_eval_batch_size: int = 64
-    fast: bool = field(default=True, metadata={"help": "the same numbers with less work (miniclip/inference/fast.py)"})
+    fast: bool = field(default=True, metadata={"help": "compute the same numbers faster (miniclip/inference/fast.py)"})
     grad_cache_chunk_size: int = field(
-        default=0, metadata={"help": "pairs that go through the towers at once; a large batch then needs little memory"}
+        default=0, metadata={"help": "pairs per forward pass (GradCache): a large batch then needs little memory"}
     )
 
     def __post_init__(self):
@@ -53,17 +53,17 @@ class ClipTrainingArguments(TrainingArguments):
         metric = (self.metric_for_best_model or "mean_recall").removeprefix("eval_")
         known = retrieval_metrics(np.eye(1, dtype=np.float32), np.eye(1, dtype=np.float32), [0])
         if metric not in known:
-            raise InputError(f"metric_for_best_model {metric!r} is none of {', '.join(known)}")
+            raise InputError(f"metric_for_best_model {metric!r} is not one of {', '.join(known)}")
         if self.greater_is_better is None:
-            self.greater_is_better = not metric.endswith("_rank")  # Trainer knows of losses only
+            self.greater_is_better = not metric.endswith("_rank")  # Trainer only knows losses
         super().__post_init__()
         if self.n_gpu > 1:
-            logger.warning("%d GPUs are visible, one is used: start with torchrun to use all", self.n_gpu)
+            logger.warning("%d GPUs are visible, but only one is used. Start with torchrun to use all", self.n_gpu)
             self._n_gpu = 1  # Trainer would wrap the model in DataParallel, which splits the negatives
         if self.gradient_accumulation_steps > 1:
             pairs = self.per_device_train_batch_size
             logger.warning(
-                "gradient accumulation averages the losses of %d pairs each and adds no negatives; a batch of them all"
-                " takes as little memory by --per_device_train_batch_size %d --grad_cache_chunk_size %d",
+                "gradient accumulation averages the losses of %d pairs each and adds no negatives. For a large batch"
+                " in as little memory, use --per_device_train_batch_size %d --grad_cache_chunk_size %d",
                 pairs, pairs * self.gradient_accumulation_steps, pairs,
             )  # fmt: skip

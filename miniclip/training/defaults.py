@@ -1,76 +1,59 @@
-"""TODO docstring."""
+"""Default hyperparameters of training, by what learns: all weights, pretrained ones, or only projections."""
 
 import os
 
 from miniclip.config import MiniClipConfig
 from miniclip.utils.errors import InputError
 
-# Sound values where the command line says nothing. Starting from somebody's weights, the danger is to destroy what
-# they know: a low rate, few epochs. Starting from nothing, with little data, the danger is to learn too slowly: the
-# rate is that of OpenCLIP's small models, the decay strong. Weights that were trained with large batches still do
-# well when tuned with 64; from scratch every negative counts, and 128 pairs fit a laptop.
-FINE_TUNE = {
-    "learning_rate": 1e-5,
-    "weight_decay": 0.1,
-    "num_train_epochs": 5.0,
-    "per_device_train_batch_size": 64,
-    "warmup_steps": 0.1,
-}
-FROM_SCRATCH = {
-    "learning_rate": 1e-3,
-    "weight_decay": 0.2,
-    "num_train_epochs": 30.0,
-    "per_device_train_batch_size": 128,
-    "warmup_steps": 0.05,
-}
-# Between two encoders that stay as they are, only projections learn, from features that were computed once: an epoch
-# takes about a second, and a high rate harms nothing that was learned elsewhere.
-PROJECTIONS = {
-    "learning_rate": 1e-3,
-    "weight_decay": 0.1,
-    "num_train_epochs": 30.0,
-    "per_device_train_batch_size": 128,
-    "warmup_steps": 0.05,
-}
+NAMES = "learning_rate", "weight_decay", "num_train_epochs", "per_device_train_batch_size", "warmup_steps"
+
+# Fine-tuning risks destroying what the weights know: a low rate and few epochs. Training from scratch on little data
+# risks learning too slowly: the rate of OpenCLIP's small models and a strong weight decay. Weights that were trained
+# with large batches still fine-tune well with 64; from scratch every negative counts, and 128 pairs fit in a laptop.
+FINE_TUNE = dict(zip(NAMES, (1e-5, 0.1, 5.0, 64, 0.1)))
+FROM_SCRATCH = dict(zip(NAMES, (1e-3, 0.2, 30.0, 128, 0.05)))
+# Between two frozen encoders only projections learn, from features that are computed once: an epoch takes about a
+# second, and a high rate cannot damage the encoders.
+PROJECTIONS = dict(zip(NAMES, (1e-3, 0.1, 30.0, 128, 0.05)))
 
 
-def default_locks(given: dict) -> dict[str, str]:
-    """How pretrained encoders are locked: they stay as they are unless the options say that
-    they learn, or name a teacher, whose pupil has to see pictures and captions itself."""
-    name = given.get("model_config") or ""
+def default_freeze(given: dict) -> dict[str, str]:
+    """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher, whose
+    student must see images and captions itself."""
+    name = given.get("model") or ""
     try:
         config = MiniClipConfig.from_name(os.path.join(name, "config.json") if os.path.isdir(name) else name)
     except InputError:
-        return {}  # it will be said when the model is made
-    learn = given.get("teacher") is not None
+        return {}  # reported when the model is made
+    default = "tower" if given.get("teacher") is None else "none"
     return {
-        f"lock_{tower}": given.get(f"lock_{tower}")
-        or ("none" if learn or given.get(f"unlock_{tower}_blocks") else "tower")
+        f"freeze_{tower}": given.get(f"freeze_{tower}", default)
         for tower, section in (("image", config.vision_cfg), ("text", config.text_cfg))
         if getattr(section, "pretrained", False)
     }
 
 
-def usual_values(locks: dict[str, str], tuned: bool) -> dict:
-    """Which of the three lists above applies, by what learns: pretrained weights, projections alone, or others."""
-    if "none" in locks.values():
-        return FINE_TUNE
-    if len(locks) == 2:
+def usual_values(freeze: dict[str, str], tuned: bool) -> dict:
+    """The list above that applies: to projections alone, to pretrained weights, or from scratch."""
+    frozen = [how in ("tower", "all", "all_but_0") for how in freeze.values()]
+    if len(frozen) == 2 and all(frozen):
         return PROJECTIONS
-    return FINE_TUNE if tuned else FROM_SCRATCH
+    return FINE_TUNE if tuned or not all(frozen) else FROM_SCRATCH
 
 
 def early_stopping(given: dict) -> dict:
-    """What early stopping needs, as defaults beside the options given: checkpoints are saved when recall is measured,
-    so that the best one can be taken back. Raises InputError where the options given do not allow that."""
+    """Defaults that early stopping needs: a checkpoint at each evaluation, so that the best model can be restored.
+    Raises InputError if the options given do not allow that."""
     when = given.get("eval_strategy", "epoch")
     save = given.get("save_strategy", when)
-    steps = given.get("eval_steps") or given.get("logging_steps", 10)  # what Trainer evaluates by
+    steps = given.get("eval_steps") or given.get("logging_steps", 10)  # the interval of Trainer's evaluations
     if when == "no" or save not in (when, "best"):
         raise InputError(
-            "early_stopping_patience and load_best_model_at_end need evaluations and a checkpoint at each, but"
-            f" eval_strategy is {when!r} and save_strategy {save!r}: leave both out, or say the same, epoch or steps"
+            "early_stopping_patience and load_best_model_at_end need a checkpoint at each evaluation, but eval_strategy"
+            f" is {when!r} and save_strategy is {save!r}. Remove both or set both to epoch or steps"
         )
     if save == when == "steps" and float(given.get("save_steps", steps)) % float(steps):
-        raise InputError(f"save_steps {given['save_steps']} is no multiple of {steps}, the steps between evaluations")
+        raise InputError(
+            f"save_steps {given['save_steps']} must be a multiple of {steps}, the steps between evaluations"
+        )
     return {"eval_strategy": when, "save_strategy": when, "save_steps": steps, "load_best_model_at_end": True}

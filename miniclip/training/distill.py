@@ -49,7 +49,7 @@ class Distillation:
         preprocess: Preprocess,
         student: MiniClip,
         contrast: bool,
-        twins: str,
+        duplicates: str,
         bf16: bool = False,
     ):
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
@@ -62,14 +62,14 @@ class Distillation:
                 f" {ours.context_length} of {ours.vocab_size}: take a teacher that reads all that the student does"
             )
         self.teacher, self.preprocess = teacher.float().eval().requires_grad_(False), preprocess
-        self.contrast, self.twins, self.chunk_size = contrast, twins, 256
+        self.contrast, self.duplicates, self.chunk_size = contrast, duplicates, 256
         self.precision = "bf16" if bf16 else "fp32"
 
     def __call__(self, outputs: ClipOutput, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         if not {"pixel_values", "input_ids"} <= inputs.keys():
             raise InputError("a teacher needs pictures and captions: unlock the towers, or leave the teacher out")
         loss = affinity_loss(outputs, self.embed(inputs["pixel_values"], inputs["input_ids"]))
-        return loss + clip_loss(*outputs[:3], ids, self.twins) if self.contrast else loss
+        return loss + clip_loss(*outputs[:3], ids, self.duplicates) if self.contrast else loss
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor, input_ids: Tensor) -> ClipOutput:

@@ -32,27 +32,25 @@ def fine_tuning(model: MiniClip, options, args) -> tuple[list[TrainerCallback], 
     """Prepares a model as train.py's options ask, and gives what ClipTrainer takes for it: callbacks, and arguments
     by name. `options` is a TrainOptions, `args` the ClipTrainingArguments. Call it before the trainer is made."""
     callbacks, more, said = [], {}, []
-    blocks = options.unlock_image_blocks or None, options.unlock_text_blocks or None  # 0: the tower is locked already
+    blocks = options.learning_blocks
     unlock_last(model, *blocks)
-    whole = not isinstance(model.visual, VisionTransformer)
-    if whole and (options.patch_dropout is not None or options.patch_dropout_off):
-        raise InputError("patch_dropout and patch_dropout_off are for MiniCLIP's own vision transformer")
+    if options.patch_dropout and not isinstance(model.visual, VisionTransformer):
+        raise InputError("patch_dropout is for MiniCLIP's own vision transformer. Remove it")
     for kind, tower, learn in zip(("image", "text"), (model.visual, model.text), blocks):
         if learn is not None:
             said.append(f"the last {learn} of {len(tower.blocks)} blocks of the {kind} tower learn")
-    if (options.image_lr_scale, options.text_lr_scale, options.layer_decay) != (1, 1, 1):
-        rate = layer_rates(model, options.image_lr_scale, options.text_lr_scale, options.layer_decay)
+    scales = options.tower_lr_scales or (1, 1)
+    if (*scales, options.layer_decay) != (1, 1, 1):
+        rate = layer_rates(model, *scales, options.layer_decay)
         more["lr_scale"] = rate
         learning = [name for name, p in model.named_parameters() if p.requires_grad]
         low, high = min(learning, key=rate), max(learning, key=rate)
         low, high = (f"{args.learning_rate * rate(name):.3g} ({name})" for name in (low, high))
         said.append(f"learning rates from {low} to {high}")
-    if options.patch_dropout is not None or options.patch_dropout_off:
-        share = model.visual.patch_dropout if options.patch_dropout is None else options.patch_dropout
-        if options.patch_dropout_off and not share:
-            raise InputError("patch_dropout_off: there is none to turn off; say --patch_dropout too")
-        callbacks.append(PatchDropout(model.visual, share, options.patch_dropout_off))
-        said.append(f"{share:.0%} of the patches hidden, none in the last {options.patch_dropout_off:.0%} of the steps")
+    if options.patch_dropout:
+        share, off = (*options.patch_dropout, 0.0)[:2]
+        callbacks.append(PatchDropout(model.visual, share, off))
+        said.append(f"{share:.0%} of the patches hidden, none in the last {off:.0%} of the steps")
     if options.early_stopping_patience is not None:
         if not args.load_best_model_at_end:
             raise InputError("early stopping ends with the best model: leave out --load_best_model_at_end false")

@@ -15,36 +15,38 @@ from miniclip.utils.errors import InputError
 
 def make_objective(
     loss: str,
-    twins: str,
+    duplicates: str,
     model: MiniClip,
-    teacher: str | None = None,
-    teacher_pretrained: str | None = None,
+    teacher: list[str] | None = None,
     bf16: bool = False,
 ):
     """What ClipTrainer calls with (outputs, ids, inputs) for the loss of a batch.
 
     "clip" (`clip_loss`), "siglip" (`siglip_loss`; a model without a bias gets one), "distill" (`clip_loss` and
-    `affinity_loss`) or "affinity" (that alone), the last two with a `teacher` to load. Raises InputError for others.
+    `affinity_loss`) or "affinity" (that alone). The last two need a `teacher`: a folder, or a config and its weights.
+    Raises InputError for other names.
     """
     if loss != "siglip" and model.logit_bias is not None:
         model.logit_bias.requires_grad_(False)  # these losses do not read it
     if loss == "clip":
-        return partial(_clip, twins=twins)
+        return partial(_clip, duplicates=duplicates)
     if loss == "siglip":
         if model.logit_bias is None:
             add_logit_bias(model)
-        return partial(_siglip, twins=twins)
+        return partial(_siglip, duplicates=duplicates)
     if loss in ("distill", "affinity"):
-        if not Path(teacher).is_dir() and teacher_pretrained is None:
-            raise InputError(f"the teacher {teacher} has no weights: add teacher_pretrained, or name a folder")
-        large, preprocess, _ = load(teacher, teacher_pretrained)
-        return Distillation(large, preprocess, model, contrast=loss == "distill", twins=twins, bf16=bf16)
+        if len(teacher) == 1 and not Path(teacher[0]).is_dir():
+            raise InputError(
+                f"the teacher {teacher[0]} has no weights. Use --teacher FOLDER or --teacher CONFIG WEIGHTS"
+            )
+        large, preprocess, _ = load(*teacher)
+        return Distillation(large, preprocess, model, contrast=loss == "distill", duplicates=duplicates, bf16=bf16)
     raise InputError(f"loss {loss!r} is none of clip, siglip, distill and affinity")
 
 
-def _clip(outputs: ClipOutput, ids: Tensor, inputs: dict, twins: str) -> Tensor:
-    return clip_loss(*outputs[:3], ids, twins)
+def _clip(outputs: ClipOutput, ids: Tensor, inputs: dict, duplicates: str) -> Tensor:
+    return clip_loss(*outputs[:3], ids, duplicates)
 
 
-def _siglip(outputs: ClipOutput, ids: Tensor, inputs: dict, twins: str) -> Tensor:
-    return siglip_loss(*outputs, ids, twins)
+def _siglip(outputs: ClipOutput, ids: Tensor, inputs: dict, duplicates: str) -> Tensor:
+    return siglip_loss(*outputs, ids, duplicates)

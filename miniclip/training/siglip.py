@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from miniclip.loss import TWINS, find_twins, gather, process_index
+from miniclip.loss import DUPLICATES, find_duplicates, gather, process_index
 from miniclip.model import MiniClip
 
 INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0  # section 3.2: nearly all pairs are a "no", which the bias says
@@ -25,19 +25,19 @@ def siglip_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     ids: Tensor | None = None,
-    twins: str = "positive",
+    duplicates: str = "positive",
     chunk_size: int = CHUNK,
 ) -> Tensor:
     """The sigmoid loss: -1/B sum over i, j of log sigmoid(z_ij (scale x_i . y_j + bias)), in nats (algorithm 1).
 
-    z_ij is 1 where image i and caption j are a pair and -1 elsewhere. Of twins that are "positive" z_ij is 1 too, those
+    z_ij is 1 where image i and caption j are a pair, and -1 elsewhere. For "positive" duplicates z_ij is 1 too; those
     to "exclude" count nothing, and to "ignore" them makes them a "no". Arguments are as of `clip_loss`; `logit_bias` is
     a scalar. A process scores its own B images against everybody's captions, and the mean over the processes is
     the loss of the whole batch. At most B x `chunk_size` logits exist at once: they are computed again for the
     backward pass, so that memory grows with the batch and not with its square.
     """
-    if twins not in TWINS:
-        raise ValueError(f"twins {twins!r} is none of {', '.join(TWINS)}")
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates {duplicates!r} is none of {', '.join(DUPLICATES)}")
     with torch.autocast(image_embeds.device.type, enabled=False):
         images, texts = image_embeds.float(), gather(text_embeds.float())
         rows = torch.arange(len(images), device=images.device)
@@ -46,7 +46,7 @@ def siglip_loss(
         for start in range(0, len(texts), chunk_size):
             part = slice(start, start + chunk_size)
             own = rows + process_index() * len(images) - start  # the place of each image's own caption, if it is here
-            others = None if ids is None or twins == "ignore" else (ids, all_ids[part], twins)
+            others = None if ids is None or duplicates == "ignore" else (ids, all_ids[part], duplicates)
             inputs = (images, texts[part], logit_scale.float(), logit_bias.float(), own, others)
             loss = loss + checkpoint(_chunk_loss, *inputs, use_reentrant=False)
         return loss / len(images)
@@ -57,9 +57,9 @@ def _chunk_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: 
     logits = logit_scale * images @ texts.T + logit_bias
     if others is None:
         return -F.logsigmoid(torch.where(pair, logits, -logits)).sum()
-    ids, their_ids, twins = others
-    same = find_twins(ids, their_ids)
-    if twins == "positive":
+    ids, their_ids, duplicates = others
+    same = find_duplicates(ids, their_ids)
+    if duplicates == "positive":
         return -F.logsigmoid(torch.where(same, logits, -logits)).sum()
     return -(F.logsigmoid(torch.where(pair, logits, -logits)) * (pair | ~same)).sum()
 

@@ -91,7 +91,7 @@ class ClipTrainer(GuardedTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The contrastive loss of a batch. What occurs in it twice is no negative of itself."""
         inputs = dict(inputs)
-        ids = inputs.pop("pair_ids", None)  # data without them has no twins that could be known
+        ids = inputs.pop("pair_ids", None)  # data without them has no duplicates that could be known
         rows = inputs.pop("row", None)
         outputs = model(**inputs)
         loss = self.objective(outputs, ids, inputs)
@@ -191,7 +191,7 @@ class ClipTrainer(GuardedTrainer):
         average = Path(resume_from_checkpoint) / "ema.safetensors"
         if average.is_file() != (self.ema is not None):
             how = "with --ema: go on with it too" if average.is_file() else "without --ema: go on without it too"
-            raise InputError(f"{resume_from_checkpoint} was made {how}, or start anew with --model_config on it")
+            raise InputError(f"{resume_from_checkpoint} was made {how}, or start anew with --model on it")
         if self.ema is not None:
             self.ema.load_state_dict(load_file(average), strict=True)
 

@@ -1,41 +1,24 @@
-"""TODO docstring."""
+"""Command lines: the parser of all commands, the flags that they share, and how errors end a command."""
 
 import argparse
 import dataclasses
+import difflib
 import errno
+import inspect
 import os
 import re
 import signal
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import field
 from pathlib import Path
 
 from miniclip.utils.errors import InputError
 
 
-def option(default, help: str, **more):
-    """A dataclass field with a help text."""
-    return field(default=default, metadata={"help": help, **more})
-
-
-def find_device(name: str | None):
-    """The torch device that is named, or the GPU that there is, or the CPU. Raises InputError for one that is not
-    there."""
-    import torch
-
-    try:
-        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        torch.empty(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
 def at_least(lowest: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number that is not below."""
+    """A type for argparse: a whole number of at least `lowest`."""
 
     def number(text: str) -> int:
         if int(text) < lowest:
@@ -46,57 +29,145 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return number
 
 
-def printable(text: str) -> str:
-    """Text with what would end a line, or speak to the terminal, written out: names of files may hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+FLAGS = {  # flags that mean the same in every command, as arguments of add_argument
+    "model": {"help": "a folder saved by MiniCLIP, the name of a config, or a config .json"},
+    "pretrained": {"help": "weights for a config: OpenCLIP, OpenAI, TinyCLIP, Hugging Face or MiniCLIP"},
+    "eval_file": {"help": "captions: .json, .jsonl, .csv, .tsv, shards/{000..123}.tar, a folder of images with texts, "
+                  "hf:NAME[:SPLIT], .parquet; several with ::, the first N records with [:N] (docs/data.md)"},
+    "image_root": {"help": "folder that image paths are relative to (default: the caption file's folder)"},
+    "columns": {"nargs": 2, "metavar": ("IMAGE", "CAPTION"), "help": "names of the image and the caption column, if "
+                "they cannot be guessed (OpenCLIP: --csv-img-key and --csv-caption-key)"},
+    "on_bad_sample": {"choices": ["stop", "skip"], "default": "stop",
+                      "help": "at bad records and images: stop, or skip them and list them in a .jsonl file"},
+    "allow_outside_image_root": {"action": "store_true",
+                                 "help": "allow image paths that lead out of image_root: .., absolute paths, links"},
+    "output_dir": {"help": "folder to write to"},
+    "batch_size": {"type": at_least(1), "help": "images or captions encoded at once"},
+    "num_workers": {"type": at_least(0), "help": "threads that read images (default: one per core)"},
+    "precision": {"choices": ["fp32", "bf16", "int8"], "default": "fp32", "help": "of the matrix products"},
+    "device": {"help": "cpu, cuda, cuda:1, mps (default: a GPU if there is one)"},
+}  # fmt: skip
+HELP = {name: flag["help"] for name, flag in FLAGS.items()}
 
 
-def make_parser(options: type, **kwargs) -> argparse.ArgumentParser:
-    """An argparse parser for the fields of one of the classes above."""
-    parser = argparse.ArgumentParser(
-        description=options.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
-    )
+def closest(word: str, known: Iterable[str]) -> str:
+    """The up to three known words that are most like a word, with commas."""
+    known = list(known)
+    like = difflib.get_close_matches(word, known, n=3) or difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+    return ", ".join(like)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with an example in its help, whose errors are one line that names the nearest right words."""
+
+    aliases = {}  # names that another program has for our options
+
+    def __init__(self, *args, example: str | None = None, **more):
+        epilog = example and "example:\n" + "\n".join(f"  {line}" for line in example.splitlines())
+        how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": epilog, "allow_abbrev": False}
+        super().__init__(*args, **how | more)
+
+    @classmethod
+    def command(cls, name: str, docstring: str, example: str):
+        """The parser of `miniclip NAME`, whose example is `miniclip NAME EXAMPLE`."""
+        return cls(f"miniclip {name}", description=docstring, example=f"miniclip {name} {example}")
+
+    def share(self, *names: str, **more):
+        """Adds flags of FLAGS; `more` replaces some of their arguments."""
+        for name in names:
+            self.add_argument(f"--{name}", **FLAGS[name] | more)
+
+    def nearest(self, word: str) -> str:
+        """For messages about an option that does not exist."""
+        name, known = word.lstrip("-").partition("=")[0], {action.dest for action in self._actions}
+        other = self.aliases.get(name.replace("_", "-"))
+        return f"unknown option {name!r}; nearest: {other or closest(name, known)}"
+
+    def error(self, message: str):
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            word = unknown[1]
+            message = self.nearest(word) if word.startswith("-") else f"unexpected argument {word!r}"
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            near = closest(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, f"{value!r} is not a possible value; nearest: {near}")
+
+
+def option(default, help: str, **more):
+    """A dataclass field with a help text."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+def make_parser(options: type, **more) -> Parser:
+    """A parser for a dataclass of options, whose docstring is a description and an example."""
+    description, _, example = inspect.cleandoc(options.__doc__).partition("\n\nexample:\n")
+    parser = Parser(description=description, example=inspect.cleandoc(example), **more)
     for f in dataclasses.fields(options):
         kind = next((t for t in typing.get_args(f.type) if t is not type(None)), f.type)
+        how = {name: value for name, value in f.metadata.items() if name != "help"}
+        how.setdefault("metavar", None if "choices" in how else "X")
+        if kind is bool:
+            how = {"action": "store_true"}
+        elif typing.get_origin(kind) is list:
+            how = {"nargs": "+", "type": typing.get_args(kind)[0], **how}
+        else:
+            how["type"] = kind
         shown = "" if f.default in (None, False) else f" (default: {f.default})"
-        how = {"action": "store_true"} if kind is bool else {
-            "type": kind, "choices": f.metadata.get("choices"), "metavar": None if "choices" in f.metadata else "X"
-        }  # fmt: skip
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **how)
     return parser
 
 
-# What a system says of a name that cannot be used; any other error is one to be looked into.
+def find_device(name: str | None):
+    """The torch device of that name, or else the GPU if there is one, or else the CPU. Raises InputError for a device
+    that cannot be used."""
+    import torch
+
+    try:
+        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def printable(text: str) -> str:
+    """Text with line ends and control characters escaped: a file name may contain any character."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# System errors that the user can fix by another file name or other permissions; any other one keeps its traceback.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
            errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # fmt: skip
 
 
 def run(main: Callable[[list[str]], None]):
-    """Runs a script on its command line. What is wrong with the input is said without a traceback, which would hide it,
-    and so is that somebody stopped it, with the exit status that shells expect; all other errors keep theirs."""
+    """Runs a command on the command line. Wrong input ends it with one line instead of a traceback, and an interruption
+    with the exit status that shells expect. Unexpected errors keep their traceback."""
     name = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what cannot be printed
+    for stream in (sys.stdout, sys.stderr):  # file names may contain characters that cannot be printed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except InputError as error:
         message = str(error)
-        if "\nOriginal Traceback" in message:  # a data-loader process puts its traceback before what it has to say
+        if "\nOriginal Traceback" in message:  # a data-loader process puts its traceback before the message
             message = message.rpartition(f"{type(error).__qualname__}: ")[2].strip()
         sys.exit(f"{name}: {message}")
-    except BrokenPipeError:  # who read what was printed has seen enough, as `head` does
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
         sys.stdout = sys.stderr = open(os.devnull, "w")  # else Python complains when it closes them
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(f"{name}: the disk is full: {error}. What was there before is as it was: free space and try again")
+            sys.exit(f"{name}: the disk is full: {error}. Earlier files are unchanged: free some space and try again")
         if error.filename is None or error.errno not in REFUSED:
             raise
         # Without the prefix of `files.scratch_path`.
         path = re.sub(r"(^|[/\\])\.\d+\.(?=[^/\\]+$)", r"\1", os.fsdecode(error.filename))
         sys.exit(f"{name}: {path}: {error.strerror}")
     except KeyboardInterrupt as stopped:
-        with suppress(OSError):  # of a pipe that nobody reads any more
+        with suppress(OSError):  # a pipe that nobody reads any more
             print(f"{name}: {str(stopped) or 'stopped'}", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signal", signal.SIGINT))

@@ -1,6 +1,6 @@
 """How do I give weights to another library? The command behind
 
-python -m miniclip convert SRC DST --to openclip|hf|miniclip [--model_config NAME] [--force]
+python -m miniclip convert SRC DST --to openclip|hf|miniclip [--model NAME] [--force]
 """
 
 import json
@@ -24,14 +24,12 @@ RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 WEIGHT_FILES = "model.safetensors pytorch_model.bin open_clip_model.safetensors open_clip_pytorch_model.bin".split()
 
 
-def convert(
-    source: str | Path, target: str | Path, to: str, model_config: str | None = None, force: bool = False
-) -> str:
+def convert(source: str | Path, target: str | Path, to: str, model: str | None = None, force: bool = False) -> str:
     """Writes weights in another library's form, and gives a sentence on what it did.
 
     `source` is a weight file of any known layout or a folder of MiniCLIP, transformers or OpenCLIP. `to` is "openclip":
     a .safetensors or .pt file; "hf": a folder for transformers' CLIPModel; or "miniclip": a folder for MiniClip. The
-    model config, which the folders need for the activation, is `model_config` (a name or a .json file), or the one in
+    model config, which the folders need for the activation, is `model` (a name or a .json file), or the one in
     the folder of `source`, or the one shipped that fits. Nothing is left half written.
     Raises CheckpointError for weights that cannot be used and where the config is needed but not clear, FileExistsError
     where there is something at `target` already, unless `force`.
@@ -44,7 +42,7 @@ def convert(
     if source.is_dir():
         source = next((source / name for name in WEIGHT_FILES if (source / name).is_file()), source)
     checkpoint = open_checkpoint(source)
-    config, reason = choose_config(checkpoint, source, model_config)
+    config, reason = choose_config(checkpoint, source, model)
     weights = checkpoint.weights
     if config:
         with torch.device("meta"):  # shapes alone
@@ -56,7 +54,7 @@ def convert(
                 f"{source} was trained with {theirs} ({checkpoint.evidence}), the config says {ours}", stacklevel=2
             )
     elif to != "openclip":  # where the config is not part of the file
-        raise CheckpointError(f"{source}: {reason}: name one with --model_config")
+        raise CheckpointError(f"{source}: {reason}: name one with --model")
     if len({tensor.dtype for tensor in weights.values()}) > 1:  # OpenAI's: a model has one precision elsewhere
         weights = {key: tensor.float() for key, tensor in weights.items()}
     writers = {"openclip": write_openclip, "hf": write_hf, "miniclip": write_miniclip}

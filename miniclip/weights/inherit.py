@@ -5,7 +5,7 @@ et al., ICCV 2023, arXiv 2309.12314): of the depth evenly spaced blocks, of the 
 and the first attention heads, whole. What comes out knows little until it is trained, but learns faster:
 
     python -m miniclip inherit --from runs/large --to model_configs/small.json --output_dir small
-    python train.py --model_config small --learning_rate 5e-4 ...
+    python train.py --model small --learning_rate 5e-4 ...
 """
 
 import dataclasses

@@ -136,7 +136,7 @@ def test_the_forgetting_benchmark_runs_and_goes_on(caption_set, tmp_path, run_sc
     assert "| alpha |" in text
     assert all((out / f"{name}.png").stat().st_size > 9999 for name in ("forgetting", "wise_ft"))
     again = run_script(*command).stdout
-    assert "\nema: --model_config" in first and "ema: --model_config" not in again, "what is there is not run again"
+    assert "\nema: --model" in first and "ema: --model" not in again, "what is there is not run again"
     assert (out / "finetuning.md").read_text() == text
 
 

@@ -20,7 +20,7 @@ def features(tmp_path):
 
 
 def measured(run_script, folder, *argv):
-    done = run_script("evaluate.py", "--features", folder, "--output", folder / "result.json", *argv)
+    done = run_script("evaluate.py", "--features", folder, "--output_file", folder / "result.json", *argv)
     return done.stdout, json.loads((folder / "result.json").read_text())
 
 
@@ -39,7 +39,7 @@ def test_vectors_alone(features, run_script):
 def test_published_features_print_the_published_figures(flickr8k, tmp_path, run_script):
     for argv in ([], ["--eval_file", flickr8k / "en_val.json", "--captions", "first"]):
         done = run_script(
-            "evaluate.py", "--features", flickr8k / "published_features", "--output", tmp_path / "o.json", *argv
+            "evaluate.py", "--features", flickr8k / "published_features", "--output_file", tmp_path / "o.json", *argv
         )
         table = [line.split() for line in done.stdout.splitlines()]
         assert ["text", "to", "image", "52.0", "70.5", "78.5", "86.3"] in [row[:7] for row in table]

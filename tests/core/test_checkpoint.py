@@ -14,7 +14,7 @@ from miniclip.checkpoint import LAYOUTS, detect_source, from_miniclip, to_minicl
 from miniclip.commands.convert import main
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
-from miniclip.utils.errors import CheckpointError
+from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.files import replacing
 from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
@@ -479,7 +479,7 @@ def test_convert_there_and_back(tmp_path, quick_gelu):
     convert(tmp_path / "a", tmp_path / "b", "hf")
     convert(tmp_path / "b", tmp_path / "c.safetensors", "openclip")
     convert(tmp_path / "c.safetensors", tmp_path / "d.pt", "openclip")
-    convert(tmp_path / "d.pt", tmp_path / "e", "miniclip", model_config=str(tmp_path / "tiny.json"))
+    convert(tmp_path / "d.pt", tmp_path / "e", "miniclip", model=str(tmp_path / "tiny.json"))
     convert(tmp_path / "b", tmp_path / "f", "miniclip")
     assert_equal(load_file(tmp_path / "c.safetensors"), read_state_dict(tmp_path / "d.pt"))
     for folder in ("e", "f"):
@@ -541,12 +541,12 @@ def test_convert_asks_for_the_activation_where_it_cannot_know(tmp_path):
     assert "TinyCLIP-ViT-8M-16-Text-3M" in convert(path, tmp_path / "a", "miniclip")  # the one that ships
     assert MiniClip.from_pretrained(tmp_path / "a").config == small
     path = saved(tmp_path, tiny(), name="tiny.safetensors")
-    with pytest.raises(CheckpointError, match="no shipped config.*--model_config"):
+    with pytest.raises(CheckpointError, match="no shipped config.*--model"):
         convert(path, tmp_path / "b", "miniclip")
     (tmp_path / "tiny.json").write_text(json.dumps(SIZES))
     renamed = path.rename(tmp_path / "tiny-quickgelu.safetensors")
     with pytest.warns(UserWarning, match="trained with QuickGELU.*config says GELU"):
-        convert(renamed, tmp_path / "b", "miniclip", model_config=str(tmp_path / "tiny.json"))
+        convert(renamed, tmp_path / "b", "miniclip", model=str(tmp_path / "tiny.json"))
 
 
 def test_both_activations_ship_for_some_sizes(tmp_path, monkeypatch):
@@ -556,7 +556,7 @@ def test_both_activations_ship_for_some_sizes(tmp_path, monkeypatch):
         "miniclip.weights.convert.fitting_configs", lambda weights, quick_gelu=None: ["X", "X-quickgelu"]
     )
     for to in ("hf", "miniclip"):
-        with pytest.raises(CheckpointError, match="fits X and X-quickgelu: name one with --model_config"):
+        with pytest.raises(CheckpointError, match="fits X and X-quickgelu: name one with --model"):
             convert(path, tmp_path / "out", to)
     assert "it fits X and X-quickgelu" in convert(path, tmp_path / "out.pt", "openclip")
 
@@ -571,7 +571,7 @@ def test_convert_to_another_image_size(tmp_path, capsys):
             str(tmp_path / "out"),
             "--to",
             "miniclip",
-            "--model_config",
+            "--model",
             str(tmp_path / "bigger.json"),
         ]
     )
@@ -619,9 +619,9 @@ def test_command_line(tmp_path, run_script, capsys):
     done = run_script("-m", "miniclip", "convert", tmp_path / "a", tmp_path / "b.safetensors", "--to", "openclip")
     assert "QuickGELU" in done.stdout and not done.stderr
     assert_equal(load_file(tmp_path / "b.safetensors"), from_miniclip(model.state_dict(), "openclip"))
-    with pytest.raises(SystemExit, match="exists already.*--force"):
+    with pytest.raises(InputError, match="exists already.*--force"):
         main([str(tmp_path / "a"), str(tmp_path / "b.safetensors"), "--to", "openclip"])
-    with pytest.raises(SystemExit, match="error: .*none.pt"):
+    with pytest.raises(InputError, match="none.pt"):
         main([str(tmp_path / "none.pt"), str(tmp_path / "c"), "--to", "hf"])
 
 

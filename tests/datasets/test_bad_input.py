@@ -191,7 +191,7 @@ def test_119_bad_records_of_training_are_said_at_once_or_left_out_and_listed(
 ):
     folder, good, reasons = corpus
     assert (len(good), len(reasons)) == (70, 119)
-    command = ["train.py", "--model_config", tmp_path / "tiny.json", "--train_file", folder / "captions.json",
+    command = ["train.py", "--model", tmp_path / "tiny.json", "--train_file", folder / "captions.json",
                "--output_dir", tmp_path / "run", "--per_device_train_batch_size", "8", "--max_steps", "2",
                "--use_cpu"]  # fmt: skip
     done = run_script(*command, check=False)
@@ -219,7 +219,7 @@ def test_evaluation_stops_or_leaves_out_alike(corpus, tmp_path, tiny_model, caps
     early = {name: reason for name, reason in reasons.items() if int(name.split()[1]) >= first}
     check_report(str(caught.value), early)
     with pytest.warns(UserWarning, match="records cannot be used"):
-        evaluate.main([*command, "--on_bad_sample", "skip", "--output", str(tmp_path / "r.json")])
+        evaluate.main([*command, "--on_bad_sample", "skip", "--output_file", str(tmp_path / "r.json")])
     said = capsys.readouterr().out
     assert f"{len(good)} images, {2 * len(good)} captions" in said  # "twice" counts once for each
     assert f"{len(reasons)} bad samples were left out: {tmp_path}/r.bad_samples.jsonl" in said
@@ -301,7 +301,7 @@ def test_34_bad_caption_files_through_four_commands(name, tmp_path, monkeypatch,
     tiny = str(tmp_path / "tiny.json")
     for how in ("stop", "skip"):
         for main, command in (
-            (train.main, ["--model_config", tiny, "--train_file", file, "--output_dir", out, "--use_cpu"]),
+            (train.main, ["--model", tiny, "--train_file", file, "--output_dir", out, "--use_cpu"]),
             (evaluate.main, ["--model", tiny, "--eval_file", file]), (repack.main, [file, f"{out}.csv"]),
         ):  # fmt: skip
             if how == "skip" and name == "bare.jsonl":  # one of its lines is sound
@@ -327,7 +327,7 @@ def test_what_looks_bad_in_a_caption_file_and_is_not(tmp_path):
 
 
 def test_the_same_picture_in_several_records(corpus, tmp_path, caplog, tiny_model):
-    """One of the gallery in evaluation, twins in training; both say so."""
+    """One of the gallery in evaluation, duplicates in training; both say so."""
     folder = corpus[0]
     names = ["UPPER.PNG", "turned 1.jpg", "folder.png/../UPPER.PNG", "UPPER.PNG"]
     texts = [["a", "a"], ["b"], ["c", "a"], ["a", "a"]]
@@ -335,10 +335,10 @@ def test_the_same_picture_in_several_records(corpus, tmp_path, caplog, tiny_mode
     file.write_text(json.dumps([{"image": name, "caption": text} for name, text in zip(names, texts)]))
     tiny_model.save_pretrained(tmp_path / "model")
     evaluate.main(["--model", str(tmp_path / "model"), "--eval_file", str(file), "--device", "cpu", "--save_features",
-                   str(tmp_path / "features"), "--output", str(tmp_path / "r.json")])  # fmt: skip
+                   str(tmp_path / "features"), "--output_file", str(tmp_path / "r.json")])  # fmt: skip
     assert "again.json: 2 records of images that others have too were joined to those, 4 captions" in caplog.text
     assert [len(np.load(tmp_path / "features" / f"{kind}.npy")) for kind in ("image", "text")] == [2, 3]
-    said = "; 2 records have the image of another one: twins (--twins)"
+    said = "; 2 records have the image of another one: duplicates (--duplicates)"
     assert describe(read_source(str(file)), Tokenizer()).endswith(said)
 
 
@@ -465,7 +465,7 @@ def test_a_bad_sample_first_met_in_training(how, tmp_path, tiny_config, monkeypa
             writer.add(f"{number:03d}", data, "png", [f"picture {number}"])
     os.replace(writer.scratch, tmp_path / "000.tar")
     (tmp_path / "tiny.json").write_text(json.dumps(tiny_config.to_dict()))
-    command = ["train.py", "--model_config", tmp_path / "tiny.json", "--train_file", tmp_path / "000.tar", "--use_cpu",
+    command = ["train.py", "--model", tmp_path / "tiny.json", "--train_file", tmp_path / "000.tar", "--use_cpu",
                "--output_dir", tmp_path / "run", "--per_device_train_batch_size", "8", "--num_train_epochs", "2",
                "--dataloader_num_workers", "2", "--disable_tqdm", "true", "--report_to", "none"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [*map(str, command), *(["--on_bad_sample", how] if how else [])])

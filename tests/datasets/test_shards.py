@@ -234,7 +234,7 @@ def test_training_and_measuring_on_shards(shards, caption_set, tiny_config, run_
         (caption_set / "train" / f"{n}.tar").write_bytes(data if n == 1 else (shards / f"00{n}.tar").read_bytes())
     out = caption_set / "run"
     done = run_script(
-        "train.py", "--model_config", caption_set / "tiny.json", "--train_file", f"{caption_set}/train/{{0..3}}.tar",
+        "train.py", "--model", caption_set / "tiny.json", "--train_file", f"{caption_set}/train/{{0..3}}.tar",
         "--eval_file", shards, "--output_dir", out, "--per_device_train_batch_size", "8", "--num_train_epochs", "4",
         "--dataloader_num_workers", "1", "--use_cpu", "--disable_tqdm", "true", "--eval_strategy", "no",
     )  # fmt: skip
@@ -250,7 +250,7 @@ def test_training_and_measuring_on_shards(shards, caption_set, tiny_config, run_
 
     metrics = []
     for source in (caption_set / "captions.json", shards):
-        evaluate.main(["--model", str(out), "--eval_file", str(source), "--output", str(caption_set / "out.json"),
+        evaluate.main(["--model", str(out), "--eval_file", str(source), "--output_file", str(caption_set / "out.json"),
                        "--device", "cpu", "--feature_cache", str(caption_set / "cache")])  # fmt: skip
         metrics.append(json.loads((caption_set / "out.json").read_text())["metrics"])
     assert metrics[0] == metrics[1]

@@ -155,8 +155,8 @@ def test_the_evaluation_file_may_have_other_columns(caption_set, run_script, tin
     rows = [f"{i}.png,sheet {i}" for i in range(24)]
     (caption_set / "own.csv").write_text("\n".join(["bild,wort", *rows]))
     done = run_script(
-        "train.py", "--model_config", caption_set / "tiny.json", "--train_file", caption_set / "own.csv",
-        "--image_column", "bild", "--caption_column", "wort", "--eval_file", caption_set / "captions.json",
+        "train.py", "--model", caption_set / "tiny.json", "--train_file", caption_set / "own.csv",
+        "--columns", "bild", "wort", "--eval_file", caption_set / "captions.json",
         "--max_steps", "1", "--per_device_train_batch_size", "8", "--output_dir", caption_set / "run", "--use_cpu",
     )  # fmt: skip
     assert "its columns are guessed" in done.stderr + done.stdout
@@ -164,7 +164,9 @@ def test_the_evaluation_file_may_have_other_columns(caption_set, run_script, tin
 
 def test_columns_are_named_guessed_or_asked_for(caption_set):
     (caption_set / "a.csv").write_text("where;what;imag\n0.png;a red sheet;x\n1.png;a sheet; green;x\n")
-    with pytest.raises(InputError, match="which column has the image. Name it by --image_column: 'where', 'what', 'im"):
+    with pytest.raises(
+        InputError, match="which column has the image. Name both with --columns. There are 'where', 'what', 'im"
+    ):
         read_source(str(caption_set / "a.csv"))
     columns = {"image_column": "where", "caption_column": "what"}
     with pytest.raises(CaptionFileError, match="line 3: 4 cells for 3 columns"):
@@ -240,7 +242,7 @@ def test_the_converter_counts_shards_and_leaves_bad_images_out(records, caption_
         main([*command, "--on_bad_sample", "skip"])
     assert "3.png" in (caption_set / "s" / "07.tar.bad_samples.jsonl").read_text()
     assert [path.name for path in sorted((caption_set / "s").glob("*.tar"))] == ["07.tar", "08.tar", "09.tar"]
-    assert "23 images; 1 could not be used" in capsys.readouterr().out
+    assert "23 images\n1 bad samples were left out: " in capsys.readouterr().out
     assert content(read_source(str(caption_set / "s"))) == content(records[:3] + records[4:])
     with pytest.raises(InputError, match="07.tar is there already"):
         convert(records, str(caption_set / "s" / "07.tar"))

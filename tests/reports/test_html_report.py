@@ -348,14 +348,14 @@ def features(caption_set):
 def test_features_without_a_model(features, run_script):
     (features / "3.png").write_bytes(b"damaged")
     common = ["evaluate.py", "--features", features, "--eval_file", features / "captions.json"]
-    done = run_script(*common, "--output", features / "o.json", "--report", features / "new" / "folder")
+    done = run_script(*common, "--output_file", features / "o.json", "--report", features / "new" / "folder")
     assert f"the report is {features / 'new' / 'folder' / 'report.html'}" in done.stdout
     page = Page((features / "new" / "folder" / "report.html").read_text(encoding="utf-8"))
     result = json.loads((features / "o.json").read_text())
     assert f"{100 * result['metrics']['mean_recall']:.1f}" in page.text and "Measured without a model" in page.text
     assert result["record"]["command"] in page.text
     assert result["record"]["sha256"][str(features / "image.npy")] in page.text
-    common += ["--output", features / "o.json"]
+    common += ["--output_file", features / "o.json"]
     done = run_script(*common, "--captions", "first", "--report", features / "one.html")
     page = Page((features / "one.html").read_text(encoding="utf-8"))
     assert "24 images, 24 captions" in page.text and "R@3" in page.text and "paper, tall" not in page.text

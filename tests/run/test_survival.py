@@ -43,7 +43,7 @@ def options(recipe, **more) -> list[str]:  # noqa: F811
     (folder / "tiny.json").write_text(json.dumps(config))
     values = json.loads(recipe.read_text()) | {
         "num_train_epochs": 20, "save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": 1,
-        "dataloader_persistent_workers": True, "avoid_twins": None, **more,
+        "dataloader_persistent_workers": True, **more,
     }  # fmt: skip
     del values["output_dir"]
     words = ([f"--{name}"] if value is None else [f"--{name}", str(value)] for name, value in values.items())
@@ -210,7 +210,7 @@ def test_no_checkpoint_is_overwritten_because_it_cannot_be_used(recipe, caption_
     run_script("train.py", recipe, *SAVE, "--max_steps", "2", "--save_only_model")
     there = [path.name for path in checkpoints(run)]
     done = run_script("train.py", recipe, *SAVE, "--max_steps", "4", "--resume", check=False)
-    assert done.returncode == 1 and "of the 2 checkpoints in" in done.stderr and "--model_config" in done.stderr
+    assert done.returncode == 1 and "of the 2 checkpoints in" in done.stderr and "--model" in done.stderr
     assert "does not list optimizer" in done.stderr and [path.name for path in checkpoints(run)] == there
     done = run_script("train.py", recipe, "--resume_from_checkpoint", caption_set / "nowhere", check=False)
     assert "nowhere does not exist" in done.stderr and "Traceback" not in done.stderr
@@ -348,7 +348,7 @@ def test_resuming_with_something_else_is_refused_or_said(recipe, caption_set, ru
     for argv, words in (
         (["--train_file", caption_set / "other.json"], ["data.files was", "the order of the pairs"]),
         (["--per_device_train_batch_size", "6"], ["pairs_per_step was 12 and is 6"]),
-        (["--model_config", caption_set / "other_model.json"], ["model.embed_dim was 16 and is 8"]),
+        (["--model", caption_set / "other_model.json"], ["model.embed_dim was 16 and is 8"]),
         (["--seed", "4"], ["seed was 3 and is 4"]),
     ):
         done = run_script("train.py", recipe, *SAVE, "--max_steps", "4", *argv, "--resume", check=False)

@@ -307,25 +307,25 @@ def test_a_batch_in_chunks_has_the_same_gradients(encoders):
 
 def test_pretrained_towers_are_locked_unless_asked_otherwise(encoders, tmp_path):
     def locks(*argv):
-        options, args = parse_train(["--model_config", str(encoders), "--output_dir", str(tmp_path / "o"), *argv])
-        return options.lock_image, options.lock_text, args.per_device_train_batch_size
+        options, args = parse_train(["--model", str(encoders), "--output_dir", str(tmp_path / "o"), *argv])
+        return *options.frozen, args.per_device_train_batch_size
 
     assert locks() == ("tower", "tower", 128)
-    assert locks("--unlock_text_blocks", "2") == ("tower", "none", 64)
-    assert locks("--unlock_text_blocks", "2", "--unlock_image_blocks", "1") == ("none", "none", 64)
-    assert locks("--lock_image", "none") == ("none", "tower", 64)
-    assert locks("--lock_text", "all") == ("tower", "all", 128)
+    assert locks("--freeze_text", "all_but_2") == ("tower", "none", 64)
+    assert locks("--freeze_text", "all_but_2", "--freeze_image", "all_but_1") == ("none", "none", 64)
+    assert locks("--freeze_image", "none") == ("none", "tower", 64)
+    assert locks("--freeze_text", "all") == ("tower", "all", 128)
     assert locks("--loss", "distill", "--teacher", "ViT-B-32") == ("none", "none", 64)
-    with pytest.raises(InputError, match="--lock_image none"):
+    with pytest.raises(InputError, match="--freeze_image none"):
         locks("--hflip", "0.5")
-    with pytest.raises(InputError, match="max_train_samples is not for streams"):
-        locks("--lock_image", "none", "--lock_text", "none", "--streaming", "--max_train_samples", "9")
+    with pytest.raises(InputError, match="does not work with streaming"):
+        locks("--freeze_image", "none", "--freeze_text", "none", "--streaming", "--train_file", "x.parquet[:9]")
     config = json.loads(encoders.read_text())
     config["vision_cfg"]["hf_model_pretrained"] = False
     encoders.write_text(json.dumps(config))
     assert locks()[:2] == ("none", "tower")
-    options, args = parse_train(["--model_config", "ViT-B-32", "--output_dir", str(tmp_path / "o")])
-    assert (options.lock_image, options.lock_text, args.learning_rate) == ("none", "none", 1e-3)
+    options, args = parse_train(["--model", "ViT-B-32", "--output_dir", str(tmp_path / "o")])
+    assert (options.freeze_image, options.freeze_text, args.learning_rate) == ("none", "none", 1e-3)
 
 
 def train(config: Path, data: Path, output: Path, *more):
@@ -333,7 +333,7 @@ def train(config: Path, data: Path, output: Path, *more):
 
     data = data / "captions.json"
     main([
-        "--model_config", str(config), "--train_file", str(data), "--eval_file", str(data), "--output_dir", str(output),
+        "--model", str(config), "--train_file", str(data), "--eval_file", str(data), "--output_dir", str(output),
         "--use_cpu", "true", "--disable_tqdm", "true", "--per_device_train_batch_size", "8", "--report_to", "none",
         "--save_strategy", "epoch", "--learning_rate", "1e-2", *more,
     ])  # fmt: skip
@@ -353,7 +353,7 @@ def test_projections_are_trained_then_blocks_and_then_it_is_measured(encoders, c
     train(encoders, caption_set, tmp_path / "two", "--num_train_epochs", "1", "--feature_cache", str(tmp_path / "f"))
     assert "24 of 24 images, 48 of 48 captions were cached" in capsys.readouterr().out
     # Then the last block of the text tower, with the picture's features still from the cache.
-    more = ("--unlock_text_blocks", "1", "--num_train_epochs", "1", "--feature_cache", str(tmp_path / "f"))
+    more = ("--freeze_text", "all_but_1", "--num_train_epochs", "1", "--feature_cache", str(tmp_path / "f"))
     train(tmp_path / "one", caption_set, tmp_path / "three", *more)
     after, _, _ = miniclip.load(tmp_path / "three")
     changed = {n for n, t in after.state_dict().items() if not torch.equal(t, model.state_dict()[n])}
@@ -362,7 +362,7 @@ def test_projections_are_trained_then_blocks_and_then_it_is_measured(encoders, c
     # The numbers that training ends with are those of the folder, opened anew.
     from evaluate import main
 
-    files = ("--eval_file", str(caption_set / "captions.json"), "--output", str(tmp_path / "m.json"))
+    files = ("--eval_file", str(caption_set / "captions.json"), "--output_file", str(tmp_path / "m.json"))
     main(["--model", str(tmp_path / "three"), *files])
     measured = json.loads((tmp_path / "m.json").read_text())["metrics"]
     logged = [json.loads(line) for line in (tmp_path / "three" / "log.jsonl").read_text().splitlines()]
@@ -375,7 +375,7 @@ def test_projections_are_trained_then_blocks_and_then_it_is_measured(encoders, c
 
 def test_a_run_goes_on_where_it_was(encoders, caption_set, tmp_path):
     """With the text tower's dropout, and the image tower's cached features."""
-    more = ("--unlock_text_blocks", "1", "--num_train_epochs", "2")
+    more = ("--freeze_text", "all_but_1", "--num_train_epochs", "2")
     train(encoders, caption_set, tmp_path / "whole", *more)
     train(encoders, caption_set, tmp_path / "parts", *more)
     last = max((tmp_path / "parts").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
@@ -395,9 +395,9 @@ def test_two_processes_equal_one(more, encoders, caption_set, run_script):
     (caption_set / "bert" / "config.json").write_text(json.dumps(values))
     encoders.write_text(json.dumps(config))
     argv = [
-        "train.py", "--model_config", encoders, "--train_file", caption_set / "captions.json", "--use_cpu", "true",
-        "--eval_file", caption_set / "captions.json", "--max_steps", "4", "--unlock_text_blocks", "1", "--disable_tqdm",
-        "true", "--learning_rate", "1e-3", "--adam_epsilon", "1e-3",
+        "train.py", "--model", encoders, "--train_file", caption_set / "captions.json", "--use_cpu", "true",
+        "--eval_file", caption_set / "captions.json", "--max_steps", "4", "--freeze_text", "all_but_1",
+        "--disable_tqdm", "true", "--learning_rate", "1e-3", "--adam_epsilon", "1e-3",
     ]  # fmt: skip
     run_script(*argv, "--per_device_train_batch_size", "12", "--output_dir", caption_set / "one")
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -410,7 +410,8 @@ def test_two_processes_equal_one(more, encoders, caption_set, run_script):
 
 
 def test_a_few_records_alone(encoders, caption_set, tmp_path, capsys):
-    train(encoders, caption_set, tmp_path / "few", "--num_train_epochs", "1", "--max_train_samples", "9")
+    few = f"{caption_set / 'captions.json'}[:9]"
+    train(encoders, caption_set, tmp_path / "few", "--num_train_epochs", "1", "--train_file", few)
     assert "9 images, 18 captions" in capsys.readouterr().out
 
 

@@ -179,10 +179,10 @@ def test_locking_everything_is_refused(tiny_model):
 
 
 def test_train_with_a_locked_tower_and_a_cache(recipe, caption_set, run_script):  # noqa: F811
-    options = ["--lock_image", "tower", "--hflip", "0", "--color_jitter", "0", "--num_train_epochs", "2"]
+    options = ["--freeze_image", "tower", "--hflip", "0", "--color_jitter", "0", "--num_train_epochs", "2"]
     options += ["--eval_file", caption_set / "captions.json", "--feature_cache", caption_set / "cache"]
     options += ["--fast", "false"]  # how products are made is chosen by a measurement, which a busy moment can turn
-    start = ["--model_config", caption_set / "start"]
+    start = ["--model", caption_set / "start"]
     config = miniclip.MiniClipConfig.from_json(caption_set / "tiny.json")
     miniclip.MiniClip(config).save_pretrained(caption_set / "start")
     first = run_script("train.py", recipe, *options, *start)
@@ -194,8 +194,8 @@ def test_train_with_a_locked_tower_and_a_cache(recipe, caption_set, run_script):
     for name, tensor in weights(caption_set / "run").items():
         locked = name.startswith("visual") and name != "visual.proj.weight"
         assert torch.equal(tensor, started[name]) == locked, name
-    done = run_script("train.py", recipe, "--lock_image", "all", check=False)
-    assert done.returncode != 0 and "hflip and color_jitter make other pictures" in done.stderr
+    done = run_script("train.py", recipe, "--freeze_image", "all", check=False)
+    assert done.returncode != 0 and "hflip has no effect: the image tower is frozen" in done.stderr
 
 
 def test_evaluate_takes_features_from_the_cache(tiny_model, caption_set, run_script):
@@ -205,12 +205,12 @@ def test_evaluate_takes_features_from_the_cache(tiny_model, caption_set, run_scr
     for expected in ("0 of 24", "24 of 24", "23 of 24"):
         if expected == "23 of 24":  # other content, same name
             (caption_set / "3.png").write_bytes((caption_set / "4.png").read_bytes() + b"\0")
-        done = run_script(*common, "--feature_cache", caption_set / "cache", "--output", caption_set / "out.json")
+        done = run_script(*common, "--feature_cache", caption_set / "cache", "--output_file", caption_set / "out.json")
         assert f"{expected} images were in" in done.stdout
         assert "fp32: cosine to plain fp32 at least 1.0000" in done.stdout
         results.append(json.loads((caption_set / "out.json").read_text())["metrics"])
     assert results[0] == results[1]
-    done = run_script(*common, "--precision", "bf16", "--output", caption_set / "out.json")
+    done = run_script(*common, "--precision", "bf16", "--output_file", caption_set / "out.json")
     assert "bf16: cosine to plain fp32 at least 0.99" in done.stdout
 
 

@@ -253,8 +253,8 @@ def test_a_run_without_progress_stops(parts):
 
 
 REMEDIES = [
-    "--ema", "0.95", "--patch_dropout", "0.5", "--patch_dropout_off", "0.3", "--image_lr_scale", "0.5",
-    "--layer_decay", "0.7", "--unlock_text_blocks", "1", "--save_strategy", "steps", "--save_steps", "3",
+    "--ema", "0.95", "--patch_dropout", "0.5", "0.3", "--tower_lr_scales", "0.5", "1",
+    "--layer_decay", "0.7", "--freeze_text", "all_but_1", "--save_strategy", "steps", "--save_steps", "3",
 ]  # fmt: skip
 
 
@@ -262,7 +262,7 @@ def test_resuming_with_every_remedy_gives_the_same_weights(recipe, caption_set, 
     whole, cut = caption_set / "whole", caption_set / "cut"
     start = caption_set / "start"
     miniclip.MiniClip(miniclip.MiniClipConfig.from_json(caption_set / "tiny.json")).save_pretrained(start)
-    more = [*REMEDIES, "--model_config", start, "--save_total_limit", "9"]
+    more = [*REMEDIES, "--model", start, "--save_total_limit", "9"]
     done = run_script("train.py", recipe, *more, "--output_dir", whole)
     assert "fine-tuning: the last 1 of 2 blocks of the text tower learn" in done.stdout
     assert re.search(r"learning rates from 0.00051[45] \(visual.c\S+\) to 0.003 \(logit_scale\)", done.stdout)
@@ -301,7 +301,7 @@ def test_a_killed_run_with_every_remedy_resumes_to_the_same_weights(recipe, capt
 
 @pytest.mark.slow
 def test_two_processes_with_every_remedy_equal_one(recipe, caption_set, run_script):  # noqa: F811
-    steps = ["--ema", "0.95", "--image_lr_scale", "0.5", "--layer_decay", "0.7", "--unlock_text_blocks", "1"]
+    steps = ["--ema", "0.95", "--tower_lr_scales", "0.5", "1", "--layer_decay", "0.7", "--freeze_text", "all_but_1"]
     steps += ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "6", "--adam_epsilon", "1e-3"]
     run_script("train.py", recipe, *steps, "--output_dir", caption_set / "one")
     run_script(
@@ -312,19 +312,24 @@ def test_two_processes_with_every_remedy_equal_one(recipe, caption_set, run_scri
 
 
 @pytest.mark.parametrize("options, problem", [
-    (["--unlock_image_blocks", "2", "--lock_image", "all"], "do not go together"),
-    (["--unlock_text_blocks", "-1"], "do not go together"),
-    (["--image_lr_scale", "0"], "lock_image"),
-    (["--text_lr_scale", "2", "--lock_text", "all"], "text_lr_scale"),
+    (["--freeze_image", "all_but_"], "freeze_image is all_but_. It must be none, tower, all or all_but_N"),
+    (["--freeze_text", "all_but_-1"], "freeze_text is all_but_-1"),
+    (["--tower_lr_scales", "0", "1"], "freeze_image"),
+    (["--tower_lr_scales", "0.5"], "two numbers above 0"),
+    (["--tower_lr_scales", "1", "2", "--freeze_text", "all"], "tower_lr_scales has no effect on the text tower"),
     (["--layer_decay", "1.5"], "layer_decay"),
     (["--patch_dropout", "1"], "patch_dropout"),
-    (["--patch_dropout", "0.5", "--lock_image", "tower"], "sees whole pictures"),
-    (["--patch_dropout", "0.5", "--unlock_image_blocks", "0"], "sees whole pictures"),
-    (["--early_stopping_patience", "2"], "add eval_file"),
+    (["--patch_dropout", "0.5", "--freeze_image", "tower"], "patch_dropout has no effect"),
+    (["--patch_dropout", "0.5", "--freeze_image", "all_but_0"], "patch_dropout has no effect"),
+    (["--early_stopping_patience", "2"], "Add --eval_file"),
     (["--early_stopping_patience", "0", "--eval_file", "x.json"], "1 or more"),
-    (["--early_stopping_patience", "2", "--eval_file", "x.json", "--save_strategy", "no"], "save_strategy 'no'"),
+    (["--early_stopping_patience", "2", "--eval_file", "x.json", "--save_strategy", "no"], "save_strategy is 'no'"),
     (["--early_stopping_patience", "2", "--eval_file", "x.json", "--eval_strategy", "no"], "eval_strategy is 'no'"),
+    (["--patch_dropout", "0", "0.1"], "a fraction below 1 and, if it is above 0"),
     (["--ema", "1"], "ema"),
+    (["--resume", "--overwrite_output_dir"], "Remove one of them"),
+    (["--image_root", "a", "b"], "Add --eval_file"),
+    (["--columns", "image"], "two names"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused(options, problem, tmp_path):
     with pytest.raises(InputError, match=problem):
@@ -335,8 +340,8 @@ def test_early_stopping_brings_what_it_needs(tmp_path):
     common = ["--output_dir", str(tmp_path), "--use_cpu", "--early_stopping_patience", "2", "--eval_file", "x.json"]
     options, args = parse_train(common)
     assert (args.eval_strategy, args.save_strategy, args.load_best_model_at_end) == ("epoch", "epoch", True)
-    assert options.lock_image == "none"
+    assert options.freeze_image == "none"
     _, args = parse_train([*common, "--eval_strategy", "steps", "--eval_steps", "30"])
     assert (args.save_strategy, args.save_steps, args.load_best_model_at_end) == ("steps", 30, True)
-    options, _ = parse_train([*common, "--unlock_image_blocks", "0"])
-    assert options.lock_image == "tower"
+    options, _ = parse_train([*common, "--freeze_image", "all_but_0"])
+    assert options.freeze_image == "tower"

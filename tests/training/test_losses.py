@@ -1,4 +1,4 @@
-"""SigLIP's loss, distillation and twins: by hand, beside OpenCLIP's own numbers, across processes and in whole runs."""
+"""SigLIP's loss, distillation and duplicates: by hand, and by OpenCLIP's numbers, across processes, in whole runs."""
 
 import json
 import math
@@ -18,13 +18,12 @@ from miniclip.commands.convert_data import main as repack
 from miniclip.data import CaptionDataset, Collator, image_id, text_id
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import read_captions
-from miniclip.loss import clip_loss, find_twins
+from miniclip.loss import clip_loss, find_duplicates
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.training.distill import Distillation, affinity_loss
 from miniclip.training.grad_cache import batch_forward
 from miniclip.training.objectives import make_objective
 from miniclip.training.siglip import add_logit_bias, siglip_loss
-from miniclip.training.twins import TwinFreeSampler, part_twins
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 from miniclip.weights.load import load_weights
@@ -59,64 +58,65 @@ def test_as_openclip(name):
         assert given[key].grad.flatten()[:24].tolist() == pytest.approx(golden[key], abs=1e-6), key
 
 
-def two_twins():
+def two_duplicates():
     """Three pairs of which the first and the last show the same image."""
     image = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     text = torch.tensor([[0.6, 0.8], [0.0, 1.0], [0.8, -0.6]])
     return image, text, torch.tensor([[5, 1], [6, 2], [5, 3]])
 
 
-def test_twins_are_found():
-    _, _, ids = two_twins()
-    assert find_twins(ids, ids).tolist() == [[True, False, True], [False, True, False], [True, False, True]]
+def test_duplicates_are_found():
+    _, _, ids = two_duplicates()
+    assert find_duplicates(ids, ids).tolist() == [[True, False, True], [False, True, False], [True, False, True]]
     ids = torch.tensor([[5, 1], [6, 2], [7, 2]])
-    assert find_twins(ids, ids).tolist() == [[True, False, False], [False, True, True], [False, True, True]]
+    assert find_duplicates(ids, ids).tolist() == [[True, False, False], [False, True, True], [False, True, True]]
 
 
-@pytest.mark.parametrize("twins", ["positive", "exclude", "ignore"])
-def test_twins_by_hand(twins):
-    image, text, ids = two_twins()
+@pytest.mark.parametrize("duplicates", ["positive", "exclude", "ignore"])
+def test_duplicates_by_hand(duplicates):
+    image, text, ids = two_duplicates()
     # with scale 1 the logits are the cosines: rows images, columns texts
     logits = [[0.6, 0.0, 0.8], [0.8, 1.0, -0.6], [0.6, 0.0, 0.8]]
 
     def row(values, own, mates):
-        if twins == "exclude":
+        if duplicates == "exclude":
             values = [v for j, v in enumerate(values) if j == own or j not in mates]
             own = 0 if len(values) < 3 and own == 0 else len(values) - 1 if own == 2 else own
         log_sum = math.log(sum(math.exp(v) for v in values))
-        right = mates if twins == "positive" else [own]
+        right = mates if duplicates == "positive" else [own]
         return sum(log_sum - values[j] for j in right) / len(right)
 
     mates = [[0, 2], [1], [0, 2]]
     of_images = sum(row(logits[i], i, mates[i]) for i in range(3)) / 3
     of_texts = sum(row([logits[j][i] for j in range(3)], i, mates[i]) for i in range(3)) / 3
-    loss = clip_loss(image, text, torch.tensor(1.0), ids, twins)
+    loss = clip_loss(image, text, torch.tensor(1.0), ids, duplicates)
     assert loss.item() == pytest.approx((of_images + of_texts) / 2, abs=1e-6)
 
-    yes = [[i == j or (twins == "positive" and j in mates[i]) for j in range(3)] for i in range(3)]
-    counts = [[twins != "exclude" or i == j or j not in mates[i] for j in range(3)] for i in range(3)]
+    yes = [[i == j or (duplicates == "positive" and j in mates[i]) for j in range(3)] for i in range(3)]
+    counts = [[duplicates != "exclude" or i == j or j not in mates[i] for j in range(3)] for i in range(3)]
     losses = [
         math.log(1 + math.exp(-(2 * logits[i][j] - 1) * (1 if yes[i][j] else -1))) * counts[i][j]
         for i in range(3) for j in range(3)
     ]  # fmt: skip
-    loss = siglip_loss(image, text, torch.tensor(2.0), torch.tensor(-1.0), ids, twins, chunk_size=2)
+    loss = siglip_loss(image, text, torch.tensor(2.0), torch.tensor(-1.0), ids, duplicates, chunk_size=2)
     assert loss.item() == pytest.approx(sum(losses) / 3, abs=1e-6)
 
 
-def test_without_twins_all_ways_agree():
+def test_without_duplicates_all_ways_agree():
     image, text, scale = draw(0, 8).float(), draw(1, 8).float(), torch.tensor(9.0)
     alone = torch.arange(24).view(12, 2)
-    for twins in ("positive", "exclude", "ignore"):
-        assert clip_loss(image, text, scale, alone, twins).item() == pytest.approx(clip_loss(image, text, scale).item())
+    for duplicates in ("positive", "exclude", "ignore"):
+        ours = clip_loss(image, text, scale, alone, duplicates).item()
+        assert ours == pytest.approx(clip_loss(image, text, scale).item())
     with pytest.raises(ValueError, match="positive, exclude, ignore"):
         clip_loss(image, text, scale, alone, "drop")
 
 
-@pytest.mark.parametrize("twins, direction", [("positive", -1), ("exclude", 0), ("ignore", 1)])
-def test_what_happens_to_a_twin(twins, direction):
+@pytest.mark.parametrize("duplicates, direction", [("positive", -1), ("exclude", 0), ("ignore", 1)])
+def test_what_happens_to_a_duplicate(duplicates, direction):
     """Two crops of one image, and their captions: a caption is pulled to the other crop, left alone, or pushed off."""
     text, same_image = torch.eye(2, requires_grad=True), torch.tensor([[5, 1], [5, 2]])
-    clip_loss(torch.eye(2), text, torch.tensor(2.0), same_image, twins).backward()
+    clip_loss(torch.eye(2), text, torch.tensor(2.0), same_image, duplicates).backward()
     assert torch.sign(text.grad[1, 0]) == torch.sign(text.grad[0, 1]) == direction
 
 
@@ -153,7 +153,7 @@ def test_siglip_starts_where_the_paper_says(tiny_config, tmp_path):
 def test_a_teacher_that_is_the_student_is_matched_already(tiny_model):
     """The cross-entropy is then the entropy, the least that it can be: no gradient."""
     preprocess = Preprocess(tiny_model.config.preprocess_cfg)
-    objective = Distillation(tiny_model, preprocess, tiny_model, contrast=False, twins="positive")
+    objective = Distillation(tiny_model, preprocess, tiny_model, contrast=False, duplicates="positive")
     tiny_model.requires_grad_(True)
     levels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     ids = miniclip.tokenizer.Tokenizer(16)([f"picture {n}" for n in range(6)])
@@ -185,14 +185,14 @@ def test_a_model_with_a_bias_goes_through_weight_files(tiny_config, tmp_path):
 
 def test_a_teacher_without_weights_is_refused(tiny_model):
     with pytest.raises(InputError, match="ViT-B-32 has no weights"):
-        make_objective("distill", "positive", tiny_model, "ViT-B-32")
+        make_objective("distill", "positive", tiny_model, ["ViT-B-32"])
 
 
 def test_half_precision_weights_are_trained_in_fp32(tiny_model, caption_set, recipe, run_script):  # noqa: F811
     half = {name: t.bfloat16() for name, t in tiny_model.state_dict().items()}
     tiny_model.save_pretrained(caption_set / "half", half)
     options = ["--max_steps", "2", "--learning_rate", "1e-5"]
-    run_script("train.py", recipe, "--model_config", caption_set / "half", *options)
+    run_script("train.py", recipe, "--model", caption_set / "half", *options)
     after = weights(caption_set / "run")
     changed = [(after[name] != t.float()).float().mean().item() for name, t in half.items() if t.ndim >= 2]
     assert min(changed) > 0 and after["visual.proj.weight"].dtype == torch.float32
@@ -206,7 +206,7 @@ def test_a_teacher_that_cannot_read_is_refused(tiny_model, tiny_config):
         tiny_model.config.text_cfg.context_length = 16
         student = MiniClip(miniclip.MiniClipConfig.from_dict(tiny_config.to_dict()))
         student.config.text_cfg.context_length = 77
-        Distillation(tiny_model, preprocess, student, contrast=True, twins="positive")
+        Distillation(tiny_model, preprocess, student, contrast=True, duplicates="positive")
 
 
 def test_unknown_loss(tiny_model):
@@ -214,7 +214,7 @@ def test_unknown_loss(tiny_model):
         make_objective("triplet", "positive", tiny_model)
 
 
-# Which pairs are twins, and keeping them apart
+# Which pairs are duplicates
 
 
 def test_ids_tell_pictures_and_words(caption_set):
@@ -237,45 +237,12 @@ def flat(caption_set) -> Path:
     return caption_set / "flat.json"
 
 
-def test_a_batch_knows_its_twins(caption_set, tiny_config):
+def test_a_batch_knows_its_duplicates(caption_set, tiny_config):
     records = read_captions(flat(caption_set))
     data = CaptionDataset(records, Preprocess(tiny_config.preprocess_cfg))
     batch = Collator(miniclip.tokenizer.Tokenizer(16))([data[0], data[1], data[2]])
     ids = batch["pair_ids"]
-    assert find_twins(ids, ids).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
-    assert data.pair_ids(1) == tuple(batch["pair_ids"][1].tolist())
-
-
-def test_the_sampler_parts_twins(caption_set, tiny_config):
-    data = CaptionDataset(read_captions(flat(caption_set)), Preprocess(tiny_config.preprocess_cfg), seed=3)
-    sampler, orders = TwinFreeSampler(data, 16), []
-    for epoch in (0, 1, 0):
-        data.set_epoch(epoch)
-        order = list(sampler)
-        orders.append(order)
-        assert sorted(order) == list(range(48)) and len(sampler) == 48
-        for start in range(0, 48, 16):
-            images = [data.records[index]["image"] for index in order[start : start + 16]]
-            assert len(set(images)) == 16
-    assert orders[0] == orders[2] != orders[1]
-
-
-def test_twins_that_cannot_be_parted_are_counted(caption_set, tiny_config, caplog):
-    records = read_captions(flat(caption_set))
-    data = CaptionDataset(records[:2] * 3 + records[2:4], Preprocess(tiny_config.preprocess_cfg))
-    with caplog.at_level("WARNING"):
-        order = list(TwinFreeSampler(data, 4))
-    assert sorted(order) == list(range(8))
-    assert "twins could not be kept apart" in caplog.text
-
-
-def test_rows_change_places_only_where_they_must():
-    items = [(0, "a"), (1, "b"), (2, "a"), (3, "c"), (4, "d"), (5, "a")]
-    assert [[n for n, _ in batch] for batch in part_twins(items, 2)] == [[0, 1], [2, 3], [4, 5]]
-    items = [(0, "b"), (1, "c"), (2, "a"), (3, "a")]  # one after the other the two a would end up together
-    assert [[n for n, _ in batch] for batch in part_twins(items, 2)] == [[2, 1], [0, 3]]
-    items = [(0, "a"), (1, "a"), (2, "a"), (3, "b")]  # three in two batches
-    assert sorted(n for batch in part_twins(items, 2) for n, _ in batch) == [0, 1, 2, 3]
+    assert find_duplicates(ids, ids).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
 
 
 # Across processes and in chunks
@@ -283,7 +250,7 @@ def test_rows_change_places_only_where_they_must():
 
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_gradients_equal_those_of_one_process(tiny_config, tmp_path, processes):
-    """Of every loss, with twins within and across processes, in one piece and in chunks: within 1e-6 of the largest."""
+    """Of every loss, with duplicates within and across processes, whole and in chunks: within 1e-6."""
     torch.manual_seed(0)
     model, teacher = MiniClip(tiny_config), MiniClip(tiny_config)
     add_logit_bias(model)
@@ -295,11 +262,11 @@ def test_gradients_equal_those_of_one_process(tiny_config, tmp_path, processes):
     for column, one, other in ((0, 7, 1), (0, 3, 2), (1, 11, 0)):  # within a process, and in two
         batch["pair_ids"][one, column] = batch["pair_ids"][other, column]
     cases = [
-        {"loss": loss, "twins": twins, "chunk_size": chunk}
+        {"loss": loss, "duplicates": duplicates, "chunk_size": chunk}
         for loss in ("clip", "siglip", "distill", "affinity")
-        for twins in ("positive", "exclude", "ignore")
+        for duplicates in ("positive", "exclude", "ignore")
         for chunk in (0, 3)
-        if not (loss == "affinity" and twins != "positive")
+        if not (loss == "affinity" and duplicates != "positive")
     ]
     saved = {
         "batch": batch, "cases": cases, "config": model.config.to_dict(), "weights": model.state_dict(),
@@ -333,7 +300,7 @@ def quiet_environment() -> dict:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--loss", "siglip", "--twins", "exclude", "--avoid_twins"],
+        ["--loss", "siglip", "--duplicates", "exclude"],
         ["--loss", "distill"],
         pytest.param(["--loss", "affinity"], marks=pytest.mark.slow),
     ],

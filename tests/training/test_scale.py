@@ -104,7 +104,7 @@ def test_accelerate_launch_on_two_processes(folder, recipe, run_script):  # noqa
     done = run_script(
         "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        "train.py", recipe, "--model_config", folder / "model_dir", "--eval_file", folder / "odd.json",
+        "train.py", recipe, "--model", folder / "model_dir", "--eval_file", folder / "odd.json",
         "--per_device_train_batch_size", "6", "--learning_rate", "0", "--weight_decay", "0", "--num_train_epochs", "1",
     )  # fmt: skip
     logged = eval_entry(folder / "run")
@@ -128,7 +128,7 @@ def test_accelerate_launch_on_two_processes(folder, recipe, run_script):  # noqa
 def test_torchrun_on_any_number_of_processes(processes, folder, recipe, run_script):  # noqa: F811
     run_script(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes,
-        "train.py", recipe, "--model_config", folder / "model_dir", "--eval_file", folder / "odd.json",
+        "train.py", recipe, "--model", folder / "model_dir", "--eval_file", folder / "odd.json",
         "--per_device_train_batch_size", 12 // processes, "--learning_rate", "0", "--weight_decay", "0",
         "--num_train_epochs", "1",
     )  # fmt: skip

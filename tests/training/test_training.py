@@ -22,7 +22,7 @@ def recipe(caption_set, tiny_config):
     """A recipe that trains a tiny model for 8 epochs of 2 steps on 24 images, with everything that is random on."""
     (caption_set / "tiny.json").write_text(json.dumps(tiny_config.to_dict()))
     values = {
-        "model_config": str(caption_set / "tiny.json"),
+        "model": str(caption_set / "tiny.json"),
         "train_file": str(caption_set / "captions.json"),
         "output_dir": str(caption_set / "run"),
         "per_device_train_batch_size": 12, "num_train_epochs": 8, "learning_rate": 3e-3, "hflip": 0.5,
@@ -82,7 +82,7 @@ def test_train_then_load_then_evaluate(recipe, caption_set, run_script):
     for captions in ("all", "first"):
         again = run_script(
             "evaluate.py", "--features", caption_set / "features", "--captions", captions,
-            "--eval_file", caption_set / "captions.json", "--output", caption_set / f"{captions}.json",
+            "--eval_file", caption_set / "captions.json", "--output_file", caption_set / f"{captions}.json",
         )  # fmt: skip
         assert ("R@3" in again.stdout) == (captions == "first")
     assert json.loads((caption_set / "all.json").read_text())["metrics"] == result["metrics"]
@@ -215,7 +215,7 @@ def test_the_best_model_is_the_best_by_any_metric(metric, greater, tmp_path):
         metric_for_best_model=metric,
     )  # fmt: skip
     assert (args.metric_for_best_model, args.greater_is_better) == (metric or "mean_recall", greater)
-    with pytest.raises(ValueError, match="'text_to_image_R1' is none of .*text_to_image_R@1"):
+    with pytest.raises(ValueError, match="'text_to_image_R1' is not one of .*text_to_image_R@1"):
         ClipTrainingArguments(str(tmp_path), use_cpu=True, metric_for_best_model="text_to_image_R1")
 
 

