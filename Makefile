@@ -26,10 +26,10 @@ $(VENV)/installed-ui: requirements-ui.txt $(VENV)/installed
 	$(BIN)/python -m pip install --requirement requirements-ui.txt "playwright>=1.50"
 	touch $@
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements-test.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --requirement requirements.txt
+	$(BIN)/python -m pip install --requirement requirements.txt --requirement requirements-test.txt
 	touch $@
 
 clean:

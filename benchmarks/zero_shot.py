@@ -124,7 +124,7 @@ def main():
             (folder / path.name).symlink_to(path.resolve())
         print("\nlinear probe, Flickr8k: half of those pictures are examples, the others are measured")
         how = ["--output_dir", f"{scratch}/out", "--shots", "1", "2", "4", "8", "16"]
-        halves = ["--train", f"{scratch}/train", "--images", f"{scratch}/test"]
+        halves = ["--examples", f"{scratch}/train", "--images", f"{scratch}/test"]
         linear_probe.main(["--model", options.model, *halves, *how])
         for split, number in (("train", 1500), ("eval", 600)):
             for index, (scene, picture, _) in enumerate(drawn(split, number)):
@@ -135,7 +135,7 @@ def main():
         print("\nlinear probe, the demo: which shape is on the left?")
         Path(scratch, "templates.txt").write_text("{} on the left\na {} on the left\ntwo small {}s on the left\n")
         how += ["--templates", f"{scratch}/templates.txt", "--shots", "1", "4", "16", "64"]
-        scenes = ["--train", f"{scratch}/scenes/train", "--images", f"{scratch}/scenes/eval"]
+        scenes = ["--examples", f"{scratch}/scenes/train", "--images", f"{scratch}/scenes/eval"]
         linear_probe.main(["--model", options.demo, *scenes, *how])
 
 

@@ -1,22 +1,45 @@
-"""The commands: `python -m miniclip`, or `miniclip` where the package is installed, lists and runs them."""
+"""The commands: `miniclip`, or `python -m miniclip`, lists them and runs them."""
 
-import importlib
+import ast
+import importlib.util
 import sys
 from pathlib import Path
 
-COMMANDS = Path(__file__).parent / "commands"
+PACKAGE = Path(__file__).resolve().parent
+SCRIPTS = "train.py", "evaluate.py"
+
+
+def find_commands() -> dict[str, Path]:
+    """The file of each command. train.py and evaluate.py are beside the package, or with the others once installed."""
+    folder = PACKAGE / "commands"
+    scripts = (folder / name if (folder / name).exists() else PACKAGE.parent / name for name in SCRIPTS)
+    return {path.stem: path for path in (*scripts, *sorted(folder.glob("[a-z]*.py"))) if path.stem != "common"}
+
+
+def summary(path: Path) -> str:
+    """The first line of a file's docstring, without importing the file."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def main():
-    names = sorted(path.stem for path in COMMANDS.glob("[a-z]*.py") if path.stem != "common")
-    if len(sys.argv) < 2 or sys.argv[1] not in names:
-        print("usage: python -m miniclip COMMAND ...\n" + "\n".join(names))
-        sys.exit(0 if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help") else 2)
-    name = sys.argv.pop(1)
-    sys.argv[0] = f"miniclip {name}"
-    from miniclip.utils.command_line import run
+    from miniclip.utils.command_line import Parser, run
 
-    run(importlib.import_module(f"miniclip.commands.{name}").main)
+    commands = find_commands()
+    lines = [f"  {name:<14}{summary(path)}" for name, path in commands.items()]
+    parser = Parser(
+        "miniclip", usage="miniclip COMMAND ...", add_help=False, description="commands:\n" + "\n".join(lines),
+        epilog="miniclip COMMAND --help describes a command.",
+    )  # fmt: skip
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        parser.print_help()
+        return
+    parser.add_argument("COMMAND", choices=commands)
+    name = parser.parse_args([sys.argv.pop(1).replace("-", "_")]).COMMAND
+    sys.argv[0] = f"miniclip {name}"
+    spec = importlib.util.spec_from_file_location(f"miniclip.commands.{name}", commands[name])
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run(module.main)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from miniclip.utils.errors import InputError
 
-MODEL_CONFIGS = Path(__file__).resolve().parent.parent / "model_configs"
+# In the package where it is installed, beside it in a clone.
+MODEL_CONFIGS = next(filter(Path.is_dir, (folder / "model_configs" for folder in Path(__file__).resolve().parents[:2])))
 
 
 @dataclass

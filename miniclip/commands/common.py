@@ -1,22 +1,44 @@
-"""What the commands that classify images share: options, the model, embeddings, and the files they write."""
+"""Flags and steps that several commands share."""
 
-import argparse
+import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
-from miniclip.utils.command_line import at_least, find_device, printable
+from miniclip.utils.command_line import Parser, find_device, printable
+from miniclip.utils.errors import InputError
 
 
-def common_options(parser: argparse.ArgumentParser, output_dir: str):
-    """Adds the options that all of these commands have."""
-    parser.add_argument("--model", required=True, help="a folder saved by MiniCLIP, or a config with --pretrained")
-    parser.add_argument("--pretrained", help="weights for the named config")
+def share_image_flags(parser: Parser, output_dir: str):
+    """Adds the flags of commands that encode images."""
+    parser.share("model", required=True)
+    parser.share("pretrained")
     parser.add_argument("--images", required=True, nargs="+", help="images, folders, or a folder of class folders")
-    parser.add_argument("--on_bad_sample", choices=["stop", "skip"], default="stop", help="stop, or skip bad samples")
-    parser.add_argument("--output_dir", default=output_dir, help=f"output folder (default: {output_dir})")
-    parser.add_argument("--batch_size", type=at_least(1), default=32, help="images encoded at once (default: 32)")
-    parser.add_argument("--num_workers", type=at_least(0), help="threads that read images (default: one per core)")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "int8"], help="of matrix products")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    parser.share("on_bad_sample")
+    parser.share("output_dir", default=output_dir, help="folder to write to (default: %(default)s)")
+    parser.share("batch_size", default=32, help="images encoded at once (default: %(default)s)")
+    parser.share("num_workers", "precision", "device")
+
+
+def share_class_flags(parser: Parser):
+    """Adds the flags that name classes; `read_class_flags` reads them."""
+    classes = "a,b,c; name=words,...; or a .txt or .json file of them (docs/classify.md). Default: the folder names"
+    parser.add_argument("--classes", help=classes)
+    parser.add_argument(
+        "--templates", help="file of sentences with {} for the class name (default: the language's own)"
+    )
+    parser.add_argument("--language", default="en", help="of classes and templates: en, zh, fr, es (default: en)")
+
+
+def read_class_flags(options) -> tuple[dict[str, str] | None, list[str]]:
+    """The classes, None if they are not given, and the templates."""
+    from miniclip.classify.prompts import TEMPLATES, read_classes, read_templates
+
+    if options.language not in TEMPLATES and not (options.templates and options.classes):
+        known = ", ".join(TEMPLATES)
+        raise InputError(f"--language {options.language} is not one of {known}: add --templates and --classes")
+    templates = read_templates(options.templates) if options.templates else TEMPLATES[options.language]
+    return read_classes(options.classes, options.language) if options.classes is not None else None, templates
 
 
 def open_model(options):
@@ -24,7 +46,7 @@ def open_model(options):
     from miniclip.inference.fast import inference_copy
     from miniclip.inference.load import load
 
-    Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     model, preprocess, tokenizer = load(options.model, options.pretrained, find_device(options.device))
     return inference_copy(model, options.precision), preprocess, tokenizer
 
@@ -68,11 +90,23 @@ def finish(options, name: str, results: dict, table: str, bad_samples, summary: 
     write_json(folder / f"{name}.json", results)
     write_text(folder / f"{name}.md", table + "\n")
     print(f"{summary}. Written: {', '.join([f'{name}.json', f'{name}.md', *more_files])} in {folder}")
-    bad_samples.open(folder / NAME)
-    if bad_samples:
-        print(f"{len(bad_samples)} bad samples were skipped: {bad_samples.path}")
+    bad_samples.report(folder / NAME)
+
+
+def check_folder_or_weights(flag: str, model: str, pretrained: str | None):
+    """Raises InputError for a model that is a config without weights."""
+    if not Path(model).is_dir() and pretrained is None:
+        raise InputError(f"{flag} {model} is not a folder. If it is the name of a config, add --pretrained")
+
+
+@contextmanager
+def plain_warnings():
+    """Prints warnings as single lines."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        yield
 
 
 def cell(text: str) -> str:
-    """Returns text for a cell of a Markdown table."""
+    """Text for a cell of a Markdown table."""
     return printable(text).replace("|", "\\|")

@@ -1,25 +1,26 @@
-"""TODO docstring."""
+"""Conversion of CLIP weights between MiniCLIP, OpenCLIP and Hugging Face.
 
-import argparse
-import sys
-import warnings
+Reads a weight file or a model folder (SRC) and writes a weight file or a model folder (DST).
+"""
 
-from miniclip.weights.convert import (
-    convert,
-)
+from miniclip.commands.common import plain_warnings
+from miniclip.utils.command_line import Parser
+from miniclip.utils.errors import InputError
 
 
-def main(argv: list[str] | None = None):
-    command = argparse.ArgumentParser("python -m miniclip convert", description="CLIP weights from any form to any.")
-    command.add_argument("SRC", help="a weight file (.pt, .bin, .safetensors) or a folder of MiniCLIP or Hugging Face")
-    command.add_argument("DST", help="a .safetensors or .pt file for openclip, a folder for hf and miniclip")
-    command.add_argument("--to", required=True, metavar="FORM", help="openclip, hf or miniclip: for which library")
-    command.add_argument("--model", help="config name or .json file, where SRC does not tell the activation")
-    command.add_argument("--force", action="store_true", help="replace files at DST")
-    args = command.parse_args(argv)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+def main(argv: list[str]):
+    parser = Parser.command("convert", __doc__, "runs/mine mine.pt --to openclip")
+    parser.add_argument("SRC", help="a weight file (.pt, .bin, .safetensors), or a folder of MiniCLIP or Hugging Face")
+    parser.add_argument("DST", help="output: a .safetensors or .pt file for openclip, a folder for hf and miniclip")
+    parser.add_argument("--to", required=True, metavar="FORM", help="openclip, hf (Hugging Face) or miniclip")
+    parser.share("model", help="config name or .json file, if SRC does not determine the activation")
+    parser.add_argument("--force", action="store_true", help="replace files at DST")
+    options = parser.parse_args(argv)
+
+    from miniclip.weights.convert import convert
+
+    with plain_warnings():
         try:
-            print(convert(args.SRC, args.DST, args.to, args.model, args.force))
+            print(convert(options.SRC, options.DST, options.to, options.model, options.force))
         except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
+            raise InputError(str(error)) from None

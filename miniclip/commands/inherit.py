@@ -1,33 +1,38 @@
-"""TODO docstring."""
+"""A small model made of slices of a large one.
 
-import argparse
+Reads a model and a config, and writes the small model, which still has to be trained, to --output_dir.
+"""
+
 import dataclasses
-import warnings
 from pathlib import Path
 
-from miniclip.config import MiniClipConfig
-from miniclip.inference.load import load
+from miniclip.commands.common import check_folder_or_weights, plain_warnings
+from miniclip.utils.command_line import Parser
 from miniclip.utils.errors import InputError
-from miniclip.weights.inherit import inherit, spaced
 
 
 def main(argv: list[str]):
-    about = "Makes a small model of a large one's slices."
-    parser = argparse.ArgumentParser("python -m miniclip inherit", description=about)
-    parser.add_argument("--from", dest="source", required=True, help="a folder saved by MiniCLIP, or a config's name")
-    parser.add_argument("--pretrained", help="weights of --from where that is the name of a config")
+    parser = Parser.command(
+        "inherit", __doc__, "--from ViT-B-32 --pretrained vit_b_32.pt --to small.json --output_dir runs/small"
+    )
+    parser.add_argument("--from", dest="source", required=True, help="the large model: a folder, or a config name")
+    parser.share("pretrained")
     parser.add_argument("--to", required=True, help="config of the small model: a name or a .json file")
-    parser.add_argument("--output_dir", required=True, help="folder for the small model, for train.py's --model")
-    parser.add_argument("--layers_image", type=int, nargs="+", help="blocks kept, from 0; evenly spaced unless given")
-    parser.add_argument("--layers_text", type=int, nargs="+", help="the same for the text tower")
+    parser.share("output_dir", required=True, help="folder for the small model, for --model of train.py")
+    blocks = "numbers of the {} blocks to keep, from 0 (default: evenly spaced)"
+    parser.add_argument("--layers_image", type=int, nargs="+", help=blocks.format("image tower's"))
+    parser.add_argument("--layers_text", type=int, nargs="+", help=blocks.format("text tower's"))
     options = parser.parse_args(argv)
-    if not Path(options.source).is_dir() and options.pretrained is None:
-        raise InputError(f"--from {options.source} is no folder; the name of a config needs --pretrained too")
+    check_folder_or_weights("--from", options.source, options.pretrained)
     if (Path(options.output_dir) / "model.safetensors").exists():
-        raise InputError(f"{options.output_dir} holds a model already: choose another --output_dir")
+        raise InputError(f"{options.output_dir} already holds a model. Choose another --output_dir")
+
+    from miniclip.config import MiniClipConfig
+    from miniclip.inference.load import load
+    from miniclip.weights.inherit import inherit, spaced
+
     config = MiniClipConfig.from_name(options.to)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}")
+    with plain_warnings():
         source, *_ = load(options.source, options.pretrained)
     model = inherit(source, config, options.layers_image, options.layers_text)
     model.save_pretrained(options.output_dir)

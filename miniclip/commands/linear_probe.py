@@ -1,62 +1,60 @@
-"""The command `linear_probe`: logistic regression on image embeddings, compared with zero-shot."""
+"""Linear probe: few-shot classification by logistic regression on image embeddings.
 
-import argparse
+Reads labelled examples and held-out images, both in class folders, and writes linear_probe.json, linear_probe.md and
+probe.npz to --output_dir.
+"""
+
 import os
 from pathlib import Path
 
-from miniclip.classify.images import choose_classes, find_images
-from miniclip.classify.prompts import TEMPLATES, read_classes, read_templates
-from miniclip.commands.common import common_options, embed_usable, finish, open_model
+from miniclip.commands import common
+from miniclip.utils.command_line import Parser, at_least
 from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        "python -m miniclip linear_probe", description="Classifies by logistic regression on image embeddings."
-    )
-    parser.add_argument("--train", required=True, help="examples: a folder of class folders")
-    parser.add_argument(
-        "--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="numbers of examples per class to try"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="number of random draws; the mean is reported")
-    parser.add_argument("--classes", help="words of the classes, for zero-shot (default: the folders' names)")
-    parser.add_argument("--templates", help="a file of sentences with {} for the class name")
-    parser.add_argument("--language", default="en", choices=list(TEMPLATES), help="of classes and templates")
-    common_options(parser, "linear_probe")
+    parser = Parser.command("linear_probe", __doc__, "--model runs/mine --examples labelled --images held_out")
+    parser.add_argument("--examples", required=True, help="labelled images to learn from: a folder of class folders")
+    shots = "numbers of examples per class to try (default: 1 2 4 8 16)"
+    parser.add_argument("--shots", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16], help=shots)
+    seeds = "number of random draws; the mean is reported (default: %(default)s)"
+    parser.add_argument("--seeds", type=at_least(1), default=3, help=seeds)
+    common.share_class_flags(parser)
+    common.share_image_flags(parser, "linear_probe")
     options = parser.parse_args(argv)
-    if min(options.shots) < 1 or options.seeds < 1:
-        raise InputError("--shots and --seeds must be at least 1")
-    given = read_classes(options.classes, options.language) if options.classes is not None else None
-    examples, images = find_images([options.train]), find_images(options.images)
+
+    from miniclip.classify.images import choose_classes, find_images
+    from miniclip.classify.linear_probe import draw_shots, probe
+    from miniclip.classify.zero_shot import build_zero_shot_classifier
+
+    given, templates = common.read_class_flags(options)
+    examples, images = find_images([options.examples]), find_images(options.images)
     classes, labels = choose_classes(given, [folder for _, folder in examples], options.language)
     _, truth = choose_classes(classes, [folder for _, folder in images], options.language)
-    for what, found in (("--train", labels), ("--images", truth)):
+    for what, found in (("--examples", labels), ("--images", truth)):
         if found is None:
             raise InputError(f"{what}: expected a folder with one folder for each of the classes {', '.join(classes)}")
     both = {os.path.realpath(path) for path, _ in examples} & {os.path.realpath(path) for path, _ in images}
     if both:
-        raise InputError(f"{len(both)} images are in both --train and --images, so they are not held out: {min(both)}")
+        raise InputError(f"{len(both)} images are both in --examples and in --images, such as {min(both)}")
 
     import numpy as np
     import torch
 
-    from miniclip.classify.linear_probe import draw_shots, probe
-    from miniclip.classify.zero_shot import build_zero_shot_classifier
     from miniclip.reports.confusion import classification_metrics
     from miniclip.utils.bad_samples import BadSamples
     from miniclip.utils.files import replacing
 
-    model, preprocess, tokenizer = open_model(options)
+    model, preprocess, tokenizer = common.open_model(options)
     bad_samples, n = BadSamples(), len(classes)
-    templates = read_templates(options.templates) if options.templates else TEMPLATES[options.language]
     start = build_zero_shot_classifier(model, tokenizer, list(classes.values()), templates)
     rows = [(path, row) for (path, _), row in zip(examples, labels)]
-    rows, features = embed_usable(options, model, preprocess, rows, bad_samples)
+    rows, features = common.embed_usable(options, model, preprocess, rows, bad_samples)
     labels = np.array([row for _, row in rows])
     if missing := [name for row, name in enumerate(classes) if row not in labels]:
-        raise InputError(f"--train {options.train}: no example of {missing[0]!r} can be used")
+        raise InputError(f"--examples {options.examples}: no usable example of {missing[0]!r}")
     rows = [(path, row) for (path, _), row in zip(images, truth)]
-    rows, held_out = embed_usable(options, model, preprocess, rows, bad_samples)
+    rows, held_out = common.embed_usable(options, model, preprocess, rows, bad_samples)
     truth, scale = np.array([row for _, row in rows]), model.logit_scale.exp().item()
 
     def measure(weight, bias=0.0) -> dict[str, float]:
@@ -85,4 +83,5 @@ def main(argv: list[str]):
     about |= {"strength": strength, "all_examples": measure(weight, bias)}
     print("\n".join(lines))
     summary = f"all {len(labels)} examples, starting from zero-shot: top1 {100 * about['all_examples']['top1']:.1f}"
-    finish(options, "linear_probe", {**about, "found": found}, "\n".join(lines), bad_samples, summary, "probe.npz")
+    table = "\n".join(lines)
+    common.finish(options, "linear_probe", {**about, "found": found}, table, bad_samples, summary, "probe.npz")

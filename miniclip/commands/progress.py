@@ -1,11 +1,16 @@
-"""Draws the curves of a run from its log: `python -m miniclip progress FOLDER`."""
+"""Training curves of a run, drawn from its log.
 
-import argparse
+Reads log.jsonl in the --output_dir of a run, which may still be going, and writes curves.png beside it.
+"""
 
-from miniclip.run.progress import draw_log
+from miniclip.utils.command_line import Parser
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser("python -m miniclip progress", description=__doc__)
-    parser.add_argument("folder", help="the --output_dir of a run, also of one that is still going")
-    print(f"drawn in {draw_log(parser.parse_args(argv).folder)}")
+    parser = Parser.command("progress", __doc__, "runs/mine")
+    parser.add_argument("folder", help="the --output_dir of a run")
+    options = parser.parse_args(argv)
+
+    from miniclip.run.progress import draw_log
+
+    print(f"drawn in {draw_log(options.folder)}")

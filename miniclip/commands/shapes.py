@@ -1,27 +1,28 @@
-"""TODO docstring."""
+"""The demo data set: scenes of coloured shapes, with captions.
 
-from __future__ import annotations
+Writes images, train.json and eval.json to OUTPUT_DIR.
+"""
 
-import argparse
-
-from miniclip.datasets.shapes import (
-    write,
-)
+from miniclip.utils.command_line import Parser
+from miniclip.utils.errors import InputError
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m miniclip shapes",
-        description="Write the demo's data set: scenes of colored shapes, with captions.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def main(argv: list[str]):
+    parser = Parser(
+        "miniclip shapes", description=__doc__, example="miniclip shapes data/shapes --train 6000 --eval 600"
     )
-    parser.add_argument("out_dir", help="folder to write to")
-    parser.add_argument("--train", type=int, default=6000, help="number of training images")
-    parser.add_argument("--eval", type=int, default=600, help="number of evaluation images")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another data set and another split")
-    parser.add_argument("--size", type=int, default=64, help="width and height of the images in pixels")
-    args = parser.parse_args(argv)
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder to write to")
+    parser.add_argument("--train", type=int, default=6000, help="number of training images (default: %(default)s)")
+    parser.add_argument("--eval", type=int, default=600, help="number of evaluation images (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed makes another data set (default: %(default)s)"
+    )
+    parser.add_argument("--size", type=int, default=64, help="image width and height in pixels (default: %(default)s)")
+    options = parser.parse_args(argv)
+
+    from miniclip.datasets.shapes import write
+
     try:
-        write(args.out_dir, args.train, args.eval, args.seed, args.size)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+        write(options.output_dir, options.train, options.eval, options.seed, options.size)
+    except ValueError as error:
+        raise InputError(str(error)) from None

@@ -1,15 +1,16 @@
-"""The command `zero_shot`: which of some classes images show."""
+"""Zero-shot classification: which of several classes an image shows, from the class names alone.
 
-import argparse
+Reads images and class names, and writes zero_shot.json and zero_shot.md to --output_dir; for images in class folders
+also the accuracy and confusion.png.
+"""
+
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from miniclip.classify.images import choose_classes, find_images
-from miniclip.classify.prompts import TEMPLATES, describe_coverage, read_classes, read_templates, tokenizer_coverage
-from miniclip.commands.common import cell, common_options, embed_usable, finish, open_model
-from miniclip.utils.command_line import printable
+from miniclip.commands import common
+from miniclip.utils.command_line import Parser, printable
 from miniclip.utils.errors import InputError
 
 
@@ -18,7 +19,7 @@ def format_images(images: list[dict], most: int = 20) -> str:
     rows = ["| image | class | then |", "|---|---|---|"]
     for image in images[:most]:
         first, *others = [f"{name} {100 * share:.1f}" for name, share in image["top"][:3]]
-        rows.append(f"| {cell(image['image'])} | {first} | {', '.join(others)} |")
+        rows.append(f"| {common.cell(image['image'])} | {first} | {', '.join(others)} |")
     return "\n".join(rows + [f"| and {len(images) - most} more | | |"] * (len(images) > most))
 
 
@@ -40,37 +41,33 @@ def why_no_truth(paths: Sequence[str], images: list[tuple[str, str | None]]) -> 
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        "python -m miniclip zero_shot", description="Classifies images by the names of the classes."
-    )
-    parser.add_argument("--classes", help="a,b,c; or name=words,...; or a .txt or .json file (docs/classify.md)")
-    parser.add_argument("--templates", help="a file of sentences with {} for the class name (default: built in)")
-    parser.add_argument("--language", default="en", help="of classes and templates: en, zh, fr, es (default: en)")
-    common_options(parser, "zero_shot")
+    parser = Parser.command("zero_shot", __doc__, '--model runs/mine --images photos --classes "dog,cat,horse"')
+    common.share_class_flags(parser)
+    common.share_image_flags(parser, "zero_shot")
     options = parser.parse_args(argv)
-    if options.language not in TEMPLATES and not (options.templates and options.classes):
-        known = ", ".join(TEMPLATES)
-        raise InputError(f"--language {options.language} is not one of {known}: give --templates and --classes for it")
-    templates = read_templates(options.templates) if options.templates else TEMPLATES[options.language]
+
+    from miniclip.classify.images import choose_classes, find_images
+    from miniclip.classify.prompts import describe_coverage, tokenizer_coverage
+    from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
+
+    given, templates = common.read_class_flags(options)
     images = find_images(options.images)
-    given = read_classes(options.classes, options.language) if options.classes is not None else None
     classes, truth = choose_classes(given, [folder for _, folder in images], options.language)
     if len(classes) == 1:
-        raise InputError("with a single class every image belongs to it: name others, or use `miniclip moderate --ask`")
+        raise InputError("one class alone fits every image. Name more classes, or use miniclip moderate --ask")
 
     import numpy as np
 
-    from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
     from miniclip.reports.confusion import classification_metrics, draw_confusion, format_classes, format_metrics
     from miniclip.retrieval import search
     from miniclip.utils.bad_samples import BadSamples
 
-    model, preprocess, tokenizer = open_model(options)
+    model, preprocess, tokenizer = common.open_model(options)
     names, bad_samples, start = list(classes), BadSamples(), time.perf_counter()
     classifier = build_zero_shot_classifier(model, tokenizer, list(classes.values()), templates)
     ready = time.perf_counter()
     rows = [(*image, row) for image, row in zip(images, truth or [None] * len(images))]
-    rows, embeds = embed_usable(options, model, preprocess, rows, bad_samples)
+    rows, embeds = common.embed_usable(options, model, preprocess, rows, bad_samples)
     seconds = {"classes": ready - start, "pictures": time.perf_counter() - ready}
     shares = probabilities(model, embeds, classifier)
     found = search(classifier.T.numpy(), embeds, min(5, len(names)))[1]  # among equals the first
@@ -108,4 +105,4 @@ def main(argv: list[str]):
     speed = [f"{n} {kind} in {seconds[key]:.1f} s"
              for key, kind, n in (("classes", "classes", len(names)), ("pictures", "images", len(rows)))]  # fmt: skip
     chart = ["confusion.png"] * bool(truth)
-    finish(options, "zero_shot", {**about, "pictures": results}, table, bad_samples, ", ".join(speed), *chart)
+    common.finish(options, "zero_shot", {**about, "pictures": results}, table, bad_samples, ", ".join(speed), *chart)

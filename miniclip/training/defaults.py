@@ -5,32 +5,16 @@ import os
 from miniclip.config import MiniClipConfig
 from miniclip.utils.errors import InputError
 
+NAMES = "learning_rate", "weight_decay", "num_train_epochs", "per_device_train_batch_size", "warmup_steps"
+
 # Fine-tuning risks destroying what the weights know: a low rate and few epochs. Training from scratch on little data
 # risks learning too slowly: the rate of OpenCLIP's small models and a strong weight decay. Weights that were trained
 # with large batches still fine-tune well with 64; from scratch every negative counts, and 128 pairs fit in a laptop.
-FINE_TUNE = {
-    "learning_rate": 1e-5,
-    "weight_decay": 0.1,
-    "num_train_epochs": 5.0,
-    "per_device_train_batch_size": 64,
-    "warmup_steps": 0.1,
-}
-FROM_SCRATCH = {
-    "learning_rate": 1e-3,
-    "weight_decay": 0.2,
-    "num_train_epochs": 30.0,
-    "per_device_train_batch_size": 128,
-    "warmup_steps": 0.05,
-}
+FINE_TUNE = dict(zip(NAMES, (1e-5, 0.1, 5.0, 64, 0.1)))
+FROM_SCRATCH = dict(zip(NAMES, (1e-3, 0.2, 30.0, 128, 0.05)))
 # Between two frozen encoders only projections learn, from features that are computed once: an epoch takes about a
 # second, and a high rate cannot damage the encoders.
-PROJECTIONS = {
-    "learning_rate": 1e-3,
-    "weight_decay": 0.1,
-    "num_train_epochs": 30.0,
-    "per_device_train_batch_size": 128,
-    "warmup_steps": 0.05,
-}
+PROJECTIONS = dict(zip(NAMES, (1e-3, 0.1, 30.0, 128, 0.05)))
 
 
 def default_freeze(given: dict) -> dict[str, str]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, fields
 from miniclip.utils.command_line import HELP, option
 from miniclip.utils.errors import InputError
 
-FREEZE = "none; tower: all but the projection; all; all_but_N: all but the last N blocks and the projection"
+FREEZE = (
+    "none; tower: all but the projection (default for pretrained encoders); all; all_but_N: all but the last N blocks"
+)
 
 
 @dataclass
@@ -24,13 +26,10 @@ class TrainOptions:
     pretrained: str | None = option(None, HELP["pretrained"])
     train_file: str | None = option(None, HELP["eval_file"])
     eval_file: str | None = option(None, "evaluation data, in the same forms; without it nothing is measured")
-    image_root: list[str] | None = option(None, HELP["image_root"] + "; a second one is for eval_file", metavar="DIR")
-    columns: list[str] | None = option(None, HELP["columns"], metavar="NAME")
+    image_root: list[str] | None = option(None, HELP["image_root"] + "; a second one is for eval_file")
+    columns: list[str] | None = option(None, HELP["columns"])
     train_num_samples: int | None = option(None, "samples per epoch, drawn with replacement")
-    train_data_upsampling_factors: str | None = option(
-        None,
-        "how often each of several :: sources occurs in an epoch, 1::2.5; with train_num_samples, how likely it is",
-    )
+    train_data_upsampling_factors: str | None = option(None, "weights of several :: sources in an epoch: 1::2.5")
     streaming: bool = option(False, "read hf:NAME or .parquet from end to end; needs max_steps or train_num_samples")
     on_bad_sample: str | None = option(
         None,
@@ -41,22 +40,15 @@ class TrainOptions:
     crop_scale: float = option(0.9, "smallest fraction of the image area that a random crop keeps; 1: no cropping")
     hflip: float = option(0.0, "probability of mirroring an image; wrong for captions that say left or right")
     color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation; 0.4 is common")
-    freeze_image: str = option(
-        "none", f"freeze the image tower: {FREEZE}. The default is tower for an encoder named by hf_model_name"
-    )
+    freeze_image: str = option("none", f"freeze the image tower: {FREEZE}")
     freeze_text: str = option("none", "the same for the text tower")
-    tower_lr_scales: list[float] | None = option(
-        None, "learning rates of the image and the text tower, as multiples of learning_rate: 0.1 1", metavar="X"
-    )
+    tower_lr_scales: list[float] | None = option(None, "multiples of learning_rate for the image and text tower: 0.1 1")
     layer_decay: float = option(1.0, "learning rate of each layer relative to the one above; 0.7 to 0.9 are common")
     patch_dropout: list[float] | None = option(
         None,
         "fraction of patches to drop (default: the config's), and the last fraction of the steps without it: 0.5 0.1",
-        metavar="X",
     )
-    early_stopping_patience: int | None = option(
-        None, "stop after this many evaluations without better recall; the best model is kept"
-    )
+    early_stopping_patience: int | None = option(None, "stop after this many evaluations without better recall")
     ema: float | None = option(None, "keep an exponential moving average of the weights, with this decay: 0.999")
     feature_cache: str | None = option(None, "folder that keeps the features of frozen towers for later runs")
     loss: str = option(
@@ -64,9 +56,7 @@ class TrainOptions:
         "symmetric InfoNCE; SigLIP's sigmoid loss; InfoNCE and a teacher's scores; a teacher's scores alone (TinyCLIP)",
         choices=["clip", "siglip", "distill", "affinity"],
     )
-    teacher: list[str] | None = option(
-        None, "the model that distill and affinity learn from: a folder, or a config and its weights", metavar="MODEL"
-    )
+    teacher: list[str] | None = option(None, "what distill and affinity learn from: a folder, or a config and weights")
     duplicates: str = option(
         "positive",
         "pairs of a batch with the same image or caption: also positives, excluded, or negatives like any other",

@@ -20,10 +20,9 @@ ALIASES = {  # OpenCLIP's names
     "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "columns", "csv-caption-key": "columns",
     "batch-size": "per_device_train_batch_size", "epochs": "num_train_epochs", "lr": "learning_rate",
     "wd": "weight_decay", "warmup": "warmup_steps", "workers": "dataloader_num_workers", "logs": "output_dir",
-    "distill-model": "teacher", "distill-pretrained": "teacher",
-    "lock-image": "freeze_image", "lock-text": "freeze_text",
-    "lock-image-unlocked-groups": "freeze_image", "lock-text-unlocked-layers": "freeze_text",
-    "grad-checkpointing": "gradient_checkpointing",
+    "distill-model": "teacher", "distill-pretrained": "teacher", "lock-image": "freeze_image",
+    "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
+    "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -46,8 +45,7 @@ def parse_train(argv: list[str]):
         sys.exit()
     recipe = {}
     if argv and not argv[0].startswith("-"):
-        recipe_file, *argv = argv
-        recipe = read_recipe(recipe_file, parser)
+        recipe, *argv = read_recipe(argv[0], parser), *argv[1:]
     first = vars(parser.parse_args(argv))
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
@@ -62,8 +60,8 @@ def parse_train(argv: list[str]):
 
 def train_help() -> str:
     """The text of `train.py --help`."""
-    values = {name: (FROM_SCRATCH[name], FINE_TUNE[name], PROJECTIONS[name]) for name in FROM_SCRATCH}
-    table = "\n".join(f"  --{name:<29} {a:<13} {b:<13} {c}" for name, (a, b, c) in values.items())
+    rows = zip(FROM_SCRATCH, *(values.values() for values in (FROM_SCRATCH, FINE_TUNE, PROJECTIONS)))
+    table = "\n".join(f"  --{name:<29} {a:<13} {b:<13} {c}" for name, a, b, c in rows)
     return (
         make_parser(TrainOptions, prog="train.py", usage="train.py [recipe.json] [--option value ...]").format_help()
         + f"\nHugging Face training arguments (all: --help_all) and their defaults:\n"

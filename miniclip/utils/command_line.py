@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,6 +50,13 @@ FLAGS = {  # flags that mean the same in every command, as arguments of add_argu
 HELP = {name: flag["help"] for name, flag in FLAGS.items()}
 
 
+def closest(word: str, known: Iterable[str]) -> str:
+    """The up to three known words that are most like a word, with commas."""
+    known = list(known)
+    like = difflib.get_close_matches(word, known, n=3) or difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+    return ", ".join(like)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with an example in its help, whose errors are one line that names the nearest right words."""
 
@@ -60,6 +67,11 @@ class Parser(argparse.ArgumentParser):
         how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": epilog, "allow_abbrev": False}
         super().__init__(*args, **how | more)
 
+    @classmethod
+    def command(cls, name: str, docstring: str, example: str):
+        """The parser of `miniclip NAME`, whose example is `miniclip NAME EXAMPLE`."""
+        return cls(f"miniclip {name}", description=docstring, example=f"miniclip {name} {example}")
+
     def share(self, *names: str, **more):
         """Adds flags of FLAGS; `more` replaces some of their arguments."""
         for name in names:
@@ -68,10 +80,8 @@ class Parser(argparse.ArgumentParser):
     def nearest(self, word: str) -> str:
         """For messages about an option that does not exist."""
         name, known = word.lstrip("-").partition("=")[0], {action.dest for action in self._actions}
-        like = self.aliases.get(name.replace("_", "-"))
-        like = [like] if like else difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-        like = like or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        return f"unknown option {name!r}; nearest: {', '.join(map(repr, like))}"
+        other = self.aliases.get(name.replace("_", "-"))
+        return f"unknown option {name!r}; nearest: {other or closest(name, known)}"
 
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
@@ -81,8 +91,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            like = difflib.get_close_matches(str(value), map(str, action.choices), n=3, cutoff=0.0)
-            raise argparse.ArgumentError(action, f"{value!r} is not a possible value; nearest: {', '.join(like)}")
+            near = closest(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, f"{value!r} is not a possible value; nearest: {near}")
 
 
 def option(default, help: str, **more):

@@ -212,7 +212,7 @@ def test_no_picture_of_a_folder_is_passed_over_in_silence(folders, tmp_path, cap
         run(zero_shot, folders, "--images", folders / "set")
     with pytest.warns(UserWarning, match="no valid Unicode"):
         assert len(run(zero_shot, folders, "--images", folders / "set", "--on_bad_sample", "skip")["pictures"]) == 7
-    with pytest.raises(InputError, match="with a single class every image belongs to it"):
+    with pytest.raises(InputError, match="one class alone fits every image"):
         run(zero_shot, folders, "--images", folders / "0.png", "--classes", "red")
 
     shut_folder("blue")
@@ -397,10 +397,10 @@ def test_the_strength_is_chosen_by_what_was_left_out():
 
 def test_a_probe_learns_what_the_words_do_not_say(folders):
     """A random model's words mean nothing, its pictures still differ."""
-    with pytest.raises(InputError, match="6 images are in both --train and --images"):
-        run(linear_probe, folders, "--train", folders / "set", "--images", folders / "set")
+    with pytest.raises(InputError, match="6 images are both in --examples and in --images"):
+        run(linear_probe, folders, "--examples", folders / "set", "--images", folders / "set")
     shutil.copytree(folders / "set", folders / "copy")
-    found = run(linear_probe, folders, "--train", folders / "set", "--images", folders / "copy", "--shots", "2",
+    found = run(linear_probe, folders, "--examples", folders / "set", "--images", folders / "copy", "--shots", "2",
                 "--seeds", "1")  # fmt: skip
     zero, nothing, started = found["found"]
     assert zero["shots"] == 0 and nothing["shots"] == started["shots"] == 2
@@ -414,11 +414,20 @@ def test_a_probe_learns_what_the_words_do_not_say(folders):
     assert (guess == [path.parent.name for path in paths]).mean() == pytest.approx(found["all_examples"]["top1"])
     for path in (folders / "set" / "red").iterdir():
         path.write_bytes(b"bad")
-    skip = ("--train", folders / "set", "--images", folders / "copy", "--on_bad_sample", "skip")
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="no example of 'red' can be used"):
+    skip = ("--examples", folders / "set", "--images", folders / "copy", "--on_bad_sample", "skip")
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="no usable example of 'red'"):
         run(linear_probe, folders, *skip)
-    with pytest.raises(InputError, match="--train: expected a folder with one folder for each"):
-        run(linear_probe, folders, "--train", folders / "set" / "red", "--images", folders / "set", "--classes", "a,b")
+    with pytest.raises(InputError, match="--examples: expected a folder with one folder for each"):
+        run(
+            linear_probe,
+            folders,
+            "--examples",
+            folders / "set" / "red",
+            "--images",
+            folders / "set",
+            "--classes",
+            "a,b",
+        )
 
 
 SCENE = Scene(Group(2, "small", "red", "circle"), Group(1, "large", "blue", "star"), "left")

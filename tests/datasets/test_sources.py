@@ -259,7 +259,7 @@ def test_the_converter_counts_shards_and_leaves_bad_images_out(records, caption_
         main([*command, "--on_bad_sample", "skip"])
     assert "3.png" in (caption_set / "s" / "07.tar.bad_samples.jsonl").read_text()
     assert [path.name for path in sorted((caption_set / "s").glob("*.tar"))] == ["07.tar", "08.tar", "09.tar"]
-    assert "23 images; 1 could not be used" in capsys.readouterr().out
+    assert "23 images\n1 bad samples were left out: " in capsys.readouterr().out
     assert content(read_source(str(caption_set / "s"))) == content(records[:3] + records[4:])
     with pytest.raises(InputError, match="07.tar already exists"):
         convert(records, str(caption_set / "s" / "07.tar"))

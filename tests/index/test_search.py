@@ -456,12 +456,12 @@ def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_
     index = tmp_path / "products.mc"
     (album.pictures / "bad.png").write_bytes(b"no picture")
     done = run_script(*SEARCH, "index", album.pictures, "--model", tmp_path / "model", "--index", index)
-    assert "8 added, 0 changed, 0 removed, 0 unchanged; 8 pictures encoded" in done.stdout
+    assert "8 added, 0 changed, 0 removed, 0 unchanged; 8 images encoded" in done.stdout
     assert "1 could not be read" in done.stdout and "exact, up to 100,000" in done.stdout
     bad = Path(re.search(r"could not be read: (.+)", done.stdout)[1])
     assert json.loads(bad.read_text())["sample"] == "bad.png"
     again = run_script(*SEARCH, "index", album.pictures, "--index", index, "--method", "ivf")
-    assert "8 unchanged; 0 pictures encoded" in again.stdout
+    assert "8 unchanged; 0 images encoded" in again.stdout
     assert re.search(r"IVF, nlist=\d+, nprobe=\d+, 8 bits; recall@10 against exact search: [01]\.\d+ for", again.stdout)
     done = run_script(*SEARCH, "query", index, "red dress", "-k", 3, "--html", tmp_path / "found.html")
     lines = done.stdout.splitlines()
@@ -473,15 +473,15 @@ def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_
     )
     result = json.loads(done.stdout)
     assert len(result["results"]) == 2 and result["results"][0]["rank"] == 1 and "- blue" in result["query"]
-    assert run_script(*SEARCH, "check", index).stdout.endswith("all files are what was written\n")
+    assert run_script(*SEARCH, "check", index).stdout.endswith("all files are intact\n")
     assert "8 vectors" in run_script(*SEARCH, "export", index, "--to", tmp_path / "out").stdout
     merged = run_script(*SEARCH, "merge", index, "--index", tmp_path / "all.mc")
-    assert "all.mc: 8 pictures" in merged.stdout
+    assert "all.mc: 8 images" in merged.stdout
     for words, problem in (
         (["query", tmp_path / "nothing.mc", "x"], "is not an index"),
-        (["index", tmp_path / "none", "--index", index], "is no folder"),
-        (["index", album.pictures, "--index", tmp_path / "new.mc"], "name the model that is to make it by --model"),
-        (["index", album.pictures, "--index", index, "--shard", "3/2"], "--shard 3/2: say"),
+        (["index", tmp_path / "none", "--index", index], "is not a folder"),
+        (["index", album.pictures, "--index", tmp_path / "new.mc"], "is not an index yet. Add --model to make one"),
+        (["index", album.pictures, "--index", index, "--shard", "3/2"], "--shard 3/2: use"),
     ):  # fmt: skip
         done = run_script(*SEARCH, *words, check=False)
         assert done.returncode and problem in done.stderr and "Traceback" not in done.stderr

@@ -192,7 +192,7 @@ def test_help_answers_at_once_and_what_is_wrong_is_said(tmp_path):
     assert "--max_upload_mb" in done.stdout
     assert not re.search(r"\| +(torch|numpy|gradio|fastapi)$", done.stderr, re.MULTILINE)
     done = subprocess.run([*start], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "name an --index, a --model or both" in done.stderr
+    assert done.returncode == 2 and "give --index, --model or both" in done.stderr
     (tmp_path / "gradio.py").write_text("raise ImportError('No module named gradio')")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     words = [sys.executable, "-m", "miniclip", "page", "--index", tmp_path, "--port", str(free_port())]

@@ -347,7 +347,7 @@ def test_activation_checkpointing_that_is_not_possible_is_refused(tmp_path):
 def test_pretrained_towers_are_locked_unless_asked_otherwise(encoders, tmp_path):
     def locks(*argv):
         options, args = parse_train(["--model", str(encoders), "--output_dir", str(tmp_path / "o"), *argv])
-        return options.freeze_image, options.freeze_text, args.per_device_train_batch_size
+        return *options.frozen, args.per_device_train_batch_size
 
     assert locks() == ("tower", "tower", 128)
     assert locks("--freeze_text", "all_but_2") == ("tower", "none", 64)

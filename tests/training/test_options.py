@@ -79,11 +79,11 @@ def test_unknown_options_are_named_in_one_line(tmp_path, capsys):
     (tmp_path / "list.json").write_text('["a"]')
     recipe, model = [str(tmp_path / "recipe.json")], ["--model", "ViT-B-32"]
     for argv, message in (
-        (recipe, "recipe.json: unknown option 'learnin_rate'; nearest: 'learning_rate'"),
+        (recipe, "recipe.json: unknown option 'learnin_rate'; nearest: learning_rate"),
         ([str(tmp_path / "list.json")], "list.json is not a JSON object"),
         (["no-such.json"], "no-such.json cannot be read"),
-        ([*model, "--train_fil", "x"], "unknown option 'train_fil'; nearest: 'train_file'"),
-        ([*model, "--lr", "1"], "unknown option 'lr'; nearest: 'learning_rate'"),
+        ([*model, "--train_fil", "x"], "unknown option 'train_fil'; nearest: train_file"),
+        ([*model, "--lr", "1"], "unknown option 'lr'; nearest: learning_rate"),
         ([*model, "--loss", "clap"], "argument --loss: 'clap' is not a possible value; nearest: clip"),
         ([*model, "--optim", "adamw"], "adamw_8bit"),
         ([*model, "--hflip", "often"], "argument --hflip: invalid float value: 'often'"),

@@ -137,7 +137,7 @@ def test_what_is_wrong_is_said_without_a_traceback(two, run_script):
     base = [str(word) for word in command[3:]]
     for more, problem in (
         (["--alphas", "1.5"], "alpha 1.5 lies outside"), (["--save_alpha", "most"], "neither a number nor best"),
-        (["--after", "nowhere"], "--after nowhere is no folder"), (["--before", "ViT-B-32"], "needs --pretrained"),
+        (["--after", "nowhere"], "--after nowhere is not a folder"), (["--before", "ViT-B-32"], "add --pretrained"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=problem):
             wise_ft.main([*base, *more])

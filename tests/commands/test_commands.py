@@ -1,0 +1,75 @@
+"""What all commands have in common: they are listed, their help is quick and complete, and errors are one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from miniclip.__main__ import find_commands, summary
+from miniclip.utils.command_line import FLAGS
+from tests.conftest import ROOT
+
+SUBCOMMANDS = [f"search {name}" for name in ("index", "query", "merge", "export", "check")]
+HEAVY = {"torch", "transformers", "datasets", "faiss", "matplotlib", "numpy", "PIL"}
+OUTPUT = ("output", "writ", "Writ", "rint", "serves")
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    """Runs `miniclip` with some words."""
+    return subprocess.run([sys.executable, "-m", "miniclip", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_command_is_listed_with_a_line():
+    commands = find_commands()
+    assert {"train", "evaluate", "search", "zero_shot", "page"} <= set(commands)
+    for listed in (run(), run("--help")):
+        assert listed.returncode == 0
+        for name, path in commands.items():
+            line = next(line for line in listed.stdout.splitlines() if line.split()[:1] == [name])
+            assert line.endswith(summary(path)) and 20 < len(summary(path)) and len(line) <= 120
+
+
+@pytest.mark.parametrize("name", [*find_commands(), *SUBCOMMANDS])
+def test_help_is_quick_and_has_an_example_and_the_output(name):
+    code = (
+        "import sys, atexit\n"
+        f"atexit.register(lambda: print('HEAVY', *({HEAVY!r} & set(sys.modules))))\n"
+        f"sys.argv = ['miniclip', *{name.split()!r}, '--help']\n"
+        "from miniclip.__main__ import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    text, _, heavy = done.stdout.rpartition("HEAVY")
+    assert done.returncode == 0 and not heavy.strip(), done.stderr + heavy
+    example = text.partition("\nexample:\n")[2].strip()
+    assert example.startswith((f"miniclip {name}", f"python {name}.py", "miniclip search index"))
+    assert any(word in text for word in OUTPUT), text
+
+
+@pytest.mark.parametrize("words, message", [
+    (["serch"], "'serch' is not a possible value; nearest: search"),
+    (["zero-shot", "--imges", "x", "--model", "y", "--images", "z"], "unknown option 'imges'; nearest: images"),
+    (["zero_shot", "--model", "y"], "arguments are required: --images"),
+    (["convert", "a", "b", "--to", "onxx"], "argument --to: 'onxx' is not a possible value; nearest: "),
+    (["search", "qury"], "nearest: query"),
+    (["search", "index", "x", "--index", "y", "--methd", "ivf"], "index: unknown option 'methd'; nearest: method"),
+    (["shapes", "a", "b"], "unexpected argument 'b'"),
+    (["evaluate", "--model", "x", "--eval_fil", "y"], "unknown option 'eval_fil'; nearest: eval_file"),
+    (["moderate", "--model", "x", "--images", "y", "--batch_size", "0"], "0 is less than 1"),
+])  # fmt: skip
+def test_a_wrong_word_is_answered_in_one_line_with_the_nearest_right_one(words, message):
+    done = run(*words)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_input_that_is_wrong_is_one_line_too():
+    done = run("scene-quiz", "--model", "nowhere")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("miniclip scene_quiz: --model nowhere: there is no such folder")
+
+
+def test_shared_flags_have_one_definition():
+    """A flag that FLAGS has is never added by hand in a command."""
+    for name, path in find_commands().items():
+        source = path.read_text()
+        by_hand = [flag for flag in FLAGS if f'add_argument("--{flag}"' in source]
+        assert not by_hand, (name, by_hand)
