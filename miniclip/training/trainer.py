@@ -88,7 +88,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         outputs = model(images, inputs.get("text_features", inputs.get("input_ids")))
         outputs = scalar_outputs(outputs) if self.sharded else outputs
         loss = self.loss(outputs, inputs)
-        self.guard.saw(loss, inputs.get("row"), inputs.get("input_ids"))
+        self.guard.batches.append((loss.detach(), inputs.get("row"), inputs.get("input_ids")))
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset=None):
