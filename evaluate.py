@@ -1,6 +1,5 @@
 """Measures a model, or embeddings made elsewhere, by retrieval: `python evaluate.py --help`."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -29,13 +28,15 @@ def main(argv: list[str]):
             parser.error(f"there is no {kind}.npy in {options.features}")
     if options.report and not options.eval_file:
         parser.error("--report shows images: give --eval_file too")
-    if options.report and Path(options.report).is_file() and not re.search(r"\.(png|html?)$", options.report, re.I):
-        parser.error(f"--report takes a folder, or a name that ends in .html or .png: {options.report} is a file")
+    if options.report:
+        from miniclip.reports.html_page import report_file
+
+        report_file(options.report)
 
     import numpy as np
 
     from miniclip.retrieval import KS, format_table, metrics_of, search_both
-    from miniclip.run.record import evaluation_record
+    from miniclip.run.metadata import evaluation_metadata
     from miniclip.utils.bad_samples import BadSamples
     from miniclip.utils.files import replacing, write_json
 
@@ -43,7 +44,7 @@ def main(argv: list[str]):
     records = None
     if options.eval_file:
         from miniclip.datasets.read import read_source
-        from miniclip.datasets.records import one_per_image
+        from miniclip.datasets.records import ReadOptions, one_per_image
 
         # Images in files are checked in advance only to leave bad ones out: otherwise whoever decodes them for the
         # model finds all that is wrong with them.
@@ -91,7 +92,7 @@ def main(argv: list[str]):
     name += "_first" if first_only else ""
     output = Path(options.output_file or beside / f"retrieval_{name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    record = evaluation_record(argv, options, records, device)
+    record = evaluation_metadata(argv, options, records, device)
     write_json(output, {"model": str(source), "dataset": str(dataset), "metrics": metrics, "record": record})
     print(f"written to {output}")
     bad_samples.open(output.with_suffix(".bad_samples.jsonl"))
@@ -99,34 +100,17 @@ def main(argv: list[str]):
         print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
         left_out.append(f"{len(bad_samples)} bad samples were left out")
     if options.report:
-        from miniclip.reports.html_page import Measured, report_file, write_report
+        from miniclip.reports.html_page import Evaluation, write_report
 
-        images = [record["image"] for record in records]
-        texts = [text for record in records for text in record["caption"][: 1 if first_only else None]]
-        state, log_history = Path(options.model or "") / "trainer_state.json", []
-        try:
-            log_history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{state} cannot be read ({error!r}): the report is without the curves of training")
-        path = report_file(options.report)
-        if path.suffix.lower() == ".png":
-            from miniclip.reports.charts import draw_report, pick_examples
-
-            examples = pick_examples(images, texts, image_embeds, text_embeds, image_of_text)
-            draw_report(path, log_history, examples, f"{source} on {dataset}")
-            print(f"drawn in {path}")
-        else:
-            from miniclip.reports.similarities import similarities
-
-            alike = similarities(image_embeds, text_embeds, image_of_text, temperature and temperature["scale"])
-            about = (image_of_text, record, temperature, log_history, tuple(left_out))
-            write_report(path, Measured(source, dataset, metrics, ks, searched, alike, images, texts, *about))
-            print(f"the report is {path}")
+        embeds = (image_embeds, text_embeds, image_of_text)
+        about = (searched, metrics, record, temperature, tuple(left_out))
+        report = write_report(options.report, Evaluation(str(source), str(dataset), records, *embeds, *about))
+        print(f"the report is {report}")
 
 
 def encode(options: EvalOptions, records: list[dict]):
     """The embeddings of all images, and of all captions or the first ones; the device that they were made on; and the
-    model's temperature, and what was left out, as `html_report.Measured` has them."""
+    model's temperature, and what was left out, as `html_page.Evaluation` has them."""
     import math
 
     import torch

@@ -141,7 +141,7 @@ class Loop(MiniClip):
 
         def loss_of(images: torch.Tensor, captions: list[str]) -> torch.Tensor:
             ids = self.tokenizer(captions, trim=True)
-            return clip_loss(*model(images, ids))
+            return clip_loss(*model(images, ids)[:3])
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
         with fast_arithmetic("cpu"):
@@ -177,7 +177,7 @@ class Plain:
         from miniclip.loss import clip_loss
 
         def loss_of(images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-            return clip_loss(*self.model.train()(images, self.tokenizer(captions)))
+            return clip_loss(*self.model.train()(images, self.tokenizer(captions))[:3])
 
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=DECAY)
         loop_in_turns(turns, pairs, batch, precision, loss_of, optimizer, self.model.logit_scale)

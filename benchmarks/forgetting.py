@@ -227,35 +227,30 @@ def wise_rows(found: list[dict]) -> list[tuple[str, dict]]:
 
 def draw(path: Path, base: dict, runs: dict[str, dict], sweeps: dict[str, list[dict]]):
     """Old recall against new: a numbered dot for each run, a line for each sweep."""
-    from miniclip.reports.charts import GREY, INK, LINES, MARGIN, RED, WIDTH, Page
-    from miniclip.training.wise_ft import draw_axes
+    from miniclip.reports import style
+    from miniclip.reports.charts import percent_axis
 
-    page = Page(640)
-    page.text(MARGIN, MARGIN - 8, "What fine-tuning on Chinese captions gains, and what it forgets of English ones", 20)
-    results = {"before fine-tuning": base, **{RUNS[name][0]: result for name, result in runs.items()}}
-    points = [(result["old"]["mean_recall"], result["new"]["mean_recall"]) for result in results.values()]
-    lines = [[(e["old"]["mean_recall"], e["new"]["mean_recall"]) for e in found] for found in sweeps.values()]
-    old, new = zip(*points, *(point for line in lines for point in line))
-    names = ("mean recall, English", "mean recall, Chinese")
-    place = draw_axes(page, MARGIN, 64, 760, 544, "Up: learned. Right: kept", *names, [0, *old], [0, *new])
-    for line, color in zip(lines, LINES[1:]):
-        page.line([place(*point) for point in line], color, 1.5)
-    x, y = MARGIN + 790, 84
-    for number, (label, point) in enumerate(zip(results, points)):
-        color = RED if number == 0 else LINES[0]
-        across, up = place(*point)
-        page.dot(across, up, 4, color)
-        page.text(across + 6, up - 14, str(number), 11, INK)
-        page.text(x, y, f"{number}", 12, color)
-        for line in page.wrap(label, 12, WIDTH - MARGIN - x - 26, 2):
-            page.text(x + 26, y, line, 12)
-            y += 17
-        y += 9
-    for name, color in zip(sweeps, LINES[1:]):
-        page.line([(x, y + 8), (x + 16, y + 8)], color, 2)
-        page.text(x + 26, y, f"WiSE-FT: {SWEPT[name]}", 12, GREY)
-        y += 26
-    page.save(path)
+    @style.styled
+    def draw_styled():
+        figure = style.new_figure(style.WIDTH, 6.4)
+        figure.suptitle("Fine-tuning on Chinese captions: what is learned, what is forgotten", x=0.01, ha="left")
+        axes = figure.subplots()
+        results = {"before fine-tuning": base, **{RUNS[name][0]: result for name, result in runs.items()}}
+        for number, (label, result) in enumerate(results.items()):
+            point, color = [result[task]["mean_recall"] for task in ("old", "new")], style.GREY if number else style.RED
+            axes.plot(*point, "o", color=color, label=f"{number}  {label}")
+            axes.annotate(str(number), point, (5, 4), textcoords="offset points", color=color)
+        for name, found in sweeps.items():
+            points = [[entry[task]["mean_recall"] for entry in found] for task in ("old", "new")]
+            axes.plot(*points, marker="", linewidth=1.4, label=f"WiSE-FT: {SWEPT[name]}")
+        axes.set(xlabel="mean recall, English (right: kept)", ylabel="mean recall, Chinese (up: learned)")
+        axes.set(xlim=(0, None), ylim=(0, None))
+        percent_axis(axes.xaxis)
+        percent_axis(axes.yaxis)
+        figure.legend(loc="outside right upper", labelspacing=0.9)
+        style.save_png(path, figure)
+
+    draw_styled()
 
 
 def main():
@@ -282,11 +277,13 @@ def main():
         sections["forgetting"] = f"{about}\n\n{forgetting_table(before, runs, sweeps)}\n\n{picture}"
         draw(docs / "forgetting.png", before, runs, sweeps)
     if "plain" in sweeps:
-        from miniclip.training.wise_ft import draw_sweep, format_sweep
+        from miniclip.reports.charts import draw_sweep
+        from miniclip.training.wise_ft import best, format_sweep
 
         picture = "![both recalls over alpha](wise_ft.png)"
         sections["wise_ft"] = f"{format_sweep(sweeps['plain'])}\n\n{picture}"
-        draw_sweep(docs / "wise_ft.png", sweeps["plain"], "WiSE-FT: English (old) to Chinese (new), plain fine-tuning")
+        title = "WiSE-FT: English (old) to Chinese (new), plain fine-tuning"
+        draw_sweep(docs / "wise_ft.png", sweeps["plain"], best(sweeps["plain"]), title)
     if heirs:
         rows = ["| start | English: mean recall | t to i R@10 | i to t R@10 | steps |", "|---|---|---|---|---|"]
         rows += [f"| {start} | {' | '.join(shares(r)[:3])} | {r['steps']} |" for start, r in heirs.items()]

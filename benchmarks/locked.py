@@ -27,7 +27,7 @@ from miniclip.model import MiniClip  # noqa: E402
 from miniclip.tokenizer import Tokenizer  # noqa: E402
 from miniclip.training.arguments import RunArguments  # noqa: E402
 from miniclip.training.dataset import RunDataset  # noqa: E402
-from miniclip.training.freeze import lock, lock_towers  # noqa: E402
+from miniclip.training.freeze import freeze, freeze_towers  # noqa: E402
 from miniclip.training.trainer import RunTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402
 
@@ -61,10 +61,10 @@ def epochs(name: str, image: str, text: str, records: list[dict], features: bool
         )  # fmt: skip
         start, timer = time.perf_counter(), Epochs()
         if features:
-            dataset, caches = lock_towers(model, image, text, args, records, preprocess, tokenizer, folder)
+            dataset, caches = freeze_towers(model, image, text, args, records, preprocess, tokenizer, folder)
             dataset = dataset(records, preprocess)
         else:
-            lock(model, image, text)
+            freeze(model, image, text)
             dataset, caches = RunDataset(records, preprocess), (None, None)
         once = time.perf_counter() - start
         RunTrainer(

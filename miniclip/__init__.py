@@ -2,6 +2,8 @@
 
 import importlib
 
+from miniclip import towers  # noqa: F401  (makes the fields known that describe other towers)
+
 _HOMES = {  # where each public name lives; imported when first used, so that `import miniclip` takes no time
     "MiniClipConfig": "config",
     "list_models": "config",

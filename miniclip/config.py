@@ -1,14 +1,16 @@
 """Which sizes make up a CLIP model?
 
-A model is described by a JSON file in OpenCLIP's form: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`. The
-files that ship with the project lie in `model_configs/`; a folder saved by MiniCLIP carries its own as `config.json`,
-with the image preprocessing beside it, because weights without their activation and preprocessing are silently worse.
+A JSON file in OpenCLIP's form describes a model: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`. The files that
+ship with the project are in `model_configs/`. A folder saved by MiniCLIP has its own `config.json`, which includes the
+image preprocessing: with the wrong activation or preprocessing, weights are worse and nothing says so.
 """
 
 import dataclasses
 import difflib
 import json
 import math
+import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,16 +29,17 @@ class VisionConfig:
     head_width: int = 64  # channels per attention head
     mlp_ratio: float = 4.0
     patch_size: int = 32
-    patch_dropout: float = 0.0  # share of patches left out in training (FLIP, arXiv 2212.00794); 0 in evaluation
+    patch_dropout: float = 0.0  # share of patches dropped in training (FLIP, arXiv 2212.00794); 0 in evaluation
+    pretrained = False  # not a field: whether the section names weights to start from
 
     def problems(self):
-        """What may be wrong with the values, as (whether it is all right, what is said if it is not)."""
+        """Checks of the values, as (whether it holds, the message if it does not)."""
         yield self.image_size % self.patch_size == 0, "vision_cfg.image_size is no multiple of patch_size"
         yield self.width % self.head_width == 0, "vision_cfg.width is no multiple of head_width"
         yield 0 <= self.patch_dropout < 1, "vision_cfg.patch_dropout is not in [0, 1)"
 
     def preprocess(self) -> dict:
-        """The preprocessing of the tower's pictures where preprocess_cfg says nothing else."""
+        """The preprocessing of the tower's images, for fields that preprocess_cfg does not set."""
         return {"size": self.image_size}
 
 
@@ -50,6 +53,7 @@ class TextConfig:
     heads: int = 8
     layers: int = 12
     mlp_ratio: float = 4.0
+    pretrained = False
 
     def problems(self):
         """As VisionConfig's."""
@@ -58,7 +62,7 @@ class TextConfig:
 
 @dataclass
 class PreprocessConfig:
-    """From a picture to the model's input. The default mean and deviation (RGB, 0 to 1) are OpenAI's."""
+    """From an image to the model's input. The default mean and deviation (RGB, 0 to 1) are OpenAI's."""
 
     size: int | None = None  # pixels; the model's image_size unless given
     mode: str = "RGB"
@@ -72,10 +76,7 @@ class PreprocessConfig:
 
 @dataclass
 class MiniClipConfig:
-    """All that is needed to build a model besides its weights.
-
-    Raises InputError for an unknown field (naming the nearest known one) and for values that do not fit.
-    """
+    """Everything needed to build a model, except its weights. Raises InputError for unknown fields and bad values."""
 
     embed_dim: int = 512  # channels of the space that images and texts share
     vision_cfg: VisionConfig = field(default_factory=VisionConfig)
@@ -99,10 +100,10 @@ class MiniClipConfig:
         """Builds a config from OpenCLIP's JSON form; `source` is what error messages call it."""
         if isinstance(values, dict) and isinstance(values.get("vision_cfg"), dict):
             vision = _fill(VisionConfig, values["vision_cfg"], f"{source}, vision_cfg")
-            said = values.get("preprocess_cfg", {})
-            if isinstance(said, dict) and {f.name for f in dataclasses.fields(PreprocessConfig)} - set(said):
-                said = vision.preprocess() | said
-            values = values | {"vision_cfg": vision, "preprocess_cfg": said}
+            given = values.get("preprocess_cfg", {})
+            if isinstance(given, dict) and {f.name for f in dataclasses.fields(PreprocessConfig)} - set(given):
+                given = vision.preprocess() | given
+            values = values | {"vision_cfg": vision, "preprocess_cfg": given}
         return _fill(cls, values, source)
 
     @classmethod
@@ -143,25 +144,31 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in MODEL_CONFIGS.glob("*.json"))
 
 
+SECTIONS: list[tuple[type, Callable[[dict], bool], type | str]] = []
+
+
+def register_section(base: type, tells: Callable[[dict], bool], section: type | str):
+    """Reads a section of the config as `section`, a dataclass or "module:name" of one, instead of as `base` where
+    `tells(values)` is true. `model.register_tower` also says which tower it describes."""
+    SECTIONS.append((base, tells, section))
+
+
 def _fill(cls, values: dict, where: str):
-    """Makes a dataclass from a dict, section by section; a field that it does not have raises."""
+    """Makes a dataclass from a dict, section by section. Raises InputError for a field that it does not have."""
     if dataclasses.is_dataclass(values):
         return values  # made already
-    if isinstance(values, dict) and any(name.startswith("hf_") for name in values):  # a tower of another make
-        import miniclip.towers.huggingface  # noqa: F401
-        from miniclip.towers.hf_config import SECTIONS
-
-        cls = SECTIONS.get(cls, cls)
+    for base, tells, section in SECTIONS:
+        if base is cls and isinstance(values, dict) and tells(values):
+            cls = pkgutil.resolve_name(section) if isinstance(section, str) else section
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object with the fields {', '.join(fields)}, found {values!r}")
     for name in values:
         if name not in fields:
-            nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
-            raise InputError(f"{where}: unknown field {name!r}; the nearest known one is {nearest!r}")
+            raise InputError(f"{where}: unknown field {name!r}; the fields are {', '.join(fields)}")
         kind, value = fields[name].type, values[name]
         if kind in (int, float, bool, str) and type(value) not in ((int, float) if kind is float else (kind,)):
-            raise InputError(f"{where}: {name} is {value!r}, which is no {kind.__name__}")
+            raise InputError(f"{where}: {name} is {value!r}, not of type {kind.__name__}")
     return cls(**{
         name: _fill(fields[name].type, value, f"{where}, {name}") if dataclasses.is_dataclass(fields[name].type)
         else tuple(value) if isinstance(value, list) else value

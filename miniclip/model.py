@@ -8,7 +8,6 @@ Shape letters: B batch, L sequence length, W width of a tower, H heads, E embedd
 Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,26 +16,25 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from miniclip.checkpoint import IMAGE_ROWS, TEXT_ROWS
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
-from miniclip.utils.errors import CheckpointError, InputError
-from miniclip.utils.files import MANIFEST, check_manifest, files_in, replacing, write_manifest
-from miniclip.utils.weight_files import read_state_dict
+from miniclip.tokenizer import BaseTokenizer, Tokenizer
+from miniclip.utils.errors import InputError
+from miniclip.utils.weight_files import check_model_folder, load_state_dict, read_state_dict, write_model_folder
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper keeps the scale at 100 or less, "to prevent training instability"
 
 
 class ClipOutput(NamedTuple):
-    """What a forward pass gives: unit-length (B, E) embeddings and the scale (a scalar, 1 / temperature). Models for
-    SigLIP's loss have a bias too."""
+    """What a forward pass returns: unit-length (B, E) embeddings and the scale (a scalar, 1 / temperature)."""
 
     image_embeds: Tensor | None
     text_embeds: Tensor | None
     logit_scale: Tensor
-    logit_bias: Tensor | None = None
+    logit_bias: Tensor | None = None  # of models for SigLIP's loss
 
 
 class QuickGELU(nn.Module):
@@ -107,14 +105,15 @@ class Block(nn.Module):
 class Tower(nn.Module):
     """Base class of an encoder: an input, to features (B, W), to an embedding (B, E) by a linear projection.
 
-    A tower of your own defines `width`, `features`, `projection` and `blocks`, and registers itself in TOWERS.
+    A tower of your own defines `width`, `features`, `projection` and `blocks`; `towers/registry.py` makes it known.
     """
 
     width: int  # W
     blocks: Sequence[nn.Module]  # the layers, in order, for rates by layer and freezing all but the last ones
-    tokenizer = None  # a text tower's own; CLIP's unless it has one
-    pretrained = False  # whether `load_pretrained` has weights to start from
-    uses_all_parameters = True  # whether every parameter has a part in the features
+    projection_name = "proj"
+    rows: list[tuple[str, str, str]] | None = None  # see `key_rows`
+    tokenizer: BaseTokenizer | None = None  # of a text tower
+    may_skip_parameters = False  # whether `forward` may leave parameters that learn unused, which DDP has to know
     # The seam around the forward pass: functions (tower, features, inputs) -> (B, W). Each may call `features(inputs)`,
     # the next one inward. Innermost first: inference/fast.py, the normalisation of pixels, GradCache's chunks.
     wrappers: tuple[Callable, ...] = ()
@@ -128,7 +127,7 @@ class Tower(nn.Module):
     @property
     def projection(self) -> nn.Module:
         """From features (B, W) to embeddings (B, E)."""
-        raise NotImplementedError
+        return self.get_submodule(self.projection_name)
 
     def forward(self, inputs: Tensor) -> Tensor:
         features = self.features
@@ -150,21 +149,25 @@ class Tower(nn.Module):
         return self
 
     def checkpoint_activations(self, every: int):
-        """Has every n-th block keep its input alone for the backward pass, which computes the rest again."""
+        """Makes every n-th block keep only its input for the backward pass and compute the rest again."""
         self.checkpoint_every = every
+
+    def key_rows(self) -> list[tuple[str, str, str]]:
+        """The tower's part of checkpoint.py's table; by default a tensor has the same name everywhere."""
+        return self.rows or [("{t}" + name,) * 3 for name in self.state_dict()]
 
     def init_parameters(self):
         """Draws the weights outside the blocks."""
 
     def load_pretrained(self):
-        """Loads the weights that the config names, where `pretrained`."""
+        """Loads the weights that its section of the config names, if that is `pretrained`."""
 
     def for_inference(self) -> "Tower":
-        """The tower, or a copy that computes the same faster and cannot be trained."""
+        """Returns the tower, or a copy that computes the same faster and cannot be trained."""
         return self
 
     def save_files(self, directory: Path):
-        """Writes what the tower needs besides weights, a tokenizer for example, below a folder."""
+        """Writes what the tower needs besides weights into a folder: its tokenizer, below `tokenizer/`."""
 
     def load_files(self, directory: Path):
         """Reads what `save_files` wrote."""
@@ -172,6 +175,8 @@ class Tower(nn.Module):
 
 class VisionTransformer(Tower):
     """Images (B, 3, S, S) to embeddings (B, E): cut into patches, read out at the class token."""
+
+    rows = IMAGE_ROWS
 
     def __init__(self, cfg: VisionConfig, embed_dim: int, quick_gelu: bool):
         super().__init__()
@@ -185,10 +190,6 @@ class VisionTransformer(Tower):
         self.blocks = nn.ModuleList(Block(cfg.width, heads, cfg.mlp_ratio, quick_gelu) for _ in range(cfg.layers))
         self.ln_post = nn.LayerNorm(cfg.width)
         self.proj = nn.Linear(cfg.width, embed_dim, bias=False)
-
-    @property
-    def projection(self) -> nn.Module:
-        return self.proj
 
     def features(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
@@ -226,18 +227,16 @@ class TextTransformer(Tower):
     cut off without changing the result.
     """
 
+    rows, projection_name = TEXT_ROWS, "text_projection"
+
     def __init__(self, cfg: TextConfig, embed_dim: int, quick_gelu: bool):
         super().__init__()
-        self.width = cfg.width
+        self.width, self.tokenizer = cfg.width, Tokenizer(cfg.context_length)
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.width)
         self.positional_embedding = nn.Parameter(torch.empty(cfg.context_length, cfg.width))
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.mlp_ratio, quick_gelu) for _ in range(cfg.layers))
         self.ln_final = nn.LayerNorm(cfg.width)
         self.text_projection = nn.Linear(cfg.width, embed_dim, bias=False)
-
-    @property
-    def projection(self) -> nn.Module:
-        return self.text_projection
 
     def features(self, input_ids: Tensor) -> Tensor:
         x = self.run_blocks(self.embed_tokens(input_ids), is_causal=True)
@@ -256,10 +255,7 @@ class TextTransformer(Tower):
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
 
 
-TOWERS: dict[type, type[Tower]] = {  # a section of the config -> the tower it describes; `towers/` has more
-    VisionConfig: VisionTransformer,
-    TextConfig: TextTransformer,
-}
+TOWERS: dict[type, type[Tower]] = {VisionConfig: VisionTransformer, TextConfig: TextTransformer}
 
 
 class MiniClip(nn.Module):
@@ -268,9 +264,8 @@ class MiniClip(nn.Module):
     def __init__(self, config: MiniClipConfig):
         super().__init__()
         self.config = config
-        self.visual, self.text = (
-            TOWERS[type(cfg)](cfg, config.embed_dim, config.quick_gelu) for cfg in (config.vision_cfg, config.text_cfg)
-        )
+        sections = config.vision_cfg, config.text_cfg
+        self.visual, self.text = (TOWERS[type(cfg)](cfg, config.embed_dim, config.quick_gelu) for cfg in sections)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
@@ -287,10 +282,10 @@ class MiniClip(nn.Module):
         return F.normalize(embeds, dim=-1) if normalize else embeds
 
     def forward(self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None) -> ClipOutput:
-        """Embeds a batch of either or both kinds; what was not given comes back as None."""
-        # The scale is read here, and not by the loss, because DistributedDataParallel wants every parameter to be
-        # used inside `forward`. It is kept at 100 or less by the trainer, after each step: a clamp here would give
-        # no gradient, and so no way back, to a scale that had come to rest a rounding error above.
+        """Embeds a batch of either or both kinds; None for a missing one."""
+        # The scale is read here, not by the loss, because DistributedDataParallel wants every parameter to be used
+        # inside `forward`. The trainer keeps it at 100 or less, after each step: a clamp here would have no gradient,
+        # and so no way back, for a scale a rounding error above.
         return ClipOutput(
             None if pixel_values is None else self.encode_image(pixel_values, normalize=True),
             None if input_ids is None else self.encode_text(input_ids, normalize=True),
@@ -299,24 +294,27 @@ class MiniClip(nn.Module):
         )
 
     def get_logits(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled cosine similarities: (images, texts) and its transpose (texts, images). Softmax over a row gives
-        the probability of each text for that image, or of each image for that text."""
+        """Scaled cosine similarities: (images, texts) and its transpose (texts, images). Softmax over a row is the
+        probability of each text for that image, or of each image for that text."""
         image_embeds, text_embeds, logit_scale, logit_bias = self(pixel_values, input_ids)
-        logits_per_image = logit_scale * image_embeds @ text_embeds.T
-        logits_per_image = logits_per_image if logit_bias is None else logits_per_image + logit_bias
-        return logits_per_image, logits_per_image.T
+        logits = logit_scale * image_embeds @ text_embeds.T + (0 if logit_bias is None else logit_bias)
+        return logits, logits.T
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False):
         """Keeps only each block's input for the backward pass and computes the rest again: less memory, a third more
         work, the same gradients. Trainer calls it by this name."""
         if offload:
-            raise InputError("offloading activations is not supported: leave out offload")
+            raise InputError("offloading activations is not supported: remove offload")
         for tower in (self.visual, self.text):
             tower.checkpoint_activations(every_n_layers)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
         """The same, by the name that older versions of Trainer call."""
         self.activation_checkpointing_enable()
+
+    def key_rows(self) -> tuple[list, list]:
+        """The rows of both towers, as checkpoint.py's functions take them."""
+        return self.visual.key_rows(), self.text.key_rows()
 
     @torch.no_grad()
     def init_parameters(self):
@@ -330,36 +328,22 @@ class MiniClip(nn.Module):
 
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None):
         """Writes `config.json` (sizes, activation, preprocessing), `model.safetensors` and their `manifest.json` into
-        a folder, each all or nothing. What was there stays until all of the new is written."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: t.detach().cpu().contiguous() for name, t in (state_dict or self.state_dict()).items()}
-        with replacing(directory / "config.json") as config, replacing(directory / "model.safetensors") as file:
-            config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-            save_file(weights, file, metadata={"format": "pt"})
-            (directory / MANIFEST).unlink(missing_ok=True)  # from here on it would not be true
-            for tower in (self.visual, self.text):
-                tower.save_files(directory)
-        own = [f"tokenizer/{name}" for name in files_in(directory / "tokenizer")]
-        write_manifest(directory, ["config.json", "model.safetensors", *own])
+        a folder, each atomically. What was there stays until all of the new is written."""
+        towers = self.visual, self.text
+        weights = self.state_dict() if state_dict is None else state_dict
+        write_model_folder(Path(directory), self.config.to_dict(), weights, [tower.save_files for tower in towers])
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
-        """Reads a folder that `save_pretrained` wrote, bit by bit the same; in evaluation mode.
+        """Reads a folder that `save_pretrained` wrote, bit for bit the same; in evaluation mode.
 
         Raises InputError for a missing or damaged file and RuntimeError for missing, unexpected or misshapen weights.
         """
-        for name in ("config.json", "model.safetensors"):
-            if not (Path(directory) / name).is_file():
-                raise InputError(f"{directory} is no folder that MiniCLIP saved: there is no {name} in it")
-        check_manifest(directory, ["config.json", "tokenizer"])
+        directory = Path(directory)
+        check_model_folder(directory)
         with torch.device("meta"):  # shapes alone; the numbers, and their precision, are the file's
-            model = cls(MiniClipConfig.from_json(Path(directory) / "config.json"))
-        weights, expected = read_state_dict(Path(directory) / "model.safetensors"), model.state_dict()
-        for name in weights.keys() & expected.keys():
-            if weights[name].is_floating_point() != expected[name].is_floating_point():
-                raise CheckpointError(f"{directory}: {name} is {weights[name].dtype}, not {expected[name].dtype}")
-        model.load_state_dict(weights, strict=True, assign=True)
+            model = cls(MiniClipConfig.from_json(directory / "config.json"))
+        load_state_dict(model, read_state_dict(directory / "model.safetensors"), directory)
         for tower in (model.visual, model.text):
-            tower.load_files(Path(directory))
+            tower.load_files(directory)
         return model.eval()

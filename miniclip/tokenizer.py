@@ -16,7 +16,7 @@ import gzip
 import html
 from functools import cache, lru_cache
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import ftfy
@@ -69,42 +69,27 @@ def clean(text: str) -> str:
 
 
 def bpe(ids: tuple[int, ...], merges: Merges) -> tuple[int, ...]:
-    """Join neighbouring ids, always everywhere the pair that was learned first, until no pair is known."""
-    if len(ids) > 200:
-        return _bpe_long(ids, merges)
-    while len(ids) > 1:
-        pair = min(pairwise(ids), key=lambda pair: merges.get(pair, 1 << 30))
-        if pair not in merges:
-            break
-        joined, i = [], 0
-        while i < len(ids):
-            found = ids[i : i + 2] == pair
-            joined.append(merges[pair] if found else ids[i])
-            i += 2 if found else 1
-        ids = tuple(joined)
-    return ids
+    """Join neighbouring ids, always everywhere the pair that was learned first, until no pair is known.
 
-
-def _bpe_long(ids: tuple[int, ...], merges: Merges) -> tuple[int, ...]:
-    """The same for a word of thousands of letters, such as no language has but a damaged file: there `bpe`, which goes
-    through all of it for each pair, takes minutes. Joining makes pairs that were learned later only, so that a heap
-    has the next one."""
-    ids, n = list(ids), len(ids)
-    left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # the neighbours that are left of each place
+    A merge creates only pairs that were learned later, so a heap always holds the next one. A "word" of a million
+    letters, as in a damaged file, takes seconds.
+    """
+    joined, n = list(ids), len(ids)
+    left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # the remaining neighbours of each place
     heap = [(merges[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in merges]
     heapify(heap)
     while heap:
         new, i = heappop(heap)
         j = right[i]
-        if j == n or ids[i] is None or merges.get((ids[i], ids[j])) != new:
-            continue  # one of the two was joined meanwhile
-        ids[i], ids[j], right[i] = new, None, right[j]
+        if j == n or joined[i] is None or merges.get((joined[i], joined[j])) != new:
+            continue  # one of the two has been joined since
+        joined[i], joined[j], right[i] = new, None, right[j]
         if right[i] < n:
             left[right[i]] = i
         for a, b in ((left[i], i), (i, right[i])):
-            if a >= 0 and b < n and (ids[a], ids[b]) in merges:
-                heappush(heap, (merges[ids[a], ids[b]], a))
-    return tuple(token for token in ids if token is not None)
+            if a >= 0 and b < n and (joined[a], joined[b]) in merges:
+                heappush(heap, (merges[joined[a], joined[b]], a))
+    return tuple(token for token in joined if token is not None)
 
 
 @lru_cache(maxsize=1 << 16)  # captions repeat their words; bounded, as a service may run for months
@@ -117,61 +102,79 @@ def encode_piece(piece: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-class Tokenizer:
-    """CLIP's tokenizer: `Tokenizer()(["a dog", "two cats"])` is a LongTensor (2, 77).
+class BaseTokenizer:
+    """What every text tower's tokenizer does. One of your own defines, as `Tokenizer` does below,
+
+        encode(text)        token ids of one caption, without special tokens and never cut
+        rows(texts, length) token ids of captions, special ones included, cut to `length` and counted in `truncated`
+        lengths(ids)        number of tokens in each row (n, L), special ones included and padding not: (n,)
+        decode(ids)         the text of one row of ids
+        vocabulary()        what the ids stand for; equal for two tokenizers whose ids mean the same
+        fingerprint()       a hash of everything that decides the ids of a caption
 
     `truncated` counts the captions cut so far, by this object: a DataLoader worker counts in its own copy.
     """
 
-    sot_token_id, eot_token_id, vocab_size, pad_token_id = 49406, 49407, 49408, 0
+    pad_token_id: int = 0
+    unk_token_id: int | None = None  # what stands for unknown words; None where nothing is unknown
 
-    def __init__(self, context_length: int = 77):
+    def __init__(self, context_length: int):
         self.context_length, self.truncated = context_length, 0
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of one caption: neither start nor end token, and never cut."""
-        ids = []
-        for piece in clean(text).split():
-            # Long pieces (a Chinese sentence, a URL) hardly ever come back: they would only fill the memo.
-            ids += encode_piece(piece) if len(piece) <= 32 else encode_piece.__wrapped__(piece)
-        return ids
 
     def __call__(
         self, texts: str | list[str], context_length: int | None = None, trim: bool = False
     ) -> torch.LongTensor:
-        """Token ids of captions, (n, context_length); each row is start, ids, end, then zeros.
+        """Token ids of captions, (n, context_length), special tokens included, padded at the end.
 
         A caption that is too long is cut and keeps its end token. `trim=True` makes the tensor only as wide
         as its longest caption, which spares the text tower most of its work. Raises TypeError for what is
-        not a string (naming its index), ValueError for a context below 2.
+        not a string (naming its index).
         """
         texts = [texts] if isinstance(texts, (str, bytes)) or not hasattr(texts, "__iter__") else list(texts)
-        length = self.context_length if context_length is None else context_length
-        if length < 2:
-            raise ValueError(f"context_length is {length}, but the start and the end token alone need 2")
-        flat, lengths = [], []
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{i}] is {type(text).__name__} ({text!r:.40}); a caption must be str")
-            ids = self.encode(text)
-            self.truncated += len(ids) > length - 2
-            flat += [self.sot_token_id, *ids[: length - 2], self.eot_token_id]
-            lengths.append(min(len(ids) + 2, length))
-        rows = torch.zeros(len(texts), max(lengths, default=length) if trim else length, dtype=torch.long)
-        filled = torch.arange(rows.shape[1]) < torch.tensor(lengths, dtype=torch.long)[:, None]
-        rows[filled] = torch.tensor(flat, dtype=torch.long)  # one call for the batch, not one per caption
-        return rows
+        length = self.context_length if context_length is None else context_length
+        rows = self.rows(texts, length)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        width = max(map(len, rows), default=length) if trim else length
+        ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.long)
+        filled = torch.arange(width) < lengths[:, None]
+        ids[filled] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long)  # one call for the whole batch
+        return ids
+
+
+class Tokenizer(BaseTokenizer):
+    """CLIP's tokenizer: `Tokenizer()(["a dog", "two cats"])` is a LongTensor (2, 77)."""
+
+    sot_token_id, eot_token_id, vocab_size = 49406, 49407, 49408
+
+    def __init__(self, context_length: int = 77):
+        super().__init__(context_length)
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for piece in clean(text).split():
+            # Long pieces (a Chinese sentence, a URL) rarely come back: they would only fill the memo.
+            ids += encode_piece(piece) if len(piece) <= 32 else encode_piece.__wrapped__(piece)
+        return ids
+
+    def rows(self, texts: list[str], length: int) -> list[list[int]]:
+        if length < 2:
+            raise ValueError(f"context_length is {length}, but the start and the end token alone need 2")
+        encoded = [self.encode(text) for text in texts]
+        self.truncated += sum(len(ids) > length - 2 for ids in encoded)
+        return [[self.sot_token_id, *ids[: length - 2], self.eot_token_id] for ids in encoded]
 
     def lengths(self, ids: torch.Tensor) -> torch.Tensor:
-        """How many tokens of each row (n, L) count, start and end included: (n,). Padding may be a word's id too."""
-        return ids.argmax(dim=1) + 1  # the end token has the highest id
+        return ids.argmax(dim=1) + 1  # the end token has the highest id; padding (0) may be the id of "!" too
 
     def decode(self, ids: list[int] | torch.Tensor) -> str:
         """Text of one row of ids up to its end token, a space after each word ("dog 's").
 
-        Bytes that are not UTF-8 (a character cut in two) give U+FFFD. Raises ValueError for an unknown id.
+        Bytes that are not UTF-8 (a character cut in two) become U+FFFD. Raises ValueError for an unknown id.
         """
-        pieces, text = load_table()[2], []
+        pieces, text = self.vocabulary(), []
         for i in ids.tolist() if hasattr(ids, "tolist") else ids:
             if i == self.eot_token_id:
                 break
@@ -180,3 +183,9 @@ class Tokenizer:
                     raise ValueError(f"token id {i} is outside the vocabulary, 0 to {self.eot_token_id}")
                 text.append(pieces[i])
         return b"".join(text).decode("utf-8", errors="replace").strip()
+
+    def vocabulary(self) -> list[bytes]:
+        return load_table()[2]
+
+    def fingerprint(self) -> str:
+        return ""  # there is only one, so it adds nothing to the key of a feature cache

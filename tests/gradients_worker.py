@@ -21,7 +21,7 @@ def main(batch_file: str, output: str):
     wrap_towers(model, None, saved.get("chunk_size", 0), fast=False)
     ddp = DistributedDataParallel(model)
     rows = slice(rank * len(saved["input_ids"]) // n, (rank + 1) * len(saved["input_ids"]) // n)
-    loss = clip_loss(*ddp(pixel_values=saved["pixel_values"][rows], input_ids=saved["input_ids"][rows]))
+    loss = clip_loss(*ddp(pixel_values=saved["pixel_values"][rows], input_ids=saved["input_ids"][rows])[:3])
     loss.backward()
     losses = [torch.zeros_like(loss) for _ in range(n)]
     dist.all_gather(losses, loss.detach())

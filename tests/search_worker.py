@@ -22,8 +22,7 @@ import pyarrow.parquet
 import torch
 
 import miniclip.run.checkpoints  # noqa: F401
-from miniclip.index import image_index
-from miniclip.index.build import update
+from miniclip.index import build
 from miniclip.index.image_index import ImageIndex
 from miniclip.inference.embed import embed_texts
 from miniclip.inference.load import load
@@ -36,9 +35,9 @@ def bring_up_to_date(folder: Path, loaded, fatal: int) -> int:
     killed = KilledAt(fatal, inner)
     pyarrow.parquet.write_table = killed.around(pyarrow.parquet.write_table)
     faiss.write_index = killed.around(faiss.write_index)
-    image_index.PIECE, image_index.TEXTS = 4, image_index.TEXTS[:4]
+    build.PIECE, build.TEXTS = 4, build.TEXTS[:4]
     named = {"name": str(folder / "model"), "pretrained": None}
-    update(folder / "pictures", inner, *loaded, named, method="hnsw", num_workers=0)
+    build.update(folder / "pictures", inner, *loaded, named, method="hnsw", num_workers=0)
     return killed.count
 
 

@@ -32,7 +32,7 @@ def main(cases_file: str, output: str):
         )  # fmt: skip
         make, records = RunDataset, None
         if case.get("streaming"):
-            make = StreamDataset.opened(case["source"], args, case.get("num_samples"))
+            make = StreamDataset.opened(case["source"], args, num_samples=case.get("num_samples"))
         else:
             records = read_source(case["source"], factors=case.get("factors"), num_samples=case.get("num_samples"))
         preprocess = Preprocess(PreprocessConfig(size=8))

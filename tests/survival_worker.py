@@ -77,7 +77,7 @@ def chain(out: Path, processes: int, kills: int, seed: int, argv: list[str]) -> 
 def state(folder: Path) -> tuple[set, bool]:
     """The checkpoints there are, and whether one is being written."""
     names = set(os.listdir(folder)) if folder.is_dir() else set()
-    return {name for name in names if name.startswith("checkpoint-")}, any(n.startswith("tmp-") for n in names)
+    return {name for name in names if name.startswith("checkpoint-")}, any(n.startswith(".0.") for n in names)
 
 
 def boundaries(out: Path) -> dict:
@@ -121,7 +121,7 @@ def boundaries(out: Path) -> dict:
         if code == 0:
             break
         assert code == -signal.SIGKILL, code
-    left = sorted(path.name for path in (out / "run").iterdir() if path.name.startswith(("checkpoint", "tmp")))
+    left = sorted(path.name for path in (out / "run").iterdir() if "checkpoint" in path.name)
     return {"moments": fatal - 1, "newest": found, "left": left}
 
 

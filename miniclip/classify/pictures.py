@@ -78,7 +78,7 @@ def embed_pictures(options, model, preprocess, pictures: list, bad_samples=None)
     which `--on_bad_sample skip` leaves out and lists."""
     from miniclip.datasets.records import image_fault
     from miniclip.inference.embed import embed_images
-    from miniclip.utils.bad_samples import leave_out
+    from miniclip.utils.bad_samples import raise_or_skip
     from miniclip.utils.parallel import read_ahead
 
     paths = [picture[0] for picture in pictures]
@@ -89,7 +89,7 @@ def embed_pictures(options, model, preprocess, pictures: list, bad_samples=None)
         bad = [(path, fault) for path, fault in zip(paths, faults) if fault]
         pictures = [picture for picture, fault in zip(pictures, faults) if not fault]
         what, where = f"{len(bad)} of {len(paths)} pictures cannot be used", ", ".join(options.images)
-        leave_out(where, what, bad, len(pictures), "", options.on_bad_sample, bad_samples, "none would be left")
+        raise_or_skip(where, what, bad, len(pictures), "", options.on_bad_sample, bad_samples, "no images")
     paths = [picture[0] for picture in pictures]
     embeds = embed_images(model, preprocess, paths, options.batch_size, options.num_workers, progress=True)
     return pictures, embeds

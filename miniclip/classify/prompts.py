@@ -114,9 +114,8 @@ def legibility(tokenizer, names: Sequence[str]) -> dict:
     for anything unknown ([UNK]), and `fragments`, of those that are a part of a character; `illegible`, the names of
     which these are half of the tokens or more; `alike`, those that cannot be told from another one.
     """
-    unk = getattr(getattr(tokenizer, "tokenizer", None), "unk_token_id", None)
     rows = [tokenizer.encode(name) for name in names]
-    kinds = {i: "unknown" if i == unk else "fragment" if "\ufffd" in tokenizer.decode([i]) else ""
+    kinds = {i: "unknown" if i == tokenizer.unk_token_id else "fragment" if "\ufffd" in tokenizer.decode([i]) else ""
              for row in rows for i in row}  # fmt: skip
     every = [kinds[i] for row in rows for i in row]
     first, alike = {}, []

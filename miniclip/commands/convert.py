@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None):
     command = argparse.ArgumentParser("python -m miniclip convert", description="CLIP weights from any form to any.")
     command.add_argument("SRC", help="a weight file (.pt, .bin, .safetensors) or a folder of MiniCLIP or Hugging Face")
     command.add_argument("DST", help="a .safetensors or .pt file for openclip, a folder for hf and miniclip")
-    command.add_argument("--to", required=True, choices=("openclip", "hf", "miniclip"), help="for which library")
+    command.add_argument("--to", required=True, metavar="FORM", help="openclip, hf or miniclip: for which library")
     command.add_argument("--model", help="config name or .json file, where SRC does not tell the activation")
     command.add_argument("--force", action="store_true", help="replace files at DST")
     args = command.parse_args(argv)

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from miniclip.datasets.read import read_source
-from miniclip.datasets.records import one_per_image
+from miniclip.datasets.records import ReadOptions, one_per_image
 from miniclip.inference.fast import PRECISIONS
 from miniclip.inference.load import load
-from miniclip.training.wise_ft import ALPHAS, best, draw_sweep, format_sweep, sweep
+from miniclip.reports.charts import draw_sweep
+from miniclip.training.wise_ft import ALPHAS, best, format_sweep, sweep
 from miniclip.utils.bad_samples import NAME, BadSamples
 from miniclip.utils.command_line import find_device
 from miniclip.utils.errors import InputError
@@ -54,11 +55,9 @@ def main(argv: list[str]):
     after, preprocess, tokenizer = load(options.after, None, device)
     files = {"new": options.new_file, "old": options.old_file}
     bad_samples = BadSamples()
-    about = {"on_bad": options.on_bad_sample, "allow_outside": options.allow_outside_image_root}
-    about |= {"check_images": options.on_bad_sample == "skip", "check_handles": True, "bad_samples": bad_samples}
-    records = {
-        name: one_per_image(read_source(path, options.image_root, **about), path) for name, path in files.items()
-    }
+    check = {"check_images": options.on_bad_sample == "skip", "check_handles": True}
+    reading = ReadOptions.from_args(options, bad_samples=bad_samples, **check)
+    records = {name: one_per_image(read_source(path, reading), path) for name, path in files.items()}
     how = {"precision": options.precision, "batch_size": options.batch_size, "num_workers": options.num_workers}
     found = sweep(before, after, preprocess, tokenizer, records, sorted(alphas), progress=True, **how)
 
@@ -69,7 +68,8 @@ def main(argv: list[str]):
     write_json(folder / "wise_ft.json", {**about, "sweep": found})
     write_text(folder / "wise_ft.md", table + "\n")
     new, old = (Path(path).stem for path in files.values())
-    draw_sweep(folder / "wise_ft.png", found, f"{options.before} to {options.after}: {new} (new) and {old} (old)")
+    title = f"{options.before} to {options.after}: {new} (new) and {old} (old)"
+    draw_sweep(folder / "wise_ft.png", found, chosen, title)
     bad_samples.open(folder / NAME)
     if bad_samples:
         print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")

@@ -1,4 +1,4 @@
-"""How does a data set change its form? `python -m miniclip convert_data FROM TO`."""
+"""Conversion of a data set to another form: `python -m miniclip convert_data FROM TO`."""
 
 import csv
 import io
@@ -6,167 +6,149 @@ import json
 import logging
 import os
 import re
-import shutil
+import tarfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from PIL import Image
 from tqdm.auto import tqdm
 
-from miniclip.datasets.shards import ShardWriter, expand
-from miniclip.utils.bad_samples import BadSamples, leave_out
+from miniclip.datasets.records import ReadOptions
+from miniclip.datasets.shards import add_sample, expand
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import sync
-from miniclip.utils.image_files import FORMATS, ImageError
+from miniclip.utils.files import replacing
+from miniclip.utils.image_files import FORMATS, ImageError, ImageFile
 
 logger = logging.getLogger(__name__)
 
 
-def image_bytes(where) -> bytes:
-    """The bytes of a record's image."""
-    return where.read() if hasattr(where, "read") else Path(where).read_bytes()
+def image_bytes(image: str | Path | ImageFile) -> bytes:
+    """Returns the bytes of a record's image."""
+    return image.read() if isinstance(image, ImageFile) else Path(image).read_bytes()
 
 
 def image_kind(data: bytes) -> str:
-    """The extension that a picture's bytes ask for. Raises ImageError for what is none."""
-    from PIL import Image
-
+    """Returns the extension for an encoded image. Raises ImageError."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             kind = image.format.lower()
     except Exception as error:
-        raise ImageError(f"no picture ({error})") from None
+        raise ImageError(f"not an image ({error})") from None
     return {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(kind, kind)
 
 
 def convert(
-    source: Sequence[dict], target: str, samples_per_shard: int = 10_000, on_bad: str = "skip",
-    bad_samples: BadSamples | None = None,
+    source: Sequence[dict], target: str, samples_per_shard: int = 10_000,
+    options: ReadOptions = ReadOptions(on_bad_sample="skip"),
 ) -> int:  # fmt: skip
-    """Writes records to a .json, .jsonl, .csv or .tsv file, or to shards; gives the number written.
+    """Writes records to a .json, .jsonl, .csv or .tsv file, or to shards. Returns the number of records written.
 
-    Shards (`out/{000000..000009}.tar`: as many as are named, filled evenly; `out/000000.tar`: counted on from there,
-    `samples_per_shard` each) get the images bit by bit. The other forms name image files where they lie, relative to
-    the folder of the target if below it; images that are no files are written into a folder `<target>_images` beside
-    it. Nothing is overwritten, and what is written appears when it is whole. About images that cannot be read or are
-    no picture see `captions.leave_out`. Raises InputError where the target is there already, or is of no known form.
+    Shards (`out/{000000..000009}.tar`: as many as are named, filled evenly; `out/000000.tar`: numbered from there,
+    `samples_per_shard` each) hold copies of the images. The other forms name image files where they are, relative to
+    the target's folder if below it; an ImageFile is written into a folder `<target>_images` beside it. Nothing is
+    overwritten, and the target appears only when it is complete. Images that cannot be read raise InputError or are
+    skipped, as `options.on_bad_sample` says. Raises InputError for a target that exists, or of an unknown form.
     """
     suffix, faults = Path(target).suffix.lower(), []
+    if suffix not in (".json", ".jsonl", ".csv", ".tsv", ".tar"):
+        raise InputError(f"{target}: expected .json, .jsonl, .csv, .tsv or .tar")
 
-    def check(written: int):
-        what = f"{len(faults)} of {len(source)} images cannot be used"
-        leave_out(target, what, faults, written, "", on_bad, bad_samples)
+    def check(written: int) -> int:
+        options.report(target, f"{len(faults)} of {len(source)} images cannot be used", faults, written)
+        return written
 
     if suffix == ".tar":
         return _to_shards(source, target, samples_per_shard, faults, check)
-    if suffix not in (".json", ".jsonl", ".csv", ".tsv"):
-        raise InputError(f"{target}: expected .json, .jsonl, .csv, .tsv or .tar")
     return _to_file(source, Path(target), faults, check)
 
 
 def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int, faults: list, check) -> int:
-    paths = [Path(path) for path in expand(target)]
-    if len(paths) == 1:
+    paths, n = [Path(path) for path in expand(target)], len(source)
+    if len(paths) > 1:
+        ends = [n * (i + 1) // len(paths) for i in range(len(paths))]
+    else:
         digits = re.search(r"(?:^|[-_])(\d+)$", paths[0].stem)  # 000, shard-000: not coco2017
-        many = -(-len(source) // samples_per_shard)
+        many = -(-n // samples_per_shard)
         if digits:
             first, width, before = int(digits[1]), len(digits[1]), paths[0].stem[: digits.start(1)]
-            numbers = range(first, first + many)
-            paths = [paths[0].with_name(f"{before}{i:0{width}d}.tar") for i in numbers]
+            paths = [paths[0].with_name(f"{before}{first + i:0{width}d}.tar") for i in range(many)]
         elif many > 1:
-            raise InputError(f"{target}: {many} shards of {samples_per_shard} want a number in their name: 000000.tar")
-    _refuse(*paths)
-    ends = [len(source) * (i + 1) // len(paths) for i in range(len(paths))]
-    if len(expand(target)) == 1:
-        ends = [min(len(source), samples_per_shard * (i + 1)) for i in range(len(paths))]
-    width, written, writers = max(6, len(str(len(source)))), 0, []
-    try:
-        with tqdm(total=len(source), desc="packing") as progress:
-            for path, start, end in zip(paths, [0, *ends], ends):
-                with ShardWriter(path) as writer:
-                    writers.append(writer)
-                    for index in range(start, end):
-                        progress.update()
-                        if (found := _readable(source, index, faults)) is not None:
-                            record, data, kind = found
-                            writer.add(f"{index:0{width}d}", data, kind, record["caption"])
-                            written += 1
-        check(written)
-        for writer in writers:
-            sync(writer.scratch)
-            os.replace(writer.scratch, writer.path)
-    finally:
-        for writer in writers:
-            writer.scratch.unlink(missing_ok=True)
-    return written
+            raise InputError(f"{target}: {many} shards of {samples_per_shard} need a number in their name: 000000.tar")
+        ends = [min(n, samples_per_shard * (i + 1)) for i in range(len(paths))]
+    _prepare(*paths)
+    width, written, progress = max(6, len(str(n))), 0, tqdm(total=n, desc="packing")
+    with ExitStack() as stack, progress:  # all shards or none
+        for path, start, end in zip(paths, [0, *ends], ends):
+            with tarfile.open(stack.enter_context(replacing(path)), "w") as tar:
+                for index in range(start, end):
+                    record, data, kind = _read(source, index, faults)
+                    if data is not None:
+                        add_sample(tar, f"{index:0{width}d}", data, kind, record["caption"])
+                        written += 1
+                    progress.update()
+        return check(written)
 
 
 def _to_file(source: Sequence[dict], target: Path, faults: list, check) -> int:
-    images = target.with_name(f"{target.stem}_images")
-    own = any(hasattr(record["image"], "read") for record in source)
-    _refuse(target, *[images] * own)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch, scratch_images = (target.with_name(f".{p.name}.{os.getpid()}.tmp") for p in (target, images))
+    images, suffix = target.with_name(f"{target.stem}_images"), target.suffix.lower()
+    files = [record["image"] for record in source if not isinstance(record["image"], ImageFile)]
+    own = len(files) < len(source)
+    _prepare(target, *[images] * own)
     base, width, records = Path(os.path.abspath(target.parent)), max(6, len(str(len(source)))), []
-    files = (record["image"] for record in source if not hasattr(record["image"], "read"))
     outside = any(not Path(file).is_relative_to(base) for file in files)
     if outside and own:
-        raise InputError(f"{target}: some images are no files and others lie elsewhere than {base}: convert them apart")
-    try:
+        raise InputError(f"{target}: some images are not files, others lie outside {base}: convert them separately")
+    with replacing(target) as scratch, TemporaryDirectory(".tmp", ".", target.parent) as folder:
+        (folder := Path(folder, images.name)).mkdir()  # with the usual permissions, unlike its parent
         for index in tqdm(range(len(source)), "writing"):
-            record = None
-            try:
-                record = source[index]
-                is_file = not hasattr(record["image"], "read")
-            except ImageError as error:
-                faults.append((f"sample {index}", str(error)))
-                continue
-            if is_file:
+            record, data, kind = _read(source, index, faults, read_files=False)
+            if data is not None:
+                file = folder / f"{index:0{width}d}.{kind}"
+                file.write_bytes(data)
+                name = f"{images.name}/{file.name}"
+            elif record:
                 file = Path(record["image"])
                 name = str(file) if outside else file.relative_to(base).as_posix()
-            elif (found := _readable(source, index, faults)) is not None:
-                scratch_images.mkdir(exist_ok=True)
-                name = f"{images.name}/{index:0{width}d}.{found[2]}"
-                (scratch_images / Path(name).name).write_bytes(found[1])
             else:
                 continue
             records.append({"image": name, "caption": record["caption"]})
         check(len(records))
         with open(scratch, "w", encoding="utf-8", newline="") as file:
-            if target.suffix.lower() == ".json":
+            if suffix == ".json":
                 json.dump(records, file, ensure_ascii=False, indent=1)
-            elif target.suffix.lower() == ".jsonl":
+            elif suffix == ".jsonl":
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             else:
-                delimiter = "\t" if target.suffix.lower() == ".tsv" else ","
-                table = csv.writer(file, delimiter=delimiter, lineterminator="\r\n")
+                table = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\r\n")
                 table.writerow(["filepath", "title"])  # OpenCLIP's names
                 table.writerows((record["image"], text) for record in records for text in record["caption"])
-        sync(scratch)
-        if scratch_images.exists():
-            os.rename(scratch_images, images)
-        os.replace(scratch, target)
-    finally:
-        scratch.unlink(missing_ok=True)
-        shutil.rmtree(scratch_images, ignore_errors=True)
+        if own:
+            os.rename(folder, images)
     if outside:
-        logger.warning("%s: the images lie elsewhere than %s: read it with --image_root /", target, base)
+        logger.warning("%s: the images lie outside %s: read it with --image_root /", target, base)
     return len(records)
 
 
-def _readable(source: Sequence[dict], index: int, faults: list):
-    """A record, the bytes of its image and their extension; None where that cannot be, and then `faults` has why."""
+def _read(source: Sequence[dict], index: int, faults: list, read_files: bool = True) -> tuple:
+    """Returns a record, its image's bytes and their extension; for an image file without `read_files` None for those.
+    If the image cannot be read all three are None, and the reason goes to `faults`."""
     record = None
     try:
         record = source[index]
+        if not read_files and not isinstance(record["image"], ImageFile):
+            return record, None, None
         data = image_bytes(record["image"])
         return record, data, image_kind(data)
     except (ImageError, OSError) as error:
         name = str(record["image"]) if record else f"sample {index}"
         faults.append((name, str(error).removeprefix(f"{name}: ")))
-        return None
+        return None, None, None
 
 
-def _refuse(*paths: Path):
-    there = [str(path) for path in paths if path.exists()]
-    if there:
-        raise InputError(f"{there[0]} is there already: remove it or name another")
+def _prepare(*paths: Path):
+    for path in paths:
+        if path.exists():
+            raise InputError(f"{path} already exists: remove it or choose another name")
+        path.parent.mkdir(parents=True, exist_ok=True)

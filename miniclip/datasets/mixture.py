@@ -1,21 +1,19 @@
-"""TODO docstring."""
+"""Mixtures of several sources, and the order of an epoch of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from miniclip.utils.errors import InputError
 from miniclip.utils.parallel import as_table
 
-# --- Several sources, and what an epoch is.
-
 
 class Mixture(Sequence):
-    """Several sources one behind the other, and what an epoch of them is.
+    """Several sources, one after the other, and what an epoch of them is.
 
     - Without `factors` and `num_samples`: every sample once, shuffled.
-    - `factors` f, one for each source: every sample floor(f) times, and a share f - floor(f) of the source's samples,
-      drawn anew each epoch, once more; all shuffled together. 0 leaves a source out, 0.25 takes a quarter of it.
+    - `factors` f, one for each source: every sample floor(f) times, and once more a share f - floor(f) of the source's
+      samples, drawn anew each epoch; all shuffled together. 0 drops a source, 0.25 takes a quarter of it.
     - `num_samples` N: N draws with replacement. A draw takes a source with a probability in proportion to its factor
       times its size (its size without factors), then any of its samples. This is what OpenCLIP's factors do.
 
@@ -40,30 +38,17 @@ class Mixture(Sequence):
         source = int(np.searchsorted(self.ends, index, side="right"))
         return self.sources[source][int(index - self.ends[source] + self.sizes[source])]
 
-    def sampler(self, seed: int, epoch):
-        """A torch Sampler of an epoch, or None where the Trainer's shuffle does. `epoch` is a tensor that changes."""
-        if self.factors is None and self.num_samples is None:
-            return None
-        from torch.utils.data import Sampler
-
-        mixture = self
-
-        class MixtureSampler(Sampler):
-            def __len__(self) -> int:
-                return mixture.num_samples or sum(whole * size + extra for whole, extra, size in mixture.copies())
-
-            def __iter__(self):
-                return iter(mixture.order(seed, int(epoch)).tolist())
-
-        return MixtureSampler()
+    def sampler(self, seed: int, epoch) -> "MixtureSampler | None":
+        """Returns the sampler of an epoch, a tensor that changes; None where the Trainer's shuffle will do."""
+        return MixtureSampler(self, seed, epoch) if self.factors or self.num_samples else None
 
     def copies(self) -> list[tuple[int, int, int]]:
-        """For each source how often all of it comes in an epoch, how many of it once more, and its size."""
+        """Returns for each source how often all of it comes in an epoch, how much of it once more, and its size."""
         factors = self.factors or [1.0] * len(self.sizes)
         return [(int(f), round((f - int(f)) * size), size) for f, size in zip(factors, self.sizes)]
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The indices of an epoch, in order. What comes again has len(self) added, which draws it anew."""
+        """Returns the indices of an epoch, in order. A repeated one has len(self) added, so that it is drawn anew."""
         rng, n = np.random.default_rng([seed, epoch]), len(self)
         starts = self.ends - self.sizes
         if self.num_samples is not None:
@@ -78,8 +63,22 @@ class Mixture(Sequence):
         return rng.permutation(np.concatenate(parts))
 
 
+class MixtureSampler:
+    """The order of a mixture, as a sampler for torch's DataLoader."""
+
+    def __init__(self, mixture: Mixture, seed: int, epoch):
+        self.mixture, self.seed, self.epoch = mixture, seed, epoch
+
+    def __len__(self) -> int:
+        copies = self.mixture.copies()
+        return self.mixture.num_samples or sum(whole * size + extra for whole, extra, size in copies)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.mixture.order(self.seed, int(self.epoch)).tolist())
+
+
 def parse_factors(text: str | None, n: int) -> list[float] | None:
-    """The upsampling factors of n sources, in OpenCLIP's form: "1::2.5"."""
+    """Parses the upsampling factors of n sources, in OpenCLIP's form: "1::2.5"."""
     if text is None:
         return None
     try:
@@ -87,18 +86,5 @@ def parse_factors(text: str | None, n: int) -> list[float] | None:
     except ValueError:
         factors = []
     if len(factors) != n or not all(0 <= factor < float("inf") for factor in factors) or not any(factors):
-        raise InputError(f"train_data_upsampling_factors {text!r}: expected {n} numbers from 0, with :: between them")
+        raise InputError(f"train_data_upsampling_factors {text!r}: expected {n} numbers from 0, separated by ::")
     return factors
-
-
-class Part(Sequence):
-    """Some records of a source."""
-
-    def __init__(self, source: Sequence[dict], rows: np.ndarray):
-        self.source, self.rows = source, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.source[self.rows[index].item()]

@@ -1,48 +1,68 @@
-"""Is a caption file fit to be used? All of it is checked before anything starts, all that is wrong is said at once."""
+"""Caption files in JSON, and the checks that records of any form pass before anything starts."""
 
 import json
 import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from miniclip.utils.bad_samples import BadSamples, CaptionFileError, leave_out, short
+from miniclip.utils.bad_samples import BadSamples, CaptionFileError, raise_or_skip, short
 from miniclip.utils.errors import InputError
-from miniclip.utils.image_files import ImageError, open_image
+from miniclip.utils.image_files import ImageError, ImageFile, open_image
+from miniclip.utils.parallel import read_ahead
 
 logger = logging.getLogger(__name__)
-NO_FILE = "there is no such file"
+NO_FILE = "no such file"
 
 
-def read_captions(
-    path: str | Path,
-    image_root: str | Path | None = None,
-    check_images: bool = True,
-    on_bad: str = "stop",
-    allow_outside: bool = False,
-    bad_samples: BadSamples | None = None,
-) -> list[dict]:
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a source is read."""
+
+    image_root: str | Path | None = None  # where image paths start; the source's own folder by default; A::B for two
+    image_column: str | None = None  # names of columns, keys or JSON fields; guessed by default
+    caption_column: str | None = None
+    on_bad_sample: str = "stop"  # "stop": raise an error that names all bad samples; "skip": warn, and read the others
+    bad_samples: BadSamples | None = None  # where skipped samples are listed
+    allow_outside_image_root: bool = False  # image paths may lead out of their folder: .., absolute ones, links
+    check_images: bool = True  # decode all image files once, to find damaged ones before they stop a run
+    check_handles: bool = False  # the same for images that are an ImageFile, in shards and tables
+
+    @classmethod
+    def from_args(cls, args, **more) -> "ReadOptions":
+        """Returns the options of the same names that parsed arguments have and that are not None, and `more`. Their
+        `columns` are the image's and the caption's."""
+        image_column, caption_column = vars(args).get("columns") or (None, None)
+        given = {field.name: vars(args).get(field.name) for field in fields(cls)}
+        given |= {"image_column": image_column, "caption_column": caption_column}
+        return cls(**{name: value for name, value in given.items() if value is not None} | more)
+
+    def report(self, source, what: str, problems: list[tuple[str, str]], left: int, prefix: str = "", *none_left):
+        """Raises an error for bad samples or skips them: `raise_or_skip`."""
+        raise_or_skip(source, what, problems, left, prefix, self.on_bad_sample, self.bad_samples, *none_left)
+
+
+def read_captions(path: str | Path, image_root: str | Path | None = None, **options) -> list[dict]:
     """Reads and checks a caption file: `[{"image": "dogs\\\\rex.jpg", "caption": ["a dog", "my dog Rex"]}, ...]`.
 
-    Gives `[{"image": absolute path, "caption": [strings]}, ...]`. Image paths start at `image_root` (the file's own
-    folder unless given) and may not leave it, by links neither, unless `allow_outside` says so; either separator will
-    do; a caption may be one string. `check_images` decodes every image once, to find damaged ones before they stop a
-    run. Raises CaptionFileError with the number, the image and the fault of all bad records together; with
-    on_bad="skip" they are left out, with a warning, and listed in `bad_samples`.
+    Returns `[{"image": absolute path, "caption": [strings]}, ...]`. Image paths start at `image_root`, by default the
+    file's own folder, with either separator; a caption may be one string. `options` are other fields of ReadOptions.
+    Raises CaptionFileError with the number, the image and the fault of all bad records together.
     """
     path = Path(path)
     raw = parse_json(read_text(path), path)
     if not isinstance(raw, list) or not raw:
         raise CaptionFileError(f"{path}: expected a list of records, found {short(raw)}")
-    root = ImageRoot(image_root or path.parent, allow_outside)
-    return check_records(path, raw, root, check_images, on_bad, bad_samples=bad_samples)
+    options = ReadOptions(image_root, **options)
+    return check_records(path, raw, ImageRoot(image_root or path.parent, options.allow_outside_image_root), options)
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with a byte order mark or without. Raises CaptionFileError."""
+    """Reads a text file in UTF-8, with or without a byte order mark. Raises CaptionFileError."""
     try:
         data = path.read_bytes()
         return data.decode("utf-8-sig")
@@ -51,21 +71,21 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         what = "it is UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {error.object[error.start]:#x}"
         line = data.count(b"\n", 0, error.start) + 1
-        raise CaptionFileError(f"{path}: no UTF-8 ({what}, in line {line}): save it as UTF-8") from None
-    except (OSError, ValueError) as error:
+        raise CaptionFileError(f"{path}: not UTF-8 ({what}, in line {line}): save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise CaptionFileError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def parse_json(text: str, name=None):
-    """What a JSON text holds. An object with a name that occurs twice, of which json would take the last in silence,
-    becomes an InputError in its place. Raises CaptionFileError, which begins with `name` if that is given."""
+    """Returns the value of a JSON text. An object with a repeated name, whose last value json would take silently,
+    becomes an InputError in its place. Raises CaptionFileError, which begins with `name` if given."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         error = "nested too deeply"
     except ValueError as fault:
-        error = fault if text.strip() else "there is nothing in it"
-    raise CaptionFileError(f"{name}: no JSON: {error}" if name else f"no JSON: {error}")
+        error = fault if text.strip() else "it is empty"
+    raise CaptionFileError(f"{name}: invalid JSON: {error}" if name else f"invalid JSON: {error}")
 
 
 def _object(pairs: list[tuple]):
@@ -73,43 +93,37 @@ def _object(pairs: list[tuple]):
     if len(found) == len(pairs):
         return found
     names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    return InputError(f"{short(twice)} occurs twice in it: leave one of them out")
+    return InputError(f"{short(next(name for name in names if names.count(name) > 1))} occurs twice: remove one")
 
 
 def check_records(
-    path, raw: list, root, check_images: bool = True, on_bad: str = "stop", names=None, bad_samples=None
-) -> list[dict]:
-    """Checks raw records, of whatever file they come, as `read_captions` says. `root` is a folder or an ImageRoot. An
-    InputError in the place of a record is reported like any other fault; `names` has what to call each (record 0,
-    record 1, ... unless given)."""
-    path, root = Path(path), root if isinstance(root, ImageRoot) else ImageRoot(root)
-    names = names or [f"record {index}" for index in range(len(raw))]
-    records, problems = [], {}
+    path, raw: list, root: "ImageRoot", options: ReadOptions = ReadOptions(), names: list[str] | None = None
+) -> list[dict]:  # fmt: skip
+    """Checks raw records of any text form. An InputError in the place of a record is reported like any other fault;
+    `names` are the records' names in messages (record 0, record 1, ... by default)."""
+    path, names = Path(path), names or [f"record {index}" for index in range(len(raw))]
+    records, problems = {}, {}
     for index, record in enumerate(raw):
         try:
-            records.append((index, _check_record(record, root)))
+            records[index] = _check_record(record, root)
         except ValueError as error:
             problems[index] = str(error)
-    if check_images:
-        from miniclip.utils.parallel import read_ahead
-
-        faults = read_ahead(image_fault, [record["image"] for _, record in records], None, 1000)
-        progress = tqdm(faults, f"checking the images of {path.name}", len(records), disable=len(records) < 1000)
-        problems |= {index: fault for (index, _), fault in zip(records, progress) if fault}
-    good = [record for index, record in records if index not in problems]
+    if options.check_images:
+        found = image_faults([record["image"] for record in records.values()], path.name)
+        problems |= {index: fault for index, fault in zip(records, found) if fault}
     if sum(NO_FILE in problem for problem in problems.values()) == len(raw) > 1:
-        hint = f"of none of its {len(raw)} records is there an image in {root.folder}: is another --image_root meant?"
+        hint = f"none of its {len(raw)} records has an image in {root.folder}: is --image_root right?"
         raise CaptionFileError(f"{path}: {hint} The first:\n  {names[0]}: {problems[0]}")
+    good = [record for index, record in records.items() if index not in problems]
     listed = [(names[index], problems[index]) for index in sorted(problems)]
     what = f"{len(problems)} of {len(raw)} records cannot be used"
-    leave_out(path, what, listed, len(good), f"{path}: ", on_bad, bad_samples)
+    options.report(path, what, listed, len(good), f"{path}: ")
     return good
 
 
 class ImageRoot:
-    """The folder that image paths start from, which may be a link itself. Without `allow_outside` nothing below it may
-    lead out of it: no `..`, no absolute path, no link."""
+    """The folder where image paths start, which may itself be a link. Without `allow_outside` no path below it may lead
+    out of it, by `..`, as an absolute path, or through a link."""
 
     def __init__(self, folder: str | Path, allow_outside: bool = False):
         self.folder, self.allow_outside = os.path.abspath(folder), allow_outside
@@ -117,9 +131,9 @@ class ImageRoot:
         self.inside = {}  # folder -> whether it lies in this one: each is resolved once, not for a million images
 
     def file(self, image: str) -> str:
-        """The absolute path of an image. Raises InputError for one that leads out, is not there or is no file."""
+        """Returns the absolute path of an image. Raises InputError if it leads out, is missing or is not a file."""
         if "\0" in image:
-            raise InputError(f"{image[:60]!r}: a path cannot hold a NUL character")
+            raise InputError(f"{image[:60]!r}: a path cannot contain a NUL character")
         if "\\" in image and not os.path.lexists(os.path.join(self.folder, image)):  # Windows' separator
             image = image.replace("\\", "/")
         file = os.path.abspath(os.path.join(self.folder, image))
@@ -131,21 +145,22 @@ class ImageRoot:
             if link := stat.S_ISLNK(mode):
                 mode = os.stat(file).st_mode
         except UnicodeEncodeError:  # Arrow tables, which share the records between processes, cannot hold it
-            raise InputError(f"{image!a}: the name is no valid Unicode: rename the file") from None
+            raise InputError(f"{image!a}: the name is not valid Unicode: rename the file") from None
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{image!r}: {NO_FILE} in {self.folder}") from None
-        except OSError as error:  # links in a ring, a name that is too long, a folder that must not be read
+        except OSError as error:  # links in a ring, a name that is too long, a folder without permission
             raise InputError(f"{short(image)}: cannot be opened ({error.strerror})") from None
         if not stat.S_ISREG(mode):
-            raise InputError(f"{image!r}: {'a folder' if stat.S_ISDIR(mode) else 'a device or a pipe'}, no image file")
+            kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+            raise InputError(f"{image!r}: {kind}, not an image file")
         if not self.allow_outside and not (self._inside(os.path.dirname(file)) and (not link or self._inside(file))):
             raise InputError(self._leads_out(image, "a link "))
         return file
 
     def walk(self, fault: Callable[[str, str], None]) -> Iterator[tuple[str, list[str]]]:
-        """The folders in it at any depth, relative to it, each with the names of its files; neither those whose names
-        begin with a dot. Links are followed that stay in the folder, and none to a folder that was read already: they
-        may go round in a ring. What cannot be read is told by `fault(name, reason)`."""
+        """Yields the folders at any depth, relative to this one, each with the names of its files; hidden ones are
+        passed over. Follows links that stay inside, but enters no folder twice: links may form a ring. Calls
+        `fault(name, reason)` for what cannot be read."""
 
         def unread(error: OSError):
             fault(os.path.relpath(error.filename, self.folder), f"cannot be opened ({error.strerror})")
@@ -155,9 +170,8 @@ class ImageRoot:
             real, here = os.path.realpath(folder), os.path.relpath(folder, self.folder)
             if real in seen or not self.allow_outside and not is_within(real, self.real):
                 folders.clear()
-                why = "a second way to a folder that is read already"
-                why = why if real in seen else "a link out of the image folder"
-                fault(here, f"{why}: remove the link" + " or --allow_outside_image_root" * (real not in seen))
+                out = "a link out of the image folder: remove it, or pass --allow_outside_image_root"
+                fault(here, "a second path to a folder that was already read: remove the link" if real in seen else out)
                 continue
             seen.add(real)
             links = {name: os.path.islink(os.path.join(folder, name)) for name in folders if not name.startswith(".")}
@@ -174,65 +188,69 @@ class ImageRoot:
 
 
 def is_within(path: str, folder: str) -> bool:
-    """Whether an absolute path is a folder or lies in it."""
+    """Returns whether an absolute path is a folder or lies in it."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def _check_record(record, root: ImageRoot) -> dict:
-    """One record in the form that the rest relies on; InputError says what is wrong with it."""
+    """Returns a record in the form that the package relies on. Raises InputError."""
     if isinstance(record, InputError):
         raise record
     if not isinstance(record, dict) or not {"image", "caption"} <= record.keys():
         raise InputError(f"expected an object with image and caption, found {short(record)}")
     image, captions = record["image"], record["caption"]
     if not isinstance(image, str) or not image:
-        raise InputError(f"image is no path: {short(image)}")
+        raise InputError(f"image is not a path: {short(image)}")
     return {"image": root.file(image), "caption": check_captions(captions, image)}
 
 
 def check_captions(captions, image) -> list[str]:
-    """The captions of an image as a list; InputError, naming the image, says what is wrong with them."""
+    """Returns the captions of an image as a list. Raises InputError, which names the image."""
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not captions:
-        raise InputError(f"{image}: caption is neither a string nor a list of some: {short(captions)}")
+        raise InputError(f"{image}: caption is neither a string nor a list of strings: {short(captions)}")
     for number, caption in enumerate(captions):
         if not isinstance(caption, str) or not caption.strip():
-            raise InputError(f"{image}: caption {number} is no text: {short(caption)}")
+            raise InputError(f"{image}: caption {number} is not text: {short(caption)}")
         try:
             caption.encode()
         except UnicodeEncodeError:  # half an emoji: Arrow cannot hold it
-            raise InputError(f"{image}: caption {number} is no valid Unicode: {caption[:60]!a}") from None
+            raise InputError(f"{image}: caption {number} is not valid Unicode: {caption[:60]!a}") from None
     return captions
 
 
-def image_fault(path) -> str | None:
-    """What is wrong with a picture, if anything is."""
+def image_fault(path: str | Path | ImageFile) -> str | None:
+    """Returns what is wrong with an image, or None."""
     try:
         open_image(path, scale=32)  # reads every byte all the same; `verify` would pass half a JPEG
     except ImageError as error:
         return str(error)
 
 
+def image_faults(images: Sequence, name: str, fault: Callable = image_fault) -> list[str | None]:
+    """Returns `fault` of each image, computed by threads, with a progress bar for a thousand or more."""
+    work, bar = read_ahead(fault, images, None, 1000), f"checking the images of {name}"
+    return list(tqdm(work, bar, len(images), disable=len(images) < 1000))
+
+
 def one_per_image(records: Sequence[dict], name) -> Sequence[dict]:
-    """For evaluation: the records of one image file joined to one, each of its captions once, since an image that the
-    gallery has twice would be a wrong answer to its own caption. How many there were is said. Sources without image
-    files as they are."""
+    """Returns, for evaluation, the records with those of the same image file merged, each caption once: a second copy
+    in the gallery would count as a wrong answer to its own caption. Logs how many were merged. Sources without image
+    files are returned as they are."""
     if not isinstance(records, list):
         return records
     captions = {}
     for record in records:
         captions.setdefault(record["image"], {}).update(dict.fromkeys(record["caption"]))
     joined = [{"image": image, "caption": list(texts)} for image, texts in captions.items()]
-    dropped = sum(len(record["caption"]) for record in records) - sum(map(len, captions.values()))
     if joined != records:
-        logger.warning(
-            "%s: %d records of images that others have too were joined to those, %d captions that an image had twice"
-            " left out: %d images", name, len(records) - len(joined), dropped, len(joined),
-        )  # fmt: skip
+        dropped = sum(len(record["caption"]) for record in records) - sum(map(len, captions.values()))
+        message = "%s: merged %d records that repeat an image and dropped %d repeated captions: %d images are left"
+        logger.warning(message, name, len(records) - len(joined), dropped, len(joined))
     return joined
 
 
 def flatten_captions(records: Sequence[dict]) -> tuple[list[str], list[int]]:
-    """All captions in order, and the number of the record that each belongs to."""
+    """Returns all captions in order, and the number of each one's record."""
     captions = [record["caption"] for record in records]
     return [text for texts in captions for text in texts], [i for i, texts in enumerate(captions) for _ in texts]

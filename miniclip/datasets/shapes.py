@@ -1,19 +1,16 @@
-"""Where does the demo's data come from?
+"""The demo's data set: scenes of coloured shapes, drawn with Pillow and described by templates.
 
-From here: scenes of colored shapes, drawn with Pillow and described by templates, so that anybody can train a
-CLIP in minutes without downloading anything. A scene is two groups of shapes, one left of or above the other:
+Anybody can train a CLIP on it in minutes without downloading anything. A scene is two groups of shapes, one left of or
+above the other:
 
     two small red circles   to the left of   three large blue stars
          first group           relation           second group
 
     python -m miniclip shapes data/shapes     # images/*.png, train.json, eval.json
 
-What makes the score mean something: the two kinds of shape of an eval scene (say, red circle and blue star)
-never meet in a training scene, although each of them is there with other partners. Remembering whole scenes does
-not help; the model has to compose what it learned of their parts. See `split_pairs`.
+The two kinds of shape of an eval scene (say, red circle and blue star) never meet in a training scene, although each is
+there with other partners: memorising scenes does not help, the model has to compose what it learned of their parts.
 """
-
-from __future__ import annotations
 
 import itertools
 import json
@@ -22,19 +19,14 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
 from miniclip.utils.files import write_text
 
 # Far apart from each other and from the light background, even after the jitter of `draw`.
-COLORS = {
-    "red": (214, 32, 32),
-    "orange": (250, 140, 20),
-    "yellow": (245, 215, 20),
-    "green": (40, 150, 60),
-    "blue": (35, 85, 220),
-    "purple": (125, 45, 170),
-    "pink": (250, 130, 190),
-    "black": (30, 30, 30),
-}
+COLORS = {"red": (214, 32, 32), "orange": (250, 140, 20), "yellow": (245, 215, 20), "green": (40, 150, 60),
+          "blue": (35, 85, 220), "purple": (125, 45, 170), "pink": (250, 130, 190), "black": (30, 30, 30)}  # fmt: skip
 SHAPES = {
     "circle": [("circle", "circles"), ("disc", "discs")],  # the words for each: (singular, plural)
     "square": [("square", "squares"), ("box", "boxes")],
@@ -44,7 +36,7 @@ SHAPES = {
     "cross": [("cross", "crosses"), ("plus sign", "plus signs")],
 }
 SIZES = {"small": ["small", "little", "tiny"], "large": ["large", "big", "huge"]}
-DIAMETER = {"small": 9.5, "large": 16.5}  # in 64ths of the picture
+DIAMETER = {"small": 9.5, "large": 16.5}  # in 64ths of the image
 COUNTS = {1: ["a", "one", "a single"], 2: ["two", "a pair of"], 3: ["three", "a group of three"]}
 # For each relation of the first group to the second: (prepositions, the place of the first group).
 RELATIONS = {
@@ -55,16 +47,10 @@ RELATIONS = {
 }
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 FRAMES = [
-    "{x} {rel} {y}",
-    "{x} {is_x} {rel} {y}",
-    "there {is_x} {x} {rel} {y}",
-    "{rel} {y} there {is_x} {x}",
-    "{x} {at_x} and {y} {at_y}",
-    "{at_x} {is_x} {x}, {at_y} {is_y} {y}",
-    "{x} {at_x}, with {y} {at_y}",
-    "a picture of {x} {rel} {y}",
-    "an image with {x} {at_x} and {y} {at_y}",
-]
+    "{x} {rel} {y}", "{x} {is_x} {rel} {y}", "there {is_x} {x} {rel} {y}", "{rel} {y} there {is_x} {x}",
+    "{x} {at_x} and {y} {at_y}", "{at_x} {is_x} {x}, {at_y} {is_y} {y}", "{x} {at_x}, with {y} {at_y}",
+    "a picture of {x} {rel} {y}", "an image with {x} {at_x} and {y} {at_y}",
+]  # fmt: skip
 CAPTIONS_PER_IMAGE = 5
 HELD_OUT = 0.25  # of all pairs of kinds
 Kind = tuple[str, str]  # (color, shape)
@@ -93,10 +79,7 @@ class Scene(NamedTuple):
 
 
 def split_pairs(seed: int) -> tuple[list[frozenset[Kind]], list[frozenset[Kind]]]:
-    """Deal every unordered pair of different kinds to either training or evaluation, never to both: (train, eval).
-
-    There are 48 kinds and 1,128 pairs. A kind has 47 partners, so each is left with many pairs in training.
-    """
+    """Deals the 1,128 unordered pairs of the 48 kinds to training and evaluation, none to both: (train, eval)."""
     pairs = [frozenset(pair) for pair in itertools.combinations(KINDS, 2)]
     random.Random(f"{seed} pairs").shuffle(pairs)
     held_out = round(len(pairs) * HELD_OUT)
@@ -104,10 +87,8 @@ def split_pairs(seed: int) -> tuple[list[frozenset[Kind]], list[frozenset[Kind]]
 
 
 def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
-    """Return `number` different scenes, the pairs of kinds taken in turn so that all are equally frequent.
-
-    No two scenes are equal, so each has a description of its own and a perfect model can reach R@1 of 100%.
-    """
+    """Returns `number` different scenes, all pairs of kinds equally frequent. No two are equal: each has a description
+    of its own, and a perfect model reaches R@1 of 100%. Raises ValueError if there are not as many."""
     possible = len(pairs) * 2 * 2 * (len(COUNTS) * len(SIZES)) ** 2  # relations, orders, counts and sizes of both
     if number > possible:
         raise ValueError(f"{number:,} scenes asked for, but only {possible:,} different ones exist")
@@ -121,7 +102,7 @@ def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -
 
 
 def captions(scene: Scene, rng: random.Random, number: int = CAPTIONS_PER_IMAGE) -> list[str]:
-    """Describe the scene completely in `number` (up to 9) different sentences."""
+    """Describes the scene completely in `number` (up to 9) different sentences."""
 
     def words(group: Group) -> tuple[str, str]:
         count, size = rng.choice(COUNTS[group.count]), rng.choice(SIZES[group.size])
@@ -135,26 +116,15 @@ def captions(scene: Scene, rng: random.Random, number: int = CAPTIONS_PER_IMAGE)
         if rng.random() < 0.5:
             x, y, relation = y, x, OPPOSITE[relation]
         (x, is_x), (y, is_y) = words(x), words(y)
-        prepositions, at_x = RELATIONS[relation]
-        sentences.append(
-            frame.format(
-                x=x,
-                y=y,
-                is_x=is_x,
-                is_y=is_y,
-                rel=rng.choice(prepositions),
-                at_x=at_x,
-                at_y=RELATIONS[OPPOSITE[relation]][1],
-            )
-        )
+        ways, at_x = RELATIONS[relation]
+        rel, at_y = rng.choice(ways), RELATIONS[OPPOSITE[relation]][1]
+        sentences.append(frame.format(x=x, y=y, is_x=is_x, is_y=is_y, rel=rel, at_x=at_x, at_y=at_y))
     return sentences
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of a shape of diameter about 1 around (0, 0), y pointing down. A circle has none.
-
-    The sizes differ a little, so that a large star looks as large as a large square.
-    """
+    """Returns the corners of a shape of diameter about 1 around (0, 0), y pointing down; of a circle, none. The sizes
+    differ a little, so that a large star looks as large as a large square."""
     if shape == "square":
         return [(-0.45, -0.45), (0.45, -0.45), (0.45, 0.45), (-0.45, 0.45)]
     if shape == "triangle":
@@ -166,27 +136,13 @@ def outline(shape: str) -> list[tuple[float, float]]:
         return [(radius * math.sin(angle), -radius * math.cos(angle)) for radius, angle in corners]
     if shape == "cross":
         a, b = 0.17, 0.52  # half the thickness of an arm, and its length
-        return [
-            (-a, -b),
-            (a, -b),
-            (a, -a),
-            (b, -a),
-            (b, a),
-            (a, a),
-            (a, b),
-            (-a, b),
-            (-a, a),
-            (-b, a),
-            (-b, -a),
-            (-a, -a),
-        ]
+        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]  # fmt: skip
     return []
 
 
-def draw(scene: Scene, rng: random.Random, size: int = 64):
-    """Draw the scene as a (size, size) RGB image; `rng` moves, scales and shades everything a little."""
-    from PIL import Image, ImageDraw
-
+def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
+    """Draws the scene as a (size, size) RGB image; `rng` moves, scales and shades everything a little."""
     oversampling = 4  # draw large and shrink: smooth edges
     unit = size * oversampling / 64
     shade = rng.randint(222, 250)
@@ -215,8 +171,7 @@ def draw(scene: Scene, rng: random.Random, size: int = 64):
 
 
 def drawn(split: str, number: int, seed: int = 0, size: int = 64):
-    """The scenes of a split, "train" or "eval", as `write` draws them: (scene, its picture, what its captions are drawn
-    by), one after the other."""
+    """Yields the scenes of a split, "train" or "eval", as `write` draws them: (scene, image, its captions' rng)."""
     pairs = split_pairs(seed)[("train", "eval").index(split)]
     for index, scene in enumerate(make_scenes(pairs, number, random.Random(f"{seed} {split}"))):
         rng = random.Random(f"{seed} {split} {index}")
@@ -224,15 +179,13 @@ def drawn(split: str, number: int, seed: int = 0, size: int = 64):
 
 
 def write(out_dir: str | Path, train: int = 6000, evaluation: int = 600, seed: int = 0, size: int = 64) -> None:
-    """Write `images/*.png`, `train.json` and `eval.json`; the same arguments always give the same files."""
-    from tqdm import tqdm
-
-    out_dir = Path(out_dir)
-    (out_dir / "images").mkdir(parents=True, exist_ok=True)
+    """Writes `images/*.png`, `train.json` and `eval.json`; the same arguments always write the same files."""
+    (images := Path(out_dir, "images")).mkdir(parents=True, exist_ok=True)
     for split, number in (("train", train), ("eval", evaluation)):
         records, progress = [], {"desc": f"drawing {split} scenes", "unit": "image", "total": number}
         for index, (scene, image, rng) in enumerate(tqdm(drawn(split, number, seed, size), **progress)):
-            name = f"images/{split}_{index:05d}.png"
-            image.save(out_dir / name, compress_level=1)
-            records.append({"image": name, "caption": captions(scene, rng)})
-        write_text(out_dir / f"{split}.json", json.dumps(records, indent=1))  # last: with it, all pictures are there
+            name = f"{split}_{index:05d}.png"
+            image.save(images / name, compress_level=1)
+            records.append({"image": f"images/{name}", "caption": captions(scene, rng)})
+        text = json.dumps(records, indent=1)
+        write_text(Path(out_dir, f"{split}.json"), text)  # last: once it exists, all images do

@@ -1,9 +1,8 @@
-"""How are pairs read from WebDataset shards?
+"""WebDataset shards: tar files in which `000123.jpg` and `000123.txt` are one sample.
 
-A shard is a plain tar file; `000123.jpg` and `000123.txt` in it are one sample. Plain tar files can be read at any
-place: so all headers are gone through once, and what is kept is an index of where each image and caption lies. From
-then on the shards are a sequence like any other, and shuffling, workers, several processes, resuming and evaluation
-are those of a caption file. The index is kept beside the shards and made anew when one of them changes.
+Plain tar files can be read at any offset. Each header is read once, to build an index of where every image and caption
+lies; from then on the shards are a sequence like any other, so shuffling, workers, several processes, resuming and
+evaluation work as with a caption file. The index is kept beside the shards, and rebuilt when one of them changes.
 """
 
 import glob
@@ -22,25 +21,24 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from miniclip.datasets.records import check_captions, parse_json
-from miniclip.utils.bad_samples import BadSamples, leave_out
+from miniclip.datasets.records import ReadOptions, check_captions, parse_json
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, user_cache
-from miniclip.utils.image_files import ImageError
+from miniclip.utils.image_files import HEIC, ImageError, ImageFile
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "ico", "tga")
-CAPTIONS = ("txt", "caption", "json")  # the first of them that a sample has is taken
+CAPTIONS = ("txt", "caption", "json")  # the first that a sample has is used
 CAPTION_KEYS = ("caption", "captions", "text", "texts", "title", "sentences", "sentence", "raw", "description")
-VERSION = 2  # of the index, to be raised when it is to be made anew
+VERSION = 2  # of the index: raise it when old ones must be rebuilt
 ROW = np.dtype([("shard", "<i4"), ("header", "<i8"), ("offset", "<i8"), ("size", "<i8"),
                 ("text_offset", "<i8"), ("text_size", "<i8"), ("json", "?")])  # fmt: skip
+COMPRESSED = "compressed shards have no random access: decompress it (gunzip)"
+UNREADABLE = "HEIC images cannot be read: convert it to JPEG or PNG"
 
 
 def expand(pattern: str) -> list[str]:
-    """The paths that a pattern stands for, in order: `{000..123}` numbers, `{a,b}` alternatives, `*` and `?` files.
-
-    Raises InputError for a glob that no file fits.
-    """
+    """Returns the paths that a pattern stands for, in order: `{000..123}` numbers, `{a,b}` alternatives, `*` and `?`
+    files. Raises InputError for a glob that matches no file."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found:
         numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
@@ -57,48 +55,49 @@ def expand(pattern: str) -> list[str]:
     if not glob.has_magic(pattern) or os.path.exists(pattern):
         return [pattern]
     if not (paths := sorted(glob.glob(pattern))):
-        raise InputError(f"{pattern}: no file fits this pattern")
+        raise InputError(f"{pattern}: no file matches this pattern")
     return paths
 
 
-def captions_in(value, key: str | None = None, depth: int = 0):
-    """The captions in what a caption file or column holds: a string, a list, an object that has them under `key`, or
-    else under one of CAPTION_KEYS, or a list of such. Gives a list of whatever is there, for `check_captions`."""
+def captions_in(value, key: str | None = None, depth: int = 0) -> list:
+    """Returns the captions in the value of a caption file or column: a string, a list, an object that has them under
+    `key`, by default the first of CAPTION_KEYS, or a list of those. `check_captions` checks what they are."""
     if isinstance(value, dict):
         value = next((value[known] for known in ([key] if key else CAPTION_KEYS) if known in value), None)
-    if not isinstance(value, list) or depth > 20:  # so deep there is none, and at 300 the stack is full
+    if not isinstance(value, list) or depth > 20:  # none lies so deep, and at 300 the stack is full
         return [value]
     nested = (captions_in(part, key, depth + 1) if isinstance(part, (dict, list)) else [part] for part in value)
     return [caption for captions in nested for caption in captions]
 
 
 def parse_caption(data: bytes, is_json: bool, name: str, key: str | None = None) -> list[str]:
-    """The captions in a file beside an image: a text is one caption, and JSON has them under `key` if that is given.
-    InputError says what is wrong with it."""
+    """Returns the captions in a file beside an image: a text is one caption, JSON has them under `key` (see
+    `captions_in`). Raises InputError."""
     try:
         text = data.decode("utf-8-sig")
         return check_captions(captions_in(parse_json(text, name), key) if is_json else [text.strip()], name)
     except UnicodeDecodeError as error:
-        raise InputError(f"{name}: the caption is no UTF-8 ({error})") from None
+        raise InputError(f"{name}: the caption is not UTF-8 ({error})") from None
+
+
+def caption_kind(kinds, key: str | None) -> str | None:
+    """Returns which extension of a sample holds its caption: with a `key`, only JSON."""
+    return next((kind for kind in (["json"] if key else CAPTIONS) if kind in kinds), None)
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:
-    """Bytes of a file. It is opened anew each time: a shuffled run leaps from shard to shard, so that a file kept open
-    would hardly be met again, and nothing is shared between threads or processes."""
+    """Reads bytes of a file. It is opened each time: a shuffled run jumps from shard to shard and would hardly meet an
+    open one again, and nothing is shared between threads or processes."""
     with open(path, "rb", buffering=0) as file:
-        data = os.pread(file.fileno(), size, offset) if hasattr(os, "pread") else _seek(file, offset, size)
+        file.seek(offset)
+        data = file.read(size)
     if len(data) < size:
         raise OSError(f"it ends after {len(data)} of {size} bytes")
     return data
 
 
-def _seek(file, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
-
-
-class ShardImage:
-    """An image within a shard. `read` gives its bytes, `str` its name."""
+class ShardImage(ImageFile):
+    """An image in a shard."""
 
     __slots__ = ("path", "header", "offset", "size")
 
@@ -106,7 +105,6 @@ class ShardImage:
         self.path, self.header, self.offset, self.size = path, header, offset, size
 
     def read(self) -> bytes:
-        """The image file as it was packed. Raises ImageError."""
         try:
             return read_at(self.path, self.offset, self.size)
         except OSError as error:
@@ -114,7 +112,7 @@ class ShardImage:
 
     @property
     def name(self) -> str:
-        """Its name in the shard, which is looked up there: names of millions would fill the memory."""
+        """Its name, looked up in the shard: names of millions would fill the memory."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.header)
@@ -130,31 +128,26 @@ class ShardImage:
 class Shards(Sequence):
     """The samples of tar shards, in order: `[i]` is {"image": ShardImage, "caption": [strings]}.
 
-    `paths` are the shards; with a `caption_key` only JSON with that key counts as caption. What cannot be used in them
-    is in `problems`, (name, reason) each; with on_bad="skip" it is left out, named in a warning, and listed. Otherwise
-    it raises InputError, as does a shard that is missing or compressed, and where nothing can be used at all.
+    `paths` are the shards; with a `caption_column` only JSON with that key counts as a caption. `problems` are the
+    samples that cannot be used, (name, reason) each: they raise InputError or are skipped. A shard that is missing or
+    compressed, and shards without a single sample, raise it always.
     """
 
-    def __init__(
-        self, paths: list[str], caption_key: str | None = None, on_bad: str = "stop",
-        bad_samples: BadSamples | None = None,
-    ):  # fmt: skip
-        self.paths = [os.path.abspath(path) for path in paths]
+    def __init__(self, paths: list[str], options: ReadOptions = ReadOptions()):
+        self.paths, self.caption_key = [os.path.abspath(path) for path in paths], options.caption_column
         for path in self.paths:
             if re.search(r"\.(tgz|tar\.\w+)$", path):
-                raise InputError(f"{path}: a compressed shard cannot be read at any place: decompress it (gunzip)")
+                raise InputError(f"{path}: {COMPRESSED}")
         missing = [path for path in self.paths if not os.path.isfile(path)]
         if missing:
             listed = "\n  ".join(missing[:10] + ["..."] * (len(missing) > 10))
-            raise InputError(f"{len(missing)} of {len(self.paths)} shards are not there:\n  {listed}")
-        self.caption_key = caption_key
-        self.rows, self.problems = _index(self.paths, caption_key)
-        what = f"{self.paths[0]}{f' and {len(self.paths) - 1} more' if len(self.paths) > 1 else ''}"
-        said, one = f"{len(self.problems)} things in the shards cannot be used", "000.jpg and 000.txt or 000.json, say"
-        left = len(self.rows)
-        leave_out(what, said, self.problems, left, "", on_bad, bad_samples, f"no sample would be left: one is {one}")
-        if not left:
-            raise InputError(f"{what}: there is no sample in it: one is {one}")
+            raise InputError(f"{len(missing)} of {len(self.paths)} shards are missing:\n  {listed}")
+        self.rows, self.problems = _index(self.paths, self.caption_key)
+        source = self.paths[0] + (f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else "")
+        what, example = f"{len(self.problems)} problems in the shards", "a sample is 000.jpg with 000.txt or 000.json"
+        options.report(source, what, self.problems, len(self.rows), "", f"no samples: {example}")
+        if not len(self.rows):
+            raise InputError(f"{source}: no samples in it: {example}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -164,30 +157,29 @@ class Shards(Sequence):
         image = ShardImage(self.paths[shard], header, offset, size)
         try:
             caption = parse_caption(read_at(image.path, text_offset, text_size), is_json, "", self.caption_key)
-        except (OSError, InputError) as error:  # it was sound when the index was made
+        except (OSError, InputError) as error:  # it was good when the index was built
             raise ImageError(f"{image}: its caption cannot be read ({error})") from None
         return {"image": image, "caption": caption}
 
 
 def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """The rows of all shards and what is wrong with them, from the file where an earlier run left them if it fits."""
+    """Returns the rows of all shards and their problems, from the index of an earlier run if it is up to date."""
     stats = [os.stat(path) for path in paths]
     about = json.dumps([VERSION, caption_key, [(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]])
     state = hashlib.sha256(about.encode()).hexdigest()
     name = f".miniclip-{hashlib.sha256(json.dumps([caption_key, paths]).encode()).hexdigest()[:16]}.npz"
-    home = user_cache()
-    places = [Path(paths[0]).parent / name, home / name]
+    places = [Path(paths[0]).parent / name, user_cache() / name]
     for place in places:
         try:
             with np.load(place, allow_pickle=False) as saved:
                 if str(saved["state"]) == state:
                     return saved["rows"], [tuple(json.loads(problem)) for problem in saved["problems"].tolist()]
-        except Exception:  # none there, or half of one: it is made anew
+        except Exception:  # missing, or half of one: it is rebuilt
             continue
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # they mostly wait for the disk
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # which mostly wait for the disk
         work = pool.map(partial(_index_shard, caption_key), itertools.count(), paths)
         parts = list(tqdm(work, "reading the shards' headers", len(paths), disable=len(paths) < 100))
-    rows = np.concatenate([part for part, _ in parts]) if parts else np.empty(0, ROW)
+    rows = np.concatenate([part for part, _ in parts])
     problems = [problem for _, found in parts for problem in found]
     for place in places:
         try:
@@ -195,45 +187,47 @@ def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[
             with replacing(place) as scratch:
                 np.savez(scratch, state=state, rows=rows, problems=np.array([*map(json.dumps, problems)], dtype=str))
             break
-        except OSError:  # a folder that must not be written to
+        except OSError:  # a read-only folder
             continue
     return rows, problems
 
 
 def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """The samples of one shard, and what is wrong with it."""
+    """Returns the rows of one shard and its problems."""
     samples, problems = {}, []  # key -> {extension: member}
-    end = os.path.getsize(path)
+    end, lost = os.path.getsize(path), "the rest is lost"
     try:
         with open(path, "rb") as file:
             if file.read(2) == b"\x1f\x8b":
-                raise InputError(f"{path}: a compressed shard cannot be read at any place: decompress it (gunzip)")
+                raise InputError(f"{path}: {COMPRESSED}")
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # which it would keep all of
+                    tar.members = []  # which would grow with each one
+                    name = f"{path}: {member.name}"
                     if member.isfile() and member.offset_data + member.size > end:
-                        problems.append((f"{path}: {member.name}", "the shard is cut off within it"))
+                        problems.append((name, "the shard is cut off in the middle of it"))
                         break
                     if member.isfile():
-                        _sort_in(samples, problems, path, member)
+                        _sort_in(samples, problems, name, member)
                     elif not member.isdir():
-                        why = "no file but a link or the like; pack the file itself"
-                        problems.append((f"{path}: {member.name}", why))
+                        problems.append((name, "not a file but a link or the like: pack the file itself"))
                 else:
                     file.seek(tar.offset)
-                    if file.read(512) != bytes(512):  # at no end mark tarfile stops without a word
-                        problems.append((path, f"damaged or cut off at byte {tar.offset}: what follows is lost"))
+                    if file.read(512) != bytes(512):  # tarfile stops silently where there is no end mark
+                        problems.append((path, f"damaged or cut off at byte {tar.offset}: {lost}"))
     except (tarfile.TarError, OSError) as error:
-        problems.append((path, f"damaged or cut off ({error}): what follows is lost"))
+        problems.append((path, f"damaged or cut off ({error}): {lost}"))
     rows = []
     for key, members in samples.items():
-        image = next((members[kind] for kind in IMAGES if kind in members), None)
-        kind = next((kind for kind in (["json"] if caption_key else CAPTIONS) if kind in members), None)
+        image, kind = (
+            next((members[kind] for kind in IMAGES if kind in members), None),
+            caption_kind(members, caption_key),
+        )
         if image is None or kind is None:
-            lacks = "no image" if image is None else "no caption"
-            listed = ", ".join(f".{kind}" for kind in members)
-            problems.append((f"{path}: {key}", f"{lacks} that is known among {listed}"))
+            reason = f"no {'image' if image is None else 'caption'} in a known format among .{', .'.join(members)}"
+            heic = image is None and not members.keys().isdisjoint(HEIC)
+            problems.append((f"{path}: {key}", f"{reason}; {UNREADABLE}" if heic else reason))
             continue
         text = members[kind]
         try:
@@ -245,9 +239,9 @@ def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.nd
     return np.array(rows, ROW), problems
 
 
-def _sort_in(samples: dict, problems: list[tuple[str, str]], path: str, member: tarfile.TarInfo):
-    """Puts a member to its sample: WebDataset's rule is that the name up to the first dot of its last part is the key.
-    Hidden files (`._000.jpg` of a Mac) and WebDataset's `__notes__` belong to none."""
+def _sort_in(samples: dict, problems: list[tuple[str, str]], where: str, member: tarfile.TarInfo):
+    """Adds a member to its sample: WebDataset's key is the name up to the first dot of its last part. Skips hidden
+    files (`._000.jpg` of a Mac) and WebDataset's `__notes__`."""
     folder, _, name = member.name.rpartition("/")
     key, _, extension = name.partition(".")
     if not key or key.startswith("__"):
@@ -255,30 +249,15 @@ def _sort_in(samples: dict, problems: list[tuple[str, str]], path: str, member: 
     members = samples.setdefault(f"{folder}/{key}" if folder else key, {})
     kind = extension.lower().rpartition(".")[2]
     if kind in members:
-        problems.append((f"{path}: {member.name}", f"a second .{kind} of its sample; the first is used"))
+        problems.append((where, f"a second .{kind} of its sample; the first is used"))
     members.setdefault(kind, member)
 
 
-class ShardWriter:
-    """Packs samples into a tar shard: into `scratch`, which who uses it renames to `path` when all is well."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self.tar = tarfile.open(self.scratch, "w", format=tarfile.PAX_FORMAT)
-
-    def add(self, key: str, image: bytes, kind: str, captions: list[str]):
-        """One sample. `kind` is the image's extension; one caption becomes a .txt, several a .json."""
-        single = len(captions) == 1 and captions[0] == captions[0].strip()
-        text = captions[0] if single else json.dumps({"caption": captions}, ensure_ascii=False)
-        for name, data in ((f"{key}.{kind}", image), (f"{key}.{'txt' if single else 'json'}", text.encode())):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            self.tar.addfile(member, io.BytesIO(data))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.tar.close()
+def add_sample(tar: tarfile.TarFile, key: str, image: bytes, kind: str, captions: list[str]):
+    """Packs a sample into a shard. `kind` is the image's extension; one caption becomes a .txt, several a .json."""
+    single = len(captions) == 1 and captions[0] == captions[0].strip()
+    text = captions[0] if single else json.dumps({"caption": captions}, ensure_ascii=False)
+    for name, data in ((f"{key}.{kind}", image), (f"{key}.{'txt' if single else 'json'}", text.encode())):
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))

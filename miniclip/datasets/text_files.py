@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Caption files with a record or a caption a line (.jsonl, .csv, .tsv), JSON with other keys, and folders of images."""
 
 import csv
 import io
@@ -7,68 +7,78 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from miniclip.datasets.records import (
-    ImageRoot,
-    check_captions,
-    parse_json,
-    read_text,
+from miniclip.datasets.records import ImageRoot, ReadOptions, check_captions, parse_json, read_text
+from miniclip.datasets.shards import (
+    CAPTION_KEYS,
+    CAPTIONS,
+    IMAGES,
+    UNREADABLE,
+    caption_kind,
+    captions_in,
+    parse_caption,
 )
-from miniclip.datasets.shards import CAPTION_KEYS, CAPTIONS, IMAGES, captions_in, parse_caption
 from miniclip.utils.bad_samples import CaptionFileError, short
 from miniclip.utils.errors import InputError
+from miniclip.utils.image_files import HEIC
 
 logger = logging.getLogger(__name__)
-# Names of columns, compared without case; the first that is there is taken.
+# Names of columns, compared without case; the first that is there is used.
 IMAGE_KEYS = ("image", "filepath", "image_path", "img", "img_path", "file_name", "filename", "path", "file",
               "image_file", "jpg", "jpeg", "png", "webp")  # fmt: skip
 TEXT_KEYS = (*CAPTION_KEYS, "txt", "sentences_raw", "alt_text", "alt")
+Raw = tuple[list, list[str] | None]  # raw records and their names, for `check_records`
 
 
 class ColumnError(CaptionFileError):
-    """A column that was named is not there."""
+    """A named column that does not exist."""
 
 
-# --- Files with a record or a caption a line, and folders: images in files of their own.
+def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> tuple[str, str]:
+    """Returns the columns of the image and of the caption among those that are there: as named, or else the first with
+    a known name. Raises InputError, `where` in front."""
+    there = list(there)
+    image = _column(options.image_column, IMAGE_KEYS, there, where, "image")
+    others = [name for name in there if name != image]
+    return image, _column(options.caption_column, TEXT_KEYS, others, where, "caption")
 
 
 def _column(given: str | None, known: Iterable[str], there: Sequence[str], where: str, what: str) -> str:
-    """The column that is named, or else the first of the known names that is there."""
+    listed = ", ".join(map(repr, there))
     if given is not None:
         if given not in there:
-            raise ColumnError(f"{where}: there is no column {given!r}, only {', '.join(map(repr, there))}")
+            raise ColumnError(f"{where}: there is no column {given!r}, only {listed}")
         return given
-    folded = {str(name).strip().lower(): name for name in reversed(list(there))}
+    folded = {str(name).strip().lower(): name for name in reversed(there)}
     found = [folded[name] for name in known if name in folded]
     if not found:
-        listed = ", ".join(map(repr, there))
         raise InputError(f"{where}: which column has the {what}? Name both with --columns. There are {listed}")
     if len(found) > 1:
-        logger.warning("%s: taking column %r for the %s; there is %r too", where, found[0], what, found[1])
+        logger.warning("%s: using column %r for the %s, not %r", where, found[0], what, found[1])
     return found[0]
 
 
-def _grouped(rows: Iterable[tuple]) -> tuple[list, list[str]]:
-    """Raw records and their names from (line number, image, captions or a fault): lines with the same image are one."""
+def _grouped(path: Path, rows: Iterable[tuple]) -> Raw:
+    """Groups (line number, image, captions or a fault): lines with the same image become one record."""
     records, names = {}, []
     for line, image, captions in rows:
         key = image if isinstance(image, str) else ("line", line)
-        if not isinstance(captions, InputError):
-            try:
-                check_captions(captions, image)
-            except InputError as error:
-                captions = error
-        if isinstance(captions, InputError):
-            records["line", line] = captions
-        elif key in records:
-            records[key]["caption"] += captions
-            continue
-        else:
+        try:
+            if isinstance(captions, InputError):
+                raise captions
+            captions = check_captions(captions, image)
+            if key in records:
+                records[key]["caption"] += captions
+                continue
             records[key] = {"image": image, "caption": captions}
+        except InputError as error:
+            records["line", line] = error
         names.append(f"line {line}")
+    if not records:
+        raise CaptionFileError(f"{path}: there is no record in it")
     return list(records.values()), names
 
 
-def _read_jsonl(path: Path, image_column, caption_column):
+def _read_jsonl(path: Path, options: ReadOptions) -> Raw:
     def rows():
         columns = None
         # Not splitlines, which breaks at other characters too.
@@ -77,41 +87,40 @@ def _read_jsonl(path: Path, image_column, caption_column):
                 continue
             try:
                 record = parse_json(line)
+                if isinstance(record, InputError):
+                    raise record
+                if not isinstance(record, dict):
+                    raise InputError(f"expected an object, found {short(record)}")
             except InputError as error:
-                record = error
-            if not isinstance(record, dict):
-                fault = InputError(f"expected an object, found {short(record)}")
-                yield number, None, record if isinstance(record, InputError) else fault
+                yield number, None, error
                 continue
-            if columns is None:
-                columns = _columns(record, image_column, caption_column, f"{path}, line {number}")
+            columns = columns or find_columns(record, options, f"{path}, line {number}")
             missing = [column for column in columns if column not in record]
             if missing:
                 yield number, None, InputError(f"there is no {missing[0]!r} in it: {line[:60]}")
             else:
                 yield number, record[columns[0]], captions_in(record[columns[1]])
 
-    return _some(path, *_grouped(rows()))
+    return _grouped(path, rows())
 
 
-def _read_json(path: Path, image_column, caption_column):
+def _read_json(path: Path, options: ReadOptions) -> Raw:
     raw = parse_json(read_text(path), path)
     first = next((record for record in raw if isinstance(record, dict)), None) if isinstance(raw, list) else None
     if first is None:
         raise CaptionFileError(f"{path}: expected a list of records, found {short(raw)}")
-    image, caption = _columns(first, image_column, caption_column, str(path))
-    renamed = [
-        {"image": record[image], "caption": captions_in(record[caption])}
-        if isinstance(record, dict) and {image, caption} <= record.keys()
-        else record
-        if isinstance(record, InputError)
-        else InputError(f"expected an object with {image} and {caption}, found {short(record)}")
-        for record in raw
-    ]
-    return renamed, None
+    image, caption = find_columns(first, options, str(path))
+
+    def renamed(record):
+        if isinstance(record, dict) and {image, caption} <= record.keys():
+            return {"image": record[image], "caption": captions_in(record[caption])}
+        fault = InputError(f"expected an object with {image} and {caption}, found {short(record)}")
+        return record if isinstance(record, InputError) else fault
+
+    return [renamed(record) for record in raw], None
 
 
-def _read_table_text(path: Path, image_column, caption_column):
+def _read_table_text(path: Path, options: ReadOptions) -> Raw:
     text = read_text(path)
     text = text if "\n" in text else text.replace("\r", "\n")  # an old Mac's
     header = text.partition("\n")[0].rstrip("\r")
@@ -120,12 +129,12 @@ def _read_table_text(path: Path, image_column, caption_column):
     for delimiter in sorted("\t,;", key=header.count, reverse=True):
         try:  # OpenCLIP's .csv files have tabs: the separator is the one that gives both columns
             head = next(csv.reader([header], delimiter=delimiter, strict=True), [])
-            columns = _columns(head, image_column, caption_column, str(path))
+            columns = find_columns(head, options, str(path))
             break
         except (InputError, csv.Error) as error:
             fault = fault or (error if isinstance(error, InputError) else f"{path}: {error}")
     if columns is None:
-        raise CaptionFileError(f"{fault} (the first line names the columns, with tab, comma or semicolon between)")
+        raise CaptionFileError(f"{fault} (the first line names the columns, separated by tab, comma or semicolon)")
     places = [head.index(column) for column in columns]
 
     def rows():
@@ -135,42 +144,30 @@ def _read_table_text(path: Path, image_column, caption_column):
         line = reader.line_num + 1
         try:
             for row in reader:
-                if row:  # an empty line is none
+                if row:  # not an empty line
                     yield line, *checked(row)
                 line = reader.line_num + 1
-        except csv.Error:  # from the row on that is at fault, each line is taken by itself
+        except csv.Error:  # from the faulty row on, each line is parsed by itself
             for number, row in enumerate(io.StringIO(text, newline=""), 1):
                 if number >= line and row.strip():
                     try:
                         yield number, *checked(next(csv.reader([row], delimiter=delimiter, strict=True)))
                     except csv.Error as error:
-                        fault = f'a quote that does not fit ({error}): write "..." around the cell, "" for each within'
+                        fault = f'an unmatched quote ({error}): write "..." around the cell, "" for each quote within'
                         yield number, None, InputError(f"{fault}: {row.strip()[:60]}")
 
     def checked(row: list[str]) -> tuple:
-        """Image and captions of a row, or None and the fault."""
+        """Returns image and captions of a row, or None and the fault."""
         if len(row) != len(head):
-            fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} in a cell wants quotes)"
+            fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} within a cell needs quotes)"
             return None, InputError(f"{fault}: {delimiter.join(row)[:60]}")
         return row[places[0]], [row[places[1]]]
 
-    return _some(path, *_grouped(rows()))
+    return _grouped(path, rows())
 
 
-def _columns(there, image_column, caption_column, where: str) -> tuple[str, str]:
-    there = list(there)
-    image = _column(image_column, IMAGE_KEYS, there, where, "image")
-    return image, _column(caption_column, TEXT_KEYS, [name for name in there if name != image], where, "caption")
-
-
-def _some(path: Path, raw: list, names: list[str]):
-    if not raw:
-        raise CaptionFileError(f"{path}: there is no record in it")
-    return raw, names
-
-
-def _read_folder(root: ImageRoot, caption_key: str | None):
-    """Images with a caption file beside each, in folders at any depth; in order of their names."""
+def read_folder(root: ImageRoot, caption_key: str | None) -> Raw:
+    """Reads images with a caption file beside each, in folders at any depth, in order of their names."""
     raw, names, beside = [], [], {}  # beside: path without its extension -> {extension: path}
 
     def fault(name: str, reason: str):
@@ -180,21 +177,26 @@ def _read_folder(root: ImageRoot, caption_key: str | None):
     for here, files in root.walk(fault):
         for name in files:
             stem, extension = os.path.splitext(name)
-            if extension.lower()[1:] in (*IMAGES, *CAPTIONS):
+            kind = extension.lower()[1:]
+            if kind in (*IMAGES, *CAPTIONS, *HEIC):
                 place = os.path.normpath(os.path.join(here, stem))
-                kinds, kind = beside.setdefault(place, {}), extension.lower()[1:]
+                kinds = beside.setdefault(place, {})
                 if kind in kinds:
-                    fault(place + extension, f"it differs from {kinds[kind]} in letter case alone: rename one")
+                    fault(place + extension, f"it differs from {kinds[kind]} only in letter case: rename one")
                 kinds.setdefault(kind, place + extension)
     for _, files in sorted(beside.items()):
+        text = caption_kind(files, caption_key)
         images = [files[kind] for kind in IMAGES if kind in files]
-        text = next((kind for kind in (["json"] if caption_key else CAPTIONS) if kind in files), None)
-        for image in images or [None]:
-            if image is None or text is None:
-                lacking = "image" if image is None else "caption file (.txt, .caption or .json)"
-                fault(image or next(iter(files.values())), f"there is no {lacking} beside it")
-                continue
+        if not images:
+            heic = next((files[kind] for kind in HEIC if kind in files), None)
+            if heic and text:
+                fault(heic, UNREADABLE)
+            elif not heic:
+                fault(next(iter(files.values())), "there is no image beside it")
+        for image in images:
             try:
+                if text is None:
+                    raise InputError("there is no caption file (.txt, .caption or .json) beside it")
                 data = Path(root.file(files[text])).read_bytes()
                 raw.append({"image": image, "caption": parse_caption(data, text == "json", files[text], caption_key)})
                 names.append(image)
@@ -202,8 +204,8 @@ def _read_folder(root: ImageRoot, caption_key: str | None):
                 fault(image, str(error))
     if not any(isinstance(record, dict) for record in raw):
         listed = "".join(f"\n  {name}: {error}" for name, error in zip(names[:10], raw))
-        no_other = "no tar shards, no tables either"
-        raise CaptionFileError(f"{root.folder}: no image in it has a caption file beside it; {no_other}{listed}")
+        what = "no image in it has a caption file beside it, and it has no tar shards or tables"
+        raise CaptionFileError(f"{root.folder}: {what}{listed}")
     return raw, names
 
 

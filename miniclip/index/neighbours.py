@@ -1,12 +1,12 @@
-"""How are the nearest of a million vectors found in milliseconds?
+"""Nearest-neighbour search: exact, or approximate with HNSW or IVF, with measured recall.
 
-    exact   up to 100,000: all are compared, which takes 6 milliseconds there, and nothing is lost
+    exact   up to 100,000 vectors: compares all, which takes 6 milliseconds there
     hnsw    up to 500,000: a graph that leads from neighbour to neighbour (Malkov and Yashunin, arXiv 1603.09320)
-    ivf     above: lists around centroids, the nearest of which are looked into; built sooner than a graph
+    ivf     above: lists around centroids, of which the nearest are searched; faster to build than a graph
 
-The last two, of faiss, hold each number in 8 bits and only name candidates, 4 k of them; the float32 vectors decide
-among those. So scores and their order are exact, and what can go wrong is that a vector is not found. How often it is,
-is measured against the exact search, and how much is looked at, the effort, is chosen by that.
+HNSW and IVF, from faiss, store 8 bits per number and propose 4 k candidates; the float32 vectors decide among those. So
+scores and order are exact, and the only possible error is a missed vector. The recall is measured against the exact
+search, and decides the effort: how many candidates or lists are searched.
 """
 
 import time
@@ -20,27 +20,27 @@ from miniclip.utils.errors import InputError
 
 EXACT, HNSW = 100_000, 500_000  # vectors up to which each is chosen
 METHODS = ("exact", "hnsw", "ivf")
-# How much is looked at: candidates that the search in a graph keeps, lists that are looked into.
+# The efforts that are tried: candidates kept while searching a graph (efSearch), lists searched (nprobe).
 EFFORTS = {"hnsw": (64, 128, 256, 512, 1024), "ivf": (32, 64, 128, 256, 512, 1024)}
-TARGET, K = 0.98, 10  # the recall that an effort has to reach, of the first so many
+TARGET, K = 0.98, 10  # the recall@K that an effort has to reach
 
 
 def choose(n: int) -> tuple[str, str]:
-    """The method for n vectors, and why."""
+    """Returns the method for n vectors, and why."""
     if n <= EXACT:
-        return "exact", f"up to {EXACT:,} pictures all are compared"
+        return "exact", f"up to {EXACT:,} images all are compared"
     if n <= HNSW:
-        return "hnsw", f"above {EXACT:,} pictures a graph finds nearly all in a few milliseconds"
-    return "ivf", f"above {HNSW:,} pictures a graph takes long to build, lists answer as soon"
+        return "hnsw", f"above {EXACT:,} images a graph finds nearly all in a few milliseconds"
+    return "ivf", f"above {HNSW:,} images a graph takes long to build, and lists are as fast"
 
 
 def exact(vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | None = None):
-    """`retrieval.search` for the k of `vectors` (N, E) nearest to each of `queries` (Q, E), of the rows that are
-    `alive`, (N,) bool: scores and row numbers, (Q, k), k being at most as many as there are."""
+    """`retrieval.search` among the rows of `vectors` (N, E) that are `alive`, (N,) bool. Returns scores and row numbers
+    (Q, k) for `queries` (Q, E); k is at most the number of those rows."""
     if alive is None:
         return search(vectors, queries, k)
     k = wanted = min(k, int(alive.sum()))
-    while True:  # few are dead: leaving them out afterwards is less work than a copy of the others
+    while True:  # few are dead: skipping them afterwards is less work than a copy of the others
         wanted = min(2 * wanted + K, len(vectors))
         scores, rows = search(vectors, queries, wanted)
         if wanted == len(vectors) or (alive[rows].sum(axis=1) >= k).all():
@@ -49,7 +49,7 @@ def exact(vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | 
 
 
 class Neighbours:
-    """A faiss index over rows of unit length, for `hnsw` and `ivf`. `built` is how many rows it was made for."""
+    """A faiss index over rows of unit length, for `hnsw` and `ivf`. `built` is the number of rows it was built for."""
 
     def __init__(self, index, method: str, effort: int = 0, built: int = 0):
         self.index, self.method, self.built = index, method, built
@@ -57,8 +57,8 @@ class Neighbours:
 
     @classmethod
     def build(cls, vectors: np.ndarray, method: str, progress: bool = False):
-        """Makes one for `vectors` (N, E) float32. The graph has 32 neighbours a vector, found among 40 candidates (200
-        up to 200,000 vectors); there are 4 x sqrt(N) lists, their centroids found from 40 vectors each."""
+        """Builds an index of `vectors` (N, E) float32. HNSW: 32 neighbours per vector, chosen among 40 candidates (200
+        for up to 200,000 vectors). IVF: 4 x sqrt(N) lists, their centroids trained on 40 vectors each."""
         import faiss
 
         n, width = vectors.shape
@@ -78,30 +78,29 @@ class Neighbours:
 
     @classmethod
     def read(cls, path: str | Path, method: str, effort: int, built: int):
-        """One that `write` has written."""
+        """Reads a file that `write` wrote."""
         import faiss
 
         return cls(faiss.read_index(str(path)), method, effort, built)
 
     def write(self, path: str | Path):
-        """Writes it into a file."""
+        """Writes the index to a file."""
         import faiss
 
-        with open(path, "wb") as file:  # faiss by itself does not notice it if the disk is full at the very end
+        with open(path, "wb") as file:  # faiss itself does not notice a disk that becomes full at the very end
             faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
 
     def __len__(self) -> int:
         return self.index.ntotal
 
     def add(self, vectors: np.ndarray, progress: bool = False):
-        """Adds rows (N, E), which get the next numbers. In pieces, for the progress bar."""
-        step = 10_000
-        for start in tqdm(range(0, len(vectors), step), self.method, disable=not progress, leave=False):
-            self.index.add(np.ascontiguousarray(vectors[start : start + step]))
+        """Adds rows (N, E), which get the next numbers."""
+        for start in tqdm(range(0, len(vectors), 10_000), self.method, disable=not progress, leave=False):
+            self.index.add(np.ascontiguousarray(vectors[start : start + 10_000]))
 
     def find(self, vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | None = None):
-        """As `exact`, of what it finds. Queries for which that is fewer than k, because k is large or because much is
-        not alive, are compared with all."""
+        """As `exact`, among the candidates of the index. Queries with fewer than k, because k is large or many rows are
+        dead, are compared with all."""
         import faiss
 
         k = min(k, len(vectors) if alive is None else int(alive.sum()))
@@ -115,7 +114,7 @@ class Neighbours:
         _, candidates = self.index.search(np.ascontiguousarray(queries), wanted, params=how)
         scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
         for query, among, score, row in zip(queries, candidates, scores, rows):
-            among = np.sort(among[among >= 0])  # faiss says -1 where it has found no more
+            among = np.sort(among[among >= 0])  # faiss pads with -1
             products = vectors[among] @ query
             order = np.argsort(-products, kind="stable")[:k]
             score[: len(order)], row[: len(order)] = products[order], among[order]
@@ -124,38 +123,36 @@ class Neighbours:
         return scores, rows
 
     def tune(self, vectors: np.ndarray, alive: np.ndarray | None, texts: np.ndarray, pictures: int = 200) -> dict:
-        """Takes the least effort that reaches the TARGET, else the greatest, and says what came of it: recall@10, the
-        share of the exact first ten that is found, by some of the `vectors` themselves (each without itself) and by
-        `texts` (Q, E), and milliseconds for a query alone."""
+        """Sets the smallest effort that reaches TARGET, or else the largest. Returns it, recall@10 (the share of the
+        exact first ten that is found, for some of the `vectors`, each without itself, and for `texts` (Q, E)), and the
+        milliseconds of a single query."""
         rows = np.arange(len(vectors)) if alive is None else np.flatnonzero(alive)
         rows = np.random.default_rng(0).choice(rows, min(pictures, len(rows)), replace=False)
         asked = {"pictures": (np.array(vectors[rows]), rows), "texts": (texts, np.full(len(texts), -1))}
-        best = {name: self._best(vectors, *pair, alive) for name, pair in asked.items()}
+        best = {}
+        for name, (queries, own) in asked.items():
+            found = exact(vectors, queries, K + 1, alive)[1]
+            best[name] = [line[line != row][:K] for line, row in zip(found, own)]
         for effort in EFFORTS[self.method]:
             self.effort = effort
             recall, start = {}, time.perf_counter()
             for name, (queries, _) in asked.items():
                 found = [self.find(vectors, query[None], K + 1, alive)[1] for query in queries]
                 shares = [np.isin(line, got).mean() for line, got in zip(best[name], found) if len(line)]
-                recall[name] = float(np.mean(shares)) if shares else 1.0  # of one picture nothing can be missed
+                recall[name] = float(np.mean(shares)) if shares else 1.0  # nothing can be missed among one image
             milliseconds = 1000 * (time.perf_counter() - start) / sum(len(queries) for queries, _ in asked.values())
             if min(recall.values()) >= TARGET:
                 break
         return {"effort": self.effort, "recall@10": recall, "milliseconds": round(milliseconds, 2)}
 
-    @staticmethod
-    def _best(vectors: np.ndarray, queries: np.ndarray, own: np.ndarray, alive: np.ndarray | None) -> list[np.ndarray]:
-        """The first ten rows for each query but for its own."""
-        return [row[row != itself][:K] for row, itself in zip(exact(vectors, queries, K + 1, alive)[1], own)]
-
     def parameters(self) -> str:
-        """What it was made with, for people."""
+        """Returns the parameters as text."""
         if self.method == "hnsw":
             return f"HNSW, M=32, efConstruction={self.index.hnsw.efConstruction}, efSearch={self.effort}, 8 bits"
         return f"IVF, nlist={self.index.nlist}, nprobe={self.effort}, 8 bits"
 
 
 def check_method(method: str):
-    """Raises InputError for one that is not known."""
+    """Raises InputError for an unknown method."""
     if method not in ("auto", *METHODS):
-        raise InputError(f"method {method!r} is none of auto, {', '.join(METHODS)}")
+        raise InputError(f"method {method!r} is not one of auto, {', '.join(METHODS)}")

@@ -1,61 +1,53 @@
-"""What if the pictures are too many for one machine?
-
-Each indexes a share of them; the parts become one index, as long as that fits into one memory:
+"""Index shards: merging the parts that several machines indexed, and exporting vectors to other search engines.
 
     python -m miniclip search index photos --model runs/mine --index part1.mc --shard 1/8      # on the first of eight
     python -m miniclip search merge part*.mc --index all.mc
 
-Beyond that the vectors go to where billions are searched, in the form that `clip-retrieval inference` writes: float32
-vectors of unit length in `img_emb/img_emb_0.npy`, the file of each in `metadata/metadata_0.parquet`, column
-`image_path`, a million to a file (github.com/rom1504/clip-retrieval; autofaiss reads the same):
+For more images than one machine can search, `export` writes the format of `clip-retrieval inference`: float32 vectors
+of unit length in `img_emb/img_emb_0.npy` and the file of each in `metadata/metadata_0.parquet`, column `image_path`, a
+million rows per file (github.com/rom1504/clip-retrieval; autofaiss reads the same):
 
     python -m miniclip search export all.mc --to embeddings
     clip-retrieval index --embeddings_folder embeddings --index_folder indices
 """
 
 import os
-import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from miniclip.index.build import check_ours, clean, rows_of, write
-from miniclip.index.image_index import INDEX, ImageIndex, ImageIndexError, check_same
+from miniclip.index.build import open_to_write, rows_of, write
+from miniclip.index.image_index import ImageIndex, ImageIndexError, check_same
 from miniclip.index.neighbours import check_method
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import lock, replacing, write_npy
+from miniclip.utils.files import replacing, write_npy
 
 FILE = 1_000_000  # rows of an exported file, as in clip-retrieval
 
 
 def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto", progress: bool = False) -> dict:
-    """Makes one index of several, of the same model. Gives what its `index.json` says.
+    """Merges indexes made by the same model into a new one. Returns the content of its `index.json`.
 
-    Parts of one folder of pictures, as shards are, become an index of that, which `index` brings up to date; a warning
-    says which shards are not among them. Those of others get paths from the folder that all lie in. Raises
-    ImageIndexError for a part of another model, for a file that two of them have with different contents, and where
-    `folder` is an index of something else.
+    Shards of one image folder become the index of that folder, which `index` can update; missing shards are named in a
+    warning. Parts of different folders become the index of their common parent. Raises ImageIndexError for a part of
+    another model, for a file with different contents in two parts, and if `folder` is an index of something else.
     """
     check_method(method)
     folder, indexes = Path(folder), [ImageIndex(part, check=True) for part in parts]
     if len({index.folder.resolve() for index in indexes} | {folder.resolve()}) < len(indexes) + 1:
-        raise ImageIndexError(f"{folder}: the parts and the whole must be indexes of their own, each said once")
+        raise ImageIndexError(f"{folder}: the parts and the merged index must be different indexes, each named once")
     first = indexes[0].about
+    same = first["model"]["fingerprint"], first["model"]["name"]
     for index in indexes[1:]:
-        check_same(index, first["model"]["fingerprint"], first["model"]["name"], None)
+        check_same(index, *same, None)
     roots = {index.about["root"] for index in indexes}
     try:
         root = os.path.commonpath(roots)
-    except ValueError as error:  # of several drives
-        raise ImageIndexError(f"{', '.join(sorted(roots))} lie in no common folder ({error})") from None
-    check_ours(folder)
-    held = lock(folder, "--index")
-    old = ImageIndex(folder) if (folder / INDEX).is_file() else None
-    if old:
-        check_same(old, first["model"]["fingerprint"], first["model"]["name"], root)
-    clean(folder, old)
+    except ValueError as error:  # on several drives
+        raise ImageIndexError(f"{', '.join(sorted(roots))} have no common folder ({error})") from None
+    _, held = open_to_write(folder, False, *same, root)
     files, broken, place, sources = {}, {}, {}, []
     for index in indexes:
         inside = os.path.relpath(index.about["root"], root).replace(os.sep, "/")
@@ -63,8 +55,8 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
         for name, (key, stamp) in index.files().items():
             if files.setdefault(prefix + name, (key, stamp))[0] != key:
                 raise ImageIndexError(
-                    f"{index.folder} and a part before it have {prefix + name} with different contents: bring both up"
-                    " to date by `index`"
+                    f"{index.folder} and a part before it have {prefix + name} with different contents: update both"
+                    " with `search index`"
                 )
         broken |= {prefix + name: reason for name, reason in index.bad.items()}
         rows = [row for row in np.unique(index.rows).tolist() if index.key(row) not in place]
@@ -81,36 +73,32 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
         for n in sorted({n for _, n in shards} - {1} if [1, 1] not in shards else ()):
             if missing := [f"{i}/{n}" for i in range(1, n + 1) if [i, n] not in shards]:
                 warnings.warn(
-                    f"{folder} is without the shards {', '.join(missing[:10])} of {root}: unless none of its pictures"
-                    " is in them, index those and merge again, or bring all up to date by `index`",
+                    f"{folder} is without the shards {', '.join(missing[:10])} of {root}. Unless they have no images,"
+                    " index them and merge again, or update the merged index with `search index`",
                     stacklevel=2,
                 )
     return about
 
 
 def export(index: ImageIndex, folder: str | Path) -> int:
-    """Writes the vectors and paths of an index into a new folder, in clip-retrieval's form: a row for each file, copies
-    too. Gives the number of rows. Raises InputError where there is something in the folder already."""
+    """Writes the vectors and paths of an index into a new folder in clip-retrieval's format, one row per file. Returns
+    the number of rows. Raises InputError if the folder is not empty."""
     import pyarrow as pa
     import pyarrow.parquet
 
-    folder = Path(folder)
+    folder, n = Path(folder), len(index.rows)
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty: export to a new folder")
-    for name in ("img_emb", "metadata"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    n = len(index.rows)
-    digits = len(str((n - 1) // FILE))  # in the order of their numbers the files are in that of their names too
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    digits = len(str((n - 1) // FILE))  # zeros in front make the alphabetical order that of the rows
+    with replacing(folder) as scratch:
+        for name in ("img_emb", "metadata"):
+            (scratch / name).mkdir(parents=True)
         for part, start in enumerate(range(0, n, FILE)):
             rows, number = index.rows[start : start + FILE], f"{part:0{digits}d}"
-            with replacing(folder / "img_emb" / f"img_emb_{number}.npy") as scratch:
-                write_npy(scratch, "<f4", (len(rows), index.vectors.shape[1]), [index.vectors[rows]])
+            shape = (len(rows), index.vectors.shape[1])
+            write_npy(scratch / "img_emb" / f"img_emb_{number}.npy", "<f4", shape, [index.vectors[rows]])
             names = index.table["path"][start : start + FILE].to_pylist()
             paths = [os.path.join(index.about["root"], name) for name in names]
-            with replacing(folder / "metadata" / f"metadata_{number}.parquet") as scratch:
-                pa.parquet.write_table(pa.table({"image_path": paths}), scratch)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+            pa.parquet.write_table(pa.table({"image_path": paths}), scratch / "metadata" / f"metadata_{number}.parquet")
     return n

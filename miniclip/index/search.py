@@ -1,4 +1,4 @@
-"""Which of my pictures show this?
+"""Image search by texts and images.
 
     import miniclip
 
@@ -6,12 +6,12 @@
     for found in search.query("red dress with floral pattern", k=5):
         print(found.rank, found.score, found.path)
 
-A query is texts, pictures, and texts of what is not wanted. From their vectors, all of unit length, comes one:
+A query combines texts, images, and texts of what is not wanted. Their unit vectors become one:
 
-    q = unit((1 - a) unit(sum of texts) + a unit(sum of pictures) - b unit(sum of what is not wanted))
+    q = unit((1 - a) unit(sum of texts) + a unit(sum of images) - b unit(sum of what is not wanted))
 
-`a` is `image_weight`, 1 without texts and 0 without pictures, else 0.5 unless given; `b` is `minus_weight`, 0.5. The
-score of a picture is its cosine to q. Those of texts are low, 0.2 to 0.4 for a good match: compare them within a query.
+`a` is `image_weight`: 1 without texts, 0 without images, else 0.5 by default. `b` is `minus_weight`: 0.5. The score of
+an image is its cosine to q. Scores of texts are low, 0.2 to 0.4 for a good match: compare them within a query only.
 """
 
 from collections.abc import Iterable
@@ -31,8 +31,8 @@ from miniclip.utils.errors import InputError
 
 
 class Found(NamedTuple):
-    """A picture that was found: its place, from 1, its cosine to the query, its file, relative to the folder that was
-    indexed, and the files with the same content."""
+    """A search result: its rank, from 1, its cosine to the query, its file, relative to the image folder, and other
+    files with the same content."""
 
     rank: int
     score: float
@@ -41,11 +41,11 @@ class Found(NamedTuple):
 
 
 class ImageSearch:
-    """An index with the model that made it, to be asked.
+    """An index together with the model that made it.
 
-    `model` is a folder or a config's name (with `pretrained`), or what `miniclip.load` gives, without a precision;
-    unless given, the one that the index was made by, from where it was then. `pictures` is their folder, where that is
-    not any more where it was. Raises ImageIndexError for what is no index, or was made by another model.
+    `model` is a folder or a config's name (with `pretrained`), or the result of `miniclip.load` without a precision;
+    default: the model that made the index, from its original place. `pictures` is the image folder, if it was moved.
+    Raises ImageIndexError for a folder without an index and for an index of another model.
     """
 
     def __init__(self, index: str | Path, model=None, pretrained=None, device="cpu", pictures=None):
@@ -58,39 +58,37 @@ class ImageSearch:
             try:
                 model = load(name, pretrained, device)
             except InputError as error:
-                raise InputError(f"the model of {index}: {error}. Name it by --model") from None
+                raise InputError(f"the model of {index}: {error}. Pass it as --model") from None
         self.model, self.preprocess, self.tokenizer = model
         check_same(self.index, fingerprint(self.model, self.preprocess), str(name or "the one given"), None)
-        self.model = inference_copy(self.model)  # now, not with each query
+        self.model = inference_copy(self.model)  # once, instead of for each query
         self.root = ImageRoot(pictures or about["root"], about["allow_outside"])
 
     @classmethod
-    def build(cls, pictures: str | Path, index: str | Path, model: str | Path, pretrained=None, device="cpu", **how):
-        """Makes the index of a folder of pictures, or brings it up to date, and opens it. `how`: as `update` has it."""
+    def build(
+        cls, pictures: str | Path, index: str | Path, model: str | Path, pretrained=None, device="cpu", **options
+    ):
+        """Creates or updates the index of an image folder and opens it. `options` are those of `build.update`."""
         loaded = load(model, pretrained, device)
-        update(pictures, index, *loaded, model_name(model, pretrained), **how)
+        update(pictures, index, *loaded, model_name(model, pretrained), **options)
         return cls(index, loaded)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def vector(
-        self,
-        texts: Iterable[str] = (),
-        images: Iterable = (),
-        minus: Iterable[str] = (),
-        image_weight: float | None = None,
-        minus_weight: float = 0.5,
-    ) -> np.ndarray:
-        """The vector (E,) that is asked for, as the formula above has it. Raises InputError where nothing is wanted,
-        ImageError for a picture that cannot be read."""
+        self, texts: Iterable[str] = (), images: Iterable = (), minus: Iterable[str] = (),
+        image_weight: float | None = None, minus_weight: float = 0.5,
+    ) -> np.ndarray:  # fmt: skip
+        """Returns the query vector (E,) by the formula above. Raises InputError if there is neither text nor image,
+        ImageError for an image that cannot be read."""
         texts, images, minus = ([x] if isinstance(x, (str, Path)) else list(x) for x in (texts, images, minus))
         texts, minus = ([text for text in x if text.strip()] for x in (texts, minus))
         if not texts and not images:
-            raise InputError("nothing is asked for: give a text or a picture; words not wanted are not enough")
+            raise InputError("the query is empty: give a text or an image; words that are not wanted are not enough")
         a = 0.5 if image_weight is None else image_weight
         if not 0 <= a <= 1 or not 0 <= minus_weight < float("inf"):
-            raise InputError(f"image_weight {a} must lie in 0 to 1, minus_weight {minus_weight} not below 0")
+            raise InputError(f"image_weight {a} must be from 0 to 1, minus_weight {minus_weight} at least 0")
         a = 1.0 if not texts else 0.0 if not images else a
         width = self.index.vectors.shape[1]
         total = np.zeros(width, np.float32)
@@ -98,21 +96,21 @@ class ImageSearch:
         shown = embed_images(self.model, self.preprocess, images) if images else np.zeros((0, width))
         for weight, part in ((1 - a, words[: len(texts)]), (a, shown), (-minus_weight, words[len(texts) :])):
             total += weight * unit(part.sum(axis=0, dtype=np.float32))
-        if np.linalg.norm(total) < 1e-4:  # what remains is rounding
-            raise InputError("what is not wanted takes away all that is asked for: say something else, or less of it")
+        if np.linalg.norm(total) < 1e-4:  # the rest is rounding
+            raise InputError("what is not wanted cancels the query: change the words or lower minus_weight")
         return unit(total)
 
     def query(self, text: str | Iterable[str] = (), k: int = 10, image=(), minus=(), **weights) -> list[Found]:
-        """The k pictures that fit best, best first; fewer where there are no more. `text`, `image` (files) and `minus`
-        are one each or several; `weights` as `vector` has them. In a text, -word is one that is not wanted."""
+        """Returns the k best images, best first, or fewer if there are no more. `text`, `image` (files) and `minus` are
+        one or several each; in a text, -word is not wanted. `weights` are those of `vector`."""
         if k < 1:
-            raise InputError(f"k is {k}: ask for 1 or more")
+            raise InputError(f"k is {k}: it must be at least 1")
         texts, unwanted = split_minus([text] if isinstance(text, str) else text)
         minus = [minus] if isinstance(minus, str) else list(minus)
         return self.nearest(self.vector(texts, image, [*minus, *unwanted], **weights), k)
 
     def nearest(self, vector: np.ndarray, k: int) -> list[Found]:
-        """The k pictures that are nearest to a vector (E,)."""
+        """Returns the k images nearest to a vector (E,)."""
         found = []
         for rank, (score, row) in enumerate(self.index.find(vector[None].astype(np.float32), k)[0], 1):
             path, *copies = self.index.paths(row)
@@ -120,17 +118,17 @@ class ImageSearch:
         return found
 
     def file(self, path: str) -> str:
-        """Where a picture that was found lies. Raises InputError for one that is not there any more, or that leads out
-        of the folder that was indexed."""
-        return ImageRoot(self.root.folder, self.root.allow_outside).file(path)  # which remembers: links may be new
+        """Returns the absolute path of an image that was found. Raises InputError if it is gone or leads out of the
+        image folder."""
+        return ImageRoot(self.root.folder, self.root.allow_outside).file(path)  # a new one: links may have changed
 
     def write_sheet(self, path: str | Path, title: str, found: list[Found]):
-        """Writes what was found as one HTML file with the pictures in it."""
-        write_sheet(path, title, found, self.file, f"{len(self)} pictures in {self.root.folder}; score: cosine")
+        """Writes a contact sheet: one HTML file with the images embedded."""
+        write_sheet(path, title, found, self.file, f"{len(self)} images in {self.root.folder}; score: cosine")
 
 
 def model_name(model: str | Path, pretrained: str | Path | None) -> dict[str, str | None]:
-    """What an index keeps to find its model again: files and folders from the root on, names of configs as they are."""
+    """Returns how an index names its model: the absolute paths of files and folders, names of configs as they are."""
     return {
         "name": str(Path(model).resolve()) if Path(model).exists() else str(model),
         "pretrained": str(Path(pretrained).resolve()) if pretrained else None,
@@ -138,7 +136,7 @@ def model_name(model: str | Path, pretrained: str | Path | None) -> dict[str, st
 
 
 def split_minus(texts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Texts without their -words, and those without their dash: "red dress -floral" wants no floral."""
+    """Returns texts without their -words, and these without the dash: "red dress -floral" does not want floral."""
     wanted, unwanted = [], []
     for text in texts:
         words = text.split()
@@ -149,5 +147,5 @@ def split_minus(texts: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
-    """A vector (E,) at length 1; zero as it is."""
+    """Returns a vector (E,) scaled to length 1; zero stays zero."""
     return vector / max(float(np.linalg.norm(vector)), 1e-12)

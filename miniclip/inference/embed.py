@@ -13,7 +13,7 @@ from miniclip.inference.feature_cache import FeatureCache, file_key, text_key
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
 from miniclip.transforms import Preprocess
-from miniclip.utils.image_files import ImageError, open_image
+from miniclip.utils.image_files import ImageError, ImageFile, open_image
 from miniclip.utils.machine import keep_freed_memory, return_freed_memory
 from miniclip.utils.parallel import read_ahead
 
@@ -68,14 +68,14 @@ def embed_images(
     project: bool = True,
     faults: dict[int, str] | None = None,
 ) -> np.ndarray:
-    """Embeds n image files, or handles (see `open_image`): (n, E) float32, of unit length, in the order given.
+    """Embeds n image files, by path or as an ImageFile: (n, E) float32, of unit length, in the order given.
 
     `num_workers` threads read files while others are encoded (0: none; as many as suit the machine unless given).
     Those whose features are in the `cache` are neither decoded nor encoded. Without `project` the features themselves
     are given, (n, W), as the tower's projection takes them. Raises ImageError that names each file that cannot be
     read; into `faults`, if that is given, go their rows and what is wrong instead, and those rows are NaN.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    paths = [paths] if isinstance(paths, (str, Path, ImageFile)) else list(paths)
     fast, device = for_inference(model, len(paths)), model.logit_scale.device
     features = torch.empty(len(paths), model.visual.width)
     pending, stop = [], faults is None  # (row, key, levels) that wait for a batch to be full
@@ -84,7 +84,7 @@ def embed_images(
     def read(path: str | Path):
         """The file's key and its levels, or features, or what is wrong with it."""
         try:
-            there = cache is not None and (hasattr(path, "read") or os.path.isfile(path))
+            there = cache is not None and (isinstance(path, ImageFile) or os.path.isfile(path))
             key = file_key(path) if there else None
             if key is not None and key in cache:
                 return key, cache[key]

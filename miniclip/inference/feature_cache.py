@@ -24,7 +24,8 @@ from miniclip.inference.fast import InferenceClip
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import sha256, sync, write_npy
+from miniclip.utils.files import scratch_path, sha256, sync, write_npy
+from miniclip.utils.image_files import ImageFile
 
 PART = 4096  # rows: what a killed process may have computed in vain
 FORMAT = 1  # to be raised when features change for another reason than weights and preprocessing
@@ -56,8 +57,8 @@ class FeatureCache:
         """The same for what the text tower makes of sentences."""
         about = {"tower": _without_head(model.config.text_cfg), "quick_gelu": model.config.quick_gelu}
         about |= {"precision": precision, "format": FORMAT}
-        if tokenizer := getattr(model.text, "tokenizer", None):  # one of its own
-            about["tokenizer"] = tokenizer.fingerprint()
+        if tokenizer := model.text.tokenizer.fingerprint():
+            about["tokenizer"] = tokenizer
         return cls(folder, fingerprint(model, model.text, about), model.text.width)
 
     def __len__(self) -> int:
@@ -88,7 +89,7 @@ class FeatureCache:
         part["key"] = np.frombuffer(b"".join(self.added), "V32")
         part["features"] = np.stack(list(self.added.values()))
         self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / f"{os.getpid()}.tmp"
+        scratch = scratch_path(self.folder / "part")  # its name will be its sha256
         write_npy(scratch, part.dtype, part.shape, [part])
         sync(scratch)
         os.replace(scratch, self.folder / f"{sha256(scratch)}.npy")
@@ -107,8 +108,8 @@ class FeatureCache:
 
 
 def file_key(path) -> bytes:
-    """The key of a picture: sha256 of what is in its file, wherever that lies, or of what a handle reads."""
-    return hashlib.sha256(path.read()).digest() if hasattr(path, "read") else bytes.fromhex(sha256(path))
+    """Returns the key of an image: the sha256 of its file's content, wherever it lies, or an ImageFile's own."""
+    return path.key() if isinstance(path, ImageFile) else bytes.fromhex(sha256(path))
 
 
 def text_key(text: str) -> bytes:

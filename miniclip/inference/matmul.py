@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from miniclip.utils.files import user_cache
+from miniclip.utils.files import replacing, user_cache
 from miniclip.utils.machine import processor
 
 
@@ -43,14 +42,8 @@ def cpu_routes() -> dict[str, Route]:
         if damaged:
             path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{os.getpid()}.{path.name}")
-        scratch.write_text(json.dumps({"about": about, "routes": routes}, indent=2) + "\n")
-        try:
-            os.link(scratch, path)  # of processes that start together the first one decides
-        except FileExistsError:
-            pass
-        finally:
-            scratch.unlink()
+        with replacing(path, first_wins=True) as scratch:  # all processes that start together use the same routes
+            scratch.write_text(json.dumps({"about": about, "routes": routes}, indent=2) + "\n")
     except OSError:
         pass
     try:

@@ -10,29 +10,24 @@ class EvalOptions:
     """Measures a model, or embeddings made elsewhere, by retrieval. Prints Recall@K as a table and writes it to a JSON
     file.
 
-    model: str | None = option(None, "a folder saved by MiniCLIP, or a name from model_configs/ (with --pretrained)")
-    pretrained: str | None = option(None, "weights for the named config")
-    eval_file: str | None = option(
-        None,
-        "captions: .json, .jsonl, .csv, .tsv, shards/{000..123}.tar, a folder of images with texts, hf:NAME[:SPLIT], "
-        ".parquet; several with :: (docs/datasets.md)",
-    )
-    image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
-    image_column: str | None = option(
-        None, "column of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
-    )
-    caption_column: str | None = option(None, "the same for the captions (OpenCLIP: --csv-caption-key)")
-    on_bad_sample: str = option(
-        "stop", "bad records and images: stop, or skip and list them beside the JSON", choices=["stop", "skip"]
-    )
-    allow_outside_image_root: bool = option(False, "image paths may lead out of their folder: .., absolute ones, links")
-    captions: str = option("all", "captions of an image that count", choices=["all", "first"])
-    batch_size: int | None = option(None, "images or captions encoded at once (32 and 64 on a CPU, 256 elsewhere)")
-    num_workers: int | None = option(None, "threads that read images; as many as there are cores unless given")
-    precision: str = option("fp32", "of the matrix products", choices=["fp32", "bf16", "int8"])
-    full_decode: bool = option(False, "decode large JPEGs in full, not at a size that is still twice the model's")
-    feature_cache: str | None = option(None, "folder for image features, to encode no picture twice")
-    device: str | None = option(None, "cpu, cuda, cuda:1, mps; a GPU if there is one unless given")
+    example:
+      python evaluate.py --model runs/mine --eval_file data/eval.json --report runs/mine
+    """
+
+    model: str | None = option(None, HELP["model"])
+    pretrained: str | None = option(None, HELP["pretrained"])
+    eval_file: str | None = option(None, HELP["eval_file"])
+    image_root: str | None = option(None, HELP["image_root"])
+    columns: str | None = option(None, HELP["columns"], nargs=2, metavar=("IMAGE", "CAPTION"))
+    on_bad_sample: str = option("stop", HELP["on_bad_sample"], choices=FLAGS["on_bad_sample"]["choices"])
+    allow_outside_image_root: bool = option(False, HELP["allow_outside_image_root"])
+    captions: str = option("all", "captions of each image that count", choices=["all", "first"])
+    batch_size: int | None = option(None, HELP["batch_size"] + " (default: 32 and 64 on a CPU, 256 elsewhere)")
+    num_workers: int | None = option(None, HELP["num_workers"])
+    precision: str = option("fp32", HELP["precision"], choices=FLAGS["precision"]["choices"])
+    full_decode: bool = option(False, "decode large JPEGs at full size, not at twice the model's input size")
+    feature_cache: str | None = option(None, "folder that keeps image features, so that no image is encoded twice")
+    device: str | None = option(None, HELP["device"])
     save_features: str | None = option(None, "folder to write image.npy and text.npy to")
     features: str | None = option(None, "folder with image.npy and text.npy to measure instead of a model")
     output_file: str | None = option(

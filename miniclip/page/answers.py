@@ -15,12 +15,13 @@ from PIL import Image
 from miniclip.classify.prompts import legibility
 from miniclip.page.labels import Words
 from miniclip.utils.errors import InputError
+from miniclip.utils.image_files import FORMATS, ImageError, ImageFile
 
 IMAGES, CAPTIONS, CLASSES, MOST, LETTERS = 16, 32, 200, 100, 20_000  # the most that is taken of each at once
 PIXELS = 50  # millions of a picture: small files may hold pictures that take gigabytes and minutes
 
 
-class Upload:
+class Upload(ImageFile):
     """A picture that somebody sent: `read` gives its bytes, `str` its name, as messages have it."""
 
     def __init__(self, path: str):
@@ -116,7 +117,6 @@ class Page:
     def upload(self, say: Words, path: str | None) -> tuple[Upload, str]:
         """A picture that was sent, and what to show of it."""
         from miniclip.reports.contact_sheet import thumbnail
-        from miniclip.utils.image_files import FORMATS, ImageError
 
         if not path:
             raise InputError(say("no_picture"))
@@ -133,7 +133,7 @@ class Page:
         try:
             return image, thumbnail(image)
         except ImageError as error:
-            why = re.sub(r"(; replace it)? or leave its record out", "", str(error))  # there is no record here
+            why = re.sub(r"(; replace it)? or remove its record", "", str(error))  # there is no record here
             raise InputError(say("broken", why=why)) from None
 
     def read(self, say: Words, texts: list[str]) -> str:

@@ -1,7 +1,4 @@
-"""How often is a class recognised, and what is it mistaken for?
-
-As numbers, as a table and as a picture, whatever it was that told the classes.
-"""
+"""Classification metrics and the confusion matrix: as numbers, as a table and as a chart."""
 
 from __future__ import annotations
 
@@ -10,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from miniclip.reports.charts import GREEN, GREY, GRID, INK, MARGIN, PAPER, RED, WIDTH, Page
+from miniclip.reports.style import GREEN, GREY, GRID, INK, PAPER, RED, WIDTH, fit, new_figure, save_png, styled
+
+MOST = 40  # classes drawn
 
 
 def classification_metrics(found: np.ndarray, truth: np.ndarray, num_classes: int) -> tuple[dict, np.ndarray]:
-    """Metrics as fractions of 1, and the confusion matrix (C, C): truth by prediction, in pictures.
+    """Metrics as fractions of 1, and the confusion matrix (C, C): images by true class (rows) and prediction (columns).
 
-    `found` (N, k) has the rows of the classes, best first, `truth` (N,) that of the right one. `top1`, `top5` (of more
-    than five classes): share of pictures whose class is among the first. `mean_per_class_recall`: the mean over the
-    classes that have pictures, each counting alike however many it has.
+    `found` (N, k) holds predicted class indices, best first; `truth` (N,) the true ones. `top1` and, of more than five
+    classes, `top5`: share of images whose class is among the first. `mean_per_class_recall`: mean over the classes
+    that have images.
     """
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(confusion, (truth, found[:, 0]), 1)
@@ -31,14 +30,14 @@ def classification_metrics(found: np.ndarray, truth: np.ndarray, num_classes: in
 
 
 def format_classes(names: Sequence[str], confusion: np.ndarray) -> str:
-    """The classes as a Markdown table: pictures, recall, and for what else they were taken most often."""
-    rows = ["| class | pictures | recall | most often taken for |", "|---|---|---|---|"]
+    """The classes as a Markdown table: number of images, recall, and the most frequent wrong prediction."""
+    rows = ["| class | images | recall | most often mistaken for |", "|---|---|---|---|"]
     for row, name in enumerate(names):
         wrong = np.where(np.arange(len(names)) == row, 0, confusion[row])
         other = f"{names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
-        pictures = confusion[row].sum()
-        recall = f"{100 * confusion[row, row] / pictures:.1f}" if pictures else ""
-        rows.append(f"| {name} | {pictures} | {recall} | {other} |")
+        images = confusion[row].sum()
+        recall = f"{100 * confusion[row, row] / images:.1f}" if images else ""
+        rows.append(f"| {name} | {images} | {recall} | {other} |")
     return "\n".join(rows)
 
 
@@ -48,37 +47,44 @@ def format_metrics(metrics: dict[str, float], num_classes: int) -> str:
     return f"{', '.join(shares)} (chance {100 / num_classes:.1f})"
 
 
+@styled
 def draw_confusion(path: str | Path, confusion: np.ndarray, names: Sequence[str], title: str):
-    """Draws a confusion matrix (C, C) into a .png: a row for each class, and what its pictures were taken for. Of more
-    than 40 classes the 40 that are mistaken most often."""
-    kept = sorted((confusion.sum(axis=1) - confusion.diagonal()).argsort(kind="stable")[::-1][:40])
-    label, top, end = 230, MARGIN + 76, WIDTH - MARGIN - 96
-    cell = min(64, (end - MARGIN - label) / len(kept))
-    page = Page(top + cell * len(kept) + 46)
-    page.text(MARGIN, MARGIN - 8, page.wrap(title, 22, WIDTH - 2 * MARGIN, 1)[0], 22)
-    more = f"; the {len(kept)} of {len(names)} classes that are mistaken most often" if len(kept) < len(names) else ""
-    page.text(MARGIN, MARGIN + 24, f"Rows: the truth. Columns: what it was taken for{more}.", 12, GREY)
-    left, size = MARGIN + label, min(13, max(6, cell * 0.34))
-    for place, row in enumerate(kept):
-        pictures, y = confusion[row].sum(), top + place * cell
-        middle = y + cell / 2 - 0.6 * size
-        page.text(left + (place + 0.5) * cell, top - 1.6 * size, f"{row + 1}", size, GREY, align=0.5)
-        page.text(left - 10, middle, page.wrap(f"{names[row]}  {row + 1}", size, label - 14, 1)[0], size, INK, align=1)
-        for across, column in enumerate(kept):
-            share, x = confusion[row, column] / max(1, pictures), left + across * cell
-            fill = _blend(PAPER, GREEN if row == column else RED, 0.15 + 0.75 * share) if share else None
-            page.frame(x + 1, y + 1, cell - 2, cell - 2, GRID, 1, fill)
-            if share:
-                number, colour = f"{confusion[row, column]:,}", PAPER if share > 0.55 else INK
-                page.text(x + cell / 2, middle, number, min(size, 0.8 * size * cell / page.text_width(number, size)),
-                          colour, align=0.5)  # fmt: skip
-        recall = f"{confusion[row, row] / pictures:.0%} of {pictures:,}" if pictures else "no pictures"
-        page.text(left + len(kept) * cell + 12, middle, recall, size, INK if pictures else GREY)
-    page.text(left, top + cell * len(kept) + 8, "right in green, mistaken in red, by the share of the row", 11, GREY)
-    page.save(path)
+    """Draws a confusion matrix (C, C) as a PNG: a row per class, coloured by the share of its images. Of more than 40
+    classes, the 40 most often mistaken. Returns the figure."""
+    kept = sorted((confusion.sum(axis=1) - confusion.diagonal()).argsort(kind="stable")[::-1][:MOST])
+    counts, images = confusion[np.ix_(kept, kept)], confusion.sum(axis=1)[kept]
+    share = (counts / np.maximum(1, images)[:, None])[..., None]
+    paper, green, red = (np.array([int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)]) for c in (PAPER, GREEN, RED))
+    full = np.where(np.eye(len(kept), dtype=bool)[..., None], green, red)
+    colours = np.where(share > 0, paper + (full - paper) * (0.12 + 0.8 * share), paper)
 
-
-def _blend(one: str, other: str, share: float) -> str:
-    """A colour between two, #rrggbb."""
-    channels = [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in (one, other)]
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(*channels))
+    label, right, top = 2.6, 1.4, 1.3  # inches around the matrix
+    cell = min(0.64, (WIDTH - label - right) / len(kept))
+    side = cell * len(kept)
+    height, size = top + side + 0.5, min(10, max(5, 25 * cell))
+    figure = new_figure(WIDTH, height, layout=None)
+    fit(figure.text(0.027, 1 - 0.35 / height, "", va="center", fontsize=15), title, WIDTH - 0.7)
+    more = f"; the {len(kept)} of {len(names)} classes most often mistaken" if len(kept) < len(names) else ""
+    figure.text(0.027, 1 - 0.75 / height, f"Rows: true class. Columns: predicted class{more}.", color=GREY)
+    axes = figure.add_axes((label / WIDTH, 0.5 / height, side / WIDTH, side / height))
+    axes.imshow(colours, interpolation="none")
+    axes.grid(False)
+    edges = np.arange(len(kept) + 1) - 0.5
+    axes.hlines(edges, -0.5, len(kept) - 0.5, color=GRID, linewidth=0.8)
+    axes.vlines(edges, -0.5, len(kept) - 0.5, color=GRID, linewidth=0.8)
+    axes.set(xlim=(-0.5, len(kept) - 0.5), ylim=(len(kept) - 0.5, -0.5), yticks=[])
+    axes.set_xticks(range(len(kept)), [str(row + 1) for row in kept], fontsize=size)
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    for y, row in enumerate(kept):
+        name = axes.text(-0.5 - 0.1 / cell, y, "", ha="right", va="center", size=size)
+        fit(name, names[row], 2)
+        name.set_text(f"{name.get_text()}  {row + 1}")
+        recall = f"{counts[y, y] / images[y]:.0%} of {images[y]:,}" if images[y] else "no images"
+        axes.text(len(kept) - 0.5 + 0.1 / cell, y, recall, va="center", size=size, color=INK if images[y] else GREY)
+    for y, x in zip(*np.nonzero(counts)):
+        number, colour = f"{counts[y, x]:,}", PAPER if share[y, x, 0] > 0.65 else INK
+        axes.text(x, y, number, ha="center", va="center", size=min(size, 90 * cell / len(number)), color=colour)
+    below = "green: correct, red: mistaken; the darker, the larger the share of the row"
+    axes.text(-0.5, len(kept) - 0.5 + 0.1 / cell, below, va="top", color=GREY, fontsize=9)
+    return save_png(path, figure)

@@ -1,61 +1,57 @@
-"""What was found, to look at: one HTML file with the pictures in it, which needs no other file and no network."""
+"""Self-contained HTML pages: thumbnails inside the page, no scripts, no network; and the contact sheet of a search."""
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
 from miniclip.utils.files import write_text
 from miniclip.utils.image_files import open_image
 
-SIDE = 320  # pixels of a picture's longer side
+SIDE = 320  # pixels of a thumbnail's longer side
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>
-:root {{ color-scheme: light dark; --ink: #1f2328; --grey: #6b7280; --paper: #ffffff; --cell: #f1f3f5; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e8eb; --grey: #9aa3ad; --paper: #16181b; --cell: #23272c; }}
-}}
-body {{ margin: 32px; background: var(--paper); color: var(--ink); font: 15px/1.4 system-ui, sans-serif; }}
-h1 {{ font-size: 22px; font-weight: 600; overflow-wrap: anywhere; }}
-ol {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 14px; padding: 0; }}
-li {{ list-style: none; background: var(--cell); border-radius: 5px; padding: 10px; }}
-img {{ width: 100%; height: 220px; object-fit: contain; }}
-p {{ margin: 6px 0 0; overflow-wrap: anywhere; }}
-.grey {{ color: var(--grey); font-size: 13px; }}
-</style></head><body>
-<h1>{title}</h1>
-<ol>
-{cells}
-</ol>
-<p class="grey">{note}</p>
-</body></html>
+{style}</style></head><body><main>
+{body}
+</main></body></html>
 """
 
 
+def safe(text) -> str:
+    """Any text as HTML, even file names that are not valid UTF-8."""
+    return escape(str(text).encode("utf-8", "replace").decode())
+
+
+def write_page(path: str | Path, title: str, body: str):
+    """Writes an HTML page with the style sheet of this folder. `title` is plain text, `body` HTML."""
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    write_text(path, PAGE.format(title=safe(title), style=style, body=body))
+
+
 def thumbnail(path, side: int = SIDE) -> str:
-    """A picture, a file or a handle, as the text of a `data:` address: JPEG, its longer side at most `side` pixels.
-    Raises ImageError."""
+    """An image (a path or a handle) as a `data:` URL: a JPEG whose longer side is at most `side` pixels, without the
+    original's metadata. Raises ImageError."""
     image, file = open_image(path, side), io.BytesIO()
     image.thumbnail((side, side))
-    image.save(file, "JPEG", quality=82, comment=b"")  # else that of the file, of whatever length, would come along
+    image.save(file, "JPEG", quality=82, comment=b"")  # an empty comment replaces that of the original
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def write_sheet(path: str | Path, title: str, found: Sequence, locate, note: str = ""):
-    """Writes what was found, best first, as an HTML file. `found` has `rank`, `score`, `path` and `copies` each (see
-    `image_search.Found`); `locate(path)` gives where the picture lies, or raises InputError, which is then said in the
-    picture's place."""
+def write_sheet(path: str | Path, title: str, found: Sequence, locate: Callable, note: str = ""):
+    """Writes search results, best first, as an HTML page. Each has `rank`, `score`, `path` and `copies`;
+    `locate(path)` returns the file. Where that or reading it raises InputError, the message replaces the image."""
     cells = []
     for one in found:
-        name = escape(one.path)
+        name = safe(one.path)
         try:
-            picture = f'<img src="{thumbnail(locate(one.path))}" alt="{name}">'
-        except ValueError as error:  # InputError, of which it is one
-            picture = f'<p class="grey">{escape(str(error))}</p>'
-        copies = "".join(f'<p class="grey">the same: {escape(copy)}</p>' for copy in one.copies)
-        cells.append(f'<li>{picture}<p>{one.rank}. {name}</p>{copies}<p class="grey">{one.score:.4f}</p></li>')
-    write_text(path, PAGE.format(title=escape(title), cells="\n".join(cells), note=escape(note)))
+            image = f'<img src="{thumbnail(locate(one.path))}" alt="{name}">'
+        except ValueError as error:  # InputError and ImageError are ValueErrors
+            image = f'<p class="note">{safe(error)}</p>'
+        copies = "".join(f'<p class="note">the same: {safe(copy)}</p>' for copy in one.copies)
+        cells.append(f'<li>{image}<p>{one.rank}. {name}</p>{copies}<p class="note">{one.score:.4f}</p></li>')
+    sheet = f'<h1>{safe(title)}</h1>\n<ol class="sheet">\n' + "\n".join(cells) + "\n</ol>"
+    write_page(path, title, f'{sheet}\n<p class="note">{safe(note)}</p>')

@@ -1,64 +1,106 @@
-"""How good is this model, and where does it fail? One HTML page that needs no other file and no network, and prints.
+"""The report of an evaluation: one self-contained, printable HTML page, or a PNG.
 
-`evaluate.py --report DIR` writes it: metrics, recall at every depth, the queries that went best and worst with their
-pictures, how cosines of pairs that match differ from those of others, the temperature, and how training went.
+The page has the metrics, recall curves, the best and worst queries with their images, the cosines of matching and
+other pairs, the temperature, and the training curves. `evaluate.py --report DIR` writes it.
 """
 
+import json
 import math
+from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from miniclip.reports.charts import curve, ticks
-from miniclip.reports.query_gallery import queries_section, safe
-from miniclip.reports.similarities import BINS, Similarities, chance_curve, ordered_right, overlap, recall_curve
-from miniclip.reports.svg import HATCHING, Chart, legend
-from miniclip.retrieval import TIE, Searched
-from miniclip.utils.files import write_text
+from miniclip.reports.charts import curve, draw_report, histogram_svg, pick_examples, recall_svg, training_svg
+from miniclip.reports.contact_sheet import safe, write_page
+from miniclip.reports.query_gallery import queries_section
+from miniclip.reports.similarities import BINS, chance_curve, overlap, recall_curve, roc_auc, similarities
+from miniclip.retrieval import TIE
+from miniclip.utils.errors import InputError
 
-WAYS = {"text_to_image": "captions finding their image", "image_to_text": "images finding a caption"}
+WAYS = ("text_to_image", "image_to_text")
 NAME = "report.html"
-STYLE = Path(__file__).with_name("report.css")
 
 
-class Measured(NamedTuple):
-    """What the page tells about."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What a report shows, of N images and M captions."""
 
-    model: str  # or the folder with the vectors
+    model: str  # its folder or name; without a model, the folder of the embeddings
     dataset: str
-    metrics: dict[str, float]  # as `retrieval.metrics_of` gives them, for `ks`
-    ks: tuple[int, ...]
-    searched: dict[str, Searched]
-    alike: Similarities
-    images: list  # N files or handles
-    texts: list[str]  # M captions
-    image_of_text: np.ndarray
-    record: dict  # `record.evaluation_record`
-    temperature: dict | None = None  # {"scale", "bias" or None, "start"}; None: measured without a model
-    log_history: list[dict] = []  # of the Trainer
-    left_out: tuple[str, ...] = ()  # what was not measured, or not whole, in words
+    records: list[dict]  # N, with the keys image (a path or handle) and caption (a list)
+    image_embeds: np.ndarray  # (N, E) float32 of unit length
+    text_embeds: np.ndarray  # (M, E): all captions of each record, or its first ones
+    image_of_text: np.ndarray  # (M,)
+    results: dict  # retrieval result of each direction, from `retrieval.search_both`
+    metrics: dict[str, float]  # from `retrieval.metrics_of`
+    metadata: dict  # run metadata
+    temperature: dict | None = None  # {"scale", "bias" (or None), "start"}; None: evaluated without a model
+    notes: tuple[str, ...] = ()  # skipped samples, truncated captions
+
+    @cached_property
+    def images(self) -> list:
+        return [record["image"] for record in self.records]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        counts = np.bincount(self.image_of_text, minlength=len(self.records))
+        return [text for record, n in zip(self.records, counts) for text in record["caption"][:n]]
+
+    @cached_property
+    def similar(self):
+        scale = self.temperature and self.temperature["scale"]
+        return similarities(self.image_embeds, self.text_embeds, self.image_of_text, scale)
+
+    def chance(self, way: str) -> np.ndarray:
+        """R@K of a random order, for each K."""
+        gallery = len(self.image_embeds) if way == "text_to_image" else len(self.text_embeds)
+        return chance_curve(gallery, np.array([len(right) for right in self.results[way].relevant]))
 
 
 def report_file(name: str | Path) -> Path:
-    """Where `--report` writes: the .png or .html that it names, or else report.html in that folder."""
+    """The file that a report goes to: `name` if it ends in .png or .html, otherwise report.html in that folder. Raises
+    InputError where `name` is a file of another kind."""
     path = Path(name)
-    return path if path.suffix.lower() in (".png", ".html", ".htm") else path / NAME
+    if path.suffix.lower() in (".png", ".html", ".htm"):
+        return path
+    if path.is_file():
+        raise InputError(f"--report takes a folder, or a name that ends in .html or .png: {name} is a file")
+    return path / NAME
 
 
-def write_report(path: str | Path, m: Measured):
-    """Writes the page. A picture that cannot be read leaves a text in its place. The same input gives the same bytes:
-    the date is the record's."""
-    path = Path(path)
+def write_report(path: str | Path, e: Evaluation) -> Path:
+    """Writes the report, as PNG or HTML by its name (`report_file`), and returns the file's path.
+
+    Training curves come from `trainer_state.json` in the model's folder, if there is one. An image that cannot be read
+    is replaced by the reason. The same input gives the same bytes: the date is that of the metadata.
+    """
+    path = report_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = [head(m), metrics_table(m), recall_section(m), histogram_section(m), temperature_section(m)]
-    parts.append(training_section(m.log_history))
-    parts.append(queries_section(m.searched, m.alike, m.images, m.texts, m.image_of_text))
-    parts.append(record_section(m.record))
-    page = PAGE.format(title=safe(f"{m.model} on {m.dataset}"), style=STYLE.read_text(encoding="utf-8"))
-    write_text(path, page + "\n".join(filter(None, parts)) + "\n</main></body></html>\n")
+    log_history, title = read_log_history(e.model), f"{e.model} on {e.dataset}"
+    if path.suffix.lower() == ".png":
+        examples = pick_examples(e.images, e.texts, e.results["text_to_image"], e.image_of_text)
+        draw_report(path, log_history, examples, title)
+        return path
+    sections = [header(e), metrics_section(e), recall_section(e), histogram_section(e), temperature_section(e)]
+    sections += [
+        training_section(log_history),
+        queries_section(e.results, e.similar, e.images, e.texts, e.image_of_text),
+    ]
+    write_page(path, title, "\n".join(filter(None, [*sections, metadata_section(e.metadata)])))
+    return path
+
+
+def read_log_history(folder: str | Path) -> list[dict]:
+    """The Trainer's log in a model's folder; empty where there is none."""
+    state = Path(folder) / "trainer_state.json"
+    try:
+        return json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{state} cannot be read ({error!r}): the report has no training curves")
+        return []
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -66,7 +108,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], caption: str) -> str:
-    """A table of numbers whose first column and first line say what they are of. Cells are text, not HTML."""
+    """An HTML table with a header row and a header column. Cells are plain text."""
     top = "".join(f'<th scope="col">{safe(cell)}</th>' for cell in head)
     body = "\n".join(
         f'<tr><th scope="row">{safe(row[0])}</th>{"".join(f"<td>{safe(cell)}</td>" for cell in row[1:])}</tr>'
@@ -75,219 +117,161 @@ def table(head: list[str], rows: list[list[str]], caption: str) -> str:
     return f"<table><caption>{safe(caption)}</caption><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table>"
 
 
-def head(m: Measured) -> str:
-    """Title, the most important numbers, when, with what, and the command that repeats it."""
-    when = datetime.fromisoformat(m.record["started"])
-    tiles = [
-        (percent(m.metrics["mean_recall"]), "mean recall, %"),
-        (percent(m.metrics["text_to_image_R@1"]), "text to image R@1, %"),
-        (percent(m.metrics["image_to_text_R@1"]), "image to text R@1, %"),
-    ]
-    if m.alike.others.sum():
-        tiles.append((percent(ordered_right(m.alike.matching, m.alike.others), 2), "pairs ordered right, %"))
-    if m.temperature:
-        tiles.append((f"{1 / m.temperature['scale']:.4f}", "temperature"))
-    tiles = "".join(f"<li><b>{value}</b> <span>{name}</span></li>" for value, name in tiles)
-    options, versions, machine = (m.record.get(name, {}) for name in ("options", "versions", "machine"))
+def header(e: Evaluation) -> str:
+    """Title, model, data, date, command and the most important numbers."""
+    tiles = [(percent(e.metrics[f"{way}_R@1"]), f"{way.replace('_', ' ')} R@1, %") for way in WAYS]
+    tiles.insert(0, (percent(e.metrics["mean_recall"]), "mean recall, %"))
+    if e.similar.others.sum():
+        tiles.append((percent(roc_auc(e.similar.matching, e.similar.others), 2), "ROC AUC, %"))
+    if e.temperature:
+        tiles.append((f"{1 / e.temperature['scale']:.4f}", "temperature"))
+    when = datetime.fromisoformat(e.metadata["started"])
+    options, versions, machine = (e.metadata.get(name, {}) for name in ("options", "versions", "machine"))
     measured = [f"{when.day} {when:%B %Y, %H:%M} UTC", machine.get("device")]
-    measured += [f"precision {options['precision']}"] if m.temperature and "precision" in options else []
-    measured += [f"commit {m.record['commit']}"] if m.record.get("commit") else []
+    measured += [f"precision {options['precision']}"] if e.temperature and "precision" in options else []
+    measured += [f"commit {e.metadata['commit']}"] if e.metadata.get("commit") else []
     measured += [f"{name} {versions[name]}" for name in ("python", "torch", "numpy") if versions.get(name)]
-    measured_on = [f"{m.dataset}: {len(m.images):,} images, {len(m.texts):,} captions", *m.left_out]
-    about = [
-        ("Model" if m.temperature else "Vectors", safe(m.model)),
-        ("Data set", safe("; ".join(measured_on))),
-        ("Measured", safe("; ".join(filter(None, measured)))),
-        ("Again", f"<code>{safe(m.record.get('command', ''))}</code>"),
-    ]
-    about = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in about)
-    title = "Which picture belongs to which sentence?"
-    return f'<header><h1>{title}</h1>\n<dl>{about}</dl>\n<ul class="tiles">{tiles}</ul></header>'
+    dataset = [f"{e.dataset}: {len(e.images):,} images, {len(e.texts):,} captions", *e.notes]
+    about = {
+        "Model" if e.temperature else "Embeddings": safe(e.model), "Dataset": safe("; ".join(dataset)),
+        "Evaluated": safe("; ".join(filter(None, measured))),
+        "Command": f"<code>{safe(e.metadata.get('command', ''))}</code>",
+    }  # fmt: skip
+    terms = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in about.items())
+    numbers = "".join(f"<li><b>{value}</b> <span>{name}</span></li>" for value, name in tiles)
+    return f'<header><h1>Image–text retrieval</h1>\n<dl>{terms}</dl>\n<ul class="tiles">{numbers}</ul></header>'
 
 
-def metrics_table(m: Measured) -> str:
-    """Both directions, each with what chance would give."""
+def metrics_section(e: Evaluation) -> str:
+    """The metrics of both directions, each with what chance would reach."""
+    ks = [int(name.partition("@")[2]) for name in e.metrics if name.startswith("text_to_image_R@")]
     rows = []
     for way in WAYS:
-        values = [percent(m.metrics[f"{way}_R@{k}"]) for k in m.ks]
-        values += [f"{m.metrics[f'{way}_median_rank']:,.0f}", f"{m.metrics[f'{way}_mean_rank']:,.1f}"]
-        rows.append([way.replace("_", " "), *values, f"{m.metrics[f'{way}_MRR']:.3f}"])
-        chance = chance_of(m, way)
+        values = [percent(e.metrics[f"{way}_R@{k}"]) for k in ks]
+        values += [f"{e.metrics[f'{way}_median_rank']:,.0f}", f"{e.metrics[f'{way}_mean_rank']:,.1f}"]
+        rows.append([way.replace("_", " "), *values, f"{e.metrics[f'{way}_MRR']:.3f}"])
+        chance = e.chance(way)
         ranks, at = np.arange(1, len(chance) + 1), np.diff(chance, prepend=0)  # at: the share found at each rank
-        values = [percent(chance[min(k, len(chance)) - 1]) for k in m.ks]
+        values = [percent(chance[min(k, len(chance)) - 1]) for k in ks]
         values += [f"{1 + np.searchsorted(chance, 0.5 - 1e-9):,}", f"{(at * ranks).sum():,.1f}"]
         rows.append(["by chance", *values, f"{(at / ranks).sum():.3f}"])
-    columns = ["", *(f"R@{k}" for k in m.ks), "median rank", "mean rank", "MRR"]
-    shown = table(columns, rows, "R@K: share of queries whose right answer is among the first K, in percent")
-    each = len(m.texts) / len(m.images)
+    columns = ["", *(f"R@{k}" for k in ks), "median rank", "mean rank", "MRR"]
+    shown = table(columns, rows, "R@K: share of queries with a correct result among the first K, in percent")
+    each = len(e.texts) / len(e.images)
     several = f"An image has {each:.3g} captions on average and counts as found when any of them is."
     return f"""<section><h2>Metrics</h2>
 <div class="wide">{shown}</div>
-<p class="note">Every caption searches all {len(m.images):,} images, every image all {len(m.texts):,} captions.
-{several if each > 1 else ""} Only an image’s own captions are right, also where another’s would fit. Among equal
-cosines (closer than {TIE:g}) the earlier row comes first: a model to which all is alike scores no better than chance.
-Ranks are those of the first right answer, 1 is best; MRR is the mean of 1 / rank; mean recall is the mean of R@1, R@5
-and R@10 in both directions.</p></section>"""
-
-
-def chance_of(m: Measured, way: str) -> np.ndarray:
-    gallery = len(m.images) if way == "text_to_image" else len(m.texts)
-    return chance_curve(gallery, np.array([len(right) for right in m.searched[way].relevant]))
+<p class="note">Every caption searches all {len(e.images):,} images, and every image all {len(e.texts):,} captions.
+{several if each > 1 else ""} Only an image’s own captions count as correct, even if another’s would fit. Cosines
+closer than {TIE:g} are ties, and the earlier row ranks first, so a model whose embeddings are all equal scores by
+chance. Ranks are those of the first correct result, 1 is best. MRR is the mean of 1 / rank. Mean recall is the
+mean of R@1, R@5 and R@10 in both directions.</p></section>"""
 
 
 def depths(longest: int) -> list[int]:
-    """1, 5, 10, 50, 100, ... up to the last one below `longest`, and that."""
+    """1, 5, 10, 50, 100, ... below `longest`, then `longest`."""
     marks = [k * 10**power for power in range(len(str(longest))) for k in (1, 5)]
     return [k for k in marks if k < longest] + [longest]
 
 
-def recall_section(m: Measured) -> str:
-    """Recall@K of both directions for every K, as a chart and as numbers."""
-    longest, style = max(len(m.images), len(m.texts)), {"text_to_image": "a", "image_to_text": "b"}
-    words = ", ".join(f"{way.replace('_', ' ')} R@1 {percent(m.metrics[f'{way}_R@1'])}" for way in WAYS)
-    across, up = lambda k: math.log(k) / math.log(max(longest, 2)), float  # a logarithmic axis
-    chart = Chart("Recall@K for every K, in percent", f"Both curves rise to 100%: {words}.", across, up)
-    marks = [k * 10**n for n in range(len(str(longest))) for k in ((1, 2, 5) if longest < 100 else (1,))]
-    x_ticks, y_ticks = {k: f"{k:,}" for k in marks if k <= longest}, {n / 5: f"{20 * n}%" for n in range(6)}
-    chart.axes(x_ticks, y_ticks, "K: answers looked at")
-    columns = {}
-    for way, series in style.items():
-        chance, ranks = chance_of(m, way), m.searched[way].ranks
-        ks = np.unique(np.geomspace(1, len(chance), 150).round().astype(int))
-        chart.line("c", list(zip(ks.tolist(), chance[ks - 1])))
-        marked = [k for k in (1, 5, 10) if k <= len(chance)]
-        points, marks = (list(zip(at, recall_curve(ranks, at))) for at in (ks.tolist(), marked))
-        chart.line(series, points, marks)
-        columns[way] = [percent(share) for share in recall_curve(ranks, depths(longest))]
-        columns[f"{way} chance"] = [percent(chance[min(k, len(chance)) - 1]) for k in depths(longest)]
-    rows = [[f"{k:,}", *values] for k, *values in zip(depths(longest), *columns.values())]
-    head = ["K", "text to image", "chance", "image to text", "chance"]
-    return f"""<section><h2>Recall curves</h2><div class="pair">
-<figure>{chart}{legend({"a": WAYS["text_to_image"], "b": WAYS["image_to_text"], "c": "by chance"})}</figure>
-{table(head, rows, "Recall@K in percent")}</div></section>"""
+def recall_section(e: Evaluation) -> str:
+    """Recall@K of both directions for every K, as a chart and a table."""
+    curves, chances = {}, [e.chance(way) for way in WAYS]
+    for way, chance in zip(WAYS, chances):
+        curves[way.replace("_", " ")] = recall_curve(e.results[way].ranks, np.arange(1, len(chance) + 1))
+    words = ", ".join(f"{name} R@1 {percent(values[0])}" for name, values in curves.items())
+    chart = recall_svg(curves, chances, f"Both curves rise to 100%: {words}.")
+    columns = [column for pair in zip(curves.values(), chances) for column in pair]
+    ks = depths(max(map(len, columns)))
+    rows = [[f"{k:,}", *(percent(column[min(k, len(column)) - 1]) for column in columns)] for k in ks]
+    shown = table(["K", "text to image", "chance", "image to text", "chance"], rows, "Recall@K in percent")
+    return f'<section><h2>Recall curves</h2><div class="pair">\n<figure>{chart}</figure>\n{shown}</div></section>'
 
 
-def histogram_section(m: Measured) -> str:
-    """The cosines of matching pairs against those of all others."""
-    matching, others = m.alike.matching, m.alike.others
+def histogram_section(e: Evaluation) -> str:
+    """The cosines of matching pairs and of all others."""
+    matching, others, (mean, other_mean) = e.similar.matching, e.similar.others, e.similar.means
     used = np.flatnonzero(matching + others)
     first, last = int(used[0]), int(used[-1])
     n, of_others = int(matching.sum()), int(others.sum())
-    bars = min(60, max(10, round(2 * n**0.5)))  # at most: of few pairs each would have one or none
+    bars = min(60, max(10, round(2 * n**0.5)))  # at most: with few pairs, narrow bars would hold one or none
     widths = (1, 2, 5, 10, 20, 40, 100, 200)  # of a bar, in bins
     fine = next(width for width in widths if last // width - first // width < bars)
     start, stop = first // fine, last // fine + 1
-    edges = [fine * bar * 2 / BINS - 1 for bar in range(start, stop + 1)]
     shares = [
         np.add.reduceat(counts, np.arange(0, BINS, fine))[start:stop] / max(1, counts.sum())
         for counts in (matching, others)
     ]
-    mean, other_mean = m.alike.means
-    said = f"<p>{n:,} matching pairs (each caption with its image) have a mean cosine of <b>{mean:.3f}</b>"
+    said = f"<p>The {n:,} matching pairs (each caption with its image) have a mean cosine of <b>{mean:.3f}</b>"
     if of_others:
-        auc, common = ordered_right(matching, others), overlap(*shares)  # of the bars: bins are nearly empty
+        auc, common = roc_auc(matching, others), overlap(*shares)  # of the bars: most bins are nearly empty
         said += (
-            f", {of_others:,} others (all remaining pairs) one of <b>{other_mean:.3f}</b>. Of a matching pair and"
-            f" another, the matching one has the higher cosine in <b>{percent(auc, 2)}%</b> of cases (the area under"
-            f" the ROC curve; 50% is chance), counted in bins of {2 / BINS:g}, of all pairs. The two histograms, as"
-            f" they are drawn, share {percent(common)}% of their area.</p>"
+            f", the {of_others:,} other pairs a mean of <b>{other_mean:.3f}</b>. The ROC AUC is"
+            f" <b>{percent(auc, 2)}%</b>: how often a random matching pair has a higher cosine than a random other pair"
+            f" (50% is chance), computed from all pairs in bins of {2 / BINS:g}. The histograms shown overlap by"
+            f" {percent(common)}% of their area.</p>"
         )
     else:
-        said += ". There are no others.</p>"
-    low, high = edges[0], edges[-1]
-    y_ticks = ticks(max(share.max() for share in shares))
-    top = y_ticks[-1]
+        said += ". There are no other pairs.</p>"
     about = f"The mean of matching pairs is {mean:.3f}" + (f", that of others {other_mean:.3f}." if of_others else ".")
-    chart = Chart("Cosines of matching pairs and of others", about,
-                  lambda cosine: (cosine - low) / (high - low), lambda share: share / top)  # fmt: skip
-    steps = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-    step = next(step for step in steps if (high - low) / step <= 6)
-    marks = [step * i for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
-    x_ticks, y_ticks = {mark: f"{mark:.3g}" for mark in marks}, {share: f"{100 * share:.3g}%" for share in y_ticks}
-    chart.axes(x_ticks, y_ticks, f"cosine, in bars of {fine * 2 / BINS:g}")
-    for series, counts, average in (("b", shares[1], other_mean), ("a", shares[0], mean)):
-        if counts.any():
-            chart.area(series, edges, counts)
-            chart.upright(series, average)
-    names = {"a": f"{n:,} matching pairs", "b": f"{of_others:,} others"}
-    return f"""<section><h2>Matching and other pairs</h2>{HATCHING}<div class="pair">
-<figure>{chart}{legend(names, area=True)}<figcaption>Share of each kind’s pairs in a bar; upright lines are the means.
+    names = f"{n:,} matching pairs", f"{of_others:,} other pairs"
+    edges = fine * np.arange(start, stop + 1) * 2 / BINS - 1
+    chart = histogram_svg(edges, dict(zip(names, shares)), e.similar.means, about)
+    return f"""<section><h2>Matching and other pairs</h2><div class="pair">
+<figure>{chart}<figcaption>Share of the pairs of each kind per bar. Vertical lines are the means.
 </figcaption></figure>{said}</div></section>"""
 
 
-def temperature_section(m: Measured) -> str:
-    """What the learned temperature is, and what it makes of these cosines."""
-    if m.temperature is None:
-        return "<section><h2>Temperature</h2><p>Measured without a model: vectors have no temperature.</p></section>"
-    scale, bias, start = m.temperature["scale"], m.temperature.get("bias"), m.temperature["start"]
-    rows = [["here", f"{1 / scale:.4f}", f"{scale:.2f}"], ["at its start", f"{1 / start:.4f}", f"{start:.2f}"]]
-    rows += [] if bias is not None else [["highest in training", "0.0100", "100.00"]]
-    likely = "counts as e (2.72) times as likely" if bias is None else "has e (2.72) times the odds"
-    said = f"<p>The model multiplies cosines by {scale:.2f}: with {1 / scale:.3f} more an answer {likely}."
+def temperature_section(e: Evaluation) -> str:
+    """The learned temperature, and the probabilities it turns the cosines into."""
+    if e.temperature is None:
+        return "<section><h2>Temperature</h2><p>Evaluated without a model: embeddings have none.</p></section>"
+    scale, bias, start = e.temperature["scale"], e.temperature.get("bias"), e.temperature["start"]
+    rows = [["this model", f"{1 / scale:.4f}", f"{scale:.2f}"], ["before training", f"{1 / start:.4f}", f"{start:.2f}"]]
+    rows += [["bias", "", f"{bias:.2f}"]] if bias is not None else [["limit in training", "0.0100", "100.00"]]
+    likely = "multiplies the probability" if bias is None else "multiplies the odds"
+    said = f"<p>The model multiplies cosines by {scale:.2f}: {1 / scale:.3f} more {likely} of a result by e (2.72)."
     if bias is None:
-        p, first = float(m.alike.p_right.mean()), float(m.alike.p_first.mean())
+        p, first = float(e.similar.p_right.mean()), float(e.similar.p_first.mean())
         said += (
-            f" Asked which of the {len(m.images):,} images a caption belongs to, a softmax over all of them gives the"
-            f" right one a probability of <b>{percent(p)}%</b> on average (chance {percent(1 / len(m.images), 2)}%)."
-            f" The image that comes first gets {percent(first)}%, and is the right one in"
-            f" {percent(m.metrics['text_to_image_R@1'])}% of cases: the nearer these two, the better the probabilities"
-            " can be believed.</p>"
+            f" A softmax over all {len(e.images):,} images gives a caption’s own image a mean probability of"
+            f" <b>{percent(p)}%</b> (chance {percent(1 / len(e.images), 2)}%). The image that ranks first gets"
+            f" {percent(first)}% on average and is correct in {percent(e.metrics['text_to_image_R@1'])}% of cases: the"
+            " closer these two numbers, the better calibrated the model.</p>"
         )
-    else:  # SigLIP: each pair is a question of its own
-        border = -bias / scale
+    else:  # SigLIP: each pair is decided by itself
         middles = (np.arange(BINS) + 0.5) * 2 / BINS - 1
-        yes = 1 / (1 + np.exp(-(scale * m.alike.right.astype(float) + bias)))
-        no = (m.alike.others / (1 + np.exp(-(scale * middles + bias)))).sum() / max(1, m.alike.others.sum())
-        rows.append(["bias", "", f"{bias:.2f}"])
+        yes = 1 / (1 + np.exp(-(scale * e.similar.right.astype(float) + bias)))
+        no = (e.similar.others / (1 + np.exp(-(scale * middles + bias)))).sum() / max(1, e.similar.others.sum())
         said += (
-            f" Its bias of {bias:.2f} makes each pair a question of its own (SigLIP): yes above a cosine of"
-            f" {border:.3f}. Matching pairs get a probability of <b>{percent(float(yes.mean()))}%</b> on average,"
-            f" others {percent(float(no), 3)}%; {percent(float((yes > 0.5).mean()))}% of the matching are above it.</p>"
+            f" With its bias of {bias:.2f} it decides each pair by itself (SigLIP): a pair matches above a cosine of"
+            f" {-bias / scale:.3f}. Matching pairs get a mean probability of <b>{percent(float(yes.mean()))}%</b>,"
+            f" other pairs {percent(float(no), 3)}%; {percent(float((yes > 0.5).mean()))}% of the matching pairs are"
+            " above that cosine.</p>"
         )
     shown = table(["", "temperature", "logit scale"], rows, "The temperature is 1 / logit scale")
     return f'<section><h2>Temperature</h2><div class="pair">{shown}{said}</div></section>'
 
 
 def training_section(log_history: list[dict]) -> str:
-    """Loss and recall over training, where the model's folder says."""
-    loss = curve(log_history, "loss")
-    recalls = {
-        series: curve(log_history, f"eval_{way}_R@1")
-        for series, way in (("a", "text_to_image"), ("b", "image_to_text"))
-    }
-    figures = []
-    for title, curves, names in (
-        ("Training loss", {"a": loss}, {"a": "loss"}),
-        ("Recall@1 over training", recalls, {"a": "text to image", "b": "image to text"}),
+    """Loss and recall over training, where they were logged."""
+    recalls = {way.replace("_", " "): curve(log_history, f"eval_{way}_R@1") for way in WAYS}
+    figures, note = [], '<p class="note">This recall is that of the evaluation set used in training.</p>'
+    for title, curves, share in (
+        ("Training loss", {"loss": curve(log_history, "loss")}, False),
+        ("Recall@1 over training", recalls, True),
     ):
-        curves = {series: points for series, points in curves.items() if len(points) > 1}
-        if not curves:
-            continue
-        top, last = (max(point[i] for points in curves.values() for point in points) for i in (1, 0))
-        share, y_ticks = title != "Training loss", ticks(max(top, 1e-6))
-        ends = ", ".join(f"{names[series]} {points[-1][1]:.3g} at the end" for series, points in curves.items())
-        across, up = partial(portion, last), partial(portion, y_ticks[-1])
-        chart = Chart(title, f"Up to step {last:,}: {ends}.", across, up)
-        x_ticks = {step: f"{step:,.0f}" for step in ticks(last) if step <= last and step == int(step)}
-        y_ticks = {value: f"{100 * value:.3g}%" if share else f"{value:.3g}" for value in y_ticks}
-        chart.axes(x_ticks, y_ticks, "training step")
-        for series, points in curves.items():
-            chart.line(series, points, points if len(points) <= 40 else ())
-        figures.append(
-            f"<figure><h3>{title}</h3>{chart}{legend({series: names[series] for series in curves})}</figure>"
-        )
+        curves = {name: points for name, points in curves.items() if len(points) > 1}
+        if curves:
+            figures.append(f"<figure><h3>{title}</h3>{training_svg(title, curves, share)}</figure>")
     if not figures:
         return ""
-    note = '<p class="note">Recall here is of the pairs that the run itself was evaluated on.</p>' if recalls else ""
+    note = note if any(recalls.values()) else ""
     return f'<section><h2>Training</h2><div class="pair">{"".join(figures)}</div>{note}</section>'
 
 
-def portion(whole: float, part: float) -> float:
-    return max(0.0, part) / whole
-
-
-def record_section(record: dict) -> str:
-    """All that was written down, folded: it is in the JSON file too, and is not printed."""
+def metadata_section(metadata: dict) -> str:
+    """All run metadata, folded; not printed."""
 
     def lines(value, name: str = ""):
         if isinstance(value, dict):
@@ -296,14 +280,5 @@ def record_section(record: dict) -> str:
         elif value is not None and value is not False and value not in ([], ""):
             yield f'<tr><th scope="row">{safe(name)}</th><td>{safe(value)}</td></tr>'
 
-    shown = f'<table class="record"><tbody>{"".join(lines(record))}</tbody></table>'
-    return f"<details><summary>What it was measured with</summary>{shown}</details>"
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-{style}</style></head><body><main>
-"""
+    shown = f'<table class="record"><tbody>{"".join(lines(metadata))}</tbody></table>'
+    return f"<details><summary>Run metadata</summary>{shown}</details>"

@@ -1,25 +1,19 @@
-"""Which queries went well, which badly, and what did they find? A part of the HTML report."""
+"""The gallery of the HTML report: the best and the worst queries of both directions, with what they retrieve."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from miniclip.reports.contact_sheet import thumbnail
+from miniclip.reports.contact_sheet import safe, thumbnail
 from miniclip.reports.similarities import Similarities, best_queries, worst_queries
-from miniclip.retrieval import TIE, Searched
+from miniclip.retrieval import TIE
 
-WORST, BEST, SHOWN = 8, 4, 5  # queries of each kind, and answers of each
-SIDE = 224  # pixels of a picture's longer side
-LONGEST = 400  # letters of a caption
-
-
-def safe(text) -> str:
-    """Any text, as HTML: also one with bytes of a file name that are no UTF-8."""
-    return escape(str(text).encode("utf-8", "replace").decode())
+WORST, BEST, SHOWN = 8, 4, 5  # queries of each kind, and results per query
+SIDE = 224  # pixels of a thumbnail's longer side
+LONGEST = 400  # characters of a caption
 
 
 def shortened(text: str) -> str:
@@ -27,105 +21,95 @@ def shortened(text: str) -> str:
 
 
 def queries_section(
-    searched: dict[str, Searched],
-    alike: Similarities,
-    images: Sequence,
-    texts: Sequence[str],
-    image_of_text: np.ndarray,
+    results: dict, similar: Similarities, images: Sequence, texts: Sequence[str], image_of_text: np.ndarray
 ) -> str:
-    """The best and the worst queries of both directions. `images` are N files or handles, `texts` M captions."""
+    """The best and the worst queries of both directions, as HTML. `results` are the retrieval results, `images` N paths
+    or handles, `texts` M captions."""
     first_text = np.unique(image_of_text, return_index=True)[1]
+    names = [safe(Path(str(image)).name) for image in images]
 
     @cache
     def picture(image: int) -> str:
-        """One of the images, or what is wrong with it."""
-        file, about = images[image], shortened(texts[first_text[image]])
-        name = safe(Path(str(file)).name)
+        """An image, or the reason why it cannot be shown."""
         try:
-            return f'<img src="{thumbnail(file, SIDE)}" alt="{name}: {safe(about)}">'
-        except (ValueError, OSError) as error:  # ImageError is the former
-            return f'<div class="gone">no picture: {name}: {safe(str(error).removeprefix(f"{file}: "))}</div>'
+            about = f"{names[image]}: {safe(shortened(texts[first_text[image]]))}"
+            return f'<img src="{thumbnail(images[image], SIDE)}" alt="{about}">'
+        except (ValueError, OSError) as error:  # ImageError is a ValueError
+            return f'<div class="gone">{names[image]}: {safe(str(error).removeprefix(f"{images[image]}: "))}</div>'
 
-    of_captions = captions_part(searched["text_to_image"], alike, picture, texts, image_of_text)
-    of_images = images_part(
-        searched["image_to_text"], alike, picture, texts, [Path(str(image)).name for image in images]
-    )
+    to_image, to_text = results["text_to_image"], results["image_to_text"]
+    of_captions = caption_queries(to_image, similar, picture, texts, image_of_text)
+    of_images = image_queries(to_text, similar, picture, texts, names)
     return (
-        "<section><h2>Captions looking for their image</h2>\n" + "\n".join(of_captions)
-        + "\n</section>\n<section><h2>Images looking for a caption</h2>\n" + "\n".join(of_images) + "\n</section>"
-    )  # fmt: skip
+        "<section><h2>Text to image: captions as queries</h2>\n" + "\n".join(of_captions) + "\n</section>\n"
+        "<section><h2>Image to text: images as queries</h2>\n" + "\n".join(of_images) + "\n</section>"
+    )
 
 
-def captions_part(searched: Searched, alike: Similarities, picture: Callable, texts, image_of_text) -> Iterator[str]:
-    """Captions, and below each the pictures that it finds."""
-    margins = alike.right - alike.wrong_image
-    for title, rows in chosen(searched.ranks, margins, image_of_text):
+def caption_queries(result, similar: Similarities, picture: Callable, texts, image_of_text) -> Iterator[str]:
+    """Captions, each with the images it retrieves below."""
+    margins = similar.right - similar.wrong_image
+    for title, rows in chosen(result.ranks, margins, image_of_text):
         yield f"<h3>{title}</h3>"
         for row in rows:
-            own, rank, found = int(image_of_text[row]), searched.ranks[row], searched.found[row, :SHOWN].tolist()
-            cells = [
-                answer(picture(image), place, score, image == own)
-                for place, (image, score) in enumerate(zip(found, searched.scores[row]), 1)
-            ]
-            if own not in found:
-                cells.append(answer(picture(own), rank, alike.right[row], True))
+            own, rank, found = int(image_of_text[row]), result.ranks[row], result.found[row, :SHOWN].tolist()
+            cells = [*enumerate(zip(found, result.scores[row]), 1)]
+            cells += [] if own in found else [(rank, (own, similar.right[row]))]
+            shown = "".join(
+                f"<li{kind(image == own, place)}>{picture(image)}<p><b>{place:,}</b><span>{score:.3f}</span>"
+                f"{mark(image == own)}</p></li>"
+                for place, (image, score) in cells
+            )
             yield (
                 f'<article><h4 dir="auto">{safe(shortened(texts[row]))}</h4>'
-                f'{told(rank, len(alike.wrong_text), margins[row])}<ol class="pictures">{"".join(cells)}</ol></article>'
+                f'{verdict(rank, len(similar.wrong_text), margins[row])}<ol class="pictures">{shown}</ol></article>'
             )
 
 
-def images_part(searched: Searched, alike: Similarities, picture: Callable, texts, names: list[str]) -> Iterator[str]:
-    """Pictures, and beside each the captions that it finds."""
-    # Of an image's own captions the one that comes first, as `retrieval.first_ranks` has it.
-    best = np.array([own[np.argmax(alike.right[own] >= alike.right[own].max() - TIE)] for own in searched.relevant])
-    margins = alike.right[best] - alike.wrong_text
-    for title, rows in chosen(searched.ranks, margins, np.arange(len(best))):
+def image_queries(result, similar: Similarities, picture: Callable, texts, names: list[str]) -> Iterator[str]:
+    """Images, each with the captions it retrieves beside it."""
+    # Of an image's own captions the one that ranks first, as in `retrieval.rank_of_first_relevant`.
+    best = np.array([own[np.argmax(similar.right[own] >= similar.right[own].max() - TIE)] for own in result.relevant])
+    margins = similar.right[best] - similar.wrong_text
+    for title, rows in chosen(result.ranks, margins, np.arange(len(best))):
         yield f"<h3>{title}</h3>"
         for row in rows:
-            rank, found, text = searched.ranks[row], searched.found[row, :SHOWN].tolist(), best[row]
-            cells = [
-                sentence(texts[caption], place, score, right)
-                for place, (caption, score, right) in enumerate(zip(found, searched.scores[row], searched.hits[row]), 1)
-            ]
-            if rank > SHOWN:
-                cells.append(sentence(texts[text], rank, alike.right[text], True))
+            rank, own = result.ranks[row], best[row]
+            found = zip(result.found[row, :SHOWN].tolist(), result.scores[row], result.hits[row])
+            cells = [*enumerate(found, 1)]
+            cells += [(rank, (own, similar.right[own], True))] if rank > SHOWN else []
+            shown = "".join(
+                f'<li{kind(correct, place)}><b>{place:,}</b><p>{mark(correct)} <span dir="auto">'
+                f"{safe(shortened(texts[text]))}</span></p><span>{score:.3f}</span></li>"
+                for place, (text, score, correct) in cells
+            )
             yield (
-                f'<article class="beside">{picture(row)}<div><h4>{safe(names[row])}</h4>'
-                f'{told(rank, len(texts), margins[row])}<ol class="sentences">{"".join(cells)}</ol></div></article>'
+                f'<article class="beside">{picture(row)}<div><h4>{names[row]}</h4>'
+                f'{verdict(rank, len(texts), margins[row])}<ol class="sentences">{shown}</ol></div></article>'
             )
 
 
 def chosen(ranks: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray) -> Iterator[tuple[str, list[int]]]:
-    """Two titles, each with the queries below it."""
+    """Two titles, each with its queries."""
     worst = worst_queries(ranks, margins, image_of_query, WORST)
     best = best_queries(ranks, margins, image_of_query, BEST)
-    yield "Worst: the right answer comes last" if worst else "Worst: none, all find their right answer first", worst
-    yield "Best: the right answer leads by most" if best else "Best: none finds its right answer first", best
+    yield "Worst: the correct result ranks lowest" if worst else "Worst: none, every correct result ranks first", worst
+    yield "Best: the correct result leads by most" if best else "Best: none, no correct result ranks first", best
 
 
-def told(rank: int, gallery: int, margin: float) -> str:
+def verdict(rank: int, gallery: int, margin: float) -> str:
     """A query's outcome in words."""
     if rank > 1:
-        return f'<p class="verdict">right answer at rank <b>{rank:,}</b> of {gallery:,}</p>'
+        return f'<p class="verdict">correct result at rank <b>{rank:,}</b> of {gallery:,}</p>'
     lead = f", {max(margin, 0):.3f} ahead of the best wrong one" if math.isfinite(margin) else "; there is no wrong one"
-    return f'<p class="verdict">right answer <b>first</b>{lead}</p>'
+    return f'<p class="verdict">correct result <b>first</b>{lead}</p>'
 
 
-def answer(picture: str, place: int, score: float, right: bool) -> str:
-    """A picture found. The right one has a frame, and says so too."""
-    mark = '<span class="yes">✓ right</span>' if right else ""
-    return f"<li{kind(right, place)}>{picture}<p><b>{place:,}</b><span>{score:.3f}</span>{mark}</p></li>"
+def mark(correct: bool) -> str:
+    return '<span class="yes">✓ correct</span>' if correct else ""
 
 
-def sentence(text: str, place: int, score: float, right: bool) -> str:
-    """A caption found, likewise."""
-    mark = '<span class="yes">✓ right</span> ' if right else ""
-    said = f'<p>{mark}<span dir="auto">{safe(shortened(text))}</span></p>'
-    return f"<li{kind(right, place)}><b>{place:,}</b>{said}<span>{score:.3f}</span></li>"
-
-
-def kind(right: bool, place: int) -> str:
-    """For the style sheet."""
-    names = [name for name, so in (("right", right), ("apart", place > SHOWN)) if so]
+def kind(correct: bool, place: int) -> str:
+    """Classes for the style sheet."""
+    names = [name for name, so in (("right", correct), ("apart", place > SHOWN)) if so]
     return f' class="{" ".join(names)}"' if names else ""

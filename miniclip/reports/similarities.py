@@ -1,8 +1,7 @@
-"""How much more alike are a picture and its caption than a picture and another's?
+"""Cosines of matching pairs and of all others: histograms, ROC AUC, probabilities, chance, best and worst queries.
 
-All pairs are scored, a block of captions at a time, and only sums and counts of them are kept: the whole matrix of
-5,000 pictures and 25,000 captions would be half a gigabyte. From ranks come the recall at every depth, and the queries
-that went best and worst. Plain numpy arrays in and out, as in `retrieval.py`.
+All pairs are scored a block at a time, and only sums and counts are kept: the matrix of 5,000 images and 25,000
+captions would take half a gigabyte. Plain numpy arrays in and out, as in `retrieval.py`.
 """
 
 from typing import NamedTuple
@@ -13,24 +12,26 @@ BINS = 2000  # of the cosine, from -1 to 1: each is 0.001 wide
 
 
 class Similarities(NamedTuple):
-    """What `similarities` gives, of N images and M captions."""
+    """What `similarities` returns for N images and M captions."""
 
-    right: np.ndarray  # (M,) float32: the cosine of each caption and its image
-    wrong_image: np.ndarray  # (M,) float32: that of each caption and the nearest wrong image; -inf: there is none
-    wrong_text: np.ndarray  # (N,) float32: that of each image and the nearest wrong caption; -inf: there is none
-    matching: np.ndarray  # (BINS,) int64: how many of the M matching pairs have a cosine in each bin
-    others: np.ndarray  # (BINS,) int64: the same of the N x M - M others
-    means: tuple[float, float]  # of matching pairs and of others; NaN where there are none
-    p_right: np.ndarray | None  # (M,): what a softmax over the images gives to the right one, where a scale was given
-    p_first: np.ndarray | None  # (M,): what it gives to the image that comes first
+    right: np.ndarray  # (M,) float32: cosine of each caption and its image
+    wrong_image: np.ndarray  # (M,) float32: cosine of each caption and its nearest wrong image; -inf if there is none
+    wrong_text: np.ndarray  # (N,) float32: cosine of each image and its nearest wrong caption; -inf if there is none
+    matching: np.ndarray  # (BINS,) int64: number of the M matching pairs in each bin
+    others: np.ndarray  # (BINS,) int64: number of the N x M - M other pairs in each bin
+    means: tuple[float, float]  # of matching pairs and of others; NaN if there are none
+    p_right: np.ndarray | None  # (M,): softmax probability of the correct image, where a scale was given
+    p_first: np.ndarray | None  # (M,): softmax probability of the image that ranks first
 
 
 def similarities(
     image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, scale: float | None = None, memory: int = 1 << 25
 ) -> Similarities:
-    """Scores all pairs of N images (N, E) and M captions (M, E), as many captions at a time as have their scores in
-    `memory`, in bytes (a few times that is needed). Float32 of unit length; caption m belongs to image
-    `image_of_text[m]`. `scale` is what the model multiplies cosines with before its softmax."""
+    """Scores all pairs of N images (N, E) and M captions (M, E), float32 of unit length.
+
+    Caption m belongs to image `image_of_text[m]`. `scale` is the logit scale of the softmax. A block of scores takes
+    `memory` bytes; the peak is a few times that.
+    """
     image_of_text = np.asarray(image_of_text)
     n, m = len(image_embeds), len(text_embeds)
     right, wrong_image, wrong_text = np.empty(m, np.float32), np.empty(m, np.float32), np.full(n, -np.inf, np.float32)
@@ -45,8 +46,7 @@ def similarities(
         counts += histogram(scores)
         total += scores.sum(dtype=np.float64)
         if scale is not None:
-            odds = scores - scores.max(1, keepdims=True)  # to the first one's: nothing overflows
-            odds = np.exp(np.multiply(odds, scale, out=odds), out=odds)
+            odds = np.exp((scores - scores.max(1, keepdims=True)) * scale)  # relative to the first: no overflow
             p_first[rows] = 1 / odds.sum(1, dtype=np.float64)
             p_right[rows] = odds[own] * p_first[rows]
         scores[own] = -np.inf
@@ -58,36 +58,35 @@ def similarities(
 
 
 def histogram(cosines: np.ndarray) -> np.ndarray:
-    """How many cosines are in each bin, (BINS,) int64. Bin b begins at 2 b / BINS - 1; what rounding puts beyond 1 or
-    -1 is in the last or the first."""
-    places = cosines * np.float32(BINS / 2)
-    places += np.float32(BINS / 2)
-    return np.bincount(places.clip(0, BINS - 1, out=places).astype(np.int32).ravel(), minlength=BINS)
+    """The number of cosines in each bin, (BINS,) int64. Bin b begins at 2 b / BINS - 1; values that rounding puts
+    beyond -1 or 1 count in the first or last bin."""
+    places = (cosines * np.float32(BINS / 2) + np.float32(BINS / 2)).clip(0, BINS - 1)
+    return np.bincount(places.astype(np.int32).ravel(), minlength=BINS)
 
 
-def ordered_right(matching: np.ndarray, others: np.ndarray) -> float:
-    """How often a matching pair has the higher cosine of the two, if one of each is drawn: the area under the ROC
-    curve, from histograms. Within a bin they are taken as equal, and equal counts half."""
+def roc_auc(matching: np.ndarray, others: np.ndarray) -> float:
+    """The area under the ROC curve, from histograms: how often the matching one of two random pairs has the higher
+    cosine. Pairs in the same bin count half."""
     below = others.cumsum() - others / 2
     return float((matching * below).sum() / (matching.sum() * others.sum()))
 
 
 def overlap(matching: np.ndarray, others: np.ndarray) -> float:
-    """The share of their area that two histograms have in common when both are drawn with an area of 1."""
+    """The area that two histograms share when each is scaled to an area of 1."""
     return float(np.minimum(matching / matching.sum(), others / others.sum()).sum())
 
 
 def recall_curve(ranks: np.ndarray, ks) -> np.ndarray:
-    """The share of queries whose right answer is among the first K, for each K."""
+    """R@K for each K: the share of queries whose first relevant result is among the first K."""
     return np.searchsorted(np.sort(ranks), ks, side="right") / len(ranks)
 
 
 def chance_curve(gallery: int, n_relevant: np.ndarray) -> np.ndarray:
-    """The same for K from 1 to `gallery` if the order were drawn by lot, (gallery,). `n_relevant` (Q,) has how many
-    answers are right for each query."""
+    """R@K of a random order, for K from 1 to `gallery`: (gallery,). `n_relevant` (Q,) counts each query's relevant
+    results."""
     ks, missed = np.arange(1, gallery + 1), np.zeros(gallery)
     for n, queries in zip(*np.unique(n_relevant, return_counts=True)):
-        none = np.ones(gallery)  # the chance that none of n right answers is among the first K
+        none = np.ones(gallery)  # the probability that none of n relevant results is among the first K
         for j in range(min(n, gallery)):
             none *= np.maximum(gallery - ks - j, 0) / (gallery - j)
         missed += none * queries
@@ -95,23 +94,19 @@ def chance_curve(gallery: int, n_relevant: np.ndarray) -> np.ndarray:
 
 
 def worst_queries(ranks: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray, most: int) -> list[int]:
-    """The queries whose right answer comes last, of different images, none whose right answer comes first. Among equal
-    ranks those come first that the wrong answer beats by the most."""
+    """The queries with the lowest rank, at most one per image, none that rank first. Equal ranks: lowest margin
+    first."""
     order = np.lexsort((np.arange(len(ranks)), margins, -ranks))
-    return _of_different_images(order[ranks[order] > 1], image_of_query, most)
+    return _one_per_image(order[ranks[order] > 1], image_of_query, most)
 
 
 def best_queries(ranks: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray, most: int) -> list[int]:
-    """The queries whose right answer comes first with the largest margin, of different images. A margin is the cosine
-    of the best right answer less that of the best wrong one."""
+    """The queries that rank first with the largest margin, at most one per image. A margin is the cosine of the best
+    correct result minus that of the best wrong one."""
     order = np.lexsort((np.arange(len(ranks)), -margins))
-    return _of_different_images(order[ranks[order] == 1], image_of_query, most)
+    return _one_per_image(order[ranks[order] == 1], image_of_query, most)
 
 
-def _of_different_images(queries: np.ndarray, image_of_query: np.ndarray, most: int) -> list[int]:
-    first = {}
-    for query in queries:
-        if len(first) == most:
-            break
-        first.setdefault(int(image_of_query[query]), int(query))
-    return list(first.values())
+def _one_per_image(queries: np.ndarray, image_of_query: np.ndarray, most: int) -> list[int]:
+    first = np.sort(np.unique(image_of_query[queries], return_index=True)[1])
+    return queries[first[:most]].tolist()

@@ -1,15 +1,12 @@
 """The output folder of a run: locked while the run lasts, cleared or resumed, with its metadata, log and curves."""
 
-import dataclasses
-import json
 import logging
 from contextlib import ExitStack
 from pathlib import Path
 
-from miniclip.datasets.fingerprint import fingerprint
 from miniclip.run.checkpoints import checkpoints, clean, start_anew
+from miniclip.run.metadata import RECORD, training_metadata
 from miniclip.run.progress import check_reporters, watch
-from miniclip.run.record import RECORD, record_of
 from miniclip.utils.bad_samples import NAME, BadSamples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import lock, write_json
@@ -20,7 +17,7 @@ class Run:
 
         with Run(argv, options, args) as run:
             ...                                  # `run.bad_samples` collects what is skipped
-            trainer = RunTrainer(..., record=run.record(...))
+            trainer = RunTrainer(..., record=run.metadata(...))
             trainer.train(run.start(trainer))    # clears or resumes, and begins to log
             run.finish(trainer)
 
@@ -52,21 +49,10 @@ class Run:
         if self.args.process_index == 0:
             self.stack.enter_context(lock(self.folder))
 
-    def record(self, model, records, eval_records, arithmetic: str) -> dict:
-        """The run's metadata, kept in its folder and its checkpoints and compared when it is resumed."""
-        args, options = self.args, self.options
-        plain = {name: v for name, v in args.to_dict().items() if isinstance(v, (str, int, float, bool, list))}
-        # A stream has no index: what has been read of it depends on how many read it.
-        readers = {"readers": args.world_size * max(1, args.dataloader_num_workers)} if options.streaming else {}
-        pairs = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        return record_of(["train.py", *self.argv], args.device) | readers | {
-            "model": json.loads(json.dumps(model.config.to_dict())),
-            "data": fingerprint(options.train_file, records),
-            "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,
-            "seed": args.seed, "pairs_per_step": pairs, "processes": args.world_size,
-            "arithmetic": arithmetic if args.fast else "plain",
-            "options": dataclasses.asdict(options), "arguments": plain,
-        }  # fmt: skip
+    def metadata(self, model, records, eval_records, arithmetic: str) -> dict:
+        """What is run, kept in the folder and its checkpoints and compared when the run is resumed."""
+        arithmetic = arithmetic if self.args.fast else "plain"
+        return training_metadata(self.argv, self.options, self.args, model, records, eval_records, arithmetic)
 
     def start(self, trainer):
         """Clears what is left of an earlier run, writes the metadata and begins to log. Returns the checkpoint to

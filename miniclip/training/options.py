@@ -16,24 +16,17 @@ FREEZE = "none; tower: all but the projection; all; all_but_N: all but the last 
 class TrainOptions:
     """Trains or fine-tunes a CLIP model. Writes the model, checkpoints, log.jsonl and curves.png to --output_dir.
 
-    model_config: str | None = option(
-        None, "a name from model_configs/, a config .json, or a folder saved by MiniCLIP (whose weights are taken too)"
-    )
-    pretrained: str | None = option(None, "weights to start from: OpenCLIP, OpenAI, TinyCLIP, Hugging Face, MiniCLIP")
-    train_file: str | None = option(
-        None,
-        "captions: .json, .jsonl, .csv, .tsv, shards/{000..123}.tar, a folder of images with texts, hf:NAME[:SPLIT], "
-        ".parquet; several with :: (docs/datasets.md)",
-    )
-    eval_file: str | None = option(None, "the same for evaluation; without it nothing is measured")
-    image_root: str | None = option(None, "folder that image paths start from; the caption file's own unless given")
-    eval_image_root: str | None = option(None, "the same for eval_file, where it is another one")
-    image_column: str | None = option(
-        None, "column of the images where it is not to be guessed (OpenCLIP: --csv-img-key); the separator is found"
-    )
-    caption_column: str | None = option(None, "the same for the captions (OpenCLIP: --csv-caption-key)")
-    max_train_samples: int | None = option(None, "only the first so many records of train_file")
-    train_num_samples: int | None = option(None, "samples that make an epoch, drawn with replacement")
+    example:
+      python train.py --model ViT-S-28-112 --train_file train.json --eval_file eval.json --output_dir runs/mine
+    """
+
+    model: str | None = option(None, HELP["model"] + "; a folder's weights are loaded too")
+    pretrained: str | None = option(None, HELP["pretrained"])
+    train_file: str | None = option(None, HELP["eval_file"])
+    eval_file: str | None = option(None, "evaluation data, in the same forms; without it nothing is measured")
+    image_root: list[str] | None = option(None, HELP["image_root"] + "; a second one is for eval_file", metavar="DIR")
+    columns: list[str] | None = option(None, HELP["columns"], metavar="NAME")
+    train_num_samples: int | None = option(None, "samples per epoch, drawn with replacement")
     train_data_upsampling_factors: str | None = option(
         None,
         "how often each of several :: sources occurs in an epoch, 1::2.5; with train_num_samples, how likely it is",

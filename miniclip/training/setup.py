@@ -27,7 +27,7 @@ def read_data(options, args, bad_samples: BadSamples):
     how = ReadOptions(roots[0], *columns, on_bad, bad_samples, outside)
     try:
         if options.streaming:
-            make_dataset = StreamDataset.opened(options.train_file, args, options.train_num_samples, how)
+            make_dataset = StreamDataset.opened(options.train_file, args, how, num_samples=options.train_num_samples)
         else:
             # A frozen tower sees all images at once, before the first step.
             how_train = replace(how, check_handles=options.frozen[0] != "none")

@@ -1,8 +1,7 @@
-"""How is a data set read that is too large to be here?
+"""Streams: training data too large to be here, read from the first sample to the last.
 
-As a stream, from its first sample to its last, by Hugging Face datasets: each worker of each process reads a share of
-its own, and a buffer shuffles what comes. There is no index, so that nothing can be looked up, drawn with replacement
-or evaluated on.
+Hugging Face datasets does the reading: each worker of each process reads a share of its own, and a buffer shuffles the
+samples. There is no index, so nothing can be looked up, drawn with replacement or evaluated on.
 """
 
 import inspect
@@ -12,70 +11,53 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset
 
-from miniclip.data import MAX_BAD, CaptionDataset
-from miniclip.datasets.records import check_captions
+from miniclip.datasets.records import ReadOptions, check_captions
 from miniclip.datasets.shards import captions_in
-from miniclip.datasets.tables import cell_bytes, load_table, table_image_root
-from miniclip.datasets.text_files import _columns
+from miniclip.datasets.tables import Cell, load_table, table_root
+from miniclip.datasets.text_files import find_columns
+from miniclip.training.dataset import MAX_BAD, RunDataset
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError
 
-BUFFER = 1000  # samples that wait to be drawn from, in each worker
+BUFFER = 1000  # samples to draw from, in each worker
 
 
-class StreamImage:
-    """An image that a stream brought. `read` gives its bytes, `str` its name."""
+class StreamDataset(RunDataset):
+    """Pairs for training from a Hugging Face IterableDataset, with captions and crops drawn as by a RunDataset.
 
-    def __init__(self, cell, name: str, root):
-        self.cell, self.name, self.root = cell, name, root
-
-    def read(self) -> bytes:
-        """The image file as it was stored. Raises ImageError."""
-        return cell_bytes(self.cell, self.root, self.name)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-class StreamDataset(CaptionDataset):
-    """Pairs for training from a Hugging Face IterableDataset; captions and crops drawn as a CaptionDataset draws them.
-
-    The stream is read pass after pass, in another order each: of its files, and within a buffer. In a pass the workers
-    of all processes together meet every sample exactly once. Each goes on to its next pass when its share is at an end.
-    Without `num_samples` it never ends, and `max_steps` ends the training. With `num_samples` an epoch is as many
-    samples of all processes together, and each epoch begins a new pass. What cannot be used is reported, counted in
-    `bad`, and passed over, unless `on_bad` is "stop".
+    The stream is read pass after pass, each in another order: of its files, and within a buffer. In a pass the workers
+    of all processes together read every sample exactly once; each starts its next pass when its share ends. Without
+    `num_samples` it never ends, and `max_steps` ends the training. With `num_samples` an epoch is that many samples of
+    all processes together, and starts a new pass. Bad samples are reported, counted in `bad`, and skipped, unless
+    `on_bad` is "stop".
     """
 
     def __init__(self, stream, columns: tuple[str, str], num_samples, spec, root, preprocess, seed=0, **kwargs):
         super().__init__((), preprocess, seed, **kwargs)
         self.columns, self.num_samples, self.spec, self.root = columns, num_samples, spec, root
-        # One file after the other: newer versions would read ten at once, in threads, and wait five seconds for those
-        # at the end of each pass.
+        # One file at a time: newer versions would read ten at once, in threads, and wait five seconds for those at the
+        # end of each pass.
         single = {"max_buffer_input_shards": 1}
         known = inspect.signature(stream.shuffle).parameters
         self.stream = stream.shuffle(seed=seed, buffer_size=BUFFER, **single if single.keys() <= known.keys() else {})
 
     @classmethod
-    def opened(
-        cls, spec: str, args, num_samples: int | None, image_column=None, caption_column=None, image_root=None,
-        allow_outside: bool = False,
-    ):  # fmt: skip
-        """Opens hf:NAME, .parquet or .arrow; gives what makes the dataset of it, called like CaptionDataset with None
-        for the records. Raises InputError for what cannot be streamed."""
-        if "::" in spec:
-            raise InputError(f"{spec}: one source can be streamed, not several")
+    def opened(cls, source: str, args, options: ReadOptions = ReadOptions(), *, num_samples: int | None = None):
+        """Opens hf:NAME, .parquet or .arrow. Returns a function that makes the dataset, called like RunDataset with
+        None for the records. Raises InputError for a source that cannot be streamed."""
+        if "::" in source:
+            raise InputError(f"{source}: one source can be streamed, not several")
         if num_samples is None and args.max_steps <= 0:
-            raise InputError(f"{spec}: a stream has no end: say --max_steps, or --train_num_samples for an epoch")
-        stream = load_table(spec, streaming=True)
+            raise InputError(f"{source}: a stream has no end: give --max_steps, or --train_num_samples per epoch")
+        stream = load_table(source, streaming=True)
         names = stream.column_names or list(next(iter(stream), {}))
-        columns = _columns(names, image_column, caption_column, spec)
+        columns = find_columns(names, options, source)
         import datasets
 
         if stream.features is None or isinstance(stream.features.get(columns[0]), datasets.Image):
             stream = stream.cast_column(columns[0], datasets.Image(decode=False))
-        stream, root = stream.select_columns(list(columns)), table_image_root(spec, image_root, allow_outside)
-        return lambda records, *more, **kwargs: cls(stream, columns, num_samples, spec, root, *more, **kwargs)
+        stream, root = stream.select_columns(list(columns)), table_root(source, options)
+        return lambda records, *more, **kwargs: cls(stream, columns, num_samples, source, root, *more, **kwargs)
 
     def __len__(self) -> int:
         if self.num_samples is None:
@@ -83,37 +65,36 @@ class StreamDataset(CaptionDataset):
         return self.num_samples
 
     def sampler(self, args):
-        """None: a stream comes in its own order."""
+        """Returns None: a stream has its own order."""
 
     def label(self, row) -> dict:
-        """Where in the stream a sample is: it cannot be looked up."""
+        """Returns the place of a sample in the stream: it cannot be looked up."""
         turn, reader, number = map(int, row)
         return {"record": f"{self.spec}: sample {number} of reader {reader}, pass {turn}"}
 
     def share(self, reader: int, readers: int, number: int | None = None):
-        """The items of one of several readers: `number` of them, pass after pass, or without end."""
+        """Yields the items of one of several readers: `number` of them, pass after pass, or without end."""
         passes = (self.one_pass(reader, readers, turn) for turn in itertools.count())
         return itertools.islice(itertools.chain.from_iterable(passes), number)
 
     def one_pass(self, reader: int, readers: int, turn: int = 0):
-        """The items of one of several readers in one pass of this epoch."""
+        """Yields the items of one of several readers in one pass of this epoch."""
         from datasets.distributed import split_dataset_by_node
 
-        whole = self.stream.num_shards >= readers  # whole files each; else each reads all, and keeps every n-th sample
-        how = ("shards" if whole else "examples",)
-        if "strategy" not in inspect.signature(split_dataset_by_node).parameters:
-            how = ()  # older versions choose alike
-        part = split_dataset_by_node(self.stream, reader, readers, *how)
+        # Whole files each if there are enough of them; else each reads all, and keeps every n-th sample.
+        strategy = "shards" if self.stream.num_shards >= readers else "examples"
+        known = "strategy" in inspect.signature(split_dataset_by_node).parameters  # older versions choose the same
+        part = split_dataset_by_node(self.stream, reader, readers, *[strategy] * known)
         part.set_epoch(10_000 * self.epoch.item() + turn)
         number, bad = -1, 0  # bad ones in a row
-        # In batches, since the library would split the plain iteration once more between workers, by files.
+        # In batches, because the library would split plain iteration between workers again, by files.
         samples = (dict(zip(batch, row)) for batch in part.iter(16) for row in zip(*batch.values()))
         for number, sample in enumerate(samples):
             row = self.note(turn, reader, number)
             name = self.label(row)["record"]
             try:
                 captions = check_captions(captions_in(sample[self.columns[1]]), name)
-                record = {"image": StreamImage(sample[self.columns[0]], name, self.root), "caption": captions}
+                record = {"image": Cell(sample[self.columns[0]], name, self.root), "caption": captions}
                 item = self.draw(record, self.rng(f"{turn} {reader} {number}"))
             except (ImageError, InputError) as error:
                 if self.on_bad == "stop":
@@ -126,31 +107,31 @@ class StreamDataset(CaptionDataset):
             bad = 0
             yield item | {"row": row}
         if number < 0:
-            raise InputError(f"{self.spec}: nothing in a whole pass for reader {reader}: take fewer workers")
+            raise InputError(f"{self.spec}: a whole pass has no sample for reader {reader}: use fewer workers")
         if bad > number:
-            raise InputError(f"{self.spec}: nothing in a whole pass for reader {reader} can be used")
+            raise InputError(f"{self.spec}: a whole pass has no usable sample for reader {reader}")
 
     def dataloader(self, args, collate) -> DataLoader:
-        """What the Trainer iterates over: the batches of this process."""
+        """Returns the batches of this process, for the Trainer."""
         share = Share(self, args.process_index, args.world_size, args.per_device_train_batch_size)
         workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         if args.dataloader_num_workers:
             workers |= {"persistent_workers": args.dataloader_persistent_workers,
                         "prefetch_factor": args.dataloader_prefetch_factor}  # fmt: skip
         loader = DataLoader(share, args.per_device_train_batch_size, collate_fn=collate, drop_last=True, **workers)
-        # accelerate would read the whole stream in process 0 and send the batches round, or read all of it in each and
-        # throw away the others' batches. It only needs to know that this is the loader.
+        # accelerate would read the whole stream in process 0 and send the batches around, or in each process and drop
+        # the others' batches. It only needs to know that this is the loader.
         return prepare_data_loader(loader, args.device, 1, 0, put_on_device=True, dispatch_batches=False)
 
 
 class Share(IterableDataset):
-    """What one process reads of a StreamDataset; its length that of an epoch."""
+    """One process's share of a StreamDataset, as long as its share of an epoch."""
 
     def __init__(self, dataset: StreamDataset, rank: int, ranks: int, batch_size: int):
         self.dataset, self.rank, self.ranks, self.batch_size = dataset, rank, ranks, batch_size
 
     def set_epoch(self, epoch: int):
-        """Nothing: the trainer tells the dataset itself."""
+        """Does nothing: the trainer sets the epoch of the dataset itself."""
 
     def __len__(self) -> int:
         return len(self.dataset) // (self.ranks * self.batch_size) * self.batch_size
@@ -161,5 +142,5 @@ class Share(IterableDataset):
         number = None
         if self.dataset.num_samples is not None:  # the loader takes a batch of each worker in turn
             number = (len(self) // self.batch_size - worker + workers - 1) // workers * self.batch_size
-        # Readers of one process lie apart by the number of processes, so that with unequal shares no process is behind.
+        # Readers of one process are `ranks` apart, so that with unequal shares no process falls behind.
         return iter(self.dataset.share(worker * self.ranks + self.rank, workers * self.ranks, number))

@@ -49,6 +49,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         train_dataset: RunDataset | None = None,
         *,
         preprocess,
+        tokenizer,
         evaluator: Evaluator | None = None,
         lr_scale: Callable[[str], float] | None = None,
         ema: MiniClip | None = None,
@@ -57,21 +58,21 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         self.sharded = uses_fsdp(args)
         # FSDP counts on every block being called as a whole.
         wrap_towers(model, preprocess.normalize, args.grad_cache_chunk_size, args.fast and not self.sharded)
-        for tower in (model.visual, model.text):
-            learning = (p for p in tower.parameters() if p.requires_grad)
-            if not tower.uses_all_parameters and set(learning) - set(tower.projection.parameters()):
-                args.ddp_find_unused_parameters = True
+        if model.visual.may_skip_parameters or model.text.may_skip_parameters:
+            args.ddp_find_unused_parameters = True
         moving = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
         if args.grad_cache_chunk_size and any(moving):
             raise InputError(
                 "grad_cache_chunk_size: a BatchNorm that learns takes its statistics from a chunk, not from the batch."
                 " Leave it out, or freeze the image tower or all but its last blocks"
             )
-        self.lr_scale, self.ema = lr_scale, ema
+        self.tokenizer, self.lr_scale, self.ema = tokenizer, lr_scale, ema
         self.measured_by = evaluator
         if evaluator is not None:
             check_metric(args, evaluator)
-        super().__init__(model, args, train_dataset, evaluator=evaluator and self.measure, **kwargs)
+        super().__init__(
+            model, args, train_dataset, tokenizer=tokenizer, evaluator=evaluator and self.measure, **kwargs
+        )
         if self.sharded:
             prepare_fsdp(self)
         self.add_callback(ReportBadSamples(train_dataset))

@@ -12,8 +12,6 @@ and as a picture. It costs no training:
 """
 
 import copy
-import math
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -22,7 +20,6 @@ from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.evaluator import Tasks
 from miniclip.inference.fast import inference_copy
 from miniclip.model import MiniClip
-from miniclip.reports.charts import CHART, GREEN, GREY, GRID, INK, LINES, MARGIN, WIDTH, Page, ticks
 from miniclip.weights.interpolate import check_same, interpolate
 
 ALPHAS = [number / 10 for number in range(11)]
@@ -78,72 +75,3 @@ def format_sweep(found: list[dict]) -> str:
         shares = [entry[task][metric] for task in ("new", "old") for metric in COLUMNS]
         rows.append([f"{entry['alpha']:g}", *(f"{100 * share:.1f}" for share in (*shares, entry["mean"]))])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def draw_sweep(path: str | Path, found: list[dict], title: str):
-    """Draws a sweep into a .png: the recall of the new task over that of the old one, each alpha a dot, and both over
-    alpha. `found` is what `sweep` gives, for the tasks "new" and "old"."""
-    page = Page(MARGIN + 44 + CHART + 100 + MARGIN)
-    page.text(MARGIN, MARGIN - 8, page.wrap(title, 22, WIDTH - 2 * MARGIN, 1)[0], 22)
-    width, top = (WIDTH - 3 * MARGIN) / 2, MARGIN + 44
-    new, old = ([entry[task]["mean_recall"] for entry in found] for task in ("new", "old"))
-    names = ("mean recall, old task", "mean recall, new task")
-    place = draw_axes(page, MARGIN, top, width, CHART + 100, "What is gained, and what is kept", *names, old, new)
-    page.line([place(*point) for point in zip(old, new)], LINES[0], 2)
-    for entry, *point in zip(found, old, new):
-        x, y = place(*point)
-        page.dot(x, y, 4, GREEN if entry["alpha"] == best(found) else LINES[0])
-        page.text(x + 7, y - 7, f"{entry['alpha']:g}", 11, GREY)
-    alphas = [entry["alpha"] for entry in found]
-    left = 2 * MARGIN + width
-    place = draw_axes(
-        page, left, top, width, CHART + 100, "Over alpha: 0 is before, 1 after fine-tuning", "alpha", "mean recall",
-        [0, 1], [*new, *old], percent=False,
-    )  # fmt: skip
-    legend = left + width - 190
-    for name, color, recalls in (("new task", LINES[0], new), ("old task", LINES[1], old)):
-        line = [place(*point) for point in zip(alphas, recalls)]
-        page.line(line, color, 2)
-        for point in line:
-            page.dot(*point, 2.5, color)
-        page.line([(legend, top + 21), (legend + 14, top + 21)], color, 3)
-        legend = page.text(legend + 20, top + 14, name, 12) + 22
-    page.save(path)
-
-
-def draw_axes(
-    page: Page, x: float, y: float, w: float, h: float, title: str, x_name: str, y_name: str, xs: list, ys: list,
-    percent: bool = True,
-):  # fmt: skip
-    """Draws a frame with axes for points (xs, ys), shares of 1, and gives the function from such a point to its place
-    on the page. Without `percent` the numbers along the x axis are plain ones."""
-    left, top, right, bottom = x + 62, y + 66, x + w - 24, y + h - 48
-    page.frame(x, y, w, h, GRID, 1)
-    page.text(x + 16, y + 12, title, 15)
-    x_ticks, y_ticks = axis(xs), axis(ys)
-
-    def place(across: float, up: float) -> tuple[float, float]:
-        along = [(value - t[0]) / (t[-1] - t[0]) for value, t in ((across, x_ticks), (up, y_ticks))]
-        return left + (right - left) * along[0], bottom - (bottom - top) * along[1]
-
-    for value in y_ticks:
-        level = place(x_ticks[0], value)[1]
-        page.line([(left, level), (right, level)], GREY if value == y_ticks[0] else GRID)
-        page.text(left - 8, level - 7, f"{100 * value:.3g}%", 11, GREY, align=1)
-    for value in x_ticks:
-        across = place(value, y_ticks[0])[0]
-        page.line([(across, bottom), (across, bottom + 4)], GREY)
-        page.text(across, bottom + 7, f"{100 * value:.3g}%" if percent else f"{value:g}", 11, GREY, align=0.5)
-    page.text((left + right) / 2, bottom + 25, x_name, 11, INK, align=0.5)
-    page.text(left - 8, top - 22, y_name, 11, INK)
-    return place
-
-
-def axis(values: list[float]) -> list[float]:
-    """Round numbers that span the values, from 0 unless they all lie in the upper half."""
-    low, high = min(values), max(max(values), min(values) + 1e-6)
-    if low < 0.5 * high:
-        return [round(tick, 9) for tick in ticks(high)]
-    gap = ticks(high - low)[1]
-    first = math.floor(low / gap + 1e-9)
-    return [round(gap * number, 9) for number in range(first, math.ceil(high / gap - 1e-9) + 1)]

@@ -1,4 +1,4 @@
-"""What was left out, and why? Each sample that could not be used becomes a line of a file, `bad_samples.jsonl`:
+"""The list of bad samples: each one that cannot be used becomes a line of `bad_samples.jsonl`.
 
 {"sample": "captions.json: record 3", "reason": "rex.jpg: damaged (...)", "when": "before the start"}
 """
@@ -17,18 +17,18 @@ START = "before the start"
 
 
 class BadSamples:
-    """The list of what was left out. Kept in memory until `open` says where it goes; from then on each sample is
-    appended by one write to a file opened for appending, so that lines of several processes do not mix."""
+    """A list of bad samples, kept in memory until `open` names its file. From then on each sample is appended by one
+    write to a file opened for appending, so that lines of several processes do not mix."""
 
     def __init__(self):
         self.waiting, self.path = [], None
 
     def __len__(self) -> int:
-        """How many lines there are, of all processes."""
+        """Returns the number of lines, of all processes."""
         return len(_lines(self.path)) if self.path else len(self.waiting)
 
     def add(self, sample: str, reason: str, when: str = START):
-        """Lists a sample by its name, what is wrong with it, and when it was met."""
+        """Adds a sample: its name, what is wrong with it, and when that was found."""
         line = json.dumps({"sample": str(sample), "reason": str(reason), "when": when})
         if self.path is None:
             self.waiting.append(line)
@@ -40,8 +40,8 @@ class BadSamples:
             os.close(handle)
 
     def open(self, path: str | Path, write: bool = True, go_on: bool = False):
-        """Names the file. With `write`, which one process says, it gets what waits, and what an earlier run left in it
-        is dropped; with `go_on`, kept. Without anything to list there is no file."""
+        """Names the file. With `write`, which one process passes, the samples listed so far go into it; lines of an
+        earlier run are dropped, or kept with `go_on`. There is no file as long as there is nothing to list."""
         self.path, waiting, self.waiting = Path(path), self.waiting, []
         if write:
             lines = dict.fromkeys([*(_lines(self.path) if go_on else ()), *waiting])
@@ -52,23 +52,24 @@ class BadSamples:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a list; one that a full disk cut off is none."""
+    """Returns the lines of a list, without one that a full disk cut off."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return [line for line in text.split("\n") if line.endswith("}")]
 
 
-def leave_out(
+def raise_or_skip(
     source, what: str, problems: list[tuple[str, str]], left: int, prefix: str, on_bad: str,
-    bad_samples: BadSamples | None = None, none_left: str = "no record would be left",
+    bad_samples: BadSamples | None = None, none_left: str = "no records",
 ):  # fmt: skip
-    """What is done about the bad samples of a source, (name, reason) each, where `left` others are sound: all are named
-    in a CaptionFileError, or with on_bad="skip" in a warning, and listed with `prefix` before their names."""
+    """Reports the bad samples of a source, (name, reason) each, where `left` others are good: raises a CaptionFileError
+    that names them all, or with on_bad="skip" warns of them and adds them to `bad_samples`, `prefix` before each name.
+    """
     if not problems:
         return
     report = "\n".join([f"{source}: {what}:", *(f"  {name}: {reason}" for name, reason in problems)])
     if on_bad != "skip" or not left:
-        way_out = ", or go on without them by --on_bad_sample skip" if left else f"; {none_left}"
-        raise CaptionFileError(f"{report}\nMend or remove them{way_out}.")
+        way_out = ", or skip them with --on_bad_sample skip" if left else f"; skipping them would leave {none_left}"
+        raise CaptionFileError(f"{report}\nFix or remove them{way_out}.")
     warnings.warn(f"{report}\nThe other {left} are used.", stacklevel=4)
     for name, reason in problems if bad_samples is not None else ():
         bad_samples.add(f"{prefix}{name}", reason)
@@ -79,9 +80,9 @@ _repr.maxstring = _repr.maxother = 60
 
 
 def short(value) -> str:
-    """The beginning of a value, for messages. Of one that is deep or long, `str` would fail or take gigabytes."""
+    """Returns the beginning of a value, for messages: `str` of a deep or long one would fail or take gigabytes."""
     return _repr.repr(value)[:60]
 
 
 class CaptionFileError(InputError):
-    """A caption file that cannot be used as it is; lists its bad records."""
+    """A caption file that cannot be used as it is. Lists its bad records."""

@@ -33,7 +33,7 @@ FLAGS = {  # flags that mean the same in every command, as arguments of add_argu
     "model": {"help": "a folder saved by MiniCLIP, the name of a config, or a config .json"},
     "pretrained": {"help": "weights for a config: OpenCLIP, OpenAI, TinyCLIP, Hugging Face or MiniCLIP"},
     "eval_file": {"help": "captions: .json, .jsonl, .csv, .tsv, shards/{000..123}.tar, a folder of images with texts, "
-                  "hf:NAME[:SPLIT], .parquet; several with ::, the first N records with [:N] (docs/data.md)"},
+                  "hf:NAME[:SPLIT], .parquet; several with ::, the first N records with [:N] (docs/datasets.md)"},
     "image_root": {"help": "folder that image paths are relative to (default: the caption file's folder)"},
     "columns": {"nargs": 2, "metavar": ("IMAGE", "CAPTION"), "help": "names of the image and the caption column, if "
                 "they cannot be guessed (OpenCLIP: --csv-img-key and --csv-caption-key)"},
@@ -154,7 +154,7 @@ def run(main: Callable[[list[str]], None]):
             sys.exit(f"{name}: the disk is full: {error}. Earlier files are unchanged: free some space and try again")
         if error.filename is None or error.errno not in REFUSED:
             raise
-        # Without the prefix that `files.replacing` puts before a name.
+        # Without the prefix of `files.scratch_path`.
         path = re.sub(r"(^|[/\\])\.\d+\.(?=[^/\\]+$)", r"\1", os.fsdecode(error.filename))
         sys.exit(f"{name}: {path}: {error.strerror}")
     except KeyboardInterrupt as stopped:

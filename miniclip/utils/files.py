@@ -1,11 +1,12 @@
-"""How does a file come to be there whole or not at all, and how is it known later that nothing in it has changed?
+"""Atomic writes, folder locks, checksums and manifests.
 
-What is written goes to another name first and gets its own when all of it is on the disk: a process that is killed, a
-disk that is full leave the old file, or none. Beside weights lies `manifest.json`, with the sha256 of each file:
+A file or folder is written under a scratch name beside its own, `.<process id>.<name>`, and renamed when all of it is
+on the disk: after a kill or on a full disk the old one is there, or none. Beside weights lies `manifest.json`, with the
+sha256 of each file:
 
     {"sha256": {"config.json": "9f86d0...", "model.safetensors": "60303a..."}}
 
-It finds a bit that has changed. It is no signature: who can change a file can change the manifest too.
+It detects any changed bit. It is not a signature: whoever can change a file can change the manifest too.
 """
 
 import errno
@@ -13,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,48 +29,84 @@ logger = logging.getLogger(__name__)
 
 
 class DamagedFile(InputError):
-    """A file that is not what was saved."""
+    """A file that differs from what was saved."""
+
+
+def scratch_path(path: str | Path, shared: bool = False) -> Path:
+    """Returns the name under which this process writes `path`, or with `shared` all processes of a run together."""
+    path = Path(path)
+    return path.with_name(f".{0 if shared else os.getpid()}.{path.name}")
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to, in the same folder and with the same ending. At the end of the `with` block the file takes
-    the place of `path`, in one step; after an exception it is gone, and `path` is as it was."""
-    path = Path(path)
-    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+def replacing(path: str | Path, first_wins: bool = False, shared: bool = False) -> Iterator[Path]:
+    """Writes a file or folder atomically: yields a scratch path to create it at, and renames that to `path` at the end
+    of the `with` block. After an exception the scratch path is deleted, and `path` is as it was.
+
+    A folder's files join those of an existing one, each in one step, with the manifest last. With `first_wins` whatever
+    another process has put at `path` meanwhile stays. `shared`: see `scratch_path`.
+    """
+    path, scratch = Path(path), scratch_path(path, shared)
+    delete(scratch)  # left by a killed process with the same id
     try:
         yield scratch
-        sync(scratch)
-        os.replace(scratch, path)
+        for part in [*scratch.rglob("*"), scratch]:
+            sync(part)
+        if first_wins:
+            try:
+                os.rename(scratch, path) if scratch.is_dir() else os.link(scratch, path)
+            except OSError:
+                if not path.exists():
+                    raise
+        elif path.is_dir() and scratch.is_dir():
+            (path / MANIFEST).unlink(missing_ok=True)  # untrue until the new one is there
+            for part in sorted(scratch.iterdir(), key=lambda part: part.name == MANIFEST):
+                os.replace(part, path / part.name)
+        else:
+            os.replace(scratch, path)
     except BaseException as error:
-        scratch.unlink(missing_ok=True)
         if "os error 28" in str(error):  # safetensors' words
             raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
         raise
+    finally:
+        delete(scratch)
     sync(path.parent)
 
 
+def delete(path: Path):
+    """Deletes a file or folder, if it exists; whatever in a folder cannot be deleted stays."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path):
+    """Deletes a folder such that a killed process leaves no half of it under its name."""
+    if folder.is_dir():
+        delete(scratch_path(folder))
+        os.rename(folder, scratch_path(folder))
+        delete(scratch_path(folder))
+
+
+def remove_scratch(folder: str | Path):
+    """Deletes the scratch files and folders of killed processes. No other process may be writing to the folder."""
+    for path in Path(folder).glob(".*.*"):
+        if path.name.split(".")[1].isdecimal():
+            delete(path)
+
+
 def write_text(path: str | Path, text: str):
-    """`Path.write_text` in UTF-8, all or nothing."""
+    """`Path.write_text` in UTF-8, atomically."""
     with replacing(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
 
 def write_json(path: str | Path, value):
-    """A JSON file, all or nothing."""
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def remove_scratch(folder: str | Path):
-    """Deletes what killed processes left half written in a folder. Nobody else may be writing there."""
-    for file in Path(folder).glob(".*.*"):
-        if file.name.split(".")[1].isdecimal():
-            file.unlink()
-
-
 def lock(output_dir: str | Path, option: str = "--output_dir"):
-    """Takes an output folder, which `option` names, for this process, until it ends, however that comes. Gives what has
-    to be kept until then. Raises InputError where another process has it."""
+    """Locks an output folder, which the command-line option `option` names, for this process. Returns an object that
+    holds the lock until it is closed or the process ends. Raises InputError if another process holds it."""
     path = Path(output_dir) / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,22 +117,22 @@ def lock(output_dir: str | Path, option: str = "--output_dir"):
         try:
             import fcntl
 
-            # Of this kind, which workers that are forked do not inherit: they may live on for a while.
+            # POSIX locks are not inherited by forked workers, which may outlive the run for a while.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:  # Windows
             import msvcrt
 
-            file.seek(1 << 30)  # the byte that is locked is not one of those that say who has it
+            file.seek(1 << 30)  # beyond the process id, so that others can read it
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # some network disks know no locks
-            logger.warning("%s cannot be locked (%s): see to it that no other run writes there", output_dir, error)
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # some network disks have no locks
+            logger.warning("%s cannot be locked (%s): make sure that no other run writes to it", output_dir, error)
             return file
         file.seek(0)
         process = file.read().strip() or "another"
         file.close()
         raise InputError(
-            f"process {process} is writing to {output_dir}: wait for its end, or name another {option}"
+            f"process {process} is writing to {output_dir}: wait until it ends, or choose another {option}"
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()))
@@ -103,17 +141,17 @@ def lock(output_dir: str | Path, option: str = "--output_dir"):
 
 
 def user_cache() -> Path:
-    """The folder for what can be made again."""
-    home = os.path.expanduser("~")  # stays as it is for a user whom nobody knows, as in some containers
+    """Returns the folder for files that can be made again."""
+    home = os.path.expanduser("~")  # unchanged for a user without an entry in passwd, as in some containers
     cache = os.environ.get("XDG_CACHE_HOME") or (tempfile.gettempdir() if home == "~" else os.path.join(home, ".cache"))
     return Path(cache) / "miniclip"
 
 
 def sync(path: str | Path):
-    """Returns when a file, or which names a folder has, is on the disk, as far as the system can tell."""
-    if os.name == "nt" and os.path.isdir(path):  # there folders cannot be opened
+    """Flushes a file, or the names in a folder, to the disk."""
+    if os.name == "nt" and os.path.isdir(path):  # folders cannot be opened there
         return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # there only what may be written is synced
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes only what is writable
     try:
         os.fsync(handle)
     finally:
@@ -121,7 +159,7 @@ def sync(path: str | Path):
 
 
 def sha256(path: str | Path) -> str:
-    """Of all that is in a file, in hexadecimal digits."""
+    """Returns the sha256 of a file's content in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -130,21 +168,21 @@ def sha256(path: str | Path) -> str:
 
 
 def files_in(folder: str | Path) -> list[str]:
-    """The files in a folder and those below it, `/` between the names, but for the manifest."""
+    """Returns the relative paths of all files in a folder, at any depth, with `/` as separator, except the manifest."""
     files = (path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
     return sorted(name for name in files if name != MANIFEST)
 
 
 def write_manifest(folder: str | Path, names: Iterable[str] | None = None):
-    """Writes the manifest of a folder: of the files named, or of all."""
+    """Writes the manifest of a folder, for the files named (default: all)."""
     names = files_in(folder) if names is None else sorted(names)
     write_json(Path(folder) / MANIFEST, {"sha256": {name: sha256(Path(folder) / name) for name in names}})
 
 
 def check_manifest(folder: str | Path, names: Iterable[str] | None = None):
-    """Compares files (those named, or all that the manifest has) with the manifest of their folder; a folder's name
-    stands for all that is in it. A folder without a manifest passes, and so does a file that it does not have. Raises
-    DamagedFile, which names the first file that differs or is missing."""
+    """Checks files against the manifest of their folder: those named (default: all in the manifest), where the name of
+    a folder stands for everything in it. A folder without a manifest passes, and so does a file that is not in it.
+    Raises DamagedFile for the first file that differs or is missing."""
     manifest, names = Path(folder) / MANIFEST, None if names is None else set(names)
     if not manifest.is_file():
         return
@@ -152,25 +190,25 @@ def check_manifest(folder: str | Path, names: Iterable[str] | None = None):
         expected = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
         expected = {str(name): str(digest) for name, digest in expected.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFile(f"{manifest} is no manifest ({error}): copy the folder again") from None
+        raise DamagedFile(f"{manifest} is not a valid manifest ({error}): copy the folder again") from None
     for name, digest in expected.items():
         if names is not None and names.isdisjoint((name, name.partition("/")[0])):
             continue
         if not (Path(folder) / name).is_file():
-            raise DamagedFile(f"{Path(folder) / name} is missing, and {MANIFEST} beside it has it: copy it again")
+            raise DamagedFile(f"{Path(folder) / name} is missing, but listed in {MANIFEST} beside it: copy it again")
         if sha256(Path(folder) / name) != digest:
             raise DamagedFile(
-                f"{Path(folder) / name} is not what was saved (its sha256 is not that in {MANIFEST}): copy it again; if"
-                f" you changed it yourself, delete {MANIFEST}"
+                f"{Path(folder) / name} is not what was saved (its sha256 differs from that in {MANIFEST}): copy it"
+                f" again, or delete {MANIFEST} if you changed the file yourself"
             )
 
 
 def write_npy(path: str | Path, dtype, shape: tuple, parts: Iterable[np.ndarray]):
-    """Writes a .npy file, of arrays one after the other. `np.save` does not notice it if the disk is full when its last
-    kilobytes are written."""
+    """Writes arrays one after the other into one .npy file. Unlike `np.save` it notices a disk that becomes full in the
+    last kilobytes."""
     dtype = np.dtype(dtype)
     with open(path, "wb") as file:
-        head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, head)
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
             file.write(part.astype(dtype, copy=False).tobytes())

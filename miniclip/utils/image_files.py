@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from miniclip.utils.errors import InputError
 
 MAX_ASPECT = 100  # 4000 x 1 would be resized to 896000 x 224
-# What pictures come in. Pillow has forty more: rare ones, less well tested, and EPS, for which it runs Ghostscript.
+# Pillow reads forty more: rare ones, less well tested, and EPS, for which it runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO", "TGA")
+HEIC = ("heic", "heif")  # extensions of a format that is reported, since phones write it, but cannot be read
 # Pillow warns above 89 million pixels, which good cameras reach, and raises above 179 million: that is limit enough.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def endings() -> set[str]:
-    """What names of pictures end in, ".jpg" and so on: those of FORMATS, and of HEIC, which cannot be read and is to be
-    told of."""
-    Image.init()
-    return {end for end, kind in Image.registered_extensions().items() if kind in FORMATS} | {".heic", ".heif"}
-
-
 class ImageError(InputError):
-    """A picture that cannot be used. Says which file, why, and what to do."""
+    """An image that cannot be used. Says which file, why, and what to do."""
 
 
-class ImageFile:
+class ImageFile(ABC):
     """An image that is not a plain path: in an archive, a table, memory or a remote store.
 
     Wherever the package takes an image path it takes an ImageFile too. A subclass defines `read` and `__str__`, and can
@@ -39,13 +34,13 @@ class ImageFile:
 
     __slots__ = ()
 
+    @abstractmethod
     def read(self) -> bytes:
         """Returns the encoded image (JPEG, PNG, ...). Raises ImageError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __str__(self) -> str:
         """Returns the name used in messages."""
-        raise NotImplementedError
 
     def key(self) -> bytes:
         """Returns 32 bytes that identify the content, for feature caches and to find duplicates: its sha256 unless a
@@ -70,20 +65,26 @@ class BufferedImage(ImageFile):
         return super().key() if hashes_content else self.image.key()
 
 
-def open_image(path, scale: int | None = None) -> Image.Image:
-    """Reads a picture as a person would see it: an RGB image, upright, transparency shown on white.
+def endings() -> set[str]:
+    """Returns the endings of image names (".jpg", ...): those of FORMATS, and of HEIC, which is reported as bad."""
+    Image.init()
+    known = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
+    return known | {f".{end}" for end in HEIC}
 
-    The first frame of an animation; 16-bit and float greyscale brought to 8 bits instead of clipped. `scale` lets
-    the JPEG decoder shrink a picture to no less than that many pixels a side, which is fast and lossy. `path` may be a
-    handle whose `read` gives the bytes, for a picture that is no file of its own (`miniclip.datasets.read`). Raises
-    ImageError for what is no picture in one of FORMATS, is damaged, has more than 179 million pixels, or is a sliver
-    of more than 100 to 1.
+
+def open_image(path: str | Path | ImageFile, scale: int | None = None) -> Image.Image:
+    """Reads an image as a person would see it: RGB, upright, transparency shown on white.
+
+    Takes the first frame of an animation, and scales 16-bit and float greyscale to 8 bits instead of clipping it. With
+    `scale` the JPEG decoder may shrink an image to no less than that many pixels a side, which is fast and lossy.
+    Raises ImageError for a file that is not in one of FORMATS, is damaged, has more than 179 million pixels, or has an
+    aspect ratio above 100:1.
     """
+    in_file = not isinstance(path, ImageFile)
     try:
-        own = not isinstance(path, ImageFile)
-        if own and not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
-            raise ImageError(f"{path}: a device or a pipe, no image file")  # which might never come to an end
-        with Image.open(path if own else io.BytesIO(path.read()), formats=FORMATS) as image:
+        if in_file and not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise ImageError(f"{path}: a device or a pipe, not an image file")  # reading it might never end
+        with Image.open(path if in_file else io.BytesIO(path.read()), formats=FORMATS) as image:
             check_aspect(image, path)
             size = image.size
             if scale:
@@ -91,40 +92,40 @@ def open_image(path, scale: int | None = None) -> Image.Image:
             if image.size != size:
                 image.info["drafted"] = True
             ImageOps.exif_transpose(image, in_place=True)  # decodes it; otherwise it would always copy
-            check_aspect(image, path)  # once more: within an icon may be another size than its header says
+            check_aspect(image, path)  # again: the image within an icon may have another size than its header says
             return to_rgb(image)
     except ImageError:
         raise
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: {error} Shrink it or leave its record out") from None
+        raise ImageError(f"{path}: {error} Shrink it or remove its record") from None
     except UnidentifiedImageError:
-        with open(path, "rb") if own else io.BytesIO(path.read()) as file:
+        with open(path, "rb") if in_file else io.BytesIO(path.read()) as file:
             head = file.read(16)
         formats = ", ".join(FORMATS)
-        what = f"no picture in a format that is read ({formats}): it begins with {head!r}" if head else "an empty file"
-        raise ImageError(f"{path}: {what}; replace it or leave its record out") from None
+        what = f"not an image in a supported format ({formats}): it begins with {head!r}" if head else "an empty file"
+        raise ImageError(f"{path}: {what}; replace it or remove its record") from None
     except Exception as error:  # a damaged file can make a decoder raise nearly anything
-        if isinstance(error, OSError) and error.errno:  # a folder, no permission: the picture may be all right
+        if isinstance(error, OSError) and error.errno:  # a folder, no permission: the image itself may be fine
             raise ImageError(f"{path}: cannot be opened ({error.strerror})") from None
-        raise ImageError(f"{path}: damaged ({error}); replace it or leave its record out") from None
+        raise ImageError(f"{path}: damaged ({error}); replace it or remove its record") from None
 
 
-def check_aspect(image: Image.Image, name: str | Path = "the picture"):
+def check_aspect(image: Image.Image, name: str | Path | ImageFile = "the image"):
     """Raises ImageError for a sliver, which resizing by the shortest side would blow up to gigabytes."""
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ImageError(f"{name}: {image.width} x {image.height} is longer than {MAX_ASPECT} to 1; crop it")
+        raise ImageError(f"{name}: {image.width} x {image.height} has an aspect ratio above {MAX_ASPECT}:1; crop it")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Brings any mode to RGB without losing what a person would see."""
+    """Converts an image of any mode to RGB without losing what a person would see."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":  # `convert` would clip what exceeds 8 bits to white
         levels = np.nan_to_num(np.array(image, dtype=np.float64), copy=False, posinf=0, neginf=0)
         brightest = levels.max(initial=0)
-        # Floats come in the ranges 0 to 1, 255 or 65535: the narrowest that holds the picture is meant.
+        # Floats come in the ranges 0 to 1, 255 or 65535: the narrowest that holds the image is meant.
         white = 65535 if image.mode != "F" else next((w for w in (1, 255, 65535) if brightest <= w), brightest)
         levels *= 255 / white  # in place: of a hundred megapixels each copy is a gigabyte
         levels = levels.round(out=levels).clip(0, 255, out=levels).astype(np.uint8)

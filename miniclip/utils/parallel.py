@@ -1,13 +1,17 @@
-"""TODO docstring."""
+"""Reading ahead with threads, and records shared between worker processes."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from miniclip.utils.image_files import ImageFile
+
 
 def read_ahead(function: Callable, items: Iterable, num_workers: int | None, ahead: int) -> Iterator:
-    """`map(function, items)`, computed by threads up to `ahead` items before they are asked for."""
+    """Yields `map(function, items)`, computed by threads up to `ahead` items in advance.
+
+    `num_workers` is the number of threads (0: none; by default one per core, at most 16)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(16, cores) if num_workers is None else num_workers
     if not num_workers or (hasattr(items, "__len__") and len(items) == 1):
@@ -28,8 +32,10 @@ def read_ahead(function: Callable, items: Iterable, num_workers: int | None, ahe
 
 
 def as_table(records: Sequence[dict]) -> Sequence[dict]:
-    """A list of records as an Arrow table: there they lie outside Python's heap, and worker processes share them
-    instead of copying. Other sequences as they are."""
+    """Returns a list of records as an Arrow table, outside Python's heap, which worker processes share instead of
+    copying. Other sequences, and lists with an ImageFile, are returned as they are."""
     import datasets  # slow to import
 
-    return datasets.Dataset.from_list(records) if isinstance(records, list) else records
+    if not isinstance(records, list) or any(isinstance(record["image"], ImageFile) for record in records):
+        return records
+    return datasets.Dataset.from_list(records)

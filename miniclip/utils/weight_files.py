@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from miniclip.utils.errors import CheckpointError
-from miniclip.utils.files import check_manifest
+from miniclip.utils.errors import CheckpointError, InputError
+from miniclip.utils.files import MANIFEST, check_manifest, files_in, replacing, write_manifest
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # where training checkpoints keep the weights
 HEADER = 4 << 20  # bytes: no model has so many tensors that the list of their names and sizes is longer
@@ -308,3 +308,37 @@ def shorten(names: Iterable[str]) -> str:
     """The first few of a list, for a message."""
     names = [str(name)[:200] for name in names]
     return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "") or "none"
+
+
+def write_model_folder(directory: Path, config: dict, weights: dict[str, Tensor], others: Iterable[Callable]):
+    """Writes `config.json`, `model.safetensors`, what the functions `others` write into the folder (a tokenizer, below
+    `tokenizer/`) and `manifest.json`. The first two replace the old ones together, after all is written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    with replacing(directory / "config.json") as file, replacing(directory / "model.safetensors") as tensors:
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, tensors, metadata={"format": "pt"})
+        (directory / MANIFEST).unlink(missing_ok=True)  # from here on it would not be true
+        for write in others:
+            write(directory)
+    tokenizer = [f"tokenizer/{name}" for name in files_in(directory / "tokenizer")]
+    write_manifest(directory, ["config.json", "model.safetensors", *tokenizer])
+
+
+def check_model_folder(directory: Path):
+    """Raises InputError for a folder that `write_model_folder` did not write, DamagedFile for one that has changed. The
+    weights are checked when they are read."""
+    for name in ("config.json", "model.safetensors"):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} was not saved by MiniCLIP: it has no {name}")
+    check_manifest(directory, ["config.json", "tokenizer"])
+
+
+def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str | Path):
+    """Makes weights, in their own precision, a model's parameters. Raises CheckpointError for integers in the place of
+    floating point numbers, or the reverse, and RuntimeError for missing, unexpected and misshapen ones."""
+    expected = model.state_dict()
+    for name in weights.keys() & expected.keys():
+        if weights[name].is_floating_point() != expected[name].is_floating_point():
+            raise CheckpointError(f"{source}: {name} is {weights[name].dtype}, not {expected[name].dtype}")
+    model.load_state_dict(weights, strict=True, assign=True)

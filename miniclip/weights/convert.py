@@ -1,13 +1,10 @@
-"""How do I give weights to another library? The command behind
+"""Conversion of weights into the form of another library.
 
 python -m miniclip convert SRC DST --to openclip|hf|miniclip [--model NAME] [--force]
 """
 
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,130 +12,145 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.checkpoint import from_miniclip
-from miniclip.config import MiniClipConfig
+from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
 from miniclip.model import MiniClip
-from miniclip.utils.errors import CheckpointError
-from miniclip.utils.files import MANIFEST, sync, write_json, write_manifest
-from miniclip.utils.weight_files import read_json
-from miniclip.weights.identify import ACTIVATION_NAMES, fitting_configs, infer_config
-from miniclip.weights.load import Checkpoint, fit_weights, open_checkpoint
+from miniclip.towers.hf_config import RESAMPLE, read_preprocessing
+from miniclip.utils.errors import CheckpointError, InputError
+from miniclip.utils.files import replacing, write_json, write_manifest
+from miniclip.utils.weight_files import load_state_dict, read_json
+from miniclip.weights.load import ACTIVATION_NAMES, fit_weights, fitting_configs, infer_config, open_checkpoint
 
-RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 WEIGHT_FILES = "model.safetensors pytorch_model.bin open_clip_model.safetensors open_clip_pytorch_model.bin".split()
 
 
 def convert(source: str | Path, target: str | Path, to: str, model: str | None = None, force: bool = False) -> str:
-    """Writes weights in another library's form, and gives a sentence on what it did.
+    """Writes weights in another library's form, and returns a sentence on what it did.
 
-    `source` is a weight file of any known layout or a folder of MiniCLIP, transformers or OpenCLIP. `to` is "openclip":
-    a .safetensors or .pt file; "hf": a folder for transformers' CLIPModel; or "miniclip": a folder for MiniClip. The
-    model config, which the folders need for the activation, is `model` (a name or a .json file), or the one in
-    the folder of `source`, or the one shipped that fits. Nothing is left half written.
-    Raises CheckpointError for weights that cannot be used and where the config is needed but not clear, FileExistsError
-    where there is something at `target` already, unless `force`.
+    `source` is a weight file of any known layout or a folder of MiniCLIP, transformers or OpenCLIP. `to` is one of
+    EXPORTERS: "openclip", a .safetensors or .pt file; "hf", a folder for transformers' CLIPModel; or "miniclip", a
+    folder for MiniClip. The model config, which the folders need for the activation, is `model` (a name or a
+    .json file), or the one in the folder of `source`, or the only shipped one that fits. `target` is written whole.
+    Raises CheckpointError for weights that cannot be used or if the config is needed but not clear, FileExistsError if
+    `target` exists, unless `force`.
     """
     source, target = Path(source), Path(target)
-    if to == "openclip" and target.suffix not in (".safetensors", ".pt"):
-        raise CheckpointError(f"{target}: OpenCLIP reads single files; end the name in .safetensors or .pt")
-    if target.exists() and (not force or target.is_dir() != (to != "openclip")):
-        raise FileExistsError(f"{target} exists already: choose another name" + ("" if force else ", or add --force"))
+    if to not in EXPORTERS:
+        raise InputError(f"cannot convert to {to!r}, only to {', '.join(EXPORTERS)}")
+    if target.exists() and not force:
+        raise FileExistsError(f"{target} exists already: choose another name, or add --force")
     if source.is_dir():
         source = next((source / name for name in WEIGHT_FILES if (source / name).is_file()), source)
-    checkpoint = open_checkpoint(source)
-    config, reason = choose_config(checkpoint, source, model)
-    weights = checkpoint.weights
-    if config:
-        with torch.device("meta"):  # shapes alone
-            expected = MiniClip(config).state_dict()
-        weights = fit_weights(weights, expected, source)
-        if checkpoint.quick_gelu not in (None, config.quick_gelu):
-            theirs, ours = ACTIVATION_NAMES[checkpoint.quick_gelu], ACTIVATION_NAMES[config.quick_gelu]
-            warnings.warn(
-                f"{source} was trained with {theirs} ({checkpoint.evidence}), the config says {ours}", stacklevel=2
-            )
-    elif to != "openclip":  # where the config is not part of the file
+    config, reason = named_config(source.parent, model)
+    checkpoint = open_checkpoint(source, config and shapes(config))
+    if config is None:
+        config, reason = guess_config(checkpoint.weights, checkpoint.quick_gelu, source.parent)
+    if config is None and to != "openclip":  # whose files do not contain the config
         raise CheckpointError(f"{source}: {reason}: name one with --model")
-    if len({tensor.dtype for tensor in weights.values()}) > 1:  # OpenAI's: a model has one precision elsewhere
-        weights = {key: tensor.float() for key, tensor in weights.items()}
-    writers = {"openclip": write_openclip, "hf": write_hf, "miniclip": write_miniclip}
-    write_atomically(target, lambda path: writers[to](path, weights, config))
     name = "" if config is None else f", {ACTIVATION_NAMES[config.quick_gelu]}"
+    network = shapes(config or MiniClipConfig.from_dict(infer_config(checkpoint.weights)))
+    weights = fit_weights(checkpoint.weights, network.state_dict(), source)
+    if config and checkpoint.quick_gelu not in (None, config.quick_gelu):
+        theirs, ours = ACTIVATION_NAMES[checkpoint.quick_gelu], ACTIVATION_NAMES[config.quick_gelu]
+        warnings.warn(
+            f"{source} was trained with {theirs} ({checkpoint.evidence}), the config says {ours}", stacklevel=2
+        )
+    if len({t.dtype for t in weights.values() if t.is_floating_point()}) > 1:  # OpenAI's; others have one precision
+        weights = {key: t.float() if t.is_floating_point() else t for key, t in weights.items()}
+    load_state_dict(network, weights, source)
+    if (source.parent / "tokenizer").is_dir():
+        network.text.load_files(source.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as scratch:
+        EXPORTERS[to](scratch, network)
+        if target.exists() and target.is_dir() != scratch.is_dir():
+            kinds = ["a folder" if path.is_dir() else "a file" for path in (target, scratch)]
+            raise FileExistsError(f"{target} exists already, and is {kinds[0]}, not {kinds[1]}: choose another name")
     return f"{source} ({checkpoint.source} layout{name}) -> {target} ({to}); {reason}"
 
 
-def choose_config(checkpoint: Checkpoint, source: Path, name: str | None) -> tuple[MiniClipConfig | None, str]:
-    """The config of a model and how it was found; None and what is in doubt, where more than one would do."""
+def shapes(config: MiniClipConfig) -> MiniClip:
+    """A model without numbers."""
+    with torch.device("meta"):
+        return MiniClip(config)
+
+
+def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None, str]:
+    """The config with a name, or that in a folder of MiniCLIP or OpenCLIP, and where it comes from; None for others."""
     if name:
         return MiniClipConfig.from_name(name), f"config {name}, as asked"
-    if values := read_config(source.parent, checkpoint.weights):
-        return MiniClipConfig.from_dict(values, f"the config in {source.parent}"), f"config of {source.parent}"
-    fitting = fitting_configs(checkpoint.weights, checkpoint.quick_gelu)
-    if len(fitting) == 1:
-        return MiniClipConfig.from_name(fitting[0]), f"config {fitting[0]}, the only one shipped that fits"
-    sizes = json.dumps(infer_config(checkpoint.weights))
-    return None, f"it fits {' and '.join(fitting)}" if fitting else f"no shipped config has its sizes, {sizes}"
+    values = read_json(folder / "config.json")
+    if "vision_cfg" not in values and (theirs := read_json(folder / "open_clip_config.json")):
+        images = {k: v for k, v in theirs.get("preprocess_cfg", {}).items() if k != "size"}  # the model's image size
+        values = theirs["model_cfg"] | {"preprocess_cfg": images}
+    if "vision_cfg" not in values:
+        return None, ""
+    return MiniClipConfig.from_dict(values, f"the config in {folder}"), f"config of {folder}"
 
 
-def read_config(folder: Path, weights: dict[str, Tensor]) -> dict | None:
-    """The model config in a folder of MiniCLIP, transformers or OpenCLIP, in MiniCLIP's form."""
-    config = read_json(folder / "config.json")
-    if "vision_cfg" in config:
-        return config
-    if config.get("model_type") == "clip":  # transformers leaves out what is the default
-        sizes, vision, text = infer_config(weights), config.get("vision_config", {}), config.get("text_config", {})
+def guess_config(
+    weights: dict[str, Tensor], quick_gelu: bool | None, folder: Path
+) -> tuple[MiniClipConfig | None, str]:
+    """The config that fits the weights and the reason; None and what is in doubt, if there is not exactly one."""
+    config, sizes = read_json(folder / "config.json"), infer_config(weights)
+    if config.get("model_type") == "clip":  # transformers omits its defaults
+        vision, text = config.get("vision_config", {}), config.get("text_config", {})
         activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
         if activations not in ({"gelu"}, {"quick_gelu"}):
             raise CheckpointError(f"{folder}: hidden_act is {activations}; only gelu and quick_gelu can be converted")
         sizes["quick_gelu"] = activations == {"quick_gelu"}
         sizes["vision_cfg"]["head_width"] = sizes["vision_cfg"]["width"] // vision.get("num_attention_heads", 12)
         sizes["text_cfg"]["heads"] = text.get("num_attention_heads", 8)
-        return sizes | {"preprocess_cfg": read_hf_preprocessor(folder / "preprocessor_config.json")}
-    if config := read_json(folder / "open_clip_config.json"):
-        pictures = {k: v for k, v in config.get("preprocess_cfg", {}).items() if k != "size"}  # the model's image size
-        return config["model_cfg"] | {"preprocess_cfg": pictures}
-    return None
+        if (file := folder / "preprocessor_config.json").is_file():
+            images = read_preprocessing(file, "CLIPImageProcessor")
+            del images["size"]  # the model's image size
+            sizes["preprocess_cfg"] = images
+        return MiniClipConfig.from_dict(sizes, f"the config in {folder}"), f"config of {folder}"
+    fitting = fitting_configs(weights, quick_gelu)
+    if len(fitting) == 1:
+        return MiniClipConfig.from_name(fitting[0]), f"config {fitting[0]}, the only one shipped that fits"
+    sizes = json.dumps(sizes)
+    return None, f"it fits {' and '.join(fitting)}" if fitting else f"no shipped config has its sizes, {sizes}"
 
 
-def read_hf_preprocessor(file: Path) -> dict:
-    """The inverse of `hf_preprocessor`, for a file that leaves out what is transformers' default."""
-    theirs = {"size": 224, "resample": 3, "do_center_crop": True} | read_json(file)
-    keys = (("mean", "image_mean"), ("std", "image_std"))
-    pictures = {ours: theirs[key] for ours, key in keys if key in theirs}
-    if theirs["resample"] not in RESAMPLE.values():
-        raise CheckpointError(f"{file}: resample {theirs['resample']} is neither 2 (bilinear) nor 3 (bicubic)")
-    pictures["interpolation"] = next(name for name, number in RESAMPLE.items() if number == theirs["resample"])
-    if isinstance(theirs["size"], dict) and "shortest_edge" not in theirs["size"]:
-        pictures["resize_mode"] = "squash"
-    elif not theirs["do_center_crop"]:
-        raise CheckpointError(f"{file}: pictures that are neither cropped nor squashed have no fixed size")
-    return pictures
-
-
-def write_openclip(path: Path, weights: dict[str, Tensor], config: MiniClipConfig | None):
-    weights = from_miniclip(weights, "openclip")
+def write_openclip(path: Path, model: MiniClip):
+    """A .safetensors or .pt file for OpenCLIP, of CLIP or, with another text tower, of CustomTextCLIP."""
+    if path.suffix not in (".safetensors", ".pt"):
+        raise CheckpointError(f"{path}: OpenCLIP reads single files; end the name in .safetensors or .pt")
+    layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) else "custom_text"
+    weights = from_miniclip(model.state_dict(), layout, model.key_rows())
     save_file(weights, path, {"format": "pt"}) if path.suffix == ".safetensors" else torch.save(weights, path)
 
 
-def write_miniclip(path: Path, weights: dict[str, Tensor], config: MiniClipConfig):
-    with torch.device("meta"):
-        MiniClip(config).save_pretrained(path, from_miniclip(weights, "miniclip"))
-
-
-def write_hf(path: Path, weights: dict[str, Tensor], config: MiniClipConfig):
-    precision = str(weights["logit_scale"].dtype).removeprefix("torch.")
+def write_hf(path: Path, model: MiniClip):
+    """A folder for transformers' CLIPModel and CLIPImageProcessor."""
+    config, precision = model.config, str(model.logit_scale.dtype).removeprefix("torch.")
+    if not (isinstance(config.vision_cfg, VisionConfig) and isinstance(config.text_cfg, TextConfig)):
+        raise CheckpointError("transformers' CLIPModel has no other towers than CLIP's own: convert to another form")
     files = {"config": hf_config(config) | {"dtype": precision}, "preprocessor_config": hf_preprocessor(config)}
     path.mkdir()
     for name, values in files.items():
         write_json(path / f"{name}.json", values)
-    save_file(from_miniclip(weights, "hf"), path / "model.safetensors", {"format": "pt"})
+    save_file(from_miniclip(model.state_dict(), "hf"), path / "model.safetensors", {"format": "pt"})
     write_manifest(path)
+
+
+def write_miniclip(path: Path, model: MiniClip):
+    """A folder for MiniClip."""
+    model.save_pretrained(path)
+
+
+EXPORTERS: dict[str, Callable[[Path, MiniClip], None]] = {  # each writes a new file or folder
+    "openclip": write_openclip,
+    "hf": write_hf,
+    "miniclip": write_miniclip,
+}
 
 
 def hf_config(config: MiniClipConfig) -> dict:
     """The config of the transformers CLIPModel that computes the same."""
     vision, text = config.vision_cfg, config.text_cfg
-    # transformers reads a text out at the first eos_token_id, MiniCLIP at the highest id: in CLIP's vocabulary that is
-    # one and the same, the last. (2, in its older configs, was a mistake, which it still takes for "the highest".)
+    # transformers reads a text out at the first eos_token_id, MiniCLIP at the highest id: in CLIP's vocabulary both are
+    # the last one. (2, in its older configs, was a mistake, which it still reads as "the highest".)
     ids = {"bos_token_id": text.vocab_size - 2, "eos_token_id": text.vocab_size - 1, "pad_token_id": 0}
 
     def tower(cfg, heads: int, **more) -> dict:
@@ -159,34 +171,15 @@ def hf_config(config: MiniClipConfig) -> dict:
 
 
 def hf_preprocessor(config: MiniClipConfig) -> dict:
-    """The settings of the transformers CLIPImageProcessor that prepares pictures alike."""
-    pictures = config.preprocess_cfg
-    square = {"height": pictures.size, "width": pictures.size}
-    sizes = {"shortest": {"shortest_edge": pictures.size}, "squash": square}  # it knows no way of padding
-    if pictures.resize_mode not in sizes:
-        raise CheckpointError(f"transformers cannot prepare pictures by resize_mode {pictures.resize_mode!r}")
+    """The settings of the transformers CLIPImageProcessor that prepares images alike."""
+    images = config.preprocess_cfg
+    square = {"height": images.size, "width": images.size}
+    sizes = {"shortest": {"shortest_edge": int(images.size / images.crop_pct + 1e-6)}, "squash": square}  # cannot pad
+    if images.resize_mode not in sizes:
+        raise CheckpointError(f"transformers cannot prepare images by resize_mode {images.resize_mode!r}")
     return {
-        "image_processor_type": "CLIPImageProcessor", "image_mean": pictures.mean, "image_std": pictures.std,
-        "size": sizes[pictures.resize_mode], "crop_size": square,
-        "do_center_crop": pictures.resize_mode == "shortest",
-        "resample": RESAMPLE[pictures.interpolation],
+        "image_processor_type": "CLIPImageProcessor", "image_mean": images.mean, "image_std": images.std,
+        "size": sizes[images.resize_mode], "crop_size": square,
+        "do_center_crop": images.resize_mode == "shortest",
+        "resample": next(number for number, name in RESAMPLE.items() if name == images.interpolation),
     }  # fmt: skip
-
-
-def write_atomically(target: Path, write: Callable[[Path], None]):
-    """Calls `write` with another name beside `target`; when the file or folder is complete, it is moved there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".{os.getpid()}-{target.name}")
-    try:
-        write(new)
-        for file in [*(new.iterdir() if new.is_dir() else ()), new]:
-            sync(file)
-        if not target.is_dir():
-            new.replace(target)
-        else:  # one that was there: its other files are not ours to remove
-            (target / MANIFEST).unlink(missing_ok=True)  # the new one comes last, when it is true
-            for file in sorted(new.iterdir(), key=lambda file: file.name == MANIFEST):
-                file.replace(target / file.name)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)

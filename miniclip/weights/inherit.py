@@ -16,8 +16,7 @@ from torch import Tensor
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
 from miniclip.model import MiniClip
 from miniclip.utils.errors import InputError
-from miniclip.weights.identify import ACTIVATION_NAMES
-from miniclip.weights.load import resize_positions
+from miniclip.weights.load import ACTIVATION_NAMES, resize_positions
 
 
 def inherit(

@@ -1,8 +1,12 @@
-"""TODO docstring."""
+"""Loading weight files of any known layout, and finding out which model they are for.
+
+The sizes follow from the shapes; the activation has to be known from elsewhere.
+"""
 
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,48 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniclip.checkpoint import (
-    to_miniclip,
-)
-from miniclip.model import MiniClip
+from miniclip.checkpoint import to_miniclip
+from miniclip.config import MiniClipConfig, TextConfig, VisionConfig, list_models
+from miniclip.model import MiniClip, TextTransformer, VisionTransformer
 from miniclip.utils.errors import CheckpointError
-from miniclip.utils.weight_files import read_checkpoint, shorten
-from miniclip.weights.identify import ACTIVATION_NAMES, fitting_configs, infer_config, known_activation
+from miniclip.utils.weight_files import read_checkpoint, read_json, shorten
+
+# The activation of well-known weights, by a word in their names (OpenCLIP's list of pretrained models; TinyCLIP's code)
+ACTIVATIONS = {
+    "quickgelu": True, "openai": True, "metaclip": True, "dfn": True,
+    "tinyclip": False, "laion2b": False, "datacomp": False, "commonpool": False,
+}  # fmt: skip
+ACTIVATION_NAMES = {True: "QuickGELU", False: "GELU"}
+OWN = VisionTransformer, TextTransformer
+CLIP_KEYS = {"visual.conv1.weight", "visual.blocks.0.ln_1.bias", "text.blocks.0.ln_1.bias"}  # of both of them
 
 
 class Checkpoint(NamedTuple):
-    """What a weight file turned out to hold."""
+    """The content of a weight file."""
 
     weights: dict[str, Tensor]  # under MiniCLIP's names
     source: str  # the layout that they came in
-    quick_gelu: bool | None  # the activation that they were trained with; None where nothing tells
-    evidence: str  # what tells
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a weight file of any known layout. Raises CheckpointError as `read_state_dict` and `to_miniclip` do, and
-    for numbers that are not finite and patches that form no square."""
-    state_dict, run = read_checkpoint(path)
-    try:
-        weights, source = to_miniclip(state_dict)
-    except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
-        raise CheckpointError(f"{path}: {error}") from None
-    if odd := [key for key, t in weights.items() if t.ndim != dimensions(key) or not t.numel()]:
-        shapes = shorten(f"{key} {tuple(weights[key].shape)}" for key in odd)
-        raise CheckpointError(f"{path}: these have shapes that no CLIP model has: {shapes}")
-    if broken := [key for key, t in weights.items() if not (t.is_floating_point() and t.isfinite().all())]:
-        raise CheckpointError(f"{path}: integers, infinite or undefined numbers in {shorten(broken)}")
-    patches = len(weights["visual.positional_embedding"]) - 1
-    if patches < 1 or math.isqrt(patches) ** 2 != patches:
-        raise CheckpointError(f"{path}: {patches + 1} image positions are no class token and square grid of patches")
-    return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
-
-
-def dimensions(key: str) -> int:
-    """How many dimensions a tensor has, by MiniCLIP's name of it."""
-    if key in ("logit_scale", "logit_bias", "visual.conv1.weight"):
-        return 4 if key.startswith("visual") else 0
-    return 1 if re.search(r"bias$|class_embedding$|\.ln_\w+\.weight$", key) else 2
+    quick_gelu: bool | None  # the activation that they were trained with; None if unknown
+    evidence: str  # how that is known
 
 
 def load_weights(model: MiniClip, path: str | Path) -> None:
@@ -61,13 +46,13 @@ def load_weights(model: MiniClip, path: str | Path) -> None:
     weights are known to be for the other activation. Raises CheckpointError as `open_checkpoint` does and for weights
     of other sizes, naming them and the configs that they would fit.
     """
-    checkpoint = open_checkpoint(path)
-    if "logit_bias" in checkpoint.weights and model.logit_bias is None:  # trained by SigLIP's loss
+    checkpoint = open_checkpoint(path, model)
+    if "logit_bias" in checkpoint.weights and model.logit_bias is None:  # trained with SigLIP's loss
         model.config.init_logit_bias = checkpoint.weights["logit_bias"].item()
         model.logit_bias = nn.Parameter(torch.zeros_like(model.logit_scale))
     model.load_state_dict(fit_weights(checkpoint.weights, model.state_dict(), path), strict=True)
     ours, quick_gelu = model.config.quick_gelu, checkpoint.quick_gelu
-    if quick_gelu is not None and quick_gelu != ours:
+    if quick_gelu not in (None, ours) and any(type(tower) in OWN for tower in (model.visual, model.text)):
         fix = " or ".join(fitting_configs(checkpoint.weights, quick_gelu)) or "one that differs in quick_gelu only"
         warnings.warn(
             f"{path} was trained with {ACTIVATION_NAMES[quick_gelu]} ({checkpoint.evidence}) and the model computes "
@@ -76,10 +61,46 @@ def load_weights(model: MiniClip, path: str | Path) -> None:
         )
 
 
+def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoint:
+    """Reads a weight file of any known layout, of a model with the towers of `model` (CLIP's without one) in any size.
+    Raises CheckpointError as `read_state_dict` and `to_miniclip` do, for tensors with another number of dimensions,
+    for infinite or undefined numbers and for patches that form no square."""
+    state_dict, run = read_checkpoint(path)
+    if model is None:
+        with torch.device("meta"):
+            model = MiniClip(MiniClipConfig(vision_cfg=VisionConfig(layers=1), text_cfg=TextConfig(layers=1)))
+    try:
+        weights, source = to_miniclip(state_dict, model.key_rows())
+    except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
+        raise CheckpointError(f"{path}: {error}") from None
+    expected = {"logit_bias": model.logit_scale} | {first_block(key): t for key, t in model.state_dict().items()}
+    like = {key: expected[first_block(key)] for key in weights}
+    if odd := [key for key, t in weights.items() if t.ndim != like[key].ndim or not t.numel()]:
+        shapes = shorten(f"{key} {tuple(weights[key].shape)}" for key in odd)
+        raise CheckpointError(f"{path}: these have shapes that no CLIP model has: {shapes}")
+    if broken := [
+        key for key, t in weights.items()
+        if t.is_floating_point() != like[key].is_floating_point() or not t.isfinite().all()
+    ]:  # fmt: skip
+        raise CheckpointError(f"{path}: integers, infinite or undefined numbers in {shorten(broken)}")
+    if type(model.visual) is VisionTransformer:
+        patches = len(weights["visual.positional_embedding"]) - 1
+        if patches < 1 or math.isqrt(patches) ** 2 != patches:
+            raise CheckpointError(
+                f"{path}: {patches + 1} image positions are no class token and square grid of patches"
+            )
+    return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
+
+
+def first_block(key: str) -> str:
+    """The name of the same tensor in a tower's first block."""
+    return re.sub(r"\.blocks\.\d+\.", ".blocks.0.", key)
+
+
 def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """Compares weights with a model's state dict, key by key and shape by shape, after resizing the positions."""
     fitted, resized = dict(weights), []
-    for key in ("visual.positional_embedding", "text.positional_embedding"):
+    for key in {"visual.positional_embedding", "text.positional_embedding"} & expected.keys() & weights.keys():
         old, length = weights[key], len(expected[key])
         if len(old) != length and old.shape[1:] == expected[key].shape[1:]:
             fitted[key] = resize_positions(old, length, key.startswith("visual"))
@@ -87,8 +108,11 @@ def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: s
     shapes = [{key: tuple(t.shape) for key, t in tensors.items()} for tensors in (fitted, expected)]
     pairs = {key: [shape.get(key, "missing") for shape in shapes] for key in expected | fitted}
     if problems := [f"{key} is {a} in the file and {b} in the model" for key, (a, b) in pairs.items() if a != b]:
-        fix = " or ".join(fitting_configs(weights)) or f"none that ships, but one with {infer_config(weights)}"
-        raise CheckpointError(f"{path} does not fit the model: {shorten(problems)}. The config that fits: {fix}")
+        fix = ""
+        if CLIP_KEYS <= weights.keys():
+            fix = " or ".join(fitting_configs(weights)) or f"none that ships, but one with {infer_config(weights)}"
+            fix = f". The config that fits: {fix}"
+        raise CheckpointError(f"{path} does not fit the model: {shorten(problems)}{fix}")
     for note in resized:
         warnings.warn(note, stacklevel=3)
     return fitted
@@ -102,3 +126,63 @@ def resize_positions(old: Tensor, length: int, is_grid: bool) -> Tensor:
     grid = old[1:].float().T.reshape(1, -1, side, side)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([old[:1].float(), grid.flatten(2)[0].T])
+
+
+def known_activation(path: Path, keys: Iterable[str], run: str = "") -> tuple[bool | None, str]:
+    """Whether weights were trained with QuickGELU, None if unknown, and how that is known: shapes do not tell."""
+    if any(key.endswith("input_resolution") for key in keys):
+        return True, "input_resolution is a key of OpenAI's archives"
+    for file in (path.with_name("config.json"), path.with_name("open_clip_config.json")):
+        config = read_json(file)
+        if "vision_cfg" in config or "model_cfg" in config:  # MiniCLIP's or OpenCLIP's
+            return config.get("model_cfg", config).get("quick_gelu", False), f"{file} says so"
+        if config.get("model_type") == "clip":  # transformers', which omits its defaults
+            return config.get("vision_config", {}).get("hidden_act", "quick_gelu") == "quick_gelu", f"{file} says so"
+    for name in (path.name, run):
+        for word, quick_gelu in ACTIVATIONS.items():
+            if word in name.lower():
+                return quick_gelu, f"{word!r} in the name {name}"
+    return None, "no sign of it"
+
+
+def infer_config(weights: dict[str, Tensor]) -> dict:
+    """The sizes of a model from the shapes of its weights (under MiniCLIP's names), in the form of a model config.
+
+    Shapes tell neither the activation, which is missing here, nor the heads: 64 channels each is assumed, or one head
+    where the width is not a multiple of 64.
+    """
+    sections = {}
+    for tower in ("visual", "text"):
+        hidden, width = weights[f"{tower}.blocks.0.mlp.c_fc.weight"].shape
+        layers = sum(re.fullmatch(tower + r"\.blocks\.\d+\.ln_1\.bias", key) is not None for key in weights)
+        ratio = hidden / width if int(width * (hidden / width)) == hidden else math.nextafter(hidden / width, math.inf)
+        sections[tower] = {"layers": layers, "width": width, "mlp_ratio": ratio}
+    lengths = {name: len(tensor) for name, tensor in weights.items() if tensor.ndim}
+    patch, grid = weights["visual.conv1.weight"].shape[-1], math.isqrt(lengths["visual.positional_embedding"] - 1)
+    vision = {"image_size": grid * patch, "patch_size": patch} | sections["visual"]
+    if vision["width"] % 64:
+        vision["head_width"] = vision["width"]
+    text_width = sections["text"]["width"]
+    text = {
+        "context_length": lengths["text.positional_embedding"],
+        "vocab_size": lengths["text.token_embedding.weight"],
+    }
+    text |= {"heads": 1 if text_width % 64 else text_width // 64} | sections["text"]
+    return {"embed_dim": lengths["visual.proj.weight"], "vision_cfg": vision, "text_cfg": text}
+
+
+def fitting_configs(weights: dict[str, Tensor], quick_gelu: bool | None = None) -> list[str]:
+    """Names of the shipped configs with the sizes of these weights, and with that activation unless it is None. None
+    for weights of other towers than CLIP's."""
+    if not CLIP_KEYS <= weights.keys():
+        return []
+    sizes = infer_config(weights)
+    embed_dim, vision, text = sizes["embed_dim"], sizes["vision_cfg"], sizes["text_cfg"]
+    for section, guess in ((text, "heads"), (vision, "head_width")):
+        section.pop(guess, None)
+    known = {name: MiniClipConfig.from_name(name).to_dict() for name in list_models()}
+    return [
+        name for name, config in known.items()
+        if quick_gelu in (None, config["quick_gelu"]) and embed_dim == config["embed_dim"]
+        and vision.items() <= config["vision_cfg"].items() and text.items() <= config["text_cfg"].items()
+    ]  # fmt: skip

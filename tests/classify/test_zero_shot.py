@@ -107,6 +107,15 @@ def test_the_confusion_picture_shows_right_and_wrong(tmp_path):
 
     assert colours([[3, 0], [0, 2]]) == (True, False)
     assert colours([[0, 3], [2, 0]]) == (False, True)
+    matrix = np.array([[3, 1, 0], [0, 0, 0], [2, 0, 1500]])
+    axes = draw_confusion(tmp_path / "c.png", matrix, ["a", "b", "c " * 99], "title").axes[0]
+    shown = {text.get_position(): text.get_text() for text in axes.texts}
+    assert {place: text for place, text in shown.items() if place in {(x, y) for x in range(3) for y in range(3)}} == {
+        (0, 0): "3", (1, 0): "1", (0, 2): "2", (2, 2): "1,500"
+    }  # fmt: skip
+    told = list(shown.values())
+    assert "75% of 4" in told and "no images" in told and "100% of 1,502" in told and "a  1" in told
+    assert any(text.startswith("c c") and text.endswith("...  3") for text in told)
     assert colours(np.eye(60, dtype=int) + np.eye(60, k=1, dtype=int)) == (True, True)  # of 60 the worst 40
 
 
@@ -165,13 +174,13 @@ def test_names_words_and_folders(folders, capsys):
 
 def test_bad_pictures_stop_or_are_listed(folders):
     (folders / "set" / "red" / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="bad.png: no picture in a format that is read"):
+    with pytest.raises(InputError, match="bad.png: not an image in a supported format"):
         run(zero_shot, folders, "--images", folders / "set")
     with pytest.warns(UserWarning, match="1 of 7 pictures cannot be used"):
         found = run(zero_shot, folders, "--images", folders / "set", "--on_bad_sample", "skip")
     assert len(found["pictures"]) == 6 and sum(map(sum, found["confusion"])) == 6
     listed = json.loads((folders / "out" / "bad_samples.jsonl").read_text())
-    assert listed["sample"].endswith("red/bad.png") and "no picture" in listed["reason"]
+    assert listed["sample"].endswith("red/bad.png") and "not an image" in listed["reason"]
 
 
 def test_no_picture_of_a_folder_is_passed_over_in_silence(folders, tmp_path, capsys, shut_folder):

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from miniclip.checkpoint import LAYOUTS, detect_source, from_miniclip, to_miniclip
+from miniclip.checkpoint import LAYOUTS, from_miniclip, to_miniclip
 from miniclip.commands.convert import main
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
-from miniclip.utils.errors import CheckpointError
+from miniclip.utils.errors import CheckpointError, InputError
+from miniclip.utils.files import replacing
 from miniclip.utils.weight_files import read_state_dict
-from miniclip.weights.convert import convert, write_atomically
-from miniclip.weights.identify import fitting_configs, infer_config
-from miniclip.weights.load import load_weights, open_checkpoint
+from miniclip.weights.convert import convert
+from miniclip.weights.load import fitting_configs, infer_config, load_weights, open_checkpoint
 
 SIZES = {  # heads of 64 channels, so that they can be inferred
     "embed_dim": 24,
@@ -175,7 +175,7 @@ def test_missing_and_left_over_keys_raise():
 )
 def test_what_cannot_be_loaded_says_why(keys, reason):
     with pytest.raises(CheckpointError, match=reason):
-        detect_source(keys)
+        to_miniclip({key: torch.zeros(1) for key in keys})
 
 
 def test_pruned_blocks_are_refused():
@@ -606,7 +606,8 @@ def test_convert_overwrites_only_when_told_and_never_half(tmp_path, monkeypatch)
 
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(tmp_path / "folder", breaks)
+        with replacing(tmp_path / "folder") as scratch:
+            breaks(scratch)
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "folder" / "config.json").read_text() != "half"
 
@@ -626,17 +627,18 @@ def test_command_line(tmp_path, run_script, capsys):
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_preprocessing_survives_the_way_through_transformers(resize_mode, interpolation, tmp_path):
-    from miniclip.weights.convert import hf_preprocessor, read_hf_preprocessor
+    from miniclip.towers.hf_config import read_preprocessing
+    from miniclip.weights.convert import hf_preprocessor
 
     pictures = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0), "resize_mode": resize_mode}
     config = MiniClipConfig.from_dict({"preprocess_cfg": pictures | {"interpolation": interpolation}})
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(hf_preprocessor(config)))
-    again = read_hf_preprocessor(tmp_path / "preprocessor_config.json")
+    again = read_preprocessing(tmp_path / "preprocessor_config.json")
     assert MiniClipConfig.from_dict({"preprocess_cfg": again}) == config
 
     (tmp_path / "odd.json").write_text('{"resample": 0}')
-    with pytest.raises(CheckpointError, match="odd.json: resample 0"):
-        read_hf_preprocessor(tmp_path / "odd.json")
+    with pytest.raises(InputError, match="odd.json: resample 0"):
+        read_preprocessing(tmp_path / "odd.json")
 
 
 def test_patches_that_form_no_square_are_named_with_the_file(tmp_path):

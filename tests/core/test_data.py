@@ -42,13 +42,13 @@ def test_all_bad_records_are_reported_together(caption_set):
         2: ({"image": "/etc/passwd", "caption": ["x"]}, "leads out of the image folder"),
         3: ({"image": "none.png", "caption": ["x"]}, "no such file"),
         4: ({"image": "0.png", "caption": []}, "neither a string nor a list"),
-        5: ({"image": "0.png", "caption": [3]}, "caption 0 is no text"),
-        6: ({"image": "0.png", "caption": ["x", " "]}, "caption 1 is no text"),
-        7: ({"image": "0.png", "caption": [None]}, "caption 0 is no text"),
+        5: ({"image": "0.png", "caption": [3]}, "caption 0 is not text"),
+        6: ({"image": "0.png", "caption": ["x", " "]}, "caption 1 is not text"),
+        7: ({"image": "0.png", "caption": [None]}, "caption 0 is not text"),
         8: ({"image": "0.png"}, "expected an object with image and caption"),
         9: ("0.png", "expected an object with image and caption"),
-        10: ({"image": 7, "caption": ["x"]}, "image is no path: 7"),
-        11: ({"image": "page.png", "caption": ["x"]}, "no picture in a format that is read"),
+        10: ({"image": 7, "caption": ["x"]}, "image is not a path: 7"),
+        11: ({"image": "page.png", "caption": ["x"]}, "not an image in a supported format"),
         12: ({"image": "0.png", "caption": {"en": "x"}}, "neither a string nor a list"),
     }
     path = write(caption_set, [good, *(record for record, _ in bad.values())])
@@ -60,16 +60,18 @@ def test_all_bad_records_are_reported_together(caption_set):
         assert lines[index].startswith(f"  record {index}: ") and reason in lines[index]
 
     with pytest.warns(UserWarning, match="12 of 13 records(.|\n)*The other 1 are used"):
-        assert [record["caption"] for record in read_captions(path, on_bad="skip")] == [["fine"]]
+        assert [record["caption"] for record in read_captions(path, on_bad_sample="skip")] == [["fine"]]
 
 
 def test_a_long_report_is_whole(caption_set):
     path = write(caption_set, [{"image": "0.png", "caption": ""}] * 50)
-    with pytest.raises(CaptionFileError, match="50 of 50(.|\n)*record 49:(.|\n)*no record would be left"):
+    with pytest.raises(CaptionFileError, match="50 of 50(.|\n)*record 49:(.|\n)*skipping them would leave no records"):
         read_captions(path)
 
 
-@pytest.mark.parametrize(("text", "reason"), [("[", "no JSON"), ("{}", "expected a list"), ("[]", "expected a list")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [("[", "invalid JSON"), ("{}", "expected a list"), ("[]", "expected a list")]
+)
 def test_what_is_no_caption_file(tmp_path, text, reason):
     (tmp_path / "captions.json").write_text(text)
     with pytest.raises(CaptionFileError, match=f"captions.json: {reason}"):
@@ -161,12 +163,19 @@ def test_odd_paths_and_broken_text_are_reported_not_crashed_on(caption_set):
     records = [{"image": image, "caption": "x"} for image in bad]
     records += [{"image": "0.png", "caption": ["ok", "half \ud83d"]}]
     with pytest.raises(CaptionFileError) as caught:
-        read_captions(write(caption_set, records), on_bad="skip")
+        read_captions(write(caption_set, records), on_bad_sample="skip")
     lines = str(caught.value).splitlines()
-    reasons = ["File name too long", "NUL character", "leads out", "is no path: ''", "a folder", "is no valid Unicode"]
+    reasons = [
+        "File name too long",
+        "NUL character",
+        "leads out",
+        "is not a path: ''",
+        "a folder",
+        "is not valid Unicode",
+    ]
     for index, reason in enumerate(reasons):
         assert lines[1 + index].startswith(f"  record {index}: ") and reason in lines[1 + index]
-    assert "no record would be left" in lines[-1]
+    assert "skipping them would leave no records" in lines[-1]
 
 
 def test_links_that_lead_out_of_the_folder_want_leave(caption_set, tmp_path_factory):
@@ -179,13 +188,13 @@ def test_links_that_lead_out_of_the_folder_want_leave(caption_set, tmp_path_fact
     path = write(caption_set, [{"image": image, "caption": "x"} for image in images])
     with pytest.raises(CaptionFileError, match="2 of 3 (.|\n)*0: images/a.png: a link lea(.|\n)*1: a.png: a link"):
         read_captions(path)
-    record, *_ = read_captions(path, allow_outside=True)
+    record, *_ = read_captions(path, allow_outside_image_root=True)
     assert record["image"] == str(caption_set / "images" / "a.png")
 
 
 def test_broken_json_names_the_line(tmp_path):
     (tmp_path / "captions.json").write_text('[{"image": "a.png",\n  "caption": }]')
-    with pytest.raises(CaptionFileError, match="captions.json: no JSON: .*line 2 column 14"):
+    with pytest.raises(CaptionFileError, match="captions.json: invalid JSON: .*line 2 column 14"):
         read_captions(tmp_path / "captions.json")
 
 

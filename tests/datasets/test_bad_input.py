@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -23,8 +24,8 @@ from miniclip.commands import convert_data as repack
 from miniclip.commands import wise_ft
 from miniclip.config import PreprocessConfig
 from miniclip.datasets.read import describe, read_source
-from miniclip.datasets.records import NO_FILE
-from miniclip.datasets.shards import ShardWriter
+from miniclip.datasets.records import NO_FILE, ReadOptions
+from miniclip.datasets.shards import add_sample
 from miniclip.inference.embed import embed_images
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ from miniclip.utils.image_files import ImageError, open_image
 from tests.utils.test_fuzz import pictures, saved, usable
 
 ROOT = Path(__file__).resolve().parents[2]
+SKIP = ReadOptions(on_bad_sample="skip")
 
 
 def noise(width=40, height=30, mode="RGB") -> Image.Image:
@@ -105,19 +107,20 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
     half, postscript = saved(noise(), "JPEG"), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     found = {
         "empty.jpg": (b"", "an empty file"), "text.jpg": (b"no picture", "begins with b'no picture'"),
-        "page.jpg": (b"<!DOCTYPE html><html>", "no picture in a format that is read"),
+        "page.jpg": (b"<!DOCTYPE html><html>", "not an image in a supported format"),
         "pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\n", "begins with b'version https://'"),
-        "half.jpg": (half[: len(half) // 2], "damaged"), "drawing.jpg": (b"<svg xmlns='x'/>", "no picture in a format"),
+        "half.jpg": (half[: len(half) // 2], "damaged"),
+        "drawing.jpg": (b"<svg xmlns='x'/>", "not an image in a supported format"),
         "document.jpg": (b"%PDF-1.7\n%%EOF\n", "begins with b'%PDF-1.7"),
-        "postscript.jpg": (postscript, "no picture in a format that is read"),
-        "layers.png": (b"8BPS\0\x01" + bytes(40), "no picture in a format that is read"),
-        "film.jpg": (b"\0\0\x01\xb3" + bytes(40), "no picture in a format that is read"),
-        "icons.png": (b"icns" + bytes(40), "no picture in a format that is read"),
-        "meta.png": (b"\xd7\xcd\xc6\x9a" + bytes(40), "no picture in a format that is read"),
+        "postscript.jpg": (postscript, "not an image in a supported format"),
+        "layers.png": (b"8BPS\0\x01" + bytes(40), "not an image in a supported format"),
+        "film.jpg": (b"\0\0\x01\xb3" + bytes(40), "not an image in a supported format"),
+        "icons.png": (b"icns" + bytes(40), "not an image in a supported format"),
+        "meta.png": (b"\xd7\xcd\xc6\x9a" + bytes(40), "not an image in a supported format"),
         "bomb.png": (png(15_000, 15_000), "225000000 pixels"), "bomb.tif": (tiff(20_000, 20_000), "400000000 pixels"),
         "bomb.ico": (ico(png(15_000, 15_000)), "225000000 pixels"),
         "bomb.gif": (b"GIF89a" + b"\xff" * 4 + saved(noise(), "GIF")[10:], "4294836225 pixels"),
-        "sliver.png": (png(30_000, 1), "30000 x 1 is longer than 100 to 1"),
+        "sliver.png": (png(30_000, 1), "30000 x 1 has an aspect ratio above 100:1"),
         "icon sliver.ico": (ico(png(30_000, 1)), "30000 x 1|damaged"),
         "chunk.png": (saved(noise(), "PNG", pnginfo=text), "damaged"),
     }  # fmt: skip
@@ -127,11 +130,11 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
 
 
 CAPTIONS = {
-    "an empty list": ([], "neither a string nor a list"), "a number": ([3], "caption 0 is no text"),
-    "nothing": ([""], "caption 0 is no text"), "null": ([None], "caption 0 is no text"),
-    "null itself": (None, "neither a string nor a list"), "blank": (["x", " \n"], "caption 1 is no text"),
-    "an object": ({"en": "x"}, "neither a string nor a list"), "nested": ([["x"]], "caption 0 is no text"),
-    "half an emoji": ("half \ud83d", "no valid Unicode"), "no number": ([float("nan")], "caption 0 is no text"),
+    "an empty list": ([], "neither a string nor a list"), "a number": ([3], "caption 0 is not text"),
+    "nothing": ([""], "caption 0 is not text"), "null": ([None], "caption 0 is not text"),
+    "null itself": (None, "neither a string nor a list"), "blank": (["x", " \n"], "caption 1 is not text"),
+    "an object": ({"en": "x"}, "neither a string nor a list"), "nested": ([["x"]], "caption 0 is not text"),
+    "half an emoji": ("half \ud83d", "not valid Unicode"), "no number": ([float("nan")], "caption 0 is not text"),
 }  # fmt: skip
 NAMES = {
     "../outside.png": "leads out of the image folder", "/etc/passwd": "leads out of the image folder",
@@ -139,9 +142,9 @@ NAMES = {
     "link.png": "a link leads out of the image folder", "linked/outside.png": "a link leads out",
     "missing.png": NO_FILE,
     "dangling.png": NO_FILE, "ring.png": "symbolic links", "a\0.png": "NUL character", "y" * 300: "File name too long",
-    "upper.png": NO_FILE, "bytes \udcff.png": "no valid Unicode", "folder.png": "a folder",
+    "upper.png": NO_FILE, "bytes \udcff.png": "not valid Unicode", "folder.png": "a folder",
     "pipe.png": "a device or a pipe",
-    "": "image is no path", "C:\\pictures\\a.png": NO_FILE, "text.jpg/a.png": NO_FILE,
+    "": "image is not a path", "C:\\pictures\\a.png": NO_FILE, "text.jpg/a.png": NO_FILE,
 }  # fmt: skip
 
 
@@ -165,10 +168,10 @@ def corpus(tmp_path, tiny_config):
     wrong += [({"image": name, "caption": "x"}, reason) for name, reason in NAMES.items()]
     wrong += [({"image": "UPPER.PNG", "caption": value}, reason) for value, reason in CAPTIONS.values()]
     wrong += [(3, "expected an object"), ({"image": "UPPER.PNG"}, "expected an object"), ({}, "expected an object"),
-              ({"image": 7, "caption": "x"}, "image is no path: 7"), (["a"], "expected an object")]  # fmt: skip
+              ({"image": 7, "caption": "x"}, "image is not a path: 7"), (["a"], "expected an object")]  # fmt: skip
     lines = [json.dumps(record) for record in [*good, *(record for record, _ in wrong)]]
     lines.append('{"image": "UPPER.PNG", "image": "turned 1.jpg", "caption": "x"}')
-    wrong.append((None, "'image' occurs twice in it"))
+    wrong.append((None, "'image' occurs twice: remove one"))
     (folder / "captions.json").write_text(f"[{', '.join(lines)}]")
     (tmp_path / "tiny.json").write_text(json.dumps(tiny_config.to_dict()))
     return folder, good, {f"record {len(good) + number}": reason for number, (_, reason) in enumerate(wrong)}
@@ -232,7 +235,7 @@ def test_wise_ft_and_the_converter_take_the_same_options(corpus, tmp_path, tiny_
     file = str(folder / "captions.json")
     command = ["--before", str(tmp_path / "model"), "--after", str(tmp_path / "model"), "--device", "cpu"]
     command += ["--new_file", file, "--old_file", file, "--output_dir", str(tmp_path / "mix"), "--alphas", "0"]
-    with pytest.raises(InputError, match="by --on_bad_sample skip"):
+    with pytest.raises(InputError, match="skip them with --on_bad_sample skip"):
         wise_ft.main(command)
     with pytest.warns(UserWarning, match="records cannot be used"):
         wise_ft.main([*command, "--on_bad_sample", "skip"])
@@ -240,7 +243,7 @@ def test_wise_ft_and_the_converter_take_the_same_options(corpus, tmp_path, tiny_
     assert {line["sample"] for line in lines} == {f"{file}: {name}" for name in reasons}
     for target in ("out.json", "out.csv", "000.tar"):
         target = tmp_path / "converted" / target
-        with pytest.raises(InputError, match="by --on_bad_sample skip"):
+        with pytest.raises(InputError, match="skip them with --on_bad_sample skip"):
             repack.main([file, str(target)])
         assert not target.exists()
         with pytest.warns(UserWarning, match="cannot be used"):
@@ -254,39 +257,41 @@ def test_wise_ft_and_the_converter_take_the_same_options(corpus, tmp_path, tiny_
     with pytest.raises(InputError, match="3 of 3 records"):
         repack.main([str(folder / "out.json"), str(tmp_path / "x.json")])
     repack.main([str(folder / "out.json"), str(tmp_path / "x.json"), "--allow_outside_image_root"])
-    assert len(read_source(str(tmp_path / "x.json"), allow_outside=True)) == 3
+    assert len(read_source(str(tmp_path / "x.json"), ReadOptions(allow_outside_image_root=True))) == 3
 
 
 DEEP = "[" * 100_000
 NESTED, FAR = (f'{{"image": "a.png", "caption": {"[" * depth}{"]" * depth}}}' for depth in (100, 400))
 FILES = {
-    "empty.json": (b"", "there is nothing in it"), "space.json": (b" \n", "there is nothing in it"),
+    "empty.json": (b"", "it is empty"), "space.json": (b" \n", "it is empty"),
     "numbers.json": (b"[1, 2]", "1: expected an object"), "object.json": (b'{"a": 1}', "expected a list of records"),
     "none.json": (b"[]", "expected a list"), "null.json": (b"null", "expected a list"),
     "text.json": (b'"x"', "expected a list"),
-    "comma.json": (b'[{"image": "a.png", "caption": "x"},]', "no JSON: "),
-    "cut.json": (b'[{"image": "a.pn', "no JSON: "),
+    "comma.json": (b'[{"image": "a.png", "caption": "x"},]', "invalid JSON: "),
+    "cut.json": (b'[{"image": "a.pn', "invalid JSON: "),
     "nan.json": (b"NaN", "expected a list"),
-    "nan2.json": (b'[{"image": NaN, "caption": "x"}]', "image is no path: nan"),
-    "utf16.json": ('[{"image": "a.png", "caption": "x"}]'.encode("utf-16"), "no UTF-8 .it is UTF-16, in line 1.: save"),
-    "latin.json": ('[\n{"image": "a.png", "caption": "\xe9"}]'.encode("latin-1"), "no UTF-8 .byte 0xe9, in line 2"),
-    "latin.csv": ("image,caption\na.png,\xe9\n".encode("latin-1"), "no UTF-8 .byte 0xe9, in line 2"),
+    "nan2.json": (b'[{"image": NaN, "caption": "x"}]', "image is not a path: nan"),
+    "utf16.json": (
+        '[{"image": "a.png", "caption": "x"}]'.encode("utf-16"), "not UTF-8 .it is UTF-16, in line 1.: save"),
+    "latin.json": ('[\n{"image": "a.png", "caption": "\xe9"}]'.encode("latin-1"), "not UTF-8 .byte 0xe9, in line 2"),
+    "latin.csv": ("image,caption\na.png,\xe9\n".encode("latin-1"), "not UTF-8 .byte 0xe9, in line 2"),
     "utf16.tsv": ("image\tcaption\na.png\tx\n".encode("utf-16"), "it is UTF-16"),
-    "deep.json": (DEEP.encode(), "no JSON: nested too deeply"),
-    "deep.jsonl": (DEEP.encode(), "line 1: no JSON: nested"),
-    "deep2.json": (f"[{NESTED}]".encode(), "record 0: a.png: caption 0 is no"),
-    "deep2.jsonl": (FAR.encode(), "line 1: a.png: caption 0 is no"),
+    "deep.json": (DEEP.encode(), "invalid JSON: nested too deeply"),
+    "deep.jsonl": (DEEP.encode(), "line 1: invalid JSON: nested"),
+    "deep2.json": (f"[{NESTED}]".encode(), "record 0: a.png: caption 0 is not"),
+    "deep2.jsonl": (FAR.encode(), "line 1: a.png: caption 0 is not"),
     "twice.json": (b'[{"image": "a.png", "caption": "x", "caption": "y"}]', "record 0: 'caption' occurs twice"),
     "twice.jsonl": (b'{"image": "a.png", "image": "b.png", "caption": "y"}', "line 1: 'image' occurs twice"),
-    "digits.json": (b"[" + b"9" * 5000 + b"]", "no JSON: "), "page.json": (b"<!DOCTYPE html>", "no JSON: "),
-    "bare.jsonl": (b'{"image": "a.png", "caption": "x"}\nnonsense\n[1]', "line 2: no JSON(.|\n)*line 3: expected an"),
+    "digits.json": (b"[" + b"9" * 5000 + b"]", "invalid JSON: "), "page.json": (b"<!DOCTYPE html>", "invalid JSON: "),
+    "bare.jsonl": (
+        b'{"image": "a.png", "caption": "x"}\nnonsense\n[1]', "line 2: invalid JSON(.|\n)*line 3: expected an"),
     "empty.jsonl": (b"", "there is no record in it"), "empty.csv": (b"", "which column"),
     "head.csv": (b"image,caption\n", "no record"),
     "cells.csv": (b"image,caption\na.png,x,y\n", "line 2: 3 cells for 2 columns"),
     "nul.csv": (b"image,caption\na\0.png,x\n", "NUL"),
     "wide.csv": (b"x" * 200_000 + b",caption\n", "field larger|which column"),
     "header.tsv": (b'image\t"caption\na.png\tx\n', "unexpected end of data|which column"),
-    "quote.csv": (b'image,caption\na.png,"x\n', "line 2: a q"),
+    "quote.csv": (b'image,caption\na.png,"x\n', "line 2: an unmatched q"),
     "names.csv": (b"bild,wort\na.png,x\n", "which column has the image"), "page.tsv": (b"<html>\n", "which column"),
 }  # fmt: skip
 
@@ -327,7 +332,7 @@ def test_what_looks_bad_in_a_caption_file_and_is_not(tmp_path):
 
 
 def test_the_same_picture_in_several_records(corpus, tmp_path, caplog, tiny_model):
-    """One of the gallery in evaluation, duplicates in training; both say so."""
+    """One image of the gallery in evaluation, duplicates in training; both say so."""
     folder = corpus[0]
     names = ["UPPER.PNG", "turned 1.jpg", "folder.png/../UPPER.PNG", "UPPER.PNG"]
     texts = [["a", "a"], ["b"], ["c", "a"], ["a", "a"]]
@@ -336,9 +341,9 @@ def test_the_same_picture_in_several_records(corpus, tmp_path, caplog, tiny_mode
     tiny_model.save_pretrained(tmp_path / "model")
     evaluate.main(["--model", str(tmp_path / "model"), "--eval_file", str(file), "--device", "cpu", "--save_features",
                    str(tmp_path / "features"), "--output_file", str(tmp_path / "r.json")])  # fmt: skip
-    assert "again.json: 2 records of images that others have too were joined to those, 4 captions" in caplog.text
+    assert "again.json: merged 2 records that repeat an image and dropped 4 repeated captions" in caplog.text
     assert [len(np.load(tmp_path / "features" / f"{kind}.npy")) for kind in ("image", "text")] == [2, 3]
-    said = "; 2 records have the image of another one: duplicates (--duplicates)"
+    said = "; 2 records repeat the image of another: duplicates (--duplicates)"
     assert describe(read_source(str(file)), Tokenizer()).endswith(said)
 
 
@@ -362,27 +367,26 @@ def test_folders_with_rings_of_links_and_worse(tmp_path):
     said = str(caught.value)
     assert "6 of 9 records" in said
     for reason in (
-        "d/up: a second way to a folder", "again: a second way", "out: a link out of the image", "g.png: g.txt: the",
+        "d/up: a second path to a folder", "again: a second path", "out: a link out of the image", "g.png: g.txt: the",
         "b.png: 'b.txt': a device or a pipe", "e.png: e.txt: a link leads out",
     ):  # fmt: skip
         assert reason in said
     with pytest.warns(UserWarning, match="The other 3 are used"):
-        records = read_source(str(folder), on_bad="skip")
+        records = read_source(str(folder), SKIP)
     names = ("a.png", "back\\slash.png", "d/c.png")
     assert sorted(record["caption"][0] for record in records) == [f"caption of {name}" for name in names]
     (folder / "link").symlink_to(folder)
     (tmp_path / "root").symlink_to(folder)  # the root may be a link itself
     with pytest.warns(UserWarning, match="The other 3 are used"):
-        assert len(read_source(str(tmp_path / "root"), on_bad="skip")) == 3
+        assert len(read_source(str(tmp_path / "root"), SKIP)) == 3
 
 
 def test_bad_shards_stop_or_are_left_out_and_listed(tmp_path):
     picture = saved(noise(), "PNG")
     names = ["../../up", "/abs", "new\nline", "sp ace", os.fsdecode(b"by\xfftes"), "\U0001f415", "z" * 300]
-    with ShardWriter(tmp_path / "names.tar") as writer:
+    with tarfile.open(tmp_path / "names.tar", "w") as tar:
         for name in names:
-            writer.add(name, picture, "png", [f"caption of {len(name)}"])
-    os.replace(writer.scratch, tmp_path / "names.tar")
+            add_sample(tar, name, picture, "png", [f"caption of {len(name)}"])
     records = read_source(str(tmp_path / "names.tar"))
     assert [record["caption"] for record in records] == [[f"caption of {len(name)}"] for name in names]
     assert all(open_image(record["image"]).size == (40, 30) for record in records)
@@ -406,11 +410,13 @@ def test_bad_shards_stop_or_are_left_out_and_listed(tmp_path):
     with pytest.raises(InputError, match="missing.tar"):
         read_source(spec)
     spec = f"{tmp_path}/{{names,twice,cut}}.tar"
-    with pytest.raises(InputError, match="a.txt: a second .txt(.|\n)*b.json: no JSON: nested(.|\n)*cut.tar.*cut off"):
+    with pytest.raises(
+        InputError, match="a.txt: a second .txt(.|\n)*b.json: invalid JSON: nested(.|\n)*cut.tar.*cut off"
+    ):
         read_source(spec)
     bad = BadSamples()
-    with pytest.warns(UserWarning, match="d.png: no file but a link"):
-        source = read_source(spec, on_bad="skip", check_handles=True, bad_samples=bad)
+    with pytest.warns(UserWarning, match="d.png: not a file but a link"):
+        source = read_source(spec, replace(SKIP, check_handles=True, bad_samples=bad))
     bad.open(tmp_path / "bad_samples.jsonl")
     named = {line["sample"].removeprefix(f"{tmp_path}/") for line in listed(bad.path)}
     assert {"twice.tar: a.txt", "twice.tar: d.png", "twice.tar: e.png", "twice.tar: f.png"} < named
@@ -435,19 +441,28 @@ def test_bad_tables_stop_or_are_left_out(tmp_path):
     rows = datasets.Dataset.from_dict({"image": images, "caption": ["x"] * 9 + [None]})
     rows.to_parquet(tmp_path / "t" / "t.parquet")
     spec = str(tmp_path / "t" / "t.parquet")
-    with pytest.raises(InputError, match="1 of 10 rows(.|\n)*row 9: text: caption 0 is no text: None"):
+    with pytest.raises(InputError, match="1 of 10 rows(.|\n)*row 9: text: caption 0 is not text: None"):
         read_source(spec)
     with pytest.warns(UserWarning, match="1 of 10 rows"):
-        source = read_source(spec, on_bad="skip")
-    reasons = ["leads out", "leads out", "a link leads", "a pipe", "a folder", "no image in", "no image in", "NUL"]
+        source = read_source(spec, SKIP)
+    reasons = [
+        "leads out",
+        "leads out",
+        "a link leads",
+        "a pipe",
+        "a folder",
+        "expected an image, found ''",
+        "expected an image, found None",
+        "NUL",
+    ]
     for row, reason in enumerate(reasons, 1):
         with pytest.raises(ImageError, match=f"row {row}: .*{reason}"):
             open_image(source[row]["image"])
     assert open_image(source[0]["image"]).size == (40, 30)
     with pytest.warns(UserWarning, match="8 of 9 images are damaged"):
-        assert len(read_source(spec, on_bad="skip", check_handles=True)) == 1
+        assert len(read_source(spec, replace(SKIP, check_handles=True))) == 1
     with pytest.warns(UserWarning, match="5 of 9 images are damaged"):
-        assert len(read_source(spec, on_bad="skip", check_handles=True, allow_outside=True)) == 4
+        assert len(read_source(spec, replace(SKIP, check_handles=True, allow_outside_image_root=True))) == 4
     data = (tmp_path / "t" / "t.parquet").read_bytes()
     head = data[:4] + bytes(99) + data[-4:]
     for name, broken in (("cut", data[:-20]), ("empty", b""), ("page", b"<html>"), ("head", head)):
@@ -459,18 +474,17 @@ def test_bad_tables_stop_or_are_left_out(tmp_path):
 @pytest.mark.parametrize("how", ["stop", None])
 def test_a_bad_sample_first_met_in_training(how, tmp_path, tiny_config, monkeypatch, capsys):
     """It ends the run where that was said, also from a data-loader process; else the next one takes its place."""
-    with ShardWriter(tmp_path / "000.tar") as writer:
+    with tarfile.open(tmp_path / "000.tar", "w") as tar:
         for number in range(16):
             data = b"<html>" if number == 5 else saved(noise(), "PNG")
-            writer.add(f"{number:03d}", data, "png", [f"picture {number}"])
-    os.replace(writer.scratch, tmp_path / "000.tar")
+            add_sample(tar, f"{number:03d}", data, "png", [f"picture {number}"])
     (tmp_path / "tiny.json").write_text(json.dumps(tiny_config.to_dict()))
     command = ["train.py", "--model", tmp_path / "tiny.json", "--train_file", tmp_path / "000.tar", "--use_cpu",
                "--output_dir", tmp_path / "run", "--per_device_train_batch_size", "8", "--num_train_epochs", "2",
                "--dataloader_num_workers", "2", "--disable_tqdm", "true", "--report_to", "none"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [*map(str, command), *(["--on_bad_sample", how] if how else [])])
     if how:
-        with pytest.raises(SystemExit, match=rf"^train.py: {tmp_path}/000.tar: 005.png: no picture [^\n]*$"):
+        with pytest.raises(SystemExit, match=rf"^train.py: {tmp_path}/000.tar: 005.png: not an image [^\n]*$"):
             run(train.main)
         return
     run(train.main)

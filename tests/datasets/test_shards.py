@@ -13,11 +13,13 @@ from torch.utils.data import DataLoader
 from miniclip.config import PreprocessConfig
 from miniclip.datasets.convert import convert
 from miniclip.datasets.read import read_source
-from miniclip.datasets.records import read_captions
+from miniclip.datasets.records import ReadOptions, read_captions
 from miniclip.datasets.shards import Shards, expand
 from miniclip.training.dataset import RunDataset
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
+
+SKIP = ReadOptions(on_bad_sample="skip")
 
 
 def pack(path, members: dict[str, bytes], format=tarfile.PAX_FORMAT):
@@ -52,7 +54,7 @@ def test_patterns():
     assert expand("plain.tar") == ["plain.tar"]
     with pytest.raises(InputError, match="counts down"):
         expand("{9..3}.tar")
-    with pytest.raises(InputError, match="no file fits"):
+    with pytest.raises(InputError, match="no file matches"):
         expand("/nowhere/*.tar")
 
 
@@ -64,10 +66,10 @@ def test_a_key_of_the_json_can_be_named(tmp_path):
     path = pack(tmp_path / "a.tar", members)
     assert [record["caption"] for record in Shards([path])] == [["alt"], ["alt text"]]
     with pytest.warns(UserWarning, match="b.json"):
-        source = Shards([path], "recaption", on_bad="skip")
+        source = Shards([path], ReadOptions(caption_column="recaption", on_bad_sample="skip"))
     assert [record["caption"] for record in source] == [["a long one"]]
-    with pytest.raises(InputError, match="no sample would be left"):
-        Shards([path], "nonsense", on_bad="skip")
+    with pytest.raises(InputError, match="skipping them would leave no samples"):
+        Shards([path], ReadOptions(caption_column="nonsense", on_bad_sample="skip"))
 
 
 def test_links_are_reported(tmp_path):
@@ -76,8 +78,8 @@ def test_links_are_reported(tmp_path):
         link = tarfile.TarInfo("b.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
         tar.addfile(link)
-    with pytest.warns(UserWarning, match="b.jpg: no file but a link"):
-        assert len(Shards([path], on_bad="skip")) == 1
+    with pytest.warns(UserWarning, match="b.jpg: not a file but a link"):
+        assert len(Shards([path], SKIP)) == 1
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -115,26 +117,30 @@ def test_what_is_wrong_in_shards_is_named_and_the_rest_used(tmp_path):
     broken.write_bytes(data)
     paths = [str(tmp_path / f"{n}.tar") for n in range(4)]
     expected = [
-        "0.tar: 1: no caption that is known among .jpg", "0.tar: 2: no image that is known among .txt",
-        "0.tar: 3: no image that is known among .heic, .txt", "0.tar: 4.json: no JSON", "0.tar: 5.txt: caption 0 is",
-        "0.tar: 6.txt: the caption is no UTF-8", "0.tar: 8.json: caption 0 is no text", "1.tar: a.jpg: the shard is",
+        "0.tar: 1: no caption in a known format among .jpg", "0.tar: 2: no image in a known format among .txt",
+        "0.tar: 3: no image in a known format among .heic, .txt; HEIC images cannot be read: convert it",
+        "0.tar: 4.json: invalid JSON", "0.tar: 5.txt: caption 0 is not",
+        "0.tar: 6.txt: the caption is not UTF-8", "0.tar: 8.json: caption 0 is not text", "1.tar: a.jpg: the shard is",
         "1.tar: a: no image", "2.tar: damaged or cut off", "3.tar: damaged or cut off at byte 2048",
     ]  # fmt: skip
     for _ in range(2):  # from the tar files, then from the index that was kept
-        with pytest.warns(UserWarning, match=f"{len(expected)} things in the shards (.|\n)*The other 4 are") as said:
-            source = Shards(paths, on_bad="skip")
+        with pytest.warns(UserWarning, match=f"{len(expected)} problems in the shards:(.|\n)*The other 4 are") as said:
+            source = Shards(paths, SKIP)
         for part in expected:
             assert part in str(said[0].message)
         assert [record["caption"][0] for record in source] == ["sound", "also sound", "sound", "sound"]
     assert len(list(tmp_path.glob(".miniclip-*.npz"))) == 1
-    with pytest.raises(InputError, match="11 things (.|\n)*by --on_bad_sample skip"):
+    with pytest.raises(InputError, match="11 problems (.|\n)*skip them with --on_bad_sample skip"):
         Shards(paths)
-    with pytest.raises(InputError, match="2.tar: damaged(.|\n)*no sample would be left"), warnings.catch_warnings():
-        Shards(paths[2:3], on_bad="skip")
-    with pytest.raises(InputError, match="1 of 2 shards are not there"):
+    with (
+        pytest.raises(InputError, match="2.tar: damaged(.|\n)*skipping them would leave no samples"),
+        warnings.catch_warnings(),
+    ):
+        Shards(paths[2:3], SKIP)
+    with pytest.raises(InputError, match="1 of 2 shards are missing"):
         read_source(f"{tmp_path}/{{0,nine}}.tar")
-    with pytest.warns(UserWarning, match="1 of 2 shards are not there"):
-        assert len(read_source(f"{tmp_path}/{{0,nine}}.tar", on_bad="skip")) == 2
+    with pytest.warns(UserWarning, match="1 of 2 shards are missing"):
+        assert len(read_source(f"{tmp_path}/{{0,nine}}.tar", SKIP)) == 2
     for name in ("a.tar.gz", "a.tar"):
         (tmp_path / name).write_bytes(b"\x1f\x8b" + first.read_bytes())
         with pytest.raises(InputError, match="decompress it"):
@@ -202,14 +208,16 @@ def test_a_corrupt_image_is_named_counted_and_replaced(damaged, workers, caplog)
 
 def test_a_set_to_measure_on_leaves_corrupt_images_out(damaged, caption_set):
     with pytest.warns(UserWarning, match="3 of 24 images are damaged(.|\n)*005.png(.|\n)*The other 21 are used"):
-        source = read_source(str(caption_set / "damaged" / "0.tar"), on_bad="skip", check_handles=True)
+        source = read_source(
+            str(caption_set / "damaged" / "0.tar"), ReadOptions(on_bad_sample="skip", check_handles=True)
+        )
     assert [record["caption"] for record in source] == [[f"number {i}"] for i in range(24) if i not in (5, 6, 11)]
 
 
 def test_a_corrupt_image_stops_the_run_where_that_is_asked_for(damaged):
     dataset = RunDataset(damaged, Preprocess(PreprocessConfig(size=16)), on_bad="stop")
     assert dataset[4]["caption"] == "number 4" and dataset.bad.sum() == 0
-    with pytest.raises(InputError, match="0.tar: 005.png: no picture"):
+    with pytest.raises(InputError, match="0.tar: 005.png: not an image"):
         dataset[5]
 
 
@@ -239,11 +247,11 @@ def test_training_and_measuring_on_shards(shards, caption_set, tiny_config, run_
         "--dataloader_num_workers", "1", "--use_cpu", "--disable_tqdm", "true", "--eval_strategy", "no",
     )  # fmt: skip
     assert "24 images, 48 captions, 0 of them cut off" in done.stdout
-    named = done.stderr.count("000008.png: no picture")
+    named = done.stderr.count("000008.png: not an image")
     assert 1 <= named <= 4 and f"replaced by the next one: {named} (" in done.stderr
     listed = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     assert len(listed) == named and {line["when"] for line in listed} <= {f"epoch {n}" for n in range(4)}
-    assert all(line["sample"].endswith("000008.png") and line["reason"].startswith("no picture") for line in listed)
+    assert all(line["sample"].endswith("000008.png") and line["reason"].startswith("not an image") for line in listed)
     assert f"left out {named} times: {out}/bad_samples.jsonl" in done.stdout
 
     import evaluate

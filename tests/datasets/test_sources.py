@@ -4,6 +4,7 @@ import csv
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,7 @@ from miniclip.config import PreprocessConfig
 from miniclip.datasets.convert import convert, image_bytes
 from miniclip.datasets.mixture import Mixture, parse_factors
 from miniclip.datasets.read import read_source
-from miniclip.datasets.records import flatten_captions, read_captions
+from miniclip.datasets.records import ReadOptions, flatten_captions, read_captions
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.streaming import StreamDataset
@@ -90,7 +91,9 @@ FORMS = ["jsonl", "jsonl, a caption a line", "csv", "openclip", "tsv", "folder",
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_records(records, caption_set, form, recwarn):
-    source = read_source(as_form(records, caption_set, form), "/" if form in ("paths", "parquet") else None)
+    source = read_source(
+        as_form(records, caption_set, form), ReadOptions("/" if form in ("paths", "parquet") else None)
+    )
     expected = content(records)
     if form == "folder":
         expected = content(sorted(records, key=lambda record: Path(record["image"]).stem))
@@ -114,19 +117,19 @@ def test_a_lone_quote_costs_its_own_line_and_is_named(caption_set):
     lines[2:2] = [""]  # empty lines are no records, before the fault and after it
     lines += ["", ""]
     (caption_set / "a.tsv").write_text("\n".join(lines))
-    with pytest.raises(CaptionFileError, match="line 5: a quote that does not fit") as error:
+    with pytest.raises(CaptionFileError, match="line 5: an unmatched quote") as error:
         read_source(str(caption_set / "a.tsv"))
     assert str(error.value).count("\n  ") == 1  # a quote within a cell is none of the separator's business
     with pytest.warns(UserWarning, match="line 5"):
-        source = read_source(str(caption_set / "a.tsv"), on_bad="skip")
+        source = read_source(str(caption_set / "a.tsv"), ReadOptions(on_bad_sample="skip"))
     texts = [record["caption"] for record in source]
     assert texts == [[f"sheet {i}"] for i in (0, 1, 3)] + [['says "hello" twice'], ["sheet 5"], ["sheet 6"],
                      ['a 12" sheet'], ["sheet 8"], ["sheet 9"]]  # fmt: skip
 
 
 def test_a_wrong_image_root_is_said_once(caption_set, tmp_path_factory):
-    with pytest.raises(CaptionFileError, match="of none of its 24 records .* another --image_root") as error:
-        read_source(str(caption_set / "captions.json"), str(tmp_path_factory.mktemp("empty")))
+    with pytest.raises(CaptionFileError, match="none of its 24 records .* is --image_root right") as error:
+        read_source(str(caption_set / "captions.json"), ReadOptions(str(tmp_path_factory.mktemp("empty"))))
     assert str(error.value).count("no such file") == 1
 
 
@@ -137,8 +140,21 @@ def test_files_that_differ_in_letter_case_alone(tmp_path, caption_set):
     (tmp_path / "f" / "a.txt").write_text("a sheet")
     if len(list((tmp_path / "f").iterdir())) < 3:
         pytest.skip("this file system does not tell letter cases apart")
-    with pytest.raises(CaptionFileError, match="differs from .* in letter case alone"):
+    with pytest.raises(CaptionFileError, match="differs from .* only in letter case"):
         read_source(str(tmp_path / "f"))
+
+
+def test_heic_is_named_as_what_cannot_be_read(caption_set):
+    (caption_set / "captions.json").unlink()
+    for i in range(24):
+        (caption_set / f"{i}.txt").write_text("a sheet")
+    (caption_set / "3.png").rename(caption_set / "3.HEIC")
+    (caption_set / "alone.heic").write_bytes(b"without a caption")
+    (caption_set / "4.heic").write_bytes(b"converted")
+    with pytest.raises(
+        CaptionFileError, match="1 of 24 records .*\n  3.HEIC: HEIC images cannot be read: convert it to"
+    ):
+        read_source(str(caption_set))
 
 
 def test_paths_in_tables_stay_in_their_folder(caption_set):
@@ -168,16 +184,16 @@ def test_columns_are_named_guessed_or_asked_for(caption_set):
         InputError, match="which column has the image. Name both with --columns. There are 'where', 'what', 'im"
     ):
         read_source(str(caption_set / "a.csv"))
-    columns = {"image_column": "where", "caption_column": "what"}
+    columns = ReadOptions(image_column="where", caption_column="what")
     with pytest.raises(CaptionFileError, match="line 3: 4 cells for 3 columns"):
-        read_source(str(caption_set / "a.csv"), **columns)
+        read_source(str(caption_set / "a.csv"), columns)
     with pytest.warns(UserWarning, match="line 3"):
-        (record,) = read_source(str(caption_set / "a.csv"), on_bad="skip", **columns)
+        (record,) = read_source(str(caption_set / "a.csv"), replace(columns, on_bad_sample="skip"))
     assert record == {"image": str(caption_set / "0.png"), "caption": ["a red sheet"]}
     with pytest.raises(InputError, match="there is no column 'who'"):
-        read_source(str(caption_set / "a.csv"), image_column="where", caption_column="who")
+        read_source(str(caption_set / "a.csv"), replace(columns, caption_column="who"))
     (caption_set / "b.json").write_text('[{"picture": "0.png", "alt": "a", "x": "b"}]')
-    (record,) = read_source(str(caption_set / "b.json"), image_column="picture", caption_column="x")
+    (record,) = read_source(str(caption_set / "b.json"), ReadOptions(image_column="picture", caption_column="x"))
     assert record["caption"] == ["b"]
 
 
@@ -189,15 +205,18 @@ def test_bad_lines_are_named_by_their_numbers(caption_set):
     with pytest.raises(CaptionFileError) as caught:
         read_source(str(caption_set / "a.jsonl"))
     said = [line.strip() for line in str(caught.value).splitlines()]
-    for expected, line in zip(["a.jsonl: 6 of 7", "line 3: no JSON", "line 4: there is no 'caption'", "line 5: expec",
-                               "line 6: 3.png: caption 0 is no text", "line 7: 'no.png'", "line 9: image is no path"],
+    for expected, line in zip(["a.jsonl: 6 of 7", "line 3: invalid JSON", "line 4: there is no 'caption'",
+                               "line 5: expec", "line 6: 3.png: caption 0 is not text", "line 7: 'no.png'",
+                               "line 9: image is not a path"],
                               [said[0].rpartition("/")[2], *said[1:]]):  # fmt: skip
         assert line.startswith(expected)
     with pytest.warns(UserWarning, match="The other 1 are used"):
-        (record,) = read_source(str(caption_set / "a.jsonl"), on_bad="skip")
+        (record,) = read_source(str(caption_set / "a.jsonl"), ReadOptions(on_bad_sample="skip"))
     assert record["caption"] == ["fine", "also", "fine"]
     (caption_set / "a.csv").write_text('filepath,title\n0.png,"two\nlines, ""quoted"""\n1.png,\n2.png,x\n')
-    with pytest.raises(CaptionFileError, match="1 of 3 records cannot be used:\n  line 4: 1.png: caption 0 is no text"):
+    with pytest.raises(
+        CaptionFileError, match="1 of 3 records cannot be used:\n  line 4: 1.png: caption 0 is not text"
+    ):
         read_source(str(caption_set / "a.csv"))
     (caption_set / "a.csv").write_text('filepath,title\n0.png,"two\nlines, ""quoted"""\n')
     assert read_source(str(caption_set / "a.csv"))[0]["caption"] == ['two\nlines, "quoted"']
@@ -214,16 +233,16 @@ def test_shards_and_back_are_the_same_bits(records, caption_set, form, tmp_path_
     out = tmp_path_factory.mktemp("out")
     source = str(caption_set / "captions.json") if form == "json" else as_form(records, caption_set, form)
     main([source, f"{out}/s/{{00..02}}.tar"])
-    assert len(list((out / "s").glob("*.tar"))) == 3 and not list((out / "s").glob(".*.tmp"))
+    assert len(list((out / "s").glob("*.tar"))) == 3 and not list((out / "s").glob(".*"))
     for target in ("back.json", "back.jsonl", "back.csv", "back.tsv"):
         main([f"{out}/s/{{00..02}}.tar", f"{out}/{target}"])
         assert content(read_source(str(out / target))) == content(records)
         (out / "back_images").rename(out / "gone")
-        with pytest.raises(InputError, match="is there already"):
+        with pytest.raises(InputError, match="already exists"):
             main([source, f"{out}/{target}"])
         (out / "gone").rename(out / "back_images")
         (out / target).unlink()
-        with pytest.raises(InputError, match="back_images is there already"):
+        with pytest.raises(InputError, match="back_images already exists"):
             main([f"{out}/s/{{00..02}}.tar", f"{out}/{target}"])
         for file in (out / "back_images").iterdir():
             file.unlink()
@@ -235,18 +254,18 @@ def test_the_converter_counts_shards_and_leaves_bad_images_out(records, caption_
     (caption_set / "3.png").write_text("<html>")
     target = str(caption_set / "s" / "07.tar")
     command = [str(caption_set / "captions.json"), target, "--samples_per_shard", "10"]
-    with pytest.raises(InputError, match="1 of 24 images cannot be used:\n.*3.png: no picture"):
+    with pytest.raises(InputError, match="1 of 24 images cannot be used:\n.*3.png: not an image"):
         main(command)
     assert not list((caption_set / "s").iterdir())
-    with pytest.warns(UserWarning, match="3.png: no picture"):
+    with pytest.warns(UserWarning, match="3.png: not an image"):
         main([*command, "--on_bad_sample", "skip"])
     assert "3.png" in (caption_set / "s" / "07.tar.bad_samples.jsonl").read_text()
     assert [path.name for path in sorted((caption_set / "s").glob("*.tar"))] == ["07.tar", "08.tar", "09.tar"]
     assert "23 images; 1 could not be used" in capsys.readouterr().out
     assert content(read_source(str(caption_set / "s"))) == content(records[:3] + records[4:])
-    with pytest.raises(InputError, match="07.tar is there already"):
+    with pytest.raises(InputError, match="07.tar already exists"):
         convert(records, str(caption_set / "s" / "07.tar"))
-    with pytest.raises(InputError, match="want a number in their name"):
+    with pytest.raises(InputError, match="need a number in their name"):
         convert(records, str(caption_set / "s" / "out.tar"), 10)
     with pytest.raises(InputError, match="expected .json"):
         convert(records, str(caption_set / "out.zip"))
@@ -298,19 +317,19 @@ def test_tables_name_what_cannot_be_used(records, caption_set, caplog):
     table = datasets.Dataset.from_dict({"image": images, "text": texts})
     table.to_parquet(caption_set / "a.parquet")
     with pytest.warns(UserWarning, match="2 of 24 rows cannot be used:\n  row 5: .*\n  row 6: (.|\n)*The other 22"):
-        source = read_source(str(caption_set / "a.parquet"), on_bad="skip")
+        source = read_source(str(caption_set / "a.parquet"), ReadOptions(on_bad_sample="skip"))
     dataset = RunDataset(source, Preprocess(PreprocessConfig(size=16)))
     assert torch.equal(dataset[3]["pixel_values"], dataset[4]["pixel_values"]) and dataset.bad.sum() == 1
-    assert "a.parquet: row 3: no picture" in caplog.messages[0]
+    assert "a.parquet: row 3: not an image" in caplog.messages[0]
     assert torch.equal(dataset[21]["pixel_values"], dataset[0]["pixel_values"])
-    assert "a.parquet: row 23: there is no image in it but None" in caplog.messages[1]
-    with pytest.raises(ImageError, match="row 3: no picture"):
+    assert "a.parquet: row 23: expected an image, found None" in caplog.messages[1]
+    with pytest.raises(ImageError, match="row 3: not an image"):
         open_image(source[3]["image"])
     table.select_columns(["text"]).save_to_disk(str(caption_set / "t"))
     with pytest.raises(InputError, match="which column has the image"):
         read_source(str(caption_set / "t"))
     datasets.DatasetDict({"a": table, "b": table}).save_to_disk(str(caption_set / "d"))
-    with pytest.raises(InputError, match="which split. Say one of .*/d:a, .*/d:b"):
+    with pytest.raises(InputError, match="which split. Name one: .*/d:a, .*/d:b"):
         read_source(str(caption_set / "d"))
     with pytest.raises(InputError, match="there is no split 'c'"):
         read_source(f"{caption_set}/d:c")
@@ -320,7 +339,7 @@ def test_tables_name_what_cannot_be_used(records, caption_set, caplog):
         read_source("hf:no/such-name")
     with pytest.raises(InputError, match="no such file or folder .a data set of the Hugging Face hub is hf:no/such"):
         read_source("no/such")
-    with pytest.raises(InputError, match="of no form that is known"):
+    with pytest.raises(InputError, match="unknown form of data"):
         read_source(str(ROOT / "Makefile"))
 
 
@@ -423,7 +442,7 @@ def test_one_pass_of_a_stream_has_every_sample_once(tmp_path, files, readers):
     _, tables = numbered(tmp_path, 23, files)
     args = RunArguments(str(tmp_path / "out"), use_cpu=True, max_steps=1)
     preprocess = Preprocess(PreprocessConfig(size=8))
-    dataset = StreamDataset.opened(tables, args, None)(None, preprocess, seed=3)
+    dataset = StreamDataset.opened(tables, args)(None, preprocess, seed=3)
     passes = []
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
@@ -451,7 +470,7 @@ def test_a_stream_passes_over_what_is_corrupt(tmp_path, caplog):
     assert seen == ["number 0", "number 1", "number 3", "number 5"]
     assert dataset.bad.sum() in (1, 2) and "bad.parquet: sample" in caplog.text
     list(dataset.share(0, 1, 8))
-    with pytest.raises(InputError, match="nothing in a whole pass"):
+    with pytest.raises(InputError, match="a whole pass has no sample for reader 6"):
         list(dataset.share(6, 7, 1))
     for spec, said in (
         ("a::b", "one source"),
@@ -459,10 +478,10 @@ def test_a_stream_passes_over_what_is_corrupt(tmp_path, caplog):
         ("hf:no/such", "hf:no/such: "),
     ):
         with pytest.raises(InputError, match=said):
-            StreamDataset.opened(spec, args, None)
+            StreamDataset.opened(spec, args)
     args.max_steps = -1
-    with pytest.raises(InputError, match="say --max_steps, or --train_num_samples"):
-        StreamDataset.opened(tables, args, None)
+    with pytest.raises(InputError, match="give --max_steps, or --train_num_samples"):
+        StreamDataset.opened(tables, args)
 
 
 @pytest.mark.parametrize("form", ["factors", pytest.param("resampled", marks=pytest.mark.slow), "stream"])
@@ -477,7 +496,7 @@ def test_a_run_resumes_in_mid_epoch_with_any_order(records, caption_set, tiny_co
             save_steps=5, save_strategy="steps", disable_tqdm=True, lr_scheduler_type="constant", learning_rate=1e-3,
         )  # fmt: skip
         if form == "stream":
-            dataset = StreamDataset.opened(tables, args, 24, image_root="/")(None, preprocess, seed=1)
+            dataset = StreamDataset.opened(tables, args, ReadOptions("/"), num_samples=24)(None, preprocess, seed=1)
         else:
             epoch = {"factors": [0.5, 0.75]} if form == "factors" else {"num_samples": 24}
             dataset = RunDataset(Mixture([records[:12], records], **epoch), preprocess, seed=1)

@@ -23,7 +23,7 @@ def test_load_by_name_by_file_and_by_folder(tiny_config, tmp_path):
     assert tokenizer(["a", "b"]).shape == (2, 16)
     with pytest.raises(ValueError, match="'ViT-B/32' is neither a folder nor .* nearest: ViT-B-32"):
         miniclip.load("ViT-B/32")
-    with pytest.raises(ValueError, match="no folder that MiniCLIP saved: there is no config.json"):
+    with pytest.raises(ValueError, match="was not saved by MiniCLIP: it has no config.json"):
         miniclip.load(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_all_unreadable_images_are_named_at_once(tiny_model, caption_set, num_wo
     paths[3].write_text("no picture")
     paths[20].unlink()
     preprocess = miniclip.Preprocess(tiny_model.config.preprocess_cfg)
-    with pytest.raises(ValueError, match=r"3\.png: no picture.*\n.*20\.png: no such file"):
+    with pytest.raises(ValueError, match=r"3\.png: not an image.*\n.*20\.png: no such file"):
         miniclip.embed_images(tiny_model, preprocess, paths, batch_size=4, num_workers=num_workers)
 
 

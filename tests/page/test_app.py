@@ -499,10 +499,10 @@ def test_a_picture_finds_itself_and_broken_ones_are_said(visit, site, tmp_path):
     whole = io.BytesIO()
     Image.open(io.BytesIO(scene)).resize((400, 400)).save(whole, "JPEG")
     broken = {
-        "text.jpg": (b"I am no picture", "no picture in a format that is read"),
+        "text.jpg": (b"I am no picture", "not an image in a supported format"),
         "half.jpg": (whole.getvalue()[: len(whole.getvalue()) // 2], "damaged"),
         "empty.png": (b"", "an empty file"),
-        "page.webp": (b"<!doctype html><script>alert(1)</script>", "no picture in a format that is read"),
+        "page.webp": (b"<!doctype html><script>alert(1)</script>", "not an image in a supported format"),
     }
     for name, (data, why) in broken.items():
         (tmp_path / name).write_bytes(data)

@@ -15,19 +15,19 @@ from PIL import Image
 
 from miniclip.reports import query_gallery
 from miniclip.reports.contact_sheet import thumbnail
-from miniclip.reports.html_page import Measured, depths, report_file, write_report
+from miniclip.reports.html_page import Evaluation, depths, report_file, write_report
 from miniclip.reports.similarities import (
     BINS,
     best_queries,
     chance_curve,
     histogram,
-    ordered_right,
     overlap,
     recall_curve,
+    roc_auc,
     similarities,
     worst_queries,
 )
-from miniclip.retrieval import first_ranks, metrics_of, retrieval_metrics, search_both
+from miniclip.retrieval import metrics_of, rank_of_first_relevant, retrieval_metrics, search_both
 
 KS = (1, 5, 10)
 RECORD = {
@@ -88,20 +88,24 @@ def pictures(folder, n: int) -> list[str]:
     return [str(folder / f"p{i}.png") for i in range(n)]
 
 
-def measured(
-    folder, image, text, image_of_text, texts=None, temperature=None, log_history=(), images=None, left_out=()
-) -> Measured:
-    searched = search_both(image, text, image_of_text, max(KS))
-    alike = similarities(image, text, image_of_text, temperature and temperature["scale"])
+def evaluation(
+    folder, image, text, image_of_text, texts=None, temperature=None, log_history=(), images=None, notes=()
+) -> Evaluation:
+    results = search_both(image, text, image_of_text, max(KS))
     images = images or pictures(folder, len(image))
     texts = texts or [f"caption number {m} end" for m in range(len(text))]
-    what = ("runs/mine", "val.json", metrics_of(searched, KS), KS, searched, alike, images, texts, image_of_text)
-    return Measured(*what, RECORD, temperature, list(log_history), left_out)
+    records = [{"image": path, "caption": [texts[m] for m in np.flatnonzero(image_of_text == n)]}
+               for n, path in enumerate(images)]  # fmt: skip
+    (folder / "run").mkdir(exist_ok=True)
+    (folder / "run" / "trainer_state.json").write_text(json.dumps({"log_history": list(log_history)}))
+    what = (records, image, text, image_of_text, results, metrics_of(results, KS), RECORD, temperature, notes)
+    return Evaluation(str(folder / "run"), "val.json", *what)
 
 
 def written(folder, *args, **kwargs) -> tuple[Page, str]:
-    write_report(folder / "new" / "report.html", measured(folder, *args, **kwargs))
-    text = (folder / "new" / "report.html").read_text(encoding="utf-8")
+    path = write_report(folder / "new", evaluation(folder, *args, **kwargs))
+    assert path == folder / "new" / "report.html"
+    text = path.read_text(encoding="utf-8")
     return Page(text), text
 
 
@@ -132,7 +136,7 @@ def test_histogram_by_hand():
     assert found == {0: 2, 1000: 2, 1500: 1, 1999: 3}
     # three matching pairs, two others: of six comparisons one is lost, one is even
     matching, others = histogram(np.array([0.5, 0.7, 0.1])), histogram(np.array([0.1, 0.3]))
-    assert ordered_right(matching, others) == pytest.approx(4.5 / 6)
+    assert roc_auc(matching, others) == pytest.approx(4.5 / 6)
     assert overlap(matching, others) == pytest.approx(1 / 3)
 
 
@@ -184,27 +188,27 @@ def test_worst_and_best_by_hand():
 def test_ranks_and_cosines_are_those_of_retrieval(tmp_path):
     image, text, image_of_text = vectors(40, 2, noise=1.6)
     page, _ = written(tmp_path, image, text, image_of_text)
-    ranks = first_ranks(image, text, list(image_of_text[:, None]))
+    ranks = rank_of_first_relevant(image, text, list(image_of_text[:, None]))
     scores = text @ image.T
-    captions, pictures = page.text.split("Images looking for a caption")
-    shown = re.findall(r"caption number (\d+) end right answer at rank (\d+) of 40 (.*?)(?=caption|Best)", captions)
+    captions, pictures = page.text.split("Image to text: images as queries")
+    shown = re.findall(r"caption number (\d+) end correct result at rank (\d+) of 40 (.*?)(?=caption|Best)", captions)
     assert len(shown) == query_gallery.WORST
     assert len({int(m) // 2 for m, _, _ in shown}) == len(shown), "of different images"
     assert int(shown[0][1]) == ranks.max() and [int(r) for _, r, _ in shown] == [ranks[int(m)] for m, _, _ in shown]
     for m, rank, found in shown:
         row = scores[int(m)]
-        places = re.findall(r"\b(\d+)\s?(-?\d\.\d{3})( ?✓ right)?", found)
+        places = re.findall(r"\b(\d+)\s?(-?\d\.\d{3})( ?✓ correct)?", found)
         assert [float(score) for _, score, _ in places[:5]] == pytest.approx(np.sort(row)[::-1][:5], abs=6e-4)
         (marked,) = [place for place in places if place[2]]
         assert marked[0] == rank and float(marked[1]) == pytest.approx(row[image_of_text[int(m)]], abs=6e-4)
         assert len(places) == 5 + (int(rank) > 5)
-    ranks = first_ranks(text, image, [np.array([2 * n, 2 * n + 1]) for n in range(40)])
-    shown = re.findall(r"p(\d+)\.png right answer (?:at rank )?(\d+|first)(.*?)(?=p\d+\.png|$)", pictures)
+    ranks = rank_of_first_relevant(text, image, [np.array([2 * n, 2 * n + 1]) for n in range(40)])
+    shown = re.findall(r"p(\d+)\.png correct result (?:at rank )?(\d+|first)(.*?)(?=p\d+\.png|$)", pictures)
     shown = [(n, "1" if rank == "first" else rank, found) for n, rank, found in shown]
     assert len(shown) == query_gallery.WORST + query_gallery.BEST and int(shown[0][1]) == ranks.max()
     for n, rank, found in shown:
         row = scores[:, int(n)]
-        places = re.findall(r"(\d+) (✓ right )?caption number (\d+) end (-?\d\.\d{3})", found)
+        places = re.findall(r"(\d+) (✓ correct )?caption number (\d+) end (-?\d\.\d{3})", found)
         assert int(rank) == ranks[int(n)] and len(places) == 5 + (int(rank) > 5)
         assert [int(m) for _, _, m, _ in places[:5]] == np.argsort(-row)[:5].tolist()
         assert all(float(score) == pytest.approx(row[int(m)], abs=6e-4) for _, _, m, score in places)
@@ -225,11 +229,13 @@ def test_metrics_counts_and_temperature_are_on_the_page(tmp_path):
     assert "by chance 3.3 16.7 33.3 15 15.5 0.133" in page.text
     assert re.search(r"by chance 3\.3 16\.1 30\.8 \d+ 20\.3 ", page.text)
     first, right = 100 * alike.p_first.mean(), 100 * metrics["text_to_image_R@1"]
-    assert f"comes first gets {first:.1f}%, and is the right one in {right:.1f}%" in page.text
-    assert "60 matching pairs" in page.text and "1,740 others" in page.text and "30 images, 60 captions" in page.text
-    assert f"in {100 * ordered_right(alike.matching, alike.others):.2f}% of cases" in page.text
-    assert "0.0500" in page.text and "0.0700" in page.text and "highest in training" in page.text
-    assert f"a probability of {100 * alike.p_right.mean():.1f}% on average (chance 3.33%)" in page.text
+    assert f"ranks first gets {first:.1f}% on average and is correct in {right:.1f}%" in page.text
+    assert (
+        "60 matching pairs" in page.text and "1,740 other pairs" in page.text and "30 images, 60 captions" in page.text
+    )
+    assert f"ROC AUC is {100 * roc_auc(alike.matching, alike.others):.2f}%" in page.text
+    assert "0.0500" in page.text and "0.0700" in page.text and "limit in training" in page.text
+    assert f"a mean probability of {100 * alike.p_right.mean():.1f}% (chance 3.33%)" in page.text
     assert "21 November 2026, 19:43 UTC" in page.text and RECORD["command"] in page.text
     assert "Training loss" in page.text
     assert "options num_workers 0" in page.text, "a zero is a value too"
@@ -237,12 +243,12 @@ def test_metrics_counts_and_temperature_are_on_the_page(tmp_path):
 
 def test_a_siglip_model_has_a_bias(tmp_path):
     page, _ = written(tmp_path, *vectors(9, 1), temperature={"scale": 10.0, "bias": -5.0, "start": 10.0})
-    assert "yes above a cosine of 0.500" in page.text and "-5.00" in page.text and "softmax" not in page.text
+    assert "matches above a cosine of 0.500" in page.text and "-5.00" in page.text and "softmax" not in page.text
     image, text, image_of_text = vectors(9, 1)
     shares = 1 / (1 + np.exp(5 - 10 * (text @ image.T)))
     own = np.zeros((9, 9), bool)
     own[np.arange(9), image_of_text] = True
-    told = re.search(r"a probability of ([\d.]+)% on average, others ([\d.]+)%", page.text)
+    told = re.search(r"a mean probability of ([\d.]+)% , other pairs ([\d.]+)%", page.text)
     wanted = [100 * shares[own].mean(), 100 * shares[~own].mean()]
     assert [float(x) for x in told.groups()] == pytest.approx(wanted, abs=0.1)
 
@@ -252,14 +258,14 @@ def test_pairs_that_differ_in_nothing_have_one_histogram(tmp_path, n):
     rng = np.random.default_rng(n)
     image, text = (rng.standard_normal((n, 32)).astype(np.float32) for _ in range(2))
     image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
-    page, _ = written(tmp_path, image, text, np.arange(n), left_out=("2 bad samples were left out",))
-    assert float(re.search(r"share ([\d.]+)% of their area", page.text)[1]) > 70
-    assert f"{n} images, {n} captions; 2 bad samples were left out" in page.text
+    page, _ = written(tmp_path, image, text, np.arange(n), notes=("2 bad samples were skipped",))
+    assert float(re.search(r"overlap by ([\d.]+)% of their area", page.text)[1]) > 70
+    assert f"{n} images, {n} captions; 2 bad samples were skipped" in page.text
 
 
 def test_without_a_model_there_is_no_temperature(tmp_path):
     page, _ = written(tmp_path, *vectors(9, 1))
-    assert "Measured without a model" in page.text and "Recall curves" in page.text and "Training" not in page.text
+    assert "Evaluated without a model" in page.text and "Recall curves" in page.text and "Training" not in page.text
 
 
 NASTY = [
@@ -279,10 +285,10 @@ def test_any_text_and_any_picture(tmp_path):
     page, html = written(tmp_path, image, text, image_of_text, texts=NASTY, images=files)
     assert {tag for tag, _ in page.elements}.isdisjoint({"script", "i", "b>", "iframe", "link", "object", "form"})
     assert all(text in page.text or len(text) > 400 or "\n" in text for text in NASTY[:6])
-    assert "no picture: p0.png: no such file" in page.text and "no picture: p1.png: no picture in a format" in page.text
+    assert "p0.png: no such file" in page.text and "p1.png: not an image in a supported format" in page.text
     assert "x" * 397 + "..." in page.text and "x" * 401 not in html
     assert any(attrs["alt"].startswith("a\"b<i>'&.png: ") for attrs in page.all("img"))
-    assert str(tmp_path) not in html, "where pictures lie is nobody's business"
+    assert html.count(str(tmp_path)) == html.count(str(tmp_path / "run")), "where pictures lie is nobody's business"
 
 
 def test_the_page_needs_no_other_file_and_is_accessible(tmp_path):
@@ -293,7 +299,7 @@ def test_the_page_needs_no_other_file_and_is_accessible(tmp_path):
             assert attrs[name].startswith(("data:image/jpeg;base64,", "#")), (tag, name)
         assert not any(name.startswith("on") for name in attrs)
     css = html[html.index("<style>") : html.index("</style>")]
-    assert "@import" not in css and re.findall(r"url\(([^)]*)\)", css) == ["#hatch"] and "http" not in css
+    assert "@import" not in css and "url(" not in css and "http" not in css
     policy = next(attrs for attrs in page.all("meta") if attrs.get("http-equiv") == "Content-Security-Policy")
     assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert dict(page.all("html")[0])["lang"] == "en" and all(attrs["alt"] for attrs in page.all("img"))
@@ -303,6 +309,12 @@ def test_the_page_needs_no_other_file_and_is_accessible(tmp_path):
     charts = [attrs for attrs in page.all("svg") if attrs.get("class") == "chart"]
     assert len(charts) == len(page.all("title")) - 1 == len(page.all("desc")) == 3
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in charts)
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    used = set(re.findall(r'(?:href="|url\()#([\w-]+)', html))
+    assert len(ids) == len(set(ids)) and used and used <= set(ids)
+    drawn = "".join(re.findall(r'<svg class="chart".*?</svg>', html, re.DOTALL))
+    assert not re.search("#[0-9a-f]{6}", drawn) and "var(--ink)" in drawn, "colours follow the dark mode"
+    assert "training step" in page.text and "24 matching pairs" in page.text and "by chance" in page.text
     assert "prefers-color-scheme: dark" in css and "@media print" in css and "break-inside: avoid" in css
 
 
@@ -325,10 +337,10 @@ def test_small_and_equal_sets(tmp_path, n, each):
     image, text, image_of_text = vectors(n, each)
     page, _ = written(tmp_path, image, text, image_of_text, temperature=TEMPERATURE)
     assert not re.search(r"\b(nan|inf)\b", page.text)
-    assert n > 1 or "There are no others" in page.text and "there is no wrong one" in page.text
+    assert n > 1 or "There are no other pairs" in page.text and "there is no wrong one" in page.text
     same = (unit(np.ones((len(x), 16))) for x in (image, text))
     page, _ = written(tmp_path, *same, image_of_text, temperature=TEMPERATURE)
-    assert n == 1 or f"right answer at rank {n} of {n}" in page.text, "the last row, of equal ones"
+    assert n == 1 or f"correct result at rank {n} of {n}" in page.text, "the last row, of equal ones"
 
 
 def test_where_it_is_written(tmp_path):
@@ -352,7 +364,7 @@ def test_features_without_a_model(features, run_script):
     assert f"the report is {features / 'new' / 'folder' / 'report.html'}" in done.stdout
     page = Page((features / "new" / "folder" / "report.html").read_text(encoding="utf-8"))
     result = json.loads((features / "o.json").read_text())
-    assert f"{100 * result['metrics']['mean_recall']:.1f}" in page.text and "Measured without a model" in page.text
+    assert f"{100 * result['metrics']['mean_recall']:.1f}" in page.text and "Evaluated without a model" in page.text
     assert result["record"]["command"] in page.text
     assert result["record"]["sha256"][str(features / "image.npy")] in page.text
     common += ["--output_file", features / "o.json"]
@@ -373,7 +385,7 @@ def test_a_model_from_end_to_end(caption_set, tiny_model, run_script):
     run_script(*common, "--report", caption_set)
     page = Page((caption_set / "report.html").read_text(encoding="utf-8"))
     assert "0.0700" in page.text and "14.29" in page.text and "Training loss" in page.text and "torch" in page.text
-    assert page.text.count("✓ right") >= 8 and len(page.all("img")) > 40
+    assert page.text.count("✓ correct") >= 8 and len(page.all("img")) > 40
     run_script(*common, "--report", caption_set / "picture.png")
     assert Image.open(caption_set / "picture.png").format == "PNG"
 
@@ -396,4 +408,4 @@ def test_it_prints_and_asks_for_nothing(tmp_path):
     assert not [url for url in asked if not re.search(r"google|gvt1", url)], "but for the browser's own housekeeping"
     if shutil.which("pdftotext"):
         shown = subprocess.run(["pdftotext", tmp_path / "page.pdf", "-"], capture_output=True, text=True).stdout
-        assert "Recall curves" in shown and "caption number" in shown and "Images looking for a caption" in shown
+        assert "Recall curves" in shown and "caption number" in shown and "Image to text: images as queries" in shown

@@ -8,7 +8,6 @@ import pty
 import re
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -168,22 +167,26 @@ def test_the_log_has_what_was_logged(make, caption_set, capsys):
     assert sum(bool(re.fullmatch(pattern, line)) for line in lines) == 1
     assert sum(line.startswith("step 3/6: mean recall ") for line in lines) == 1
     assert not any(line.startswith("{") for line in lines), "the Trainer's own printing is gone"
-    assert drawn_dashes(caption_set / "run" / "curves.png")
+    curves = (caption_set / "run" / "curves.png").read_bytes()
+    assert curves == drawn(caption_set, entries, 12) != drawn(caption_set, entries, None), "with the loss by chance"
 
 
-def drawn_dashes(path) -> bool:
-    """Is there a dashed grey line in the chart of the loss?"""
-    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    chart = picture[: picture.shape[0] // 2, : picture.shape[1] // 2]
-    grey = np.abs(chart - tuple(bytes.fromhex(report.GREY[1:]))).max(-1) <= 3
-    return bool((np.diff(grey, axis=1).sum(1) > 100).any())
+def drawn(folder, entries: list[dict], batch: int | None) -> bytes:
+    report.draw_curves(folder / "expected.png", entries, batch, str(folder / "run"))
+    return (folder / "expected.png").read_bytes()
 
 
-def test_curves_show_the_loss_of_guessing(tmp_path):
+def test_curves_show_the_loss_by_chance(tmp_path):
     entries = losses(4.9, 4.0, 3.0, logit_scale=60.0, learning_rate=1e-5)
-    report.draw_curves(tmp_path / "with.png", entries, 128, "a run")
-    report.draw_curves(tmp_path / "without.png", entries, None, "a run")
-    assert drawn_dashes(tmp_path / "with.png") and not drawn_dashes(tmp_path / "without.png")
+    loss, _, rate, scale = report.draw_curves(tmp_path / "with.png", entries, 128, "a run").axes
+    curve, chance = loss.lines
+    assert curve.get_xydata().tolist() == [[10, 4.9], [20, 4.0], [30, 3.0]]
+    assert set(chance.get_ydata()) == {math.log(128)} and chance.get_linestyle() == "--"
+    assert chance.get_label() == "chance, ln(128) = 4.85"
+    assert rate.lines[0].get_ydata().tolist() == [1e-5] * 3
+    assert scale.lines[0].get_ydata().tolist() == [60.0] * 3 and scale.lines[1].get_label() == "limit, 100"
+    without = report.draw_curves(tmp_path / "without.png", entries[:1], None, "a run")
+    assert len(without.axes[0].lines) == 1
     report.draw_curves(tmp_path / "empty.png", [], 128, "a run")
     assert Image.open(tmp_path / "empty.png").size == Image.open(tmp_path / "with.png").size
 
@@ -210,7 +213,7 @@ def test_a_run_that_breaks_off_leaves_log_and_curves_and_goes_on(error, make, ca
     before = read_log(caption_set / "run")
     assert [entry["step"] for entry in before if "loss" in entry] == [1, 2, 3, 4, 5]
     assert before[-1]["error"] == f"{error.__name__}: the power went"
-    assert drawn_dashes(curves)
+    assert curves.read_bytes() == drawn(caption_set, before, 12)
     with open(log, "a") as file:
         file.write('{"step": 6, "los')  # killed while it wrote
     curves.unlink()

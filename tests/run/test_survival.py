@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from miniclip.run.checkpoints import checkpoints, keep_newest, last_checkpoint
 from miniclip.run.guard import NotFinite
-from miniclip.run.record import RECORD, differences
+from miniclip.run.metadata import RECORD, differences
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import check_manifest, lock, write_manifest
 from tests.survival_trainer import make_trainer
@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(recipe, tmp_path):  # noqa:
     assert "code 1" in done.stdout and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert "checkpoint-2 could not be saved" in done.stderr and "checkpoint-1, untouched" in done.stderr
     assert last_checkpoint(tmp_path / "kept") == str(tmp_path / "kept" / "checkpoint-1")
-    assert not list((tmp_path / "kept").glob("tmp-*"))
+    assert not list((tmp_path / "kept").glob(".*.checkpoint-*"))
     assert "train.py: the disk is full" in done.stderr and "model.safetensors" not in done.stdout
 
 

@@ -24,7 +24,7 @@ from miniclip.loss import clip_loss
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.finetune import EMA, EarlyStopping, PatchDropout, hold_statistics, layer_rates, unlock_last
-from miniclip.training.freeze import lock
+from miniclip.training.freeze import freeze
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.parse import parse_train
 from miniclip.training.trainer import RunTrainer
@@ -35,7 +35,7 @@ from tests.training.test_training import ROOT, largest_difference, recipe, weigh
 
 def step(model, chunk_size: int, pixel_values, input_ids, fast=False) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    clip_loss(*wrap_towers(model, None, chunk_size, fast)(pixel_values, input_ids)).backward()
+    clip_loss(*wrap_towers(model, None, chunk_size, fast)(pixel_values, input_ids)[:3]).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -74,7 +74,7 @@ def test_the_last_blocks_get_the_gradients_of_a_full_backward_pass_and_the_rest_
 def test_no_block_unlocked_is_a_locked_tower(tiny_config):
     models = [miniclip.MiniClip(tiny_config) for _ in range(2)]
     unlock_last(models[0], image=0, text=2)
-    lock(models[1], image="tower")
+    freeze(models[1], image="tower")
     learning = [{name for name, p in model.named_parameters() if p.requires_grad} for model in models]
     frozen = {"text.token_embedding.weight", "text.positional_embedding"}
     assert learning[0] == learning[1] - frozen and "visual.proj.weight" in learning[0]
@@ -83,7 +83,7 @@ def test_no_block_unlocked_is_a_locked_tower(tiny_config):
 
 
 def test_a_frozen_batch_norm_keeps_its_statistics():
-    class Tower(nn.Module):
+    class Small(Tower):
         def __init__(self):
             super().__init__()
             self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -93,7 +93,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics():
             return self.head(self.stem(x))
 
     torch.manual_seed(0)
-    tower = Tower()
+    tower = Small()
     tower.stem.requires_grad_(False)
     hold_statistics(tower)
     for model in (tower, copy.deepcopy(tower)):
@@ -119,7 +119,7 @@ def parts(tiny_model, caption_set):
     def make(model, callbacks=(), lr_scale=None, ema=None, **arguments):
         arguments = {
             "output_dir": str(caption_set / "run"), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 12,
-            "max_steps": 6, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 3e-3, **arguments,
+            "max_steps": 6, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 3e-3, "warmup_steps": 0, **arguments,
         }  # fmt: skip
         args = RunArguments(**arguments)
         dataset = RunDataset(records, preprocess, seed=args.seed)
@@ -184,7 +184,7 @@ def test_patches_are_hidden_but_for_the_last_steps(parts):
 
 def test_the_average_by_hand(parts, caption_set):
     model, name = parts.model, "text.ln_final.weight"
-    lock(model, image="all")
+    freeze(model, image="all")
     ema, seen, averages = EMA(model, 0.3), [model.state_dict()[name].clone()], []
 
     def look():
@@ -210,7 +210,7 @@ def test_the_average_by_hand(parts, caption_set):
     assert not torch.equal(kept[name], seen[4])
     miniclip.load_weights(model, checkpoint / "ema.safetensors")  # it can be started from
     assert torch.equal(model.state_dict()[name], kept[name])
-    with pytest.raises(InputError, match="checkpoint-4 was made with --ema: go on with it too"):
+    with pytest.raises(InputError, match="checkpoint-4 was made with --ema: resume with it too"):
         parts.make(model).train(str(checkpoint))
     trainer.save_model()
     assert not (caption_set / "run" / "ema.safetensors").exists()

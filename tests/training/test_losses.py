@@ -2,10 +2,10 @@
 
 import json
 import math
-from types import SimpleNamespace
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from miniclip.loss import clip_loss, clip_loss_with_duplicates, find_duplicates
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.training.dataset import RunDataset
 from miniclip.training.distill import Distillation, affinity_loss
+from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.losses import make_loss
 from miniclip.training.siglip import add_logit_bias, siglip_loss
 from miniclip.transforms import Preprocess

@@ -132,7 +132,7 @@ def test_gradients_of_two_processes_equal_those_of_one(tiny_model, tiny_config, 
 
     pixel_values, input_ids = batch(8, 14)
     tiny_model.train()
-    loss = clip_loss(*tiny_model(pixel_values, input_ids))
+    loss = clip_loss(*tiny_model(pixel_values, input_ids)[:3])
     loss.backward()
     saved = {"config": tiny_config.to_dict(), "weights": tiny_model.state_dict()}
     torch.save({**saved, "pixel_values": pixel_values, "input_ids": input_ids}, tmp_path / "batch.pt")
@@ -234,7 +234,7 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model):
     gradients = []
     for _ in range(2):
         tiny_model.zero_grad()
-        clip_loss(*tiny_model(pixel_values, input_ids)).backward()
+        clip_loss(*tiny_model(pixel_values, input_ids)[:3]).backward()
         gradients.append([p.grad.clone() for p in tiny_model.parameters()])
         tiny_model.gradient_checkpointing_enable()
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients))

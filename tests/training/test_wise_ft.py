@@ -14,7 +14,7 @@ from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.evaluator import Tasks
 from miniclip.retrieval import retrieval_metrics
 from miniclip.training import wise_ft as training_wise_ft
-from miniclip.training.wise_ft import axis, best, format_sweep, sweep
+from miniclip.training.wise_ft import best, format_sweep, sweep
 from miniclip.utils.errors import InputError
 from miniclip.weights.interpolate import check_same, interpolate
 from tests.training.test_training import weights
@@ -121,15 +121,6 @@ def test_the_best_is_that_of_both_tasks():
     assert best(found) == 0.5  # of two alike the one nearer to the old model
     task = "40.0 | 0.0 | 0.0 | 0.0 | 12.5"
     assert format_sweep(found).splitlines()[3] == f"| 0.5 | {task} | {task} | 40.0 |"
-
-
-@pytest.mark.parametrize("values, wanted", [
-    ([0.02, 0.09], [0, 0.02, 0.04, 0.06, 0.08, 0.1]), ([0.71, 0.78], [0.7, 0.72, 0.74, 0.76, 0.78]), ([0, 0], None),
-])  # fmt: skip
-def test_axes_span_the_values_in_round_numbers(values, wanted):
-    found = axis(values)
-    assert found[0] <= min(values) and found[-1] >= max(values) and found[0] < found[-1]
-    assert wanted is None or found == pytest.approx(wanted)
 
 
 def test_what_is_wrong_is_said_without_a_traceback(two, run_script):

@@ -6,6 +6,7 @@ The default suite tries a few hundred of each, always the same ones; `make test-
 import io
 import json
 import os
+import tarfile
 import warnings
 
 import numpy as np
@@ -17,14 +18,14 @@ from PIL import Image
 
 from miniclip.config import PreprocessConfig
 from miniclip.datasets.read import read_source
-from miniclip.datasets.records import one_per_image
-from miniclip.datasets.shards import ShardWriter
+from miniclip.datasets.records import ReadOptions, one_per_image
+from miniclip.datasets.shards import add_sample
 from miniclip.tokenizer import WORD, Tokenizer, clean
 from miniclip.training.augment import TrainTransform
 from miniclip.training.dataset import RunDataset
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
-from miniclip.utils.image_files import ImageError
+from miniclip.utils.image_files import ImageError, ImageFile
 
 SOME = [300, pytest.param(20_000, marks=pytest.mark.slow)]
 
@@ -91,7 +92,7 @@ def test_any_caption_file_gives_records_or_an_input_error(examples, tmp_path, re
     def check(data, suffix, on_bad):
         (root / f"f{suffix}").write_bytes(data)
         try:
-            records = read_source(str(root / f"f{suffix}"), check_images=False, on_bad=on_bad)
+            records = read_source(str(root / f"f{suffix}"), ReadOptions(check_images=False, on_bad_sample=on_bad))
         except InputError as error:
             assert str(root) in str(error)
             return
@@ -170,7 +171,7 @@ def pictures() -> list[bytes]:
     return [saved(image, kind, **how) for image, kind, how in every]
 
 
-class Handle:
+class Handle(ImageFile):
     def __init__(self, data: bytes):
         self.data = data
 
@@ -221,17 +222,17 @@ def test_any_picture_is_a_tensor_or_an_image_error(examples, monkeypatch):
 
 @pytest.mark.parametrize("examples", [100, pytest.param(5_000, marks=pytest.mark.slow)])
 def test_any_shard_gives_samples_or_an_input_error(examples, tmp_path, recwarn):
-    with ShardWriter(tmp_path / "seed.tar") as writer:
+    with tarfile.open(tmp_path / "seed.tar", "w") as tar:
         for key, captions in (("000", ["a dog"]), ("d/001", ["two", "cats"]), ("größer" * 30, ["x"])):
-            writer.add(key, saved(Image.new("RGB", (4, 4)), "PNG"), "png", captions)
-    seeds = [writer.scratch.read_bytes().rstrip(b"\0") + bytes(1024)]
+            add_sample(tar, key, saved(Image.new("RGB", (4, 4)), "PNG"), "png", captions)
+    seeds = [(tmp_path / "seed.tar").read_bytes().rstrip(b"\0") + bytes(1024)]
 
     def check(data):
         (tmp_path / "f.tar").write_bytes(data)
         for index in tmp_path.glob(".miniclip*"):  # the same size within the same tick of the clock
             index.unlink()
         try:
-            source = read_source(str(tmp_path / "f.tar"), on_bad="skip")
+            source = read_source(str(tmp_path / "f.tar"), ReadOptions(on_bad_sample="skip"))
         except InputError as error:
             assert "f.tar" in str(error)
             return

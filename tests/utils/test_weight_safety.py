@@ -22,7 +22,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
-from test_checkpoint import Branch, assert_equal
 
 from miniclip.checkpoint import from_miniclip
 from miniclip.config import MiniClipConfig
@@ -32,6 +31,7 @@ from miniclip.utils.files import DamagedFile
 from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
 from miniclip.weights.load import load_weights, open_checkpoint
+from tests.core.test_checkpoint import Branch, assert_equal
 
 CONFIG = {
     "embed_dim": 4,
@@ -447,7 +447,7 @@ def test_each_changed_byte_of_a_saved_folder_is_found(tmp_path):
         read(folder)  # all is as it was
     assert tried > 300
     (tmp_path / "model" / "manifest.json").write_text("{")
-    with pytest.raises(DamagedFile, match="no manifest"):
+    with pytest.raises(DamagedFile, match="not a valid manifest"):
         MiniClip.from_pretrained(tmp_path / "model")
     (tmp_path / "model" / "manifest.json").unlink()
     assert_equal(MiniClip.from_pretrained(tmp_path / "model").state_dict(), small().state_dict())

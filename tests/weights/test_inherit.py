@@ -143,7 +143,7 @@ def train(model: MiniClip, pixel_values, input_ids, steps: int) -> float:
     optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-3)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = clip_loss(*model(pixel_values, input_ids))
+        loss = clip_loss(*model(pixel_values, input_ids)[:3])
         loss.backward()
         optimizer.step()
     return loss.item()

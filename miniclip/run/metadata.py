@@ -1,0 +1,126 @@
+"""Run metadata: the command line, data, versions and machine of a run, enough to repeat it or compare it with others.
+
+`train.py` writes it as `run.json` into output_dir and each checkpoint; `evaluate.py` adds it to its metrics.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from miniclip.datasets.fingerprint import fingerprint
+from miniclip.utils.errors import InputError
+from miniclip.utils.files import sha256
+from miniclip.utils.machine import CORES, processor
+
+RECORD = "run.json"
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "pillow", "faiss-cpu", "numpy", "ftfy")
+
+
+def run_metadata(command: Sequence[str], device) -> dict:
+    """Returns the metadata of any command: its command line, the time, the commit, versions and the machine."""
+    torch = sys.modules.get("torch")  # evaluating stored embeddings does not import it
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else processor()
+    return {
+        "command": shlex.join([Path(sys.executable).name, *command]),
+        "folder": os.getcwd(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions,
+        "machine": {
+            "device": f"{device}: {name}",
+            "threads": torch.get_num_threads() if torch else CORES,
+            "system": platform.platform(),
+        },
+    }
+
+
+def commit() -> str | None:
+    """Returns the commit of this copy of MiniCLIP, with `-dirty` if files differ from it, or None outside git."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # git would otherwise report a repository that merely contains this folder
+        return None
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def training_metadata(
+    argv: Sequence[str], options, args, model, records, eval_records=None, arithmetic: str = "plain"
+) -> dict:
+    """Returns the metadata of a training run. `options` is a TrainOptions, `args` the ClipTrainingArguments,
+    `arithmetic` the way in which fp32 products are computed."""
+    plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (str, int, float, bool, list))}
+    # Which samples of a stream have been read depends on the number of readers.
+    readers = {"readers": args.world_size * max(1, args.dataloader_num_workers)} if options.streaming else {}
+    return (
+        run_metadata(["train.py", *argv], args.device)
+        | readers
+        | {
+            "model": json.loads(json.dumps(model.config.to_dict())),
+            "data": fingerprint(options.train_file, records),
+            "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,
+            "seed": args.seed,
+            "pairs_per_step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "arithmetic": arithmetic,
+            "options": dataclasses.asdict(options),
+            "arguments": plain,
+        }
+    )
+
+
+def evaluation_metadata(argv: Sequence[str], options, records, device) -> dict:
+    """Returns the metadata of an evaluation, with the sha256 of the weights or features and the data it used."""
+    metadata = run_metadata(["evaluate.py", *argv], device) | {"options": vars(options)}
+    if options.eval_file:
+        metadata["data"] = fingerprint(options.eval_file, records)
+    weights = options.pretrained or options.model and os.path.join(options.model, "model.safetensors")
+    features = [os.path.join(options.features, f"{kind}.npy") for kind in ("image", "text")] if options.features else []
+    files = [path for path in (weights, *features) if path and os.path.isfile(path)]
+    return metadata | {"sha256": {path: sha256(path) for path in files}}
+
+
+def read_metadata(folder: str | Path) -> dict:
+    """Reads the run metadata in a folder. Raises InputError if it cannot be read."""
+    try:
+        return json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{Path(folder) / RECORD} cannot be read: {error}") from None
+
+
+# Differences in these do not matter.
+IGNORED = ("command", "folder", "started", "options.overwrite_output_dir", "options.train_file", "options.resume",
+           "arguments.output_dir", "arguments.resume_from_checkpoint", "arguments.run_name", "arguments.disable_tqdm",
+           "arguments.logging", "arguments.log_", "arguments.report_to", "arguments.local_rank",
+           "arguments.seed", "arguments.data_seed")  # fmt: skip
+
+
+def differences(before: dict, now: dict, path: str = "") -> dict[str, str]:
+    """Returns the differences between the metadata of two runs: for each name, a line with both values."""
+    found = {}
+    for key in [*before, *(key for key in now if key not in before)]:
+        name, old, new = f"{path}{key}", before.get(key), now.get(key)
+        if name.startswith(IGNORED) or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= differences(old, new, f"{name}.")
+        else:
+            found[name] = f"{name} was {json.dumps(old)} and is {json.dumps(new)}"
+    return found
