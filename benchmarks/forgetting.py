@@ -6,7 +6,7 @@
 A small model learns Flickr8k's English captions from scratch (or is given, --base FOLDER), and is then fine-tuned on
 the Chinese captions of the same images: plainly, and with each remedy of docs/finetuning.md. All are measured on the
 1,000 validation images in both languages. Then the base hands slices of its weights down to a smaller model, which is
-trained on beside one that starts from random numbers. Writes docs/finetuning.md's tables, docs/forgetting.png and
+trained on beside one that starts from random weights. Writes docs/finetuning.md's tables, docs/forgetting.png and
 docs/wise_ft.png. Results lie in --out, one folder a run; one whose result is there is not run again.
 """
 
@@ -33,17 +33,20 @@ RUNS = {  # name: (what it says in the table, options beside those of all runs)
     "layer-decay": ("layer-wise decay", ["--layer_decay", "0.7"]),
     "image-rate": ("image tower at a tenth of the rate", ["--tower_lr_scales", "0.1", "1"]),
     "text-rate": ("text tower at a tenth of the rate", ["--tower_lr_scales", "1", "0.1"]),
-    "lock-image": ("image tower locked", ["--freeze_image", "all", "--hflip", "0"]),
-    "lock-text": ("text tower locked but for its projection", ["--freeze_text", "tower"]),
-    "last-image": ("image tower: the last block learns", ["--freeze_image", "all_but_1"]),
-    "last-both": ("both towers: the last block learns", ["--freeze_image", "all_but_1", "--freeze_text", "all_but_1"]),
+    "freeze-image": ("image tower frozen", ["--freeze_image", "all", "--hflip", "0"]),
+    "freeze-text": ("text tower frozen except its projection", ["--freeze_text", "tower"]),
+    "last-image": ("image tower: only the last block is trained", ["--freeze_image", "all_but_1"]),
+    "last-both": (
+        "both towers: only the last block is trained",
+        ["--freeze_image", "all_but_1", "--freeze_text", "all_but_1"],
+    ),
     "patch-dropout": ("half of the patches hidden", ["--patch_dropout", "0.5", "0.1"]),
     "ema": ("moving average of the weights", ["--ema", "0.999"]),
     "early-stop": (
         "twice as long, with early stopping", ["--num_train_epochs", "16", "--early_stopping_patience", "2"]
     ),
 }  # fmt: skip
-SWEPT = {"plain": "plain fine-tuning", "lock-image": "image tower locked"}  # their weights are mixed with the base's
+SWEPT = {"plain": "plain fine-tuning", "freeze-image": "image tower frozen"}  # their weights are mixed with the base's
 FINE_TUNE = {
     "num_train_epochs": 8, "learning_rate": 5e-4, "weight_decay": 0.1, "warmup_steps": 0.1,
     "per_device_train_batch_size": 128, "crop_scale": 0.5, "hflip": 0.5, "save_strategy": "no",
@@ -163,7 +166,7 @@ class Study:
         return json.loads(done.read_text())
 
     def inherit(self, base: Path) -> dict[str, dict]:
-        """A smaller model, from slices of the base and from random numbers, trained alike on the English captions."""
+        """A smaller model, trained on the English captions from slices of the base and from random weights."""
         config, heir = self.out / "small.json", self.out / "heir-start"
         write(config, SMALL)
         if not (heir / "model.safetensors").is_file():
@@ -173,7 +176,7 @@ class Study:
         words = [str(word) for option, value in options.items() for word in (f"--{option}", value)]
         return {
             "from slices of the base": self.train("heir", "--model", heir, *words),
-            "from random numbers": self.train("random", "--model", config, *words),
+            "from random weights": self.train("random", "--model", config, *words),
         }
 
 

@@ -17,7 +17,7 @@ class Run:
 
         with Run(argv, options, args) as run:
             ...                                  # `run.bad_samples` collects what is skipped
-            trainer = RunTrainer(..., record=run.metadata(...))
+            trainer = RunTrainer(..., metadata=run.metadata(...))
             trainer.train(run.start(trainer))    # clears or resumes, and begins to log
             run.finish(trainer)
 

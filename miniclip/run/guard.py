@@ -197,12 +197,12 @@ def _spare_worker(init, worker_id: int):
 class GuardedTrainer(Trainer):
     """A Trainer whose runs end and resume as described at the top of this file.
 
-    `record` is the run metadata (`record.py`), saved in checkpoints and compared when a run resumes.
+    `metadata` is the run metadata (`metadata.py`), saved in checkpoints and compared when a run resumes.
     """
 
-    def __init__(self, *args, record: dict | None = None, **kwargs):
+    def __init__(self, *args, metadata: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.record, self.guard, self.resumed_from = record, Guard(self), None
+        self.metadata, self.guard, self.resumed_from = metadata, Guard(self), None
         self.log_extras: list[Callable[[dict], None]] = []  # each adds to an entry of the log before it is written
         self.add_callback(self.guard)
 
@@ -230,8 +230,8 @@ class GuardedTrainer(Trainer):
             check_checkpoint(folder)
         if len(set(gather_object([folder]))) > 1:
             raise InputError(f"the processes see different checkpoints. Put {self.args.output_dir} on a shared disk")
-        if folder and self.record:
-            check_same_run(folder, self.record)
+        if folder and self.metadata:
+            check_same_run(folder, self.metadata)
         self.resumed_from = folder
         with self.guard.handle_signals():
             try:
@@ -258,7 +258,7 @@ class GuardedTrainer(Trainer):
         return norm
 
     def get_batch_samples(self, *args, **kwargs):
-        """Trainer calls it between two steps. If a signal has already ended the data workers, the run can still save."""
+        """Trainer calls it between two steps: a run whose data workers were ended by the signal can still save."""
         try:
             return super().get_batch_samples(*args, **kwargs)
         except RuntimeError as error:

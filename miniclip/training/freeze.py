@@ -46,7 +46,8 @@ def freeze_all_but(model: MiniClip, image: int | None = None, text: int | None =
         if blocks is None:
             continue
         if not 0 <= blocks <= len(tower.blocks):
-            raise InputError(f"all_but_{blocks}: the {kind} tower has {len(tower.blocks)} blocks. Name at most as many")
+            n = len(tower.blocks)
+            raise InputError(f"all_but_{blocks}: the {kind} tower has {n} blocks. Choose a number from 0 to {n}")
         depth, head = depths(tower), set(tower.projection.parameters())
         for name, p in tower.named_parameters():
             p.requires_grad_(depth[name] <= blocks if blocks else p in head)
