@@ -50,7 +50,7 @@ class Guard(TrainerCallback):
     def __init__(self, trainer):
         self.trainer, self.signal, self.signalled_at = trainer, 0, 0.0  # what signal this process received, and when
         self.agreed, self.due = 0, False  # the signal that all processes agreed on, and whether to save for it
-        self.batches = []  # of this step: (loss, row numbers, token ids)
+        self.batches = []  # of this step: (loss, rows for RunDataset.label, token ids or None)
 
     # Signals
 
@@ -149,12 +149,10 @@ class Guard(TrainerCallback):
         """Image and caption of all pairs of this step."""
         dataset, tokenizer, found = self.trainer.train_dataset, self.trainer.data_collator.tokenize, []
         for _, rows, input_ids in self.batches:
-            n = len(rows) if rows is not None else 0 if input_ids is None else len(input_ids)
-            for i in range(n):
-                entry = dataset.label(rows[i].tolist()) if rows is not None else {}
-                if input_ids is not None:
-                    entry.setdefault("caption", tokenizer.decode(input_ids[i].tolist()))
-                found.append(entry)
+            for i, row in enumerate(rows.tolist()):
+                found.append(dataset.label(row))
+                if input_ids is not None:  # a stream does not remember its captions
+                    found[-1].setdefault("caption", tokenizer.decode(input_ids[i].tolist()))
         return found
 
     # Errors

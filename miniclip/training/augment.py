@@ -21,13 +21,9 @@ class TrainTransform(Preprocess):
     """
 
     def __init__(
-        self,
-        cfg: PreprocessConfig,
-        scale: tuple[float, float] = (0.9, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        hflip: float = 0.0,
-        color_jitter: tuple[float, float, float, float] | None = None,
-    ):
+        self, cfg: PreprocessConfig, scale: tuple[float, float] = (0.9, 1), ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.0, color_jitter: tuple[float, float, float, float] | None = None,
+    ):  # fmt: skip
         super().__init__(cfg)
         if not 0 < scale[0] <= scale[1] <= 1 or not 0 <= hflip <= 1:
             raise ValueError(f"scale {scale} must lie in (0, 1] and hflip {hflip} in [0, 1]")

@@ -22,15 +22,14 @@ def affinity_loss(student: ClipOutput, teacher: ClipOutput) -> Tensor:
     directions. Embeddings are (B, E), of unit length; E may differ. Across processes as `clip_loss`.
     """
     with torch.autocast(student.image_embeds.device.type, enabled=False):
-        return (_cross_entropy(student, teacher, 0, 1) + _cross_entropy(student, teacher, 1, 0)) / 2
-
-
-def _cross_entropy(student: ClipOutput, teacher: ClipOutput, of: int, over: int) -> Tensor:
-    logits, wanted = (
-        output.logit_scale.float() * output[of].float() @ gather(output[over].float()).T
-        for output in (student, teacher)
-    )
-    return F.cross_entropy(logits, wanted.softmax(dim=1))
+        losses = []
+        for rows, columns in ((0, 1), (1, 0)):
+            logits, wanted = (
+                output.logit_scale.float() * output[rows].float() @ gather(output[columns].float()).T
+                for output in (student, teacher)
+            )
+            losses.append(F.cross_entropy(logits, wanted.softmax(dim=1)))
+        return sum(losses) / 2
 
 
 class Distillation:
@@ -42,13 +41,9 @@ class Distillation:
     """
 
     def __init__(
-        self,
-        teacher: MiniClip,
-        preprocess: Preprocess,
-        student: MiniClip,
-        contrast: Callable[[ClipOutput, dict], Tensor] | None = None,
-        bf16: bool = False,
-    ):
+        self, teacher: MiniClip, preprocess: Preprocess, student: MiniClip,
+        contrast: Callable[[ClipOutput, dict], Tensor] | None = None, bf16: bool = False,
+    ):  # fmt: skip
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
         words = [(t.vocabulary(), t.pad_token_id) for t in (teacher.text.tokenizer, student.text.tokenizer)]
         same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size and words[0] == words[1]

@@ -54,9 +54,7 @@ def fine_tuning(model: MiniClip, options, args) -> tuple[list[TrainerCallback], 
     return callbacks, extras
 
 
-def layer_rates(
-    model: MiniClip, image: float = 1.0, text: float = 1.0, layer_decay: float = 1.0
-) -> Callable[[str], float]:
+def layer_rates(model: MiniClip, image: float = 1, text: float = 1, layer_decay: float = 1) -> Callable[[str], float]:
     """Returns a function from a parameter's name to the factor of its learning rate:
 
         (image or text) x layer_decay ** depth

@@ -18,14 +18,9 @@ CHUNK = 1024  # captions scored at once
 
 
 def siglip_loss(
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    ids: Tensor | None = None,
-    duplicates: str = "positive",
-    chunk_size: int = CHUNK,
-) -> Tensor:
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, ids: Tensor | None = None,
+    duplicates: str = "positive", chunk_size: int = CHUNK,
+) -> Tensor:  # fmt: skip
     """-1/B sum over i, j of log sigmoid(z_ij (scale x_i . y_j + bias)), in nats (algorithm 1).
 
     z_ij is 1 if image i and caption j are a pair, otherwise -1. Duplicates are pairs too ("positive"), dropped from the
@@ -43,22 +38,20 @@ def siglip_loss(
         for start in range(0, len(texts), chunk_size):
             part = slice(start, start + chunk_size)
             own = rows + process_index() * len(images) - start  # the column of each image's caption
-            others = None if ids is None or duplicates == "ignore" else (ids, all_ids[part], duplicates)
-            inputs = (images, texts[part], logit_scale.float(), logit_bias.float(), own, others)
+            inputs = (images, texts[part], logit_scale.float(), logit_bias.float(), own, duplicates)
+            inputs += () if ids is None else (ids, all_ids[part])
             loss = loss + checkpoint(_chunk_loss, *inputs, use_reentrant=False)
         return loss / len(images)
 
 
-def _chunk_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, own: Tensor, others) -> Tensor:
+def _chunk_loss(
+    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, own: Tensor, duplicates: str, *ids
+) -> Tensor:
     pair = own[:, None] == torch.arange(len(texts), device=own.device)
-    logits = logit_scale * images @ texts.T + logit_bias
-    if others is None:
-        return -F.logsigmoid(torch.where(pair, logits, -logits)).sum()
-    ids, their_ids, duplicates = others
-    same = find_duplicates(ids, their_ids)
-    if duplicates == "positive":
-        return -F.logsigmoid(torch.where(same, logits, -logits)).sum()
-    return -(F.logsigmoid(torch.where(pair, logits, -logits)) * (pair | ~same)).sum()
+    same = find_duplicates(*ids) if ids and duplicates != "ignore" else pair
+    logits = scale * images @ texts.T + bias
+    losses = -F.logsigmoid(torch.where(same if duplicates == "positive" else pair, logits, -logits))
+    return (losses * (pair | ~same)).sum() if duplicates == "exclude" else losses.sum()
 
 
 def add_logit_bias(model: MiniClip):

@@ -36,19 +36,12 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
     """
 
     def __init__(
-        self,
-        model: MiniClip,
-        args: RunArguments,
-        train_dataset: RunDataset | None = None,
-        *,
-        preprocess,
-        evaluator: Evaluator | None = None,
-        lr_scale: Callable[[str], float] | None = None,
-        ema: MiniClip | None = None,
-        **kwargs,
-    ):
+        self, model: MiniClip, args: RunArguments, train_dataset: RunDataset | None = None, *, preprocess,
+        evaluator: Evaluator | None = None, lr_scale: Callable[[str], float] | None = None,
+        ema: MiniClip | None = None, **kwargs,
+    ):  # fmt: skip
         self.sharded = fsdp.uses_fsdp(args)
-        # FSDP counts on every block being called as a whole.
+        # FSDP needs every block to be called as a module, which the fast path does not do.
         wrap_towers(model, preprocess.normalize, args.grad_cache_chunk_size, args.fast and not self.sharded)
         if model.visual.may_skip_parameters or model.text.may_skip_parameters:
             args.ddp_find_unused_parameters = True
@@ -88,9 +81,8 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
 
     def get_train_dataloader(self):
         """As Trainer's, unless the dataset has its own: each process reads its share of a stream."""
-        return spare_workers(
-            self.train_dataset.dataloader(self.args, self.data_collator) or super().get_train_dataloader()
-        )
+        own = self.train_dataset.dataloader(self.args, self.data_collator)
+        return spare_workers(own or super().get_train_dataloader())
 
     def create_optimizer(self, model=None):
         """Trainer's, with its groups split by learning rate. The highest, which is logged, comes first."""

@@ -20,17 +20,10 @@ ALPHAS = [number / 10 for number in range(11)]
 
 
 def sweep(
-    before: MiniClip,
-    after: MiniClip,
-    preprocess,
-    tokenizer,
-    records: dict[str, list[dict]],
-    alphas: list[float] = ALPHAS,
-    precision: str = "fp32",
-    batch_size: int = 64,
-    num_workers: int | None = None,
+    before: MiniClip, after: MiniClip, preprocess, tokenizer, records: dict[str, list[dict]],
+    alphas: list[float] = ALPHAS, precision: str = "fp32", batch_size: int = 64, num_workers: int | None = None,
     progress: bool = False,
-) -> list[dict]:
+) -> list[dict]:  # fmt: skip
     """Evaluates the models between two on caption sets by name. Returns, for each alpha,
     `{"alpha": alpha, "mean": mean of the mean recalls, name: metrics, ...}`. A tower that is equal in both models, such
     as a frozen one, encodes only once. Raises InputError for models of different architectures.

@@ -225,7 +225,7 @@ def test_a_run_that_breaks_off_leaves_log_and_curves_and_goes_on(error, make, ca
     assert (after[4]["event"], after[4]["step"], after[4]["cut"]) == ("resumed", 3, 4)  # steps 4, 5, error, half a line
     assert [a["loss"] for a in after[5:7]] == pytest.approx([b["loss"] for b in before[4:6]], abs=1e-6)
     seconds = [entry["seconds"] for entry in after]
-    assert seconds == sorted(seconds), "they go on"
+    assert seconds == sorted(seconds), "they continue"
     assert curves.is_file()
 
 

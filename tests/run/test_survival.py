@@ -83,7 +83,7 @@ def test_a_kill_at_each_file_of_a_checkpoint(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, run_script):  # noqa: F811
-    """One flipped bit in any of its files; the run goes on from the one before, and says so."""
+    """One flipped bit in any of its files; the run resumes from the one before, and says so."""
     run_script("train.py", recipe, *SAVE, "--max_steps", "3", "--save_total_limit", "3")
     run = tmp_path / "run"
     for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", "scheduler.pt", "rng_state.pth", RECORD):
@@ -172,12 +172,12 @@ def test_a_signal_saves_first(number, processes, recipe, caption_set, run_script
         os.killpg(process.pid, number)  # as clusters do; it is not a second time
     else:
         os.kill(children(process.pid)[-1], number)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == (128 + number if processes == 1 else 1), said[-2000:]
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == (128 + number if processes == 1 else 1), output[-2000:]
     (folder,) = checkpoints(run)
     check_manifest(folder)
     step = int(folder.name.split("-")[1])
-    assert f"stopped after step {step}; --resume continues from" in said
+    assert f"stopped after step {step}; --resume continues from" in output
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step >= 3
     assert not (run / "model.safetensors").exists()
     if number == signal.SIGINT:  # one will do
@@ -290,9 +290,9 @@ def test_a_data_worker_that_dies_names_its_sample(recipe, caption_set):  # noqa:
     process = start("train.py", recipe, *more, *SAVE)
     until(lambda: logged(run) >= 3, process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1 and "a data worker died" in said, said[-2000:]
-    assert "'record': " in said and ".png" in said and "'caption': " in said and "Traceback" not in said
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "a data worker died" in output, output[-2000:]
+    assert "'record': " in output and ".png" in output and "'caption': " in output and "Traceback" not in output
     assert last_checkpoint(run) is not None
 
 
@@ -422,11 +422,11 @@ try:
 except InputError as error:
     print(error)
 """
-    said = ""
+    output = ""
     for batch in (2048, None):
-        batch = batch or re.search(r"(\d+) fit \(tried\)\. Use --per_device_train_batch_size \1, or --grad", said)[1]
+        batch = batch or re.search(r"(\d+) fit \(tried\)\. Use --per_device_train_batch_size \1, or --grad", output)[1]
         how = {"env": ONE_THREAD, "capture_output": True, "text": True}
         done = subprocess.run([sys.executable, "-c", script, str(batch)], **how)
         assert done.returncode == 0, done.stderr[-2000:]
-        said = done.stdout.splitlines()[-1]
-    assert int(batch) < 2048 and said == "trained"
+        output = done.stdout.splitlines()[-1]
+    assert int(batch) < 2048 and output == "trained"

@@ -173,7 +173,7 @@ def test_a_run_without_progress_stops(parts):
         save_strategy="steps", save_steps=2, load_best_model_at_end=True,
     )  # fmt: skip
     resumed.train(trainer.args.output_dir + "/checkpoint-6")
-    assert resumed.state.global_step == 8, "it goes on counting from two, by its own patience"
+    assert resumed.state.global_step == 8, "it continues counting from two, with its own patience"
 
 
 REMEDIES = [

@@ -140,7 +140,7 @@ def test_torchrun_on_any_number_of_processes(processes, folder, recipe, run_scri
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp", "accelerate"])
 def test_train_py_with_fsdp(how, folder, recipe, run_script):  # noqa: F811
-    """Both ways to ask for it, a run that is interrupted and goes on, the best model taken back at the end."""
+    """Both ways to ask for it, an interrupted run that resumes, the best model loaded at the end."""
     common = [
         recipe, "--eval_file", folder / "odd.json", "--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "2",
         "--save_strategy", "steps", "--save_steps", "2", "--load_best_model_at_end", "--save_total_limit", "5",

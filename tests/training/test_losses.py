@@ -158,7 +158,7 @@ def test_a_student_equal_to_its_teacher_has_no_gradient(tiny_model):
     objective = Distillation(tiny_model, preprocess, tiny_model)
     tiny_model.requires_grad_(True)
     levels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
-    ids = miniclip.tokenizer.Tokenizer(16)([f"picture {n}" for n in range(6)])
+    ids = miniclip.tokenizer.Tokenizer(16)([f"image {n}" for n in range(6)])
     inputs = {"pixel_values": levels, "input_ids": ids}
     outputs = wrap_towers(tiny_model, preprocess.normalize)(**inputs)
     objective(outputs, inputs).backward()
