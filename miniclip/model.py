@@ -77,7 +77,7 @@ class Block(nn.Module):
     """The pre-norm transformer block of both towers."""
 
     # inference/fast.py computes the same with less work, as long as nothing here is changed: change a line, and this
-    # code runs in training, evaluation and search. `--fast false` always runs it.
+    # code runs in training, evaluation and search, and one line says so. `train.py --fast false` always trains with it.
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool):
         super().__init__()

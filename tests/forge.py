@@ -25,6 +25,7 @@ def prepare():
     import faiss  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
+    from matplotlib import font_manager, style  # noqa: F401
     from PIL import Image
     from transformers import Trainer  # noqa: F401
 

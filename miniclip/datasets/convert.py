@@ -7,8 +7,9 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -78,16 +79,13 @@ def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int, faul
             raise InputError(f"{target}: {many} shards of {samples_per_shard} need a number in their name: 000000.tar")
         ends = [min(n, samples_per_shard * (i + 1)) for i in range(len(paths))]
     _prepare(*paths)
-    width, written, progress = max(6, len(str(n))), 0, tqdm(total=n, desc="packing")
-    with ExitStack() as stack, progress:  # all shards or none
+    width, written, rows = max(6, len(str(n))), 0, iter(tqdm(range(n), "packing"))
+    with ExitStack() as stack:  # all shards or none
         for path, start, end in zip(paths, [0, *ends], ends):
             with tarfile.open(stack.enter_context(replacing(path)), "w") as tar:
-                for index in range(start, end):
-                    record, data, kind = _read(source, index, faults)
-                    if data is not None:
-                        add_sample(tar, f"{index:0{width}d}", data, kind, record["caption"])
-                        written += 1
-                    progress.update()
+                for index, record, data, kind in _readable(source, islice(rows, end - start), faults):
+                    add_sample(tar, f"{index:0{width}d}", data, kind, record["caption"])
+                    written += 1
         return check(written)
 
 
@@ -102,17 +100,14 @@ def _to_file(source: Sequence[dict], target: Path, faults: list, check) -> int:
         raise InputError(f"{target}: some images are not files, others lie outside {base}: convert them separately")
     with replacing(target) as scratch, TemporaryDirectory(".tmp", ".", target.parent) as folder:
         (folder := Path(folder, images.name)).mkdir()  # with the usual permissions, unlike its parent
-        for index in tqdm(range(len(source)), "writing"):
-            record, data, kind = _read(source, index, faults, read_files=False)
+        for index, record, data, kind in _readable(source, tqdm(range(len(source)), "writing"), faults, False):
             if data is not None:
                 file = folder / f"{index:0{width}d}.{kind}"
                 file.write_bytes(data)
                 name = f"{images.name}/{file.name}"
-            elif record:
+            else:
                 file = Path(record["image"])
                 name = str(file) if outside else file.relative_to(base).as_posix()
-            else:
-                continue
             records.append({"image": name, "caption": record["caption"]})
         check(len(records))
         with open(scratch, "w", encoding="utf-8", newline="") as file:
@@ -131,20 +126,21 @@ def _to_file(source: Sequence[dict], target: Path, faults: list, check) -> int:
     return len(records)
 
 
-def _read(source: Sequence[dict], index: int, faults: list, read_files: bool = True) -> tuple:
-    """Returns a record, its image's bytes and their extension; for an image file without `read_files` None for those.
-    If the image cannot be read all three are None, and the reason goes to `faults`."""
-    record = None
-    try:
-        record = source[index]
-        if not read_files and not isinstance(record["image"], ImageFile):
-            return record, None, None
-        data = image_bytes(record["image"])
-        return record, data, image_kind(data)
-    except (ImageError, OSError) as error:
-        name = str(record["image"]) if record else f"sample {index}"
-        faults.append((name, str(error).removeprefix(f"{name}: ")))
-        return None, None, None
+def _readable(source: Sequence[dict], rows: Iterable[int], faults: list, read_files: bool = True) -> Iterator:
+    """Yields (row, record, the image's bytes, their extension), or None for the latter two of image files unless
+    `read_files`. Adds images that cannot be read to `faults`."""
+    for row in rows:
+        record, data, kind = None, None, None
+        try:
+            record = source[row]
+            if read_files or isinstance(record["image"], ImageFile):
+                data = image_bytes(record["image"])
+                kind = image_kind(data)
+        except (ImageError, OSError) as error:
+            name = str(record["image"]) if record else f"sample {row}"
+            faults.append((name, str(error).removeprefix(f"{name}: ")))
+            continue
+        yield row, record, data, kind
 
 
 def _prepare(*paths: Path):

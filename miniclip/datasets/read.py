@@ -16,17 +16,14 @@ one form to another.
 """
 
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from miniclip.datasets.mixture import Mixture, Part, parse_factors
-from miniclip.datasets.records import ImageRoot, ReadOptions, check_records, image_fault, image_faults, read_captions
+from miniclip.datasets.mixture import Mixture, parse_factors
+from miniclip.datasets.records import ImageRoot, ReadOptions, check_records, image_fault, image_faults
 from miniclip.datasets.shards import Shards, expand
 from miniclip.datasets.tables import Table, is_table, load_table
 from miniclip.datasets.text_files import READERS, read_folder
@@ -73,26 +70,21 @@ def split(source: str | Path) -> list[str]:
 def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     if not source.startswith("hf:") and (first := re.fullmatch(r"(.+)\[:(\d+)\]", source)):
         records, n = _read_one(first[1], options), int(first[2])
-        return records[:n] if isinstance(records, list) else Part(records, np.arange(min(n, len(records))))
+        if isinstance(records, list):
+            return records[:n]
+        records.rows = records.rows[:n]
+        return records
     path = Path(source)
     suffix = path.suffix.lower()
     table = suffix not in READERS and is_table(source)
     shards = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else []
     if suffix in READERS or path.is_dir() and not table and not shards:
-        if suffix == ".json" and (options.image_column, options.caption_column) == (None, None):
-            return read_captions(path, **vars(options))
         root = ImageRoot(path if path.is_dir() else options.image_root or path.parent, options.allow_outside_image_root)
         reader = READERS.get(suffix)
         raw, names = reader(path, options) if reader else read_folder(root, options.caption_column)
         return check_records(path, raw, root, options, names)
     if suffix in (".tar", ".tgz") or re.search(r"\.tar\.\w+$", source) or shards:
-        paths = shards or expand(source)
-        missing = [p for p in paths if not os.path.isfile(p)]
-        if options.on_bad_sample == "skip" and 0 < len(missing) < len(paths):
-            what = f"{len(missing)} of {len(paths)} shards are missing"
-            options.report(source, what, [(p, "no such file") for p in missing], len(paths) - len(missing))
-            paths = [p for p in paths if p not in set(missing)]
-        records = Shards(paths, options)
+        records = Shards(shards or expand(source), options)
     elif table:
         records = Table(load_table(source), source, options)
     elif not path.exists():

@@ -53,12 +53,17 @@ def read_captions(path: str | Path, image_root: str | Path | None = None, **opti
     file's own folder, with either separator; a caption may be one string. `options` are other fields of ReadOptions.
     Raises CaptionFileError with the number, the image and the fault of all bad records together.
     """
-    path = Path(path)
+    options, path = ReadOptions(image_root, **options), Path(path)
+    root = ImageRoot(image_root or path.parent, options.allow_outside_image_root)
+    return check_records(path, read_list(path), root, options)
+
+
+def read_list(path: Path) -> list:
+    """Reads the records of a JSON file, unchecked. Raises CaptionFileError."""
     raw = parse_json(read_text(path), path)
     if not isinstance(raw, list) or not raw:
         raise CaptionFileError(f"{path}: expected a list of records, found {short(raw)}")
-    options = ReadOptions(image_root, **options)
-    return check_records(path, raw, ImageRoot(image_root or path.parent, options.allow_outside_image_root), options)
+    return raw
 
 
 def read_text(path: Path) -> str:

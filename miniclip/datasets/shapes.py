@@ -122,23 +122,17 @@ def captions(scene: Scene, rng: random.Random, number: int = CAPTIONS_PER_IMAGE)
     return sentences
 
 
-def outline(shape: str) -> list[tuple[float, float]]:
-    """Returns the corners of a shape of diameter about 1 around (0, 0), y pointing down; of a circle, none. The sizes
-    differ a little, so that a large star looks as large as a large square."""
-    if shape == "square":
-        return [(-0.45, -0.45), (0.45, -0.45), (0.45, 0.45), (-0.45, 0.45)]
-    if shape == "triangle":
-        return [(0, -0.5), (0.55, 0.45), (-0.55, 0.45)]
-    if shape == "diamond":
-        return [(0, -0.57), (0.45, 0), (0, 0.57), (-0.45, 0)]
-    if shape == "star":
-        corners = [(0.24 if i % 2 else 0.58, i * math.pi / 5) for i in range(10)]  # (radius, angle)
-        return [(radius * math.sin(angle), -radius * math.cos(angle)) for radius, angle in corners]
-    if shape == "cross":
-        a, b = 0.17, 0.52  # half the thickness of an arm, and its length
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
-                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]  # fmt: skip
-    return []
+A, B = 0.17, 0.52  # half the thickness of a cross's arm, and its length
+# The corners of shapes of diameter about 1 around (0, 0), y pointing down. The sizes differ a little, so that a large
+# star looks as large as a large square.
+OUTLINES = {
+    "square": [(-0.45, -0.45), (0.45, -0.45), (0.45, 0.45), (-0.45, 0.45)],
+    "triangle": [(0, -0.5), (0.55, 0.45), (-0.55, 0.45)],
+    "diamond": [(0, -0.57), (0.45, 0), (0, 0.57), (-0.45, 0)],
+    "star": [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate([0.58, 0.24] * 5)],
+    "cross": [(-A, -B), (A, -B), (A, -A), (B, -A), (B, A), (A, A),
+              (A, B), (-A, B), (-A, A), (-B, A), (-B, -A), (-A, -A)],
+}  # fmt: skip
 
 
 def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
@@ -166,7 +160,7 @@ def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
             if group.shape == "circle":
                 canvas.ellipse((x - d / 2, y - d / 2, x + d / 2, y + d / 2), fill=color)
             else:
-                canvas.polygon([(x + d * dx, y + d * dy) for dx, dy in outline(group.shape)], fill=color)
+                canvas.polygon([(x + d * dx, y + d * dy) for dx, dy in OUTLINES[group.shape]], fill=color)
     return image.reduce(oversampling)
 
 

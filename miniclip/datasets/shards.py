@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from miniclip.datasets.records import ReadOptions, check_captions, parse_json
+from miniclip.datasets.records import NO_FILE, ReadOptions, check_captions, parse_json
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, user_cache
 from miniclip.utils.image_files import HEIC, ImageError, ImageFile
@@ -32,8 +32,8 @@ CAPTION_KEYS = ("caption", "captions", "text", "texts", "title", "sentences", "s
 VERSION = 2  # of the index: raise it when old ones must be rebuilt
 ROW = np.dtype([("shard", "<i4"), ("header", "<i8"), ("offset", "<i8"), ("size", "<i8"),
                 ("text_offset", "<i8"), ("text_size", "<i8"), ("json", "?")])  # fmt: skip
-COMPRESSED = "compressed shards have no random access: decompress it (gunzip)"
-UNREADABLE = "HEIC images cannot be read: convert it to JPEG or PNG"
+COMPRESSED = "a compressed shard has no random access: decompress it (gunzip)"
+UNREADABLE = "HEIC cannot be read: convert it to JPEG or PNG"
 
 
 def expand(pattern: str) -> list[str]:
@@ -110,40 +110,36 @@ class ShardImage(ImageFile):
         except OSError as error:
             raise ImageError(f"{self}: cannot be read ({error})") from None
 
-    @property
-    def name(self) -> str:
-        """Its name, looked up in the shard: names of millions would fill the memory."""
+    def __str__(self) -> str:
+        """Returns its shard and its name, which is looked up there: names of millions would fill the memory."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.header)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    return tar.next().name
+                    return f"{self.path}: {tar.next().name}"
         except (OSError, tarfile.TarError, AttributeError):
-            return f"byte {self.offset}"
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.name}"
+            return f"{self.path}: byte {self.offset}"
 
 
 class Shards(Sequence):
     """The samples of tar shards, in order: `[i]` is {"image": ShardImage, "caption": [strings]}.
 
-    `paths` are the shards; with a `caption_column` only JSON with that key counts as a caption. `problems` are the
-    samples that cannot be used, (name, reason) each: they raise InputError or are skipped. A shard that is missing or
-    compressed, and shards without a single sample, raise it always.
+    `paths` are the shards; with a `caption_column` only JSON with that key counts as a caption. Missing shards and
+    `problems`, (name, reason) of each sample that cannot be used, raise InputError or are skipped. Compressed shards,
+    and shards without a single sample, always raise it.
     """
 
     def __init__(self, paths: list[str], options: ReadOptions = ReadOptions()):
-        self.paths, self.caption_key = [os.path.abspath(path) for path in paths], options.caption_column
-        for path in self.paths:
+        paths, self.caption_key = [os.path.abspath(path) for path in paths], options.caption_column
+        for path in paths:
             if re.search(r"\.(tgz|tar\.\w+)$", path):
                 raise InputError(f"{path}: {COMPRESSED}")
-        missing = [path for path in self.paths if not os.path.isfile(path)]
-        if missing:
-            listed = "\n  ".join(missing[:10] + ["..."] * (len(missing) > 10))
-            raise InputError(f"{len(missing)} of {len(self.paths)} shards are missing:\n  {listed}")
+        source = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        self.paths = [path for path in paths if os.path.isfile(path)]
+        missing = [(path, NO_FILE) for path in paths if not os.path.isfile(path)]
+        what = f"{len(missing)} of {len(paths)} shards are missing"
+        options.report(source, what, missing, len(self.paths), "", "no shards")
         self.rows, self.problems = _index(self.paths, self.caption_key)
-        source = self.paths[0] + (f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else "")
         what, example = f"{len(self.problems)} problems in the shards", "a sample is 000.jpg with 000.txt or 000.json"
         options.report(source, what, self.problems, len(self.rows), "", f"no samples: {example}")
         if not len(self.rows):

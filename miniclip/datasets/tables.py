@@ -15,7 +15,7 @@ from miniclip.utils.bad_samples import short
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError, ImageFile
 
-SAVED = ("dataset_info.json", "dataset_dict.json")  # one of them is in a folder that `save_to_disk` wrote
+FILES = (".parquet", ".arrow")
 
 
 def _at_split(source: str) -> tuple[str, str | None]:
@@ -24,16 +24,20 @@ def _at_split(source: str) -> tuple[str, str | None]:
     return (path, name) if path and not os.path.exists(source) and os.path.exists(path) else (source, None)
 
 
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))  # by `save_to_disk`
+
+
+def _files(path: Path) -> list[str]:
+    if path.is_dir():
+        return sorted(str(file) for suffix in FILES for file in path.glob(f"*{suffix}"))
+    return expand(str(path)) if path.suffix.lower() in FILES else []
+
+
 def is_table(source: str) -> bool:
     """Returns whether a source is read by Hugging Face datasets."""
-    if source.startswith("hf:") or Path(source).suffix.lower() in (".parquet", ".arrow"):
-        return True
     path = Path(_at_split(source)[0])
-    return any((path / name).is_file() for name in SAVED) or any(_files(path))
-
-
-def _files(folder: Path):
-    return itertools.chain(folder.glob("*.parquet"), folder.glob("*.arrow"))
+    return source.startswith("hf:") or path.suffix.lower() in FILES or _is_saved(path) or bool(_files(path))
 
 
 def load_table(source: str, streaming: bool = False):
@@ -42,9 +46,7 @@ def load_table(source: str, streaming: bool = False):
     import datasets  # slow to import
 
     path, part = _at_split(source)
-    files = expand(path) if Path(path).suffix.lower() in (".parquet", ".arrow") else []
-    if os.path.isdir(path) and not any((Path(path) / name).is_file() for name in SAVED):
-        files = sorted(map(str, _files(Path(path))))
+    files = [] if _is_saved(Path(path)) or source.startswith("hf:") else _files(Path(path))
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         raise InputError(f"{missing[0]}: no such file ({len(missing)} of {len(files)} are missing)")
@@ -133,17 +135,16 @@ class Table(Sequence):
         if isinstance(dataset.features[self.columns[0]], datasets.Image):
             dataset = dataset.cast_column(self.columns[0], datasets.Image(decode=False))
         self.images, self.texts = (dataset.select_columns([column]) for column in self.columns)
-        good, problems, row = [], [], 0
-        for batch in self.texts.iter(1000):
-            for value in batch[self.columns[1]]:
-                try:
-                    check_captions(captions_in(value), "text")
-                    good.append(row)
-                except InputError as error:
-                    problems.append((f"row {row}", str(error)))
-                row += 1
+        good, problems = [], []
+        texts = (batch[self.columns[1]] for batch in self.texts.iter(1000))
+        for row, value in enumerate(itertools.chain.from_iterable(texts)):
+            try:
+                check_captions(captions_in(value), "text")
+                good.append(row)
+            except InputError as error:
+                problems.append((f"row {row}", str(error)))
         self.rows = np.array(good, np.int64)
-        what = f"{len(problems)} of {row} rows cannot be used"
+        what = f"{len(problems)} of {len(self.texts)} rows cannot be used"
         options.report(source, what, problems, len(good), f"{source}: ")
         if not good:
             raise InputError(f"{source}: it has no rows")

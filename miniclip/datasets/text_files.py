@@ -4,10 +4,10 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from miniclip.datasets.records import ImageRoot, ReadOptions, check_captions, parse_json, read_text
+from miniclip.datasets.records import ImageRoot, ReadOptions, check_captions, parse_json, read_list, read_text
 from miniclip.datasets.shards import (
     CAPTION_KEYS,
     CAPTIONS,
@@ -33,91 +33,80 @@ class ColumnError(CaptionFileError):
     """A named column that does not exist."""
 
 
-def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> tuple[str, str]:
+def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list[str]:
     """Returns the columns of the image and of the caption among those that are there: as named, or else the first with
     a known name. Raises InputError, `where` in front."""
-    there = list(there)
-    image = _column(options.image_column, IMAGE_KEYS, there, where, "image")
-    others = [name for name in there if name != image]
-    return image, _column(options.caption_column, TEXT_KEYS, others, where, "caption")
+    there, columns = list(there), []
+    wanted = ("image", options.image_column, IMAGE_KEYS), ("caption", options.caption_column, TEXT_KEYS)
+    for what, name, known in wanted:
+        there = [column for column in there if column not in columns]
+        folded = {str(column).strip().lower(): column for column in reversed(there)}
+        listed = ", ".join(map(repr, there))
+        found = [folded[key] for key in known if key in folded] if name is None else [name]
+        if name is not None and name not in there:
+            raise ColumnError(f"{where}: there is no column {name!r}, only {listed}")
+        if not found:
+            raise InputError(f"{where}: which column has the {what}? Name both with --columns. There are {listed}")
+        if len(found) > 1:
+            logger.warning("%s: using column %r for the %s, not %r", where, found[0], what, found[1])
+        columns.append(found[0])
+    return columns
 
 
-def _column(given: str | None, known: Iterable[str], there: Sequence[str], where: str, what: str) -> str:
-    listed = ", ".join(map(repr, there))
-    if given is not None:
-        if given not in there:
-            raise ColumnError(f"{where}: there is no column {given!r}, only {listed}")
-        return given
-    folded = {str(name).strip().lower(): name for name in reversed(there)}
-    found = [folded[name] for name in known if name in folded]
-    if not found:
-        raise InputError(f"{where}: which column has the {what}? Name both with --columns. There are {listed}")
-    if len(found) > 1:
-        logger.warning("%s: using column %r for the %s, not %r", where, found[0], what, found[1])
-    return found[0]
+def _renamed(path: Path, rows: Iterable[tuple], options: ReadOptions) -> Iterator[tuple]:
+    """Yields (name, record) with the keys `image` and `caption`, or with an InputError in the place of a record."""
+    columns = None
+    for name, record in rows:
+        if isinstance(record, dict):
+            columns = columns or find_columns(record, options, f"{path}, {name}")
+            missing = [column for column in columns if column not in record]
+            if missing:
+                record = InputError(f"there is no {missing[0]!r} in it: {short(record)}")
+            else:
+                record = {"image": record[columns[0]], "caption": captions_in(record[columns[1]])}
+        elif not isinstance(record, InputError):
+            record = InputError(f"expected an object, found {short(record)}")
+        yield name, record
 
 
 def _grouped(path: Path, rows: Iterable[tuple]) -> Raw:
-    """Groups (line number, image, captions or a fault): lines with the same image become one record."""
+    """Groups (name, record or InputError): lines with the same image become one record."""
     records, names = {}, []
-    for line, image, captions in rows:
-        key = image if isinstance(image, str) else ("line", line)
+    for name, record in rows:
         try:
-            if isinstance(captions, InputError):
-                raise captions
-            captions = check_captions(captions, image)
+            if isinstance(record, InputError):
+                raise record
+            image, captions = record["image"], check_captions(record["caption"], record["image"])
+            key = image if isinstance(image, str) else (name,)
             if key in records:
                 records[key]["caption"] += captions
                 continue
             records[key] = {"image": image, "caption": captions}
         except InputError as error:
-            records["line", line] = error
-        names.append(f"line {line}")
+            records[(name,)] = error
+        names.append(name)
     if not records:
         raise CaptionFileError(f"{path}: there is no record in it")
     return list(records.values()), names
 
 
 def _read_jsonl(path: Path, options: ReadOptions) -> Raw:
-    def rows():
-        columns = None
-        # Not splitlines, which breaks at other characters too.
-        for number, line in enumerate(read_text(path).split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                record = parse_json(line)
-                if isinstance(record, InputError):
-                    raise record
-                if not isinstance(record, dict):
-                    raise InputError(f"expected an object, found {short(record)}")
-            except InputError as error:
-                yield number, None, error
-                continue
-            columns = columns or find_columns(record, options, f"{path}, line {number}")
-            missing = [column for column in columns if column not in record]
-            if missing:
-                yield number, None, InputError(f"there is no {missing[0]!r} in it: {line[:60]}")
-            else:
-                yield number, record[columns[0]], captions_in(record[columns[1]])
+    def parsed(line: str):
+        try:
+            return parse_json(line)
+        except InputError as error:
+            return error
 
-    return _grouped(path, rows())
+    lines = enumerate(read_text(path).split("\n"), 1)  # not splitlines, which breaks at other characters too
+    rows = ((f"line {number}", parsed(line)) for number, line in lines if line.strip())
+    return _grouped(path, _renamed(path, rows, options))
 
 
 def _read_json(path: Path, options: ReadOptions) -> Raw:
-    raw = parse_json(read_text(path), path)
-    first = next((record for record in raw if isinstance(record, dict)), None) if isinstance(raw, list) else None
-    if first is None:
-        raise CaptionFileError(f"{path}: expected a list of records, found {short(raw)}")
-    image, caption = find_columns(first, options, str(path))
-
-    def renamed(record):
-        if isinstance(record, dict) and {image, caption} <= record.keys():
-            return {"image": record[image], "caption": captions_in(record[caption])}
-        fault = InputError(f"expected an object with {image} and {caption}, found {short(record)}")
-        return record if isinstance(record, InputError) else fault
-
-    return [renamed(record) for record in raw], None
+    raw = read_list(path)
+    if options.image_column or options.caption_column:
+        raw = [record for _, record in _renamed(path, ((f"record {n}", r) for n, r in enumerate(raw)), options)]
+    return raw, None
 
 
 def _read_table_text(path: Path, options: ReadOptions) -> Raw:
@@ -125,17 +114,16 @@ def _read_table_text(path: Path, options: ReadOptions) -> Raw:
     text = text if "\n" in text else text.replace("\r", "\n")  # an old Mac's
     header = text.partition("\n")[0].rstrip("\r")
     csv.field_size_limit(1 << 24)
-    fault, columns = None, None
+    faults = []
     for delimiter in sorted("\t,;", key=header.count, reverse=True):
         try:  # OpenCLIP's .csv files have tabs: the separator is the one that gives both columns
             head = next(csv.reader([header], delimiter=delimiter, strict=True), [])
-            columns = find_columns(head, options, str(path))
+            places = [head.index(column) for column in find_columns(head, options, str(path))]
             break
         except (InputError, csv.Error) as error:
-            fault = fault or (error if isinstance(error, InputError) else f"{path}: {error}")
-    if columns is None:
-        raise CaptionFileError(f"{fault} (the first line names the columns, separated by tab, comma or semicolon)")
-    places = [head.index(column) for column in columns]
+            faults.append(error if isinstance(error, InputError) else f"{path}: {error}")
+    else:
+        raise CaptionFileError(f"{faults[0]} (the first line names the columns, separated by tab, comma or semicolon)")
 
     def rows():
         # Strictly: otherwise a lone quote at the start of a cell would swallow all up to the next one.
@@ -145,23 +133,23 @@ def _read_table_text(path: Path, options: ReadOptions) -> Raw:
         try:
             for row in reader:
                 if row:  # not an empty line
-                    yield line, *checked(row)
+                    yield f"line {line}", checked(row)
                 line = reader.line_num + 1
         except csv.Error:  # from the faulty row on, each line is parsed by itself
             for number, row in enumerate(io.StringIO(text, newline=""), 1):
                 if number >= line and row.strip():
                     try:
-                        yield number, *checked(next(csv.reader([row], delimiter=delimiter, strict=True)))
+                        record = checked(next(csv.reader([row], delimiter=delimiter, strict=True)))
                     except csv.Error as error:
                         fault = f'an unmatched quote ({error}): write "..." around the cell, "" for each quote within'
-                        yield number, None, InputError(f"{fault}: {row.strip()[:60]}")
+                        record = InputError(f"{fault}: {row.strip()[:60]}")
+                    yield f"line {number}", record
 
-    def checked(row: list[str]) -> tuple:
-        """Returns image and captions of a row, or None and the fault."""
-        if len(row) != len(head):
-            fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} within a cell needs quotes)"
-            return None, InputError(f"{fault}: {delimiter.join(row)[:60]}")
-        return row[places[0]], [row[places[1]]]
+    def checked(row: list[str]) -> dict | InputError:
+        if len(row) == len(head):
+            return {"image": row[places[0]], "caption": [row[places[1]]]}
+        fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} within a cell needs quotes)"
+        return InputError(f"{fault}: {delimiter.join(row)[:60]}")
 
     return _grouped(path, rows())
 

@@ -1,4 +1,4 @@
-"""How do I use a model? From a name to a model, from pictures and sentences to vectors."""
+"""Embeddings of image files and texts, in batches, with threads that read ahead and feature caches."""
 
 import os
 from collections.abc import Iterable
@@ -27,12 +27,11 @@ def embed_texts(
     cache: FeatureCache | None = None,
     project: bool = True,
 ) -> np.ndarray:
-    """Embeds n sentences: (n, E) float32, of unit length, in the order given.
+    """Embeds n texts: (n, E) float32, of unit length, in their order. Without `project`: their features (n, W).
 
-    Sentences of about the same length share a batch, which is as long as its longest: with causal attention the
-    padding that this saves has no influence on the result. Those whose features are in the `cache` are not encoded.
-    Without `project` the features themselves are given, (n, W), as the tower's projection takes them. Raises
-    TypeError, with its place, for what is no string.
+    Texts of similar length share a batch as long as its longest text: with causal attention padding has no influence.
+    Texts whose features are in the `cache` are not encoded. Raises TypeError with the position of anything that is not
+    a string.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     fast, device = for_inference(model, len(texts)), model.logit_scale.device
@@ -68,21 +67,21 @@ def embed_images(
     project: bool = True,
     faults: dict[int, str] | None = None,
 ) -> np.ndarray:
-    """Embeds n image files, by path or as an ImageFile: (n, E) float32, of unit length, in the order given.
+    """Embeds n image files, by path or as an ImageFile: (n, E) float32, of unit length, in their order. Without
+    `project`: their features (n, W).
 
-    `num_workers` threads read files while others are encoded (0: none; as many as suit the machine unless given).
-    Those whose features are in the `cache` are neither decoded nor encoded. Without `project` the features themselves
-    are given, (n, W), as the tower's projection takes them. Raises ImageError that names each file that cannot be
-    read; into `faults`, if that is given, go their rows and what is wrong instead, and those rows are NaN.
+    `num_workers` threads read files while others are encoded (None: as many as suit the machine). Images whose features
+    are in the `cache` are neither decoded nor encoded. Raises an ImageError that names every unreadable file; with
+    `faults`, a dict, their row numbers and errors go there instead, and these rows are NaN.
     """
     paths = [paths] if isinstance(paths, (str, Path, ImageFile)) else list(paths)
     fast, device = for_inference(model, len(paths)), model.logit_scale.device
     features = torch.empty(len(paths), model.visual.width)
-    pending, stop = [], faults is None  # (row, key, levels) that wait for a batch to be full
+    pending, stop = [], faults is None  # (row, key, levels) of the next batch
     faults = {} if stop else faults
 
     def read(path: str | Path):
-        """The file's key and its levels, or features, or what is wrong with it."""
+        """The file's key, and its levels, features or error."""
         try:
             there = cache is not None and (isinstance(path, ImageFile) or os.path.isfile(path))
             key = file_key(path) if there else None
@@ -108,7 +107,7 @@ def embed_images(
             faults[row], features[row] = str(found), torch.nan
         elif isinstance(found, np.ndarray):
             features[row] = torch.from_numpy(found.copy())
-        elif not (stop and faults):  # else nothing will come of it, but all that is wrong is to be found at once
+        elif not (stop and faults):  # after an error files are read on, to name all the bad ones, but not encoded
             pending.append((row, key, found))
         if len(pending) == batch_size:
             encode()
@@ -124,7 +123,7 @@ def embed_images(
 
 
 def on_all_processes(args, items: list, embed) -> np.ndarray:
-    """`embed(items)`, of which each process does every n-th item; then all have all. `args`: TrainingArguments."""
+    """`embed(items)`, computed by all processes, a share each; every process returns all. `args`: TrainingArguments."""
     from accelerate.utils import gather_object
 
     n = args.world_size
@@ -138,13 +137,13 @@ def on_all_processes(args, items: list, embed) -> np.ndarray:
 
 
 def for_inference(model: MiniClip, n: int) -> InferenceClip:
-    """The model in its form for inference. Only where there is enough to do are weights laid out anew and, on a CPU, is
-    memory kept for the next batch: large activations that go back to the system cost more than their convolutions."""
+    """An inference copy to embed n items with. If they are many, weights are laid out for oneDNN, and on a CPU freed
+    memory is kept for the next batch: returning large activations to the system costs more than their convolutions."""
     if large(model, n):
         keep_freed_memory()
     return model if isinstance(model, InferenceClip) else inference_copy(model, pack=n >= 64)
 
 
 def large(model: MiniClip, n: int) -> bool:
-    """Whether n items are so many that memory is worth keeping from batch to batch."""
+    """Whether n items are enough to keep freed memory from batch to batch."""
     return n >= 64 and model.logit_scale.device.type == "cpu"

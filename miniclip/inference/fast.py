@@ -43,8 +43,8 @@ from miniclip.utils.errors import InputError
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "int8")
-# The functions that this file computes in another way, as they were when it was written. Whoever changes one of them
-# brings this file into line with it first, and then the hash: tests/inference/test_read_is_run.py prints the new one.
+# Hashes of the functions that this file computes in another way. To change one of them for good, change this file
+# accordingly, then the hash: tests/inference/test_read_is_run.py prints the new one.
 WRITTEN_FOR = {
     (Block, "forward"): "ae0c0d7e975b",
     (Attention, "forward"): "63a1e8a15492",
@@ -57,20 +57,18 @@ WRITTEN_FOR = {
     (TextTransformer, "embed_tokens"): "6de43c921259",
 }
 LINEAR, NORM = ((nn.Linear, OneDnnLinear, Int8Linear), {}), ((nn.LayerNorm,), {})
-BLOCK = (
-    (Block,),
-    {  # the types that a block and its parts may have
-        "ln_1": NORM,
-        "attn": ((Attention,), {"in_proj": LINEAR, "out_proj": LINEAR}),
-        "ln_2": NORM,
-        "mlp": ((MLP,), {"c_fc": LINEAR, "act": ((nn.GELU, QuickGELU), {}), "c_proj": LINEAR}),
-    },
-)
+PARTS = {  # of a block: their types, and their own parts
+    "ln_1": NORM,
+    "attn": ((Attention,), {"in_proj": LINEAR, "out_proj": LINEAR}),
+    "ln_2": NORM,
+    "mlp": ((MLP,), {"c_fc": LINEAR, "act": ((nn.GELU, QuickGELU), {}), "c_proj": LINEAR}),
+}
 
 
 def plain_reason(tower: Tower) -> str | None:
-    """What has been changed in one of model.py's towers, or in model.py, so that its code has to run as it stands; None
-    if nothing has, or for other towers. Takes about 0.1 ms: asked at each forward pass, it misses no change."""
+    """What has been changed in a tower of model.py, or in model.py, so that the plain code has to run. None if nothing
+    has, and for towers from elsewhere. It takes less than 0.1 ms and is asked at each forward pass, so it misses no
+    change. Comparing results could not replace it: they do not show a print, a hook or dropout."""
     kind = next((kind for kind in FAST if isinstance(tower, kind)), None)
     if kind is None:
         return None
@@ -81,9 +79,8 @@ def plain_reason(tower: Tower) -> str | None:
         if of_tower and not isinstance(tower, owner):
             continue
         function = getattr(kind if of_tower else owner, name)
-        code = getattr(function, "__code__", None)
         replaced = (of_tower and name in vars(tower)) or function.__module__ != Tower.__module__
-        if replaced or fingerprint(code) != expected:
+        if replaced or fingerprint(function, getattr(function, "__code__", None)) != expected:
             return f"{owner.__name__}.{name} differs from the code that inference/fast.py was written for"
     if kind is VisionTransformer:
         conv = tower.conv1
@@ -94,23 +91,20 @@ def plain_reason(tower: Tower) -> str | None:
         ):  # fmt: skip
             return "VisionTransformer.conv1 does not cut images into patches"
     for block in tower.blocks:
-        if changed := _changed(block, *BLOCK):
+        if changed := _changed(block, (Block,), PARTS):
             return f"Block{changed}"
     return "every module has a hook" if _has_any_global_hook() else None
 
 
 def _changed(module: nn.Module | None, types: tuple[type, ...], parts: dict) -> str | None:
-    """What is unlike model.py's in a module or its parts, to be read after its name."""
+    """How a module or one of its parts differs from model.py's, to be read after its name."""
     state = vars(module) if type(module) in types else {}
     if not state:
         return f" is a {type(module).__name__}"
     if "forward" in state:
         return ".forward is replaced in an instance"
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
+    if any(
+        (state["_forward_hooks"], state["_forward_pre_hooks"], state["_backward_hooks"], state["_backward_pre_hooks"])
     ):
         return " has a hook"
     for name, part in parts.items():
@@ -120,9 +114,9 @@ def _changed(module: nn.Module | None, types: tuple[type, ...], parts: dict) -> 
 
 
 @cache
-def fingerprint(code: CodeType | None) -> str | None:
-    """A hash of a function's source that comments, docstring and layout have no part in; None where there is no source,
-    or another one than what runs, because the file was edited since."""
+def fingerprint(function: Callable, code: CodeType | None) -> str | None:
+    """A hash of the source of a function (and its `__code__`) without comments, docstring and layout. None if there is
+    no source, or if it is not what runs because the file was edited since."""
     try:
         if code not in _compiled("".join(inspect.findsource(code)[0])):
             return None
@@ -144,7 +138,7 @@ def _compiled(source: str) -> set[CodeType]:
 
 
 def _nodes(node):
-    """A syntax tree as nested lists. `ast.dump` and `ast.unparse` write it differently in each version of Python."""
+    """A syntax tree as nested lists: the same in Python 3.10 to 3.13, unlike `ast.dump` and `ast.unparse`."""
     if isinstance(node, list):
         return [_nodes(item) for item in node]
     if not isinstance(node, ast.AST):
@@ -155,20 +149,20 @@ def _nodes(node):
 
 @cache
 def _say(reason: str):
-    """Once in a process."""
+    """Logs it, once in a process."""
     logger.warning("%s: the plain model runs (slower, same result as the code)", reason)
 
 
 def fast_wrappers(tower: Tower) -> tuple[Callable, ...]:
-    """The fast path as the innermost of a tower's `wrappers`; none, and a line that says why, for changed code."""
+    """The innermost of a tower's `wrappers`: the fast path; for changed code nothing, and one line that says so."""
     if reason := plain_reason(tower):
         _say(reason)
     return (fast_features,) if type(tower) in FAST and reason is None else ()
 
 
 def fast_features(tower: Tower, features: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """What `features(inputs)` returns; computed by this file, unless the code or the tower has been changed by now."""
-    # A compiler would trace the check too: what it compiles is decided by `fast_wrappers` alone.
+    """What `features(inputs)` returns, computed by this file unless something has been changed since."""
+    # torch.compile would trace the check: there what `fast_wrappers` found holds.
     if not torch.compiler.is_compiling() and (reason := plain_reason(tower)):
         _say(reason)
         return features(inputs)
@@ -198,7 +192,7 @@ def text_features(tower: TextTransformer, input_ids: Tensor) -> Tensor:
     if x.device.type == "cpu":  # elsewhere sizes that change with the batch cost more than they save
         inside = (torch.arange(L) <= end[:, None]).flatten()
         captions, padding = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
-        # For every number of rows that is new oneDNN has to write a program: with some padding it is a round one.
+        # oneDNN generates code for each new number of rows: some padding rounds it.
         room = -len(captions) % 64
         if room < len(padding):
             kept = torch.cat([captions, padding[:room]])  # (T,)
@@ -212,8 +206,8 @@ FAST = {VisionTransformer: image_features, TextTransformer: text_features}
 def _blocks(tower, x: Tensor, shape: tuple[int, int], ends: Tensor, is_causal: bool, kept: Tensor | None = None):
     """All blocks of a tower: rows (T, W) to those that are read out, (B, W).
 
-    The rows are B sequences of up to L (`shape`), end to end. With `kept` (T,) some of the B x L are left out, and
-    it says which there are. `ends` (B,) are the rows to read.
+    The rows are B sequences of up to L (`shape`), end to end. With `kept` (T,) only these of the B x L positions are
+    there. `ends` (B,) are the rows to read.
     """
     for number, block in enumerate(tower.blocks):
         run = partial(_block, block, shape=shape, is_causal=is_causal, kept=kept)
@@ -245,7 +239,7 @@ def _block(block: nn.Module, x: Tensor, ends: Tensor | None, shape: tuple[int, i
 
 
 def _linear(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, residual: Tensor | None = None):
-    """A linear layer and what follows it, in one go where the layer can do that."""
+    """A linear layer, then an activation or the residual, fused where the layer can do that."""
     if isinstance(layer, OneDnnLinear):
         return layer(x, activation, residual)
     x = layer(x)
@@ -254,7 +248,7 @@ def _linear(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, re
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
-    # With its products through oneDNN, attention is fastest written out; torch's fused one becomes slower by them.
+    # While torch's products use oneDNN, its fused attention is slower than attention written out.
     plain = q.device.type == "cpu" and torch.get_float32_matmul_precision() != "highest"
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, **kwargs)

@@ -1,9 +1,9 @@
-"""TODO docstring."""
+"""Matrix products in fp32, bf16 and int8: oneDNN where it is faster and as exact, and the layers that use it."""
 
 import hashlib
 import json
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from miniclip.utils.files import replacing, user_cache
 from miniclip.utils.machine import processor
 
+UNREADABLE = (ValueError, TypeError, KeyError)
+
 
 class Route(NamedTuple):
-    """One way to multiply fp32 matrices on this processor, and what `measure_routes` found."""
+    """A way to multiply fp32 matrices on this processor, as `measure_routes` found it."""
 
     used: bool
     speedup: float  # over torch's default
@@ -25,31 +27,24 @@ class Route(NamedTuple):
 
 @cache
 def cpu_routes() -> dict[str, Route]:
-    """Which way of multiplying fp32 matrices is fast and exact on this processor, as `measure_routes` found when it
-    was first asked. That is kept in the user's cache: a busy moment may find otherwise, and the same training would
-    come to other numbers in their last bits."""
+    """The ways to multiply fp32 matrices, as `measure_routes` found them on this processor the first time. They are
+    kept in the user's cache: measured again, they could differ, and a training run with them in its last bits."""
     about = f"{processor()} {torch.__version__} {torch.get_num_threads()}"
     path = user_cache() / f"products-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
-    damaged = False
     try:
         return _read_routes(path)
-    except OSError:  # nobody has asked yet
+    except OSError:  # not measured yet
         pass
-    except (ValueError, TypeError, KeyError):
-        damaged = True
+    except UNREADABLE:
+        with suppress(OSError):
+            path.unlink()
     routes = measure_routes()
-    try:
-        if damaged:
-            path.unlink(missing_ok=True)
+    with suppress(OSError, *UNREADABLE):  # without a folder to write to they are measured each time
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, first_wins=True) as scratch:  # all processes that start together use the same routes
             scratch.write_text(json.dumps({"about": about, "routes": routes}, indent=2) + "\n")
-    except OSError:
-        pass
-    try:
-        return _read_routes(path)
-    except (OSError, ValueError, TypeError, KeyError):  # no such folder can be written to
-        return routes
+        routes = _read_routes(path)
+    return routes
 
 
 def _read_routes(path: Path) -> dict[str, Route]:
@@ -57,12 +52,12 @@ def _read_routes(path: Path) -> dict[str, Route]:
 
 
 def measure_routes() -> dict[str, Route]:
-    """Measures, in about 0.1 s, which way of multiplying fp32 matrices is fast and exact here.
+    """Measures in about 0.1 s how fast and how exact each way of multiplying fp32 matrices is on this processor.
 
-    "default" is torch's own. "medium" lets torch take oneDNN, in training too, by a switch that also permits rounding
-    to bf16: some processors go on computing in fp32, others, with matrix units, do round. "packed" is oneDNN in
-    strict fp32 with weights laid out for it, for inference. A way is used where it is 1.2 times as fast as the
-    default or more, and its error at most four times as large; that of bf16 would be a thousand times.
+    "default" is torch's own. "medium" is a switch that makes torch use oneDNN, in training too, but permits rounding to
+    bf16: processors with matrix units do round, others keep computing in fp32. "packed" is oneDNN in strict fp32 with
+    weights laid out for it, for inference. A way is used if it is at least 1.2 times as fast as the default and its
+    error at most four times as large; rounding to bf16 makes it a thousand times as large.
     """
     draw = torch.Generator().manual_seed(0)
     linear = nn.Linear(512, 2048)
@@ -91,7 +86,7 @@ def measure_routes() -> dict[str, Route]:
 
 @contextmanager
 def matmul_precision(precision: str):
-    """Within it `torch.set_float32_matmul_precision` is set so."""
+    """A context with this `torch.set_float32_matmul_precision`."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -103,28 +98,28 @@ def matmul_precision(precision: str):
 def describe(device: str | torch.device) -> str:
     """One line on how fp32 matrices are multiplied in training."""
     if torch.device(device).type != "cpu" or "medium" not in cpu_routes():
-        return "fp32 products as torch makes them"
-    default, onednn = cpu_routes()["default"], cpu_routes()["medium"]
-    return (
-        f"fp32 products {'through oneDNN' if onednn.used else 'as torch makes them; oneDNN would be'}"
-        f" ({onednn.speedup:.1f} times as fast as torch's own, error {onednn.error:.0e} against {default.error:.0e})"
-    )
+        return "fp32 products: torch's default"
+    torchs, onednn = cpu_routes()["default"], cpu_routes()["medium"]
+    how = f"{onednn.speedup:.1f} times as fast, with an error of {onednn.error:.0e} instead of {torchs.error:.0e}"
+    if onednn.used:
+        return f"fp32 products: oneDNN, not torch's default ({how})"
+    return f"fp32 products: torch's default (oneDNN does not pay: {how})"
 
 
 def arithmetic(device: str | torch.device) -> str:
-    """How fp32 products are made in training, in a word."""
+    """The library that multiplies fp32 matrices in training."""
     usable = torch.device(device).type == "cpu" and "medium" in cpu_routes() and cpu_routes()["medium"].used
     return "oneDNN" if usable else "torch"
 
 
 def fast_arithmetic(device: str | torch.device):
-    """A context in which fp32 products take this processor's faster exact way. On other devices it does nothing."""
+    """A context in which the CPU multiplies fp32 matrices by oneDNN, if that is faster and as exact."""
     return matmul_precision("medium") if arithmetic(device) == "oneDNN" else nullcontext()
 
 
 class OneDnnLinear(nn.Module):
-    """A linear layer for inference whose weights lie in the order that oneDNN wants, in the precision they have. The
-    activation and the sum with the residual are made while the product is still in the processor's cache."""
+    """A linear layer for inference, its weights laid out for oneDNN in the precision they have. oneDNN applies the
+    activation and adds the residual while the product is still in the processor's cache."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -141,8 +136,8 @@ class OneDnnLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer for inference in 8-bit integers: each row of the weights and each row of the input has its own
-    scale, that of the input found on the fly (dynamic quantisation). A quarter of the memory."""
+    """A linear layer for inference in 8-bit integers, a quarter of the memory. Each row of the weights and of the input
+    has a scale; the input's is computed on the fly (dynamic quantisation)."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -160,7 +155,7 @@ class Int8Linear(nn.Module):
 
 
 class PatchLinear(nn.Module):
-    """The image tower's convolution for inference, by one of the layers above."""
+    """The image tower's convolution as one of the linear layers above, for inference."""
 
     def __init__(self, conv: nn.Conv2d, layer):
         super().__init__()
@@ -174,8 +169,8 @@ class PatchLinear(nn.Module):
 
 
 def patch_product(pixel_values: Tensor, patch_size: int, linear) -> Tensor:
-    """What a convolution with as large a stride as its kernel gives: (B, 3, S, S) to (B, W, S / P, S / P), by a linear
-    layer from 3 x P x P to W."""
+    """A convolution whose stride is its kernel size P, by a linear layer from 3 x P x P to W: (B, 3, S, S) to
+    (B, W, S / P, S / P)."""
     B, C, S, _ = pixel_values.shape
     side, P = S // patch_size, patch_size
     patches = pixel_values.view(B, C, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B * side * side, C * P * P)

@@ -118,7 +118,7 @@ def pick_examples(images: Sequence, captions: Sequence[str], result, image_of_te
 
 @styled
 def draw_report(path: str | Path, log_history: list[dict], examples: list[dict], title: str):
-    """Draws the training curves and a few searches.
+    """Draws the training curves and a few text to image searches.
 
     `log_history` is that of the Trainer's `trainer_state.json`. An example is {"caption": str, "retrieved":
     [(path, score), ...] best first, "correct": path, "rank": rank of the correct image}. Both lists may be empty.
@@ -146,20 +146,21 @@ def draw_example(figure, example: dict, top: float, height: float):
     fit(label, example["caption"], 2.55, 4)
     below = label.get_window_extent().y0 / figure.bbox.height - 0.06 * height
     figure.text(0.027, below, verdict, color=style.GREEN if first else style.GREY, va="top", fontsize=9)
-    cells = [(str(path), f"{place}   {score:.3f}") for place, (path, score) in enumerate(example["retrieved"], 1)]
-    cells, correct = cells[:SHOWN], str(example["correct"])
-    columns = [0.26 + 0.117 * column for column in range(len(cells))]
-    if correct not in [path for path, _ in cells]:
-        cells, columns = [*cells, (correct, f"{example['rank']:,}")], [*columns, 0.872]
+    cells = [(path, f"{place}   {score:.3f}") for place, (path, score) in enumerate(example["retrieved"][:SHOWN], 1)]
+    columns, correct = [0.26 + 0.117 * column for column in range(len(cells))], str(example["correct"])
+    if correct not in [str(path) for path, _ in cells]:
+        cells, columns = [*cells, (example["correct"], f"{example['rank']:,}")], [*columns, 0.872]
     for left, (path, text) in zip(columns, cells):
         axes = figure.add_axes((left, top - height, 1.24 / style.WIDTH, height))
-        draw_image(axes, path, f"✓ {text}" if path == correct else text, path == correct)
+        draw_image(axes, path, text, str(path) == correct)
 
 
-def draw_image(axes, path: str, label: str, correct: bool):
-    """Draws a whole image into a square, with a label below; the correct one with a green frame."""
+def draw_image(axes, path, label: str, correct: bool):
+    """Draws a whole image (a path or a handle) into a square, with a label below. The correct one has a green frame,
+    and a tick mark for those who cannot tell green from red."""
     try:
         image = open_image(path, 320)
+        image.thumbnail((320, 320))
         width, height = (length / max(image.size) / 2 for length in image.size)
         axes.imshow(image, extent=(0.5 - width, 0.5 + width, 0.5 - height, 0.5 + height))
     except (ValueError, OSError):
@@ -167,9 +168,8 @@ def draw_image(axes, path: str, label: str, correct: bool):
     axes.grid(False)
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=[], yticks=[], facecolor=style.CELL)
     axes.spines[:].set(visible=correct, color=style.GREEN, linewidth=3)
-    axes.set_xlabel(
-        label, color=style.GREEN if correct else style.INK, weight="bold" if correct else "normal", labelpad=5
-    )
+    axes.set_xlabel(f"✓ {label}" if correct else label, labelpad=5)
+    axes.xaxis.label.set(color=style.GREEN if correct else style.INK, weight="bold" if correct else "normal")
 
 
 @styled
@@ -178,10 +178,9 @@ def recall_svg(curves: dict[str, np.ndarray], chance: list[np.ndarray], descript
     figure = new_figure(*style.SVG_SIZE)
     axes = figure.subplots()
     for name, values in curves.items():
-        marked = [k - 1 for k in (1, 5, 10) if k <= len(values)]
-        ks = np.unique(np.geomspace(1, len(values), 150).round().astype(int).tolist() + [k + 1 for k in marked])
-        places = np.searchsorted(ks, np.array(marked) + 1).tolist()
-        axes.plot(ks, values[ks - 1], label=name, markevery=places)
+        marked = [k for k in (1, 5, 10) if k <= len(values)]
+        ks = np.unique([*np.geomspace(1, len(values), 150).round().astype(int), *marked])
+        axes.plot(ks, values[ks - 1], label=name, markevery=np.searchsorted(ks, marked).tolist())
     for n, values in enumerate(chance):
         ks = range(1, len(values) + 1)
         axes.plot(ks, values, ":", color=style.GREY, marker="", zorder=1, label=None if n else "by chance")
@@ -201,11 +200,11 @@ def histogram_svg(edges: np.ndarray, shares: dict[str, np.ndarray], means: Seque
     for (name, heights), mean, color, dashes, hatch in reversed(list(looks)):
         if not heights.any():
             continue
-        used = np.flatnonzero(heights)
-        bars = slice(used[0], used[-1] + 1)
+        first, last = np.flatnonzero(heights)[[0, -1]]
+        bars = heights[first : last + 1], edges[first : last + 2]
         fill = {"facecolor": "none", "hatch": hatch} if hatch else {"facecolor": color, "alpha": 0.3}
-        axes.stairs(heights[bars], edges[used[0] : used[-1] + 2], fill=True, edgecolor=color, linewidth=0, **fill)
-        axes.stairs(heights[bars], edges[used[0] : used[-1] + 2], color=color, linestyle=dashes, label=name)
+        axes.stairs(*bars, fill=True, edgecolor=color, linewidth=0, **fill)
+        axes.stairs(*bars, color=color, linestyle=dashes, label=name)
         axes.axvline(mean, color=color, linestyle=dashes, linewidth=1.2)
     axes.set(xlabel=f"cosine, in bars of {edges[1] - edges[0]:.3g}", ylim=(0, None))
     percent_axis(axes.yaxis)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from miniclip.reports.style import GREEN, GREY, GRID, INK, PAPER, RED, WIDTH, fit, new_figure, save_png, styled
+from miniclip.reports.style import GREY, INK, PAPER, WIDTH, fit, new_figure, save_png, styled
 
 MOST = 40  # classes drawn
 
@@ -53,10 +53,7 @@ def draw_confusion(path: str | Path, confusion: np.ndarray, names: Sequence[str]
     classes, the 40 most often mistaken. Returns the figure."""
     kept = sorted((confusion.sum(axis=1) - confusion.diagonal()).argsort(kind="stable")[::-1][:MOST])
     counts, images = confusion[np.ix_(kept, kept)], confusion.sum(axis=1)[kept]
-    share = (counts / np.maximum(1, images)[:, None])[..., None]
-    paper, green, red = (np.array([int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)]) for c in (PAPER, GREEN, RED))
-    full = np.where(np.eye(len(kept), dtype=bool)[..., None], green, red)
-    colours = np.where(share > 0, paper + (full - paper) * (0.12 + 0.8 * share), paper)
+    share, correct = counts / np.maximum(1, images)[:, None], np.eye(len(kept), dtype=bool)
 
     label, right, top = 2.6, 1.4, 1.3  # inches around the matrix
     cell = min(0.64, (WIDTH - label - right) / len(kept))
@@ -67,14 +64,15 @@ def draw_confusion(path: str | Path, confusion: np.ndarray, names: Sequence[str]
     more = f"; the {len(kept)} of {len(names)} classes most often mistaken" if len(kept) < len(names) else ""
     figure.text(0.027, 1 - 0.75 / height, f"Rows: true class. Columns: predicted class{more}.", color=GREY)
     axes = figure.add_axes((label / WIDTH, 0.5 / height, side / WIDTH, side / height))
-    axes.imshow(colours, interpolation="none")
-    axes.grid(False)
-    edges = np.arange(len(kept) + 1) - 0.5
-    axes.hlines(edges, -0.5, len(kept) - 0.5, color=GRID, linewidth=0.8)
-    axes.vlines(edges, -0.5, len(kept) - 0.5, color=GRID, linewidth=0.8)
-    axes.set(xlim=(-0.5, len(kept) - 0.5), ylim=(len(kept) - 0.5, -0.5), yticks=[])
-    axes.set_xticks(range(len(kept)), [str(row + 1) for row in kept], fontsize=size)
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    for cells, colours in ((correct, "Greens"), (~correct, "Reds")):
+        axes.imshow(np.where(cells & (share > 0), share, np.nan), cmap=colours, vmin=-0.1, vmax=1.3)
+    for minor, edges in ((False, range(len(kept))), (True, np.arange(len(kept) + 1) - 0.5)):
+        axes.set_xticks(edges, minor=minor)
+        axes.set_yticks(edges, minor=minor)
+    axes.grid(which="minor", axis="both")
+    axes.grid(visible=False, which="major")
+    axes.set_xticklabels([str(row + 1) for row in kept], fontsize=size)
+    axes.tick_params(which="both", length=0, labeltop=True, labelbottom=False, labelleft=False)
     axes.spines[:].set_visible(False)
     for y, row in enumerate(kept):
         name = axes.text(-0.5 - 0.1 / cell, y, "", ha="right", va="center", size=size)
@@ -83,7 +81,7 @@ def draw_confusion(path: str | Path, confusion: np.ndarray, names: Sequence[str]
         recall = f"{counts[y, y] / images[y]:.0%} of {images[y]:,}" if images[y] else "no images"
         axes.text(len(kept) - 0.5 + 0.1 / cell, y, recall, va="center", size=size, color=INK if images[y] else GREY)
     for y, x in zip(*np.nonzero(counts)):
-        number, colour = f"{counts[y, x]:,}", PAPER if share[y, x, 0] > 0.65 else INK
+        number, colour = f"{counts[y, x]:,}", PAPER if share[y, x] > 0.65 else INK
         axes.text(x, y, number, ha="center", va="center", size=min(size, 90 * cell / len(number)), color=colour)
     below = "green: correct, red: mistaken; the darker, the larger the share of the row"
     axes.text(-0.5, len(kept) - 0.5 + 0.1 / cell, below, va="top", color=GREY, fontsize=9)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -10,15 +11,6 @@ from miniclip.utils.files import write_text
 from miniclip.utils.image_files import open_image
 
 SIDE = 320  # pixels of a thumbnail's longer side
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-{style}</style></head><body><main>
-{body}
-</main></body></html>
-"""
 
 
 def safe(text) -> str:
@@ -26,10 +18,16 @@ def safe(text) -> str:
     return escape(str(text).encode("utf-8", "replace").decode())
 
 
+def fill(name: str, **values) -> str:
+    """A part of report.html with its values, which must be HTML or numbers."""
+    text = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    return dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n(?=<!-- |\Z)", text, re.DOTALL))[name].format(**values)
+
+
 def write_page(path: str | Path, title: str, body: str):
     """Writes an HTML page with the style sheet of this folder. `title` is plain text, `body` HTML."""
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    write_text(path, PAGE.format(title=safe(title), style=style, body=body))
+    write_text(path, fill("page", title=safe(title), style=style, body=body))
 
 
 def thumbnail(path, side: int = SIDE) -> str:

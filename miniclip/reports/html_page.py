@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from miniclip.reports.charts import curve, draw_report, histogram_svg, pick_examples, recall_svg, training_svg
-from miniclip.reports.contact_sheet import safe, write_page
+from miniclip.reports.contact_sheet import fill, safe, write_page
 from miniclip.reports.query_gallery import queries_section
 from miniclip.reports.similarities import BINS, chance_curve, overlap, recall_curve, roc_auc, similarities
 from miniclip.retrieval import TIE
@@ -84,12 +84,10 @@ def write_report(path: str | Path, e: Evaluation) -> Path:
         examples = pick_examples(e.images, e.texts, e.results["text_to_image"], e.image_of_text)
         draw_report(path, log_history, examples, title)
         return path
-    sections = [header(e), metrics_section(e), recall_section(e), histogram_section(e), temperature_section(e)]
-    sections += [
-        training_section(log_history),
-        queries_section(e.results, e.similar, e.images, e.texts, e.image_of_text),
-    ]
-    write_page(path, title, "\n".join(filter(None, [*sections, metadata_section(e.metadata)])))
+    sections = [part(e) for part in (header, metrics_section, recall_section, histogram_section, temperature_section)]
+    gallery = queries_section(e.results, e.similar, e.images, e.texts, e.image_of_text)
+    sections += [training_section(log_history), gallery, metadata_section(e.metadata)]
+    write_page(path, title, "\n".join(filter(None, sections)))
     return path
 
 
@@ -138,8 +136,7 @@ def header(e: Evaluation) -> str:
         "Command": f"<code>{safe(e.metadata.get('command', ''))}</code>",
     }  # fmt: skip
     terms = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in about.items())
-    numbers = "".join(f"<li><b>{value}</b> <span>{name}</span></li>" for value, name in tiles)
-    return f'<header><h1>Image–text retrieval</h1>\n<dl>{terms}</dl>\n<ul class="tiles">{numbers}</ul></header>'
+    return fill("header", terms=terms, tiles="".join(f"<li><b>{x}</b> <span>{name}</span></li>" for x, name in tiles))
 
 
 def metrics_section(e: Evaluation) -> str:
@@ -157,15 +154,9 @@ def metrics_section(e: Evaluation) -> str:
         rows.append(["by chance", *values, f"{(at / ranks).sum():.3f}"])
     columns = ["", *(f"R@{k}" for k in ks), "median rank", "mean rank", "MRR"]
     shown = table(columns, rows, "R@K: share of queries with a correct result among the first K, in percent")
-    each = len(e.texts) / len(e.images)
-    several = f"An image has {each:.3g} captions on average and counts as found when any of them is."
-    return f"""<section><h2>Metrics</h2>
-<div class="wide">{shown}</div>
-<p class="note">Every caption searches all {len(e.images):,} images, and every image all {len(e.texts):,} captions.
-{several if each > 1 else ""} Only an image’s own captions count as correct, even if another’s would fit. Cosines
-closer than {TIE:g} are ties, and the earlier row ranks first, so a model whose embeddings are all equal scores by
-chance. Ranks are those of the first correct result, 1 is best. MRR is the mean of 1 / rank. Mean recall is the
-mean of R@1, R@5 and R@10 in both directions.</p></section>"""
+    n, m = len(e.images), len(e.texts)
+    several = fill("several", each=m / n) if m > n else ""
+    return fill("metrics", table=shown, images=n, texts=m, several=several, tie=TIE)
 
 
 def depths(longest: int) -> list[int]:
@@ -185,7 +176,7 @@ def recall_section(e: Evaluation) -> str:
     ks = depths(max(map(len, columns)))
     rows = [[f"{k:,}", *(percent(column[min(k, len(column)) - 1]) for column in columns)] for k in ks]
     shown = table(["K", "text to image", "chance", "image to text", "chance"], rows, "Recall@K in percent")
-    return f'<section><h2>Recall curves</h2><div class="pair">\n<figure>{chart}</figure>\n{shown}</div></section>'
+    return fill("recall", chart=chart, table=shown)
 
 
 def histogram_section(e: Evaluation) -> str:
@@ -202,61 +193,43 @@ def histogram_section(e: Evaluation) -> str:
         np.add.reduceat(counts, np.arange(0, BINS, fine))[start:stop] / max(1, counts.sum())
         for counts in (matching, others)
     ]
-    said = f"<p>The {n:,} matching pairs (each caption with its image) have a mean cosine of <b>{mean:.3f}</b>"
+    said = ". There are no other pairs."
     if of_others:
-        auc, common = roc_auc(matching, others), overlap(*shares)  # of the bars: most bins are nearly empty
-        said += (
-            f", the {of_others:,} other pairs a mean of <b>{other_mean:.3f}</b>. The ROC AUC is"
-            f" <b>{percent(auc, 2)}%</b>: how often a random matching pair has a higher cosine than a random other pair"
-            f" (50% is chance), computed from all pairs in bins of {2 / BINS:g}. The histograms shown overlap by"
-            f" {percent(common)}% of their area.</p>"
-        )
-    else:
-        said += ". There are no other pairs.</p>"
+        measured = {"auc": roc_auc(matching, others), "overlap": overlap(*shares)}  # of the bars: most bins are empty
+        said = fill("others", others=of_others, mean=other_mean, bin=2 / BINS, **measured)
     about = f"The mean of matching pairs is {mean:.3f}" + (f", that of others {other_mean:.3f}." if of_others else ".")
     names = f"{n:,} matching pairs", f"{of_others:,} other pairs"
     edges = fine * np.arange(start, stop + 1) * 2 / BINS - 1
     chart = histogram_svg(edges, dict(zip(names, shares)), e.similar.means, about)
-    return f"""<section><h2>Matching and other pairs</h2><div class="pair">
-<figure>{chart}<figcaption>Share of the pairs of each kind per bar. Vertical lines are the means.
-</figcaption></figure>{said}</div></section>"""
+    return fill("pairs", chart=chart, n=n, mean=mean, others=said)
 
 
 def temperature_section(e: Evaluation) -> str:
     """The learned temperature, and the probabilities it turns the cosines into."""
     if e.temperature is None:
-        return "<section><h2>Temperature</h2><p>Evaluated without a model: embeddings have none.</p></section>"
-    scale, bias, start = e.temperature["scale"], e.temperature.get("bias"), e.temperature["start"]
+        return fill("none")
+    scale, bias, start = (e.temperature[name] for name in ("scale", "bias", "start"))
     rows = [["this model", f"{1 / scale:.4f}", f"{scale:.2f}"], ["before training", f"{1 / start:.4f}", f"{start:.2f}"]]
-    rows += [["bias", "", f"{bias:.2f}"]] if bias is not None else [["limit in training", "0.0100", "100.00"]]
-    likely = "multiplies the probability" if bias is None else "multiplies the odds"
-    said = f"<p>The model multiplies cosines by {scale:.2f}: {1 / scale:.3f} more {likely} of a result by e (2.72)."
+    about = {"scale": scale, "temperature": 1 / scale}
     if bias is None:
-        p, first = float(e.similar.p_right.mean()), float(e.similar.p_first.mean())
-        said += (
-            f" A softmax over all {len(e.images):,} images gives a caption’s own image a mean probability of"
-            f" <b>{percent(p)}%</b> (chance {percent(1 / len(e.images), 2)}%). The image that ranks first gets"
-            f" {percent(first)}% on average and is correct in {percent(e.metrics['text_to_image_R@1'])}% of cases: the"
-            " closer these two numbers, the better calibrated the model.</p>"
-        )
+        rows.append(["limit in training", "0.0100", "100.00"])
+        about |= {"right": e.similar.p_right.mean(), "first": e.similar.p_first.mean(), "images": len(e.images)}
+        text = fill("softmax", chance=1 / len(e.images), recall=e.metrics["text_to_image_R@1"], **about)
     else:  # SigLIP: each pair is decided by itself
+        rows.append(["bias", "", f"{bias:.2f}"])
         middles = (np.arange(BINS) + 0.5) * 2 / BINS - 1
-        yes = 1 / (1 + np.exp(-(scale * e.similar.right.astype(float) + bias)))
-        no = (e.similar.others / (1 + np.exp(-(scale * middles + bias)))).sum() / max(1, e.similar.others.sum())
-        said += (
-            f" With its bias of {bias:.2f} it decides each pair by itself (SigLIP): a pair matches above a cosine of"
-            f" {-bias / scale:.3f}. Matching pairs get a mean probability of <b>{percent(float(yes.mean()))}%</b>,"
-            f" other pairs {percent(float(no), 3)}%; {percent(float((yes > 0.5).mean()))}% of the matching pairs are"
-            " above that cosine.</p>"
-        )
+        yes, no = (1 / (1 + np.exp(-scale * x - bias)) for x in (e.similar.right.astype(float), middles))
+        wrong = (e.similar.others * no).sum() / max(1, e.similar.others.sum())
+        about |= {"bias": bias, "border": -bias / scale, "right": yes.mean(), "above": (yes > 0.5).mean()}
+        text = fill("sigmoid", wrong=wrong, **about)
     shown = table(["", "temperature", "logit scale"], rows, "The temperature is 1 / logit scale")
-    return f'<section><h2>Temperature</h2><div class="pair">{shown}{said}</div></section>'
+    return fill("temperature", table=shown, about=text)
 
 
 def training_section(log_history: list[dict]) -> str:
     """Loss and recall over training, where they were logged."""
     recalls = {way.replace("_", " "): curve(log_history, f"eval_{way}_R@1") for way in WAYS}
-    figures, note = [], '<p class="note">This recall is that of the evaluation set used in training.</p>'
+    figures = []
     for title, curves, share in (
         ("Training loss", {"loss": curve(log_history, "loss")}, False),
         ("Recall@1 over training", recalls, True),
@@ -264,10 +237,8 @@ def training_section(log_history: list[dict]) -> str:
         curves = {name: points for name, points in curves.items() if len(points) > 1}
         if curves:
             figures.append(f"<figure><h3>{title}</h3>{training_svg(title, curves, share)}</figure>")
-    if not figures:
-        return ""
-    note = note if any(recalls.values()) else ""
-    return f'<section><h2>Training</h2><div class="pair">{"".join(figures)}</div>{note}</section>'
+    note = fill("note") if max(map(len, recalls.values())) > 1 else ""
+    return fill("training", figures="".join(figures), note=note) if figures else ""
 
 
 def metadata_section(metadata: dict) -> str:
@@ -280,5 +251,4 @@ def metadata_section(metadata: dict) -> str:
         elif value is not None and value is not False and value not in ([], ""):
             yield f'<tr><th scope="row">{safe(name)}</th><td>{safe(value)}</td></tr>'
 
-    shown = f'<table class="record"><tbody>{"".join(lines(metadata))}</tbody></table>'
-    return f"<details><summary>Run metadata</summary>{shown}</details>"
+    return fill("metadata", rows="".join(lines(metadata)))

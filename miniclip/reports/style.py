@@ -30,9 +30,9 @@ STYLE = {
     "axes.labelcolor": GREY, "axes.edgecolor": GREY, "axes.spines.top": False, "axes.spines.right": False,
     "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.xmargin": 0.02,
     "grid.color": GRID, "xtick.color": GREY, "ytick.color": GREY, "ytick.major.size": 0, "lines.linewidth": 1.8,
-    "lines.markersize": 4.5, "legend.frameon": False, "legend.borderaxespad": 0.3, "legend.handlelength": 2.6,
-    "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.1, "hatch.linewidth": 0.9,
-    "svg.fonttype": "none",
+    "lines.markersize": 4.5, "legend.frameon": False, "legend.borderaxespad": 0.3, "legend.handlelength": 2.4,
+    "legend.columnspacing": 2.8, "hatch.linewidth": 0.9, "svg.fonttype": "none",
+    "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.1,
     "axes.prop_cycle": f"cycler(color={SERIES}, linestyle=['-', '--', '-.', ':'], marker=['o', 's', '^', 'D'])",
 }  # fmt: skip
 CSS_VARIABLES = {INK: "ink", GREY: "grey", GRID: "grid", PAPER: "paper", SERIES[0]: "a", SERIES[1]: "b"}

@@ -49,7 +49,6 @@ class HfTower(Tower):
     """What both towers have: the encoder, `trunk`, and the projection of its features."""
 
     kind = "image"
-    uses_all_parameters = False
 
     def __init__(self, cfg: HfConfig):
         super().__init__()

@@ -20,7 +20,8 @@ ALIASES = {  # OpenCLIP's names
     "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "columns", "csv-caption-key": "columns",
     "batch-size": "per_device_train_batch_size", "epochs": "num_train_epochs", "lr": "learning_rate",
     "wd": "weight_decay", "warmup": "warmup_steps", "workers": "dataloader_num_workers", "logs": "output_dir",
-    "distill-model": "teacher", "distill-pretrained": "teacher", "lock-image": "freeze_image", "lock-text": "freeze_text",
+    "distill-model": "teacher", "distill-pretrained": "teacher",
+    "lock-image": "freeze_image", "lock-text": "freeze_text",
     "lock-image-unlocked-groups": "freeze_image", "lock-text-unlocked-layers": "freeze_text",
     "grad-checkpointing": "gradient_checkpointing",
 }  # fmt: skip

@@ -32,7 +32,7 @@ class StreamDataset(RunDataset):
     `on_bad` is "stop".
     """
 
-    def __init__(self, stream, columns: tuple[str, str], num_samples, spec, root, preprocess, seed=0, **kwargs):
+    def __init__(self, stream, columns: list[str], num_samples, spec, root, preprocess, seed=0, **kwargs):
         super().__init__((), preprocess, seed, **kwargs)
         self.columns, self.num_samples, self.spec, self.root = columns, num_samples, spec, root
         # One file at a time: newer versions would read ten at once, in threads, and wait five seconds for those at the
@@ -56,7 +56,7 @@ class StreamDataset(RunDataset):
 
         if stream.features is None or isinstance(stream.features.get(columns[0]), datasets.Image):
             stream = stream.cast_column(columns[0], datasets.Image(decode=False))
-        stream, root = stream.select_columns(list(columns)), table_root(source, options)
+        stream, root = stream.select_columns(columns), table_root(source, options)
         return lambda records, *more, **kwargs: cls(stream, columns, num_samples, source, root, *more, **kwargs)
 
     def __len__(self) -> int:

@@ -5,6 +5,7 @@ python -m miniclip convert SRC DST --to openclip|hf|miniclip [--model NAME] [--f
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch

@@ -151,9 +151,7 @@ def test_heic_is_named_as_what_cannot_be_read(caption_set):
     (caption_set / "3.png").rename(caption_set / "3.HEIC")
     (caption_set / "alone.heic").write_bytes(b"without a caption")
     (caption_set / "4.heic").write_bytes(b"converted")
-    with pytest.raises(
-        CaptionFileError, match="1 of 24 records .*\n  3.HEIC: HEIC images cannot be read: convert it to"
-    ):
+    with pytest.raises(CaptionFileError, match="1 of 24 records .*\n  3.HEIC: HEIC cannot be read: convert it to"):
         read_source(str(caption_set))
 
 

@@ -83,6 +83,26 @@ def test_an_image_that_is_gone_leaves_a_hole(tmp_path, images):
     assert said == [["no image"], ["no image"], [], [], []]
 
 
+class Handle:
+    """An image that is not a file of its own, as in a table or a shard."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            return file.read()
+
+    def __str__(self) -> str:
+        return f"table.parquet: {self.path}"
+
+
+def test_images_in_tables_are_shown(tmp_path, images):
+    figure, picture = drawn(tmp_path / "report.png", [], [example([Handle(path) for path in images], 9)])
+    assert marked(figure, picture) == [False] * 5 + [True]
+    assert not any(axes.texts for axes in figure.axes[2:]) and all(axes.images for axes in figure.axes[2:])
+
+
 def test_curves_are_those_of_the_log():
     log = [
         {"step": 20, "loss": 2.0}, {"step": 10, "loss": 3.0, "epoch": 0.5}, {"step": 30, "loss": math.nan},
