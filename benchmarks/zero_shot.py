@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from miniclip.classify import linear_probe, moderate
-from miniclip.classify.prompts import TEMPLATES, describe_legibility, legibility
+from miniclip.classify.prompts import TEMPLATES, describe_coverage, tokenizer_coverage
 from miniclip.classify.zero_shot import build_zero_shot_classifier, embed_classes, probabilities
 from miniclip.datasets.shapes import drawn
 from miniclip.inference.embed import embed_images
@@ -59,7 +59,7 @@ def ask_in_languages(name: str, paths: list[Path], truth: np.ndarray):
     print(f"\n{name}, temperature {1 / model.logit_scale.exp().item():.4f}")
     for number, language in enumerate(TEMPLATES):
         words = list(WORDS) if language == "en" else [value[number - 1] for value in WORDS.values()]
-        reading = describe_legibility(legibility(tokenizer, words))
+        reading = describe_coverage(tokenizer_coverage(tokenizer, words))
         for templates in [TEMPLATES[language]] + [TEMPLATES[language][:1]] * (language == "en"):
             classifier = build_zero_shot_classifier(fast, tokenizer, words, templates)
             order = (-images @ classifier.numpy()).argsort(axis=1, kind="stable")

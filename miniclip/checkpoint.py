@@ -9,7 +9,6 @@ left random without a word. A tower of another kind brings its own rows (`Tower.
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,37 +53,27 @@ OPERATIONS = {  # (their tensors -> ours, ours -> theirs)
 }
 
 
-class Layout(NamedTuple):
-    """Where a source has its tensors: prefixes of the towers, name of the scale, column of the table."""
-
-    image: str
-    text: str
-    scale: str = "logit_scale"
-    column: int = 1
-    bias: str | None = "logit_bias"  # of models for SigLIP's loss, which need not have one; None: cannot have one
-
-
-LAYOUTS = {
-    "miniclip": Layout("visual.", "text.", column=0),
-    "openclip": Layout("visual.", ""),  # and OpenAI, and TinyCLIP's releases
-    "custom_text": Layout("visual.", "text."),  # OpenCLIP's CustomTextCLIP
-    "tinyclip": Layout("_image_encoder.visual.", "_text_encoder.", "_logit_scale.logit_scale", bias=None),
-    "article": Layout("image_encoder.visual.", "text_encoder.", "logit_scale.logit_scale", bias=None),
-    "hf": Layout("vision_model.", "text_model.", column=2, bias=None),  # transformers' CLIPModel
+LAYOUTS = {  # column of the table, prefix of the image tower, of the text tower, name of the scale
+    "miniclip": (0, "visual.", "text.", "logit_scale"),
+    "openclip": (1, "visual.", "", "logit_scale"),  # and OpenAI, and TinyCLIP's releases
+    "custom_text": (1, "visual.", "text.", "logit_scale"),  # OpenCLIP's CustomTextCLIP
+    "tinyclip": (1, "_image_encoder.visual.", "_text_encoder.", "_logit_scale.logit_scale"),
+    "article": (1, "image_encoder.visual.", "text_encoder.", "logit_scale.logit_scale"),
+    "hf": (2, "vision_model.", "text_model.", "logit_scale"),  # transformers' CLIPModel
 }
+WITH_BIAS = "miniclip", "openclip", "custom_text"  # these may have the bias of SigLIP's loss, the others cannot
 HARMLESS = {  # last parts of keys that hold no weights
     "input_resolution", "context_length", "vocab_size",  # sizes, in OpenAI's archives
     "attn_mask", "position_ids",  # constants, which older versions of OpenCLIP and of transformers stored
 }  # fmt: skip
-HINTS = [  # (how an unknown key begins, what that tells)
-    (r"(.*\.)?l0_module\.|image_encoder_without_ddp\.",
-     "a TinyCLIP 'auto' file, pruned to blocks of different sizes; take one of TinyCLIP's manual ViT files"),
-    (r"(.*\.)?visual\.trunk\.",
-     "its image tower comes from timm (as SigLIP's does) or transformers, the model's does not"),
-    (r"(.*\.)?visual\.layer1\.", "its image tower is a ModifiedResNet (RN50), the model's is not"),
-    (r"(vision|text)_model\.", "a Hugging Face model with other towers than CLIPModel's, as SigLIP has"),
-    (r"embeddings\.|encoder\.layers\.", "one tower alone, of a Hugging Face model; save the whole CLIPModel"),
-]  # fmt: skip
+HINTS = {  # how an unknown key begins -> what that means; the first that applies is reported
+    r"(.*\.)?l0_module\.|image_encoder_without_ddp\.":
+        "a TinyCLIP 'auto' file, pruned to blocks of different sizes; take one of TinyCLIP's manual ViT files",
+    r"(.*\.)?visual\.trunk\.": "its image tower is from timm (as SigLIP's is) or transformers, the model's is not",
+    r"(.*\.)?visual\.layer1\.": "its image tower is a ModifiedResNet (RN50), the model's is not",
+    r"(vision|text)_model\.": "a Hugging Face model with other towers than CLIPModel's, as SigLIP has",
+    r"embeddings\.|encoder\.layers\.": "one tower alone, of a Hugging Face model; save the whole CLIPModel",
+}  # fmt: skip
 
 
 def make_layout(layout: str, rows=CLIP_ROWS) -> dict[str, tuple[str, str]]:
@@ -94,16 +83,15 @@ def make_layout(layout: str, rows=CLIP_ROWS) -> dict[str, tuple[str, str]]:
     "text.blocks.{i}.attn.in_proj.{p}": ("transformer.resblocks.{i}.attn.in_proj_{p}", "")
     "visual.proj.weight": ("visual.proj", "transpose")
     """
-    image, text, scale, column, bias = LAYOUTS[layout]
-    rules = {"logit_scale": (scale, "scalar")} | ({"logit_bias": (bias, "scalar")} if bias else {})
+    column, image, text, scale = LAYOUTS[layout]
+    rules = {"logit_scale": (scale, "scalar")}
+    if layout in WITH_BIAS:
+        rules["logit_bias"] = "logit_bias", "scalar"
     for tower, prefix, tower_rows in zip(("visual.", "text."), (image, text), rows):
         for row in tower_rows:
             name, _, operation = row[column].partition(" | ")
-            ours, theirs = (
-                pattern.replace("{b}", f"{{t}}{blocks}.{{i}}.").replace("{t}", start)
-                for pattern, blocks, start in ((row[0], BLOCKS[0], tower), (name, BLOCKS[column], prefix))
-            )
-            rules[ours] = theirs, operation
+            ours = row[0].replace("{b}", "{t}blocks.{i}.").replace("{t}", tower)
+            rules[ours] = name.replace("{b}", f"{{t}}{BLOCKS[column]}.{{i}}.").replace("{t}", prefix), operation
     return rules
 
 
@@ -117,21 +105,18 @@ def to_miniclip(state_dict: dict[str, Tensor], rows=CLIP_ROWS) -> tuple[dict[str
         path = [part for part in key.split(".") if part not in ("module", "_orig_mod")]
         if path[-1] not in HARMLESS and weights.setdefault(".".join(path), tensor) is not tensor:
             raise CheckpointError(f"it holds {'.'.join(path)} twice, with and without a wrapper's prefix")
-    known = {  # how many of the keys each layout has; the scale is no sign, it has the same name in many
-        layout: sum(key in weights for old, new, _ in pair_names(make_layout(layout, rows), weights, export=False)
-                    if not new[0].startswith("logit_") for key in old)
-        for layout in LAYOUTS
-    }  # fmt: skip
+    known = {}  # layout -> how many keys it has names for; the scale has the same name in many
+    for layout in LAYOUTS:
+        names = pair_names(make_layout(layout, rows), weights, export=False)
+        known[layout] = sum(key in weights for old, (new, *_), _ in names for key in old if "logit" not in new)
     source = max(known, key=known.get)
     if not known[source]:
-        hints = "".join(f": {hint}" for hint in find_hints(weights))
-        raise CheckpointError(
-            f"its layout is none of {', '.join(LAYOUTS)}{hints}; its keys: {shorten(sorted(weights))}"
-        )
+        raise mismatch(f"its layout is none of {', '.join(LAYOUTS)}", [], weights)
     renamed = rename(weights, source, rows, export=False)
+    per_block = tuple({name.partition("{i}")[0] for name in make_layout(source, rows) if "{i}" in name})
     for key, tensor in renamed.items():
-        if block := re.fullmatch(r"(\w+\.blocks)\.\d+\.(.+)", key):
-            name, shape = first.setdefault(block.groups(), (key, tensor.shape))
+        if key.startswith(per_block):
+            name, shape = first.setdefault(re.sub(r"\d+", "", key, count=1), (key, tensor.shape))
             if tensor.shape != shape:
                 sizes = f"{name} is {tuple(shape)}, {key} is {tuple(tensor.shape)}"
                 raise CheckpointError(f"its blocks differ in size, as in TinyCLIP's pruned 'auto' files: {sizes}")
@@ -145,7 +130,7 @@ def from_miniclip(state_dict: dict[str, Tensor], layout: str, rows=CLIP_ROWS) ->
 
 
 def pair_names(rules: dict, names: Iterable[str], export: bool) -> Iterator[tuple[list[str], list[str], str]]:
-    """The rules for a state dict of these names, block by block: (old names, new names, operation)."""
+    """The rules for a state dict with these names, block by block: (old names, new names, operation)."""
     counts = {}
     for ours, (theirs, operation) in rules.items():
         start, per_block, _ = (ours if export else theirs).partition("{i}")
@@ -153,9 +138,9 @@ def pair_names(rules: dict, names: Iterable[str], export: bool) -> Iterator[tupl
             counts[start] = len({name[len(start) :].partition(".")[0] for name in names if name.startswith(start)})
         for i in range(counts[start] or 1) if per_block else (0,):
             for p in ("weight", "bias") if "{p}" in ours else ("",):
-                ours_p, theirs_p = (name.replace("{i}", str(i)).replace("{p}", p) for name in (ours, theirs))
-                parts = [theirs_p.replace("{qkv}", letter) for letter in ("qkv" if "{qkv}" in theirs else "-")]
-                yield ([ours_p], parts, operation) if export else (parts, [ours_p], operation)
+                our, their = (name.replace("{i}", str(i)).replace("{p}", p) for name in (ours, theirs))
+                parts = [their.replace("{qkv}", letter) for letter in ("qkv" if "{qkv}" in their else "-")]
+                yield ([our], parts, operation) if export else (parts, [our], operation)
 
 
 def rename(state_dict: dict[str, Tensor], layout: str, rows, export: bool) -> dict[str, Tensor]:
@@ -168,15 +153,14 @@ def rename(state_dict: dict[str, Tensor], layout: str, rows, export: bool) -> di
             tensors = OPERATIONS[operation][export]([left.pop(key) for key in old])
             renamed |= zip(new, tensors, strict=True)
     if missing or left:
-        hints = find_hints(left)
-        if not export and not all(any(key.startswith(tower) for key in renamed) for tower in ("visual.", "text.")):
-            hints.append("one tower alone; save the whole model")
-        reason = f"missing {shorten(missing)}; unknown {shorten(left)}"
-        raise CheckpointError(": ".join([f"not complete as {layout} weights", *hints, reason]))
+        towers = {key.partition(".")[0] for key in renamed} & {"visual", "text"}
+        alone = ": one tower alone; save the whole model" if len(towers) == 1 and not export else ""
+        raise mismatch(f"not complete as {layout} weights{alone}", missing, left)
     return renamed
 
 
-def find_hints(unknown: Iterable[str]) -> list[str]:
-    """The first hint that applies to unknown keys, with the key that it is about; none where none does."""
-    found = ((key, hint) for pattern, hint in HINTS for key in sorted(unknown) if re.match(pattern, key))
-    return [f"{hint} (it holds {key!r})" for key, hint in found][:1]
+def mismatch(problem: str, missing: Iterable[str], unknown: Iterable[str]) -> CheckpointError:
+    """The error for weights that are not those of a layout, with a hint if one of HINTS applies."""
+    found = ((hint, key) for start, hint in HINTS.items() for key in sorted(unknown) if re.match(start, key))
+    hint = "".join(f": {hint} (it holds {key!r})" for hint, key in list(found)[:1])
+    return CheckpointError(f"{problem}{hint}: missing {shorten(missing)}; unknown {shorten(unknown)}")

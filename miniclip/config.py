@@ -34,8 +34,8 @@ class VisionConfig:
 
     def problems(self):
         """Checks of the values, as (whether it holds, the message if it does not)."""
-        yield self.image_size % self.patch_size == 0, "vision_cfg.image_size is no multiple of patch_size"
-        yield self.width % self.head_width == 0, "vision_cfg.width is no multiple of head_width"
+        yield self.image_size % self.patch_size == 0, "vision_cfg.image_size is not a multiple of patch_size"
+        yield self.width % self.head_width == 0, "vision_cfg.width is not a multiple of head_width"
         yield 0 <= self.patch_dropout < 1, "vision_cfg.patch_dropout is not in [0, 1)"
 
     def preprocess(self) -> dict:
@@ -57,7 +57,7 @@ class TextConfig:
 
     def problems(self):
         """As VisionConfig's."""
-        yield self.width % self.heads == 0, "text_cfg.width is no multiple of heads"
+        yield self.width % self.heads == 0, "text_cfg.width is not a multiple of heads"
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What does CLIP compute?
 
-Two transformers, one for images and one for texts, that end in the same space: a picture and its caption should get
+Two transformers, one for images and one for texts, that end in the same space: an image and its caption should get
 nearly the same direction there. Both are stacks of one pre-norm block; they differ in how the sequence is made
 (patches, tokens), whether a position may look ahead (images yes, texts no) and which position is read out.
 
@@ -23,7 +23,7 @@ from miniclip.checkpoint import IMAGE_ROWS, TEXT_ROWS
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
 from miniclip.tokenizer import BaseTokenizer, Tokenizer
 from miniclip.utils.errors import InputError
-from miniclip.utils.weight_files import check_model_folder, load_state_dict, read_state_dict, write_model_folder
+from miniclip.utils.weight_files import read_model_folder, write_model_folder
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper keeps the scale at 100 or less, "to prevent training instability"
 
@@ -91,26 +91,24 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def init_parameters(self, layers: int):
-        """Draws the weights of one block of so many."""
+        """Draws the weights of one of a tower's `layers` blocks."""
         width = self.ln_1.normalized_shape[0]
         # A branch adds to the residual stream 2 x layers times: its last matrix starts that much smaller.
-        nn.init.normal_(self.attn.in_proj.weight, std=width**-0.5)
-        nn.init.normal_(self.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
-        nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(self.mlp.c_proj.weight, std=(width * 2 * layers) ** -0.5)
-        for linear in (self.attn.in_proj, self.attn.out_proj, self.mlp.c_fc, self.mlp.c_proj):
+        attention, mlp, last = width**-0.5, (2 * width) ** -0.5, (width * 2 * layers) ** -0.5
+        linears = self.attn.in_proj, self.attn.out_proj, self.mlp.c_fc, self.mlp.c_proj
+        for linear, std in zip(linears, (attention, last, mlp, last)):
+            nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 
 
 class Tower(nn.Module):
-    """Base class of an encoder: an input, to features (B, W), to an embedding (B, E) by a linear projection.
+    """Base class of an encoder: an input, to features (B, W), to an embedding (B, E) by a linear projection. Yours
+    defines the first four attributes; `towers/registry.py` makes it known."""
 
-    A tower of your own defines `width`, `features`, `projection` and `blocks`; `towers/registry.py` makes it known.
-    """
-
+    features: Callable[[Tensor], Tensor]  # a method: pixel values or token ids to what the projection reads, (B, W)
     width: int  # W
     blocks: Sequence[nn.Module]  # the layers, in order, for rates by layer and freezing all but the last ones
-    projection_name = "proj"
+    projection_name = "proj"  # the attribute that maps features (B, W) to embeddings (B, E)
     rows: list[tuple[str, str, str]] | None = None  # see `key_rows`
     tokenizer: BaseTokenizer | None = None  # of a text tower
     may_skip_parameters = False  # whether `forward` may leave parameters that learn unused, which DDP has to know
@@ -120,13 +118,9 @@ class Tower(nn.Module):
     fixed_norms: tuple[nn.Module, ...] = ()  # BatchNorms that keep their statistics in training too
     checkpoint_every = 0  # see `checkpoint_activations`; 0: no block
 
-    def features(self, inputs: Tensor) -> Tensor:
-        """What the projection reads: (B, W)."""
-        raise NotImplementedError
-
     @property
     def projection(self) -> nn.Module:
-        """From features (B, W) to embeddings (B, E)."""
+        """The last layer, (B, W) to (B, E)."""
         return self.get_submodule(self.projection_name)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -305,16 +299,12 @@ class MiniClip(nn.Module):
         work, the same gradients. Trainer calls it by this name."""
         if offload:
             raise InputError("offloading activations is not supported: remove offload")
-        for tower in (self.visual, self.text):
-            tower.checkpoint_activations(every_n_layers)
+        self.visual.checkpoint_activations(every_n_layers)
+        self.text.checkpoint_activations(every_n_layers)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
         """The same, by the name that older versions of Trainer call."""
         self.activation_checkpointing_enable()
-
-    def key_rows(self) -> tuple[list, list]:
-        """The rows of both towers, as checkpoint.py's functions take them."""
-        return self.visual.key_rows(), self.text.key_rows()
 
     @torch.no_grad()
     def init_parameters(self):
@@ -329,21 +319,14 @@ class MiniClip(nn.Module):
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None):
         """Writes `config.json` (sizes, activation, preprocessing), `model.safetensors` and their `manifest.json` into
         a folder, each atomically. What was there stays until all of the new is written."""
-        towers = self.visual, self.text
-        weights = self.state_dict() if state_dict is None else state_dict
-        write_model_folder(Path(directory), self.config.to_dict(), weights, [tower.save_files for tower in towers])
+        others = self.visual.save_files, self.text.save_files
+        write_model_folder(Path(directory), self.config.to_dict(), state_dict or self.state_dict(), others)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
-        """Reads a folder that `save_pretrained` wrote, bit for bit the same; in evaluation mode.
-
-        Raises InputError for a missing or damaged file and RuntimeError for missing, unexpected or misshapen weights.
-        """
-        directory = Path(directory)
-        check_model_folder(directory)
-        with torch.device("meta"):  # shapes alone; the numbers, and their precision, are the file's
-            model = cls(MiniClipConfig.from_json(directory / "config.json"))
-        load_state_dict(model, read_state_dict(directory / "model.safetensors"), directory)
-        for tower in (model.visual, model.text):
-            tower.load_files(directory)
+        """Reads a folder that `save_pretrained` wrote, bit for bit, in evaluation mode. Raises InputError for a missing
+        or damaged file and RuntimeError for missing, unexpected or misshapen weights."""
+        model = read_model_folder(Path(directory), lambda config: cls(MiniClipConfig.from_json(config)))
+        model.visual.load_files(Path(directory))
+        model.text.load_files(Path(directory))
         return model.eval()

@@ -1,31 +1,31 @@
-"""Does a picture show this one thing? May it be shown to others?
+"""Yes/no questions about images, and moderation.
 
-Probabilities among classes add up to 1, so that of six banned classes one always looks likely, on a harmless picture
-too. A question about one class needs something to answer "no" with: here texts that say nothing (a photo), or that name
-harmless things, each of which may win. The probability is that of the class among these, by the model's temperature:
+Probabilities among classes add up to 1, so one of six banned classes always looks likely, even on a harmless image. A
+question about one class needs an alternative: texts that say nothing (a photo), or that name harmless things, each of
+which may win. The score is the probability of the class among these, with the model's temperature:
 
     python -m miniclip moderate --model runs/mine --images photos --ask "a dog" --examples labelled
     python -m miniclip moderate --model runs/mine --images photos --examples labelled
 
-The second asks about each category of CATEGORIES and gives `{"status": "approved", "rejected" or "review", "reason",
-"confidence"}`. "A photo without a dog" is no answer: CLIP does not read negation (docs/classify.md has the numbers).
+The second asks about each of CATEGORIES and reports `{"status": "approved", "rejected" or "review", "reason",
+"confidence"}`. "A photo without a dog" is no alternative: CLIP does not understand negation (docs/classify.md has the
+numbers).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from miniclip.classify.zero_shot import embed_classes
+import numpy as np
+import torch
+from torch import Tensor
+
+from miniclip.classify.zero_shot import embed_classes, probabilities
+from miniclip.datasets.records import parse_json, read_text
 from miniclip.utils.errors import InputError
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
 ASK = ["a photo of {}", "a photo with {} in it", "{}"]
-NOTHING = ["a photo", "a picture", "an image"]  # what a question is asked against, as one class
+NOTHING = ["a photo", "a picture", "an image"]  # the alternative of a question, as one class
 HARMLESS = "harmless"
-CATEGORIES = {  # each the mean of its texts; those of HARMLESS are classes of their own
+CATEGORIES = {  # each is the mean of its texts; those of HARMLESS are separate classes
     HARMLESS: ["a photo", "a photo of a person", "a photo of people", "a photo of children playing",
                "a photo of an animal", "a photo of a landscape", "a photo of a city street", "a photo of a building",
                "a photo of a room", "a photo of food", "a photo of an everyday object", "a photo of sports",
@@ -37,30 +37,26 @@ CATEGORIES = {  # each the mean of its texts; those of HARMLESS are classes of t
     "alcohol": ["a photo of alcohol", "a bottle of beer, wine or liquor", "people drinking alcohol"],
     "tobacco": ["a photo of tobacco", "a photo of a cigarette", "a person smoking"],
 }  # fmt: skip
-THRESHOLD, REVIEW = 0.5, 0.25  # unless examples say better
+THRESHOLD, REVIEW = 0.5, 0.25  # defaults without examples
 
 
 def probability_against(model, image_embeds: np.ndarray, positive: Tensor, negatives: Tensor) -> np.ndarray:
-    """How likely one class is, for images (N, E): (N,). `positive` (E,) is its vector, `negatives` (E, M) those of what
-    else it may be: softmax over all of them, by the model's temperature, of which the class has its share."""
-    import torch
-
-    from miniclip.classify.zero_shot import probabilities
-
+    """Returns the probability (N,) of a class with the vector `positive` (E,) for images (N, E), in the softmax over it
+    and the alternatives `negatives` (E, M)."""
     return probabilities(model, image_embeds, torch.cat([positive[:, None], negatives], dim=1))[:, 0]
 
 
 def ask(model, tokenizer, image_embeds: np.ndarray, thing: str, against: list[str] | None = None) -> np.ndarray:
-    """How likely images (N, E) show a thing, "a dog": (N,), 0 to 1, against texts that say nothing of it: NOTHING as
-    one class, or each of `against`."""
+    """Returns the probability (N,) that images (N, E) show a thing, such as "a dog", against NOTHING as one class or
+    against each of the texts `against`."""
     against = [[text] for text in against] if against else [NOTHING]
     vectors = embed_classes(model, tokenizer, [[text.format(thing) for text in ASK], *against])
     return probability_against(model, image_embeds, vectors[:, 0], vectors[:, 1:])
 
 
 def category_scores(model, tokenizer, image_embeds: np.ndarray, categories: dict) -> dict[str, np.ndarray]:
-    """How likely images (N, E) show each category: {name: (N,)}, each against the HARMLESS texts alone, so that it does
-    not matter how many other categories there are."""
+    """Returns the probability of each category for images (N, E), {name: (N,)}, each against the HARMLESS texts alone,
+    so that it does not depend on the other categories."""
     harmless = [[text] for text in categories[HARMLESS]]
     vectors = embed_classes(model, tokenizer, [*harmless, *(categories[name] for name in banned(categories))])
     negatives, positives = vectors[:, : len(harmless)], vectors[:, len(harmless) :]
@@ -71,28 +67,26 @@ def category_scores(model, tokenizer, image_embeds: np.ndarray, categories: dict
 
 
 def banned(categories: dict) -> list[str]:
-    """The categories but for HARMLESS."""
+    """Returns the categories except HARMLESS."""
     return [name for name in categories if name != HARMLESS]
 
 
 def calibrate(yes: np.ndarray, no: np.ndarray) -> dict[str, float]:
-    """`{"threshold", "review", "balanced_accuracy"}` from the scores of examples that show a class, and that do not.
+    """Returns `{"threshold", "review", "balanced_accuracy"}` for the scores of examples with a class and without it.
 
-    The threshold is that with the highest balanced accuracy (the mean of the shares of either kind that fall on their
-    side), halfway between two neighbouring scores; of several the lowest, which misses least. `review` is the threshold
-    or, if lower, the lowest score of an example that shows the class: between the two a person should look. Raises
-    InputError for fewer than two examples of a kind, and for scores that tell nothing.
+    The threshold maximises the balanced accuracy (the mean of the accuracies of both kinds) and lies halfway between
+    two neighbouring scores; among equals it is the lowest, which misses least. `review` is the lowest score of an
+    example with the class, or the threshold if that is lower: between the two a person should look. Raises InputError
+    for fewer than two examples of a kind, and for scores that do not separate them.
     """
-    import numpy as np
-
     if min(len(yes), len(no)) < 2:
         raise InputError(f"{len(yes)} examples with and {len(no)} without: at least 2 of each are needed")
     scores = np.unique(np.concatenate([yes, no]).astype(np.float64))
     middles = (scores[1:] + scores[:-1]) / 2
     accuracies = [((yes >= t).mean() + (no < t).mean()) / 2 for t in middles]
     if not accuracies or max(accuracies) <= 0.5:
-        raise InputError("examples with it score no higher than those without: this model cannot tell; describe it"
-                         " in other words, or train a linear probe")  # fmt: skip
+        raise InputError("examples with it score no higher than those without: this model cannot tell them apart."
+                         " Use other words, or train a linear probe")  # fmt: skip
     best = int(np.argmax(np.round(accuracies, 12)))
     threshold = float(middles[best])
     return {"threshold": threshold, "review": min(threshold, float(yes.min())),
@@ -100,10 +94,10 @@ def calibrate(yes: np.ndarray, no: np.ndarray) -> dict[str, float]:
 
 
 def decide(scores: dict[str, float], thresholds: dict[str, dict]) -> dict:
-    """`{"status", "reason", "confidence"}` of a picture with the score of each category.
+    """Returns `{"status", "reason", "confidence"}` for an image with the score of each category.
 
-    Rejected where a score reaches its category's threshold, for review where one reaches "review"; the reason is that
-    of these which has the highest score. Else approved, and the confidence is 1 less the highest score.
+    It is rejected if a score reaches its category's threshold, else sent to review if one reaches "review"; the reason
+    is the category with the highest of these scores. Otherwise it is approved, with confidence 1 minus the highest.
     """
     for status, limit in (("rejected", "threshold"), ("review", "review")):
         reached = {name: score for name, score in scores.items() if score >= thresholds[name][limit]}
@@ -114,9 +108,7 @@ def decide(scores: dict[str, float], thresholds: dict[str, dict]) -> dict:
 
 
 def read_categories(path: str | Path) -> dict[str, list[str]]:
-    """A JSON file in the form of CATEGORIES. Raises InputError, which names the file, for another one."""
-    from miniclip.datasets.records import parse_json, read_text
-
+    """Reads a JSON file in the form of CATEGORIES. Raises InputError, which names the file."""
     found = parse_json(read_text(Path(path)), path)
     form = f'{path}: expected {{"{HARMLESS}": [texts], "a category": [texts], ...}}'
     if not isinstance(found, dict) or HARMLESS not in found or len(found) < 2:

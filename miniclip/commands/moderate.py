@@ -1,109 +1,88 @@
-"""TODO docstring."""
-
-from __future__ import annotations
+"""The command `moderate`: yes/no questions about images, and moderation."""
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from miniclip.classify.moderate import (
-    CATEGORIES,
-    HARMLESS,
-    REVIEW,
-    THRESHOLD,
-    ask,
-    banned,
-    calibrate,
-    category_scores,
-    decide,
-    read_categories,
-)
-from miniclip.classify.pictures import embed_pictures, find_pictures
-from miniclip.commands.common import cell, common_options, open_model
+from miniclip.classify.images import find_images
+from miniclip.commands.common import cell, common_options, embed_usable, finish, open_model
 from miniclip.utils.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(argv: list[str]):
     parser = argparse.ArgumentParser(
-        "python -m miniclip moderate", description="Asks of pictures whether they show a thing, or may be shown."
+        "python -m miniclip moderate", description="Decides whether images show a thing, or may be shown."
     )
     parser.add_argument("--ask", metavar="THING", help='a yes/no question: "a dog"; without it, all categories')
-    parser.add_argument("--against", nargs="+", help="texts for the answer no, with --ask (default: a photo, ...)")
+    parser.add_argument("--against", nargs="+", help="with --ask: texts for the answer no (default: a photo, ...)")
     parser.add_argument("--categories", help="a JSON file of categories and their texts (docs/classify.md)")
-    parser.add_argument("--examples", help="labelled pictures for the thresholds: folders yes and no, or by category")
+    parser.add_argument("--examples", help="labelled images for the thresholds: folders yes and no, or by category")
     common_options(parser, "moderation")
     options = parser.parse_args(argv)
-    categories = read_categories(options.categories) if options.categories else CATEGORIES
+
+    from miniclip.classify import moderate
+    from miniclip.classify.prompts import warn_of_poor_coverage
+    from miniclip.utils.bad_samples import BadSamples
+
+    categories = moderate.read_categories(options.categories) if options.categories else moderate.CATEGORIES
     if options.ask is not None and not options.ask.strip():
-        raise InputError('--ask: say what to ask for: "a dog"')
+        raise InputError('--ask needs a thing to ask for, such as "a dog"')
     if options.ask and options.categories or options.against and not options.ask:
-        raise InputError("--ask goes with --against, and without --categories")
-    pictures = find_pictures(options.images)
-
-    from miniclip.classify.prompts import warn_if_illegible
-    from miniclip.utils.bad_samples import NAME, BadSamples
-    from miniclip.utils.files import write_json, write_text
-
+        raise InputError("--against needs --ask, and --ask excludes --categories")
+    images = find_images(options.images)
     model, preprocess, tokenizer = open_model(options)
     bad_samples = BadSamples()
     if options.ask:
         wanted, no = ["yes"], "no"
-        warn_if_illegible(tokenizer, [options.ask])
-        score = lambda embeds: {"yes": ask(model, tokenizer, embeds, options.ask, options.against)}  # noqa: E731
+        warn_of_poor_coverage(tokenizer, [options.ask])
+        score = lambda embeds: {"yes": moderate.ask(model, tokenizer, embeds, options.ask, options.against)}  # noqa: E731
     else:
-        wanted, no = banned(categories), HARMLESS
-        warn_if_illegible(tokenizer, wanted)
-        score = lambda embeds: category_scores(model, tokenizer, embeds, categories)  # noqa: E731
-    thresholds = {name: {"threshold": THRESHOLD, "review": THRESHOLD if options.ask else REVIEW} for name in wanted}
+        wanted, no = moderate.banned(categories), moderate.HARMLESS
+        warn_of_poor_coverage(tokenizer, wanted)
+        score = lambda embeds: moderate.category_scores(model, tokenizer, embeds, categories)  # noqa: E731
+    review = moderate.THRESHOLD if options.ask else moderate.REVIEW
+    thresholds = {name: {"threshold": moderate.THRESHOLD, "review": review} for name in wanted}
     if options.examples:
         about = (wanted, no, score, options, model, preprocess, bad_samples)
         thresholds |= calibrate_from(options.examples, *about)
-    pictures, embeds = embed_pictures(options, model, preprocess, pictures, bad_samples)
+    images, embeds = embed_usable(options, model, preprocess, images, bad_samples)
     scores = score(embeds)
     results = []
-    for row, (path, _) in enumerate(pictures):
+    for row, (path, _) in enumerate(images):
         each = {name: float(values[row]) for name, values in scores.items()}
         if options.ask:
             answer = {"answer": "yes" if each["yes"] >= thresholds["yes"]["threshold"] else "no", "score": each["yes"]}
         else:
-            answer = {**decide(each, thresholds), "scores": each}
+            answer = {**moderate.decide(each, thresholds), "scores": each}
         results.append({"image": path, **answer})
     verdict, number = ("answer", "score") if options.ask else ("status", "confidence")
-    lines = [f"| picture | {verdict} | reason | {number} |", "|---|---|---|---|"]
+    lines = [f"| image | {verdict} | reason | {number} |", "|---|---|---|---|"]
     for r in results:
         lines.append(f"| {cell(r['image'])} | {r[verdict]} | {r.get('reason', options.ask)} | {r[number]:.2f} |")
     counts = {kind: sum(r[verdict] == kind for r in results) for kind in dict.fromkeys(r[verdict] for r in results)}
-    folder = Path(options.output_dir)
     about = {"model": str(options.model), "ask": options.ask, "thresholds": thresholds,
              "calibrated": bool(options.examples)}  # fmt: skip
-    write_json(folder / "moderation.json", {**about, "pictures": results})
-    write_text(folder / "moderation.md", "\n".join(lines) + "\n")
     print("\n".join(lines[:22] + [f"| and {len(lines) - 22} more | | | |"] * (len(lines) > 22)))
     for name, limits in thresholds.items():
         on = f"balanced accuracy {limits['balanced_accuracy']:.2f} on" if len(limits) > 2 else "without"
         review = "" if options.ask else f", review from {limits['review']:.3f}"
         print(f"{name}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
-    print(f"{counts} of {len(results)} pictures. Written: moderation.json, moderation.md in {folder}")
-    bad_samples.open(folder / NAME)
-    if bad_samples:
-        print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
+    summary = f"{counts} of {len(results)} images"
+    finish(options, "moderation", {**about, "pictures": results}, "\n".join(lines), bad_samples, summary)
 
 
 def calibrate_from(folder: str, wanted: list[str], no: str, score, options, model, preprocess, bad_samples) -> dict:
-    """The thresholds of each class wanted from labelled pictures: those in the folder named as it, against those in the
-    folder `no`. `score(embeds)` gives {name: scores}. Raises InputError where `no`, or all others, are missing."""
+    """Returns the thresholds of the classes `wanted` from labelled images, each folder of a class against the folder
+    `no`. `score(embeds)` returns {name: scores}. Raises InputError if `no`, or all others, are missing."""
     import numpy as np
 
-    found = find_pictures([folder])
+    from miniclip.classify.moderate import calibrate
+
+    found = find_images([folder])
     there = {name for _, name in found}
     if no not in there or not there & set(wanted):
         raise InputError(f"--examples {folder}: expected a folder {no!r} in it, and some of {', '.join(wanted)}")
     if unknown := [name for name in there if name not in (no, *wanted)]:
-        raise InputError(f"--examples {folder}: {unknown[0]!r} is none of {', '.join([no, *wanted])}: rename it")
-    found, embeds = embed_pictures(options, model, preprocess, found, bad_samples)
+        raise InputError(f"--examples {folder}: {unknown[0]!r} is not one of {', '.join([no, *wanted])}: rename it")
+    found, embeds = embed_usable(options, model, preprocess, found, bad_samples)
     scores, names = score(embeds), np.array([name for _, name in found])
     thresholds = {}
     for name in [name for name in wanted if name in there]:

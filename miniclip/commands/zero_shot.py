@@ -1,129 +1,111 @@
-"""TODO docstring."""
-
-from __future__ import annotations
+"""The command `zero_shot`: which of some classes images show."""
 
 import argparse
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from miniclip.classify.pictures import choose_classes, embed_pictures, find_pictures
-from miniclip.classify.prompts import (
-    TEMPLATES,
-    describe_legibility,
-    legibility,
-    read_classes,
-    read_templates,
-)
-from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
-from miniclip.commands.common import cell, common_options, open_model
+from miniclip.classify.images import choose_classes, find_images
+from miniclip.classify.prompts import TEMPLATES, describe_coverage, read_classes, read_templates, tokenizer_coverage
+from miniclip.commands.common import cell, common_options, embed_usable, finish, open_model
 from miniclip.utils.command_line import printable
 from miniclip.utils.errors import InputError
 
-if TYPE_CHECKING:  # all of it is imported when it is used: --help answers at once
-    pass
 
-
-def format_pictures(pictures: list[dict], most: int = 20) -> str:
-    """The first pictures as a Markdown table: the three best classes, with their probabilities in percent."""
-    rows = ["| picture | class | then |", "|---|---|---|"]
-    for picture in pictures[:most]:
-        first, *others = [f"{name} {100 * share:.1f}" for name, share in picture["top"][:3]]
-        rows.append(f"| {cell(picture['image'])} | {first} | {', '.join(others)} |")
-    return "\n".join(rows + [f"| and {len(pictures) - most} more | | |"] * (len(pictures) > most))
+def format_images(images: list[dict], most: int = 20) -> str:
+    """Returns a Markdown table of the first images: the three best classes with their probabilities in percent."""
+    rows = ["| image | class | then |", "|---|---|---|"]
+    for image in images[:most]:
+        first, *others = [f"{name} {100 * share:.1f}" for name, share in image["top"][:3]]
+        rows.append(f"| {cell(image['image'])} | {first} | {', '.join(others)} |")
+    return "\n".join(rows + [f"| and {len(images) - most} more | | |"] * (len(images) > most))
 
 
 def drawable(classes: dict[str, str], folders: Sequence[str]) -> list[str]:
-    """Names that the picture's font has letters for: a class's name, its words or its folder."""
+    """Returns the names that the chart's font can draw: the name of a class, its words or its folder."""
     rows = zip(classes, classes.values(), folders)
     return [next((text for text in row if text and text.isprintable() and max(text) < "\u0250"), "?") for row in rows]
 
 
-def why_no_truth(paths: Sequence[str], pictures: list[tuple[str, str | None]]) -> str | None:
-    """Why it cannot be told how many are right, where one may have thought so. `paths`: those that were named."""
-    loose = [path for path, folder in pictures if folder is None]
-    if len(loose) < len(pictures):
-        return f"{loose[0]} lies in no folder of a class" if loose else "the folders are none of the classes"
+def why_no_truth(paths: Sequence[str], images: list[tuple[str, str | None]]) -> str | None:
+    """Returns why the true classes of images are unknown, where one might expect otherwise. `paths`: the arguments."""
+    loose = [path for path, folder in images if folder is None]
+    if len(loose) < len(images):
+        return f"{loose[0]} is not in a class folder" if loose else "the folders are none of the classes"
     for top in filter(os.path.isdir, paths):
         if len({os.path.dirname(path) for path in loose if path.startswith(os.path.join(top, ""))}) > 1:
-            return f"{top} has pictures beside its folders, which are then no classes"
+            return f"{top} has images beside its folders, which therefore are not class folders"
     return None
 
 
 def main(argv: list[str]):
     parser = argparse.ArgumentParser(
-        "python -m miniclip zero_shot", description="Tells which of some classes pictures show, from their names."
+        "python -m miniclip zero_shot", description="Classifies images by the names of the classes."
     )
-    parser.add_argument("--classes", help="a,b,c; or name=words,...; or a .txt or .json of them (docs/classify.md)")
-    parser.add_argument("--templates", help="a file of sentences with {} for the class name; the language's own unless")
+    parser.add_argument("--classes", help="a,b,c; or name=words,...; or a .txt or .json file (docs/classify.md)")
+    parser.add_argument("--templates", help="a file of sentences with {} for the class name (default: built in)")
     parser.add_argument("--language", default="en", help="of classes and templates: en, zh, fr, es (default: en)")
     common_options(parser, "zero_shot")
     options = parser.parse_args(argv)
     if options.language not in TEMPLATES and not (options.templates and options.classes):
         known = ", ".join(TEMPLATES)
-        raise InputError(f"--language {options.language} is none of {known}: give --templates and --classes for it")
+        raise InputError(f"--language {options.language} is not one of {known}: give --templates and --classes for it")
     templates = read_templates(options.templates) if options.templates else TEMPLATES[options.language]
-    pictures = find_pictures(options.images)
+    images = find_images(options.images)
     given = read_classes(options.classes, options.language) if options.classes is not None else None
-    classes, truth = choose_classes(given, [folder for _, folder in pictures], options.language)
-
+    classes, truth = choose_classes(given, [folder for _, folder in images], options.language)
     if len(classes) == 1:
-        raise InputError("of one class alone every picture is: name others too, or ask by miniclip.moderate --ask")
+        raise InputError("with a single class every image belongs to it: name others, or use `miniclip moderate --ask`")
 
     import numpy as np
 
+    from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
     from miniclip.reports.confusion import classification_metrics, draw_confusion, format_classes, format_metrics
     from miniclip.retrieval import search
-    from miniclip.utils.bad_samples import NAME, BadSamples
-    from miniclip.utils.files import write_json, write_text
+    from miniclip.utils.bad_samples import BadSamples
 
     model, preprocess, tokenizer = open_model(options)
     names, bad_samples, start = list(classes), BadSamples(), time.perf_counter()
     classifier = build_zero_shot_classifier(model, tokenizer, list(classes.values()), templates)
     ready = time.perf_counter()
-    rows = [(*picture, row) for picture, row in zip(pictures, truth or [None] * len(pictures))]
-    rows, embeds = embed_pictures(options, model, preprocess, rows, bad_samples)
+    rows = [(*image, row) for image, row in zip(images, truth or [None] * len(images))]
+    rows, embeds = embed_usable(options, model, preprocess, rows, bad_samples)
     seconds = {"classes": ready - start, "pictures": time.perf_counter() - ready}
     shares = probabilities(model, embeds, classifier)
-    found = search(classifier.T.numpy(), embeds, min(5, len(names)))[1]  # of equal ones the first, as everywhere
+    found = search(classifier.T.numpy(), embeds, min(5, len(names)))[1]  # among equals the first
     results = [
         {"image": path, "class": None if row is None else names[row],
          "top": [(names[c], float(share[c])) for c in best]}
         for (path, _, row), best, share in zip(rows, found, shares)
     ]  # fmt: skip
-    reading = legibility(tokenizer, list(classes.values()))
+    coverage = tokenizer_coverage(tokenizer, list(classes.values()))
     about = {"model": str(options.model), "classes": classes, "templates": templates, "language": options.language,
-             "temperature": float(1 / model.logit_scale.exp()), "reading": reading, "seconds": seconds}  # fmt: skip
+             "temperature": float(1 / model.logit_scale.exp()), "reading": coverage, "seconds": seconds}  # fmt: skip
 
     folder = Path(options.output_dir)
-    written = ["zero_shot.json", "zero_shot.md"] + ["confusion.png"] * bool(truth)
     if truth:
         right = np.array([row for *_, row in rows])
         about["metrics"], confusion = classification_metrics(found, right, len(names))
         about["confusion"] = confusion.tolist()
         table = format_classes(names, confusion)
-        folders = {row: name for (_, name), row in zip(pictures, truth)}
+        folders = {row: name for (_, name), row in zip(images, truth)}
         labels = drawable(classes, [folders.get(row, "") for row in range(len(names))])
         percent = format_metrics(about["metrics"], len(names))
         draw_confusion(folder / "confusion.png", confusion, labels, f"{options.model}: {percent}")
         table += f"\n\n{percent}"
     else:
-        table = format_pictures(results)
-        if why := why_no_truth(options.images, pictures):
+        table = format_images(results)
+        if why := why_no_truth(options.images, images):
             table += f"\n\nno accuracy: {printable(why)}"
         (folder / "confusion.png").unlink(missing_ok=True)  # an earlier run's
-    write_json(folder / "zero_shot.json", {**about, "pictures": results})
-    write_text(folder / "zero_shot.md", table + "\n")
     print(table)
     if options.language != "en":
-        told = f"{describe_legibility(reading)}. Whether the tower learned the language, they do not tell: measure it"
-        print(f"the class names in {options.language!r}: {told}")
+        print(f"class names in {options.language!r}: {describe_coverage(coverage)}. These numbers do not tell whether"
+              " the tower learned the language: measure it")  # fmt: skip
     if tokenizer.truncated:
-        print(f"{tokenizer.truncated} sentences were cut off at {tokenizer.context_length} tokens")
-    speed = [f"{n} {kind} in {seconds[kind]:.1f} s" for kind, n in (("classes", len(names)), ("pictures", len(rows)))]
-    print(f"{', '.join(speed)}. Written: {', '.join(written)} in {folder}")
-    bad_samples.open(folder / NAME)
-    if bad_samples:
-        print(f"{len(bad_samples)} bad samples were left out: {bad_samples.path}")
+        print(f"{tokenizer.truncated} sentences were truncated to {tokenizer.context_length} tokens")
+    speed = [f"{n} {kind} in {seconds[key]:.1f} s"
+             for key, kind, n in (("classes", "classes", len(names)), ("pictures", "images", len(rows)))]  # fmt: skip
+    chart = ["confusion.png"] * bool(truth)
+    finish(options, "zero_shot", {**about, "pictures": results}, table, bad_samples, ", ".join(speed), *chart)

@@ -129,7 +129,7 @@ def fingerprint(model: MiniClip, tower: Tower, about: dict) -> str:
         raise InputError("a feature cache needs the weights as they were loaded: load the model without a precision")
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
-        if name.partition(".")[0] not in ("proj", "text_projection"):
+        if name.partition(".")[0] != tower.projection_name:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""What may be asked of the page's server, and whom does it ask? Nothing but what the page needs, and nobody.
+"""Request filter, upload limits and network isolation of the page's server.
 
-Gradio can do much that the page has no use for: it gives out files, fetches addresses that a request names, answers
-programs. Each of these has an address, and only the page's own pass here.
+Gradio can do much that the page does not need: serve files, fetch addresses named in a request, answer programs. Only
+requests for the addresses that the page uses pass this filter, and the process itself connects to no other machine.
 """
 
 import ipaddress
@@ -17,7 +17,7 @@ from pathlib import Path
 from miniclip.page.labels import Words
 from miniclip.utils.errors import InputError
 
-# What the page itself asks for. Gradio has fifty more, among them some that read files and fetch addresses for others.
+# The requests that the page sends. Gradio has fifty more routes, some of which read files and fetch addresses.
 PUBLIC = re.compile(
     r"GET /|GET /(theme\.css|favicon\.ico|manifest\.json)|GET /(assets|static|svelte)/.+"
     r"|GET /gradio_api/(queue/data|heartbeat/\w+|upload_progress|startup-events)"
@@ -31,31 +31,30 @@ HEADERS = {
     "referrer-policy": "no-referrer",
 }
 
-HOUR, OFTEN = 3600, 600  # seconds after which an upload is deleted, and after which it is looked whether it is time
+HOUR, OFTEN = 3600, 600  # seconds after which uploads are deleted, and between checks
 
 
 class Guard:
-    """Lets through what the page asks for, and nothing else: no address but PUBLIC's, no other site's pages, no name
-    for this machine but its own, no body above the limits, no upload for which there is no room. Takes the tags that
-    name other hosts out of the page."""
+    """ASGI middleware that refuses addresses outside PUBLIC, requests from other sites' pages, foreign host names,
+    bodies above the limits and uploads without room on the disk, and removes tags that name other hosts."""
 
     def __init__(self, app, here: bool, most: int, uploads: str):
-        """`here`: whether this machine alone can ask; `most`: bytes of an upload, which may be several files, and which
-        go to the folder `uploads`."""
+        """`here`: only this machine can connect; `most`: maximum bytes of an upload, which may be several files;
+        `uploads`: their folder."""
         self.app, self.here, self.most, self.uploads = app, here, {"/gradio_api/upload": most}, uploads
         self.name = socket.gethostname().split(".")[0].lower()
 
     def knows(self, host: str) -> bool:
-        """Whether a name is one of this machine's: another site could give it one of its own."""
+        """Returns whether a host name is this machine's: another site could point a name of its own here."""
         name = re.sub(r":\d+$", "", host).strip("[]").rstrip(".").lower()
         return is_here(name) or not self.here and (is_number(name) or name.split(".")[0] == self.name)
 
     def refused(self, scope, headers: dict) -> int:
-        """The status by which a request is refused, or 0."""
+        """Returns the HTTP status for a refused request, or 0."""
         host = headers.get("host", "")
         if not self.knows(host):
             return 421
-        if headers.get("origin", f"http://{host}").partition("://")[2] != host:  # another site's page asks
+        if headers.get("origin", f"http://{host}").partition("://")[2] != host:  # from another site's page
             return 403
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         if not PUBLIC.fullmatch(f"{method} {scope['path']}"):
@@ -72,20 +71,20 @@ class Guard:
             return await self.app(scope, receive, send)
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
         status = self.refused(scope, headers) if scope["type"] == "http" else None
-        if status is None:  # a web socket, of which the page has none
+        if status is None:  # a web socket, which the page does not use
             return await send({"type": "websocket.close"})
         own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
         words = Words(headers.get("accept-language", ""))
-        if status:  # what is said is shown where the picture was dropped
+        if status:  # the text is shown at the upload field
             own.append((b"content-type", b"text/plain; charset=utf-8"))
             most = self.most["/gradio_api/upload"] >> 20
             said = words({413: "too_much", 507: "no_room"}.get(status, "refused"), most=most)
             await send({"type": "http.response.start", "status": status, "headers": own})
             return await send({"type": "http.response.body", "body": said.encode()})
-        # What a proxy would say, and nobody need believe.
+        # Anybody can claim to be a proxy.
         scope = {**scope, "headers": [pair for pair in scope["headers"] if not pair[0].startswith(b"x-forwarded")]}
         page, start, body = scope["path"] == "/" and scope["method"] == "GET", {}, b""
-        if page:  # as it is, to be changed
+        if page:  # uncompressed, so that it can be changed
             scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0].lower() != b"accept-encoding"]}
 
         async def sending(message):
@@ -106,27 +105,27 @@ class Guard:
 
 
 def own_page(html: str, language: str) -> str:
-    """Gradio's page in the reader's language, without what it tells other sites of itself, and without its examples of
-    requests, which name other hosts. Its script looks for a language by itself, and has others than the page."""
+    """Returns Gradio's page in the reader's language, without previews for other sites and links to them. Its script
+    detects the language itself and knows more than the two of the page, so the browser's language is overridden."""
     html = re.sub(r'<meta\s+(property="og:|name="twitter:)[^>]*>', "", html)
     html = re.sub(r'https://(github\.com|raw\.githubusercontent\.com)/gradio-app/[^"]*', "", html)
     code = "zh-CN" if language == "zh" else "en"
-    told = f'{{get: () => "{code}"}}), Object.defineProperty(navigator, "languages", {{get: () => ["{code}"]}})'
-    script = f'<script>Object.defineProperty(navigator, "language", {told}</script>'
+    getters = f'{{get: () => "{code}"}}), Object.defineProperty(navigator, "languages", {{get: () => ["{code}"]}})'
+    script = f'<script>Object.defineProperty(navigator, "language", {getters}</script>'
     return html.replace('lang="en"', f'lang="{code}"', 1).replace("<head>", f"<head>{script}", 1)
 
 
 def has_room(folder: str, size: int, most: int) -> bool:
-    """Whether so many bytes more fit on the disk of a folder, and it has not more than `most` then."""
+    """Returns whether `size` more bytes fit on the disk of a folder that holds at most `most` bytes."""
     there = 0
     for path in Path(folder).rglob("*"):
-        with suppress(OSError):  # it may be deleted just now
+        with suppress(OSError):  # it may have just been deleted
             there += path.stat().st_size if path.is_file() else 0
     return there <= most and shutil.disk_usage(folder).free > size + (1 << 20)
 
 
 def sweep(folder: str, seconds: float = HOUR):
-    """Deletes what has lain in a folder for longer: uploads, and what is left of those that were broken off."""
+    """Deletes files older than `seconds` from a folder: uploads, and remains of interrupted ones."""
     for path in Path(folder).rglob("*"):
         with suppress(OSError):  # gradio deletes too
             if path.is_file() and time.time() - path.stat().st_mtime > seconds:
@@ -134,7 +133,7 @@ def sweep(folder: str, seconds: float = HOUR):
 
 
 def keep_sweeping(folder: str):
-    """Does so as long as the process lives."""
+    """Sweeps a folder regularly in a background thread."""
 
     def work():
         while True:
@@ -145,7 +144,7 @@ def keep_sweeping(folder: str):
 
 
 def stay_inside():
-    """From here on this process connects to nothing but the machine it runs on, and asks for no name."""
+    """Keeps this process from connecting to another machine, and from looking up names, from now on."""
 
     def watch(event, values):
         if event in ("socket.connect", "socket.sendto") and isinstance(values[1], tuple):
@@ -162,21 +161,21 @@ def stay_inside():
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises InputError where that cannot be had."""
+    """Opens a server socket. Raises InputError if that is impossible."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"port {port} of {host} cannot be had ({why}): name another by --port, or --host") from None
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"cannot listen on port {port} of {host} ({why}): choose another --port or --host") from None
 
 
 def is_here(host: str) -> bool:
-    """Whether a host is this machine alone."""
+    """Returns whether a host is this machine itself, reachable from nowhere else."""
     return host == "localhost" or is_number(host) and ipaddress.ip_address(host).is_loopback
 
 
 def is_number(host: str) -> bool:
-    """Whether a host is an address rather than a name, which somebody would have to be asked for."""
+    """Returns whether a host is an address and not a name, which would have to be looked up."""
     try:
         return bool(ipaddress.ip_address(host))
     except ValueError:

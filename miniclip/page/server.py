@@ -1,10 +1,10 @@
-"""How do people search who do not type commands? A page in the browser, for this machine alone unless told otherwise:
+"""The page: search, classification and a heat map in the browser, built with Gradio.
 
     pip install -r requirements-ui.txt
     python -m miniclip page --model runs/mine --index products.mc      # then open http://127.0.0.1:7860
 
-By words, by picture, zero-shot classes, and how near pictures and captions are. It is Gradio's, with less: it connects
-to nothing outside, gives out no file at any address, answers no address that the page does not use (docs/page.md).
+By default only this machine can reach it. It connects to no other machine, serves no file, and answers only the
+requests that the page itself sends (docs/page.md).
 """
 
 import os
@@ -21,7 +21,7 @@ from miniclip.utils.errors import InputError
 
 
 def build(page: Page):
-    """The page as Gradio has it: tabs, fields, and which method answers what."""
+    """Returns the Gradio blocks (tabs, fields, and the method behind each button) and the texts."""
     import gradio as gr
 
     numbers = {"{images}": IMAGES, "{captions}": CAPTIONS, "{megabytes}": f"{page.megabytes:g}"}
@@ -46,8 +46,8 @@ def build(page: Page):
         return answer
 
     def on(triggers, method, inputs, output):
-        # One at a time: an answer takes all cores, and the others see that they wait. What is asked before an answer
-        # has come is asked again after it: otherwise gradio would drop it.
+        # One at a time: an answer uses all cores. A request made before the answer to the last one is repeated after
+        # it; otherwise gradio would drop it.
         gr.on(triggers, answering(method), inputs, output, concurrency_id="model", concurrency_limit=1,
               api_visibility="private", show_progress="minimal", trigger_mode="always_last")  # fmt: skip
 
@@ -61,12 +61,12 @@ def build(page: Page):
         return f"<h1>{words('title')}</h1>{note(line)}", "\n".join(OBJECTS[key]), key, "\n".join(TEMPLATES[key])
 
     def in_language(key: str, sentences: str, names: str):
-        """The sentences and the ten objects of a language, each where it was not changed."""
+        """Returns the templates and classes of a language, except those that the reader has edited."""
         stock = sentences.strip() in map("\n".join, TEMPLATES.values())
         sentences = "\n".join(TEMPLATES[key]) if stock else sentences
         return sentences, "\n".join(OBJECTS[key]) if split(names) in OBJECTS.values() else names
 
-    def picture_field(place: str, **more):
+    def image_field(place: str, **more):
         more = {"label": say("upload"), **more}
         field = gr.File(file_types=["image"], height=140, elem_id=f"file-{place}", elem_classes="mc-file", **more)
         gr.Markdown(say("limits"), elem_classes="mc-limits")
@@ -75,38 +75,37 @@ def build(page: Page):
     def answer_field(place: str):
         return gr.HTML(elem_id=f"found-{place}", elem_classes="mc-answer")
 
-    def how_many_and(button: str):
+    def how_many_and_search():
         with gr.Row(equal_height=True):
             k = gr.Slider(1, MOST, 10, step=1, label=say("k"), scale=3, min_width=200, buttons=[])
-            return k, gr.Button(say(button), variant="primary", scale=1, min_width=120)
+            return k, gr.Button(say("search"), variant="primary", scale=1, min_width=120)
+
+    def by_words():
+        with gr.Row():
+            query = gr.Textbox(label=say("query"), placeholder=say("query_hint"), scale=3, min_width=220, max_lines=1,
+                               autofocus=True)  # fmt: skip
+            minus = gr.Textbox(label=say("minus"), placeholder=say("minus_hint"), scale=1, min_width=160, max_lines=1)
+        k, button = how_many_and_search()
+        on([query.submit, minus.submit, button.click], page.words, [query, minus, k], answer_field("words"))
+
+    def by_image():
+        image = image_field("picture")
+        beside = gr.Textbox(label=say("beside"), placeholder=say("beside_hint"), max_lines=1)
+        k, button = how_many_and_search()
+        triggers = [image.upload, beside.submit, button.click]
+        on(triggers, page.image, [image, beside, k], answer_field("picture"))
 
     with gr.Blocks(title="MiniCLIP", analytics_enabled=False, delete_cache=(OFTEN, HOUR)) as blocks:
         top = gr.HTML(elem_classes="mc-head")
         with gr.Tabs():
             with gr.Tab(say("words")):
-                if page.search is None:
-                    no_index(gr, say, page.name)
-                else:
-                    with gr.Row():
-                        query = gr.Textbox(label=say("query"), placeholder=say("query_hint"), scale=3, min_width=220,
-                                           max_lines=1, autofocus=True)  # fmt: skip
-                        minus = gr.Textbox(label=say("minus"), placeholder=say("minus_hint"), scale=1, min_width=160,
-                                           max_lines=1)  # fmt: skip
-                    k, button = how_many_and("search")
-                    on([query.submit, minus.submit, button.click], page.words, [query, minus, k], answer_field("words"))
+                by_words() if page.search else no_index(gr, say, page.name)
             with gr.Tab(say("picture")):
-                if page.search is None:
-                    no_index(gr, say, page.name)
-                else:
-                    image = picture_field("picture")
-                    beside = gr.Textbox(label=say("beside"), placeholder=say("beside_hint"), max_lines=1)
-                    k, button = how_many_and("search")
-                    triggers = [image.upload, beside.submit, button.click]
-                    on(triggers, page.picture, [image, beside, k], answer_field("picture"))
+                by_image() if page.search else no_index(gr, say, page.name)
             with gr.Tab(say("classes")):
                 with gr.Row():
                     with gr.Column(min_width=280):
-                        image = picture_field("classes")
+                        image = image_field("classes")
                         names = gr.Textbox(label=say("names"), info=say("names_hint"), lines=6, max_lines=12)
                         language = gr.Radio([(text, key) for key, text in LANGUAGES.items()], label=say("language"))
                         with gr.Accordion(say("templates"), open=False):
@@ -120,7 +119,7 @@ def build(page: Page):
             with gr.Tab(say("heat")):
                 with gr.Row():
                     with gr.Column(min_width=280):
-                        images = picture_field("heat", label=say("pictures"), file_count="multiple")
+                        images = image_field("heat", label=say("pictures"), file_count="multiple")
                     with gr.Column(min_width=280):
                         captions = gr.Textbox(label=say("captions"), placeholder=say("captions_hint"), lines=6,
                                               max_lines=16, elem_id="captions")  # fmt: skip
@@ -132,25 +131,25 @@ def build(page: Page):
 
 
 def no_index(gr, say, model: str):
-    """What stands in a tab that searches, where there is nothing to be searched."""
+    """Shows how to create an index, in place of a search tab."""
     gr.Markdown(say("no_index"))
     command = f"python -m miniclip search index photos --model {shlex.quote(model)} --index products.mc"
     gr.HTML(f'<pre class="mc-code">{escape(command)}\npython -m miniclip page --index products.mc</pre>')
 
 
 def serve(page: Page, host: str, sock: socket.socket):
-    """Answers until it is stopped."""
+    """Serves the page until the process is stopped."""
     import fastapi
     import gradio as gr
     import uvicorn
     from gradio import processing_utils
 
     async def fetch(url, cache_dir):
-        raise InputError(f"{url} is no picture that was sent")
+        raise InputError(f"{url} is not an uploaded image")
 
-    processing_utils.async_ssrf_protected_download = fetch  # a request may name an address where a file should be
+    processing_utils.async_ssrf_protected_download = fetch  # a request may name an address instead of a file
     blocks, say = build(page)
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to download
     theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", **fonts)
     theme.set(button_primary_background_fill="*primary_600", button_primary_background_fill_dark="*primary_600",
               block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
@@ -160,16 +159,16 @@ def serve(page: Page, host: str, sock: socket.socket):
         max_file_size=int(page.megabytes * (1 << 20)), theme=theme, css=CSS, js=SCRIPT, show_error=False,
         enable_monitoring=False,
     )  # fmt: skip
-    blocks.has_launched = True  # without it gradio lets a request name any file as one that was uploaded
+    blocks.has_launched = True  # otherwise gradio accepts any file as an uploaded one
     here, port = is_here(host), sock.getsockname()[1]
     name = f"[{host}]" if ":" in host else host
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None):
             await super().startup(sockets)
-            print(f"http://{name}:{port}   (Ctrl-C ends it)", flush=True)
+            print(f"http://{name}:{port}   (Ctrl-C stops it)", flush=True)
             if not here:
-                print("warning: whoever can reach this machine can search, and see what is found", flush=True)
+                print("warning: everyone who can reach this machine can search and see the results", flush=True)
 
     uploads = os.environ["GRADIO_TEMP_DIR"]
     keep_sweeping(uploads)

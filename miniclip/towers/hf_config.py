@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miniclip.config import PreprocessConfig
-from miniclip.towers.packages import EfficientNetLite, packaged, source
+from miniclip.towers.packages import packaged, source
 from miniclip.utils.errors import InputError
 from miniclip.utils.weight_files import read_json
 
@@ -77,7 +77,7 @@ class HfTextConfig(HfConfig):
 
     def problems(self):
         yield from super().problems()
-        yield packaged(self.hf_model_name) is not EfficientNetLite, "hf_model_name is an image encoder"
+        yield not isinstance(packaged(self.hf_model_name), type), "hf_model_name is an image encoder"
         yield self.context_length > 2, "context_length leaves no room for words"
 
 

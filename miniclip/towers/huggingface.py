@@ -138,8 +138,8 @@ class HfTower(Tower):
         return any(p.requires_grad for p in self.trunk.parameters())  # an encoder has parts that nothing here reads
 
     def checkpoint_activations(self, every: int):
-        if not any(p.requires_grad for p in self.trunk.parameters()):
-            return  # there is no backward pass
+        if not self.may_skip_parameters:
+            return  # frozen: there is no backward pass
         if isinstance(self.trunk, PackagedEncoder) or not self.trunk.supports_gradient_checkpointing:
             raise InputError(
                 f"the {self.kind} tower ({type(self.trunk).__name__}) does not support activation checkpointing: remove"
@@ -225,7 +225,7 @@ class HfTextTower(HfTower):
         super().__init__(cfg)
         config = self.trunk_config
         if not hasattr(config, "vocab_size"):
-            raise InputError(f"{cfg.hf_model_name or config.model_type} is no text encoder")
+            raise InputError(f"{cfg.hf_model_name or config.model_type} is not a text encoder")
         cfg.vocab_size, self.pad_token_id = config.vocab_size, getattr(config, "pad_token_id", None) or 0
         with torch.no_grad(), torch.device("cpu"):  # configs say in many ways how many positions there are
             longest = torch.full((1, cfg.context_length), self.pad_token_id ^ 1)

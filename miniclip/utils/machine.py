@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The machine: CPU cores and name, and what the C library does with freed memory."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 @cache
 def processor() -> str:
-    """The name of the CPU."""
+    """Returns the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -21,9 +21,9 @@ def processor() -> str:
 
 
 def keep_freed_memory():
-    """Has the C library keep large blocks of memory that are freed, for the whole process from now on. Otherwise they
-    go back to the system, which clears them page by page when the next step wants them again: a tenth to a third of a
-    training step on the CPU, and two thirds of EfficientNet-Lite0's time. For Linux's glibc; elsewhere nothing."""
+    """Makes glibc keep large freed blocks of memory from now on; does nothing elsewhere. By default the system takes
+    them back, and clears them page by page when the next step needs them: a tenth to a third of a training step on the
+    CPU, and two thirds of EfficientNet-Lite0's time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -33,6 +33,6 @@ def keep_freed_memory():
 
 
 def return_freed_memory():
-    """Gives all that was kept back to the system, once."""
+    """Returns all freed memory to the system, once."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,8 +1,8 @@
-"""How is a weight file read without trusting it?
+"""Untrusted weight files: safetensors, torch and TorchScript, read without running any code in them.
 
-A pickle, and so a torch file, can name any function to be called while it is read. Here none is: tensors are read, and
-a file that wants more is refused. Nor is it believed what it says about sizes: no file takes much more memory than it
-has bytes, or shows memory that is not its own.
+A pickle, and so a torch file, can name any function to be called while it is read. Here only tensors are read, and a
+file that asks for more is refused. Declared sizes are not trusted either: no file takes much more memory than it has
+bytes, or exposes memory that is not its own.
 """
 
 import io
@@ -23,40 +23,40 @@ from torch import Tensor, nn
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.files import MANIFEST, check_manifest, files_in, replacing, write_manifest
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # where training checkpoints keep the weights
-HEADER = 4 << 20  # bytes: no model has so many tensors that the list of their names and sizes is longer
-NAME, MODULES = 1000, 10_000  # letters of a tensor's name, modules of an archive: the same
-TORCH = (0x1950A86A20F9469CFC6C, 1001)  # what torch files in the old format begin with
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys of the weights in training checkpoints
+HEADER = 4 << 20  # bytes: no model's list of tensors is longer
+NAME, MODULES = 1000, 10_000  # maximum characters of a tensor's name, modules of an archive
+TORCH = (0x1950A86A20F9469CFC6C, 1001)  # the first two values of torch files in the old format
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads weights by the names that they have in the file: safetensors, torch (new or old format), TorchScript, bare
-    or inside a training checkpoint. Raises CheckpointError for anything else, and runs none of it; DamagedFile for
-    weights that are not what the manifest beside them says."""
+    """Reads weights under their names in the file: safetensors, torch (new or old format) or TorchScript, bare or in a
+    training checkpoint. Raises CheckpointError for anything else, and DamagedFile for weights that do not match the
+    manifest beside them."""
     return read_checkpoint(path)[0]
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """As `read_state_dict`; also gives the name of the run, which OpenCLIP's training stores with the weights."""
+    """Like `read_state_dict`; also returns the name of the run, which OpenCLIP's training stores with the weights."""
     path = Path(path)
     content = _read(path)
     run = content.get("name") if isinstance(content, dict) else None
-    for _ in range(len(WRAPPERS)):  # a pickle can make a dict that holds itself
+    for _ in range(len(WRAPPERS)):  # a pickle can make a dict that contains itself
         inner = isinstance(content, dict) and [content[w] for w in WRAPPERS if isinstance(content.get(w), dict)]
         content = inner[0] if inner else content
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         held = shorten(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path} holds no state dict (names and tensors), but {held}")
+        raise CheckpointError(f"{path} contains no state dict (names and tensors), but {held}")
     if not all(isinstance(name, str) and len(name) <= NAME for name in content):
-        raise CheckpointError(f"{path} is refused: its tensors have no names, or endless ones: {shorten(content)}")
-    # Views of one storage could be a thousand tensors, each as large as the file, or one whose rows are all the same.
+        raise CheckpointError(f"{path} is refused: names of tensors are not text or too long: {shorten(content)}")
+    # Views of one storage can make a thousand tensors, each as large as the file, or a huge one with equal rows.
     if sum(math.prod(t.shape) * t.element_size() for t in content.values()) > _room(path.stat().st_size):
-        raise CheckpointError(f"{path} is refused: its tensors are far larger together than the file")
+        raise CheckpointError(f"{path} is refused: its tensors together are far larger than the file")
     return content, run if isinstance(run, str) else ""
 
 
 def _room(size: int) -> int:
-    """How many bytes a file of so many bytes may become: tied weights are there once, and code is compressed."""
+    """Returns how many bytes a file of `size` may unpack to: tied weights are stored once, and code is compressed."""
     return 2 * size + (16 << 20)
 
 
@@ -64,17 +64,17 @@ def _read(path: Path):
     if path.is_dir():
         files = shorten(sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth")))
         raise CheckpointError(f"{path} is a folder: name the weight file itself (in this folder: {files})")
-    if path.exists() and not path.is_file():  # a pipe would keep us waiting, a device never end
-        raise CheckpointError(f"{path} is no file, but a pipe, a socket or a device: name the weight file itself")
+    if path.exists() and not path.is_file():  # reading a pipe may block, a device never end
+        raise CheckpointError(f"{path} is a pipe, a socket or a device: name the weight file itself")
     if path.exists() and not os.access(path, os.R_OK):
-        raise CheckpointError(f"{path} must not be read by this user: change its permissions")
+        raise CheckpointError(f"{path} is not readable by this user: change its permissions")
     with path.open("rb") as file:
         head = file.read(64)
         file.seek(0)
         if not head:
-            raise CheckpointError(f"{path} is empty: fetch it again")
+            raise CheckpointError(f"{path} is empty: download it again")
         if head.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path} is a Git LFS pointer, a note of where the weights are: run `git lfs pull`")
+            raise CheckpointError(f"{path} is a Git LFS pointer instead of the weights: run `git lfs pull`")
         check_manifest(path.parent, [path.name])
         try:
             if head[6:9] == b"\0\0{":  # safetensors: the length of the header in eight bytes, then its JSON
@@ -89,21 +89,23 @@ def _read(path: Path):
             raise CheckpointError(f"{path} is {error}") from None
         except Exception as error:  # whatever a damaged file leads to
             problem = f"{type(error).__name__} {error}".partition("\n")[0]
-            raise CheckpointError(f"{path} is damaged, probably cut short: fetch it again ({problem:.300})") from error
-    kind = "a web page: download the file itself" if head.lstrip().startswith(b"<") else "no weight file that is known"
+            raise CheckpointError(
+                f"{path} is damaged, probably truncated: download it again ({problem:.300})"
+            ) from error
+    kind = "a web page: download the file itself" if head.lstrip().startswith(b"<") else "not a known weight file"
     raise CheckpointError(f"{path} is {kind} (it begins with {head[:24]!r})")
 
 
 def _check_header(file: BinaryIO, size: int):
-    """Checks that the tensors of a safetensors file have each its own name and its own bytes, from the first byte after
-    the header to the last of the file."""
+    """Checks that each tensor of a safetensors file has its own name and its own bytes, and that together they fill the
+    file after its header."""
     length = int.from_bytes(file.read(8), "little")
     if length > min(size - 8, HEADER):
-        raise CheckpointError(f"damaged: its header would be {length} bytes long, of a file of {size}; fetch it again")
+        raise CheckpointError(f"damaged: a header of {length} bytes in a file of {size}; download it again")
 
     def once(pairs: list) -> dict:
         if len(found := dict(pairs)) < len(pairs):
-            raise CheckpointError(f"refused: a name comes twice in its header, among {shorten(found)}")
+            raise CheckpointError(f"refused: its header repeats a name, one of {shorten(found)}")
         return found
 
     entries = json.loads(file.read(length), object_pairs_hook=once)
@@ -114,49 +116,49 @@ def _check_header(file: BinaryIO, size: int):
             raise CheckpointError(f"damaged: in its header {name:.200} overlaps another tensor or leaves a gap")
         end = stop
     if 8 + length + end != size:
-        raise CheckpointError(f"damaged, probably cut short: {size} bytes, {8 + length + end} by its header")
+        raise CheckpointError(f"damaged, probably truncated: {size} bytes instead of {8 + length + end}")
 
 
 def _read_zip(archive: zipfile.ZipFile, room: int):
-    """What torch saved in its present format, or the tensors of a TorchScript archive (OpenAI's releases)."""
+    """Reads torch's present format, or the tensors of a TorchScript archive (OpenAI's releases)."""
     members = {member.filename: member for member in archive.infolist()}
     root = next(iter(members)).partition("/")[0] + "/"
     if len(members) < len(archive.infolist()):
         raise CheckpointError("refused: two members of the archive have the same name")
     if outside := [name for name in members if not name.startswith(root) or ".." in name.split("/")]:
-        raise CheckpointError(f"refused: {shorten(outside)} in the archive lies outside of its folder {root}")
+        raise CheckpointError(f"refused: {shorten(outside)} in the archive is outside its folder {root}")
     kinds = {member.compress_type for member in members.values()} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
     if kinds or sum(member.file_size for member in members.values()) > room:
-        raise CheckpointError("refused: the archive would be far larger unpacked than it is")
+        raise CheckpointError("refused: unpacked, the archive would be far larger")
     if f"{root}data.pkl" not in members:
-        raise CheckpointError(f"a ZIP archive, but none of torch's: there is no {root}data.pkl in it")
+        raise CheckpointError(f"a ZIP archive, but not torch's: it has no {root}data.pkl")
 
     def read(name: str) -> bytes:
         with archive.open(name) as member:
-            return member.read(members[name].file_size)  # and no more, whatever it would unpack to
+            return member.read(members[name].file_size)  # no more than declared
 
     def storage(key: str, dtype: torch.dtype) -> Tensor:
-        if key not in storages:  # several tensors may look into one storage
+        if key not in storages:  # several tensors may share one storage
             storages[key] = _numbers(read(f"{root}data/{key}"), dtype)
         return storages[key]
 
     storages = {}
     if members[f"{root}data.pkl"].file_size > HEADER:
-        raise CheckpointError("refused: the list of its tensors is longer than any model's")
+        raise CheckpointError("refused: its list of tensors is longer than any model's")
     if f"{root}byteorder" in members and read(f"{root}byteorder") != b"little":
-        raise CheckpointError("from a computer with another order of bytes: save it again as safetensors")
+        raise CheckpointError("big-endian: save it again as safetensors")
     content = _Tensors(io.BytesIO(read(f"{root}data.pkl")), storage).load()
     return _script_tensors(content) if f"{root}constants.pkl" in members else content
 
 
 def _read_legacy(file: BinaryIO):
-    """What torch saved before 1.6, or when asked to: pickles, and behind them the numbers of one storage after another.
-    The pickle of the tensors is read twice, because only its storages' types tell how long each of them is."""
+    """Reads torch's format before 1.6: pickles, followed by the numbers of one storage after another. The pickle of the
+    tensors is read twice, because the byte lengths of the storages depend on their types."""
     pickles, kinds, storages = io.BytesIO(file.read(HEADER)), {}, {}
     if _Tensors(pickles).load() != TORCH[0] or _Tensors(pickles).load() != TORCH[1]:
-        raise CheckpointError("a pickle, but none of torch's")
+        raise CheckpointError("a pickle, but not torch's")
     if not _Tensors(pickles).load()["little_endian"]:
-        raise CheckpointError("from a computer with another order of bytes: save it again as safetensors")
+        raise CheckpointError("big-endian: save it again as safetensors")
     start = pickles.tell()
     _Tensors(pickles, kinds.setdefault).load()
     keys = _Tensors(pickles).load()
@@ -165,7 +167,7 @@ def _read_legacy(file: BinaryIO):
         length = int.from_bytes(file.read(8), "little") * kinds[key].itemsize
         left -= 8 + length
         if left < 0:
-            raise CheckpointError(f"damaged, probably cut short: a storage of {length} bytes goes beyond its end")
+            raise CheckpointError(f"damaged, probably truncated: a storage of {length} bytes goes beyond its end")
         storages[key] = _numbers(file.read(length), kinds[key])
     pickles.seek(start)
     return _Tensors(pickles, lambda key, dtype: storages[key]).load()
@@ -176,26 +178,26 @@ def _numbers(data: bytes, dtype: torch.dtype) -> Tensor:
 
 
 def _first(value, *_):
-    """What stands for types around the tensors: their content as it is, and not once more."""
+    """Stands for the types around tensors: returns their content unchanged."""
     return value
 
 
 def _rebuild(storage, offset: int, size: tuple, stride: tuple, requires_grad=False, hooks=None, metadata=None):
     if metadata:
-        raise CheckpointError("refused: it holds tensors that are to be negated or conjugated; save plain ones")
-    # The storage has the size that it has: what looks beyond it raises. A type stands for one that is not read yet.
+        raise CheckpointError("refused: it contains tensors that are negated or conjugated views; save plain ones")
+    # as_strided raises for a view beyond the storage. A type stands for a storage that has not been read yet.
     return None if isinstance(storage, torch.dtype) else torch.as_strided(storage, size, stride, offset)
 
 
 class _Module:
-    """What stands for any module of a TorchScript archive: only the program in it has their classes."""
+    """Stands for any module of a TorchScript archive, whose classes exist only in its program."""
 
 
 class _Tensors(pickle._Unpickler):
-    """Reads a pickle of torch that holds tensors, and plain things around them.
+    """Reads a torch pickle of tensors and plain containers.
 
-    No name is looked up but those that tensors need, so that a hostile pickle finds nothing to call. Python's own
-    unpickler, not the one in C: that one takes memory for as many objects as the pickle says that there will be.
+    Only the names that tensors need are looked up, so a hostile pickle finds nothing to call. Based on the unpickler in
+    Python: the one in C allocates memory for as many objects as the pickle declares.
     """
 
     DTYPES = {
@@ -227,31 +229,31 @@ class _Tensors(pickle._Unpickler):
     def find_class(self, module: str, name: str):
         if module.partition(".")[0] == "__torch__":
             return _Module
-        if module == "torch.jit._pickle":  # marks of what a list or a dict contains
+        if module == "torch.jit._pickle":  # element types of lists and dicts
             return _first
         if module == "torch" and name in self.DTYPES:
             return self.DTYPES[name]
         if found := self.KNOWN.get(f"{module}.{name}"):
             return found
         if name.startswith("_rebuild_") or name.endswith("Storage"):
-            kind = f"quantised, sparse, on no device or the like ({module}.{name})"
-            raise CheckpointError(f"refused: it holds tensors that are {kind}; save plain ones")
+            kind = f"quantised, sparse, on the meta device or the like ({module}.{name})"
+            raise CheckpointError(f"refused: it contains tensors that are {kind}; save plain ones")
         raise CheckpointError(
             f"refused: it asks for {module}.{name}, and a pickle that may do so can run any program. If you trust its "
-            "author, load it yourself and save its state dict alone"
+            "author, load it yourself and save only its state dict"
         )
 
     def persistent_load(self, reference: tuple) -> Tensor:
         _, dtype, key, *_, view = (*reference, None)[:6]  # ("storage", type, key, device, number of elements, view)
         if type(key) is not str or view is not None:
-            raise CheckpointError("refused: its storages are of a form that torch gave up in 2018; save it again")
+            raise CheckpointError("refused: its storages have a format that torch abandoned in 2018; save it again")
         storage = self.storage(key, dtype)
         if dtype != (storage if isinstance(storage, torch.dtype) else storage.dtype):
-            raise ValueError(f"storage {key} is of two types")
+            raise ValueError(f"storage {key} has two types")
         return storage
 
     def set_items(self, items: list):
-        # Keys are compared and hashed, and there is a depth of tuples in tuples at which Python dies of that.
+        # Keys are compared and hashed, which crashes Python for deeply nested tuples.
         if type(self.stack[-1]) not in (dict, OrderedDict) or not {type(key) for key in items[::2]} <= {str, int}:
             raise ValueError("a dict whose keys are neither names nor numbers")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
@@ -266,13 +268,13 @@ class _Tensors(pickle._Unpickler):
     def load_newobj(self):
         arguments, kind = self.stack.pop(), self.stack.pop()
         if kind is not _Module or arguments:
-            raise ValueError("an object of no class")
+            raise ValueError("an object of an unknown class")
         self.stack.append(_Module())
 
     def load_build(self):
         state = self.stack.pop()
         if isinstance(self.stack[-1], _Module):
-            self.stack[-1].__dict__ = state  # the rest is dropped: the modules' versions beside a state dict
+            self.stack[-1].__dict__ = state  # other state is dropped: module versions in a state dict
 
     dispatch |= {
         pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.NEWOBJ[0]: load_newobj,
@@ -282,9 +284,9 @@ class _Tensors(pickle._Unpickler):
 
 def _script_tensors(root: _Module) -> dict[str, Tensor]:
     tensors, modules = {}, [("", root)]
-    for prefix, module in modules:  # a list that grows
+    for prefix, module in modules:  # the list grows
         if len(modules) > MODULES or len(prefix) > NAME:
-            raise CheckpointError("refused: its modules hold one another without end")
+            raise CheckpointError("refused: its modules contain one another without end")
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 tensors[prefix + name] = value
@@ -294,8 +296,8 @@ def _script_tensors(root: _Module) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds; nothing where there is none, or one of another kind. Raises CheckpointError for what is
-    no JSON, DamagedFile for what is not what the manifest beside it says."""
+    """Reads a JSON object; {} if there is no such file or it has other content. Raises CheckpointError for invalid
+    JSON, and DamagedFile for a file that does not match the manifest beside it."""
     check_manifest(path.parent, [path.name])
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -305,7 +307,7 @@ def read_json(path: Path) -> dict:
 
 
 def shorten(names: Iterable[str]) -> str:
-    """The first few of a list, for a message."""
+    """Returns the first few names, for a message."""
     names = [str(name)[:200] for name in names]
     return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "") or "none"
 
@@ -325,13 +327,17 @@ def write_model_folder(directory: Path, config: dict, weights: dict[str, Tensor]
     write_manifest(directory, ["config.json", "model.safetensors", *tokenizer])
 
 
-def check_model_folder(directory: Path):
-    """Raises InputError for a folder that `write_model_folder` did not write, DamagedFile for one that has changed. The
-    weights are checked when they are read."""
+def read_model_folder(directory: Path, make: Callable[[Path], nn.Module]) -> nn.Module:
+    """The model in a folder that `write_model_folder` wrote. `make` builds it from the path of its config. Raises
+    InputError for another folder, DamagedFile for a changed file, and what `load_state_dict` raises."""
     for name in ("config.json", "model.safetensors"):
         if not (directory / name).is_file():
             raise InputError(f"{directory} was not saved by MiniCLIP: it has no {name}")
     check_manifest(directory, ["config.json", "tokenizer"])
+    with torch.device("meta"):  # shapes alone; the numbers, and their precision, are the file's
+        model = make(directory / "config.json")
+    load_state_dict(model, read_state_dict(directory / "model.safetensors"), directory)
+    return model
 
 
 def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str | Path):

@@ -48,7 +48,10 @@ def convert(source: str | Path, target: str | Path, to: str, model: str | None =
     if config is None and to != "openclip":  # whose files do not contain the config
         raise CheckpointError(f"{source}: {reason}: name one with --model")
     name = "" if config is None else f", {ACTIVATION_NAMES[config.quick_gelu]}"
-    network = shapes(config or MiniClipConfig.from_dict(infer_config(checkpoint.weights)))
+    sizes = config or MiniClipConfig.from_dict(infer_config(checkpoint.weights))
+    if "logit_bias" in checkpoint.weights:  # trained with SigLIP's loss
+        sizes.init_logit_bias = checkpoint.weights["logit_bias"].item()
+    network = shapes(sizes)
     weights = fit_weights(checkpoint.weights, network.state_dict(), source)
     if config and checkpoint.quick_gelu not in (None, config.quick_gelu):
         theirs, ours = ACTIVATION_NAMES[checkpoint.quick_gelu], ACTIVATION_NAMES[config.quick_gelu]
@@ -116,9 +119,9 @@ def guess_config(
 def write_openclip(path: Path, model: MiniClip):
     """A .safetensors or .pt file for OpenCLIP, of CLIP or, with another text tower, of CustomTextCLIP."""
     if path.suffix not in (".safetensors", ".pt"):
-        raise CheckpointError(f"{path}: OpenCLIP reads single files; end the name in .safetensors or .pt")
+        raise CheckpointError("OpenCLIP reads single files: end the name of the target in .safetensors or .pt")
     layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) else "custom_text"
-    weights = from_miniclip(model.state_dict(), layout, model.key_rows())
+    weights = from_miniclip(model.state_dict(), layout, (model.visual.key_rows(), model.text.key_rows()))
     save_file(weights, path, {"format": "pt"}) if path.suffix == ".safetensors" else torch.save(weights, path)
 
 

@@ -1,8 +1,8 @@
-"""How does a small model start from a large one?
+"""Weight inheritance: a small model starts from slices of a large one.
 
-With slices of its weights, which is a far better start than random numbers (TinyCLIP's manual weight inheritance: Wu
-et al., ICCV 2023, arXiv 2309.12314): of the depth evenly spaced blocks, of the width the first channels
-and the first attention heads, whole. What comes out knows little until it is trained, but learns faster:
+That is a far better start than random weights (TinyCLIP's manual weight inheritance: Wu et al., ICCV 2023, arXiv
+2309.12314). It takes evenly spaced blocks, and of the width the first channels and the first whole attention heads. The
+small model knows little until it is trained, but learns faster:
 
     python -m miniclip inherit --from runs/large --to model_configs/small.json --output_dir small
     python train.py --model small --learning_rate 5e-4 ...
@@ -25,22 +25,22 @@ def inherit(
     layers_image: list[int] | None = None,
     layers_text: list[int] | None = None,
 ) -> MiniClip:
-    """Gives a model of the sizes of `config` with slices of the weights of `source`, in evaluation mode.
+    """Returns a model with the sizes of `config` and slices of the weights of `source`, in evaluation mode.
 
-    - depth: of each tower the blocks `layers_image` and `layers_text` of the source, in that order, counted from 0;
-      unless given those of `spaced`;
-    - width, MLP and embedding: the first channels of each matrix, gain and bias; of queries, keys and values the first
-      heads, and so heads must be as wide as the source's;
-    - positions of another number are interpolated (`checkpoint.resize_positions`), before their channels are cut;
-    - what is not cut is bit-equal; the same sizes give the same weights.
+    - depth: the blocks `layers_image` and `layers_text` of the source's towers, in that order, counted from 0; by
+      default those of `spaced`;
+    - width, MLP and embedding: the first channels of each matrix, gain and bias; the first heads of queries, keys and
+      values, so heads must be as wide as the source's;
+    - positions of another number are interpolated (`resize_positions`), before their channels are cut;
+    - everything else is bit-equal.
 
-    The pictures are preprocessed as for the source, whose weights expect that, at the size of `config`. Raises
-    InputError, with all that is wrong, where the source has no such slices: where it is narrower or shallower, and for
-    other patches, another vocabulary, other heads or another activation.
+    Images are preprocessed as the source's weights expect, at the size of `config`. Raises InputError, listing all
+    problems, if the source has no such slices: it is narrower or shallower, or has other patches, another vocabulary,
+    other heads or another activation.
     """
     for section in (source.config.vision_cfg, source.config.text_cfg, config.vision_cfg, config.text_cfg):
         if not isinstance(section, VisionConfig | TextConfig):
-            raise InputError("weights are inherited by MiniCLIP's own towers from such, not by or from other encoders")
+            raise InputError("only MiniCLIP's own towers can inherit weights, and only from own towers")
     layers = {
         "visual": spaced(len(source.visual.blocks), config.vision_cfg.layers) if layers_image is None else layers_image,
         "text": spaced(len(source.text.blocks), config.text_cfg.layers) if layers_text is None else layers_text,
@@ -60,7 +60,7 @@ def inherit(
         tensor = theirs[".".join([tower, *path])]
         if name.endswith("positional_embedding") and len(tensor) != len(expected):
             tensor = resize_positions(tensor, len(expected), is_grid=tower == "visual").to(tensor.dtype)
-        if ".in_proj." in name:  # queries, keys and values lie one above the other
+        if ".in_proj." in name:  # queries, keys and values, one above the other
             third = (len(expected) // 3, *expected.shape[1:])
             weights[name] = torch.cat([leading(part, third) for part in tensor.chunk(3)])
         else:
@@ -70,17 +70,17 @@ def inherit(
 
 
 def leading(tensor: Tensor, shape) -> Tensor:
-    """The first entries of a tensor in each direction."""
+    """The first entries of a tensor in each dimension."""
     return tensor[tuple(slice(size) for size in shape)]
 
 
 def spaced(layers: int, wanted: int) -> list[int]:
-    """`wanted` of `layers` blocks, evenly spaced, the first one among them: block i is i * layers // wanted."""
+    """`wanted` of `layers` blocks, evenly spaced from the first: block i is i * layers // wanted."""
     return [i * layers // wanted for i in range(wanted)]
 
 
 def check(source: MiniClipConfig, target: MiniClipConfig, layers: dict[str, list[int]]):
-    """Raises InputError that lists why a model of the one config has no slices for a model of the other."""
+    """Raises InputError, listing why a model of config `source` has no slices for one of config `target`."""
     problems = []
     ours, theirs = (dataclasses.asdict(config) for config in (target, source))
     for sizes in (ours, theirs):

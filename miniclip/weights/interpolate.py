@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Interpolation between the weights of two models."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,8 @@ from miniclip.utils.errors import InputError
 
 
 def interpolate(before: dict[str, Tensor], after: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """(1 - alpha) before + alpha after, for two state dicts of the same names, shapes and types. Bit-equal to one of
-    them at alpha 0 and 1, and to both where they are equal. Raises InputError where they differ in more than numbers.
-    """
+    """(1 - alpha) before + alpha after, for two state dicts with the same names, shapes and types. Bit-equal to one of
+    them at alpha 0 and 1, and to both where they are equal. Raises InputError if names, shapes or types differ."""
     kinds = [{name: (tuple(t.shape), t.dtype) for name, t in weights.items()} for weights in (before, after)]
     if differing := [name for name in kinds[0] | kinds[1] if kinds[0].get(name) != kinds[1].get(name)]:
         name = differing[0]
@@ -21,10 +20,9 @@ def interpolate(before: dict[str, Tensor], after: dict[str, Tensor], alpha: floa
 
 
 def check_same(before: MiniClipConfig, after: MiniClipConfig):
-    """Raises InputError, naming the fields, for two models that do not compute alike. How many patches training hides
-    makes no difference."""
+    """Raises InputError, naming the fields, for two models that compute differently. Dropout makes no difference."""
     flat = [dict(_flatten(config.to_dict())) for config in (before, after)]
-    harmless = ("patch_dropout", "hf_proj_dropout", "hf_model_name")  # for what the weights compute
+    harmless = ("patch_dropout", "hf_proj_dropout", "hf_model_name")  # they do not change what weights compute
     fields = [field for field in flat[0] | flat[1] if field.rpartition(".")[2] not in harmless]
     if differing := [field for field in fields if flat[0].get(field) != flat[1].get(field)]:
         both = [(field, flat[0].get(field), flat[1].get(field)) for field in differing]

@@ -70,11 +70,11 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
         with torch.device("meta"):
             model = MiniClip(MiniClipConfig(vision_cfg=VisionConfig(layers=1), text_cfg=TextConfig(layers=1)))
     try:
-        weights, source = to_miniclip(state_dict, model.key_rows())
+        weights, source = to_miniclip(state_dict, (model.visual.key_rows(), model.text.key_rows()))
     except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
         raise CheckpointError(f"{path}: {error}") from None
     expected = {"logit_bias": model.logit_scale} | {first_block(key): t for key, t in model.state_dict().items()}
-    like = {key: expected[first_block(key)] for key in weights}
+    like = {key: expected.get(first_block(key), t) for key, t in weights.items()}
     if odd := [key for key, t in weights.items() if t.ndim != like[key].ndim or not t.numel()]:
         shapes = shorten(f"{key} {tuple(weights[key].shape)}" for key in odd)
         raise CheckpointError(f"{path}: these have shapes that no CLIP model has: {shapes}")
@@ -86,9 +86,8 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
     if type(model.visual) is VisionTransformer:
         patches = len(weights["visual.positional_embedding"]) - 1
         if patches < 1 or math.isqrt(patches) ** 2 != patches:
-            raise CheckpointError(
-                f"{path}: {patches + 1} image positions are no class token and square grid of patches"
-            )
+            found = f"{patches + 1} image positions are no class token and square grid of patches"
+            raise CheckpointError(f"{path}: {found}")
     return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
 
 
@@ -108,11 +107,10 @@ def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: s
     shapes = [{key: tuple(t.shape) for key, t in tensors.items()} for tensors in (fitted, expected)]
     pairs = {key: [shape.get(key, "missing") for shape in shapes] for key in expected | fitted}
     if problems := [f"{key} is {a} in the file and {b} in the model" for key, (a, b) in pairs.items() if a != b]:
-        fix = ""
+        fix = "the one it was made with"
         if CLIP_KEYS <= weights.keys():
             fix = " or ".join(fitting_configs(weights)) or f"none that ships, but one with {infer_config(weights)}"
-            fix = f". The config that fits: {fix}"
-        raise CheckpointError(f"{path} does not fit the model: {shorten(problems)}{fix}")
+        raise CheckpointError(f"{path} does not fit the model: {shorten(problems)}. The config that fits: {fix}")
     for note in resized:
         warnings.warn(note, stacklevel=3)
     return fitted
@@ -151,35 +149,30 @@ def infer_config(weights: dict[str, Tensor]) -> dict:
     Shapes tell neither the activation, which is missing here, nor the heads: 64 channels each is assumed, or one head
     where the width is not a multiple of 64.
     """
-    sections = {}
+    sections = []
     for tower in ("visual", "text"):
         hidden, width = weights[f"{tower}.blocks.0.mlp.c_fc.weight"].shape
         layers = sum(re.fullmatch(tower + r"\.blocks\.\d+\.ln_1\.bias", key) is not None for key in weights)
         ratio = hidden / width if int(width * (hidden / width)) == hidden else math.nextafter(hidden / width, math.inf)
-        sections[tower] = {"layers": layers, "width": width, "mlp_ratio": ratio}
-    lengths = {name: len(tensor) for name, tensor in weights.items() if tensor.ndim}
+        sections.append({"layers": layers, "width": width, "mlp_ratio": ratio})
+    (vision, text), lengths = sections, {name: len(tensor) for name, tensor in weights.items() if tensor.ndim}
     patch, grid = weights["visual.conv1.weight"].shape[-1], math.isqrt(lengths["visual.positional_embedding"] - 1)
-    vision = {"image_size": grid * patch, "patch_size": patch} | sections["visual"]
-    if vision["width"] % 64:
-        vision["head_width"] = vision["width"]
-    text_width = sections["text"]["width"]
-    text = {
-        "context_length": lengths["text.positional_embedding"],
-        "vocab_size": lengths["text.token_embedding.weight"],
-    }
-    text |= {"heads": 1 if text_width % 64 else text_width // 64} | sections["text"]
+    vision |= {"image_size": grid * patch, "patch_size": patch}
+    vision |= {"head_width": vision["width"]} if vision["width"] % 64 else {}
+    text |= {"heads": 1 if text["width"] % 64 else text["width"] // 64}
+    text["context_length"] = lengths["text.positional_embedding"]
+    text["vocab_size"] = lengths["text.token_embedding.weight"]
     return {"embed_dim": lengths["visual.proj.weight"], "vision_cfg": vision, "text_cfg": text}
 
 
 def fitting_configs(weights: dict[str, Tensor], quick_gelu: bool | None = None) -> list[str]:
-    """Names of the shipped configs with the sizes of these weights, and with that activation unless it is None. None
-    for weights of other towers than CLIP's."""
+    """Names of the shipped configs with the sizes of these weights, and with that activation unless it is None."""
     if not CLIP_KEYS <= weights.keys():
         return []
     sizes = infer_config(weights)
     embed_dim, vision, text = sizes["embed_dim"], sizes["vision_cfg"], sizes["text_cfg"]
-    for section, guess in ((text, "heads"), (vision, "head_width")):
-        section.pop(guess, None)
+    del text["heads"]  # a guess
+    vision.pop("head_width", None)
     known = {name: MiniClipConfig.from_name(name).to_dict() for name in list_models()}
     return [
         name for name, config in known.items()

@@ -34,7 +34,7 @@ TOKENIZER = miniclip.Tokenizer(16)
 
 
 @pytest.mark.parametrize(("kind", "templates"), [("strings", STRINGS), ("functions", FUNCTIONS)])
-@pytest.mark.filterwarnings("ignore:.*look the same")  # a name that comes twice
+@pytest.mark.filterwarnings("ignore:.*are identical to it")  # a name that comes twice
 @pytest.mark.parametrize("batch", [3, 10, None])
 def test_the_classifier_is_openclips(kind, templates, batch):
     golden = json.loads(GOLDEN.read_text())
@@ -57,10 +57,11 @@ def test_a_class_is_the_mean_of_unit_vectors(tiny_model):
 @pytest.mark.parametrize(
     ("classnames", "templates", "message"),
     [
-        ("dog", ["a {}"], "classnames is a list"), (["dog"], "a {}", "templates is a list"), ([], ["{}"], "at least"),
-        (["dog"], ["a photo"], "'a photo' has no {}"), (["dog"], ["a {name}"], "other braces"),
-        (["dog"], ["{} {}"], "other braces"), (["dog"], ["a {"], "other braces"),
-        (["dog"], ["a {:>9999999999}"], "other braces"), (["dog"], ["{!r}"], "other braces"),
+        ("dog", ["a {}"], "classnames must be a list"), (["dog"], "a {}", "templates must be a list"),
+        ([], ["{}"], "at least"),
+        (["dog"], ["a photo"], "'a photo' has no {}"), (["dog"], ["a {name}"], "exactly one {}"),
+        (["dog"], ["{} {}"], "exactly one {}"), (["dog"], ["a {"], "exactly one {}"),
+        (["dog"], ["a {:>9999999999}"], "exactly one {}"), (["dog"], ["{!r}"], "exactly one {}"),
     ],
 )  # fmt: skip
 def test_what_makes_no_classifier_is_said(tiny_model, classnames, templates, message):
@@ -164,11 +165,11 @@ def test_names_words_and_folders(folders, capsys):
     assert [len(p["top"]) for p in found["pictures"]] == [2] * 3
     found = run(zero_shot, folders, "--images", folders / "set", "--classes", "cat,dog")
     assert "metrics" not in found and "the folders are none of the classes" in capsys.readouterr().out
-    with pytest.raises(InputError, match="the folder 'blue' is none of the classes red, green"):
+    with pytest.raises(InputError, match="the folder 'blue' is not one of the classes red, green"):
         run(zero_shot, folders, "--images", folders / "set", "--classes", "red,green")
-    with pytest.raises(InputError, match="nowhere: there is no such file or folder"):
+    with pytest.raises(InputError, match="nowhere: no such file or folder"):
         run(zero_shot, folders, "--images", folders / "nowhere")
-    with pytest.raises(InputError, match="--language de is none of en"):
+    with pytest.raises(InputError, match="--language de is not one of en"):
         run(zero_shot, folders, "--images", folders / "set", "--language", "de")
 
 
@@ -176,7 +177,7 @@ def test_bad_pictures_stop_or_are_listed(folders):
     (folders / "set" / "red" / "bad.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="bad.png: not an image in a supported format"):
         run(zero_shot, folders, "--images", folders / "set")
-    with pytest.warns(UserWarning, match="1 of 7 pictures cannot be used"):
+    with pytest.warns(UserWarning, match="1 of 7 images cannot be used"):
         found = run(zero_shot, folders, "--images", folders / "set", "--on_bad_sample", "skip")
     assert len(found["pictures"]) == 6 and sum(map(sum, found["confusion"])) == 6
     listed = json.loads((folders / "out" / "bad_samples.jsonl").read_text())
@@ -191,14 +192,14 @@ def test_no_picture_of_a_folder_is_passed_over_in_silence(folders, tmp_path, cap
     (folders / "set" / ".thumbs").mkdir()
     shutil.copy(folders / "1.png", folders / "set" / ".thumbs")
     (folders / "set" / "grey").mkdir()
-    with pytest.warns(UserWarning, match="there is no picture in grey"):
+    with pytest.warns(UserWarning, match="no image in grey"):
         found = run(zero_shot, folders, "--images", folders / "set")
     assert list(found["classes"]) == ["blue", "green", "red"] and len(found["pictures"]) == 7 and "metrics" in found
     (folders / "set" / "grey").rmdir()
 
     for words, reason in (
-        ([folders / "set", folders / "0.png"], "0.png lies in no folder of a class"),
-        ([folders / "loose"], "pictures beside its folders"),
+        ([folders / "set", folders / "0.png"], "0.png is not in a class folder"),
+        ([folders / "loose"], "images beside its folders"),
     ):
         shutil.copytree(folders / "set", folders / "loose", dirs_exist_ok=True)
         shutil.copy(folders / "0.png", folders / "loose" / "cover.png")
@@ -207,11 +208,11 @@ def test_no_picture_of_a_folder_is_passed_over_in_silence(folders, tmp_path, cap
 
     with open(os.fsencode(folders / "set" / "green") + b"/\xff.png", "wb") as file:
         file.write((folders / "1.png").read_bytes())
-    with pytest.raises(InputError, match=r"1 of 8 pictures cannot be used:\n.*no valid Unicode"):
+    with pytest.raises(InputError, match=r"1 of 8 images cannot be used:\n.*no valid Unicode"):
         run(zero_shot, folders, "--images", folders / "set")
     with pytest.warns(UserWarning, match="no valid Unicode"):
         assert len(run(zero_shot, folders, "--images", folders / "set", "--on_bad_sample", "skip")["pictures"]) == 7
-    with pytest.raises(InputError, match="of one class alone every picture is"):
+    with pytest.raises(InputError, match="with a single class every image belongs to it"):
         run(zero_shot, folders, "--images", folders / "0.png", "--classes", "red")
 
     shut_folder("blue")
@@ -261,15 +262,17 @@ def test_classes_and_templates_from_files(tmp_path):
 
 
 def test_what_clips_tokenizer_reads(tiny_model):
-    assert prompts.legibility(TOKENIZER, ["dog", "cat"]) == {
-        "tokens_per_character": pytest.approx(2 / 6), "unknown": 0, "fragments": 0, "illegible": [], "alike": []
+    assert prompts.tokenizer_coverage(TOKENIZER, ["dog", "cat"]) == {
+        "tokens_per_character": pytest.approx(2 / 6), "unknown": 0, "fragments": 0, "unreadable": [], "identical": []
     }  # fmt: skip
-    found = prompts.legibility(TOKENIZER, ["狗"])  # three bytes, none of which is a character
+    found = prompts.tokenizer_coverage(TOKENIZER, ["狗"])  # three bytes, none of which is a character
     assert found["tokens_per_character"] == len(TOKENIZER.encode("狗")) >= 2
-    assert found["fragments"] == 1 and found["illegible"] == ["狗"] and found["unknown"] == 0
-    assert prompts.legibility(TOKENIZER, ["dog", "Dog"])["alike"] == ["dog", "Dog"]
-    assert prompts.legibility(TOKENIZER, prompts.OBJECTS["fr"])["illegible"] == []
-    with pytest.warns(UserWarning, match=r"2 of 3 class names .*\(猫, 狗\).*tokens a character.*near chance"):
+    assert found["fragments"] == 1 and found["unreadable"] == ["狗"] and found["unknown"] == 0
+    assert prompts.tokenizer_coverage(TOKENIZER, ["dog", "Dog"])["identical"] == ["dog", "Dog"]
+    assert prompts.tokenizer_coverage(TOKENIZER, prompts.OBJECTS["fr"])["unreadable"] == []
+    with pytest.warns(
+        UserWarning, match=r"cannot read 2 of 3 class names \(猫, 狗\).*tokens per character.*near chance"
+    ):
         build_zero_shot_classifier(tiny_model, TOKENIZER, ["猫", "狗", "dog"], ["{}"])
 
 
@@ -278,12 +281,12 @@ def test_what_a_tokenizer_of_words_reads(tmp_path):
 
     save_tokenizer(tmp_path)
     tokenizer = HfTokenizer(transformers.AutoTokenizer.from_pretrained(tmp_path), 16)
-    found = prompts.legibility(tokenizer, ["red shape", "猫", "狗", "green"])
+    found = prompts.tokenizer_coverage(tokenizer, ["red shape", "猫", "狗", "green"])
     assert found["unknown"] == 2 / 5 and found["fragments"] == 0  # red, shape, [UNK], [UNK], green
-    assert found["illegible"] == found["alike"] == ["猫", "狗"]
+    assert found["unreadable"] == found["identical"] == ["猫", "狗"]
     assert found["tokens_per_character"] == 5 / 15
-    with pytest.warns(UserWarning, match="40% of the tokens unknown.*猫, 狗 look the same to it"):
-        prompts.warn_if_illegible(tokenizer, ["red shape", "猫", "狗", "green"])
+    with pytest.warns(UserWarning, match="40% of the tokens unknown.*猫, 狗 are identical to it"):
+        prompts.warn_of_poor_coverage(tokenizer, ["red shape", "猫", "狗", "green"])
 
 
 def test_a_harmless_picture_is_approved(tiny_model):
@@ -323,7 +326,7 @@ def test_thresholds_by_hand():
 def test_a_question_with_examples(folders, tiny_model):
     (folders / "set" / "red").rename(folders / "set" / "yes")
     (folders / "set" / "green").rename(folders / "set" / "no")
-    with pytest.raises(InputError, match="'blue' is none of no, yes: rename it"):
+    with pytest.raises(InputError, match="'blue' is not one of no, yes: rename it"):
         run(moderate, folders, "--images", folders / "0.png", "--ask", "red paper", "--examples", folders / "set")
     shutil.rmtree(folders / "set" / "blue")
     preprocess = miniclip.Preprocess(tiny_model.config.preprocess_cfg)
@@ -394,7 +397,7 @@ def test_the_strength_is_chosen_by_what_was_left_out():
 
 def test_a_probe_learns_what_the_words_do_not_say(folders):
     """A random model's words mean nothing, its pictures still differ."""
-    with pytest.raises(InputError, match="6 pictures are both in --train and in --images"):
+    with pytest.raises(InputError, match="6 images are in both --train and --images"):
         run(linear_probe, folders, "--train", folders / "set", "--images", folders / "set")
     shutil.copytree(folders / "set", folders / "copy")
     found = run(linear_probe, folders, "--train", folders / "set", "--images", folders / "copy", "--shots", "2",
@@ -412,9 +415,9 @@ def test_a_probe_learns_what_the_words_do_not_say(folders):
     for path in (folders / "set" / "red").iterdir():
         path.write_bytes(b"bad")
     skip = ("--train", folders / "set", "--images", folders / "copy", "--on_bad_sample", "skip")
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="no example of 'red' that can be used"):
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="no example of 'red' can be used"):
         run(linear_probe, folders, *skip)
-    with pytest.raises(InputError, match="--train: expected a folder with a folder for each"):
+    with pytest.raises(InputError, match="--train: expected a folder with one folder for each"):
         run(linear_probe, folders, "--train", folders / "set" / "red", "--images", folders / "set", "--classes", "a,b")
 
 

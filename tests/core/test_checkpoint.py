@@ -335,8 +335,8 @@ def test_other_things_are_called_by_their_names(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer.*git lfs pull"),
         (b"\n<!DOCTYPE html><html>not found</html>", "web page: download"),
         (b"", "is empty"),
-        (b'{"error": "not found"}', "no weight file"),
-        (b"\x89PNG\r\n\x1a\n", "no weight file.*PNG"),
+        (b'{"error": "not found"}', "not a known weight file"),
+        (b"\x89PNG\r\n\x1a\n", "not a known weight file.*PNG"),
     ):
         (tmp_path / "x.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match=rf"x\.pt is .*{reason}" if content else reason):

@@ -47,7 +47,7 @@ def test_unknown_name_lists_the_nearest():
 
 
 def test_sizes_that_do_not_fit_raise():
-    with pytest.raises(ValueError, match="no multiple of patch_size"):
+    with pytest.raises(ValueError, match="not a multiple of patch_size"):
         MiniClipConfig.from_dict({"vision_cfg": {"image_size": 225}})
     with pytest.raises(ValueError, match="expected an object"):
         MiniClipConfig.from_dict({"vision_cfg": [1]})

