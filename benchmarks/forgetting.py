@@ -1,12 +1,12 @@
 """What does fine-tuning forget, and what does each remedy keep?
 
-    python benchmarks/forgetting.py            # an hour on 2 cores; goes on where it was interrupted
-    python benchmarks/forgetting.py --quick    # minutes, on 200 images: does it run? The table lies beside the runs
+    python benchmarks/forgetting.py            # an hour on 2 cores; continues where it was interrupted
+    python benchmarks/forgetting.py --quick    # minutes, on 200 images: a smoke test, with its table beside the runs
 
 A small model learns Flickr8k's English captions from scratch (or is given, --base FOLDER), and is then fine-tuned on
 the Chinese captions of the same images: plainly, and with each remedy of docs/finetuning.md. All are measured on the
 1,000 validation images in both languages. Then the base hands slices of its weights down to a smaller model, which is
-trained on beside one that starts from random numbers. Writes docs/finetuning.md's tables, docs/forgetting.png and
+trained on beside one that starts from random weights. Writes docs/finetuning.md's tables, docs/forgetting.png and
 docs/wise_ft.png. Results lie in --out, one folder a run; one whose result is there is not run again.
 """
 
@@ -26,24 +26,27 @@ from results import machine, write_section  # noqa: E402
 
 DOCS = ROOT / "docs"
 LANGUAGES = {"old": "en", "new": "cn"}
-RUNS = {  # name: (what it says in the table, options beside those of all runs)
+RUNS = {  # name: (label in the table, options besides those of all runs)
     "plain": ("plain fine-tuning", []),
     "long": ("plain, twice as long", ["--num_train_epochs", "16"]),
     "low-rate": ("a fifth of the learning rate", ["--learning_rate", "1e-4"]),
     "layer-decay": ("layer-wise decay", ["--layer_decay", "0.7"]),
     "image-rate": ("image tower at a tenth of the rate", ["--tower_lr_scales", "0.1", "1"]),
     "text-rate": ("text tower at a tenth of the rate", ["--tower_lr_scales", "1", "0.1"]),
-    "lock-image": ("image tower locked", ["--freeze_image", "all", "--hflip", "0"]),
-    "lock-text": ("text tower locked but for its projection", ["--freeze_text", "tower"]),
-    "last-image": ("image tower: the last block learns", ["--freeze_image", "all_but_1"]),
-    "last-both": ("both towers: the last block learns", ["--freeze_image", "all_but_1", "--freeze_text", "all_but_1"]),
+    "freeze-image": ("image tower frozen", ["--freeze_image", "all", "--hflip", "0"]),
+    "freeze-text": ("text tower frozen except its projection", ["--freeze_text", "tower"]),
+    "last-image": ("image tower: only the last block is trained", ["--freeze_image", "all_but_1"]),
+    "last-both": (
+        "both towers: only the last block is trained",
+        ["--freeze_image", "all_but_1", "--freeze_text", "all_but_1"],
+    ),
     "patch-dropout": ("half of the patches hidden", ["--patch_dropout", "0.5", "0.1"]),
     "ema": ("moving average of the weights", ["--ema", "0.999"]),
     "early-stop": (
         "twice as long, with early stopping", ["--num_train_epochs", "16", "--early_stopping_patience", "2"]
     ),
 }  # fmt: skip
-SWEPT = {"plain": "plain fine-tuning", "lock-image": "image tower locked"}  # their weights are mixed with the base's
+SWEPT = {"plain": "plain fine-tuning", "freeze-image": "image tower frozen"}  # interpolated with the base
 FINE_TUNE = {
     "num_train_epochs": 8, "learning_rate": 5e-4, "weight_decay": 0.1, "warmup_steps": 0.1,
     "per_device_train_batch_size": 128, "crop_scale": 0.5, "hflip": 0.5, "save_strategy": "no",
@@ -56,7 +59,7 @@ SMALL = {  # what inherits from ViT-S-28-112: half of its width and of its depth
 
 
 class Study:
-    """Where everything lies, and how runs are made and measured."""
+    """The folders of a study, and how its runs are made and measured."""
 
     def __init__(self, data: Path, out: Path, quick: bool):
         self.out, self.quick, self.data = out, quick, out / "data" if quick else data
@@ -124,10 +127,10 @@ class Study:
 
     def base(self, given: Path | None) -> tuple[Path, dict]:
         """The model that is fine-tuned, and its result."""
-        start, said = self.out / "base.txt", str(given or "trained here")
-        if start.is_file() and start.read_text() != said:
+        start, name = self.out / "base.txt", str(given or "trained here")
+        if start.is_file() and start.read_text() != name:
             sys.exit(f"{self.out} has runs from another base ({start.read_text()}): give another --out")
-        start.write_text(said)
+        start.write_text(name)
         if given:
             done = self.out / "base.json"
             if not done.is_file() or json.loads(done.read_text())["options"] != [str(given)]:
@@ -150,7 +153,7 @@ class Study:
         return self.train(name, *start, *(word for pair in options.items() for word in pair))
 
     def sweep(self, name: str, base: Path) -> list[dict]:
-        """What lies between the base and a fine-tuned model."""
+        """The models between the base and a fine-tuned one, measured."""
         done = self.out / name / "wise_ft.json"
         if not done.is_file() or done.stat().st_mtime < (self.out / name / "result.json").stat().st_mtime:
             from miniclip.inference.load import load
@@ -163,7 +166,7 @@ class Study:
         return json.loads(done.read_text())
 
     def inherit(self, base: Path) -> dict[str, dict]:
-        """A smaller model, from slices of the base and from random numbers, trained alike on the English captions."""
+        """A smaller model, trained on the English captions from slices of the base and from random weights."""
         config, heir = self.out / "small.json", self.out / "heir-start"
         write(config, SMALL)
         if not (heir / "model.safetensors").is_file():
@@ -173,12 +176,12 @@ class Study:
         words = [str(word) for option, value in options.items() for word in (f"--{option}", value)]
         return {
             "from slices of the base": self.train("heir", "--model", heir, *words),
-            "from random numbers": self.train("random", "--model", config, *words),
+            "from random weights": self.train("random", "--model", config, *words),
         }
 
 
 def write(path: Path, values):
-    """JSON, complete or not at all."""
+    """Writes JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(values, indent=1) + "\n")
@@ -217,7 +220,7 @@ def forgetting_table(base: dict, runs: dict[str, dict], sweeps: dict[str, list[d
 
 
 def wise_rows(found: list[dict]) -> list[tuple[str, dict]]:
-    """The model in the middle, and the best by the mean of both recalls."""
+    """The entries of alpha 0.5 and of the best mean recall."""
     from miniclip.training.wise_ft import best
 
     alpha, entries = best(found), {entry["alpha"]: entry for entry in found}

@@ -1,6 +1,7 @@
-"""Evaluation by retrieval over a whole caption set: the same code measures in training and in evaluate.py."""
+"""Retrieval evaluation over whole caption sets, during training and in evaluate.py."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,12 @@ from miniclip.utils.files import replacing, write_npy
 
 
 class Evaluator:
-    """Measures a model: `evaluator(model)` returns metrics by name. `primary_metric` says which model is the best."""
+    """Base class: `evaluator(model)` returns metrics by name. The best model is the best by `primary_metric`."""
 
     primary_metric = "mean_recall"
 
     def metric_names(self) -> set[str]:
-        """The names of all metrics, to refuse others early; empty where they are not known in advance."""
+        """All metric names, so that a wrong one is refused early; empty if they are not known in advance."""
         return set()
 
     def __call__(self, model: MiniClip) -> dict[str, float]:
@@ -32,11 +33,10 @@ class Evaluator:
 
 
 class RetrievalEvaluator(Evaluator):
-    """Measures models on `records`, as `read_captions` returns them: `evaluator(model)` is a dict of metrics.
+    """Evaluates models on `records`, as `read_captions` returns them.
 
-    With several processes each embeds a share of the images and captions. `caches` are feature caches for images and
-    texts; other options are those of `embed_images`. The last result is kept for reports: `result` by direction,
-    `image_embeds` (N, E), `text_embeds` (M, E).
+    Several processes share the embedding. `caches` are feature caches for images and texts; `options` go to
+    `embed_images`. For reports it keeps the last `result` by direction, `image_embeds` (N, E) and `text_embeds` (M, E).
     """
 
     def __init__(
@@ -70,27 +70,20 @@ class RetrievalEvaluator(Evaluator):
 
     def embed(self, model: MiniClip) -> tuple[np.ndarray, np.ndarray]:
         """The embeddings of all images (N, E) and of all captions (M, E), by an inference copy of the model."""
-        model = inference_copy(model, self.precision)
-        images = on_all_processes(
-            self.images,
-            lambda share: embed_images(
-                model, self.preprocess, share, self.batch_size, cache=self.caches[0], **self.options
-            ),
+        model, (image_cache, text_cache) = inference_copy(model, self.precision), self.caches
+        images = {"batch_size": self.batch_size, "cache": image_cache, **self.options}
+        texts = {"batch_size": self.text_batch_size, "cache": text_cache}
+        texts["progress"] = self.options.get("progress", False)
+        return (
+            on_all_processes(self.images, partial(embed_images, model, self.preprocess, **images)),
+            on_all_processes(self.texts, partial(embed_texts, model, self.tokenizer, **texts)),
         )
-        progress = self.options.get("progress", False)
-        texts = on_all_processes(
-            self.texts,
-            lambda share: embed_texts(
-                model, self.tokenizer, share, self.text_batch_size, progress=progress, cache=self.caches[1]
-            ),
-        )
-        return images, texts
 
     def __call__(self, model: MiniClip) -> dict[str, float]:
         return self.measure(*self.embed(model))
 
     def measure(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> dict[str, float]:
-        """The metrics of embeddings that were made before."""
+        """The metrics of given embeddings."""
         self.image_embeds, self.text_embeds = image_embeds, text_embeds
         self.result = search_both(image_embeds, text_embeds, self.image_of_text, max(self.ks))
         return metrics_of(self.result, self.ks)
@@ -150,7 +143,7 @@ def save_features(folder: str | Path, image_embeds: np.ndarray, text_embeds: np.
 
 
 def on_all_processes(items: list, embed) -> np.ndarray:
-    """`embed(items)`, of which process i of n does every n-th item from the i-th on; then all have all."""
+    """`embed(items)` on every process, of which process i of n computes items i, i + n, i + 2n, ..."""
     n = dist.get_world_size() if dist.is_initialized() else 1
     if n == 1:
         return embed(items)
@@ -163,7 +156,7 @@ def on_all_processes(items: list, embed) -> np.ndarray:
 
 
 class Tasks:
-    """Caption sets, by name, that are measured with the same model. Images that they share are encoded once."""
+    """Caption sets by name for one model, which encodes images that they share only once."""
 
     def __init__(self, records: dict[str, list[dict]]):
         self.images = list(dict.fromkeys(record["image"] for task in records.values() for record in task))

@@ -84,8 +84,8 @@ def save_checkpoint(trainer):
                 if isinstance(part, ExportableState):
                     state.stateful_callbacks[type(part).__name__] = part.state()
             state.save_to_json(str(scratch / "trainer_state.json"))
-            if trainer.record:
-                write_json(scratch / RECORD, trainer.record)
+            if trainer.metadata:
+                write_json(scratch / RECORD, trainer.metadata)
     if args.push_to_hub:
         trainer._push_from_checkpoint(str(folder))
     if args.should_save:

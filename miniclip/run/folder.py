@@ -17,7 +17,7 @@ class Run:
 
         with Run(argv, options, args) as run:
             ...                                  # `run.bad_samples` collects what is skipped
-            trainer = RunTrainer(..., record=run.metadata(...))
+            trainer = RunTrainer(..., metadata=run.metadata(...))
             trainer.train(run.start(trainer))    # clears or resumes, and begins to log
             run.finish(trainer)
 
@@ -62,7 +62,7 @@ class Run:
             clean(self.folder)
             if not self.resume:  # all is well so far: now the earlier run may go
                 start_anew(self.folder)
-            write_json(self.folder / RECORD, trainer.record)
+            write_json(self.folder / RECORD, trainer.metadata)
         self.bad_samples.open(self.folder / NAME, first, go_on=bool(self.resume))
         trainer.accelerator.wait_for_everyone()  # no other process may look for checkpoints before
         # Ended by `finish`, or by the error that ends the run: it draws curves.png in either case.

@@ -1,10 +1,6 @@
-"""How is training going?
+"""Progress of a training run: a bar or lines on the terminal, `log.jsonl`, curves and warnings.
 
-`watch(trainer)` shows it while it lasts: one progress bar, or a line at each logging step where there is no terminal,
-and `log.jsonl` in output_dir with a line of JSON for whatever is logged. At the end, however that comes, the curves are
-drawn into `curves.png`. Where the numbers look like a failure that is known, a warning says so and what to try.
-
-    python -m miniclip progress runs/mine     # draws curves.png from log.jsonl; also of a run that was killed, or runs
+python -m miniclip progress runs/mine     # draws curves.png from log.jsonl, also while the run is going
 """
 
 import importlib.util
@@ -14,7 +10,7 @@ import math
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -23,12 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from miniclip.reports.charts import draw_curves, is_finite
-from miniclip.run.diagnose import (
-    recall_falls,
-    scale_at_limit,
-    scale_collapses,
-    stays_at_chance,
-)
+from miniclip.run.diagnose import recall_falls, scale_at_limit, scale_collapses, stays_at_chance
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import write_text
 
@@ -37,13 +28,13 @@ LOG, CURVES = "log.jsonl", "curves.png"
 
 
 def watch(trainer: Trainer, contrasts: bool = True) -> "Progress":
-    """Puts a `Progress` into the place of the Trainer's own bar. To be used around training:
+    """Replaces the Trainer's own progress output. Use it around training:
 
         with watch(trainer) as progress:
             trainer.train()
         progress.summary()
 
-    `contrasts`: the loss is InfoNCE, which is ln(batch) for a model that guesses.
+    `contrasts`: whether the loss is InfoNCE, which is ln(batch) for a model that guesses.
     """
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -54,63 +45,62 @@ def watch(trainer: Trainer, contrasts: bool = True) -> "Progress":
 
 
 def check_reporters(args: TrainingArguments):
-    """Raises InputError where `--report_to` names a service whose package is not installed."""
+    """Raises InputError if `--report_to` names a service whose package is not installed."""
     for name, packages in (("tensorboard", ("tensorboard", "tensorboardX")), ("wandb", ("wandb",))):
         if name in args.report_to and not any(map(importlib.util.find_spec, packages)):
             raise InputError(f"--report_to {name} needs a package that is not installed: pip install {name}")
 
 
 class Progress(TrainerCallback):
-    """Shows and writes down how a training run goes; made by `watch`. Measures on all processes, speaks on the first.
+    """Shows and logs a training run. Every process measures; the first one prints and writes.
 
-    `log.jsonl` has one object for each entry of the Trainer's log: its step and epoch, what was logged (loss,
-    learning_rate, grad_norm, logit_scale, samples_per_second of all processes; what an evaluation gave), `seconds` of
-    the run so far and the `time`. Other lines have a step and an `event` (start, resumed), a `warning` or an `error`.
-    Numbers that are not finite are written as "NaN", "Infinity" or "-Infinity", with a `reason` beside them.
+    `log.jsonl` has one object for each entry of the Trainer's log: step, epoch and what was logged (loss,
+    learning_rate, grad_norm, logit_scale, samples_per_second of all processes, metrics), the run's `seconds` so far and
+    the `time`. Other lines have a step and an `event` (start, resumed), a `warning` or an `error`. Numbers that are not
+    finite are "NaN", "Infinity" or "-Infinity", with a `reason`.
     """
 
     def __init__(self, trainer: Trainer, contrasts: bool = True):
         args = trainer.args
         self.args, self.trainer, self.model = args, trainer, trainer.model
-        self.folder, self.speaks = Path(args.output_dir), trainer.is_world_process_zero()
-        self.samples = trainer.get_total_train_batch_size(args)  # of a step
-        # Pairs that are contrasted with one another, if any are.
-        self.batch = self.samples // args.gradient_accumulation_steps if contrasts else None
-        self.bar, self.said, self.cleanup = None, set(), ExitStack()
-        self.begun = self.mark = time.monotonic()  # of training; of the stretch that is being measured
-        self.earlier = self.busy = 0.0  # seconds: of attempts before a resume; of training since the last entry
+        self.folder, self.is_main = Path(args.output_dir), trainer.is_world_process_zero()
+        self.samples = trainer.get_total_train_batch_size(args)  # per step
+        self.batch = self.samples // args.gradient_accumulation_steps if contrasts else None  # pairs contrasted at once
+        self.bar, self.warned, self.cleanup = None, set(), ExitStack()
+        self.start = self.mark = time.monotonic()  # of training; of the interval being measured
+        self.earlier = self.busy = 0.0  # seconds: before the run was resumed; of training since the last entry
         self.steps = self.first_step = 0  # since the last entry; at the start
-        self.drawn = False  # are the curves those of the log?
+        self.drawn = False  # whether the curves show the whole log
 
     # Around training
 
     def __enter__(self):
         if self.has_bar():
             loggers = [logging.getLogger(), logging.getLogger("transformers")]
-            self.cleanup.enter_context(logging_redirect_tqdm(loggers))  # lines come above the bar
+            self.cleanup.enter_context(logging_redirect_tqdm(loggers))  # messages appear above the bar
         return self
 
     def __exit__(self, kind, error, traceback):
         self.cleanup.close()
-        self._close_bar()
-        if not self.speaks:
+        self.on_train_end()
+        if not self.is_main:
             return
         if error is not None:
             try:
                 self.write(error=f"{kind.__name__}: {error}" if str(error) else kind.__name__)
-            except OSError as full:  # which may be the error itself
+            except OSError as full:  # the disk may be full, which may be the error itself
                 logger.warning("%s could not be written: %s", LOG, full)
         self.draw()
 
     def summary(self):
-        """Says where everything is; draws the curves again if more was logged after training."""
-        if self.speaks:
+        """Prints where log, curves and model are; draws the curves again if something was logged after training."""
+        if self.is_main:
             if not self.drawn:
                 self.draw()
             print(f"log     {self.folder / LOG}\ncurves  {self.folder / CURVES}\nmodel   {self.folder}", flush=True)
 
     def draw(self):
-        """Draws `curves.png`. A picture that fails must not hide how the run ended: it is said, and that is all."""
+        """Draws `curves.png`. An error becomes a warning: it must not hide how the run ended."""
         try:
             draw_log(self.folder)
             self.drawn = True
@@ -120,28 +110,27 @@ class Progress(TrainerCallback):
     # What the Trainer calls
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.begun, self.first_step, self.busy, self.steps = time.monotonic(), state.global_step, 0.0, 0
-        if not self.speaks:
-            self.mark = time.monotonic()
-            return
-        about = {"batch": self.batch, "processes": args.world_size, "max_steps": state.max_steps}
-        if state.global_step:
-            self.earlier, cut = continue_log(self.folder / LOG, state.global_step, state.log_history)
-            self.write(event="resumed", cut=cut, **about)
-            if cut:
-                logger.warning("%s: %d entries after step %d are replaced", self.folder / LOG, cut, state.global_step)
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / LOG).write_text("")
-            self.earlier = 0.0
-            self.write(event="start", **about)
-        self.said = set(self.diagnose())  # these were said before the run was interrupted
-        self._close_bar()
-        if self.has_bar():
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, smoothing=0, file=sys.stderr,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
-            )  # fmt: skip
+        self.start, self.first_step, self.busy, self.steps = time.monotonic(), state.global_step, 0.0, 0
+        if self.is_main:
+            about = {"batch": self.batch, "processes": args.world_size, "max_steps": state.max_steps}
+            if state.global_step:
+                path, step = self.folder / LOG, state.global_step
+                self.earlier, cut = continue_log(path, step, state.log_history)
+                self.write(event="resumed", cut=cut, **about)
+                if cut:
+                    logger.warning("%s: %d entries after step %d are replaced", path, cut, step)
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / LOG).write_text("")
+                self.earlier = 0.0
+                self.write(event="start", **about)
+            self.warned = set(self.diagnose())  # before the run was interrupted
+            self.on_train_end()
+            if self.has_bar():
+                self.bar = tqdm(
+                    total=state.max_steps, initial=state.global_step, dynamic_ncols=True, smoothing=0, file=sys.stderr,
+                    bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
+                )  # fmt: skip
         self.mark = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -151,47 +140,53 @@ class Progress(TrainerCallback):
             self.bar.update()
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.mark = time.monotonic()  # an evaluation, or saving, is no time of training
+        self.mark = time.monotonic()  # the time of an evaluation or of saving does not count as training
 
     on_save = on_evaluate
 
     def before_log(self, logs: dict):
-        """Adds what was measured to an entry that has a loss. Called by ClipTrainer, on every process."""
+        """Adds what was measured to an entry with a loss. GuardedTrainer calls it on every process."""
         if "loss" in logs:
-            self._count_time()  # the loss has just been waited for: so this is the time of the device too
+            self._count_time()  # the trainer has just read the loss from the device: all its work is in this time
             scale = self.model.logit_scale.detach()
             scale = scale.full_tensor() if hasattr(scale, "full_tensor") else scale  # sharded by FSDP
             logs["logit_scale"] = scale.exp().item()
             if self.steps and self.busy:
                 logs["samples_per_second"] = self.samples * self.steps / self.busy
             self.busy, self.steps = 0.0, 0
-        if self.speaks and not all(is_finite(logs.get(name, 0.0)) for name in ("loss", "train_loss")):
+        if self.is_main and not all(is_finite(logs.get(name, 0.0)) for name in ("loss", "train_loss")):
             self.write(**logs)  # the trainer stops before it logs this
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self.speaks:
+        if not self.is_main:
             return
         self.write(**logs)
         if self.bar is not None and "loss" in logs:
             self.bar.set_postfix_str(_measured(logs))
         else:
-            self._print(self.line(logs))
+            line = self.line(logs)
+            try:
+                tqdm.write(line) if self.bar is not None else print(line, flush=True)
+            except BrokenPipeError:  # the reader has ended; the log has the line anyway
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         active = self.diagnose()
-        for name in active.keys() - self.said:
+        for name in active.keys() - self.warned:
             self.write(warning=active[name])
             logger.warning("step %d: %s", state.global_step, active[name])
-        self.said = set(active)
+        self.warned = set(active)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self._close_bar()
+    def on_train_end(self, *args, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
     # Helpers
 
     def has_bar(self) -> bool:
-        return self.speaks and not self.args.disable_tqdm and sys.stderr.isatty()
+        return self.is_main and not self.args.disable_tqdm and sys.stderr.isatty()
 
     def diagnose(self) -> dict[str, str]:
-        """The warnings that apply now, by the name of their function."""
+        """The warnings that apply now, by the name of their check."""
         history = self.trainer.state.log_history
         warmup = self.args.get_warmup_steps(self.trainer.state.max_steps)
         found = {"stays_at_chance": stays_at_chance(history, self.batch, warmup)} if self.batch else {}
@@ -206,16 +201,16 @@ class Progress(TrainerCallback):
         head = f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
             done, left = state.global_step - self.first_step, state.max_steps - state.global_step
-            seconds = (time.monotonic() - self.begun) * left / done if done else math.nan
+            seconds = (time.monotonic() - self.start) * left / done if done else math.nan
             rest = f", {tqdm.format_interval(seconds)} left" if math.isfinite(seconds) else ""
             return f"{head}, epoch {state.epoch:.2f}: {_measured(logs)}, rate {logs.get('learning_rate', 0):.2e}{rest}"
         if "eval_mean_recall" in logs:
-            ways = []
+            text = f"{head}: mean recall {100 * logs['eval_mean_recall']:.1f}%"
             for way in ("text_to_image", "image_to_text"):
                 found = {name.split("@")[1]: v for name, v in logs.items() if name.startswith(f"eval_{way}_R@")}
                 shares = " / ".join(f"{100 * value:.1f}" for value in found.values())
-                ways.append(f"{way.replace('_', ' ')} R@{' / '.join(found)}: {shares}%")
-            return f"{head}: mean recall {100 * logs['eval_mean_recall']:.1f}%, {', '.join(ways)}"
+                text += f", {way.replace('_', ' ')} R@{' / '.join(found)}: {shares}%"
+            return text
         if "train_runtime" in logs:
             return f"{head}: trained for {tqdm.format_interval(logs['train_runtime'])}"
         return f"{head}: {logs}"
@@ -223,7 +218,7 @@ class Progress(TrainerCallback):
     def write(self, **entry):
         """Appends an entry to log.jsonl."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        seconds = self.earlier + time.monotonic() - self.begun
+        seconds = self.earlier + time.monotonic() - self.start
         entry = {"step": self.trainer.state.global_step, **entry, "seconds": round(seconds, 2), "time": now}
         with open(self.folder / LOG, "a", encoding="utf-8") as file:
             file.write(to_json(entry) + "\n")
@@ -232,17 +227,6 @@ class Progress(TrainerCallback):
     def _count_time(self):
         now = time.monotonic()
         self.busy, self.mark = self.busy + now - self.mark, now
-
-    def _print(self, line: str):
-        try:
-            tqdm.write(line) if self.bar is not None else print(line, flush=True)
-        except BrokenPipeError:  # whoever read it is gone; the log has it all the same
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    def _close_bar(self):
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
 
 
 def _measured(logs: dict) -> str:
@@ -253,58 +237,52 @@ def _measured(logs: dict) -> str:
 
 
 def to_json(entry: dict) -> str:
-    """An entry as a line of JSON; numbers that are not finite become strings, and a `reason` is added for them."""
+    """An entry as a line of JSON. NaN and infinity become strings, and a `reason` is added for them."""
     odd = {name: value for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
     words = {name: "NaN" if math.isnan(v) else "Infinity" if v > 0 else "-Infinity" for name, v in odd.items()}
-    if words:
-        words["reason"] = (
-            f"{', '.join(words)}: no finite number; the model's numbers have overflowed. Lower --learning_rate or raise"
-            " --warmup_steps"
-        )
+    if odd:
+        fix = "the computation overflowed. Lower --learning_rate or raise --warmup_steps"
+        words["reason"] = f"{', '.join(odd)} not finite: {fix}"
     return json.dumps(entry | words, allow_nan=False)
 
 
 def continue_log(path: Path, step: int, history: list[dict]) -> tuple[float, int]:
-    """Makes a log ready for a run that is resumed from a step, and gives the seconds that it has come to and the number
-    of entries that were cut.
+    """Prepares the log of a run that resumes from a step: returns its seconds so far and the number of entries cut.
 
-    Entries of later steps are cut, because those steps are made again and give entries again; so is a last line that
-    was being written when the run was killed. Where there is no log it begins with the entries of the Trainer's own.
+    Entries after that step are cut, because those steps run again; so is a last line that was half written. If there
+    is no log, it starts with `history`, the Trainer's own.
     """
     lines, kept, seconds = [to_json(entry) for entry in history], [], 0.0
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
     for line in lines:
-        try:
+        with suppress(ValueError, KeyError):
             entry = json.loads(line)
             if entry["step"] <= step:
                 kept.append(line)
                 seconds = entry.get("seconds", seconds)
-        except (ValueError, KeyError):
-            pass
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(f"{line}\n" for line in kept))
     return seconds, len(lines) - len(kept)
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """The entries of a run's log.jsonl; a last line that is still being written is left out."""
+    """The entries of a run's log.jsonl, without a last line that is still being written."""
     path = Path(folder) / LOG
     if not path.is_file():
-        raise InputError(f"there is no {LOG} in {folder}: is it the output_dir of a run?")
-    entries = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+        raise InputError(f"there is no {LOG} in {folder}. Name the output_dir of a run")
+    entries, lines = [], path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             entries.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise InputError(f"{path}, line {number} is no JSON: remove it") from None
+                raise InputError(f"{path}, line {number} is not JSON. Remove the line") from None
     return entries
 
 
 def draw_log(folder: str | Path) -> Path:
-    """Draws curves.png of the log.jsonl in a run's folder, and gives its path."""
+    """Draws curves.png from the log.jsonl in a run's folder and returns its path."""
     entries = read_log(folder)
     batch = next((entry["batch"] for entry in reversed(entries) if "batch" in entry), None)
     draw_curves(Path(folder) / CURVES, entries, batch, str(folder))

@@ -1,4 +1,4 @@
-"""How are pictures varied in training?"""
+"""Augmentation of training images: random crops, mirroring and colour jitter."""
 
 import math
 import random
@@ -12,29 +12,25 @@ from miniclip.utils.image_files import to_rgb
 
 
 class TrainTransform(Preprocess):
-    """The training pipeline: a random crop, resized, optionally mirrored and with its colours changed.
+    """Preprocessing for training: a random crop, optionally mirrored, with optional colour jitter.
 
-    `scale` bounds the crop's share of the image's area, `ratio` its width over height (RandomResizedCrop: Szegedy et
-    al., arXiv 1409.4842); with scale (1, 1) it is resized as in evaluation instead. `hflip` is a probability,
-    `color_jitter` the strengths of random brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (a
-    turn of up to x). Called with (image, rng), as is `levels`: the same rng state gives the same tensor.
+    `scale` bounds the crop's fraction of the image area, `ratio` its width over height (RandomResizedCrop: Szegedy et
+    al., arXiv 1409.4842); scale (1, 1) resizes as in evaluation. `hflip` is a probability, `color_jitter` the strengths
+    of random brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (a turn of up to x). Call it, and
+    `levels`, with (image, rng): the same rng state gives the same tensor.
     """
 
     def __init__(
-        self,
-        cfg: PreprocessConfig,
-        scale: tuple[float, float] = (0.9, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        hflip: float = 0.0,
-        color_jitter: tuple[float, float, float, float] | None = None,
-    ):
+        self, cfg: PreprocessConfig, scale: tuple[float, float] = (0.9, 1), ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.0, color_jitter: tuple[float, float, float, float] | None = None,
+    ):  # fmt: skip
         super().__init__(cfg)
         if not 0 < scale[0] <= scale[1] <= 1 or not 0 <= hflip <= 1:
             raise ValueError(f"scale {scale} must lie in (0, 1] and hflip {hflip} in [0, 1]")
         if color_jitter and len(color_jitter) != 4:
             raise ValueError(f"color_jitter {color_jitter} is not (brightness, contrast, saturation, hue)")
         self.crop_scale, self.ratio, self.hflip, self.color_jitter = scale, ratio, hflip, color_jitter
-        self.scale = math.ceil(2 * cfg.size / math.sqrt(scale[0] * ratio[0]))  # so that the smallest crop has enough
+        self.scale = math.ceil(2 * cfg.size / math.sqrt(scale[0] * ratio[0]))  # enough pixels for the smallest crop
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Tensor:
         return self.normalize(self.levels(image, rng))
@@ -42,7 +38,7 @@ class TrainTransform(Preprocess):
     def levels(self, image: Image.Image, rng: random.Random) -> Tensor:
         image = to_rgb(image)
         if self.crop_scale[0] < 1:
-            # Cropped first: with resize(box=...) pixels outside the crop would bleed into its edges.
+            # Crop first: resize(box=...) would let pixels outside the crop bleed into its edges.
             image = image.crop(self.crop_box(*image.size, rng)).resize((self.cfg.size,) * 2, self.interpolation)
         else:
             image = self.resize(image)
@@ -53,21 +49,22 @@ class TrainTransform(Preprocess):
         return to_levels(image)
 
     def crop_box(self, width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
-        """A random rectangle in the image; after ten that do not fit, the largest one in the middle that does."""
+        """A random rectangle within the image; after ten that do not fit, the largest one at the centre."""
         for _ in range(10):
             area = width * height * rng.uniform(*self.crop_scale)
             aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 left, top = rng.randint(0, width - w), rng.randint(0, height - h)
-                return left, top, left + w, top + h
-        w, h = min(width, round(height * self.ratio[1])), min(height, round(width / self.ratio[0]))
-        left, top = (width - w) // 2, (height - h) // 2
+                break
+        else:
+            w, h = min(width, round(height * self.ratio[1])), min(height, round(width / self.ratio[0]))
+            left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
 
 
 def jitter(image: Image.Image, strengths: tuple[float, float, float, float], rng: random.Random) -> Image.Image:
-    """Changes brightness, contrast, saturation and hue at random, the first three in random order."""
+    """Random brightness, contrast and saturation, in random order, then hue."""
     *factors, turn = strengths
     changes = list(zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors))
     rng.shuffle(changes)

@@ -1,4 +1,4 @@
-"""Distillation: a small model learns to score the images and captions of a batch as a large one scores them."""
+"""Distillation: a small model learns to score the pairs of a batch as a larger one does."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,48 +17,40 @@ from miniclip.utils.errors import InputError
 
 
 def affinity_loss(student: ClipOutput, teacher: ClipOutput) -> Tensor:
-    """Affinity mimicking (Wu et al., TinyCLIP, ICCV 2023, equations 2 and 3; OpenCLIP's distillation loss is the same):
-
-    the mean over both directions of the cross-entropy from the teacher's softmax over a row of logits to the student's,
-    in nats. Embeddings are (B, E), of unit length, and those of the teacher may have another E; the logits are cosines
-    times each model's own scale. Across processes as `clip_loss`.
+    """Affinity mimicking (Wu et al., TinyCLIP, ICCV 2023, equations 2 and 3), the same as OpenCLIP's distillation loss:
+    the cross-entropy from the teacher's softmax over a row of logits to the student's, in nats, averaged over both
+    directions. Embeddings are (B, E), of unit length; E may differ. Across processes as `clip_loss`.
     """
     with torch.autocast(student.image_embeds.device.type, enabled=False):
-        return (_cross_entropy(student, teacher, 0, 1) + _cross_entropy(student, teacher, 1, 0)) / 2
-
-
-def _cross_entropy(student: ClipOutput, teacher: ClipOutput, of: int, over: int) -> Tensor:
-    logits, wanted = (
-        output.logit_scale.float() * output[of].float() @ gather(output[over].float()).T
-        for output in (student, teacher)
-    )
-    return F.cross_entropy(logits, wanted.softmax(dim=1))
+        losses = []
+        for rows, columns in ((0, 1), (1, 0)):
+            logits, wanted = (
+                output.logit_scale.float() * output[rows].float() @ gather(output[columns].float()).T
+                for output in (student, teacher)
+            )
+            losses.append(F.cross_entropy(logits, wanted.softmax(dim=1)))
+        return sum(losses) / 2
 
 
 class Distillation:
-    """A loss for ClipTrainer: the student learns to score a batch as `teacher` does, a frozen MiniClip with its own
-    preprocessing, in fp32 or with `bf16` in that.
+    """A loss for ClipTrainer: the student learns to score a batch as `teacher` does, a MiniClip with its own
+    preprocessing, frozen here and run in fp32 or in `bf16`.
 
-    With `contrast` that loss is added (OpenCLIP's `--distill-model`); without it the teacher's scores are all there is
-    to learn from (TinyCLIP). The teacher sees the student's images, resized to its own size. Raises InputError for a
-    teacher that does not read the student's tokens.
+    It is added to `contrast` (OpenCLIP's `--distill-model`), or is all there is (TinyCLIP). The teacher sees the
+    student's images, resized to its own size. Raises InputError for a teacher that cannot read the student's tokens.
     """
 
     def __init__(
-        self,
-        teacher: MiniClip,
-        preprocess: Preprocess,
-        student: MiniClip,
-        contrast: Callable[[ClipOutput, dict], Tensor] | None = None,
-        bf16: bool = False,
-    ):
+        self, teacher: MiniClip, preprocess: Preprocess, student: MiniClip,
+        contrast: Callable[[ClipOutput, dict], Tensor] | None = None, bf16: bool = False,
+    ):  # fmt: skip
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
         words = [(t.vocabulary(), t.pad_token_id) for t in (teacher.text.tokenizer, student.text.tokenizer)]
         same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size and words[0] == words[1]
         if not same or theirs.context_length < ours.context_length:
             raise InputError(
-                f"the teacher reads {theirs.context_length} tokens of {theirs.vocab_size} words, the student"
-                f" {ours.context_length} of {ours.vocab_size}: take a teacher that reads all that the student does"
+                f"the teacher reads {theirs.context_length} tokens from a vocabulary of {theirs.vocab_size}, the"
+                f" student {ours.context_length} from {ours.vocab_size}. Use a teacher with the student's tokenizer"
             )
         self.teacher, self.preprocess = teacher.float().eval().requires_grad_(False), preprocess
         self.contrast, self.chunk_size = contrast, 256
@@ -66,14 +58,14 @@ class Distillation:
 
     def __call__(self, outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
         if not {"pixel_values", "input_ids"} <= batch.keys():
-            raise InputError("a teacher needs images and captions: do not freeze a tower, or remove --teacher")
+            raise InputError("a teacher needs images and captions. Do not freeze a tower, or remove --teacher")
         loss = affinity_loss(outputs, self.embed(batch["pixel_values"], batch["input_ids"]))
         return loss + self.contrast(outputs, batch) if self.contrast else loss
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor, input_ids: Tensor) -> ClipOutput:
-        """What the teacher makes of levels (B, 3, S, S) and token ids (B, L), a chunk at a time."""
-        if not isinstance(self.teacher, InferenceClip):  # here and not before: its weights are laid out for a device
+        """The teacher's outputs for uint8 pixels (B, 3, S, S) and token ids (B, L), a chunk at a time."""
+        if not isinstance(self.teacher, InferenceClip):  # not before: its weights are laid out for a device
             self.teacher = inference_copy(self.teacher.to(pixel_values.device), self.precision)
         size = self.preprocess.cfg.size
         images, texts = [], []
@@ -86,7 +78,7 @@ class Distillation:
 
 
 def distill(model: MiniClip, options, args) -> Distillation:
-    """CLIP's loss and the teacher's scores."""
+    """CLIP's loss plus the teacher's scores."""
     return Distillation(*_teacher(options), model, clip(model, options, args), args.bf16)
 
 

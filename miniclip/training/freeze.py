@@ -1,26 +1,30 @@
-"""Frozen towers: their features are computed once, before the first epoch, or taken from a cache."""
+"""Frozen towers and blocks, and the features of a frozen tower: computed once before training, or read from a cache."""
 
+import re
 from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from miniclip.data import image_id, text_id
 from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.evaluator import on_all_processes
 from miniclip.inference.feature_cache import FeatureCache
-from miniclip.model import MiniClip
+from miniclip.model import MiniClip, Tower
 from miniclip.training.dataset import RunDataset
-from miniclip.training.finetune import hold_statistics
 from miniclip.utils.errors import InputError
+
+AFTER_BLOCKS = re.compile(r"norm|^_?bn|ln_|final|proj|pool|head")  # parts of the names of what follows the blocks
 
 
 def freeze(model: MiniClip, image: str = "none", text: str = "none"):
-    """Takes the towers of a model out of training: "none", "tower" (its projection still learns) or "all" of it.
+    """Freezes the towers of a model: "none", "tower" (all except the projection) or "all" of it.
 
-    A frozen image tower with a text tower that learns to fit it is LiT (Zhai et al., arXiv 2111.07991). Raises
-    InputError where nothing would be left to learn.
+    A frozen image tower with a text tower that is trained to fit it is LiT (Zhai et al., arXiv 2111.07991). Raises
+    InputError if nothing is left to train.
     """
     for tower, how in ((model.visual, image), (model.text, text)):
         if how != "none":
@@ -28,26 +32,68 @@ def freeze(model: MiniClip, image: str = "none", text: str = "none"):
             tower.projection.requires_grad_(how == "tower")
             hold_statistics(tower)
     if not any(p.requires_grad for name, p in model.named_parameters() if name != "logit_scale"):
-        raise InputError("both towers are frozen, projections included: nothing is left to learn. Freeze one of them")
+        raise InputError("both towers are frozen, projections included: nothing is left to train. Freeze one of them")
+
+
+def freeze_all_but(model: MiniClip, image: int | None = None, text: int | None = None):
+    """Freezes all of a tower except its last `image` or `text` blocks and what follows them, the last norm and the
+    projection. BatchNorms keep their statistics. None leaves a tower as it is; 0 trains the projection alone.
+
+    The backward pass stops at the frozen part, which saves most of its time and memory. OpenCLIP's
+    `--lock-image-unlocked-groups` counts the projection too: it is N + 1. Raises InputError for too many blocks.
+    """
+    for kind, tower, blocks in (("image", model.visual, image), ("text", model.text, text)):
+        if blocks is None:
+            continue
+        if not 0 <= blocks <= len(tower.blocks):
+            n = len(tower.blocks)
+            raise InputError(f"all_but_{blocks}: the {kind} tower has {n} blocks. Choose a number from 0 to {n}")
+        depth, head = depths(tower), set(tower.projection.parameters())
+        for name, p in tower.named_parameters():
+            p.requires_grad_(depth[name] <= blocks if blocks else p in head)
+        hold_statistics(tower, learning=True)
+
+
+def depths(tower: nn.Module) -> dict[str, int]:
+    """The distance of each parameter from the top of a tower of n blocks: 0 after the blocks (norm, projection), 1 in
+    the last block, n in the first, n + 1 before them (embeddings, positions). Between two blocks the upper one counts.
+    Parameters are registered in the order of their use, except embeddings and attention biases in some encoders."""
+    number = {p: i for i, block in enumerate(tower.blocks) for p in block.parameters()}
+    n, found = len(tower.blocks), {}
+    last = -1  # the last block met
+    for name, p in tower.named_parameters():
+        last = number.get(p, last)
+        top = last < n - 1 or any(map(AFTER_BLOCKS.search, name.split(".")))
+        after = last >= 0 and "embed" not in name and top
+        found[name] = n - number[p] if p in number else n - 1 - last if after else n + 1
+    return found
+
+
+def hold_statistics(tower: Tower, learning: bool = False):
+    """Keeps each BatchNorm with frozen weights in evaluation mode: in training mode its mean and variance would change.
+    `learning`: also those whose weights are trained, as a few small batches give worse statistics than pretraining."""
+    norms = [module for module in tower.modules() if isinstance(module, _BatchNorm)]
+    tower.fixed_norms = tuple(n for n in norms if learning or not any(p.requires_grad for p in n.parameters()))
+    tower.train(tower.training)
 
 
 class FrozenDataset(RunDataset):
-    """The pairs of a RunDataset, drawn alike, with precomputed features instead of a frozen tower's inputs.
+    """A RunDataset, with the same draws, whose items have precomputed features instead of a frozen tower's inputs.
 
-    `image_features` (images, W): item i has `image_features` (W,) instead of `pixel_values`. `text_features`
-    (captions, W), of all captions in order: it has `text_features` (W,) instead of `caption`.
+    `image_features` (images, W) replace `pixel_values`; `text_features` (captions, W), of all captions in order,
+    replace `caption`. Each item has one row (W,).
     """
 
     def __init__(self, *args, image_features: np.ndarray | None, text_features: np.ndarray | None, **kwargs):
         super().__init__(*args, **kwargs)
-        # In shared memory: worker processes read them without a copy each.
+        # In shared memory, so that worker processes need no copy of their own.
         self.image_features, self.text_features = (
             None if features is None else torch.from_numpy(features).share_memory_()
             for features in (image_features, text_features)
         )
         counts = [len(record["caption"]) for record in self.records]
         self.first_caption = np.cumsum([0, *counts]).tolist()
-        if image_features is not None:  # then nothing else reads the images again
+        if image_features is not None:  # the images are not read again, so their ids are computed here
             images = [(image_id(record["image"]), record["caption"]) for record in self.records]
             ids = [(image, text_id(caption)) for image, captions in images for caption in captions]
             self.caption_ids = torch.tensor(ids).share_memory_()
@@ -71,8 +117,7 @@ class FrozenDataset(RunDataset):
 
 def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer):
     """Freezes the towers that `options` name and computes their features for all records, or reads them from
-    `--feature_cache`. Returns the dataset class to train on, None if nothing is frozen, and the image and text caches
-    for evaluation."""
+    `--feature_cache`. Returns the dataset class for training, or None, and the image and text caches for evaluation."""
     image, text = options.frozen
     if (image, text) == ("none", "none"):
         return None, (None, None)

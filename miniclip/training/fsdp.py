@@ -1,7 +1,7 @@
 """FSDP 2 (fully sharded data parallel: Zhao et al., arXiv 2304.11277), through accelerate.
 
-Each process keeps a shard of every weight, of its gradient and of the optimizer's state; a block's weights are gathered
-only while it computes. The numbers are those of training without it. How to start it: docs/distributed.md.
+Each process keeps a shard of every weight, gradient and optimizer state; a block's weights are gathered while it runs.
+The results equal those of training without it. docs/distributed.md says how to start it.
 """
 
 import os

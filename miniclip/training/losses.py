@@ -1,10 +1,10 @@
-"""The losses of `train.py --loss`: the one place to register one."""
+"""Registry of the losses of `train.py --loss`."""
 
 import importlib
 from collections.abc import Callable
 
-# A loss by name: a function (model, options, args) -> loss(outputs, batch), or "module:function", imported when asked
-# for. `options` is a TrainOptions, `args` the RunArguments, `outputs` a ClipOutput, `batch` a dict of tensors.
+# A loss by name: a function (model, options, args) -> loss(outputs, batch), or "module:function", imported on use.
+# `options` is a TrainOptions, `args` the RunArguments, `outputs` a ClipOutput, `batch` a dict of tensors.
 LOSSES: dict[str, Callable | str] = {
     "clip": "miniclip.training.objectives:clip",
     "siglip": "miniclip.training.objectives:siglip",

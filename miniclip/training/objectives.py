@@ -13,7 +13,7 @@ def clip(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Tensor]
     """CLIP's loss, with `--duplicates`."""
 
     def loss(outputs: ClipOutput, batch: dict) -> Tensor:
-        if "pair_ids" not in batch:  # data without ids has no duplicates that could be known
+        if "pair_ids" not in batch:  # data without ids: duplicates cannot be found
             return clip_loss(*outputs[:3])
         return clip_loss_with_duplicates(*outputs[:3], batch["pair_ids"], options.duplicates)
 

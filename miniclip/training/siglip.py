@@ -1,8 +1,6 @@
-"""What if every pair is a question of its own?
+"""SigLIP's sigmoid loss: each image and caption is a yes-or-no question (Zhai et al., arXiv 2303.15343).
 
-CLIP asks which of all captions belongs to an image; SigLIP asks of each image and each caption whether they belong
-together, yes or no (Zhai et al., arXiv 2303.15343). No row has to be complete before it counts, so that the logits need
-not be held all at once.
+No softmax needs a whole row of logits, so they never have to be in memory all at once.
 """
 
 import math
@@ -15,29 +13,23 @@ from torch.utils.checkpoint import checkpoint
 from miniclip.loss import DUPLICATES, find_duplicates, gather, process_index
 from miniclip.model import MiniClip
 
-INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0  # section 3.2: nearly all pairs are a "no", which the bias says
-CHUNK = 1024  # captions that are scored at once
+INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0  # section 3.2: the bias says that most pairs do not match
+CHUNK = 1024  # captions scored at once
 
 
 def siglip_loss(
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    ids: Tensor | None = None,
-    duplicates: str = "positive",
-    chunk_size: int = CHUNK,
-) -> Tensor:
-    """The sigmoid loss: -1/B sum over i, j of log sigmoid(z_ij (scale x_i . y_j + bias)), in nats (algorithm 1).
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, ids: Tensor | None = None,
+    duplicates: str = "positive", chunk_size: int = CHUNK,
+) -> Tensor:  # fmt: skip
+    """-1/B sum over i, j of log sigmoid(z_ij (scale x_i . y_j + bias)), in nats (algorithm 1).
 
-    z_ij is 1 where image i and caption j are a pair, and -1 elsewhere. For "positive" duplicates z_ij is 1 too; those
-    to "exclude" count nothing, and to "ignore" them makes them a "no". Arguments are as of `clip_loss`; `logit_bias` is
-    a scalar. A process scores its own B images against everybody's captions, and the mean over the processes is
-    the loss of the whole batch. At most B x `chunk_size` logits exist at once: they are computed again for the
-    backward pass, so that memory grows with the batch and not with its square.
+    z_ij is 1 if image i and caption j are a pair, otherwise -1. Duplicates are pairs too ("positive"), dropped from the
+    sum ("exclude") or negatives ("ignore"). Arguments as for `clip_loss`; `logit_bias` is a scalar. Each process scores
+    its B images against the captions of all; the mean over processes is the loss of the whole batch. At most B x
+    `chunk_size` logits exist at once, recomputed in the backward pass: memory grows linearly with the batch.
     """
     if duplicates not in DUPLICATES:
-        raise ValueError(f"duplicates {duplicates!r} is none of {', '.join(DUPLICATES)}")
+        raise ValueError(f"duplicates {duplicates!r} is not one of {', '.join(DUPLICATES)}")
     with torch.autocast(image_embeds.device.type, enabled=False):
         images, texts = image_embeds.float(), gather(text_embeds.float())
         rows = torch.arange(len(images), device=images.device)
@@ -45,27 +37,25 @@ def siglip_loss(
         loss = images.new_zeros(())
         for start in range(0, len(texts), chunk_size):
             part = slice(start, start + chunk_size)
-            own = rows + process_index() * len(images) - start  # the place of each image's own caption, if it is here
-            others = None if ids is None or duplicates == "ignore" else (ids, all_ids[part], duplicates)
-            inputs = (images, texts[part], logit_scale.float(), logit_bias.float(), own, others)
+            own = rows + process_index() * len(images) - start  # the column of each image's caption
+            inputs = (images, texts[part], logit_scale.float(), logit_bias.float(), own, duplicates)
+            inputs += () if ids is None else (ids, all_ids[part])
             loss = loss + checkpoint(_chunk_loss, *inputs, use_reentrant=False)
         return loss / len(images)
 
 
-def _chunk_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, own: Tensor, others) -> Tensor:
+def _chunk_loss(
+    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, own: Tensor, duplicates: str, *ids
+) -> Tensor:
     pair = own[:, None] == torch.arange(len(texts), device=own.device)
-    logits = logit_scale * images @ texts.T + logit_bias
-    if others is None:
-        return -F.logsigmoid(torch.where(pair, logits, -logits)).sum()
-    ids, their_ids, duplicates = others
-    same = find_duplicates(ids, their_ids)
-    if duplicates == "positive":
-        return -F.logsigmoid(torch.where(same, logits, -logits)).sum()
-    return -(F.logsigmoid(torch.where(pair, logits, -logits)) * (pair | ~same)).sum()
+    same = find_duplicates(*ids) if ids and duplicates != "ignore" else pair
+    logits = scale * images @ texts.T + bias
+    losses = -F.logsigmoid(torch.where(same if duplicates == "positive" else pair, logits, -logits))
+    return (losses * (pair | ~same)).sum() if duplicates == "exclude" else losses.sum()
 
 
 def add_logit_bias(model: MiniClip):
-    """Makes a CLIP model one for this loss: with a bias, and the loss's own initial temperature beside it."""
+    """Gives a model the bias and the initial temperature of this loss."""
     device = model.logit_scale.device
     model.config.init_logit_scale, model.config.init_logit_bias = INIT_LOGIT_SCALE, INIT_LOGIT_BIAS
     model.logit_scale.data.fill_(INIT_LOGIT_SCALE)

@@ -17,16 +17,9 @@ from miniclip.inference.matmul import fast_arithmetic
 from miniclip.model import MiniClip
 from miniclip.run.guard import GuardedTrainer, spare_workers
 from miniclip.trainer import ClipTrainer
+from miniclip.training import fsdp
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
-from miniclip.training.fsdp import (
-    load_whole_weights,
-    prepare_fsdp,
-    scalar_outputs,
-    uses_fsdp,
-    whole_model,
-    with_scalars,
-)
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.utils.errors import InputError
 from miniclip.utils.machine import keep_freed_memory
@@ -35,61 +28,50 @@ logger = logging.getLogger(__name__)
 
 
 class RunTrainer(GuardedTrainer, ClipTrainer):
-    """A ClipTrainer whose runs survive (`run/guard.py`) and that computes the same with less work; what train.py uses.
+    """The trainer of train.py: a ClipTrainer that survives interruptions (`run/guard.py`) and is faster.
 
-    It takes a RunDataset, `preprocess` to normalise its images, and besides ClipTrainer's arguments `lr_scale`, from a
-    parameter's name to the factor of its learning rate, and `ema`, a model of the same shape whose weights somebody
-    keeps as an average of those that learn: it is measured in their place and saved in checkpoints.
+    Besides ClipTrainer's arguments it takes `preprocess`, to normalise the images of a RunDataset, `lr_scale`, from a
+    parameter's name to the factor of its learning rate, and `ema`, a model whose weights a callback keeps as the
+    average of the trained ones: it is evaluated instead of the model and saved in checkpoints.
     """
 
     def __init__(
-        self,
-        model: MiniClip,
-        args: RunArguments,
-        train_dataset: RunDataset | None = None,
-        *,
-        preprocess,
-        tokenizer,
-        evaluator: Evaluator | None = None,
-        lr_scale: Callable[[str], float] | None = None,
-        ema: MiniClip | None = None,
-        **kwargs,
-    ):
-        self.sharded = uses_fsdp(args)
-        # FSDP counts on every block being called as a whole.
+        self, model: MiniClip, args: RunArguments, train_dataset: RunDataset | None = None, *, preprocess,
+        evaluator: Evaluator | None = None, lr_scale: Callable[[str], float] | None = None,
+        ema: MiniClip | None = None, **kwargs,
+    ):  # fmt: skip
+        self.sharded = fsdp.uses_fsdp(args)
+        # FSDP needs every block to be called as a module, which the fast path does not do.
         wrap_towers(model, preprocess.normalize, args.grad_cache_chunk_size, args.fast and not self.sharded)
         if model.visual.may_skip_parameters or model.text.may_skip_parameters:
             args.ddp_find_unused_parameters = True
         moving = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
         if args.grad_cache_chunk_size and any(moving):
             raise InputError(
-                "grad_cache_chunk_size: a BatchNorm that learns takes its statistics from a chunk, not from the batch."
-                " Leave it out, or freeze the image tower or all but its last blocks"
+                "grad_cache_chunk_size: a trained BatchNorm would compute its statistics from a chunk, not the batch."
+                " Remove it, or freeze the image tower (--freeze_image tower or all_but_N)"
             )
-        self.tokenizer, self.lr_scale, self.ema = tokenizer, lr_scale, ema
-        self.measured_by = evaluator
+        self.lr_scale, self.ema, self.measured_by = lr_scale, ema, evaluator
         if evaluator is not None:
             check_metric(args, evaluator)
-        super().__init__(
-            model, args, train_dataset, tokenizer=tokenizer, evaluator=evaluator and self.measure, **kwargs
-        )
+        super().__init__(model, args, train_dataset, evaluator=evaluator and self.measure, **kwargs)
         if self.sharded:
-            prepare_fsdp(self)
+            fsdp.prepare_fsdp(self)
         self.add_callback(ReportBadSamples(train_dataset))
         batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
         if train_dataset is not None and has_length(train_dataset):  # a stream may have none
             sampler = train_dataset.sampler(args)
             n = len(train_dataset if sampler is None else sampler)
             if n < (batch if args.dataloader_drop_last else 1):
-                raise InputError(f"{n} images do not fill a batch of {batch}: lower per_device_train_batch_size")
+                raise InputError(f"{n} images do not fill a batch of {batch}. Lower per_device_train_batch_size")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As ClipTrainer's. What a frozen tower computed in advance comes in the place of its inputs."""
+        """As ClipTrainer's; the precomputed features of a frozen tower replace its inputs."""
         images = inputs.get("image_features", inputs.get("pixel_values"))
         outputs = model(images, inputs.get("text_features", inputs.get("input_ids")))
-        outputs = scalar_outputs(outputs) if self.sharded else outputs
+        outputs = fsdp.scalar_outputs(outputs) if self.sharded else outputs
         loss = self.loss(outputs, inputs)
-        self.guard.saw(loss, inputs.get("row"), inputs.get("input_ids"))
+        self.guard.batches.append((loss.detach(), inputs.get("row"), inputs.get("input_ids")))
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset=None):
@@ -98,13 +80,12 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def get_train_dataloader(self):
-        """As Trainer's, unless the dataset makes its own: a stream, of which each process reads its share."""
-        return spare_workers(
-            self.train_dataset.dataloader(self.args, self.data_collator) or super().get_train_dataloader()
-        )
+        """As Trainer's, unless the dataset has its own: each process reads its share of a stream."""
+        own = self.train_dataset.dataloader(self.args, self.data_collator)
+        return spare_workers(own or super().get_train_dataloader())
 
     def create_optimizer(self, model=None):
-        """Trainer's, with its groups divided by rate, the fastest, whose rate is logged, first."""
+        """Trainer's, with its groups split by learning rate. The highest, which is logged, comes first."""
         divide = self.optimizer is None and self.lr_scale is not None
         super().create_optimizer(model)
         if divide:
@@ -119,20 +100,20 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         return self.optimizer
 
     def measure(self, model: MiniClip) -> dict[str, float]:
-        """What ClipTrainer calls as its evaluator: the average of the weights, or all of a sharded model."""
+        """The evaluator that ClipTrainer calls: on the average of the weights, or on a sharded model made whole."""
         model = model if self.ema is None else self.ema
-        return self.measured_by(whole_model(model, self.args.device) if self.sharded else model)
+        return self.measured_by(fsdp.whole_model(model, self.args.device) if self.sharded else model)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As Trainer's; True resumes from the newest complete checkpoint."""
+        """As GuardedTrainer's, with fast arithmetic."""
         if self.args.fast and self.args.device.type == "cpu" and not self.args.grad_cache_chunk_size:
             keep_freed_memory()
         with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
             return super().train(resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
-        # Weights that FSDP put together have a scale of shape (1,).
-        super()._save(output_dir, with_scalars(state_dict, ()) if state_dict else None)
+        # The weights that FSDP gathers have a scale of shape (1,).
+        super()._save(output_dir, fsdp.with_scalars(state_dict, ()) if state_dict else None)
         if self.ema is not None and self.is_in_train and self.args.should_save:
             path = os.path.join(output_dir or self.args.output_dir, "ema.safetensors")
             save_file(self.ema.state_dict(), path, metadata={"format": "pt"})
@@ -140,19 +121,19 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.sharded:
             weights = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
-            return load_whole_weights(self.model, weights)
+            return fsdp.load_whole_weights(self.model, weights)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         average = Path(resume_from_checkpoint) / "ema.safetensors"
         if average.is_file() != (self.ema is not None):
-            how = "with --ema: resume with it too" if average.is_file() else "without --ema: resume without it too"
-            raise InputError(f"{resume_from_checkpoint} was made {how}, or start anew with --model on it")
+            how = "with --ema. Resume with it" if average.is_file() else "without --ema. Resume without it"
+            raise InputError(f"{resume_from_checkpoint} was saved {how}, or start a new run with --model on it")
         if self.ema is not None:
             self.ema.load_state_dict(load_file(average), strict=True)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.sharded and self.args.should_save:
-            os.remove(os.path.join(output_dir, "pytorch_model_fsdp.bin"))  # model.safetensors once more
+            os.remove(os.path.join(output_dir, "pytorch_model_fsdp.bin"))  # a copy of model.safetensors
 
 
 def check_metric(args: RunArguments, evaluator: Evaluator):
@@ -167,7 +148,7 @@ def check_metric(args: RunArguments, evaluator: Evaluator):
 
 
 class ReportBadSamples(TrainerCallback):
-    """Counts, after each epoch, the bad samples that all processes met; each was logged when it was met."""
+    """Reports the number of bad samples on all processes after each epoch; each is logged when it is read."""
 
     def __init__(self, dataset: RunDataset | None):
         self.dataset = dataset
@@ -177,4 +158,4 @@ class ReportBadSamples(TrainerCallback):
         if any(bad) and args.process_index == 0:
             path = self.dataset.bad_samples.path
             where = f" (listed in {path})" if path else ""
-            logger.warning("bad samples so far, each replaced by the next one: %d%s", sum(bad), where)
+            logger.warning("bad samples so far, each replaced by the next sample: %d%s", sum(bad), where)

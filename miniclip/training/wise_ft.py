@@ -1,14 +1,8 @@
-"""How much of the old model should the new one keep?
-
-Between the weights before fine-tuning and those after it lies a line, and the models on it are often better than both
-ends: most of what was learned, and most of what was known (WiSE-FT: Wortsman et al., arXiv 2109.01903):
+"""WiSE-FT: weights between those before and those after fine-tuning (Wortsman et al., arXiv 2109.01903).
 
     weights = (1 - alpha) before + alpha after
 
-Here alpha is swept, each model measured on the new task and on the old one, and the sweep written as a table, as JSON
-and as a picture. It costs no training:
-
-    python -m miniclip wise_ft --before FOLDER --after FOLDER --new_file new.json --old_file old.json --output_dir DIR
+A model in between often keeps most of the old task and most of the new one, without further training.
 """
 
 import copy
@@ -26,20 +20,13 @@ ALPHAS = [number / 10 for number in range(11)]
 
 
 def sweep(
-    before: MiniClip,
-    after: MiniClip,
-    preprocess,
-    tokenizer,
-    records: dict[str, list[dict]],
-    alphas: list[float] = ALPHAS,
-    precision: str = "fp32",
-    batch_size: int = 64,
-    num_workers: int | None = None,
+    before: MiniClip, after: MiniClip, preprocess, tokenizer, records: dict[str, list[dict]],
+    alphas: list[float] = ALPHAS, precision: str = "fp32", batch_size: int = 64, num_workers: int | None = None,
     progress: bool = False,
-) -> list[dict]:
-    """Measures the models between two on caption sets ("new" and "old", say): for each alpha
-    `{"alpha": alpha, "mean": mean of the mean recalls, name: metrics, ...}`. A tower that is the same in both, as one
-    that was locked, encodes once for all. Raises InputError for models that are not the same but for their numbers.
+) -> list[dict]:  # fmt: skip
+    """Evaluates the models between two on caption sets by name. Returns, for each alpha,
+    `{"alpha": alpha, "mean": mean of the mean recalls, name: metrics, ...}`. A tower that is equal in both models, such
+    as a frozen one, encodes only once. Raises InputError for models of different architectures.
     """
     check_same(before.config, after.config)
     weights = before.state_dict(), after.state_dict()
@@ -59,7 +46,7 @@ def sweep(
 
 
 def best(found: list[dict]) -> float:
-    """The alpha with the highest mean of both recalls; of equal ones that which keeps more of the old model."""
+    """The alpha with the highest mean of both recalls; of equal ones the lowest, nearest to the old model."""
     return max(found, key=lambda entry: (entry["mean"], -entry["alpha"]))["alpha"]
 
 
@@ -67,10 +54,9 @@ COLUMNS = ["mean_recall", "text_to_image_R@1", "text_to_image_R@10", "image_to_t
 
 
 def format_sweep(found: list[dict]) -> str:
-    """The sweep as a Markdown table, in percent: the new task beside the old one."""
+    """A sweep of the tasks "new" and "old" as a Markdown table, in percent."""
     heads = [f"{task}: {metric.replace('_', ' ')}" for task in ("new", "old") for metric in COLUMNS]
-    heads = ["alpha", *heads, "mean of both"]
-    rows = [heads, ["---"] * len(heads)]
+    rows = [["alpha", *heads, "mean of both"], ["---"] * (len(heads) + 2)]
     for entry in found:
         shares = [entry[task][metric] for task in ("new", "old") for metric in COLUMNS]
         rows.append([f"{entry['alpha']:g}", *(f"{100 * share:.1f}" for share in (*shares, entry["mean"]))])

@@ -1,4 +1,4 @@
-"""What a run shows: the bar, log.jsonl, curves.png, and the warnings, from logs made by hand and from real runs."""
+"""The bar, log.jsonl, curves.png and the warnings of a run, from logs made by hand and from real runs."""
 
 import json
 import logging
@@ -46,8 +46,8 @@ def test_the_best_loss_there_can_be():
 def test_a_loss_that_stays_at_chance():
     ln = math.log(128)  # 4.852; 2% of the way to 0 is 0.097
     stuck = losses(*[ln] * 10)
-    assert "stays at that of guessing, ln(128) = 4.852" in stays_at_chance(stuck, 128)
-    assert "stays above that of guessing" in stays_at_chance(losses(*[5.5] * 10), 128), "worse is no better"
+    assert "stays at chance level, ln(128) = 4.852" in stays_at_chance(stuck, 128)
+    assert "stays above chance level" in stays_at_chance(losses(*[5.5] * 10), 128), "worse is no better"
     assert stays_at_chance(losses(*[ln - 0.09] * 10), 128)
     assert stays_at_chance(losses(*[ln] * 9, ln - 0.1), 128) is None, "it has begun to learn"
     assert stays_at_chance(losses(*[ln] * 9), 128) is None, "too few entries"
@@ -69,8 +69,8 @@ def scales(*values: float) -> list[dict]:
     return [{"logit_scale": value, "loss": 1.0, "step": 10 * n} for n, value in enumerate(values, 1)]
 
 
-def test_the_scale_at_its_limit():
-    assert "come to its limit of 100" in scale_at_limit(scales(14.3, 60, 99.6, 100, 100, 100, 100))
+def test_the_scale_at_its_maximum():
+    assert "reached its maximum of 100" in scale_at_limit(scales(14.3, 60, 99.6, 100, 100, 100, 100))
     assert "14.3" in scale_at_limit(scales(14.3, 60, 99.6, 100, 100, 100, 100))
     assert scale_at_limit(scales(14.3, 60, 99.4, 100, 100, 100, 100)) is None
     assert scale_at_limit(scales(14.3, 100, 100, 100, 100)) is None
@@ -114,7 +114,7 @@ def test_recall_that_falls_while_the_loss_falls():
 
 @pytest.fixture
 def make(caption_set, tiny_model):
-    """A trainer of the tiny model on the 24 pairs, and what watches it."""
+    """A trainer of the tiny model on the 24 pairs, and its Progress."""
 
     def make(eval_records=None, model=tiny_model, pairs=24, **more):
         values = {
@@ -225,7 +225,7 @@ def test_a_run_that_breaks_off_leaves_log_and_curves_and_goes_on(error, make, ca
     assert (after[4]["event"], after[4]["step"], after[4]["cut"]) == ("resumed", 3, 4)  # steps 4, 5, error, half a line
     assert [a["loss"] for a in after[5:7]] == pytest.approx([b["loss"] for b in before[4:6]], abs=1e-6)
     seconds = [entry["seconds"] for entry in after]
-    assert seconds == sorted(seconds), "they go on"
+    assert seconds == sorted(seconds), "they continue"
     assert curves.is_file()
 
 
@@ -236,13 +236,13 @@ def test_a_log_that_was_lost_begins_with_the_trainers_own(tmp_path):
     assert [entry["loss"] for entry in entries] == [2.0, "NaN"]
 
 
-def test_numbers_that_are_none(tmp_path):
+def test_nan_and_infinity_in_the_log(tmp_path):
     entry = json.loads(to_json({"loss": math.nan, "grad_norm": -math.inf, "step": 3}))
     assert (entry["loss"], entry["grad_norm"], entry["step"]) == ("NaN", "-Infinity", 3)
-    assert entry["reason"].startswith("loss, grad_norm: no finite number") and "--learning_rate" in entry["reason"]
+    assert entry["reason"].startswith("loss, grad_norm not finite: ") and "--learning_rate" in entry["reason"]
 
 
-def test_a_loss_that_is_no_number_is_in_the_log(make, caption_set):
+def test_a_nan_loss_is_in_the_log(make, caption_set):
     trainer, progress = make(learning_rate=1e30, max_grad_norm=0)
     with pytest.raises(FloatingPointError):
         run(trainer, progress)
@@ -253,47 +253,47 @@ def test_a_loss_that_is_no_number_is_in_the_log(make, caption_set):
 
 
 @pytest.mark.parametrize("rate", [1e-7, 0.3])
-def test_a_run_that_learns_nothing_is_told(rate, make, caplog):
+def test_a_run_that_learns_nothing_gets_a_warning(rate, make, caplog):
     """At a rate that is too low the loss stays where it began; one that is too high drives it to ln(12)."""
     trainer, progress = make(learning_rate=rate, max_steps=60, logging_steps=5)
     entries = run(trainer, progress)
     word = "above" if rate < 1 / 1000 else "at"
-    told = [entry for entry in entries if f"stays {word} that of guessing, ln(12) = 2.485" in entry.get("warning", "")]
-    assert [entry["step"] for entry in told] == [50], "once, with the tenth entry"
-    assert caplog.text.count("guessing, ln(12)") == 1
+    warned = [entry for entry in entries if f"stays {word} chance level, ln(12) = 2.485" in entry.get("warning", "")]
+    assert [entry["step"] for entry in warned] == [50], "once, with the tenth entry"
+    assert caplog.text.count("chance level, ln(12)") == 1
     assert len(warnings(entries)) == (1 if rate < 1 / 1000 else 2), "at the high rate the scale falls too"
 
 
-def test_a_scale_that_comes_to_its_limit_is_told(make):
-    """Four pairs learned by heart, then a scale that may move fast."""
+def test_a_scale_that_reaches_its_maximum_gets_a_warning(make):
+    """Four memorised pairs, then a scale that may move fast."""
     few = {"pairs": 4, "per_device_train_batch_size": 4}
     trainer, progress = make(max_steps=30, logging_steps=30, **few)
     run(trainer, progress)
     for p in trainer.model.parameters():
         p.requires_grad_(p is trainer.model.logit_scale)
     trainer, progress = make(max_steps=14, learning_rate=0.5, model=trainer.model, **few)
-    told = warnings(run(trainer, progress))
-    assert len(told) == 1 and "come to its limit of 100" in told[0]
+    warned = warnings(run(trainer, progress))
+    assert len(warned) == 1 and "reached its maximum of 100" in warned[0]
 
 
-def test_a_scale_that_falls_is_told(make):
-    """Towers that learn nothing: what remains for the scale is to be unsure."""
+def test_a_scale_that_falls_gets_a_warning(make):
+    """Frozen random towers: the scale alone can lower the loss, by dropping."""
     trainer, progress = make(max_steps=20, learning_rate=0.2)
     for p in trainer.model.parameters():
         p.requires_grad_(p is trainer.model.logit_scale)
     torch.nn.init.normal_(trainer.model.visual.proj.weight)
-    told = warnings(run(trainer, progress))
-    assert len(told) == 1 and "goes on" in told[0]
+    warned = warnings(run(trainer, progress))
+    assert len(warned) == 1 and "does not recover" in warned[0]
 
 
-def test_recall_that_falls_while_the_loss_falls_is_told(make, caption_set):
-    """The evaluation set says the opposite of the training set: what is learned by heart there is wrong here."""
+def test_recall_that_falls_while_the_loss_falls_gets_a_warning(make, caption_set):
+    """The evaluation set contradicts the training set: what is memorised there is wrong here."""
     records = miniclip.read_captions(caption_set / "captions.json")
     captions = [record["caption"] for record in records]
     contrary = [{**record, "caption": captions[(i + 12 + 5) % 24]} for i, record in enumerate(records)]
     trainer, progress = make(contrary, max_steps=60, eval_strategy="steps", eval_steps=10, eval_on_start=True)
-    told = warnings(run(trainer, progress))
-    assert told and all("mean recall was best at step" in warning for warning in told)
+    warned = warnings(run(trainer, progress))
+    assert warned and all("mean recall was best at step" in warning for warning in warned)
 
 
 # A terminal

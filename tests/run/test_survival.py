@@ -1,4 +1,4 @@
-"""Nothing lost: real runs that are killed, told to end, and starved of disk and memory."""
+"""Real runs that are killed, interrupted, and short of disk and memory: nothing is lost."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def test_a_kill_at_each_file_of_a_checkpoint(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, run_script):  # noqa: F811
-    """One flipped bit in any of its files; the run goes on from the one before, and says so."""
+    """One flipped bit in any of its files; the run resumes from the one before, and says so."""
     run_script("train.py", recipe, *SAVE, "--max_steps", "3", "--save_total_limit", "3")
     run = tmp_path / "run"
     for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", "scheduler.pt", "rng_state.pth", RECORD):
@@ -152,9 +152,9 @@ def logged(run: Path) -> int:
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_told_to_end_it_saves_first(number, processes, recipe, caption_set, run_script):  # noqa: F811
-    """All its processes are told, data workers too, as by a terminal or a cluster; of two processes only one is. Then
-    there is a checkpoint that no schedule asked for, and a resumed run ends as an undisturbed one."""
+def test_a_signal_saves_first(number, processes, recipe, caption_set, run_script):  # noqa: F811
+    """One run's processes all get the signal, data workers too, as from a terminal or a cluster; of two processes only
+    one does. A checkpoint is saved outside the schedule, and the resumed run ends like an undisturbed one."""
     run = caption_set / "run"
     more = ["--num_train_epochs", "100", "--dataloader_num_workers", "2", "--logging_steps", "1"]
     more += ["--dataloader_persistent_workers", "true"]
@@ -172,12 +172,12 @@ def test_told_to_end_it_saves_first(number, processes, recipe, caption_set, run_
         os.killpg(process.pid, number)  # as clusters do; it is not a second time
     else:
         os.kill(children(process.pid)[-1], number)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == (128 + number if processes == 1 else 1), said[-2000:]
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == (128 + number if processes == 1 else 1), output[-2000:]
     (folder,) = checkpoints(run)
     check_manifest(folder)
     step = int(folder.name.split("-")[1])
-    assert f"stopped after step {step}; --resume goes on from" in said
+    assert f"stopped after step {step}; --resume continues from" in output
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step >= 3
     assert not (run / "model.safetensors").exists()
     if number == signal.SIGINT:  # one will do
@@ -188,7 +188,7 @@ def test_told_to_end_it_saves_first(number, processes, recipe, caption_set, run_
         assert state["global_step"] == 2 * int(more[1])
 
 
-def test_told_to_end_while_nobody_listens_and_where_only_the_best_is_saved(recipe, caption_set):  # noqa: F811
+def test_a_signal_without_a_reader_and_where_only_the_best_is_saved(recipe, caption_set):  # noqa: F811
     """Its output goes to a pipe whose reader ends too; no schedule would save; an epoch is one step."""
     run = caption_set / "run"
     argv = ["train.py", recipe, "--eval_file", caption_set / "captions.json", "--eval_strategy", "epoch"]
@@ -210,7 +210,7 @@ def test_no_checkpoint_is_overwritten_because_it_cannot_be_used(recipe, caption_
     run_script("train.py", recipe, *SAVE, "--max_steps", "2", "--save_only_model")
     there = [path.name for path in checkpoints(run)]
     done = run_script("train.py", recipe, *SAVE, "--max_steps", "4", "--resume", check=False)
-    assert done.returncode == 1 and "of the 2 checkpoints in" in done.stderr and "--model" in done.stderr
+    assert done.returncode == 1 and "none of the 2 checkpoints in" in done.stderr and "--model" in done.stderr
     assert "does not list optimizer" in done.stderr and [path.name for path in checkpoints(run)] == there
     done = run_script("train.py", recipe, "--resume_from_checkpoint", caption_set / "nowhere", check=False)
     assert "nowhere does not exist" in done.stderr and "Traceback" not in done.stderr
@@ -290,13 +290,13 @@ def test_a_data_worker_that_dies_names_its_sample(recipe, caption_set):  # noqa:
     process = start("train.py", recipe, *more, *SAVE)
     until(lambda: logged(run) >= 3, process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1 and "a data worker died" in said, said[-2000:]
-    assert "'record': " in said and ".png" in said and "'caption': " in said and "Traceback" not in said
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "a data worker died" in output, output[-2000:]
+    assert "'record': " in output and ".png" in output and "'caption': " in output and "Traceback" not in output
     assert last_checkpoint(run) is not None
 
 
-def test_a_loss_that_is_no_number_ends_the_run_at_that_step(recipe, caption_set, run_script):  # noqa: F811
+def test_a_nan_loss_ends_the_run_at_that_step(recipe, caption_set, run_script):  # noqa: F811
     run = caption_set / "run"
     done = run_script("train.py", recipe, "--learning_rate", "1e30", "--warmup_steps", "0", *SAVE, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -314,14 +314,13 @@ def test_a_loss_that_is_no_number_ends_the_run_at_that_step(recipe, caption_set,
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_the_weights_do_not_take_it(what, tmp_path):
+def test_nan_never_reaches_the_weights(what, tmp_path):
     """The embeddings of the third batch are infinite, or have such a slope: the weights stay those of the second."""
     trainer = make_trainer(tmp_path / "run", steps=4, save_strategy="no", learning_rate=1e-3)
-    forward, seen = trainer.model.forward, []
+    seen = []
 
-    def third_is_broken(**batch):
-        seen.append({name: t.clone() for name, t in trainer.model.state_dict().items()})
-        outputs = forward(**batch)
+    def break_third(model, inputs, outputs):
+        seen.append({name: t.clone() for name, t in model.state_dict().items()})
         if len(seen) < 3:
             return outputs
         broken = outputs.image_embeds * torch.inf
@@ -329,7 +328,7 @@ def test_the_weights_do_not_take_it(what, tmp_path):
             broken = outputs.image_embeds + (outputs.image_embeds * 0).sqrt()  # 0, with an infinite slope
         return outputs._replace(image_embeds=broken)
 
-    trainer.model.forward = third_is_broken
+    trainer.model.register_forward_hook(break_third)
     with pytest.raises(NotFinite, match="at step 3"):
         trainer.train()
     assert all(torch.equal(t, seen[2][name]) for name, t in trainer.model.state_dict().items())
@@ -401,14 +400,14 @@ def test_equal_runs_are_equal_and_leave_their_record(recipe, caption_set, run_sc
     assert record["machine"]["threads"] == 1 and record["pairs_per_step"] == 12
 
 
-def test_short_memory_says_which_batch_fits(tmp_path):
-    """With an address space that has no room for a batch of 2,048; and what is said to fit does."""
+def test_out_of_memory_says_which_batch_fits(tmp_path):
+    """In an address space too small for a batch of 2,048; the batch size that the message names then fits."""
     script = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
-from miniclip.config import InputError
+from miniclip.utils.errors import InputError
 from tests.survival_trainer import make_trainer
 
 torch.set_num_threads(1)
@@ -423,11 +422,11 @@ try:
 except InputError as error:
     print(error)
 """
-    said = ""
+    output = ""
     for batch in (2048, None):
-        batch = batch or re.search(r"(\d+) fit \(tried\): --per_device_train_batch_size \1, or --grad", said)[1]
+        batch = batch or re.search(r"(\d+) fit \(tried\)\. Use --per_device_train_batch_size \1, or --grad", output)[1]
         how = {"env": ONE_THREAD, "capture_output": True, "text": True}
         done = subprocess.run([sys.executable, "-c", script, str(batch)], **how)
         assert done.returncode == 0, done.stderr[-2000:]
-        said = done.stdout.splitlines()[-1]
-    assert int(batch) < 2048 and said == "trained"
+        output = done.stdout.splitlines()[-1]
+    assert int(batch) < 2048 and output == "trained"

@@ -25,8 +25,8 @@ from miniclip.model import MiniClip
 from miniclip.towers.huggingface import HfTextTower
 from miniclip.towers.packages import PACKAGES
 from miniclip.training.distill import Distillation
-from miniclip.training.finetune import depths, layer_rates, unlock_last
-from miniclip.training.freeze import freeze
+from miniclip.training.finetune import layer_rates
+from miniclip.training.freeze import depths, freeze, freeze_all_but
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.parse import parse_train
 from miniclip.transforms import Preprocess
@@ -269,9 +269,9 @@ def test_weights_of_a_checkpoint_can_be_named(encoders, tmp_path):
     assert all(torch.equal(t, weights[name]) for name, t in loaded.state_dict().items())
 
 
-def test_towers_are_unlocked_and_slowed_down_from_the_top(encoders):
+def test_towers_are_frozen_and_slowed_down_from_the_bottom(encoders):
     model, _, _ = miniclip.load(encoders)
-    unlock_last(model, image=1, text=2)
+    freeze_all_but(model, image=1, text=2)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {n for n in learning if n.startswith("visual.")} == {
         name for name, _ in model.named_parameters()

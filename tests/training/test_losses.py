@@ -152,13 +152,13 @@ def test_siglip_starts_where_the_paper_says(tiny_config, tmp_path):
         assert torch.allclose(model.get_logits(images, ids)[0], expected, atol=1e-5)
 
 
-def test_a_teacher_that_is_the_student_is_matched_already(tiny_model):
-    """The cross-entropy is then the entropy, the least that it can be: no gradient."""
+def test_a_student_equal_to_its_teacher_has_no_gradient(tiny_model):
+    """The cross-entropy is then the entropy, its minimum."""
     preprocess = Preprocess(tiny_model.config.preprocess_cfg)
     objective = Distillation(tiny_model, preprocess, tiny_model)
     tiny_model.requires_grad_(True)
     levels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
-    ids = miniclip.tokenizer.Tokenizer(16)([f"picture {n}" for n in range(6)])
+    ids = miniclip.tokenizer.Tokenizer(16)([f"image {n}" for n in range(6)])
     inputs = {"pixel_values": levels, "input_ids": ids}
     outputs = wrap_towers(tiny_model, preprocess.normalize)(**inputs)
     objective(outputs, inputs).backward()
@@ -214,14 +214,14 @@ def test_a_teacher_that_cannot_read_is_refused(tiny_model, tiny_config):
 # Which pairs are duplicates
 
 
-def test_ids_tell_pictures_and_words(caption_set):
+def test_pair_ids_identify_images_and_captions(caption_set):
     assert text_id("A  dog.") == text_id("a dog.") != text_id("a dog")
     assert image_id("/a/dog.jpg") == image_id(Path("/a/dog.jpg")) != image_id("/b/dog.jpg")
     run_convert = [str(caption_set / "captions.json"), str(caption_set / "a.tar")]
     repack(run_convert)
     packed = read_source(str(caption_set / "a.tar"))
     numbers = {image_id(record["image"]) for record in packed}
-    assert len(numbers) == 24  # by what is in them: the same picture packed a second time is the same
+    assert len(numbers) == 24  # by content: the same image packed twice has one id
     repack([run_convert[0], str(caption_set / "b.tar")])
     assert {image_id(record["image"]) for record in read_source(str(caption_set / "b.tar"))} == numbers
 
@@ -304,7 +304,7 @@ def quiet_environment() -> dict:
     ids=lambda options: options[1],
 )
 def test_train_by_each_loss(options, caption_set, recipe, run_script, tiny_model):  # noqa: F811
-    """From the command line, in large batches by chunks: the loss falls, and what is saved loads."""
+    """From the command line, with GradCache: the loss falls, and the saved model loads."""
     if "distill" in options or "affinity" in options:
         tiny_model.save_pretrained(caption_set / "teacher")
         options = [*options, "--teacher", str(caption_set / "teacher")]

@@ -92,11 +92,11 @@ def test_the_command_measures_each_mix_and_writes_what_it_found(two, capsys):
     table = (out / "wise_ft.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n") == 5
     assert table.splitlines()[2].startswith(f"| 0 | {100 * entries[0]['new']['mean_recall']:.1f} |")
-    with Image.open(out / "wise_ft.png") as picture:
-        assert picture.width == 2360 and len(picture.getcolors(1 << 20)) > 20
+    with Image.open(out / "wise_ft.png") as image:
+        assert image.width == 2360 and len(image.getcolors(1 << 20)) > 20
 
 
-def test_pictures_and_towers_that_are_shared_are_encoded_once(two, monkeypatch):
+def test_shared_images_and_towers_are_encoded_once(two, monkeypatch):
     before, after, folder = two
     records = {name: miniclip.read_captions(folder / f"{name}.json") for name in ("new", "old")}
     tasks = Tasks(records)

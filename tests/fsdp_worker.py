@@ -1,4 +1,4 @@
-"""Started by torchrun from test_scale.py: what several processes make, to files of the first of them."""
+"""Started by torchrun from test_fsdp.py: what several processes compute, written by the first of them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Several processes: the launchers, the same metrics on any number of them, FSDP, and the memory of the logits."""
+"""FSDP and other runs of several processes: launchers, equal metrics on any number, the memory of the logits."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from miniclip.training.arguments import RunArguments
 from miniclip.training.fsdp import uses_fsdp
 from miniclip.training.trainer import RunTrainer
 from miniclip.utils.errors import InputError
-from tests.scale_worker import bytes_kept_by_the_loss, evaluate_two, make_trainer
+from tests.fsdp_worker import bytes_kept_by_the_loss, evaluate_two, make_trainer
 from tests.training.test_training import ROOT, largest_difference, recipe  # noqa: F401
 
 
@@ -36,7 +36,7 @@ def folder(caption_set, tiny_model):
 
 
 def start_worker(run_script, processes: int, folder, what: str) -> dict:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "tests/scale_worker.py"]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "tests/fsdp_worker.py"]
     run_script(*start, folder, what, env={"PYTHONPATH": str(ROOT)})
     return json.loads((folder / "found.json").read_text())
 
@@ -140,7 +140,7 @@ def test_torchrun_on_any_number_of_processes(processes, folder, recipe, run_scri
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp", "accelerate"])
 def test_train_py_with_fsdp(how, folder, recipe, run_script):  # noqa: F811
-    """Both ways to ask for it, a run that is interrupted and goes on, the best model taken back at the end."""
+    """Both ways to ask for it, an interrupted run that resumes, the best model loaded at the end."""
     common = [
         recipe, "--eval_file", folder / "odd.json", "--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "2",
         "--save_strategy", "steps", "--save_steps", "2", "--load_best_model_at_end", "--save_total_limit", "5",
@@ -193,8 +193,8 @@ def test_fsdp_that_cannot_be_is_refused(tmp_path, monkeypatch):
     args = RunArguments(str(tmp_path), use_cpu=True)
     assert not uses_fsdp(args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="take FSDP 2"):  # accelerate's default
+    with pytest.raises(InputError, match="use FSDP 2"):  # accelerate's default
         uses_fsdp(args)
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(InputError, match="there is one: start several"):
+    with pytest.raises(InputError, match="there is only one: use torchrun"):
         uses_fsdp(args)

@@ -1,0 +1,103 @@
+"""GradCache: large batches in chunks, the gradients of one step and whole runs."""
+
+import pytest
+import torch
+
+import miniclip
+from miniclip.loss import clip_loss
+from miniclip.training.arguments import RunArguments
+from miniclip.training.grad_cache import wrap_towers
+from tests.inference.test_fast import make_batch, make_model
+from tests.training.test_training import ROOT, largest_difference, recipe, weights  # noqa: F401
+
+
+def step(model, chunk_size: int, dtype=None, fast=False, **inputs) -> tuple[float, list[torch.Tensor]]:
+    """The loss of a batch and its gradients, with the random numbers that follow seed 3."""
+    torch.manual_seed(3)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        outputs = wrap_towers(model, None, chunk_size, fast)(**inputs)
+    loss = clip_loss(*outputs[:3])
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7])
+@pytest.mark.parametrize("patch_dropout", [0.0, 0.5])
+def test_chunks_give_the_gradients_of_the_whole_batch(chunk_size, patch_dropout):
+    model, (pixel_values, input_ids) = make_model().train(), make_batch()
+    model.visual.patch_dropout = patch_dropout
+    batch = {"pixel_values": pixel_values, "input_ids": input_ids, "fast": True}
+    # chunks draw the same uniform numbers, one after another, as the whole batch
+    loss, direct = step(model, 0, **batch)
+    ours, cached = step(model, chunk_size, **batch)
+    assert ours == pytest.approx(loss, abs=1e-5)
+    for (name, _), a, b in zip(model.named_parameters(), direct, cached):
+        assert torch.allclose(a, b, atol=1e-5), name
+    assert patch_dropout == 0 or step(model, 0, **batch)[0] == loss
+
+
+def test_chunks_in_bf16():
+    """Each chunk's gradient is rounded to bf16 before it is added: close to the direct gradients, and no further than
+    they are from those in fp32."""
+    model, (pixel_values, input_ids) = make_model().train(), make_batch()
+    batch = {"pixel_values": pixel_values, "input_ids": input_ids}
+    exact, (_, direct), (_, cached) = (
+        step(model, 0, **batch)[1], step(model, 0, torch.bfloat16, **batch), step(model, 3, torch.bfloat16, **batch)
+    )  # fmt: skip
+    exact, direct, cached = (torch.cat([g.flatten() for g in grads]) for grads in (exact, direct, cached))
+    assert (cached - exact).norm() < 1.1 * (direct - exact).norm()
+    assert torch.nn.functional.cosine_similarity(direct, cached, dim=0) > 0.9999
+    assert (cached - direct).abs().mean() < 1e-5
+
+
+def test_the_backward_pass_keeps_one_chunk():
+    model, (pixel_values, input_ids) = make_model().train(), make_batch()
+    kept = {}
+    for chunk_size in (0, 1):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: to.append(t.nbytes) or t, lambda t: t):
+            wrap_towers(model, None, chunk_size, fast=False)(pixel_values, input_ids)
+        kept[chunk_size] = sum(sizes)
+    assert kept[1] < kept[0] / 20
+
+
+def test_uint8_pixels_are_normalised_by_the_model():
+    model = make_model()
+    preprocess = miniclip.Preprocess(model.config.preprocess_cfg)
+    levels = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    expected = model.encode_image(preprocess.normalize(levels), normalize=True)
+    for chunk_size in (0, 2):
+        ours = wrap_towers(model, preprocess.normalize, chunk_size)(pixel_values=levels)
+        assert torch.allclose(ours.image_embeds, expected, atol=1e-6) and ours.text_embeds is None
+
+
+def test_two_processes_in_chunks_equal_one_with_the_whole_batch(tmp_path, tiny_model, tiny_config, run_script):
+    from tests.core.test_model import batch
+
+    pixel_values, input_ids = batch(8, 14)
+    loss = clip_loss(*tiny_model.train()(pixel_values, input_ids)[:3])
+    loss.backward()
+    saved = {"config": tiny_config.to_dict(), "weights": tiny_model.state_dict(), "chunk_size": 3}
+    torch.save({**saved, "pixel_values": pixel_values, "input_ids": input_ids}, tmp_path / "batch.pt")
+    run_script(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "tests/gradients_worker.py", tmp_path / "batch.pt", tmp_path / "grads.pt", env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    two = torch.load(tmp_path / "grads.pt", weights_only=True)
+    assert two["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
+    for name, p in tiny_model.named_parameters():
+        assert torch.allclose(p.grad, two["grads"][name], atol=1e-5), name
+
+
+def test_a_run_in_chunks_ends_at_the_same_weights(recipe, caption_set, run_script):  # noqa: F811
+    steps = ["--max_steps", "4", "--adam_epsilon", "1e-3"]  # Adam's first steps make 1 of the smallest difference
+    run_script("train.py", recipe, *steps, "--output_dir", caption_set / "whole")
+    run_script("train.py", recipe, *steps, "--output_dir", caption_set / "chunks", "--grad_cache_chunk_size", "5")
+    assert largest_difference(caption_set / "whole", caption_set / "chunks") < 1e-5
+
+
+def test_accumulation_warns_that_it_adds_no_negatives(tmp_path, caplog):
+    RunArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, gradient_accumulation_steps=4)
+    assert "adds no negatives" in caplog.text
+    assert "--per_device_train_batch_size 32 --grad_cache_chunk_size 8" in caplog.text
