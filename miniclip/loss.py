@@ -24,9 +24,7 @@ def clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) ->
 
 def clip_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This process's rows against everybody's: logits of images (B, N) and of texts (B, N), and the right columns (B,).
-
-    In float32 also under autocast: a logit of 30 in bf16 is off by up to 0.06.
-    """
+    In float32 also under autocast: a logit of 30 in bf16 is off by up to 0.06."""
     with torch.autocast(image_embeds.device.type, enabled=False):
         image_embeds, text_embeds, logit_scale = image_embeds.float(), text_embeds.float(), logit_scale.float()
         logits_per_image = logit_scale * image_embeds @ gather(text_embeds).T
@@ -43,16 +41,14 @@ def clip_loss_with_duplicates(
 ) -> Tensor:
     """InfoNCE for batches in which an image or a caption occurs more than once. The rest is as in `clip_loss`.
 
-    `ids` (B, 2) are whole numbers, equal in the first column where the images are the same and in the second where the
-    captions are. Pairs that are the same in either are duplicates. With l_ij the logits of row i, and P_i the row
-    itself and its duplicates, the loss of row i in one direction is
+    `ids` (B, 2) are equal in the first column for the same image and in the second for the same caption; pairs that
+    share either are duplicates. With l_ij the logits of row i, and P_i the row itself and its duplicates, the loss of
+    row i in one direction is
 
         "positive"   -1/|P_i| sum over j in P_i of log(exp l_ij / sum over all k of exp l_ik): all of P_i are right
                      answers, with equal shares (UniCL: Yang et al., arXiv 2204.03610, equations 2 to 4)
         "exclude"    -log(exp l_ii / sum over k outside P_i, and i, of exp l_ik): duplicates do not count
         "ignore"     -log(exp l_ii / sum over all k of exp l_ik): duplicates are negatives, as in CLIP
-
-    Raises ValueError for another word.
     """
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates {duplicates!r} is not one of {', '.join(DUPLICATES)}")
@@ -84,8 +80,7 @@ def process_index() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather with gradients, which torch's own stops. In the backward pass every process holds a gradient for every
-    row: they are summed, and each process takes its own rows."""
+    """all_gather with gradients: backwards, those of all processes are summed, and each takes its own rows."""
 
     @staticmethod
     def forward(ctx, embeds: Tensor) -> Tensor:

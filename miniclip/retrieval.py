@@ -56,14 +56,9 @@ def _order(scores: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(found, order, axis=-1)
 
 
-def rank_of_first_relevant(
-    gallery: np.ndarray, queries: np.ndarray, relevant: list[np.ndarray], memory: int = 1 << 28
-) -> np.ndarray:
-    """The rank (1 is best) of each query's first right answer in the whole gallery: (Q,) int64.
-
-    Counted from whole rows of scores, because a top-k list does not reach far enough, for as many queries at a time as
-    fit in `memory` bytes.
-    """
+def rank_of_first_relevant(gallery, queries, relevant: list[np.ndarray], memory: int = 1 << 28) -> np.ndarray:
+    """The rank (1 is best) of each query's first right answer in the whole gallery: (Q,) int64. Counted from whole rows
+    of scores, for as many queries at a time as fit in `memory` bytes."""
     ranks = np.empty(len(queries), dtype=np.int64)
     block = max(1, min(1024, memory // (4 * max(1, len(gallery)))))
     for start in range(0, len(queries), block):
@@ -83,8 +78,7 @@ def metrics_from_hits(hits: np.ndarray, ranks: np.ndarray, n_relevant: np.ndarra
     (Q,): the number of right answers.
 
     - `R@K`: share of queries with at least one right answer among the first K. What CLIP papers report.
-    - `precision@K`: right answers among the first K, divided by K.
-    - `recall@K`: right answers among the first K, divided by all right answers. Lower than R@K if there are several.
+    - `precision@K`, `recall@K`: right answers among the first K, divided by K and by all right answers.
     - `mean_rank`, `median_rank` (rounded down, as OpenCLIP does), `MRR` (mean of 1 / rank): of the first right answer.
     """
     return {
@@ -107,7 +101,7 @@ class RetrievalResult(NamedTuple):
     relevant: list[np.ndarray]  # Q arrays: all gallery rows that are right
 
 
-def search_both(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, k: int) -> dict[str, RetrievalResult]:
+def search_both(image_embeds, text_embeds, image_of_text, k: int) -> dict[str, RetrievalResult]:
     """Both directions, `image_to_text` and `text_to_image`: the first k answers to every query.
 
     `image_embeds` (N, E) and `text_embeds` (M, E), float32 and of unit length; caption m belongs to image
@@ -132,8 +126,7 @@ def search_both(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text
 
 
 def metrics_of(directions: dict[str, RetrievalResult], ks=KS) -> dict[str, float]:
-    """The metrics of `search_both`'s results, for K up to its k: `image_to_text_*`, `text_to_image_*` and
-    `mean_recall`, the mean of their R@1, R@5 and R@10."""
+    """The metrics of both directions, and `mean_recall`, the mean of their R@1, R@5 and R@10."""
     metrics = {}
     for direction, result in directions.items():
         n_relevant = np.array([len(right) for right in result.relevant])
@@ -151,15 +144,11 @@ def retrieval_metrics(image_embeds: np.ndarray, text_embeds: np.ndarray, image_o
 def check_embeds(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text: np.ndarray):
     """Raises InputError, saying what is wrong, for embeddings that cannot be measured."""
     if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
-        raise InputError(
-            f"image embeddings {image_embeds.shape} and text embeddings {text_embeds.shape} must be 2-D and of the "
-            "same width: were they made by the same model?"
-        )
+        shapes = f"image embeddings {image_embeds.shape} and text embeddings {text_embeds.shape}"
+        raise InputError(f"{shapes} must be 2-D and of the same width: were they made by the same model?")
     if len(image_of_text) != len(text_embeds):
-        raise InputError(
-            f"{len(text_embeds)} text embeddings for {len(image_of_text)} captions: were they made from other captions,"
-            " or from the first ones only (--captions first)?"
-        )
+        counts = f"{len(text_embeds)} text embeddings for {len(image_of_text)} captions"
+        raise InputError(f"{counts}: were they made from others, or from the first ones only (--captions first)?")
     for kind, embeds in (("image", image_embeds), ("text", text_embeds)):
         norms = np.sqrt(np.einsum("nd,nd->n", embeds, embeds))  # np.linalg.norm would copy them all
         bad = np.flatnonzero(~np.isfinite(norms))

@@ -26,7 +26,7 @@ class ClipTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = 64
     warmup_steps: float = 0.05  # share of all steps
     lr_scheduler_type: str = "cosine"
-    adam_beta2: float = 0.98  # as OpenCLIP: a shorter memory than 0.999, as a contrastive loss's gradients change fast
+    adam_beta2: float = 0.98  # as OpenCLIP: a contrastive loss's gradients change fast, so a shorter memory than 0.999
     adam_epsilon: float = 1e-6
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False  # it would log NaN as 0 and train on
@@ -45,8 +45,8 @@ class ClipTrainingArguments(TrainingArguments):
 class ClipTrainer(Trainer):
     """Trains a MiniClip on a CaptionDataset.
 
-    `loss(outputs, batch)` returns the loss of a batch: CLIP's unless given. `evaluator(model)` returns metrics by name,
-    a `RetrievalEvaluator` for example. Everything else is Trainer's.
+    `loss(outputs, batch)` is CLIP's unless given: every other pair of the batch, on any process, is a negative.
+    `evaluator(model)` returns metrics by name, a `RetrievalEvaluator` for example. Everything else is Trainer's.
     """
 
     loss_is_scaled_for_ga = False  # our loss is a mean: with gradient accumulation Trainer has to divide it
@@ -62,7 +62,6 @@ class ClipTrainer(Trainer):
         self.add_callback(ContrastiveCallback(model, train_dataset))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The contrastive loss of a batch: every other pair in it, on any process, is a negative."""
         outputs = model(inputs["pixel_values"], inputs["input_ids"])
         loss = self.loss(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
@@ -92,8 +91,8 @@ class ClipTrainer(Trainer):
 
 def contrastive_loss(outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
     """CLIP's loss, in which an image or caption that occurs twice in a batch is not its own negative."""
-    embeds_and_scale, ids = outputs[:3], batch.get("pair_ids")
-    return clip_loss(*embeds_and_scale) if ids is None else clip_loss_with_duplicates(*embeds_and_scale, ids)
+    ids = batch.get("pair_ids")
+    return clip_loss(*outputs[:3]) if ids is None else clip_loss_with_duplicates(*outputs[:3], ids)
 
 
 class ContrastiveCallback(TrainerCallback):
