@@ -80,9 +80,6 @@ class Pairs(torch.utils.data.Dataset):
         index %= len(self.captions)
         return {"pixel_values": self.pixels[index], "caption": self.captions[index]}
 
-    def set_epoch(self, epoch: int):
-        """What MiniCLIP's trainer asks of a data set. Here every epoch is the same."""
-
 
 class MadePairs(Pairs):
     """Pairs that are made when they are asked for, so that no memory but the batch's is taken. Images are levels, as
@@ -120,12 +117,26 @@ class MiniClip:
 
     def train(self, turns: Turns, pairs: Pairs, batch: int, precision: str, chunk: int = 0):
         from miniclip.training.arguments import RunArguments
+        from miniclip.training.dataset import RunDataset
         from miniclip.training.trainer import RunTrainer
+
+        class Wrapped(RunDataset):
+            """Pairs as MiniCLIP's trainer wants them."""
+
+            def __init__(self, pairs):
+                super().__init__((), None)
+                self.pairs = pairs
+
+            def __len__(self) -> int:
+                return len(self.pairs)
+
+            def __getitem__(self, index: int) -> dict:
+                return self.pairs[index]
 
         arguments = trainer_arguments(RunArguments, self.folder, batch, precision, grad_cache_chunk_size=chunk)
         train_in_turns(
-            RunTrainer, turns, model=self.model, args=arguments, train_dataset=pairs, preprocess=self.preprocess,
-            tokenizer=self.tokenizer,
+            RunTrainer, turns, model=self.model, args=arguments, train_dataset=Wrapped(pairs),
+            preprocess=self.preprocess, tokenizer=self.tokenizer,
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ import torch.nn.functional as F  # noqa: E402
 from inputs import make_captions  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 from transformers import PrinterCallback, TrainerCallback  # noqa: E402
 
 from miniclip.config import MiniClipConfig  # noqa: E402
@@ -124,15 +124,13 @@ def random_levels(config: MiniClipConfig, n: int, device="cpu") -> Tensor:
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, device=device)
 
 
-class Pairs(Dataset):
+class Pairs(RunDataset):
     """As many pairs as are asked for, from a few images in memory, in the form that RunDataset gives them."""
 
     def __init__(self, config: MiniClipConfig, n: int, dtype: torch.dtype = torch.uint8):
+        super().__init__((), None)
         self.n, self.images = n, random_levels(config, min(n, 256)).to(dtype)
         self.captions = captions()  # made here, once, and not in each worker
-
-    def set_epoch(self, epoch: int):
-        pass
 
     def __len__(self) -> int:
         return self.n

@@ -4,8 +4,8 @@
     python benchmarks/search.py --part vectors                  100k and 1M vectors, without a model; peak about 6 GB
     python benchmarks/search.py --part vectors --quick          10k, in a minute
 
-Pictures: `miniclip search` as it is, on copies of the first pictures of a folder. Vectors: what an
-index is searched by, on the vectors of `benchmarks/retrieval.py`, queries one at a time. Each writes its part of RESULTS.md.
+Images: `miniclip search` as it is, on copies of the first images of a folder. Vectors: the search of an index, on the
+vectors of `benchmarks/retrieval.py`, one query at a time. Each writes its part of RESULTS.md.
 """
 
 import argparse

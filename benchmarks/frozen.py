@@ -1,10 +1,9 @@
-"""What does a locked tower save? Epochs with the tower running against epochs on the features it gave once.
+"""What does freezing a tower save? Epochs that run it, against epochs on features that were computed once.
 
-    python benchmarks/locked.py
+    python benchmarks/frozen.py
 
-Trains with the real trainer on made pictures (500 x 375) whose image tower is locked: first as any frozen part of a
-network would be, decoding and encoding every picture in every epoch, then by `miniclip.training.freeze`. Writes its part
-of RESULTS.md.
+Trains with the real trainer on synthetic images (500 x 375): first as with any frozen part of a network, decoding and
+encoding every image in every epoch, then by `miniclip.training.freeze`. Writes its part of RESULTS.md.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -61,15 +61,15 @@ def epochs(name: str, image: str, text: str, records: list[dict], features: bool
         )  # fmt: skip
         start, timer = time.perf_counter(), Epochs()
         if features:
-            dataset, caches = freeze_towers(model, image, text, args, records, preprocess, tokenizer, folder)
+            dataset, _ = freeze_towers(
+                model, SimpleNamespace(frozen=(image, text), feature_cache=folder), args, records, preprocess, tokenizer
+            )
             dataset = dataset(records, preprocess)
         else:
             freeze(model, image, text)
-            dataset, caches = RunDataset(records, preprocess), (None, None)
+            dataset = RunDataset(records, preprocess)
         once = time.perf_counter() - start
-        RunTrainer(
-            model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, caches=caches, callbacks=[timer]
-        ).train()  # fmt: skip
+        RunTrainer(model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, callbacks=[timer]).train()
     return once, timer.seconds
 
 
@@ -78,7 +78,7 @@ def main():
     parser.add_argument("--images", type=int, default=512)
     images = parser.parse_args().images
     rows = [
-        "| model | locked | tower running, s an epoch | features once, s | epochs on them, s | times as fast |",
+        "| model | frozen | tower running, s an epoch | features once, s | epochs on them, s | times as fast |",
         "|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -88,15 +88,15 @@ def main():
             _, running = epochs(name, image, text, records, False, 2)
             once, on_features = epochs(name, image, text, records, True, 4)
             plain, fast = min(running), sorted(on_features[1:])[1]
-            locked = ", ".join(f"{kind} {how}" for kind, how in (("image", image), ("text", text)) if how != "none")
-            row = f"| {name} | {locked} | {plain:.2f} | {once:.2f} | {fast:.3f} | {plain / fast:.1f} |"
+            frozen = ", ".join(f"{kind} {how}" for kind, how in (("image", image), ("text", text)) if how != "none")
+            row = f"| {name} | {frozen} | {plain:.2f} | {once:.2f} | {fast:.3f} | {plain / fast:.1f} |"
             print(json.dumps({"running": running, "once": once, "on_features": on_features}), row, sep="\n", flush=True)
             rows.append(row)
     about = (
-        f"{machine()}. `python benchmarks/locked.py --images {images}`: {images} made pictures of 500 x 375 with five"
-        " captions each, batch 64, fp32; the faster of two epochs against the median of the second to the fourth."
+        f"{machine()}. `python benchmarks/frozen.py --images {images}`: {images} synthetic images of 500 x 375 with"
+        " five captions each, batch 64, fp32; the faster of two epochs against the median of the second to the fourth."
     )
-    write_section("locked", "\n".join(["## Locked towers", "", about, "", *rows]))
+    write_section("locked", "\n".join(["## Frozen towers", "", about, "", *rows]))
 
 
 if __name__ == "__main__":
