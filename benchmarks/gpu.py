@@ -49,7 +49,8 @@ from miniclip.inference.matmul import matmul_precision  # noqa: E402
 from miniclip.loss import clip_loss  # noqa: E402
 from miniclip.model import MAX_LOGIT_SCALE, MiniClip  # noqa: E402
 from miniclip.tokenizer import Tokenizer  # noqa: E402
-from miniclip.training.arguments import RunArguments
+from miniclip.training.arguments import RunArguments  # noqa: E402
+from miniclip.training.dataset import RunDataset  # noqa: E402
 from miniclip.training.grad_cache import wrap_towers  # noqa: E402
 from miniclip.training.trainer import RunTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402
