@@ -44,12 +44,12 @@ def embed_texts(
     for start in tqdm(range(0, len(order), batch_size), desc="texts", disable=not progress, leave=False):
         rows = order[start : start + batch_size]
         batch = ids[rows, : lengths[rows].max()]
-        features[rows] = fast.text_features(batch.to(device)).cpu().numpy()
+        features[rows] = fast.features(fast.text, batch.to(device)).cpu().numpy()
         if cache is not None:
             cache.update((keys[row], features[row]) for row in rows)
     if cache is not None:
         cache.save()
-    return fast.project(torch.from_numpy(features).to(device), "text").cpu().numpy() if project else features
+    return fast.project(fast.text, torch.from_numpy(features).to(device)).cpu().numpy() if project else features
 
 
 def embed_images(
@@ -86,7 +86,7 @@ def embed_images(
     def encode():
         rows, keys, levels = zip(*pending)
         pixel_values = preprocess.normalize(torch.stack(levels).to(device, non_blocking=True))
-        features[list(rows)] = fast.image_features(pixel_values).cpu().numpy()
+        features[list(rows)] = fast.features(fast.visual, pixel_values).cpu().numpy()
         if cache is not None:
             cache.update((key, features[row]) for key, row in zip(keys, rows))
         pending.clear()
@@ -109,7 +109,7 @@ def embed_images(
         return_freed_memory()
     if stop and faults:
         raise ImageError("\n".join(faults.values()))
-    return fast.project(torch.from_numpy(features).to(device), "image").cpu().numpy() if project else features
+    return fast.project(fast.visual, torch.from_numpy(features).to(device)).cpu().numpy() if project else features
 
 
 def for_inference(model: MiniClip, n: int) -> InferenceClip:

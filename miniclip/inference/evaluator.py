@@ -9,7 +9,7 @@ import torch
 
 from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
-from miniclip.inference.fast import cosine_to_fp32, inference_copy
+from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.inference.load import load
 from miniclip.model import MiniClip
@@ -32,7 +32,7 @@ class Evaluator:
 
 
 class RetrievalEvaluator(Evaluator):
-    """Evaluates models on `records`, as `read_captions` returns them; several processes share the embedding.
+    """Evaluates models, or inference copies of them, on `records` as `read_captions` returns them, on all processes.
 
     `caches` are feature caches for images and texts; `num_workers` threads read images. For reports it keeps the last
     `result` by direction, `image_embeds` (N, E) and `text_embeds` (M, E).
@@ -59,7 +59,7 @@ class RetrievalEvaluator(Evaluator):
         return set(retrieval_metrics(one, one, [0], self.ks))
 
     def __call__(self, model: MiniClip) -> dict[str, float]:
-        model = inference_copy(model, self.precision)
+        model = model if isinstance(model, InferenceClip) else inference_copy(model, self.precision)
         images = partial(embed_images, model, self.preprocess, **self.for_images)
         texts = partial(embed_texts, model, self.tokenizer, **self.for_texts)
         return self.measure(on_all_processes(self.images, images), on_all_processes(self.texts, texts))
@@ -75,26 +75,12 @@ class RetrievalEvaluator(Evaluator):
         sample, device = slice(0, 8 if self.precision == "fp32" else 64), model.logit_scale.device
         pixel_values = torch.stack([self.preprocess.load(path) for path in self.images[sample]]).to(device)
         input_ids = self.tokenizer(self.texts[sample], trim=True).to(device)
-        image, text = cosine_to_fp32(inference_copy(model, self.precision), model, pixel_values, input_ids)
+        with torch.inference_mode():
+            models = model, inference_copy(model, self.precision)
+            exact, ours = ((m.encode_image(pixel_values, True), m.encode_text(input_ids, True)) for m in models)
+        image, text = ((a * b).sum(dim=1).min() for a, b in zip(exact, ours))
         cosines = f"at least {image:.6f} (images), {text:.6f} (texts), of the first {len(pixel_values)}"
         return f"{self.precision}: cosine to plain fp32 {cosines}"
-
-
-class Tasks:
-    """Caption sets by name. What they share, of all `images` and `texts`, is embedded once."""
-
-    def __init__(self, records: dict[str, list[dict]]):
-        self.tasks = {name: RetrievalEvaluator(task, None, None) for name, task in records.items()}
-        self.images = list(dict.fromkeys(image for task in self.tasks.values() for image in task.images))
-        self.texts = list(dict.fromkeys(text for task in self.tasks.values() for text in task.texts))
-
-    def measure(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> dict[str, dict[str, float]]:
-        """The metrics of each task, from the embeddings of `images` (N, E) and of `texts` (M, E)."""
-        images, texts = dict(zip(self.images, image_embeds)), dict(zip(self.texts, text_embeds))
-        return {
-            name: task.measure(np.stack([*map(images.get, task.images)]), np.stack([*map(texts.get, task.texts)]))
-            for name, task in self.tasks.items()
-        }
 
 
 def evaluate_model(options, records: list[dict], device) -> tuple[RetrievalEvaluator, dict, dict, list[str]]:
