@@ -44,6 +44,14 @@ def make_batch(n: int = 7, image_size: int = 64):
     return torch.randn(n, 3, image_size, image_size), input_ids
 
 
+def lowest_cosine(ours: MiniClip, model: MiniClip, pixel_values, input_ids) -> float:
+    """Between the embeddings of two models."""
+    with torch.inference_mode():
+        images = ours.encode_image(pixel_values, True) * model.encode_image(pixel_values, True)
+        texts = ours.encode_text(input_ids, True) * model.encode_text(input_ids, True)
+    return min(images.sum(dim=1).min().item(), texts.sum(dim=1).min().item())
+
+
 def gradients(model: MiniClip, pixel_values, input_ids) -> list[torch.Tensor]:
     model.zero_grad()
     clip_loss(*model(pixel_values, input_ids)[:3]).backward()
@@ -96,10 +104,7 @@ def test_each_precision_is_as_close_as_it_should_be(precision, least, quick_gelu
     ours = inference_copy(model, precision)
     model.eval()
     assert isinstance(ours, MiniClip) and not ours.training and ours.precision == precision
-    with torch.inference_mode():
-        for kind, inputs in (("encode_image", pixel_values), ("encode_text", input_ids)):
-            exact, found = (getattr(each, kind)(inputs, normalize=True) for each in (model, ours))
-            assert (exact * found).sum(dim=1).min() >= least
+    assert lowest_cosine(ours, model, pixel_values, input_ids) >= least
     image = ours.encode_image(pixel_values, normalize=True)
     assert image.dtype == torch.float32 and torch.allclose(image.norm(dim=1), torch.ones(7), atol=1e-6)
     exact = model.get_logits(pixel_values, input_ids)[0]
