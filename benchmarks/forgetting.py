@@ -72,7 +72,6 @@ class Study:
             for name, records in (("en_train", 200), ("cn_train", 200), ("en_val", 100), ("cn_val", 100)):
                 captions = json.loads((data / f"{name}.json").read_text(encoding="utf-8"))[:records]
                 (self.data / f"{name}.json").write_text(json.dumps(captions), encoding="utf-8")
-        self.tasks = None
         self.image_root = data
 
     def file(self, language: str, split: str) -> Path:
@@ -110,14 +109,16 @@ class Study:
 
     def measure(self, folder: Path) -> dict:
         """Both languages: {"old": metrics, "new": metrics}."""
-        from miniclip.inference.embed import embed_images, embed_texts
-        from miniclip.inference.evaluator import Tasks
+        from miniclip.inference.evaluator import RetrievalEvaluator
+        from miniclip.inference.feature_cache import FeatureCache
         from miniclip.inference.load import load
 
-        self.tasks = self.tasks or Tasks(self.records())
         model, preprocess, tokenizer = load(folder)
-        image_embeds = embed_images(model, preprocess, self.tasks.images)
-        return self.tasks.measure(image_embeds, embed_texts(model, tokenizer, self.tasks.texts))
+        caches = FeatureCache(None, "", model.visual.width), None  # they share their images
+        return {
+            task: RetrievalEvaluator(records, preprocess, tokenizer, caches=caches)(model)
+            for task, records in self.records().items()
+        }
 
     def records(self) -> dict[str, list[dict]]:
         from miniclip.datasets.records import read_captions

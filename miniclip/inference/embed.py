@@ -1,11 +1,12 @@
 """Embeddings of image files and texts, in batches, with threads that read ahead and feature caches."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from miniclip.inference.fast import InferenceClip, inference_copy
@@ -17,16 +18,13 @@ from miniclip.utils.image_files import ImageError, ImageFile, open_image
 from miniclip.utils.machine import keep_freed_memory, return_freed_memory
 from miniclip.utils.parallel import read_ahead
 
+MANY = 64  # items that are worth a costlier start
+
 
 def embed_texts(
-    model: MiniClip,
-    tokenizer: Tokenizer,
-    texts: Iterable[str],
-    batch_size: int = 64,
-    progress: bool = False,
-    cache: FeatureCache | None = None,
-    project: bool = True,
-) -> np.ndarray:
+    model: MiniClip, tokenizer: Tokenizer, texts: Iterable[str], batch_size: int = 64, progress: bool = False,
+    cache: FeatureCache | None = None, project: bool = True,
+) -> np.ndarray:  # fmt: skip
     """Embeds n texts: (n, E) float32, of unit length, in their order. Without `project`: their features (n, W).
 
     Texts of similar length share a batch as long as its longest text: with causal attention padding has no influence.
@@ -35,38 +33,30 @@ def embed_texts(
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     fast, device = for_inference(model, len(texts)), model.logit_scale.device
-    features = torch.empty(len(texts), model.text.width)
-    ids = tokenizer(texts, trim=True)
+    features, ids = np.empty((len(texts), model.text.width), np.float32), tokenizer(texts, trim=True)
     lengths = tokenizer.lengths(ids)
-    order = lengths.argsort(stable=True)
-    if cache is not None:
-        keys = [text_key(text) for text in texts]
-        known = torch.tensor([key in cache for key in keys], dtype=torch.bool)
-        for row in known.nonzero().flatten().tolist():
-            features[row] = torch.from_numpy(cache[keys[row]].copy())
-        order = order[~known[order]]
+    keys = [] if cache is None else [text_key(text) for text in texts]
+    known = [row for row, key in enumerate(keys) if key in cache]
+    for row in known:
+        features[row] = cache[keys[row]]
+    order = lengths.argsort(stable=True).numpy()
+    order = order[~np.isin(order, known)]
     for start in tqdm(range(0, len(order), batch_size), desc="texts", disable=not progress, leave=False):
         rows = order[start : start + batch_size]
         batch = ids[rows, : lengths[rows].max()]
-        features[rows] = fast.text_features(batch.to(device)).cpu()
+        features[rows] = fast.features(fast.text, batch.to(device)).cpu().numpy()
         if cache is not None:
-            cache.update((keys[row], features[row].numpy()) for row in rows.tolist())
+            cache.update((keys[row], features[row]) for row in rows)
     if cache is not None:
         cache.save()
-    return fast.project(features.to(device), "text").cpu().numpy() if project else features.numpy()
+    return fast.project(fast.text, torch.from_numpy(features).to(device)).cpu().numpy() if project else features
 
 
 def embed_images(
-    model: MiniClip,
-    preprocess: Preprocess,
-    paths: Iterable,
-    batch_size: int = 32,
-    num_workers: int | None = None,
-    progress: bool = False,
-    cache: FeatureCache | None = None,
-    project: bool = True,
+    model: MiniClip, preprocess: Preprocess, paths: Iterable, batch_size: int = 32, num_workers: int | None = None,
+    progress: bool = False, cache: FeatureCache | None = None, project: bool = True,
     faults: dict[int, str] | None = None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Embeds n image files, by path or as an ImageFile: (n, E) float32, of unit length, in their order. Without
     `project`: their features (n, W).
 
@@ -76,16 +66,16 @@ def embed_images(
     """
     paths = [paths] if isinstance(paths, (str, Path, ImageFile)) else list(paths)
     fast, device = for_inference(model, len(paths)), model.logit_scale.device
-    features = torch.empty(len(paths), model.visual.width)
+    features = np.empty((len(paths), model.visual.width), np.float32)
     pending, stop = [], faults is None  # (row, key, levels) of the next batch
     faults = {} if stop else faults
 
-    def read(path: str | Path):
+    def read(path: str | Path | ImageFile):
         """The file's key, and its levels, features or error."""
         try:
-            there = cache is not None and (isinstance(path, ImageFile) or os.path.isfile(path))
-            key = file_key(path) if there else None
-            if key is not None and key in cache:
+            hashed = cache is not None and (isinstance(path, ImageFile) or os.path.isfile(path))
+            key = file_key(path) if hashed else None
+            if hashed and key in cache:
                 return key, cache[key]
             return key, preprocess.levels(open_image(path, preprocess.scale))
         except ImageError as error:
@@ -96,54 +86,48 @@ def embed_images(
     def encode():
         rows, keys, levels = zip(*pending)
         pixel_values = preprocess.normalize(torch.stack(levels).to(device, non_blocking=True))
-        features[list(rows)] = fast.image_features(pixel_values).cpu()
+        features[list(rows)] = fast.features(fast.visual, pixel_values).cpu().numpy()
         if cache is not None:
-            cache.update((key, features[row].numpy()) for key, row in zip(keys, rows))
+            cache.update((key, features[row]) for key, row in zip(keys, rows))
         pending.clear()
 
     files = read_ahead(read, paths, num_workers, 2 * batch_size)
     for row, (key, found) in enumerate(tqdm(files, "images", len(paths), disable=not progress, leave=False)):
         if isinstance(found, ImageError):
-            faults[row], features[row] = str(found), torch.nan
+            faults[row], features[row] = str(found), np.nan
         elif isinstance(found, np.ndarray):
-            features[row] = torch.from_numpy(found.copy())
+            features[row] = found
         elif not (stop and faults):  # after an error files are read on, to name all the bad ones, but not encoded
             pending.append((row, key, found))
         if len(pending) == batch_size:
             encode()
-    if pending and not (stop and faults):
+    if pending:
         encode()
     if cache is not None:
         cache.save()
-    if large(fast, len(paths)):
+    if len(paths) >= MANY and device.type == "cpu":
         return_freed_memory()
     if stop and faults:
         raise ImageError("\n".join(faults.values()))
-    return fast.project(features.to(device), "image").cpu().numpy() if project else features.numpy()
-
-
-def on_all_processes(args, items: list, embed) -> np.ndarray:
-    """`embed(items)`, computed by all processes, a share each; every process returns all. `args`: TrainingArguments."""
-    from accelerate.utils import gather_object
-
-    n = args.world_size
-    if n == 1:
-        return embed(items)
-    shares = gather_object([(args.process_index, embed(items[args.process_index :: n]))])
-    embeds = np.empty((len(items), shares[0][1].shape[1]), np.float32)
-    for rank, share in shares:
-        embeds[rank::n] = share
-    return embeds
+    return fast.project(fast.visual, torch.from_numpy(features).to(device)).cpu().numpy() if project else features
 
 
 def for_inference(model: MiniClip, n: int) -> InferenceClip:
     """An inference copy to embed n items with. If they are many, weights are laid out for oneDNN, and on a CPU freed
     memory is kept for the next batch: returning large activations to the system costs more than their convolutions."""
-    if large(model, n):
+    if n >= MANY and model.logit_scale.device.type == "cpu":
         keep_freed_memory()
-    return model if isinstance(model, InferenceClip) else inference_copy(model, pack=n >= 64)
+    return model if isinstance(model, InferenceClip) else inference_copy(model, pack=n >= MANY)
 
 
-def large(model: MiniClip, n: int) -> bool:
-    """Whether n items are enough to keep freed memory from batch to batch."""
-    return n >= 64 and model.logit_scale.device.type == "cpu"
+def on_all_processes(items: list, embed: Callable[[list], np.ndarray]) -> np.ndarray:
+    """`embed(items)` on every process, of which process i of n computes items i, i + n, i + 2n, ..."""
+    n = dist.get_world_size() if dist.is_initialized() else 1
+    if n == 1:
+        return embed(items)
+    shares: list = [None] * n
+    dist.all_gather_object(shares, embed(items[dist.get_rank() :: n]))
+    embeds = np.empty((len(items), shares[0].shape[1]), np.float32)
+    for rank, share in enumerate(shares):
+        embeds[rank::n] = share
+    return embeds

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from miniclip.datasets.records import flatten_captions
-from miniclip.inference.embed import embed_images, embed_texts
-from miniclip.inference.fast import cosine_to_fp32, inference_copy
+from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
+from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.inference.load import load
 from miniclip.model import MiniClip
@@ -33,22 +32,24 @@ class Evaluator:
 
 
 class RetrievalEvaluator(Evaluator):
-    """Evaluates models on `records`, as `read_captions` returns them.
+    """Evaluates models, or inference copies of them, on `records` as `read_captions` returns them, on all processes.
 
-    Several processes share the embedding. `caches` are feature caches for images and texts; `options` go to
-    `embed_images`. For reports it keeps the last `result` by direction, `image_embeds` (N, E) and `text_embeds` (M, E).
+    `caches` are feature caches for images and texts; `num_workers` threads read images. For reports it keeps the last
+    `result` by direction, `image_embeds` (N, E) and `text_embeds` (M, E).
     """
 
     def __init__(
         self, records: list[dict], preprocess, tokenizer, *, precision: str = "fp32", first_caption_only: bool = False,
-        ks=KS, batch_size: int = 64, text_batch_size: int | None = None, caches=(None, None), **options,
+        ks=KS, batch_size: int = 64, text_batch_size: int | None = None, caches=(None, None),
+        num_workers: int | None = None, progress: bool = False,
     ):  # fmt: skip
         self.preprocess, self.tokenizer, self.precision = preprocess, tokenizer, precision
-        self.batch_size, self.text_batch_size = batch_size, text_batch_size or batch_size
-        self.caches, self.options = caches, options
+        self.for_images = dict(batch_size=batch_size, num_workers=num_workers, progress=progress, cache=caches[0])
+        self.for_texts = dict(batch_size=text_batch_size or batch_size, progress=progress, cache=caches[1])
+        if first_caption_only:
+            records = [record | {"caption": record["caption"][:1]} for record in records]
         self.images = [record["image"] for record in records]
-        captions = [record["caption"][: 1 if first_caption_only else None] for record in records]
-        self.texts, image_of_text = flatten_captions([{"caption": each} for each in captions])
+        self.texts, image_of_text = flatten_captions(records)
         self.image_of_text = np.array(image_of_text, np.int64)
         # With one caption for each image also K = 3, as in the article.
         self.ks = ks or (KS if len(self.texts) > len(self.images) else (1, 3, 5, 10))
@@ -57,30 +58,11 @@ class RetrievalEvaluator(Evaluator):
         one = np.eye(1, dtype=np.float32)
         return set(retrieval_metrics(one, one, [0], self.ks))
 
-    def check_precision(self, model: MiniClip) -> str:
-        """One line on how close the embeddings are to those of the plain model in fp32, of the first few."""
-        sample, device = slice(0, 8 if self.precision == "fp32" else 64), model.logit_scale.device
-        pixel_values = torch.stack([self.preprocess.load(path) for path in self.images[sample]]).to(device)
-        input_ids = self.tokenizer(self.texts[sample], trim=True).to(device)
-        cosines = cosine_to_fp32(inference_copy(model, self.precision), model, pixel_values, input_ids)
-        return (
-            f"{self.precision}: cosine to plain fp32 at least {cosines[0]:.6f} (images), {cosines[1]:.6f} (texts),"
-            f" of the first {len(pixel_values)}"
-        )
-
-    def embed(self, model: MiniClip) -> tuple[np.ndarray, np.ndarray]:
-        """The embeddings of all images (N, E) and of all captions (M, E), by an inference copy of the model."""
-        model, (image_cache, text_cache) = inference_copy(model, self.precision), self.caches
-        images = {"batch_size": self.batch_size, "cache": image_cache, **self.options}
-        texts = {"batch_size": self.text_batch_size, "cache": text_cache}
-        texts["progress"] = self.options.get("progress", False)
-        return (
-            on_all_processes(self.images, partial(embed_images, model, self.preprocess, **images)),
-            on_all_processes(self.texts, partial(embed_texts, model, self.tokenizer, **texts)),
-        )
-
     def __call__(self, model: MiniClip) -> dict[str, float]:
-        return self.measure(*self.embed(model))
+        model = model if isinstance(model, InferenceClip) else inference_copy(model, self.precision)
+        images = partial(embed_images, model, self.preprocess, **self.for_images)
+        texts = partial(embed_texts, model, self.tokenizer, **self.for_texts)
+        return self.measure(on_all_processes(self.images, images), on_all_processes(self.texts, texts))
 
     def measure(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> dict[str, float]:
         """The metrics of given embeddings."""
@@ -88,21 +70,31 @@ class RetrievalEvaluator(Evaluator):
         self.result = search_both(image_embeds, text_embeds, self.image_of_text, max(self.ks))
         return metrics_of(self.result, self.ks)
 
+    def check_precision(self, model: MiniClip) -> str:
+        """One line on how close the embeddings are to those of the plain model in fp32, of the first few."""
+        sample, device = slice(0, 8 if self.precision == "fp32" else 64), model.logit_scale.device
+        pixel_values = torch.stack([self.preprocess.load(path) for path in self.images[sample]]).to(device)
+        input_ids = self.tokenizer(self.texts[sample], trim=True).to(device)
+        with torch.inference_mode():
+            models = model, inference_copy(model, self.precision)
+            exact, ours = ((m.encode_image(pixel_values, True), m.encode_text(input_ids, True)) for m in models)
+        image, text = ((a * b).sum(dim=1).min() for a, b in zip(exact, ours))
+        cosines = f"at least {image:.6f} (images), {text:.6f} (texts), of the first {len(pixel_values)}"
+        return f"{self.precision}: cosine to plain fp32 {cosines}"
+
 
 def evaluate_model(options, records: list[dict], device) -> tuple[RetrievalEvaluator, dict, dict, list[str]]:
     """Measures the model that evaluate.py's options name. Returns the evaluator, the metrics, the temperature (scale,
     bias and initial scale), and notes on what was truncated."""
     model, preprocess, tokenizer = load(options.model, options.pretrained, device)
-    preprocess = Preprocess(model.config.preprocess_cfg, draft=not options.full_decode)
-    cache = None
+    preprocess, cache = Preprocess(model.config.preprocess_cfg, draft=not options.full_decode), None
     if options.feature_cache:
         cache = FeatureCache.for_images(options.feature_cache, model, preprocess, options.precision)
-    sizes = (32, 64) if device.type == "cpu" else (256, 256)
-    sizes = (options.batch_size,) * 2 if options.batch_size else sizes
+    image_batch, text_batch = (32, 64) if device.type == "cpu" else (256, 256)
     evaluator = RetrievalEvaluator(
-        records, preprocess, tokenizer, ks=None, precision=options.precision, batch_size=sizes[0],
-        text_batch_size=sizes[1], first_caption_only=options.captions == "first", caches=(cache, None),
-        num_workers=options.num_workers, progress=True,
+        records, preprocess, tokenizer, ks=None, precision=options.precision, progress=True, caches=(cache, None),
+        first_caption_only=options.captions == "first", batch_size=options.batch_size or image_batch,
+        text_batch_size=options.batch_size or text_batch, num_workers=options.num_workers,
     )  # fmt: skip
     metrics, notes = evaluator(model), []
     if tokenizer.truncated:
@@ -112,9 +104,8 @@ def evaluate_model(options, records: list[dict], device) -> tuple[RetrievalEvalu
     if cache is not None:
         print(f"{cache.reused} of {len(evaluator.images)} images were in {options.feature_cache}")
     print(evaluator.check_precision(model))
-    bias, start = model.logit_bias, math.exp(model.config.init_logit_scale)
-    temperature = {"scale": model.logit_scale.exp().item(), "bias": None if bias is None else bias.item()}
-    return evaluator, metrics, temperature | {"start": start}, notes
+    scale, bias, start = model.logit_scale.exp().item(), model.logit_bias, math.exp(model.config.init_logit_scale)
+    return evaluator, metrics, {"scale": scale, "bias": None if bias is None else bias.item(), "start": start}, notes
 
 
 def read_features(folder: str | Path, records: list[dict] | None, first_caption_only: bool):
@@ -122,8 +113,7 @@ def read_features(folder: str | Path, records: list[dict] | None, first_caption_
 
     Without `records` each image has M / N captions. If only first captions count, those of the others are dropped.
     """
-    arrays = (np.load(Path(folder) / f"{kind}.npy") for kind in ("image", "text"))
-    images, texts = (array.astype(np.float32, copy=False) for array in arrays)
+    images, texts = (np.load(Path(folder) / f"{kind}.npy").astype(np.float32, copy=False) for kind in ("image", "text"))
     if records is None:
         records = [{"image": row, "caption": [""] * (len(texts) // len(images))} for row in range(len(images))]
     counts = [len(record["caption"]) for record in records]
@@ -140,37 +130,3 @@ def save_features(folder: str | Path, image_embeds: np.ndarray, text_embeds: np.
         write_npy(image, np.float32, image_embeds.shape, [image_embeds])
         write_npy(text, np.float32, text_embeds.shape, [text_embeds])
         (folder / "image.npy").unlink(missing_ok=True)
-
-
-def on_all_processes(items: list, embed) -> np.ndarray:
-    """`embed(items)` on every process, of which process i of n computes items i, i + n, i + 2n, ..."""
-    n = dist.get_world_size() if dist.is_initialized() else 1
-    if n == 1:
-        return embed(items)
-    shares: list = [None] * n
-    dist.all_gather_object(shares, embed(items[dist.get_rank() :: n]))
-    embeds = np.empty((len(items), shares[0].shape[1]), np.float32)
-    for rank, share in enumerate(shares):
-        embeds[rank::n] = share
-    return embeds
-
-
-class Tasks:
-    """Caption sets by name for one model, which encodes images that they share only once."""
-
-    def __init__(self, records: dict[str, list[dict]]):
-        self.images = list(dict.fromkeys(record["image"] for task in records.values() for record in task))
-        self.texts, self.places = [], {}
-        row = {path: i for i, path in enumerate(self.images)}
-        for name, task in records.items():
-            texts, image_of_text = flatten_captions(task)
-            rows = np.array([row[record["image"]] for record in task])
-            self.places[name] = rows, slice(len(self.texts), len(self.texts) + len(texts)), image_of_text
-            self.texts += texts
-
-    def measure(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> dict[str, dict[str, float]]:
-        """The metrics of each task, from the embeddings of `images` (N, E) and of `texts` (M, E)."""
-        return {
-            name: retrieval_metrics(image_embeds[rows], text_embeds[texts], image_of_text)
-            for name, (rows, texts, image_of_text) in self.places.items()
-        }

@@ -6,8 +6,7 @@
     oneDNN     multiplies fp32 matrices on processors where `cpu_routes` finds it faster and as exact
 
 It runs only while model.py's code and the parts of the model are those it was written for. `plain_reason` names what
-has been changed; then the plain code runs, and one line says so. `grad_cache.wrap_towers` lets a model train this way,
-`inference_copy` makes a copy of it for inference, in fp32, bf16 or int8.
+has been changed; then the plain code runs, and one line says so. `grad_cache.wrap_towers` lets a model train this way.
 """
 
 import ast
@@ -29,22 +28,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from miniclip.inference.matmul import (
-    Int8Linear,
-    OneDnnLinear,
-    PatchLinear,
-    matmul_precision,
-    onednn_pays,
-    patch_product,
-)
+from miniclip.inference.matmul import Int8Linear, OneDnnLinear, PatchLinear, matmul_precision, packs, patch_product
 from miniclip.model import MLP, Attention, Block, MiniClip, QuickGELU, TextTransformer, Tower, VisionTransformer
 from miniclip.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "int8")
-# Hashes of the functions that this file computes in another way. To change one of them for good, change this file
-# accordingly, then the hash: tests/inference/test_read_is_run.py prints the new one.
+# Hashes of the functions that this file computes in another way. After a change of one, change this file accordingly,
+# then the hash: tests/inference/test_read_is_run.py prints the new one.
 WRITTEN_FOR = {
     (Block, "forward"): "ae0c0d7e975b",
     (Attention, "forward"): "63a1e8a15492",
@@ -67,8 +59,8 @@ PARTS = {  # of a block: their types, and their own parts
 
 def plain_reason(tower: Tower) -> str | None:
     """What has been changed in a tower of model.py, or in model.py, so that the plain code has to run. None if nothing
-    has, and for towers from elsewhere. It takes less than 0.1 ms and is asked at each forward pass, so it misses no
-    change. Comparing results could not replace it: they do not show a print, a hook or dropout."""
+    has, and for towers from elsewhere. It takes less than 0.1 ms and is asked at each forward pass. Comparing results
+    could not replace it: they do not show a print, a hook or dropout."""
     kind = next((kind for kind in FAST if isinstance(tower, kind)), None)
     if kind is None:
         return None
@@ -83,12 +75,10 @@ def plain_reason(tower: Tower) -> str | None:
         if replaced or fingerprint(function, getattr(function, "__code__", None)) != expected:
             return f"{owner.__name__}.{name} differs from the code that inference/fast.py was written for"
     if kind is VisionTransformer:
-        conv = tower.conv1
-        if changed := _changed(conv, (nn.Conv2d, PatchLinear), {}):
+        if changed := _changed(conv := tower.conv1, (nn.Conv2d, PatchLinear), {}):
             return f"VisionTransformer.conv1{changed}"
-        if type(conv) is nn.Conv2d and (conv.stride, (0, 0), (1, 1), 1, None) != (
-            conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.bias
-        ):  # fmt: skip
+        how = type(conv) is nn.Conv2d and (conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.bias)
+        if how and how != (conv.stride, (0, 0), (1, 1), 1, None):
             return "VisionTransformer.conv1 does not cut images into patches"
     for block in tower.blocks:
         if changed := _changed(block, (Block,), PARTS):
@@ -98,25 +88,23 @@ def plain_reason(tower: Tower) -> str | None:
 
 def _changed(module: nn.Module | None, types: tuple[type, ...], parts: dict) -> str | None:
     """How a module or one of its parts differs from model.py's, to be read after its name."""
-    state = vars(module) if type(module) in types else {}
-    if not state:
+    if type(module) not in types:
         return f" is a {type(module).__name__}"
-    if "forward" in state:
+    own = vars(module)
+    if "forward" in own:
         return ".forward is replaced in an instance"
-    if any(
-        (state["_forward_hooks"], state["_forward_pre_hooks"], state["_backward_hooks"], state["_backward_pre_hooks"])
-    ):
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return " has a hook"
     for name, part in parts.items():
-        if changed := _changed(state["_modules"].get(name), *part):
+        if changed := _changed(own["_modules"].get(name), *part):
             return f".{name}{changed}"
     return None
 
 
 @cache
 def fingerprint(function: Callable, code: CodeType | None) -> str | None:
-    """A hash of the source of a function (and its `__code__`) without comments, docstring and layout. None if there is
-    no source, or if it is not what runs because the file was edited since."""
+    """A hash of the source of a function without comments, docstring and layout. None if there is no source, or if it
+    is not what runs, `code`, because the file was edited since."""
     try:
         if code not in _compiled("".join(inspect.findsource(code)[0])):
             return None
@@ -149,12 +137,11 @@ def _nodes(node):
 
 @cache
 def _say(reason: str):
-    """Logs it, once in a process."""
     logger.warning("%s: the plain model runs (slower, same result as the code)", reason)
 
 
 def fast_wrappers(tower: Tower) -> tuple[Callable, ...]:
-    """The innermost of a tower's `wrappers`: the fast path; for changed code nothing, and one line that says so."""
+    """The innermost of a tower's `wrappers`: the fast path, or for changed code nothing, and one line says so."""
     if reason := plain_reason(tower):
         _say(reason)
     return (fast_features,) if type(tower) in FAST and reason is None else ()
@@ -175,10 +162,10 @@ def image_features(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
         return tower.features(pixel_values)  # which says what is wrong
     conv = tower.conv1
     if isinstance(conv, nn.Conv2d):
-        conv = partial(
-            patch_product, patch_size=conv.stride[0], linear=partial(F.linear, weight=conv.weight.flatten(1))
-        )
-    x = tower.embed_patches(conv(pixel_values))  # (B, L, W)
+        patches = patch_product(pixel_values, conv.stride[0], partial(F.linear, weight=conv.weight.flatten(1)))
+    else:
+        patches = conv(pixel_values)
+    x = tower.embed_patches(patches)
     B, L, W = x.shape
     ends = torch.arange(0, B * L, L, device=x.device)  # the class tokens: the first of each L positions
     return tower.ln_post(_blocks(tower, x.reshape(B * L, W), (B, L), ends, is_causal=False))
@@ -204,11 +191,8 @@ FAST = {VisionTransformer: image_features, TextTransformer: text_features}
 
 
 def _blocks(tower, x: Tensor, shape: tuple[int, int], ends: Tensor, is_causal: bool, kept: Tensor | None = None):
-    """All blocks of a tower: rows (T, W) to those that are read out, (B, W).
-
-    The rows are B sequences of up to L (`shape`), end to end. With `kept` (T,) only these of the B x L positions are
-    there. `ends` (B,) are the rows to read.
-    """
+    """All blocks of a tower: rows (T, W) to those to read out, `ends` (B,): (B, W). The rows are B sequences of up to L
+    (`shape`), end to end; with `kept` (T,) only these of the B x L positions are there."""
     for number, block in enumerate(tower.blocks):
         run = partial(_block, block, shape=shape, is_causal=is_causal, kept=kept)
         if tower.checkpoint_every and number % tower.checkpoint_every == 0 and torch.is_grad_enabled():
@@ -230,8 +214,7 @@ def _block(block: nn.Module, x: Tensor, ends: Tensor | None, shape: tuple[int, i
     else:
         position = (ends if kept is None else kept[ends]) % L  # (B,)
         q = q[torch.arange(B, device=x.device), :, position][:, :, None]  # (B, H, 1, W / H)
-        before = torch.arange(L, device=x.device) <= position[:, None] if is_causal else None
-        mask = None if before is None else before[:, None, None]
+        mask = (torch.arange(L, device=x.device) <= position[:, None])[:, None, None] if is_causal else None
         attended, x = _attention(q, k, v, attn_mask=mask).reshape(B, W), x[ends]
     x = _linear(block.attn.out_proj, attended, residual=x)
     hidden = _linear(block.mlp.c_fc, block.ln_2(x), activation=block.mlp.act)
@@ -255,48 +238,38 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
 
 
 class InferenceClip(MiniClip):
-    """A copy of a MiniClip for inference, made by `inference_copy`. It is called as any other, but neither trained nor
-    saved."""
+    """A copy of a MiniClip for inference, made by `inference_copy`; it can be neither trained nor saved."""
 
     def __init__(self, model: MiniClip, precision: str, pack: bool):
         nn.Module.__init__(self)
         self.config, self.precision, self.training = model.config, precision, False
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         layer = Int8Linear if precision == "int8" else copy.copy
-        if model.logit_scale.device.type == "cpu" and pack and onednn_pays(precision):
+        if model.logit_scale.device.type == "cpu" and pack and packs(precision):
             layer = OneDnnLinear
-        self.visual, self.text = (
-            _tower_copy(tower.for_inference(), self.dtype, layer) for tower in (model.visual, model.text)
-        )
+        towers = model.visual.for_inference(), model.text.for_inference()
+        self.visual, self.text = (_tower_copy(tower, self.dtype, layer) for tower in towers)
         self.logit_scale = nn.Parameter(model.logit_scale.detach().float(), requires_grad=False)
         self.logit_bias = model.logit_bias
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """The image tower up to its projection: (B, 3, S, S) to (B, W) float32."""
-        return self._features(self.visual, pixel_values.to(self.dtype))
-
-    def text_features(self, input_ids: Tensor) -> Tensor:
-        """The text tower up to its projection: (B, L) to (B, W) float32."""
-        return self._features(self.text, input_ids)
-
-    def _features(self, tower: Tower, inputs: Tensor) -> Tensor:
+    def features(self, tower: Tower, inputs: Tensor) -> Tensor:
+        """One of its towers up to the projection: images (B, 3, S, S) or token ids (B, L) to (B, W) float32."""
         with self.inference():
+            inputs = inputs.to(self.dtype) if tower is self.visual else inputs
             features = fast_features(tower, tower.features, inputs) if tower.wrappers else tower.features(inputs)
             return features.float()
 
-    def project(self, features: Tensor, kind: str, normalize: bool = True) -> Tensor:
-        """The last step, from features (B, W) of a kind, "image" or "text", to embeddings (B, E) float32."""
+    def project(self, tower: Tower, features: Tensor, normalize: bool = True) -> Tensor:
+        """The last step of one of its towers: features (B, W) to embeddings (B, E) float32."""
         with self.inference():
-            embeds = (self.visual if kind == "image" else self.text).projection(features.to(self.dtype)).float()
+            embeds = tower.projection(features.to(self.dtype)).float()
             return F.normalize(embeds, dim=-1) if normalize else embeds
 
     def encode_image(self, pixel_values: Tensor, normalize: bool = False) -> Tensor:
-        """As MiniClip's; float32 whatever the precision within."""
-        return self.project(self.image_features(pixel_values), "image", normalize)
+        return self.project(self.visual, self.features(self.visual, pixel_values), normalize)
 
     def encode_text(self, input_ids: Tensor, normalize: bool = False) -> Tensor:
-        """As MiniClip's; float32 whatever the precision within."""
-        return self.project(self.text_features(input_ids), "text", normalize)
+        return self.project(self.text, self.features(self.text, input_ids), normalize)
 
     @contextmanager
     def inference(self):
@@ -315,12 +288,9 @@ class InferenceClip(MiniClip):
 
 
 def inference_copy(model: MiniClip, precision: str = "fp32", pack: bool = True) -> InferenceClip:
-    """A copy of a model for inference, on the same device. It is faster, with the same embeddings (fp32) or nearly the
-    same (bf16, int8); later changes of the model's weights do not reach it.
-
-    `pack` lays weights out for oneDNN: half a second for a large model on the CPU. Raises InputError for an unknown
-    precision, and for int8 elsewhere than on the CPU.
-    """
+    """A faster copy of a model for inference on its device. Its embeddings, float32, are the same (fp32) or nearly
+    so (bf16, int8); later changes of the weights do not reach it. `pack` lays them out for oneDNN: half a second for a
+    large model on the CPU. Raises InputError for an unknown precision, and for int8 not on the CPU."""
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     if precision == "int8" and model.logit_scale.device.type != "cpu":
@@ -328,20 +298,9 @@ def inference_copy(model: MiniClip, precision: str = "fp32", pack: bool = True) 
     return InferenceClip(model, precision, pack)
 
 
-def cosine_to_fp32(ours: MiniClip, model: MiniClip, pixel_values: Tensor, input_ids: Tensor) -> tuple[float, float]:
-    """The smallest cosine between the embeddings of an inference copy and those of its model, computed by the plain
-    code: of the images (B, 3, S, S), and of the texts (B, L)."""
-    with torch.inference_mode():
-        exact = model.encode_image(pixel_values, normalize=True), model.encode_text(input_ids, normalize=True)
-    ours = ours.encode_image(pixel_values, normalize=True), ours.encode_text(input_ids, normalize=True)
-    return tuple((a * b).sum(dim=1).min().item() for a, b in zip(exact, ours))
-
-
 def _tower_copy(tower: Tower, dtype: torch.dtype, layer) -> Tower:
-    """A tower for inference. Changed code keeps its kind of layer unless int8 is asked for: it may read the weights,
-    and oneDNN lays them out anew."""
     if layer is OneDnnLinear and plain_reason(tower):
-        layer = copy.copy
+        layer = copy.copy  # changed code may read the weights, which oneDNN lays out anew
     twin = _module_copy(tower, dtype, layer)
     twin.wrappers = fast_wrappers(tower)  # and not what training has put there
     if twin.wrappers and isinstance(twin, VisionTransformer):
@@ -367,6 +326,6 @@ def _module_copy(module: nn.Module, dtype: torch.dtype, layer) -> nn.Module:
         linear = layer(twin)
         linear.__dict__.update((name, value) for name, value in vars(module).items() if name.startswith("_forward_"))
         return linear
-    children = ((name, child) for name, child in module._modules.items() if child is not None)
-    twin._modules = dict(module._modules) | {name: _module_copy(child, dtype, layer) for name, child in children}
+    children = module._modules.items()
+    twin._modules = {name: None if child is None else _module_copy(child, dtype, layer) for name, child in children}
     return twin

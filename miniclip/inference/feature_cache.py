@@ -1,12 +1,10 @@
 """Feature caches: what a frozen tower computed for an image or a text, kept for the next run.
 
-Same weights, same preprocessing and same input give the same features, so a key is made of all three, and nothing has
-to be invalidated by hand:
-
     <folder>/<sha256 of weights, preprocessing and precision>/<sha256 of the part>.npy
 
-A part is a NumPy file of rows (sha256 of the image file, features). Parts are only added, each by an atomic rename: a
-killed process leaves no partial file, and several processes may share a folder.
+The path depends on everything that decides the features, so nothing has to be invalidated by hand. A part has rows
+(sha256 of the image file, features). Parts are only added, each by an atomic rename: a killed process leaves no partial
+file, and several processes may share a folder.
 """
 
 import hashlib
@@ -34,28 +32,31 @@ FORMAT = 1  # raise it when features change for a reason other than weights and 
 
 
 class FeatureCache:
-    """The features of one tower, before its projection, by key. Made by `for_images` and `for_texts`.
-
-    With `folder` None they stay in memory. Only one thread may write.
-    """
+    """The features of one tower, before its projection, by key. Made by `for_images` and `for_texts`. With `folder`
+    None they stay in memory. Only one thread may write."""
 
     def __init__(self, folder: str | Path | None, fingerprint: str, width: int):
         self.folder = None if folder is None else Path(folder) / fingerprint[:32]
         self.row = np.dtype([("key", "V32"), ("features", "<f4", (width,))])
         self.known, self.added = {}, {}  # key -> features (W,): all, and those not yet written
-        self.reused = 0  # the number of lookups
-        for part in sorted(self.folder.glob("*.npy")) if self.folder else ():
-            self._read(part)
+        self.reused = 0
+        for path in sorted(self.folder.glob("*.npy")) if self.folder else ():
+            if sha256(path) != path.stem:
+                warnings.warn(f"{path} is damaged: its features are computed again; it can be deleted", stacklevel=3)
+                continue
+            part = np.load(path, mmap_mode="r", allow_pickle=False)
+            if part.dtype != self.row:
+                raise InputError(f"{path} holds no features of this width ({self.row}): delete it")
+            keys, features = part["key"].tobytes(), np.asarray(part["features"])
+            self.known |= {keys[32 * row : 32 * row + 32]: features[row] for row in range(len(part))}
 
     @classmethod
     def for_images(cls, folder: str | Path | None, model: MiniClip, preprocess: Preprocess, precision: str = "fp32"):
-        """The cache of a model's image tower."""
         about = {"preprocess": vars(preprocess.cfg), "scale": preprocess.scale}
         return cls._of(folder, model, model.visual, model.config.vision_cfg, precision, about)
 
     @classmethod
     def for_texts(cls, folder: str | Path | None, model: MiniClip, precision: str = "fp32"):
-        """The cache of a model's text tower."""
         tokenizer = model.text.tokenizer.fingerprint()
         about = {"tokenizer": tokenizer} if tokenizer else {}
         return cls._of(folder, model, model.text, model.config.text_cfg, precision, about)
@@ -76,7 +77,6 @@ class FeatureCache:
         return key in self.known
 
     def __getitem__(self, key: bytes) -> np.ndarray:
-        """Features (W,) float32."""
         self.reused += 1
         return self.known[key]
 
@@ -84,13 +84,13 @@ class FeatureCache:
         """Adds features (W,) by their keys. They are written by `save`, and whenever a part is full."""
         items = {key: features.copy() for key, features in items}
         self.known |= items
-        self.added |= items
+        self.added |= items if self.folder else {}
         if len(self.added) >= PART:
             self.save()
 
     def save(self):
-        """Writes what was added since the last call, as one part."""
-        if self.folder is None or not self.added:
+        """Writes what was added since the last call as one part."""
+        if not self.added:
             return
         part = np.empty(len(self.added), self.row)
         part["key"] = np.frombuffer(b"".join(self.added), "V32")
@@ -102,24 +102,13 @@ class FeatureCache:
         os.replace(scratch, self.folder / f"{sha256(scratch)}.npy")
         self.added = {}
 
-    def _read(self, path: Path):
-        if sha256(path) != path.stem:
-            warnings.warn(f"{path} is damaged: its features are computed again; it can be deleted", stacklevel=4)
-            return
-        part = np.load(path, mmap_mode="r", allow_pickle=False)
-        if part.dtype != self.row:
-            raise InputError(f"{path} holds no features of this width ({self.row}): delete it")
-        keys, features = part["key"].tobytes(), np.asarray(part["features"])
-        self.known |= {keys[32 * row : 32 * row + 32]: features[row] for row in range(len(part))}
-
 
 def file_key(path) -> bytes:
-    """Returns the key of an image: the sha256 of its file's content, wherever it lies, or an ImageFile's own."""
+    """The key of an image: the sha256 of its file's content, wherever it lies, or an ImageFile's own."""
     return path.key() if isinstance(path, ImageFile) else bytes.fromhex(sha256(path))
 
 
 def text_key(text: str) -> bytes:
-    """The key of a text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 

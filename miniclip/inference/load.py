@@ -13,32 +13,29 @@ from miniclip.weights.load import load_weights
 
 
 def load(
-    name_or_path: str | Path,
-    pretrained: str | Path | None = None,
-    device: str | torch.device = "cpu",
+    name_or_path: str | Path, pretrained: str | Path | None = None, device: str | torch.device = "cpu",
     precision: str | None = None,
-):
+):  # fmt: skip
     """Returns `(model, preprocess, tokenizer)`, the model in evaluation mode.
 
     `name_or_path` is the name of a config (`miniclip.list_models()`), a config file, or a folder that MiniCLIP saved.
-    `pretrained` is a local weight file in any layout that `miniclip.checkpoint` knows; a config without one is
-    initialised randomly, with a warning. `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer` a list
-    of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is a faster copy
-    for inference only. Raises InputError for an unknown name, and what `load_weights` raises.
+    `pretrained` is a weight file in any layout that `miniclip.checkpoint` knows; without one a config's weights are
+    random, with a warning. `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer` a list of n strings into
+    (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is a faster copy for inference
+    only. Raises InputError for an unknown name, and what `load_weights` raises.
     """
     if Path(name_or_path).is_dir():
         model = MiniClip.from_pretrained(name_or_path)
     else:
-        model = MiniClip(MiniClipConfig.from_name(str(name_or_path)))
+        model = MiniClip(config := MiniClipConfig.from_name(str(name_or_path)))
         if pretrained is None:
             model.visual.load_pretrained()
             model.text.load_pretrained()
-        if pretrained is None and not (model.config.vision_cfg.pretrained or model.config.text_cfg.pretrained):
-            warnings.warn(f"{name_or_path} has random weights: no pretrained file was named", stacklevel=2)
+            if not (config.vision_cfg.pretrained or config.text_cfg.pretrained):
+                warnings.warn(f"{name_or_path} has random weights: no pretrained file was named", stacklevel=2)
     if pretrained is not None:
         load_weights(model, pretrained)
     tokenizer = model.text.tokenizer
     model = model.to(device).eval()
-    if precision is not None:
-        model = inference_copy(model, precision)
+    model = model if precision is None else inference_copy(model, precision)
     return model, Preprocess(model.config.preprocess_cfg), tokenizer

@@ -5,7 +5,6 @@ import json
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 
 from miniclip.utils.files import replacing, user_cache
 from miniclip.utils.machine import processor
-
-UNREADABLE = (ValueError, TypeError, KeyError)
 
 
 class Route(NamedTuple):
@@ -27,37 +24,37 @@ class Route(NamedTuple):
 
 @cache
 def cpu_routes() -> dict[str, Route]:
-    """The ways to multiply fp32 matrices, as `measure_routes` found them on this processor the first time. They are
-    kept in the user's cache: measured again, they could differ, and a training run with them in its last bits."""
+    """What `measure_routes` found on this processor the first time. It is kept in the user's cache: measured again, it
+    could differ, and a training run with it in its last bits."""
     about = f"{processor()} {torch.__version__} {torch.get_num_threads()}"
     path = user_cache() / f"products-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+    def kept() -> dict[str, Route]:
+        return {way: Route(*values) for way, values in json.loads(path.read_text())["routes"].items()}
+
     try:
-        return _read_routes(path)
-    except OSError:  # not measured yet
-        pass
-    except UNREADABLE:
+        return kept()
+    except OSError:
+        pass  # not measured yet
+    except (ValueError, TypeError, KeyError):  # damaged
         with suppress(OSError):
             path.unlink()
     routes = measure_routes()
-    with suppress(OSError, *UNREADABLE):  # without a folder to write to they are measured each time
+    with suppress(OSError):  # without a folder to write to they are measured each time
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, first_wins=True) as scratch:  # all processes that start together use the same routes
             scratch.write_text(json.dumps({"about": about, "routes": routes}, indent=2) + "\n")
-        routes = _read_routes(path)
+        return kept()
     return routes
-
-
-def _read_routes(path: Path) -> dict[str, Route]:
-    return {way: Route(*values) for way, values in json.loads(path.read_text())["routes"].items()}
 
 
 def measure_routes() -> dict[str, Route]:
     """Measures in about 0.1 s how fast and how exact each way of multiplying fp32 matrices is on this processor.
 
-    "default" is torch's own. "medium" is a switch that makes torch use oneDNN, in training too, but permits rounding to
-    bf16: processors with matrix units do round, others keep computing in fp32. "packed" is oneDNN in strict fp32 with
-    weights laid out for it, for inference. A way is used if it is at least 1.2 times as fast as the default and its
-    error at most four times as large; rounding to bf16 makes it a thousand times as large.
+    "default" is torch's own. "medium" makes torch use oneDNN, in training too, but permits rounding to bf16, which
+    processors with matrix units do. "packed" is oneDNN in strict fp32 with weights laid out for it, for inference. A
+    way is used if it is at least 1.2 times as fast as the default and its error at most four times as large: rounding
+    to bf16 makes it a thousand times as large.
     """
     draw = torch.Generator().manual_seed(0)
     linear = nn.Linear(512, 2048)
@@ -78,15 +75,23 @@ def measure_routes() -> dict[str, Route]:
                     seconds[way].append(time.perf_counter() - start)
                 errors[way] = ((product - exact).abs().max() / exact.abs().max()).item()
     speedup = {way: min(seconds["default"]) / min(seconds[way]) for way in ways}
-    return {
-        way: Route(speedup[way] >= 1.2 and errors[way] <= 4 * errors["default"], speedup[way], errors[way])
-        for way in ways
-    }
+    used = {way: speedup[way] >= 1.2 and errors[way] <= 4 * errors["default"] for way in ways}
+    return {way: Route(used[way], speedup[way], errors[way]) for way in ways}
+
+
+def pays(way: str) -> bool:
+    return way in cpu_routes() and cpu_routes()[way].used
+
+
+def packs(precision: str) -> bool:
+    """Whether an inference copy's weights are laid out for oneDNN."""
+    if precision == "bf16":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return precision == "fp32" and pays("packed")
 
 
 @contextmanager
 def matmul_precision(precision: str):
-    """A context with this `torch.set_float32_matmul_precision`."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -97,19 +102,18 @@ def matmul_precision(precision: str):
 
 def describe(device: str | torch.device) -> str:
     """One line on how fp32 matrices are multiplied in training."""
-    if torch.device(device).type != "cpu" or "medium" not in cpu_routes():
+    routes = cpu_routes() if torch.device(device).type == "cpu" else {}
+    if "medium" not in routes:
         return "fp32 products: torch's default"
-    torchs, onednn = cpu_routes()["default"], cpu_routes()["medium"]
-    how = f"{onednn.speedup:.1f} times as fast, with an error of {onednn.error:.0e} instead of {torchs.error:.0e}"
-    if onednn.used:
-        return f"fp32 products: oneDNN, not torch's default ({how})"
-    return f"fp32 products: torch's default (oneDNN does not pay: {how})"
+    (used, speedup, error), default = routes["medium"], routes["default"].error
+    how = f"{speedup:.1f} times as fast, with an error of {error:.0e} instead of {default:.0e}"
+    choice = f"oneDNN, not torch's default ({how})" if used else f"torch's default (oneDNN does not pay: {how})"
+    return f"fp32 products: {choice}"
 
 
 def arithmetic(device: str | torch.device) -> str:
     """The library that multiplies fp32 matrices in training."""
-    usable = torch.device(device).type == "cpu" and "medium" in cpu_routes() and cpu_routes()["medium"].used
-    return "oneDNN" if usable else "torch"
+    return "oneDNN" if torch.device(device).type == "cpu" and pays("medium") else "torch"
 
 
 def fast_arithmetic(device: str | torch.device):
@@ -118,8 +122,8 @@ def fast_arithmetic(device: str | torch.device):
 
 
 class OneDnnLinear(nn.Module):
-    """A linear layer for inference, its weights laid out for oneDNN in the precision they have. oneDNN applies the
-    activation and adds the residual while the product is still in the processor's cache."""
+    """A linear layer for inference, its weights laid out for oneDNN, which applies the activation and adds the residual
+    while the product is still in the processor's cache."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -141,21 +145,23 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.scale = linear.weight.abs().amax(dim=1).clamp_min(1e-12) / 127  # (out,)
-        self.weight = (linear.weight / self.scale[:, None]).round().to(torch.int8).T  # (in, out)
-        self.bias = linear.bias
+        weight, scale = _to_int8(linear.weight)
+        self.weight, self.scale, self.bias = weight.T, scale.flatten(), linear.bias  # (in, out), (out,), (out,)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-        product = torch._int_mm((rows / scale).round_().to(torch.int8), self.weight).to(x.dtype)
-        product = product.mul_(scale).mul_(self.scale)
+        rows, scale = _to_int8(x.reshape(-1, x.shape[-1]))
+        product = torch._int_mm(rows, self.weight).to(x.dtype).mul_(scale).mul_(self.scale)
         product = product if self.bias is None else product.add_(self.bias)
         return product.view(*x.shape[:-1], -1)
 
 
+def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+    return (rows / scale).round_().to(torch.int8), scale
+
+
 class PatchLinear(nn.Module):
-    """The image tower's convolution as one of the linear layers above, for inference."""
+    """The image tower's convolution by one of the linear layers above, for inference."""
 
     def __init__(self, conv: nn.Conv2d, layer):
         super().__init__()
@@ -171,13 +177,7 @@ class PatchLinear(nn.Module):
 def patch_product(pixel_values: Tensor, patch_size: int, linear) -> Tensor:
     """A convolution whose stride is its kernel size P, by a linear layer from 3 x P x P to W: (B, 3, S, S) to
     (B, W, S / P, S / P)."""
-    B, C, S, _ = pixel_values.shape
-    side, P = S // patch_size, patch_size
+    (B, C, S, _), P = pixel_values.shape, patch_size
+    side = S // P
     patches = pixel_values.view(B, C, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B * side * side, C * P * P)
     return linear(patches).view(B, side * side, -1).transpose(1, 2).unflatten(2, (side, side))
-
-
-def onednn_pays(precision: str) -> bool:
-    if precision == "bf16":
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return precision == "fp32" and "packed" in cpu_routes() and cpu_routes()["packed"].used

@@ -10,8 +10,7 @@ from miniclip.utils.command_line import FLAGS, HELP, make_parser, option
 
 @dataclass
 class EvalOptions:
-    """Measures a model, or embeddings made elsewhere, by retrieval. Prints Recall@K as a table and writes it to a JSON
-    file.
+    """Measures a model, or embeddings made elsewhere, by retrieval. Prints Recall@K as a table and writes a JSON file.
 
     example:
       python evaluate.py --model runs/mine --eval_file data/eval.json --report runs/mine
@@ -33,14 +32,9 @@ class EvalOptions:
     device: str | None = option(None, HELP["device"])
     save_features: str | None = option(None, "folder to write image.npy and text.npy to")
     features: str | None = option(None, "folder with image.npy and text.npy to measure instead of a model")
-    output_file: str | None = option(
-        None, "JSON file to write (default: retrieval_*.json in the model's folder, or else in the working directory)"
-    )
-    report: str | None = option(
-        None,
-        "folder for report.html (or a name ending in .html): metrics, curves, best and worst queries; a name ending in "
-        ".png gets the training curves and a few searches as an image",
-    )
+    output_file: str | None = option(None, "JSON file to write (default: retrieval_*.json in the model's folder, or .)")
+    report: str | None = option(None, "folder for report.html, or a name ending in .html: metrics, curves, best and"
+                                      " worst queries; ending in .png: training curves, a few searches")  # fmt: skip
 
     def problems(self):
         """Yields what is wrong with the options and what to do about it."""
@@ -53,7 +47,8 @@ class EvalOptions:
                 yield f"there is no {kind}.npy in {self.features}"
         if self.report and not self.eval_file:
             yield "--report shows images: add --eval_file"
-        if self.report and Path(self.report).is_file() and Path(self.report).suffix.lower() not in REPORTS:
+        report = Path(self.report or "")
+        if report.is_file() and report.suffix.lower() not in (".html", ".htm", ".png"):
             yield f"--report takes a folder, or a name that ends in .html or .png: {self.report} is a file"
 
     def result_file(self) -> Path:
@@ -64,9 +59,6 @@ class EvalOptions:
         path = Path(self.output_file or beside / f"retrieval_{name}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-
-REPORTS = (".html", ".htm", ".png")
 
 
 def parse_evaluate(argv: list[str]) -> EvalOptions:

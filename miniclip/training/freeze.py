@@ -10,8 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from miniclip.data import image_id, text_id
 from miniclip.datasets.records import flatten_captions
-from miniclip.inference.embed import embed_images, embed_texts
-from miniclip.inference.evaluator import on_all_processes
+from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MiniClip, Tower
 from miniclip.training.dataset import RunDataset

@@ -10,9 +10,9 @@ import copy
 import torch
 from tqdm.auto import tqdm
 
-from miniclip.inference.embed import embed_images, embed_texts
-from miniclip.inference.evaluator import Tasks
+from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.inference.fast import inference_copy
+from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MiniClip
 from miniclip.weights.interpolate import check_same, interpolate
 
@@ -25,21 +25,23 @@ def sweep(
     progress: bool = False,
 ) -> list[dict]:  # fmt: skip
     """Evaluates the models between two on caption sets by name. Returns, for each alpha,
-    `{"alpha": alpha, "mean": mean of the mean recalls, name: metrics, ...}`. A tower that is equal in both models, such
-    as a frozen one, encodes only once. Raises InputError for models of different architectures.
+    `{"alpha": alpha, "mean": mean of the mean recalls, name: metrics, ...}`. What the sets share is encoded once, and
+    once for all alphas by a tower that is equal in both models. Raises InputError for different architectures.
     """
     check_same(before.config, after.config)
     weights = before.state_dict(), after.state_dict()
-    model, tasks, embeds, found = copy.deepcopy(after), Tasks(records), {}, []
+    model, found = copy.deepcopy(after), []
+    caches = FeatureCache(None, "", model.visual.width), FeatureCache(None, "", model.text.width)
+    how = {"batch_size": batch_size, "num_workers": num_workers, "caches": caches}
+    evaluators = {name: RetrievalEvaluator(task, preprocess, tokenizer, **how) for name, task in records.items()}
     learned = {name.partition(".")[0] for name in weights[0] if not torch.equal(*(w[name] for w in weights))}
     for alpha in tqdm(alphas, "alphas", disable=not progress):
         model.load_state_dict(interpolate(*weights, alpha))
+        for tower, cache in zip(("visual", "text"), caches):
+            if tower in learned:
+                cache.known.clear()
         fast = inference_copy(model, precision)
-        if "visual" in learned or "image" not in embeds:
-            embeds["image"] = embed_images(fast, preprocess, tasks.images, batch_size, num_workers)
-        if "text" in learned or "text" not in embeds:
-            embeds["text"] = embed_texts(fast, tokenizer, tasks.texts, batch_size)
-        metrics = tasks.measure(embeds["image"], embeds["text"])
+        metrics = {name: evaluator(fast) for name, evaluator in evaluators.items()}
         mean = sum(task["mean_recall"] for task in metrics.values()) / len(metrics)
         found.append({"alpha": alpha, "mean": mean, **metrics})
     return found

@@ -22,7 +22,7 @@ from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MLP, Attention, Block, QuickGELU, TextTransformer, Tower, VisionTransformer
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.transforms import Preprocess
-from tests.inference.test_fast import make_batch, make_model
+from tests.inference.test_fast import lowest_cosine, make_batch, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,7 +195,7 @@ def test_a_change_is_obeyed_and_said(change, when, monkeypatch, caplog):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours[:2], theirs[:2]))
     assert change is dropout or not torch.allclose(ours.image_embeds, unchanged.image_embeds, atol=1e-3)
     for precision, least in (("fp32", 0.999999), ("bf16", 0.99), ("int8", 0.99)):
-        assert min(fast.cosine_to_fp32(inference_copy(model, precision), plain, *batch)) > least, precision
+        assert lowest_cosine(inference_copy(model, precision), plain, *batch) > least, precision
     said = [
         line for line in caplog.messages if line.endswith(": the plain model runs (slower, same result as the code)")
     ]
@@ -320,7 +320,7 @@ def test_an_edit_of_model_py_has_its_effect_everywhere(tiny_model, caption_set):
             model_py.write_text(model_py.read_text().replace(old, new))
         data = ["captions.json", "--output_dir", "run", "--use_cpu", "--bf16", "false", "--max_steps", "2"]
         data += ["--logging_steps", "1", "--per_device_train_batch_size", "12", "--disable_tqdm", "true"]
-        argvs = [["train.py", "--model_config", "start", "--save_strategy", "no", "--train_file", *data],
+        argvs = [["train.py", "--model", "start", "--save_strategy", "no", "--train_file", *data],
                  ["evaluate.py", "--model", "start", "--eval_file", "captions.json"]]  # fmt: skip
         runs[edit] = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, json.dumps(argvs)], cwd=folder, text=True,

@@ -11,9 +11,8 @@ from PIL import Image
 import miniclip
 from miniclip.commands import wise_ft
 from miniclip.inference.embed import embed_images, embed_texts
-from miniclip.inference.evaluator import Tasks
+from miniclip.inference.fast import InferenceClip
 from miniclip.retrieval import retrieval_metrics
-from miniclip.training import wise_ft as training_wise_ft
 from miniclip.training.wise_ft import best, format_sweep, sweep
 from miniclip.utils.errors import InputError
 from miniclip.weights.interpolate import check_same, interpolate
@@ -99,15 +98,17 @@ def test_the_command_measures_each_mix_and_writes_what_it_found(two, capsys):
 def test_shared_images_and_towers_are_encoded_once(two, monkeypatch):
     before, after, folder = two
     records = {name: miniclip.read_captions(folder / f"{name}.json") for name in ("new", "old")}
-    tasks = Tasks(records)
-    assert len(tasks.images) == 24 and len(tasks.texts) == 32 + 16
     preprocess, tokenizer = miniclip.Preprocess(before.config.preprocess_cfg), miniclip.Tokenizer(16)
     after.visual.load_state_dict(before.visual.state_dict())
-    encoded = []
-    monkeypatch.setattr(training_wise_ft, "embed_images", lambda *args: encoded.append("image") or embed_images(*args))
-    monkeypatch.setattr(training_wise_ft, "embed_texts", lambda *args: encoded.append("text") or embed_texts(*args))
+    encoded, features = {"image": 0, "text": 0}, InferenceClip.features
+
+    def count(self, tower, inputs):
+        encoded["image" if tower is self.visual else "text"] += len(inputs)
+        return features(self, tower, inputs)
+
+    monkeypatch.setattr(InferenceClip, "features", count)
     found = sweep(before, after, preprocess, tokenizer, records, [0, 0.5, 1])
-    assert sorted(encoded) == ["image", "text", "text", "text"]
+    assert encoded == {"image": 24, "text": 3 * (32 + 16)}
     assert found[2]["old"] == pytest.approx(measured(after, folder, "old.json"), abs=1e-6)
 
 
