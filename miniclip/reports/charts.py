@@ -196,7 +196,7 @@ def histogram_svg(edges: np.ndarray, shares: dict[str, np.ndarray], means: Seque
     """Two histograms, as SVG: the share of pairs in each bar between `edges`, {name: shares}, and their means."""
     figure = new_figure(*style.SVG_SIZE)
     axes = figure.subplots()
-    looks = zip(shares.items(), means, style.SERIES, ("-", "--"), (None, "////"))
+    looks = zip(shares.items(), means, (style.BLUE, style.ORANGE), ("-", "--"), (None, "////"))
     for (name, heights), mean, color, dashes, hatch in reversed(list(looks)):
         if not heights.any():
             continue
