@@ -39,11 +39,8 @@ def percent_axis(axis):
 
 
 def plot_curves(axes, title: str, curves: dict[str, Points], share=False, steps=None, reference=None, note=""):
-    """Plots curves over training: {name: points}. `share`: the values are fractions of 1, shown in percent.
-
-    `steps` is the last step of the axis. `reference` (name, value) is drawn as a dashed line for comparison.
-    """
-    last = steps or max([step for points in curves.values() for step, _ in points], default=1)
+    """Plots curves over training, up to `steps`: {name: points}. `share`: the values are fractions of 1, shown in
+    percent. `reference` (name, value) is drawn as a dashed line for comparison."""
     for name, points in curves.items():
         if not points:
             continue
@@ -63,9 +60,10 @@ def plot_curves(axes, title: str, curves: dict[str, Points], share=False, steps=
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5)
     axes.set_title(title, pad=24)
     axes.set_title(note, loc="right", color=style.RED, fontsize=9, pad=24)
-    axes.set(xlabel="training step", xlim=(0, 1.02 * max(last, 1)))
-    values = [y for points in curves.values() for _, y in points] + ([reference[1]] if reference else [])
-    axes.set_ylim(min([0, *values]), 1.06 * max([*values, 0]) or 1)
+    drawn = [point for points in curves.values() for point in points]
+    values = [0, *(value for _, value in drawn), *([reference[1]] if reference else [])]
+    last = max(1, steps or max([step for step, _ in drawn], default=1))
+    axes.set(xlabel="training step", xlim=(0, 1.02 * last), ylim=(min(values), 1.06 * max(values) or 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     if share:
@@ -88,8 +86,8 @@ def plot_loss_and_recall(loss_axes, recall_axes, log_history: list[dict], refere
 
 @styled
 def draw_curves(path: str | Path, log_history: list[dict], batch: int | None, title: str):
-    """Draws loss, recall, learning rate and logit scale of a run. `batch` is the number of pairs contrasted with one
-    another, whose loss by chance, ln(batch), is drawn too; None for other losses."""
+    """Draws loss, recall, learning rate and logit scale of a run. `batch`: the number of pairs contrasted with one
+    another, for the loss by chance, ln(batch); None for other losses."""
     figure = new_figure(style.WIDTH, 7)
     fit(figure.suptitle("", x=0.01, ha="left"), title, style.WIDTH - 0.5)
     (loss, recall), (rate, scale) = figure.subplots(2, 2)
@@ -107,22 +105,22 @@ def pick_examples(images: Sequence, captions: Sequence[str], result, image_of_te
     `result` is the retrieval result of the captions, "text_to_image"."""
     rows = [int(len(captions) * share) for share in (0.1, 0.37, 0.64)]
     rows.append(int(np.argmax(result.ranks * (result.ranks <= SHOWN))))  # the lowest rank that is still shown
+    retrieved = [[(images[i], float(s)) for i, s in zip(result.found[row, :SHOWN], result.scores[row])] for row in rows]
     return [
         {
-            "caption": captions[row], "correct": images[image_of_text[row]], "rank": int(result.ranks[row]),
-            "retrieved": [(images[i], float(s)) for i, s in zip(result.found[row, :SHOWN], result.scores[row])],
+            "caption": captions[row],
+            "correct": images[image_of_text[row]],
+            "rank": int(result.ranks[row]),
+            "retrieved": r,
         }
-        for row in rows
-    ]  # fmt: skip
+        for row, r in zip(rows, retrieved)
+    ]
 
 
 @styled
 def draw_report(path: str | Path, log_history: list[dict], examples: list[dict], title: str):
-    """Draws the training curves and a few text to image searches.
-
-    `log_history` is that of the Trainer's `trainer_state.json`. An example is {"caption": str, "retrieved":
-    [(path, score), ...] best first, "correct": path, "rank": rank of the correct image}. Both lists may be empty.
-    """
+    """Draws the training curves, from the Trainer's log, and text to image searches: {"caption": str, "retrieved":
+    [(path, score), ...] best first, "correct": path, "rank": rank of the correct image}. Both lists may be empty."""
     top, row = 4.0, 1.66
     height = top + row * len(examples) + 0.25 * bool(examples)
     figure = new_figure(style.WIDTH, height, layout=None)
@@ -138,10 +136,9 @@ def draw_report(path: str | Path, log_history: list[dict], examples: list[dict],
 
 
 def draw_example(figure, example: dict, top: float, height: float):
-    """Draws a caption, the images it retrieves and, if it is not among them, the correct image. `top` and `height`
-    are fractions of the figure."""
-    first = example["rank"] == 1
-    verdict = "correct image first" if first else f"correct image at rank {example['rank']:,}"
+    """Draws a caption, the images it retrieves and the correct image if it is not among them, from `top` down."""
+    first, rank = example["rank"] == 1, f"{example['rank']:,}"
+    verdict = "correct image first" if first else f"correct image at rank {rank}"
     label = figure.text(0.027, top - height / 2 + 0.1 * height, "", va="center", fontsize=11)
     fit(label, example["caption"], 2.55, 4)
     below = label.get_window_extent().y0 / figure.bbox.height - 0.06 * height
@@ -149,15 +146,15 @@ def draw_example(figure, example: dict, top: float, height: float):
     cells = [(path, f"{place}   {score:.3f}") for place, (path, score) in enumerate(example["retrieved"][:SHOWN], 1)]
     columns, correct = [0.26 + 0.117 * column for column in range(len(cells))], str(example["correct"])
     if correct not in [str(path) for path, _ in cells]:
-        cells, columns = [*cells, (example["correct"], f"{example['rank']:,}")], [*columns, 0.872]
+        cells, columns = [*cells, (example["correct"], rank)], [*columns, 0.872]
     for left, (path, text) in zip(columns, cells):
         axes = figure.add_axes((left, top - height, 1.24 / style.WIDTH, height))
         draw_image(axes, path, text, str(path) == correct)
 
 
 def draw_image(axes, path, label: str, correct: bool):
-    """Draws a whole image (a path or a handle) into a square, with a label below. The correct one has a green frame,
-    and a tick mark for those who cannot tell green from red."""
+    """Draws a whole image into a square, with a label below. The correct one has a green frame, and a tick mark for
+    those who cannot tell green from red."""
     try:
         image = open_image(path, 320)
         image.thumbnail((320, 320))
@@ -174,7 +171,7 @@ def draw_image(axes, path, label: str, correct: bool):
 
 @styled
 def recall_svg(curves: dict[str, np.ndarray], chance: list[np.ndarray], description: str) -> str:
-    """Recall@K over K, as SVG: {name: (K,) recalls from K = 1}, and likewise what chance reaches."""
+    """Recall@K over K as SVG: {name: (K,) recalls from K = 1}, and likewise by chance."""
     figure = new_figure(*style.SVG_SIZE)
     axes = figure.subplots()
     for name, values in curves.items():
@@ -196,7 +193,7 @@ def histogram_svg(edges: np.ndarray, shares: dict[str, np.ndarray], means: Seque
     """Two histograms, as SVG: the share of pairs in each bar between `edges`, {name: shares}, and their means."""
     figure = new_figure(*style.SVG_SIZE)
     axes = figure.subplots()
-    looks = zip(shares.items(), means, style.SERIES, ("-", "--"), (None, "////"))
+    looks = zip(shares.items(), means, (style.BLUE, style.ORANGE), ("-", "--"), (None, "////"))
     for (name, heights), mean, color, dashes, hatch in reversed(list(looks)):
         if not heights.any():
             continue
@@ -224,8 +221,8 @@ def training_svg(title: str, curves: dict[str, Points], share: bool) -> str:
 
 @styled
 def draw_sweep(path: str | Path, found: list[dict], best: float, title: str):
-    """Draws a WiSE-FT sweep: the recall of the new task over that of the old one, and both over alpha. `found` is what
-    `wise_ft.sweep` returns for the tasks "new" and "old", `best` the alpha to mark."""
+    """Draws a WiSE-FT sweep, from `wise_ft.sweep`: the recall of the task "new" over that of the task "old", and both
+    over alpha. `best` is the alpha to mark."""
     figure = new_figure(style.WIDTH, 4.8)
     fit(figure.suptitle("", x=0.01, ha="left"), title, style.WIDTH - 0.5)
     both, over = figure.subplots(1, 2)

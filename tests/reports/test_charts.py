@@ -8,6 +8,7 @@ from PIL import Image
 
 from miniclip.reports.charts import curve, draw_report, draw_sweep
 from miniclip.reports.style import GREEN, WIDTH, fit, new_figure, styled
+from miniclip.utils.image_files import ImageFile
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_an_image_that_is_gone_leaves_a_hole(tmp_path, images):
     assert said == [["no image"], ["no image"], [], [], []]
 
 
-class Handle:
+class Handle(ImageFile):
     """An image that is not a file of its own, as in a table or a shard."""
 
     def __init__(self, path: str):
