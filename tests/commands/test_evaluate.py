@@ -51,9 +51,9 @@ def test_misuse_is_said_in_one_line(features, run_script):
     for argv, problem in (
         (["--features", features], "7 text embeddings for 6 captions"),
         (["--features", features / "none"], "there is no image.npy in"),
-        (["--features", features, "--model", "ViT-B-32"], "leave out --model"),
+        (["--features", features, "--model", "ViT-B-32"], "remove --model"),
         (["--model", "ViT-B-32"], "give --model and --eval_file, or --features"),
-        (["--features", features, "--report", "x.png"], "give --eval_file too"),
+        (["--features", features, "--report", "x.png"], "add --eval_file"),
     ):
         done = run_script("evaluate.py", *argv, check=False)
         assert done.returncode != 0 and problem in done.stderr and "Traceback" not in done.stderr
