@@ -4,7 +4,7 @@ It takes seconds and forgets nothing (CLIP: Radford et al., arXiv 2103.00020, se
 classifier and staying near it, it gains much and loses little from a few examples (cf. Silva-Rodriguez et al., arXiv
 2312.12730; numbers: docs/classify.md):
 
-    python -m miniclip linear_probe --model runs/mine --train labelled --images others --shots 1 4 16
+    python -m miniclip linear_probe --model runs/mine --examples labelled --images others --shots 1 4 16
 
 Both are folders of class folders. The table compares zero-shot and both probes.
 """

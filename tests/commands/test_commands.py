@@ -49,7 +49,7 @@ def test_help_is_quick_and_has_an_example_and_the_output(name):
     (["serch"], "'serch' is not a possible value; nearest: search"),
     (["zero-shot", "--imges", "x", "--model", "y", "--images", "z"], "unknown option 'imges'; nearest: images"),
     (["zero_shot", "--model", "y"], "arguments are required: --images"),
-    (["convert", "a", "b", "--to", "onxx"], "argument --to: 'onxx' is not a possible value; nearest: "),
+    (["moderate", "--model", "x", "--images", "y", "--precision", "fp3"], "'fp3' is not a possible value; nearest: fp32"),
     (["search", "qury"], "nearest: query"),
     (["search", "index", "x", "--index", "y", "--methd", "ivf"], "index: unknown option 'methd'; nearest: method"),
     (["shapes", "a", "b"], "unexpected argument 'b'"),
@@ -61,10 +61,13 @@ def test_a_wrong_word_is_answered_in_one_line_with_the_nearest_right_one(words, 
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
 
 
-def test_input_that_is_wrong_is_one_line_too():
-    done = run("scene-quiz", "--model", "nowhere")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("miniclip scene_quiz: --model nowhere: there is no such folder")
+@pytest.mark.parametrize("words, message", [
+    (["scene-quiz", "--model", "nowhere"], "miniclip scene_quiz: --model nowhere: there is no such folder"),
+    (["convert", "a", "b", "--to", "onxx"], "miniclip convert: cannot convert to 'onxx', only to openclip, hf, miniclip"),
+])  # fmt: skip
+def test_input_that_is_wrong_is_one_line_too(words, message):
+    done = run(*words)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith(message)
 
 
 def test_shared_flags_have_one_definition():
