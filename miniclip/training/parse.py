@@ -32,6 +32,10 @@ def parse_train(argv: list[str]):
     A first word that does not begin with a dash is a recipe: a JSON file of options, which those on the command line
     override. Exits with a message for unknown names and values; raises InputError for options that conflict.
     """
+    if not argv or {"-h", "--help"} & set(argv):
+        print(train_help())
+        sys.exit()
+
     from transformers import HfArgumentParser
 
     from miniclip.training.arguments import RunArguments

@@ -21,6 +21,9 @@ from miniclip.utils.errors import InputError
 def read_data(options, args, bad_samples: BadSamples):
     """Reads both caption files: training records (None for a stream), evaluation records or None, and the dataset class
     for the former. Raises CaptionFileError with all that is wrong with either."""
+    for name in ("model", "train_file"):
+        if getattr(options, name) is None:
+            raise InputError(f"--{name} is missing (see --help)")
     records, eval_records, make_dataset, problems = None, None, RunDataset, []
     roots, columns = options.image_root or [None], options.columns or (None, None)
     outside, on_bad = options.allow_outside_image_root, options.on_bad_sample or "stop"

@@ -181,7 +181,7 @@ def test_a_model_with_a_bias_goes_through_weight_files(tiny_config, tmp_path):
     assert fresh.logit_bias.item() == -3.5 and fresh.config.init_logit_bias == -3.5
     make_loss(fresh, SimpleNamespace(loss="clip", duplicates="positive"), None)
     assert not fresh.logit_bias.requires_grad  # several processes would wait for its gradient
-    with pytest.raises(SystemExit, match="logit_bias"):
+    with pytest.raises(InputError, match="logit_bias"):
         weights_main([str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf"])
 
 
