@@ -6,6 +6,8 @@ Each option is a field with its help text. Nothing here imports torch or transfo
 import re
 from dataclasses import dataclass, fields
 
+from miniclip.training import losses
+from miniclip.training.losses import LOSSES
 from miniclip.utils.command_line import HELP, option
 from miniclip.utils.errors import InputError
 
@@ -53,8 +55,8 @@ class TrainOptions:
     feature_cache: str | None = option(None, "folder that keeps the features of frozen towers for later runs")
     loss: str = option(
         "clip",
-        "symmetric InfoNCE; SigLIP's sigmoid loss; InfoNCE and a teacher's scores; a teacher's scores alone (TinyCLIP)",
-        choices=["clip", "siglip", "distill", "affinity"],
+        "; ".join(f"{name}: {text}" for name, text in losses.HELP.items()),
+        choices=LOSSES,
     )
     teacher: list[str] | None = option(None, "what distill and affinity learn from: a folder, or a config and weights")
     duplicates: str = option(
