@@ -3,8 +3,8 @@
     python benchmarks/locked.py
 
 Trains with the real trainer on made pictures (500 x 375) whose image tower is locked: first as any frozen part of a
-network would be, decoding and encoding every picture in every epoch, then by `miniclip.training.freeze`. Writes its part
-of RESULTS.md.
+network would be, decoding and encoding every picture in every epoch, then by `miniclip.training.freeze`. Writes its
+part of RESULTS.md.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from miniclip.tokenizer import Tokenizer  # noqa: E402
 from miniclip.training.arguments import RunArguments  # noqa: E402
 from miniclip.training.dataset import RunDataset  # noqa: E402
 from miniclip.training.freeze import freeze, freeze_towers  # noqa: E402
+from miniclip.training.options import TrainOptions  # noqa: E402
 from miniclip.training.trainer import RunTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402
 
@@ -61,15 +62,14 @@ def epochs(name: str, image: str, text: str, records: list[dict], features: bool
         )  # fmt: skip
         start, timer = time.perf_counter(), Epochs()
         if features:
-            dataset, caches = freeze_towers(model, image, text, args, records, preprocess, tokenizer, folder)
+            options = TrainOptions(freeze_image=image, freeze_text=text, feature_cache=folder)
+            dataset, _ = freeze_towers(model, options, args, records, preprocess, tokenizer)
             dataset = dataset(records, preprocess)
         else:
             freeze(model, image, text)
-            dataset, caches = RunDataset(records, preprocess), (None, None)
+            dataset = RunDataset(records, preprocess)
         once = time.perf_counter() - start
-        RunTrainer(
-            model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, caches=caches, callbacks=[timer]
-        ).train()  # fmt: skip
+        RunTrainer(model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, callbacks=[timer]).train()
     return once, timer.seconds
 
 
