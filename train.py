@@ -11,8 +11,6 @@ from miniclip.utils.command_line import run  # noqa: E402
 def main(argv: list[str]):
     options, args = parse_train(argv)
 
-    from transformers import set_seed
-
     from miniclip.inference.evaluator import RetrievalEvaluator
     from miniclip.inference.matmul import arithmetic
     from miniclip.retrieval import format_table
@@ -27,18 +25,16 @@ def main(argv: list[str]):
         # The data
         train, held_out, dataset_class = read_data(options, args, run.bad_samples)
         run.hold()
-        set_seed(args.seed)
 
         # The model, and what of it learns by which loss
         model, preprocess, tokenizer = load_model(options, args, train)
         loss = make_loss(model, options, args)
-        frozen_dataset_class, caches = freeze_towers(model, options, args, train, preprocess, tokenizer)
+        dataset_class, caches = freeze_towers(model, options, args, train, preprocess, tokenizer, dataset_class)
         callbacks, extras = fine_tuning(model, options, args)
 
         # The trainer
-        transform, on_bad = make_transform(options, model), options.on_bad_sample
-        dataset_class = frozen_dataset_class or dataset_class
-        dataset = dataset_class(train, preprocess, args.seed, transform, on_bad, run.bad_samples)
+        transform = make_transform(options, model)
+        dataset = dataset_class(train, preprocess, args.seed, transform, options.on_bad_sample, run.bad_samples)
         precision = "bf16" if args.bf16 and caches == (None, None) else "fp32"  # later runs read what is in a cache
         evaluator = held_out and RetrievalEvaluator(
             held_out, preprocess, tokenizer, precision=precision, caches=caches,

@@ -2,8 +2,14 @@
 
     python benchmarks/frozen.py
 
+<<<<<<< HEAD:benchmarks/frozen.py
 Trains with the real trainer on synthetic images (500 x 375): first as with any frozen part of a network, decoding and
 encoding every image in every epoch, then by `miniclip.training.freeze`. Writes its part of RESULTS.md.
+=======
+Trains with the real trainer on made pictures (500 x 375) whose image tower is locked: first as any frozen part of a
+network would be, decoding and encoding every picture in every epoch, then by `miniclip.training.freeze`. Writes its
+part of RESULTS.md.
+>>>>>>> shrink-training:benchmarks/locked.py
 """
 
 import argparse
@@ -28,6 +34,7 @@ from miniclip.tokenizer import Tokenizer  # noqa: E402
 from miniclip.training.arguments import RunArguments  # noqa: E402
 from miniclip.training.dataset import RunDataset  # noqa: E402
 from miniclip.training.freeze import freeze, freeze_towers  # noqa: E402
+from miniclip.training.options import TrainOptions  # noqa: E402
 from miniclip.training.trainer import RunTrainer  # noqa: E402
 from miniclip.transforms import Preprocess  # noqa: E402
 
@@ -61,9 +68,14 @@ def epochs(name: str, image: str, text: str, records: list[dict], features: bool
         )  # fmt: skip
         start, timer = time.perf_counter(), Epochs()
         if features:
+<<<<<<< HEAD:benchmarks/frozen.py
             dataset, _ = freeze_towers(
                 model, SimpleNamespace(frozen=(image, text), feature_cache=folder), args, records, preprocess, tokenizer
             )
+=======
+            options = TrainOptions(freeze_image=image, freeze_text=text, feature_cache=folder)
+            dataset, _ = freeze_towers(model, options, args, records, preprocess, tokenizer)
+>>>>>>> shrink-training:benchmarks/locked.py
             dataset = dataset(records, preprocess)
         else:
             freeze(model, image, text)

@@ -89,10 +89,11 @@ class ClipTrainer(Trainer):
         self.accelerator.unwrap_model(model or self.model).load_state_dict(weights, strict=True)
 
 
-def contrastive_loss(outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
+def contrastive_loss(outputs: ClipOutput, batch: dict[str, Tensor], duplicates: str = "positive") -> Tensor:
     """CLIP's loss, in which an image or caption that occurs twice in a batch is not its own negative."""
-    ids = batch.get("pair_ids")
-    return clip_loss(*outputs[:3]) if ids is None else clip_loss_with_duplicates(*outputs[:3], ids)
+    if "pair_ids" not in batch:
+        return clip_loss(*outputs[:3])
+    return clip_loss_with_duplicates(*outputs[:3], batch["pair_ids"], duplicates)
 
 
 class ContrastiveCallback(TrainerCallback):

@@ -34,7 +34,7 @@ def prepare():
     import miniclip.index.search
     import miniclip.towers.huggingface
     import miniclip.training.freeze
-    import miniclip.training.objectives
+    import miniclip.training.siglip
     import miniclip.training.streaming
     import miniclip.training.trainer  # noqa: F401
 

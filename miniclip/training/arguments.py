@@ -1,11 +1,12 @@
 """Training arguments of a real run: those of the core, with precision, workers and device chosen by the machine."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from miniclip.trainer import ClipTrainingArguments
+from miniclip.utils.command_line import option
 from miniclip.utils.machine import CORES
 
 logger = logging.getLogger(__name__)
@@ -22,12 +23,8 @@ class RunArguments(ClipTrainingArguments):
     dataloader_num_workers: int = min(8, CORES if CUDA else CORES // 5)
     use_cpu: bool = not torch.accelerator.is_available()  # explicitly, so that --bf16 is allowed there
     save_total_limit: int | None = 2
-    fast: bool = field(
-        default=True, metadata={"help": "compute the same numbers with less work (miniclip/inference/fast.py)"}
-    )
-    grad_cache_chunk_size: int = field(
-        default=0, metadata={"help": "pairs in the towers at once (GradCache): large batches in little memory; 0: all"}
-    )
+    fast: bool = option(True, "compute the same numbers with less work (miniclip/inference/fast.py)")
+    grad_cache_chunk_size: int = option(0, "pairs in the towers at once (GradCache), for large batches; 0: all")
 
     def __post_init__(self):
         if self.bf16 is None:
@@ -38,10 +35,9 @@ class RunArguments(ClipTrainingArguments):
         if self.n_gpu > 1:
             logger.warning("%d GPUs are visible but one is used: start with torchrun to use all", self.n_gpu)
             self._n_gpu = 1  # Trainer would wrap the model in DataParallel, which splits the negatives
-        if self.gradient_accumulation_steps > 1:
-            pairs = self.per_device_train_batch_size
+        if (steps := self.gradient_accumulation_steps) > 1:
+            n, all_pairs = self.per_device_train_batch_size, self.per_device_train_batch_size * steps
             logger.warning(
-                "gradient accumulation averages the losses of %d pairs each and adds no negatives; a batch of them all"
-                " takes as little memory with --per_device_train_batch_size %d --grad_cache_chunk_size %d",
-                pairs, pairs * self.gradient_accumulation_steps, pairs,
-            )  # fmt: skip
+                f"gradient accumulation averages losses of {n} pairs each and adds no negatives; a batch of them all"
+                f" takes as little memory with --per_device_train_batch_size {all_pairs} --grad_cache_chunk_size {n}"
+            )

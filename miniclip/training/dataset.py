@@ -23,9 +23,8 @@ class RunDataset(CaptionDataset):
     """A CaptionDataset for RunTrainer, which survives bad samples.
 
     `pixel_values` are levels (3, S, S), uint8: the trainer normalises them on the model's device. `row` identifies the
-    item in messages (`label`). `records` are a list, or any sequence of such (`miniclip.datasets.read`). An ImageFile
-    is not checked in advance: one that cannot be read is logged, counted in `bad`, listed in `bad_samples`, and the
-    next good one takes its place; with `on_bad` "stop" it raises ImageError.
+    item in messages (`label`). An image that cannot be read is logged, counted in `bad`, listed in `bad_samples`, and
+    the next good one takes its place; with `on_bad` "stop" it raises ImageError.
     """
 
     def __init__(
@@ -38,11 +37,11 @@ class RunDataset(CaptionDataset):
         self.reading = torch.zeros(256, 4, dtype=torch.long).share_memory_()  # each worker's process, and its row
 
     def sampler(self, args):
-        """The order of an epoch, a torch Sampler that draws from (seed, epoch); None for the Trainer's, a shuffle."""
+        """The order of an epoch, a Sampler that draws from (seed, epoch). None for the Trainer's, a shuffle."""
         return self.records.sampler(self.seed, self.epoch) if isinstance(self.records, Mixture) else None
 
     def dataloader(self, args, collate):
-        """The batches of this process, where the dataset makes them itself; None for the Trainer's."""
+        """The batches of this process, if the dataset makes them itself. None for the Trainer's."""
 
     def __getitem__(self, index: int) -> dict:
         for step in range(MAX_BAD):
@@ -52,7 +51,11 @@ class RunDataset(CaptionDataset):
             except ImageError as error:
                 if self.on_bad == "stop" or step + 1 == MAX_BAD:
                     raise
-                self.report(self.name(index + step), error)
+                try:
+                    name = str(self.records[(index + step) % len(self)]["image"])
+                except ImageError:
+                    name = f"sample {(index + step) % len(self)}"
+                self.report(name, error)
 
     def item(self, index: int) -> dict:
         """Item `index`; raises ImageError for an image that cannot be used."""
@@ -63,24 +66,17 @@ class RunDataset(CaptionDataset):
         return self.transform.levels(image, rng) if self.transform else self.preprocess.levels(image)
 
     def note(self, *row: int) -> Tensor:
-        """Notes, where the main process sees it, what a worker is reading; returns it as `label` takes it: (3,)."""
+        """Notes for the main process what this worker reads, and returns it in the form that `label` takes, (3,)."""
         row = torch.tensor((*row, 0, 0)[:3])
         if worker := torch.utils.data.get_worker_info():
             self.reading[worker.id % len(self.reading)] = torch.cat([torch.tensor([os.getpid()]), row])
         return row
 
     def label(self, row) -> dict:
-        """The record, image and caption that an item of this epoch is made of, by the `row` that comes with it."""
+        """The record, image and caption of an item of this epoch, by its `row`."""
         index, record = int(row[0]), self.records[int(row[0]) % len(self)]
         caption = record["caption"][self.rng(index).randrange(len(record["caption"]))]
         return {"record": index % len(self), "image": str(record["image"]), "caption": caption}
-
-    def name(self, index: int) -> str:
-        """An item's name in messages."""
-        try:
-            return str(self.records[index % len(self)]["image"])
-        except ImageError:
-            return f"sample {index % len(self)}"
 
     def report(self, name: str, error: Exception):
         """Logs, counts and lists a bad sample."""

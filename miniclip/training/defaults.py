@@ -1,20 +1,46 @@
-"""Default hyperparameters of training, by what learns: all weights, pretrained ones, or only projections."""
+"""Default training arguments, by what learns: all weights, pretrained ones, or only projections."""
 
+import ast
 import os
+from pathlib import Path
 
 from miniclip.config import MiniClipConfig
 from miniclip.utils.errors import InputError
 
 NAMES = "learning_rate", "weight_decay", "num_train_epochs", "per_device_train_batch_size", "warmup_steps"
 
-# Fine-tuning risks destroying what the weights know: a low rate and few epochs. Training from scratch on little data
-# risks learning too slowly: the rate of OpenCLIP's small models and a strong weight decay. Weights that were trained
-# with large batches still fine-tune well with 64; from scratch every negative counts, and 128 pairs fit in a laptop.
+
+def core_defaults() -> dict:
+    """The defaults of ClipTrainingArguments, from its source: --help shows them, and importing it takes seconds."""
+    source = Path(__file__).parents[1] / "trainer.py"
+    arguments = next(n for n in ast.parse(source.read_text("utf-8")).body if isinstance(n, ast.ClassDef))
+    values = {field.target.id: field.value for field in arguments.body if isinstance(field, ast.AnnAssign)}
+    return {name: ast.literal_eval(values[name]) for name in NAMES}
+
+
+# From scratch on little data the risk is to learn too slowly: the rate of OpenCLIP's small models and a strong weight
+# decay. Every negative counts, and 128 pairs fit in a laptop. Fine-tuning risks destroying what the weights know: a low
+# rate and few epochs; weights that were trained with large batches still fine-tune well with 64.
+FROM_SCRATCH = core_defaults()
 FINE_TUNE = dict(zip(NAMES, (1e-5, 0.1, 5.0, 64, 0.1)))
-FROM_SCRATCH = dict(zip(NAMES, (1e-3, 0.2, 30.0, 128, 0.05)))
 # Between two frozen encoders only projections learn, from features that are computed once: an epoch takes about a
 # second, and a high rate cannot damage the encoders.
-PROJECTIONS = dict(zip(NAMES, (1e-3, 0.1, 30.0, 128, 0.05)))
+PROJECTIONS = FROM_SCRATCH | {"weight_decay": 0.1}
+
+
+def defaults(given: dict) -> dict:
+    """The defaults that follow from the options given. Raises InputError for those that do not go together."""
+    freeze = default_freeze(given)
+    frozen = [how in ("tower", "all", "all_but_0") for how in freeze.values()]
+    usual = FROM_SCRATCH
+    if len(frozen) == 2 and all(frozen):
+        usual = PROJECTIONS
+    elif not all(frozen) or given.get("pretrained") or os.path.isdir(given.get("model") or ""):
+        usual = FINE_TUNE
+    evaluation = {"eval_strategy": "epoch"} if given.get("eval_file") else {}
+    if given.get("early_stopping_patience") or given.get("load_best_model_at_end"):
+        evaluation |= early_stopping(given)
+    return usual | freeze | evaluation
 
 
 def default_freeze(given: dict) -> dict[str, str]:
@@ -26,24 +52,12 @@ def default_freeze(given: dict) -> dict[str, str]:
     except InputError:
         return {}  # reported when the model is made
     default = "tower" if given.get("teacher") is None else "none"
-    return {
-        f"freeze_{tower}": given.get(f"freeze_{tower}", default)
-        for tower, section in (("image", config.vision_cfg), ("text", config.text_cfg))
-        if section.pretrained
-    }
-
-
-def usual_values(freeze: dict[str, str], tuned: bool) -> dict:
-    """The list above that applies: to projections alone, to pretrained weights, or from scratch."""
-    frozen = [how in ("tower", "all", "all_but_0") for how in freeze.values()]
-    if len(frozen) == 2 and all(frozen):
-        return PROJECTIONS
-    return FINE_TUNE if tuned or not all(frozen) else FROM_SCRATCH
+    towers = {"freeze_image": config.vision_cfg, "freeze_text": config.text_cfg}
+    return {option: given.get(option, default) for option, section in towers.items() if section.pretrained}
 
 
 def early_stopping(given: dict) -> dict:
-    """Defaults that early stopping needs: a checkpoint at each evaluation, so that the best model can be restored.
-    Raises InputError if the options given do not allow that."""
+    """What early stopping needs: a checkpoint at each evaluation, so that the best model can be restored."""
     when = given.get("eval_strategy", "epoch")
     save = given.get("save_strategy", when)
     steps = given.get("eval_steps") or given.get("logging_steps", 10)  # the interval of Trainer's evaluations
@@ -53,7 +67,5 @@ def early_stopping(given: dict) -> dict:
             f" is {when!r} and save_strategy is {save!r}. Remove both or set both to epoch or steps"
         )
     if save == when == "steps" and float(given.get("save_steps", steps)) % float(steps):
-        raise InputError(
-            f"save_steps {given['save_steps']} must be a multiple of {steps}, the steps between evaluations"
-        )
+        raise InputError(f"save_steps {given['save_steps']} is not a multiple of the {steps} steps between evaluations")
     return {"eval_strategy": when, "save_strategy": when, "save_steps": steps, "load_best_model_at_end": True}

@@ -11,9 +11,11 @@ from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.load import load
 from miniclip.loss import gather
 from miniclip.model import ClipOutput, MiniClip
-from miniclip.training.objectives import clip
+from miniclip.training.losses import clip
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
+
+CHUNK = 256  # pairs that the teacher embeds at once
 
 
 def affinity_loss(student: ClipOutput, teacher: ClipOutput) -> Tensor:
@@ -33,8 +35,8 @@ def affinity_loss(student: ClipOutput, teacher: ClipOutput) -> Tensor:
 
 
 class Distillation:
-    """A loss for ClipTrainer: the student learns to score a batch as `teacher` does, a MiniClip with its own
-    preprocessing, frozen here and run in fp32 or in `bf16`.
+    """A loss: the student learns to score a batch as `teacher` does, a MiniClip with its own preprocessing, frozen here
+    and run in fp32 or in `bf16`.
 
     It is added to `contrast` (OpenCLIP's `--distill-model`), or is all there is (TinyCLIP). The teacher sees the
     student's images, resized to its own size. Raises InputError for a teacher that cannot read the student's tokens.
@@ -53,25 +55,21 @@ class Distillation:
                 f" student {ours.context_length} from {ours.vocab_size}. Use a teacher with the student's tokenizer"
             )
         self.teacher, self.preprocess = teacher.float().eval().requires_grad_(False), preprocess
-        self.contrast, self.chunk_size = contrast, 256
-        self.precision = "bf16" if bf16 else "fp32"
+        self.contrast, self.precision = contrast, "bf16" if bf16 else "fp32"
 
     def __call__(self, outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
-        if not {"pixel_values", "input_ids"} <= batch.keys():
-            raise InputError("a teacher needs images and captions. Do not freeze a tower, or remove --teacher")
         loss = affinity_loss(outputs, self.embed(batch["pixel_values"], batch["input_ids"]))
         return loss + self.contrast(outputs, batch) if self.contrast else loss
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor, input_ids: Tensor) -> ClipOutput:
-        """The teacher's outputs for uint8 pixels (B, 3, S, S) and token ids (B, L), a chunk at a time."""
+        """The teacher's outputs for uint8 pixels (B, 3, S, S) and token ids (B, L)."""
         if not isinstance(self.teacher, InferenceClip):  # not before: its weights are laid out for a device
             self.teacher = inference_copy(self.teacher.to(pixel_values.device), self.precision)
-        size = self.preprocess.cfg.size
-        images, texts = [], []
-        for levels, ids in zip(pixel_values.split(self.chunk_size), input_ids.split(self.chunk_size)):
-            if levels.shape[-1] != size:
-                levels = F.interpolate(levels.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+        images, texts, size = [], [], (self.preprocess.cfg.size,) * 2
+        for levels, ids in zip(pixel_values.split(CHUNK), input_ids.split(CHUNK)):
+            if levels.shape[2:] != size:
+                levels = F.interpolate(levels.float(), size, mode="bicubic", antialias=True).clamp(0, 255)
             images.append(self.teacher.encode_image(self.preprocess.normalize(levels), normalize=True))
             texts.append(self.teacher.encode_text(ids, normalize=True))
         return ClipOutput(torch.cat(images), torch.cat(texts), self.teacher.logit_scale.exp())
@@ -79,16 +77,13 @@ class Distillation:
 
 def distill(model: MiniClip, options, args) -> Distillation:
     """CLIP's loss plus the teacher's scores."""
-    return Distillation(*_teacher(options), model, clip(model, options, args), args.bf16)
+    return affinity(model, options, args, clip(model, options, args))
 
 
-def affinity(model: MiniClip, options, args) -> Distillation:
-    """The teacher's scores alone."""
-    return Distillation(*_teacher(options), model, bf16=args.bf16)
-
-
-def _teacher(options) -> tuple[MiniClip, Preprocess]:
-    if len(options.teacher) == 1 and not Path(options.teacher[0]).is_dir():
-        name = options.teacher[0]
+def affinity(model: MiniClip, options, args, contrast: Callable | None = None) -> Distillation:
+    """The teacher's scores alone, unless there is a contrastive loss to add."""
+    name, *weights = options.teacher
+    if not weights and not Path(name).is_dir():
         raise InputError(f"the teacher {name} has no weights. Name a folder, or add them: --teacher {name} WEIGHTS")
-    return load(*options.teacher)[:2]
+    teacher, preprocess, _ = load(name, *weights)
+    return Distillation(teacher, preprocess, model, contrast, args.bf16)

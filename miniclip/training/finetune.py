@@ -12,29 +12,27 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from miniclip.model import MiniClip, VisionTransformer
-from miniclip.training.freeze import depths, freeze_all_but
+from miniclip.training.freeze import depths
 from miniclip.training.fsdp import uses_fsdp
 from miniclip.utils.errors import InputError
 
 
 def fine_tuning(model: MiniClip, options, args) -> tuple[list[TrainerCallback], dict]:
-    """Prepares a model as `options`, a TrainOptions, asks. Returns callbacks and keyword arguments for RunTrainer."""
+    """Returns the callbacks and keyword arguments for RunTrainer that `options`, a TrainOptions, ask for."""
     callbacks, extras, summary = [], {}, []
-    freeze_all_but(model, *options.learning_blocks)
-    if options.patch_dropout and not isinstance(model.visual, VisionTransformer):
-        raise InputError("patch_dropout is for MiniCLIP's own vision transformer. Remove it")
-    for kind, tower, blocks in zip(("image", "text"), (model.visual, model.text), options.learning_blocks):
-        if blocks is not None:
-            summary.append(f"the last {blocks} of {len(tower.blocks)} blocks of the {kind} tower are trained")
+    for kind, tower, how in (("image", model.visual, options.freeze_image), ("text", model.text, options.freeze_text)):
+        if how.startswith("all_but_"):
+            summary.append(f"the last {how[8:]} of {len(tower.blocks)} blocks of the {kind} tower are trained")
     scales = options.tower_lr_scales or (1, 1)
     if (*scales, options.layer_decay) != (1, 1, 1):
         extras["lr_scale"] = rate = layer_rates(model, *scales, options.layer_decay)
         learning = [name for name, p in model.named_parameters() if p.requires_grad]
-        low, high = (
-            f"{args.learning_rate * rate(n):.3g} ({n})" for n in (min(learning, key=rate), max(learning, key=rate))
-        )
+        ends = min(learning, key=rate), max(learning, key=rate)
+        low, high = (f"{args.learning_rate * rate(name):.3g} ({name})" for name in ends)
         summary.append(f"learning rates from {low} to {high}")
     if options.patch_dropout:
+        if not isinstance(model.visual, VisionTransformer):
+            raise InputError("patch_dropout is for MiniCLIP's own vision transformer. Remove it")
         share, off = (*options.patch_dropout, 0.0)[:2]
         callbacks.append(PatchDropout(model.visual, share, off))
         summary.append(f"{share:.0%} of the patches dropped, none in the last {off:.0%} of the steps")
@@ -63,16 +61,12 @@ def layer_rates(model: MiniClip, image: float = 1, text: float = 1, layer_decay:
     layer-wise decay, arXiv 2106.08254, for both towers). The factor of `logit_scale` is 1. AdamW's weight decay shrinks
     with the rate.
     """
-    towers = {"visual": (depths(model.visual), image), "text": (depths(model.text), text)}
-
-    def rate(name: str) -> float:
-        tower, *path = (part for part in name.split(".") if part != "_fsdp_wrapped_module")
-        if tower not in towers:
-            return 1.0
-        depth, factor = towers[tower]
-        return factor * layer_decay ** depth[".".join(path)]
-
-    return rate
+    rates = {
+        f"{prefix}.{name}": factor * layer_decay**depth
+        for prefix, tower, factor in (("visual", model.visual, image), ("text", model.text, text))
+        for name, depth in depths(tower).items()
+    }
+    return lambda name: rates.get(name.replace("_fsdp_wrapped_module.", ""), 1.0)
 
 
 class PatchDropout(TrainerCallback):
@@ -111,9 +105,8 @@ class EMA(TrainerCallback):
     after step t. The low d of the first steps keeps the start from dominating the average of a short run.
 
     With `average.module` as its `ema`, RunTrainer evaluates the average, so that early stopping and the choice of the
-    best checkpoint go by it. A checkpoint has the trained weights in model.safetensors, for resuming, and the average
-    in ema.safetensors (a weight file like any other). At the end the average, of the best checkpoint with
-    load_best_model_at_end, replaces the model's weights.
+    best checkpoint go by it, and saves it in checkpoints as ema.safetensors, a weight file like any other. At the end
+    the average, of the best checkpoint with load_best_model_at_end, replaces the model's weights.
     """
 
     def __init__(self, model: MiniClip, decay: float, device: str | torch.device | None = None):

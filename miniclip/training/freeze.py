@@ -20,37 +20,29 @@ AFTER_BLOCKS = re.compile(r"norm|^_?bn|ln_|final|proj|pool|head")  # parts of th
 
 
 def freeze(model: MiniClip, image: str = "none", text: str = "none"):
-    """Freezes the towers of a model: "none", "tower" (all except the projection) or "all" of it.
+    """Freezes "none", "all", "tower" (all but the projection) or "all_but_N" (all but the last N blocks, the last norm
+    and the projection) of each tower of a model.
 
-    A frozen image tower with a text tower that is trained to fit it is LiT (Zhai et al., arXiv 2111.07991). Raises
-    InputError if nothing is left to train.
+    A frozen image tower with a text tower that is trained to fit it is LiT (Zhai et al., arXiv 2111.07991). The
+    backward pass stops at the frozen part, which saves most of its time and memory. OpenCLIP's
+    `--lock-image-unlocked-groups`, N + 1, counts the projection too. Raises InputError for too many blocks, and if
+    nothing is left to train.
     """
-    for tower, how in ((model.visual, image), (model.text, text)):
-        if how != "none":
-            tower.requires_grad_(False)
-            tower.projection.requires_grad_(how == "tower")
-            hold_statistics(tower)
+    for kind, tower, how in (("image", model.visual, image), ("text", model.text, text)):
+        if how == "none":
+            continue
+        tower.requires_grad_(False)
+        blocks, n = int(how[8:]) if how.startswith("all_but_") else 0, len(tower.blocks)
+        if blocks > n:
+            raise InputError(f"{how}: the {kind} tower has {n} blocks. Choose a number from 0 to {n}")
+        if blocks:
+            depth = depths(tower)
+            for name, p in tower.named_parameters():
+                p.requires_grad_(depth[name] <= blocks)
+        tower.projection.requires_grad_(how != "all")
+        hold_statistics(tower)
     if not any(p.requires_grad for name, p in model.named_parameters() if name != "logit_scale"):
         raise InputError("both towers are frozen, projections included: nothing is left to train. Freeze one of them")
-
-
-def freeze_all_but(model: MiniClip, image: int | None = None, text: int | None = None):
-    """Freezes all of a tower except its last `image` or `text` blocks and what follows them, the last norm and the
-    projection. BatchNorms keep their statistics. None leaves a tower as it is; 0 trains the projection alone.
-
-    The backward pass stops at the frozen part, which saves most of its time and memory. OpenCLIP's
-    `--lock-image-unlocked-groups` counts the projection too: it is N + 1. Raises InputError for too many blocks.
-    """
-    for kind, tower, blocks in (("image", model.visual, image), ("text", model.text, text)):
-        if blocks is None:
-            continue
-        if not 0 <= blocks <= len(tower.blocks):
-            n = len(tower.blocks)
-            raise InputError(f"all_but_{blocks}: the {kind} tower has {n} blocks. Choose a number from 0 to {n}")
-        depth, head = depths(tower), set(tower.projection.parameters())
-        for name, p in tower.named_parameters():
-            p.requires_grad_(depth[name] <= blocks if blocks else p in head)
-        hold_statistics(tower, learning=True)
 
 
 def depths(tower: nn.Module) -> dict[str, int]:
@@ -68,11 +60,10 @@ def depths(tower: nn.Module) -> dict[str, int]:
     return found
 
 
-def hold_statistics(tower: Tower, learning: bool = False):
-    """Keeps each BatchNorm with frozen weights in evaluation mode: in training mode its mean and variance would change.
-    `learning`: also those whose weights are trained, as a few small batches give worse statistics than pretraining."""
-    norms = [module for module in tower.modules() if isinstance(module, _BatchNorm)]
-    tower.fixed_norms = tuple(n for n in norms if learning or not any(p.requires_grad for p in n.parameters()))
+def hold_statistics(tower: Tower):
+    """Keeps each BatchNorm in evaluation mode, also those whose weights are trained: a few small batches give worse
+    means and variances than pretraining."""
+    tower.fixed_norms = tuple(module for module in tower.modules() if isinstance(module, _BatchNorm))
     tower.train(tower.training)
 
 
@@ -90,10 +81,9 @@ class FrozenDataset(RunDataset):
             None if features is None else torch.from_numpy(features).share_memory_()
             for features in (image_features, text_features)
         )
-        counts = [len(record["caption"]) for record in self.records]
-        self.first_caption = np.cumsum([0, *counts]).tolist()
+        self.first_caption = np.cumsum([0, *(len(record["caption"]) for record in self.records)]).tolist()
         if image_features is not None:  # the images are not read again, so their ids are computed here
-            images = [(image_id(record["image"]), record["caption"]) for record in self.records]
+            images = ((image_id(record["image"]), record["caption"]) for record in self.records)
             ids = [(image, text_id(caption)) for image, captions in images for caption in captions]
             self.caption_ids = torch.tensor(ids).share_memory_()
 
@@ -106,30 +96,30 @@ class FrozenDataset(RunDataset):
         else:
             ids = tuple(self.caption_ids[first + number].tolist())
             item = {"image_features": self.image_features[row], "pair_ids": ids}
-            if self.text_features is None:
-                item["caption"] = self.records[row]["caption"][number]
         if self.text_features is not None:
             item.pop("caption", None)
             item["text_features"] = self.text_features[first + number]
+        elif self.image_features is not None:
+            item["caption"] = self.records[row]["caption"][number]
         return item
 
 
-def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer):
-    """Freezes the towers that `options` name and computes their features for all records, or reads them from
-    `--feature_cache`. Returns the dataset class for training, or None, and the image and text caches for evaluation."""
-    image, text = options.frozen
-    if (image, text) == ("none", "none"):
-        return None, (None, None)
-    freeze(model, image, text)
+def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer, dataset_class=RunDataset):
+    """Freezes what `options` name, and computes the features of towers that are frozen as wholes for all records, or
+    reads them from `--feature_cache`. Returns the dataset class for training, `dataset_class` unless there are such
+    features, and the image and text caches for evaluation."""
+    freeze(model, options.freeze_image, options.freeze_text)
+    if options.frozen == (False, False):
+        return dataset_class, (None, None)
     model.to(args.device)
     show = {"progress": not args.disable_tqdm and args.process_index == 0, "project": False}
     features, caches, counts = [None, None], [None, None], []
-    if image != "none":
+    if options.frozen[0]:
         caches[0] = FeatureCache.for_images(options.feature_cache, model, preprocess)
         paths = [record["image"] for record in records]
         features[0] = on_all_processes(paths, partial(embed_images, model, preprocess, cache=caches[0], **show))
         counts.append(f"{caches[0].reused} of {len(paths)} images")
-    if text != "none":
+    if options.frozen[1]:
         caches[1] = FeatureCache.for_texts(options.feature_cache, model)
         texts, _ = flatten_captions(records)
         features[1] = on_all_processes(texts, partial(embed_texts, model, tokenizer, cache=caches[1], **show))

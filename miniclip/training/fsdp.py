@@ -20,17 +20,15 @@ SCALARS = ("logit_scale", "logit_bias")
 
 def uses_fsdp(args: TrainingArguments) -> bool:
     """Whether FSDP is requested, by `--fsdp` or `accelerate launch`. Raises InputError for what is not supported."""
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not args.fsdp and not launched:
+    if not args.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     version = args.fsdp_config.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1")
-    for fits, problem in (
-        (int(version) == 2, 'FSDP 1 is deprecated: use FSDP 2, with fsdp_config {"version": 2} or --fsdp_version 2'),
-        (not args.fp16, "FSDP with fp16 is not supported: use --bf16"),
-        (args.world_size > 1, "FSDP shards a model across processes, but there is only one: use torchrun"),
-    ):
-        if not fits:
-            raise InputError(problem)
+    if int(version) != 2:
+        raise InputError('FSDP 1 is deprecated: use FSDP 2, with fsdp_config {"version": 2} or --fsdp_version 2')
+    if args.fp16:
+        raise InputError("FSDP with fp16 is not supported: use --bf16")
+    if args.world_size == 1:
+        raise InputError("FSDP shards a model across processes, but there is only one: use torchrun")
     return True
 
 
@@ -70,15 +68,6 @@ def scalar_outputs(outputs: ClipOutput) -> ClipOutput:
     return outputs._replace(logit_scale=outputs.logit_scale.sum(), logit_bias=None if bias is None else bias.sum())
 
 
-def whole_weights(model: MiniClip) -> dict[str, Tensor]:
-    """A model's state dict as it would be without FSDP, on each process. All processes must call it together."""
-    weights = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
-    for name, _ in model.named_buffers():  # BatchNorm's statistics, which differ by process: take the first one's
-        if name in weights:
-            torch.distributed.broadcast(weights[name], src=0)
-    return with_scalars(weights, ())
-
-
 def with_scalars(weights: dict[str, Tensor], shape: tuple) -> dict[str, Tensor]:
     """The same weights with the logits' scale and bias in this shape: (), or (1,) for FSDP."""
     return weights | {name: weights[name].reshape(shape) for name in SCALARS if name in weights}
@@ -86,9 +75,13 @@ def with_scalars(weights: dict[str, Tensor], shape: tuple) -> dict[str, Tensor]:
 
 def whole_model(model: MiniClip, device: torch.device) -> MiniClip:
     """A whole copy of a sharded model on each process, to evaluate. All processes must call it together."""
+    weights = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+    for name, _ in model.named_buffers():  # BatchNorm's statistics, which differ by process: take the first one's
+        if name in weights:
+            torch.distributed.broadcast(weights[name], src=0)
     with torch.device("meta"):
         whole = MiniClip(model.config)
-    whole.load_state_dict(whole_weights(model), assign=True)
+    whole.load_state_dict(with_scalars(weights, ()), assign=True)
     return whole.to(device).eval()
 
 
@@ -96,5 +89,4 @@ def load_whole_weights(model: MiniClip, weights: dict[str, Tensor]):
     """Loads whole weights, which each process passes, into a sharded model, strictly."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # slow to import
 
-    weights = with_scalars(weights, (1,))
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=True))
+    set_model_state_dict(model, with_scalars(weights, (1,)), options=StateDictOptions(full_state_dict=True))

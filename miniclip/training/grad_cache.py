@@ -11,19 +11,9 @@ from miniclip.inference.fast import fast_wrappers
 from miniclip.model import MiniClip, Tower
 
 
-def wrap_towers(
-    model: MiniClip,
-    normalize: Callable[[Tensor], Tensor] | None = None,
-    chunk_size: int = 0,
-    fast: bool = True,
-) -> MiniClip:
-    """Sets the `wrappers` of both towers, and returns the model. From the inside out, where they are asked for:
-
-    1. `fast_features` computes the features by the fast path while model.py is unchanged (`fast`)
-    2. `normalize_pixels` normalises uint8 levels by `normalize`, on the model's device
-    3. `in_chunks` processes `chunk_size` inputs at a time
-    4. `precomputed` passes the features of a frozen tower through, to its projection
-    """
+def wrap_towers(model: MiniClip, normalize: Callable | None = None, chunk_size: int = 0, fast: bool = True) -> MiniClip:
+    """Sets the `wrappers` of both towers, and returns the model. From the inside out: the fast path (`fast`), the
+    normalisation of pixels by `normalize`, chunks of `chunk_size` inputs, and precomputed features."""
     for tower in (model.visual, model.text):
         pixels = (partial(normalize_pixels, normalize),) if normalize and tower is model.visual else ()
         chunks = (partial(in_chunks, chunk_size),) if chunk_size else ()
@@ -32,7 +22,7 @@ def wrap_towers(
 
 
 def normalize_pixels(normalize: Callable, tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
-    """Pixel levels (B, 3, S, S) uint8 are normalised here, a quarter of the bytes to send and within a chunk."""
+    """Normalises pixel levels (B, 3, S, S) uint8 on the model's device: a quarter of the bytes to send."""
     return features(normalize(inputs) if inputs.dtype == torch.uint8 else inputs)
 
 
@@ -50,6 +40,6 @@ def in_chunks(size: int, tower: Tower, features: Callable, inputs: Tensor) -> Te
 
 
 def precomputed(tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
-    """Features (B, W) of a frozen tower are what it would compute."""
+    """Passes the features (B, W) of a frozen tower through to its projection."""
     computed = inputs.ndim == 2 and inputs.is_floating_point() and inputs.shape[1] == tower.width
     return inputs if computed else features(inputs)

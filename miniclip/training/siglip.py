@@ -4,6 +4,7 @@ No softmax needs a whole row of logits, so they never have to be in memory all a
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.loss import DUPLICATES, find_duplicates, gather, process_index
-from miniclip.model import MiniClip
+from miniclip.model import ClipOutput, MiniClip
 
 INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0  # section 3.2: the bias says that most pairs do not match
-CHUNK = 1024  # captions scored at once
+
+
+def siglip(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Tensor]:
+    """SigLIP's loss, with `--duplicates`. A model without a bias gets one."""
+    if model.logit_bias is None:
+        add_logit_bias(model)
+    model.logit_bias.requires_grad_(True)
+    return lambda outputs, batch: siglip_loss(*outputs[:4], batch.get("pair_ids"), options.duplicates)
+
+
+def add_logit_bias(model: MiniClip):
+    """Gives a model the bias and the initial temperature of this loss."""
+    model.config.init_logit_scale, model.config.init_logit_bias = INIT_LOGIT_SCALE, INIT_LOGIT_BIAS
+    model.logit_scale.data.fill_(INIT_LOGIT_SCALE)
+    model.logit_bias = nn.Parameter(torch.full_like(model.logit_scale, INIT_LOGIT_BIAS))
 
 
 def siglip_loss(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, ids: Tensor | None = None,
-    duplicates: str = "positive", chunk_size: int = CHUNK,
+    duplicates: str = "positive", chunk_size: int = 1024,
 ) -> Tensor:  # fmt: skip
     """-1/B sum over i, j of log sigmoid(z_ij (scale x_i . y_j + bias)), in nats (algorithm 1).
 
@@ -44,19 +59,9 @@ def siglip_loss(
         return loss / len(images)
 
 
-def _chunk_loss(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, own: Tensor, duplicates: str, *ids
-) -> Tensor:
+def _chunk_loss(images, texts, scale, bias, own, duplicates: str, *ids) -> Tensor:
     pair = own[:, None] == torch.arange(len(texts), device=own.device)
     same = find_duplicates(*ids) if ids and duplicates != "ignore" else pair
     logits = scale * images @ texts.T + bias
     losses = -F.logsigmoid(torch.where(same if duplicates == "positive" else pair, logits, -logits))
     return (losses * (pair | ~same)).sum() if duplicates == "exclude" else losses.sum()
-
-
-def add_logit_bias(model: MiniClip):
-    """Gives a model the bias and the initial temperature of this loss."""
-    device = model.logit_scale.device
-    model.config.init_logit_scale, model.config.init_logit_bias = INIT_LOGIT_SCALE, INIT_LOGIT_BIAS
-    model.logit_scale.data.fill_(INIT_LOGIT_SCALE)
-    model.logit_bias = nn.Parameter(torch.tensor(INIT_LOGIT_BIAS, device=device))

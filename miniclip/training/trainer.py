@@ -1,7 +1,6 @@
 """The trainer of a real run: the core's ClipTrainer, guarded, fast, with GradCache, FSDP, rates by layer and EMA."""
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,11 +47,11 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         moving = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
         if args.grad_cache_chunk_size and any(moving):
             raise InputError(
-                "grad_cache_chunk_size: a trained BatchNorm would compute its statistics from a chunk, not the batch."
-                " Remove it, or freeze the image tower (--freeze_image tower or all_but_N)"
+                "grad_cache_chunk_size: a BatchNorm that learns would compute its statistics from a chunk, not the"
+                " batch. Remove it, or freeze the image tower (--freeze_image tower or all_but_N)"
             )
         self.lr_scale, self.ema, self.measured_by = lr_scale, ema, evaluator
-        if evaluator is not None:
+        if evaluator:
             check_metric(args, evaluator)
         super().__init__(model, args, train_dataset, evaluator=evaluator and self.measure, **kwargs)
         if self.sharded:
@@ -75,22 +74,19 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset=None):
-        """The dataset's own order, if it has one."""
         sampler = self.train_dataset.sampler(self.args)
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def get_train_dataloader(self):
-        """As Trainer's, unless the dataset makes its own: a stream, of which each process reads its share."""
         own = self.train_dataset.dataloader(self.args, self.data_collator)
         return spare_workers(super().get_train_dataloader() if own is None else own)
 
     def create_optimizer(self, model=None):
         """Trainer's, with its groups split by learning rate. The highest, which is logged, comes first."""
-        divide = self.optimizer is None and self.lr_scale is not None
+        made = self.optimizer is not None
         super().create_optimizer(model)
-        if divide:
-            names = {p: name for name, p in (self.model if model is None else model).named_parameters()}
-            groups = {}
+        if self.lr_scale and not made:
+            names, groups = {p: name for name, p in (model or self.model).named_parameters()}, {}
             for number, group in enumerate(self.optimizer.param_groups):
                 for p in group["params"]:
                     scale = self.lr_scale(names[p])
@@ -101,7 +97,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
 
     def measure(self, model: MiniClip) -> dict[str, float]:
         """The evaluator that ClipTrainer calls: on the average of the weights, or on a sharded model made whole."""
-        model = model if self.ema is None else self.ema
+        model = self.ema or model
         return self.measured_by(fsdp.whole_model(model, self.args.device) if self.sharded else model)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
@@ -114,31 +110,31 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
     def _save(self, output_dir=None, state_dict=None):
         # The weights that FSDP gathers have a scale of shape (1,).
         super()._save(output_dir, fsdp.with_scalars(state_dict, ()) if state_dict else None)
-        if self.ema is not None and self.is_in_train and self.args.should_save:
-            path = os.path.join(output_dir or self.args.output_dir, "ema.safetensors")
+        if self.ema and self.is_in_train and self.args.should_save:
+            path = Path(output_dir or self.args.output_dir) / "ema.safetensors"
             save_file(self.ema.state_dict(), path, metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.sharded:
-            weights = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
+            weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
             return fsdp.load_whole_weights(self.model, weights)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         average = Path(resume_from_checkpoint) / "ema.safetensors"
         if average.is_file() != (self.ema is not None):
             how = "with --ema. Resume with it" if average.is_file() else "without --ema. Resume without it"
             raise InputError(f"{resume_from_checkpoint} was saved {how}, or start a new run with --model on it")
-        if self.ema is not None:
-            self.ema.load_state_dict(load_file(average), strict=True)
+        if self.ema:
+            self.ema.load_state_dict(load_file(average))
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.sharded and self.args.should_save:
-            os.remove(os.path.join(output_dir, "pytorch_model_fsdp.bin"))  # a copy of model.safetensors
+            Path(output_dir, "pytorch_model_fsdp.bin").unlink()  # a copy of model.safetensors
 
 
 def check_metric(args: RunArguments, evaluator: Evaluator):
-    """Has the best checkpoint chosen by the evaluator's own metric unless another is named. Raises InputError for a
-    name that it does not have."""
+    """Chooses the best checkpoint by the evaluator's own metric unless another is named. Raises InputError for a name
+    that it does not have."""
     if args.metric_for_best_model == "mean_recall":
         args.metric_for_best_model = evaluator.primary_metric
     name = (args.metric_for_best_model or evaluator.primary_metric).removeprefix("eval_")
@@ -154,8 +150,7 @@ class ReportBadSamples(TrainerCallback):
         self.dataset = dataset
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        bad = gather_object([self.dataset.bad.sum().item()])
-        if any(bad) and args.process_index == 0:
-            path = self.dataset.bad_samples.path
-            where = f" (listed in {path})" if path else ""
-            logger.warning("bad samples so far, each replaced by the next sample: %d%s", sum(bad), where)
+        bad = sum(gather_object([self.dataset.bad.sum().item()]))
+        if bad and args.process_index == 0:
+            where = f" (listed in {path})" if (path := self.dataset.bad_samples.path) else ""
+            logger.warning("bad samples so far, each replaced by the next sample: %d%s", bad, where)

@@ -26,7 +26,7 @@ from miniclip.towers.huggingface import HfTextTower
 from miniclip.towers.packages import PACKAGES
 from miniclip.training.distill import Distillation
 from miniclip.training.finetune import layer_rates
-from miniclip.training.freeze import depths, freeze, freeze_all_but
+from miniclip.training.freeze import depths, freeze
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.parse import parse_train
 from miniclip.transforms import Preprocess
@@ -271,7 +271,7 @@ def test_weights_of_a_checkpoint_can_be_named(encoders, tmp_path):
 
 def test_towers_are_frozen_and_slowed_down_from_the_bottom(encoders):
     model, _, _ = miniclip.load(encoders)
-    freeze_all_but(model, image=1, text=2)
+    freeze(model, "all_but_1", "all_but_2")
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {n for n in learning if n.startswith("visual.")} == {
         name for name, _ in model.named_parameters()
@@ -347,11 +347,11 @@ def test_activation_checkpointing_that_is_not_possible_is_refused(tmp_path):
 def test_pretrained_towers_are_locked_unless_asked_otherwise(encoders, tmp_path):
     def locks(*argv):
         options, args = parse_train(["--model", str(encoders), "--output_dir", str(tmp_path / "o"), *argv])
-        return *options.frozen, args.per_device_train_batch_size
+        return options.freeze_image, options.freeze_text, args.per_device_train_batch_size
 
     assert locks() == ("tower", "tower", 128)
-    assert locks("--freeze_text", "all_but_2") == ("tower", "none", 64)
-    assert locks("--freeze_text", "all_but_2", "--freeze_image", "all_but_1") == ("none", "none", 64)
+    assert locks("--freeze_text", "all_but_2") == ("tower", "all_but_2", 64)
+    assert locks("--freeze_text", "all_but_2", "--freeze_image", "all_but_1") == ("all_but_1", "all_but_2", 64)
     assert locks("--freeze_image", "none") == ("none", "tower", 64)
     assert locks("--freeze_text", "all") == ("tower", "all", 128)
     assert locks("--loss", "distill", "--teacher", "ViT-B-32") == ("none", "none", 64)

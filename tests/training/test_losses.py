@@ -25,6 +25,7 @@ from miniclip.training.dataset import RunDataset
 from miniclip.training.distill import Distillation, affinity_loss
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.losses import make_loss
+from miniclip.training.options import TrainOptions
 from miniclip.training.siglip import add_logit_bias, siglip_loss
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
@@ -187,7 +188,7 @@ def test_a_model_with_a_bias_goes_through_weight_files(tiny_config, tmp_path):
 
 def test_a_teacher_without_weights_is_refused(tiny_model):
     with pytest.raises(InputError, match="ViT-B-32 has no weights"):
-        make_loss(tiny_model, SimpleNamespace(loss="distill", teacher=["ViT-B-32"]), SimpleNamespace(bf16=False))
+        make_loss(tiny_model, TrainOptions(loss="distill", teacher=["ViT-B-32"]), SimpleNamespace(bf16=False))
 
 
 def test_half_precision_weights_are_trained_in_fp32(tiny_model, caption_set, recipe, run_script):  # noqa: F811
