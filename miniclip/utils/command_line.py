@@ -55,14 +55,20 @@ def closest(word: str, known: Collection[str]) -> str:
     return ", ".join(difflib.get_close_matches(word, known) or difflib.get_close_matches(word, known, 1, 0.0))
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        known = action.default in (None, argparse.SUPPRESS) or action.default is False or "default" in action.help
+        return action.help if known else f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with an example in its help, whose errors are one line that names the nearest right words."""
+    """A parser whose help has an example and defaults, and whose errors are one line with the nearest right words."""
 
     aliases = {}  # names that another program has for our options
 
     def __init__(self, *args, example: str | None = None, **more):
         epilog = example and "example:\n" + "\n".join(f"  {line}" for line in example.splitlines())
-        how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": epilog, "allow_abbrev": False}
+        how = {"formatter_class": HelpFormatter, "epilog": epilog, "allow_abbrev": False}
         super().__init__(*args, **how | more)
 
     @classmethod
@@ -109,10 +115,7 @@ def make_parser(options: type, **more) -> Parser:
             how = {"nargs": "+", "type": items[0]}
         if kind is not bool and "choices" not in f.metadata:
             how["metavar"] = "X"
-        shown = "" if f.default in (None, False) else f" (default: {f.default})"
-        parser.add_argument(
-            f"--{f.name}", default=f.default, **how | {**f.metadata, "help": f.metadata["help"] + shown}
-        )
+        parser.add_argument(f"--{f.name}", default=f.default, **{**how, **f.metadata})
     return parser
 
 
