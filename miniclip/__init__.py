@@ -4,32 +4,28 @@ import importlib
 
 from miniclip import towers  # noqa: F401  (makes the fields known that describe other towers)
 
-_HOMES = {  # where each public name lives; imported when first used, so that `import miniclip` takes no time
-    "MiniClipConfig": "config",
-    "list_models": "config",
-    "MiniClip": "model",
-    "load_weights": "weights.load",
-    "clip_loss": "loss",
-    "Tokenizer": "tokenizer",
-    "Preprocess": "transforms",
-    "open_image": "utils.image_files",
-    "read_captions": "datasets.records",
-    "CaptionDataset": "data",
-    "ClipTrainer": "trainer",
-    "ClipTrainingArguments": "trainer",
-    "RunTrainer": "training.trainer",
-    "RunArguments": "training.arguments",
-    "RunDataset": "training.dataset",
-    "RetrievalEvaluator": "inference.evaluator",
-    "retrieval_metrics": "retrieval",
-    "search": "retrieval",
-    "ImageSearch": "index.search",
-    "load": "inference.load",
-    "embed_images": "inference.embed",
-    "embed_texts": "inference.embed",
-    "build_zero_shot_classifier": "classify.zero_shot",
-    "zero_shot_classify": "classify.zero_shot",
+_PUBLIC = {  # where the public names live; imported when first used, so that `import miniclip` takes no time
+    "config": "MiniClipConfig list_models",
+    "model": "MiniClip",
+    "weights.load": "load_weights",
+    "loss": "clip_loss",
+    "tokenizer": "Tokenizer",
+    "transforms": "Preprocess",
+    "utils.image_files": "open_image",
+    "datasets.records": "read_captions",
+    "data": "CaptionDataset",
+    "trainer": "ClipTrainer ClipTrainingArguments",
+    "training.trainer": "RunTrainer",
+    "training.arguments": "RunArguments",
+    "training.dataset": "RunDataset",
+    "inference.evaluator": "RetrievalEvaluator",
+    "retrieval": "retrieval_metrics search",
+    "index.search": "ImageSearch",
+    "inference.load": "load",
+    "inference.embed": "embed_images embed_texts",
+    "classify.zero_shot": "build_zero_shot_classifier zero_shot_classify",
 }
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = list(_HOMES)
 
 

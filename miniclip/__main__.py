@@ -5,19 +5,17 @@ import importlib.util
 import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
-SCRIPTS = "train.py", "evaluate.py"
-
 
 def find_commands() -> dict[str, Path]:
-    """The file of each command. train.py and evaluate.py are beside the package, or with the others once installed."""
-    folder = PACKAGE / "commands"
-    scripts = (folder / name if (folder / name).exists() else PACKAGE.parent / name for name in SCRIPTS)
-    return {path.stem: path for path in (*scripts, *sorted(folder.glob("[a-z]*.py"))) if path.stem != "common"}
+    """Returns the file of each command. train.py and evaluate.py are beside the package until it is installed."""
+    folder = Path(__file__).resolve().parent / "commands"
+    scripts = (folder.parents[1] / name for name in ("train.py", "evaluate.py"))
+    files = (*filter(Path.exists, scripts), *sorted(folder.glob("[a-z]*.py")))
+    return {path.stem: path for path in files if path.stem != "common"}
 
 
 def summary(path: Path) -> str:
-    """The first line of a file's docstring, without importing the file."""
+    """Returns the first line of a file's docstring, without importing the file."""
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 

@@ -15,30 +15,29 @@ def share_image_flags(parser: Parser, output_dir: str):
     parser.share("pretrained")
     parser.add_argument("--images", required=True, nargs="+", help="images, folders, or a folder of class folders")
     parser.share("on_bad_sample")
-    parser.share("output_dir", default=output_dir, help="folder to write to (default: %(default)s)")
-    parser.share("batch_size", default=32, help="images encoded at once (default: %(default)s)")
+    parser.share("output_dir", default=output_dir)
+    parser.share("batch_size", default=32, help="images encoded at once")
     parser.share("num_workers", "precision", "device")
 
 
 def share_class_flags(parser: Parser):
     """Adds the flags that name classes; `read_class_flags` reads them."""
-    classes = "a,b,c; name=words,...; or a .txt or .json file of them (docs/classify.md). Default: the folder names"
+    classes = "a,b,c; name=words,...; or a .txt or .json file (docs/classify.md; default: the folder names)"
     parser.add_argument("--classes", help=classes)
-    parser.add_argument(
-        "--templates", help="file of sentences with {} for the class name (default: the language's own)"
-    )
-    parser.add_argument("--language", default="en", help="of classes and templates: en, zh, fr, es (default: en)")
+    templates = "file of sentences with {} for the class name (default: the language's own)"
+    parser.add_argument("--templates", help=templates)
+    parser.add_argument("--language", default="en", help="of classes and templates: en, zh, fr, es")
 
 
 def read_class_flags(options) -> tuple[dict[str, str] | None, list[str]]:
-    """The classes, None if they are not given, and the templates."""
+    """Returns the classes, None if they are not given, and the templates."""
     from miniclip.classify.prompts import TEMPLATES, read_classes, read_templates
 
-    if options.language not in TEMPLATES and not (options.templates and options.classes):
-        known = ", ".join(TEMPLATES)
-        raise InputError(f"--language {options.language} is not one of {known}: add --templates and --classes")
-    templates = read_templates(options.templates) if options.templates else TEMPLATES[options.language]
-    return read_classes(options.classes, options.language) if options.classes is not None else None, templates
+    language, known = options.language, ", ".join(TEMPLATES)
+    if language not in TEMPLATES and not (options.templates and options.classes):
+        raise InputError(f"--language {language} is not one of {known}: add --templates and --classes")
+    templates = read_templates(options.templates) if options.templates else TEMPLATES[language]
+    return None if options.classes is None else read_classes(options.classes, language), templates
 
 
 def open_model(options):
@@ -52,7 +51,7 @@ def open_model(options):
 
 
 def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
-    """Returns those of `images`, tuples that begin with a path, that can be read, and their embeddings (n, E). Raises
+    """Returns the readable ones of `images`, tuples that begin with a path, and their embeddings (n, E). Raises
     InputError for the others, or with `--on_bad_sample skip` lists them in `bad_samples`."""
     from miniclip.datasets.records import image_fault
     from miniclip.inference.embed import embed_images
@@ -63,17 +62,16 @@ def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
     faults = [name_fault(path) for path in paths]
     if options.on_bad_sample == "skip":
         faults = list(read_ahead(lambda path: name_fault(path) or image_fault(path), paths, options.num_workers, 1000))
-    if any(faults):
-        bad = [(path, fault) for path, fault in zip(paths, faults) if fault]
-        images = [image for image, fault in zip(images, faults) if not fault]
-        what, where = f"{len(bad)} of {len(paths)} images cannot be used", ", ".join(options.images)
-        raise_or_skip(where, what, bad, len(images), "", options.on_bad_sample, bad_samples, "no images")
+    bad = [(path, fault) for path, fault in zip(paths, faults) if fault]
+    images = [image for image, fault in zip(images, faults) if not fault]
+    what, where = f"{len(bad)} of {len(paths)} images cannot be used", ", ".join(options.images)
+    raise_or_skip(where, what, bad, len(images), "", options.on_bad_sample, bad_samples, "no images")
     paths = [image[0] for image in images]
     return images, embed_images(model, preprocess, paths, options.batch_size, options.num_workers, progress=True)
 
 
 def name_fault(path: str) -> str | None:
-    """Returns what is wrong with the name of a file, if anything: the output could not contain it."""
+    """Returns why the output could not contain the name of a file, if so."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -81,8 +79,8 @@ def name_fault(path: str) -> str | None:
 
 
 def finish(options, name: str, results: dict, table: str, bad_samples, summary: str, *more_files: str):
-    """Writes results as `<name>.json`, their table as `<name>.md` and the list of bad samples into the output folder,
-    and prints a summary and the names of these files."""
+    """Writes `<name>.json`, the table as `<name>.md` and the list of bad samples into the output folder, and prints a
+    summary and the names of these files."""
     from miniclip.utils.bad_samples import NAME
     from miniclip.utils.files import write_json, write_text
 
@@ -108,5 +106,5 @@ def plain_warnings():
 
 
 def cell(text: str) -> str:
-    """Text for a cell of a Markdown table."""
+    """Returns text for a cell of a Markdown table."""
     return printable(text).replace("|", "\\|")

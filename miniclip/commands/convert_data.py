@@ -12,9 +12,8 @@ from miniclip.utils.command_line import Parser, at_least
 def main(argv: list[str]):
     parser = Parser.command("convert_data", __doc__, "photos/captions.csv 'shards/{000..009}.tar'")
     parser.add_argument("source", metavar="FROM", help="captions, as --train_file of train.py takes them")
-    parser.add_argument(
-        "target", metavar="TO", help="output: x.json, .jsonl, .csv, .tsv, x/{000..009}.tar, x/000000.tar"
-    )
+    forms = "output: x.json, .jsonl, .csv, .tsv, x/{000..009}.tar, x/000000.tar"
+    parser.add_argument("target", metavar="TO", help=forms)
     parser.add_argument("--samples_per_shard", type=at_least(1), default=10_000, metavar="N", help="for x/000000.tar")
     parser.share("image_root", "columns", "on_bad_sample", "allow_outside_image_root")
     options = parser.parse_args(argv)

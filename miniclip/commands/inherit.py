@@ -12,9 +12,8 @@ from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    parser = Parser.command(
-        "inherit", __doc__, "--from ViT-B-32 --pretrained vit_b_32.pt --to small.json --output_dir runs/small"
-    )
+    example = "--from ViT-B-32 --pretrained vit_b_32.pt --to small.json --output_dir runs/small"
+    parser = Parser.command("inherit", __doc__, example)
     parser.add_argument("--from", dest="source", required=True, help="the large model: a folder, or a config name")
     parser.share("pretrained")
     parser.add_argument("--to", required=True, help="config of the small model: a name or a .json file")
@@ -36,10 +35,8 @@ def main(argv: list[str]):
         source, *_ = load(options.source, options.pretrained)
     model = inherit(source, config, options.layers_image, options.layers_text)
     model.save_pretrained(options.output_dir)
-    for kind, ours, theirs, given in (
-        ("image", model.visual, source.visual, options.layers_image),
-        ("text", model.text, source.text, options.layers_text),
-    ):
+    towers = (model.visual, source.visual, options.layers_image), (model.text, source.text, options.layers_text)
+    for kind, (ours, theirs, given) in zip(("image", "text"), towers):
         kept = ", ".join(map(str, given or spaced(len(theirs.blocks), len(ours.blocks))))
         (length, width), (old_length, old_width) = (m.positional_embedding.shape for m in (ours, theirs))
         resized = f", positions interpolated from {old_length} to {length}" if length != old_length else ""

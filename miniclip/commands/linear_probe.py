@@ -17,8 +17,7 @@ def main(argv: list[str]):
     parser.add_argument("--examples", required=True, help="labelled images to learn from: a folder of class folders")
     shots = "numbers of examples per class to try (default: 1 2 4 8 16)"
     parser.add_argument("--shots", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16], help=shots)
-    seeds = "number of random draws; the mean is reported (default: %(default)s)"
-    parser.add_argument("--seeds", type=at_least(1), default=3, help=seeds)
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="number of random draws; the mean is reported")
     common.share_class_flags(parser)
     common.share_image_flags(parser, "linear_probe")
     options = parser.parse_args(argv)
@@ -48,14 +47,16 @@ def main(argv: list[str]):
     model, preprocess, tokenizer = common.open_model(options)
     bad_samples, n = BadSamples(), len(classes)
     start = build_zero_shot_classifier(model, tokenizer, list(classes.values()), templates)
-    rows = [(path, row) for (path, _), row in zip(examples, labels)]
-    rows, features = common.embed_usable(options, model, preprocess, rows, bad_samples)
-    labels = np.array([row for _, row in rows])
+
+    def embed(images: list, labels: list):
+        rows = [(path, label) for (path, _), label in zip(images, labels)]
+        rows, embeds = common.embed_usable(options, model, preprocess, rows, bad_samples)
+        return embeds, np.array([label for _, label in rows])
+
+    features, labels = embed(examples, labels)
     if missing := [name for row, name in enumerate(classes) if row not in labels]:
         raise InputError(f"--examples {options.examples}: no usable example of {missing[0]!r}")
-    rows = [(path, row) for (path, _), row in zip(images, truth)]
-    rows, held_out = common.embed_usable(options, model, preprocess, rows, bad_samples)
-    truth, scale = np.array([row for _, row in rows]), model.logit_scale.exp().item()
+    (held_out, truth), scale = embed(images, truth), model.logit_scale.exp().item()
 
     def measure(weight, bias=0.0) -> dict[str, float]:
         scores = scale * torch.from_numpy(held_out).double() @ weight.double() + bias
@@ -65,23 +66,19 @@ def main(argv: list[str]):
     found = [{"shots": 0, "start": "zero-shot", **measure(start)}]
     for shots in options.shots:
         for name, begin in (("nothing", None), ("zero-shot", start)):
-            each = []
-            for seed in range(options.seeds):
-                chosen = draw_shots(labels, shots, seed)
-                weight, bias, strength = probe(features[chosen], labels[chosen], n, begin, scale)
-                each.append(measure(weight, bias))
+            draws = [draw_shots(labels, shots, seed) for seed in range(options.seeds)]
+            each = [measure(*probe(features[rows], labels[rows], n, begin, scale)[:2]) for rows in draws]
             mean = {metric: float(np.mean([one[metric] for one in each])) for metric in each[0]}
             found.append({"shots": shots, "start": name, **mean})
-    lines = ["| examples per class | starting from | top1 | mean per class recall |", "|---|---|---|---|"]
+    table = "| examples per class | starting from | top1 | mean per class recall |\n|---|---|---|---|"
     for entry in found:
         shares = f"{100 * entry['top1']:.1f} | {100 * entry['mean_per_class_recall']:.1f}"
-        lines.append(f"| {entry['shots'] or '0: zero-shot itself'} | {entry['start']} | {shares} |")
+        table += f"\n| {entry['shots'] or '0: zero-shot itself'} | {entry['start']} | {shares} |"
     weight, bias, strength = probe(features, labels, n, start, scale)
     with replacing(Path(options.output_dir) / "probe.npz") as scratch:  # the one to use, of all examples
         np.savez(scratch, weight=scale * weight, bias=bias, classes=list(classes))
     about = {"model": str(options.model), "classes": classes, "examples": len(labels), "pictures": len(truth)}
     about |= {"strength": strength, "all_examples": measure(weight, bias)}
-    print("\n".join(lines))
+    print(table)
     summary = f"all {len(labels)} examples, starting from zero-shot: top1 {100 * about['all_examples']['top1']:.1f}"
-    table = "\n".join(lines)
     common.finish(options, "linear_probe", {**about, "found": found}, table, bad_samples, summary, "probe.npz")

@@ -38,16 +38,13 @@ def main(argv: list[str]):
         wanted, no = rules.banned(categories), rules.HARMLESS
         warn_of_poor_coverage(tokenizer, wanted)
         score = lambda embeds: rules.category_scores(model, tokenizer, embeds, categories)  # noqa: E731
-    thresholds = {
-        name: {"threshold": rules.THRESHOLD, "review": rules.THRESHOLD if options.ask else rules.REVIEW}
-        for name in wanted
-    }
+    default = {"threshold": rules.THRESHOLD, "review": rules.THRESHOLD if options.ask else rules.REVIEW}
+    thresholds = {name: default for name in wanted}
+    embed = lambda images: common.embed_usable(options, model, preprocess, images, bad_samples)  # noqa: E731
     if options.examples:
-        about = (wanted, no, score, options, model, preprocess, bad_samples)
-        thresholds |= calibrate_from(options.examples, *about)
-    images, embeds = common.embed_usable(options, model, preprocess, images, bad_samples)
-    scores = score(embeds)
-    results = []
+        thresholds |= calibrate_from(options.examples, wanted, no, score, embed)
+    images, embeds = embed(images)
+    scores, results = score(embeds), []
     for row, (path, _) in enumerate(images):
         each = {name: float(values[row]) for name, values in scores.items()}
         if options.ask:
@@ -60,20 +57,20 @@ def main(argv: list[str]):
     for r in results:
         lines.append(f"| {common.cell(r['image'])} | {r[verdict]} | {r.get('reason', options.ask)} | {r[number]:.2f} |")
     counts = {kind: sum(r[verdict] == kind for r in results) for kind in dict.fromkeys(r[verdict] for r in results)}
-    about = {"model": str(options.model), "ask": options.ask, "thresholds": thresholds,
-             "calibrated": bool(options.examples)}  # fmt: skip
+    about = {"model": str(options.model), "ask": options.ask, "calibrated": bool(options.examples)}
+    results = {**about, "thresholds": thresholds, "pictures": results}
     print("\n".join(lines[:22] + [f"| and {len(lines) - 22} more | | | |"] * (len(lines) > 22)))
     for name, limits in thresholds.items():
         on = f"balanced accuracy {limits['balanced_accuracy']:.2f} on" if len(limits) > 2 else "without"
         review = "" if options.ask else f", review from {limits['review']:.3f}"
         print(f"{name}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
-    summary = f"{counts} of {len(results)} images"
-    common.finish(options, "moderation", {**about, "pictures": results}, "\n".join(lines), bad_samples, summary)
+    summary = f"{counts} of {len(images)} images"
+    common.finish(options, "moderation", results, "\n".join(lines), bad_samples, summary)
 
 
-def calibrate_from(folder: str, wanted: list[str], no: str, score, options, model, preprocess, bad_samples) -> dict:
+def calibrate_from(folder: str, wanted: list[str], no: str, score, embed) -> dict:
     """Returns the thresholds of the classes `wanted` from labelled images, each folder of a class against the folder
-    `no`. `score(embeds)` returns {name: scores}. Raises InputError if `no`, or all others, are missing."""
+    `no`. `score(embed(images))` is {name: scores}. Raises InputError if `no`, or all others, are missing."""
     import numpy as np
 
     from miniclip.classify.images import find_images
@@ -85,9 +82,8 @@ def calibrate_from(folder: str, wanted: list[str], no: str, score, options, mode
         raise InputError(f"--examples {folder}: expected a folder {no!r} in it, and some of {', '.join(wanted)}")
     if unknown := [name for name in there if name not in (no, *wanted)]:
         raise InputError(f"--examples {folder}: {unknown[0]!r} is not one of {', '.join([no, *wanted])}: rename it")
-    found, embeds = common.embed_usable(options, model, preprocess, found, bad_samples)
-    scores, names = score(embeds), np.array([name for _, name in found])
-    thresholds = {}
+    found, embeds = embed(found)
+    scores, names, thresholds = score(embeds), np.array([name for _, name in found]), {}
     for name in [name for name in wanted if name in there]:
         try:
             thresholds[name] = calibrate(scores[name][names == name], scores[name][names == no])

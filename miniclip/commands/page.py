@@ -14,16 +14,15 @@ from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    parser = Parser.command(
-        "page", __doc__, "--index photos.mc      # then open http://127.0.0.1:7860; stop it with Ctrl-C"
-    )
+    example = "--index photos.mc      # then open http://127.0.0.1:7860; stop it with Ctrl-C"
+    parser = Parser.command("page", __doc__, example)
     parser.share("model", help="a folder saved by MiniCLIP, or a config (default: the index's model)")
     parser.share("pretrained", "device")
     parser.add_argument("--index", help="an index made by miniclip search index; without one, the page has no search")
     parser.share("image_root", help="folder of the indexed images, if it was moved")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines (%(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
-    parser.add_argument("--max_upload_mb", type=float, default=20, help="of an image (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines")
+    parser.add_argument("--port", type=int, default=7860, help="port to serve on")
+    parser.add_argument("--max_upload_mb", type=float, default=20, help="maximum size of an image")
     options = parser.parse_args(argv)
     if not options.model and not options.index:
         parser.error("give --index, --model or both")
@@ -47,7 +46,7 @@ def main(argv: list[str]):
 
 
 def open_page(options):
-    """The Page for the model and the index of the command line."""
+    """Returns the Page for the model and the index of the command line."""
     from miniclip.index.search import ImageSearch
     from miniclip.inference.load import load
     from miniclip.page.answers import Page

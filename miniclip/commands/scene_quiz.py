@@ -12,8 +12,8 @@ from miniclip.utils.errors import InputError
 def main(argv: list[str]):
     parser = Parser.command("scene_quiz", __doc__, "--model runs/demo")
     parser.share("model", required=True, help="folder of a model that was trained on the demo data set")
-    parser.add_argument("--eval", type=at_least(1), default=600, help="number of scenes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the training data set (default: %(default)s)")
+    parser.add_argument("--eval", type=at_least(1), default=600, help="number of scenes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training data set")
     parser.add_argument("--output_file", help="JSON file to write (default: scene_quiz.json in the model's folder)")
     options = parser.parse_args(argv)
     if not Path(options.model).is_dir():

@@ -19,7 +19,7 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 
 def make_parsers() -> tuple[Parser, dict[str, Parser]]:
-    """The command line, and that of each subcommand."""
+    """Returns the parser and that of each subcommand."""
     parser = Parser("miniclip search", description=__doc__, example="miniclip search index photos --model runs/mine "
                     '--index photos.mc\nminiclip search query photos.mc "a dog on a beach -people"')  # fmt: skip
     commands, subs = parser.add_subparsers(dest="command", required=True), {}
@@ -28,48 +28,46 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         more = {"help": about, "description": about, "example": f"miniclip search {name} {example}"}
         return subs.setdefault(name, commands.add_parser(name, **more))
 
-    index = add(
-        "index", "Make or update an index of a folder, written to --index.", "photos --model runs/mine --index x.mc"
-    )
-    query = add("query", "Search an index. Prints rank, score and path of each image found; writes --html.",
-                'photos.mc "red dress -stripes" --image photo.jpg -k 5 --html found.html')  # fmt: skip
+    about = "Make or update an index of a folder, written to --index."
+    index = add("index", about, "photos --model runs/mine --index x.mc")
+    about = "Search an index. Prints rank, score and path of each image found; writes --html."
+    query = add("query", about, 'photos.mc "red dress -stripes" --image photo.jpg -k 5 --html found.html')
     merge = add("merge", "Merge several indexes into one, written to --index.", "part1.mc part2.mc --index photos.mc")
     export = add("export", "Write vectors and paths in the format of clip-retrieval.", "photos.mc --to vectors")
     check = add("check", "Verify all files of an index against their sha256, and print what is in it.", "photos.mc")
+    for sub in (query, export, check):
+        sub.add_argument("index", metavar="INDEX", help="folder of the index")
     for sub in (index, query):
         sub.share("model", help="a folder saved by MiniCLIP, or a config (default: the index's model)")
         sub.share("pretrained", "device")
-    how = "search method; auto: exact up to 100,000 images, then an approximate one (default: {})"
+    methods = ["auto", "exact", "hnsw", "ivf"]
+    how = "search method; auto: exact up to 100,000 images, then an approximate one"
 
     index.add_argument("pictures", metavar="DIR", help="folder of the images, at any depth")
     index.add_argument("--index", required=True, help="folder for the index: products.mc")
     index.add_argument("--shard", default="1/1", metavar="I/N", help="only shard I of N of the files, for merge")
-    methods = ["auto", "exact", "hnsw", "ivf"]
-    index.add_argument("--method", choices=methods, help=how.format("the index's, or auto"))
+    index.add_argument("--method", choices=methods, help=f"{how} (default: the index's, or auto)")
     index.add_argument("--check", action="store_true", help="read all files, not only those with another size or time")
     index.add_argument("--moved", action="store_true", help="the folder of the images has been moved to DIR")
     index.share("allow_outside_image_root", help="allow links that lead out of DIR")
     index.share("batch_size", help="images encoded at once (default: 32 on a CPU, 256 elsewhere)")
     index.share("num_workers")
 
-    query.add_argument("index", metavar="INDEX")
     what = 'what to look for, quoted; -word excludes: "a dog -kids"; without it, queries are read from stdin'
     query.add_argument("text", nargs="*", help=what)
-    query.add_argument("-k", type=at_least(1), default=10, help="number of results (default: %(default)s)")
+    query.add_argument("-k", type=at_least(1), default=10, help="number of results")
     query.add_argument("--image", action="append", default=[], metavar="FILE", help="find similar images; repeatable")
     query.add_argument("--minus", action="append", default=[], metavar="TEXT", help="text to avoid; repeatable")
     query.add_argument("--image_weight", type=float, help="weight of the images beside a text: 0 to 1 (default: 0.5)")
-    query.add_argument("--minus_weight", type=float, default=0.5, help="weight of what to avoid (default: %(default)s)")
+    query.add_argument("--minus_weight", type=float, default=0.5, help="weight of what to avoid")
     query.share("image_root", help="folder of the indexed images, if it was moved")
     query.add_argument("--json", action="store_true", help="print JSON instead of a table: one object per query")
     query.add_argument("--html", metavar="FILE", help="also write the images found to a self-contained HTML file")
 
     merge.add_argument("parts", nargs="+", metavar="PART")
     merge.add_argument("--index", required=True, help="folder for the merged index")
-    merge.add_argument("--method", choices=methods, default="auto", help=how.format("%(default)s"))
-    export.add_argument("index", metavar="INDEX")
+    merge.add_argument("--method", choices=methods, default="auto", help=how)
     export.add_argument("--to", required=True, metavar="FOLDER", help="a new folder to write to")
-    check.add_argument("index", metavar="INDEX")
     return parser, subs
 
 
@@ -94,10 +92,11 @@ def index(options):
         raise InputError(f"--shard {options.shard}: use 1/8, 2/8, ... 8/8")
     if not os.path.isdir(options.pictures):
         raise InputError(f"{options.pictures} is not a folder")
-    named = model_name(options.model, options.pretrained) if options.model else None
-    if named is None:
-        if not (Path(options.index) / INDEX).is_file():
-            raise InputError(f"{options.index} is not an index yet. Add --model to make one")
+    if options.model:
+        named = model_name(options.model, options.pretrained)
+    elif not (Path(options.index) / INDEX).is_file():
+        raise InputError(f"{options.index} is not an index yet. Add --model to make one")
+    else:
         named = {name: read_about(Path(options.index))["model"][name] for name in ("name", "pretrained")}
     device = find_device(options.device)
     model = load(named["name"], named["pretrained"], device)
@@ -111,8 +110,8 @@ def index(options):
         return
     if changes["resumed"]:
         print(f"{changes['resumed']} images had been encoded by an interrupted run")
-    names = ("added", "changed", "removed", "unchanged")
-    print(", ".join(f"{changes[name]} {name}" for name in names) + f"; {changes['encoded']} images encoded")
+    counts = ", ".join(f"{changes[name]} {name}" for name in ("added", "changed", "removed", "unchanged"))
+    print(f"{counts}; {changes['encoded']} images encoded")
     if changes["kept"]:
         print(f"{changes['kept']} cannot be opened at the moment (or their folders cannot) and were kept")
     describe(options.index)
@@ -141,10 +140,8 @@ def query(options):
 
     device = find_device(options.device)
     search = ImageSearch(options.index, options.model, options.pretrained, device, options.image_root)
-    how = {"image": options.image, "minus": options.minus, "image_weight": options.image_weight}
-    how |= {"minus_weight": options.minus_weight}
     if options.text or options.image:
-        answer(search, options, " ".join(options.text), how)
+        answer(search, options, " ".join(options.text))
         return
     if options.html:
         raise InputError("--html shows the results of one query: give a text or --image")
@@ -152,7 +149,7 @@ def query(options):
     for line in map(str.strip, sys.stdin):
         if line or options.json:  # with JSON every line has an answer
             try:
-                answer(search, options, line, how)
+                answer(search, options, line)
             except InputError as error:
                 failed = True
                 print(error, file=sys.stderr, flush=True)
@@ -162,9 +159,10 @@ def query(options):
         sys.exit(1)
 
 
-def answer(search, options, text: str, how: dict):
+def answer(search, options, text: str):
     """Searches once and prints the results."""
-    found = search.query(text, options.k, **how)
+    weights = {"image_weight": options.image_weight, "minus_weight": options.minus_weight}
+    found = search.query(text, options.k, options.image, options.minus, **weights)
     title = " + ".join([*([text] if text else []), *options.image]) + "".join(f" - {minus}" for minus in options.minus)
     if options.html:
         search.write_sheet(options.html, title, found)

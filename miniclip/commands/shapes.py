@@ -8,16 +8,12 @@ from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    parser = Parser(
-        "miniclip shapes", description=__doc__, example="miniclip shapes data/shapes --train 6000 --eval 600"
-    )
+    parser = Parser.command("shapes", __doc__, "data/shapes --train 6000 --eval 600")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder to write to")
-    parser.add_argument("--train", type=int, default=6000, help="number of training images (default: %(default)s)")
-    parser.add_argument("--eval", type=int, default=600, help="number of evaluation images (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed makes another data set (default: %(default)s)"
-    )
-    parser.add_argument("--size", type=int, default=64, help="image width and height in pixels (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=6000, help="number of training images")
+    parser.add_argument("--eval", type=int, default=600, help="number of evaluation images")
+    parser.add_argument("--seed", type=int, default=0, help="another seed makes another data set")
+    parser.add_argument("--size", type=int, default=64, help="image width and height in pixels")
     options = parser.parse_args(argv)
 
     from miniclip.datasets.shapes import write

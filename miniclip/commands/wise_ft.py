@@ -23,15 +23,14 @@ def main(argv: list[str]):
     parser.add_argument("--alphas", type=float, nargs="+", help="weights of the model after (default: 0 0.1 ... 1)")
     parser.add_argument("--save_alpha", help="save the model of this alpha, or of the best one, in output_dir/model")
     parser.share("precision", choices=["fp32", "bf16"])
-    parser.share("batch_size", default=64, help="images or captions encoded at once (default: %(default)s)")
+    parser.share("batch_size", default=64)
     parser.share("num_workers", "device")
     options = parser.parse_args(argv)
     save = options.save_alpha
-    if save not in (None, "best"):
-        try:
-            save = float(save)
-        except ValueError:
-            raise InputError(f"--save_alpha {save!r} is neither a number nor best") from None
+    try:
+        save = save if save in (None, "best") else float(save)
+    except ValueError:
+        raise InputError(f"--save_alpha {save!r} is neither a number nor best") from None
     check_folder_or_weights("--before", options.before, options.pretrained)
     if not Path(options.after).is_dir():
         raise InputError(f"--after {options.after} is not a folder")
@@ -45,14 +44,13 @@ def main(argv: list[str]):
     from miniclip.utils.files import write_json, write_text
     from miniclip.weights.interpolate import interpolate
 
-    alphas = {*(options.alphas or ALPHAS), *([save] if isinstance(save, float) else [])}
+    alphas = {*(options.alphas or ALPHAS), *({save} - {None, "best"})}
     if outside := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
         raise InputError(f"alpha {outside[0]} lies outside of 0 (the model before) to 1 (the model after)")
     device = find_device(options.device)
     before, *_ = load(options.before, options.pretrained, device)
     after, preprocess, tokenizer = load(options.after, None, device)
-    files = {"new": options.new_file, "old": options.old_file}
-    bad_samples = BadSamples()
+    files, bad_samples = {"new": options.new_file, "old": options.old_file}, BadSamples()
     check = {"check_images": options.on_bad_sample == "skip", "check_handles": True}
     reading = ReadOptions.from_args(options, bad_samples=bad_samples, **check)
     records = {name: one_per_image(read_source(path, reading), path) for name, path in files.items()}

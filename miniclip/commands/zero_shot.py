@@ -71,11 +71,10 @@ def main(argv: list[str]):
     seconds = {"classes": ready - start, "pictures": time.perf_counter() - ready}
     shares = probabilities(model, embeds, classifier)
     found = search(classifier.T.numpy(), embeds, min(5, len(names)))[1]  # among equals the first
-    results = [
-        {"image": path, "class": None if row is None else names[row],
-         "top": [(names[c], float(share[c])) for c in best]}
-        for (path, _, row), best, share in zip(rows, found, shares)
-    ]  # fmt: skip
+    results = []
+    for (path, _, row), best, share in zip(rows, found, shares):
+        top = [(names[c], float(share[c])) for c in best]
+        results.append({"image": path, "class": None if row is None else names[row], "top": top})
     coverage = tokenizer_coverage(tokenizer, list(classes.values()))
     about = {"model": str(options.model), "classes": classes, "templates": templates, "language": options.language,
              "temperature": float(1 / model.logit_scale.exp()), "reading": coverage, "seconds": seconds}  # fmt: skip
@@ -85,12 +84,11 @@ def main(argv: list[str]):
         right = np.array([row for *_, row in rows])
         about["metrics"], confusion = classification_metrics(found, right, len(names))
         about["confusion"] = confusion.tolist()
-        table = format_classes(names, confusion)
         folders = {row: name for (_, name), row in zip(images, truth)}
         labels = drawable(classes, [folders.get(row, "") for row in range(len(names))])
         percent = format_metrics(about["metrics"], len(names))
         draw_confusion(folder / "confusion.png", confusion, labels, f"{options.model}: {percent}")
-        table += f"\n\n{percent}"
+        table = f"{format_classes(names, confusion)}\n\n{percent}"
     else:
         table = format_images(results)
         if why := why_no_truth(options.images, images):
@@ -102,7 +100,6 @@ def main(argv: list[str]):
               " the tower learned the language: measure it")  # fmt: skip
     if tokenizer.truncated:
         print(f"{tokenizer.truncated} sentences were truncated to {tokenizer.context_length} tokens")
-    speed = [f"{n} {kind} in {seconds[key]:.1f} s"
-             for key, kind, n in (("classes", "classes", len(names)), ("pictures", "images", len(rows)))]  # fmt: skip
+    speed = f"{len(names)} classes in {seconds['classes']:.1f} s, {len(rows)} images in {seconds['pictures']:.1f} s"
     chart = ["confusion.png"] * bool(truth)
-    common.finish(options, "zero_shot", {**about, "pictures": results}, table, bad_samples, ", ".join(speed), *chart)
+    common.finish(options, "zero_shot", {**about, "pictures": results}, table, bad_samples, speed, *chart)

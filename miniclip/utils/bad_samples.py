@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import reprlib
 import warnings
 from pathlib import Path
@@ -13,12 +12,15 @@ from miniclip.utils.errors import InputError
 from miniclip.utils.files import write_text
 
 NAME = "bad_samples.jsonl"
-START = "before the start"
+
+
+class CaptionFileError(InputError):
+    """A caption file that cannot be used as it is. Lists its bad records."""
 
 
 class BadSamples:
-    """A list of bad samples, kept in memory until `open` names its file. From then on each sample is appended by one
-    write to a file opened for appending, so that lines of several processes do not mix."""
+    """A list of bad samples, kept in memory until `open` names its file. Then each is appended by a single write, so
+    that lines of several processes do not mix."""
 
     def __init__(self):
         self.waiting, self.path = [], None
@@ -27,21 +29,18 @@ class BadSamples:
         """Returns the number of lines, of all processes."""
         return len(_lines(self.path)) if self.path else len(self.waiting)
 
-    def add(self, sample: str, reason: str, when: str = START):
+    def add(self, sample: str, reason: str, when: str = "before the start"):
         """Adds a sample: its name, what is wrong with it, and when that was found."""
         line = json.dumps({"sample": str(sample), "reason": str(reason), "when": when})
         if self.path is None:
             self.waiting.append(line)
-            return
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            os.write(handle, f"{line}\n".encode())
-        finally:
-            os.close(handle)
+        else:
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(f"{line}\n".encode())
 
     def open(self, path: str | Path, write: bool = True, go_on: bool = False):
-        """Names the file. With `write`, which one process passes, the samples listed so far go into it; lines of an
-        earlier run are dropped, or kept with `go_on`. There is no file as long as there is nothing to list."""
+        """Names the file. One process passes `write`, which stores the samples listed so far. Lines of an earlier run
+        are dropped unless `go_on`. Without any lines there is no file."""
         self.path, waiting, self.waiting = Path(path), self.waiting, []
         if write:
             lines = dict.fromkeys([*(_lines(self.path) if go_on else ()), *waiting])
@@ -55,8 +54,9 @@ class BadSamples:
         self.open(path)
         if not len(self):
             return []
-        print(f"{len(self)} bad samples were skipped: {self.path}")
-        return [f"{len(self)} bad samples were skipped"]
+        note = f"{len(self)} bad samples were skipped"
+        print(f"{note}: {self.path}")
+        return [note]
 
 
 def _lines(path: Path) -> list[str]:
@@ -69,9 +69,8 @@ def raise_or_skip(
     source, what: str, problems: list[tuple[str, str]], left: int, prefix: str, on_bad: str,
     bad_samples: BadSamples | None = None, none_left: str = "no records",
 ):  # fmt: skip
-    """Reports the bad samples of a source, (name, reason) each, where `left` others are good: raises a CaptionFileError
-    that names them all, or with on_bad="skip" warns of them and adds them to `bad_samples`, `prefix` before each name.
-    """
+    """Raises a CaptionFileError that names the bad samples of a source, (name, reason) each. With on_bad="skip", and if
+    some (`left`) are good, warns instead, and adds them to `bad_samples` with `prefix` before each name."""
     if not problems:
         return
     report = "\n".join([f"{source}: {what}:", *(f"  {name}: {reason}" for name, reason in problems)])
@@ -90,7 +89,3 @@ _repr.maxstring = _repr.maxother = 60
 def short(value) -> str:
     """Returns the beginning of a value, for messages: `str` of a deep or long one would fail or take gigabytes."""
     return _repr.repr(value)[:60]
-
-
-class CaptionFileError(InputError):
-    """A caption file that cannot be used as it is. Lists its bad records."""

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from miniclip.utils.errors import InputError
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number of at least `lowest`."""
+    """Returns a type for argparse: a whole number of at least `lowest`."""
 
     def number(text: str) -> int:
         if int(text) < lowest:
@@ -50,26 +50,30 @@ FLAGS = {  # flags that mean the same in every command, as arguments of add_argu
 HELP = {name: flag["help"] for name, flag in FLAGS.items()}
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """The up to three known words that are most like a word, with commas."""
-    known = list(known)
-    like = difflib.get_close_matches(word, known, n=3) or difflib.get_close_matches(word, known, n=1, cutoff=0.0)
-    return ", ".join(like)
+def closest(word: str, known: Collection[str]) -> str:
+    """Returns up to three known words that are like a word, or the one most like it."""
+    return ", ".join(difflib.get_close_matches(word, known) or difflib.get_close_matches(word, known, 1, 0.0))
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        known = action.default in (None, argparse.SUPPRESS) or action.default is False or "default" in action.help
+        return action.help if known else f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with an example in its help, whose errors are one line that names the nearest right words."""
+    """A parser whose help has an example and defaults, and whose errors are one line with the nearest right words."""
 
     aliases = {}  # names that another program has for our options
 
     def __init__(self, *args, example: str | None = None, **more):
         epilog = example and "example:\n" + "\n".join(f"  {line}" for line in example.splitlines())
-        how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": epilog, "allow_abbrev": False}
+        how = {"formatter_class": HelpFormatter, "epilog": epilog, "allow_abbrev": False}
         super().__init__(*args, **how | more)
 
     @classmethod
     def command(cls, name: str, docstring: str, example: str):
-        """The parser of `miniclip NAME`, whose example is `miniclip NAME EXAMPLE`."""
+        """Returns the parser of `miniclip NAME`, with `miniclip NAME EXAMPLE` as example."""
         return cls(f"miniclip {name}", description=docstring, example=f"miniclip {name} {example}")
 
     def share(self, *names: str, **more):
@@ -78,7 +82,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(f"--{name}", **FLAGS[name] | more)
 
     def nearest(self, word: str) -> str:
-        """For messages about an option that does not exist."""
+        """Returns a message about an option that does not exist."""
         name, known = word.lstrip("-").partition("=")[0], {action.dest for action in self._actions}
         other = self.aliases.get(name.replace("_", "-"))
         return f"unknown option {name!r}; nearest: {other or closest(name, known)}"
@@ -91,7 +95,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            near = closest(str(value), map(str, action.choices))
+            near = closest(str(value), [str(choice) for choice in action.choices])
             raise argparse.ArgumentError(action, f"{value!r} is not a possible value; nearest: {near}")
 
 
@@ -101,27 +105,23 @@ def option(default, help: str, **more):
 
 
 def make_parser(options: type, **more) -> Parser:
-    """A parser for a dataclass of options, whose docstring is a description and an example."""
+    """Returns a parser for a dataclass of options, whose docstring is a description and an example."""
     description, _, example = inspect.cleandoc(options.__doc__).partition("\n\nexample:\n")
     parser = Parser(description=description, example=inspect.cleandoc(example), **more)
     for f in dataclasses.fields(options):
         kind = next((t for t in typing.get_args(f.type) if t is not type(None)), f.type)
-        how = {name: value for name, value in f.metadata.items() if name != "help"}
-        how.setdefault("metavar", None if "choices" in how else "X")
-        if kind is bool:
-            how = {"action": "store_true"}
-        elif typing.get_origin(kind) is list:
-            how = {"nargs": "+", "type": typing.get_args(kind)[0], **how}
-        else:
-            how["type"] = kind
-        shown = "" if f.default in (None, False) else f" (default: {f.default})"
-        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **how)
+        how = {"action": "store_true"} if kind is bool else {"type": kind}
+        if items := typing.get_args(kind):  # of a list
+            how = {"nargs": "+", "type": items[0]}
+        if kind is not bool and "choices" not in f.metadata:
+            how["metavar"] = "X"
+        parser.add_argument(f"--{f.name}", default=f.default, **{**how, **f.metadata})
     return parser
 
 
 def find_device(name: str | None):
-    """The torch device of that name, or else the GPU if there is one, or else the CPU. Raises InputError for a device
-    that cannot be used."""
+    """Returns the torch device of that name; by default the GPU if there is one, or else the CPU. Raises InputError for
+    a device that cannot be used."""
     import torch
 
     try:
@@ -133,7 +133,7 @@ def find_device(name: str | None):
 
 
 def printable(text: str) -> str:
-    """Text with line ends and control characters escaped: a file name may contain any character."""
+    """Returns text with line ends and control characters escaped: a file name may contain any character."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -143,8 +143,8 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, 
 
 
 def run(main: Callable[[list[str]], None]):
-    """Runs a command on the command line. Wrong input ends it with one line instead of a traceback, and an interruption
-    with the exit status that shells expect. Unexpected errors keep their traceback."""
+    """Runs a command. Wrong input ends it with one line instead of a traceback, and an interruption with the exit
+    status that shells expect. Unexpected errors keep their traceback."""
     name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):  # file names may contain characters that cannot be printed
         if hasattr(stream, "reconfigure"):
@@ -164,8 +164,7 @@ def run(main: Callable[[list[str]], None]):
             sys.exit(f"{name}: the disk is full: {error}. Earlier files are unchanged: free some space and try again")
         if error.filename is None or error.errno not in REFUSED:
             raise
-        # Without the prefix of `files.scratch_path`.
-        path = re.sub(r"(^|[/\\])\.\d+\.(?=[^/\\]+$)", r"\1", os.fsdecode(error.filename))
+        path = re.sub(r"(^|[/\\])\.\d+\.(?=[^/\\]+$)", r"\1", os.fsdecode(error.filename))  # without scratch_path's
         sys.exit(f"{name}: {path}: {error.strerror}")
     except KeyboardInterrupt as stopped:
         with suppress(OSError):  # a pipe that nobody reads any more

@@ -1,9 +1,9 @@
-"""TODO docstring."""
+"""Errors in what the user gave: the message names what is wrong, where it is, and what to do."""
 
 
 class InputError(ValueError):
-    """Something is wrong with what somebody gave us. The message names it, and says what to do."""
+    """Input that cannot be used."""
 
 
 class CheckpointError(InputError):
-    """Weights that cannot be used; the message says why, and what to do."""
+    """Weights that cannot be used."""

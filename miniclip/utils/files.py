@@ -1,12 +1,10 @@
 """Atomic writes, folder locks, checksums and manifests.
 
 A file or folder is written under a scratch name beside its own, `.<process id>.<name>`, and renamed when all of it is
-on the disk: after a kill or on a full disk the old one is there, or none. Beside weights lies `manifest.json`, with the
-sha256 of each file:
+on the disk: after a kill or on a full disk the old one is there, or none. Beside weights lies `manifest.json`, which
+detects any changed bit. It is not a signature: whoever can change a file can change the manifest too.
 
     {"sha256": {"config.json": "9f86d0...", "model.safetensors": "60303a..."}}
-
-It detects any changed bit. It is not a signature: whoever can change a file can change the manifest too.
 """
 
 import errno
@@ -24,7 +22,7 @@ import numpy as np
 
 from miniclip.utils.errors import InputError
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 
 
@@ -40,11 +38,9 @@ def scratch_path(path: str | Path, shared: bool = False) -> Path:
 
 @contextmanager
 def replacing(path: str | Path, first_wins: bool = False, shared: bool = False) -> Iterator[Path]:
-    """Writes a file or folder atomically: yields a scratch path to create it at, and renames that to `path` at the end
-    of the `with` block. After an exception the scratch path is deleted, and `path` is as it was.
-
-    A folder's files join those of an existing one, each in one step, with the manifest last. With `first_wins` whatever
-    another process has put at `path` meanwhile stays. `shared`: see `scratch_path`.
+    """Writes a file or folder atomically: yields a scratch path to create it at, which becomes `path` at the end of the
+    `with` block. After an exception it is deleted, and `path` is as it was. A folder's files join those of an existing
+    one, each in one step, the manifest last. With `first_wins` what another process has put at `path` meanwhile stays.
     """
     path, scratch = Path(path), scratch_path(path, shared)
     delete(scratch)  # left by a killed process with the same id
@@ -94,9 +90,9 @@ def remove_scratch(folder: str | Path):
 
 
 def write_text(path: str | Path, text: str):
-    """`Path.write_text` in UTF-8, atomically."""
-    with replacing(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
+    """Writes a text file atomically, in UTF-8."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: str | Path, value):
@@ -105,12 +101,11 @@ def write_json(path: str | Path, value):
 
 
 def lock(output_dir: str | Path, option: str = "--output_dir"):
-    """Locks an output folder, which the command-line option `option` names, for this process. Returns an object that
-    holds the lock until it is closed or the process ends. Raises InputError if another process holds it."""
-    path = Path(output_dir) / LOCK
+    """Locks an output folder, which a command-line option names, for this process. Returns an object that holds the
+    lock until it is closed or the process ends. Raises InputError if another process holds it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        file = open(Path(output_dir) / ".lock", "a+", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{output_dir} cannot be written to: {error}") from None
     try:
@@ -128,12 +123,10 @@ def lock(output_dir: str | Path, option: str = "--output_dir"):
         if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # some network disks have no locks
             logger.warning("%s cannot be locked (%s): make sure that no other run writes to it", output_dir, error)
             return file
-        file.seek(0)
-        process = file.read().strip() or "another"
-        file.close()
-        raise InputError(
-            f"process {process} is writing to {output_dir}: wait until it ends, or choose another {option}"
-        ) from None
+        with file:
+            file.seek(0)
+            who = f"process {file.read().strip() or 'another'}"
+        raise InputError(f"{who} is writing to {output_dir}: wait until it ends, or choose another {option}") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -180,9 +173,9 @@ def write_manifest(folder: str | Path, names: Iterable[str] | None = None):
 
 
 def check_manifest(folder: str | Path, names: Iterable[str] | None = None):
-    """Checks files against the manifest of their folder: those named (default: all in the manifest), where the name of
-    a folder stands for everything in it. A folder without a manifest passes, and so does a file that is not in it.
-    Raises DamagedFile for the first file that differs or is missing."""
+    """Checks files against the manifest of their folder: all, or those named, where the name of a folder stands for
+    everything in it. Passes what has no manifest or is not in it. Raises DamagedFile for the first file that differs or
+    is missing."""
     manifest, names = Path(folder) / MANIFEST, None if names is None else set(names)
     if not manifest.is_file():
         return
@@ -192,23 +185,21 @@ def check_manifest(folder: str | Path, names: Iterable[str] | None = None):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFile(f"{manifest} is not a valid manifest ({error}): copy the folder again") from None
     for name, digest in expected.items():
+        path = Path(folder) / name
         if names is not None and names.isdisjoint((name, name.partition("/")[0])):
             continue
-        if not (Path(folder) / name).is_file():
-            raise DamagedFile(f"{Path(folder) / name} is missing, but listed in {MANIFEST} beside it: copy it again")
-        if sha256(Path(folder) / name) != digest:
-            raise DamagedFile(
-                f"{Path(folder) / name} is not what was saved (its sha256 differs from that in {MANIFEST}): copy it"
-                f" again, or delete {MANIFEST} if you changed the file yourself"
-            )
+        if not path.is_file():
+            raise DamagedFile(f"{path} is missing, but listed in {MANIFEST} beside it: copy it again")
+        if sha256(path) != digest:
+            advice = f"copy it again, or delete {MANIFEST} if you changed the file yourself"
+            raise DamagedFile(f"{path} is not what was saved (its sha256 differs from that in {MANIFEST}): {advice}")
 
 
 def write_npy(path: str | Path, dtype, shape: tuple, parts: Iterable[np.ndarray]):
-    """Writes arrays one after the other into one .npy file. Unlike `np.save` it notices a disk that becomes full in the
+    """Writes arrays one after another into one .npy file. Unlike `np.save` it notices when the disk becomes full in the
     last kilobytes."""
-    dtype = np.dtype(dtype)
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     with open(path, "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
         for part in parts:
             file.write(part.astype(dtype, copy=False).tobytes())

@@ -22,15 +22,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(InputError):
-    """An image that cannot be used. Says which file, why, and what to do."""
+    """An image that cannot be used."""
 
 
 class ImageFile(ABC):
-    """An image that is not a plain path: in an archive, a table, memory or a remote store.
-
-    Wherever the package takes an image path it takes an ImageFile too. A subclass defines `read` and `__str__`, and can
-    be pickled, for data-loader workers.
-    """
+    """An image that is not a plain path: in an archive, a table, memory or a remote store. Wherever the package takes
+    an image path it takes an ImageFile too. Subclasses can be pickled, for data-loader workers."""
 
     __slots__ = ()
 
@@ -73,12 +70,10 @@ def endings() -> set[str]:
 
 
 def open_image(path: str | Path | ImageFile, scale: int | None = None) -> Image.Image:
-    """Reads an image as a person would see it: RGB, upright, transparency shown on white.
-
-    Takes the first frame of an animation, and scales 16-bit and float greyscale to 8 bits instead of clipping it. With
-    `scale` the JPEG decoder may shrink an image to no less than that many pixels a side, which is fast and lossy.
-    Raises ImageError for a file that is not in one of FORMATS, is damaged, has more than 179 million pixels, or has an
-    aspect ratio above 100:1.
+    """Reads an image as a person would see it: RGB, upright, transparency shown on white, 16-bit and float greyscale
+    scaled to 8 bits; the first frame of an animation. With `scale` the JPEG decoder may shrink an image to no less than
+    that many pixels a side, which is fast and lossy. Raises ImageError for a file that is not in one of FORMATS, is
+    damaged, has more than 179 million pixels, or an aspect ratio above 100:1.
     """
     in_file = not isinstance(path, ImageFile)
     try:
@@ -103,9 +98,8 @@ def open_image(path: str | Path | ImageFile, scale: int | None = None) -> Image.
     except UnidentifiedImageError:
         with open(path, "rb") if in_file else io.BytesIO(path.read()) as file:
             head = file.read(16)
-        formats = ", ".join(FORMATS)
-        what = f"not an image in a supported format ({formats}): it begins with {head!r}" if head else "an empty file"
-        raise ImageError(f"{path}: {what}; replace it or remove its record") from None
+        unknown = f"not an image in a supported format ({', '.join(FORMATS)}): it begins with {head!r}"
+        raise ImageError(f"{path}: {unknown if head else 'an empty file'}; replace it or remove its record") from None
     except Exception as error:  # a damaged file can make a decoder raise nearly anything
         if isinstance(error, OSError) and error.errno:  # a folder, no permission: the image itself may be fine
             raise ImageError(f"{path}: cannot be opened ({error.strerror})") from None

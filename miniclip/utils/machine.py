@@ -22,14 +22,12 @@ def processor() -> str:
 
 def keep_freed_memory():
     """Makes glibc keep large freed blocks of memory from now on; does nothing elsewhere. By default the system takes
-    them back, and clears them page by page when the next step needs them: a tenth to a third of a training step on the
-    CPU, and two thirds of EfficientNet-Lite0's time."""
-    try:
+    them back and clears them page by page at the next step: a tenth to a third of a training step on the CPU, and two
+    thirds of EfficientNet-Lite0's time."""
+    with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which stays as large as it was
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which stays as large as it was
 
 
 def return_freed_memory():

@@ -1,34 +1,30 @@
 """Reading ahead with threads, and records shared between worker processes."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from miniclip.utils.image_files import ImageFile
+from miniclip.utils.machine import CORES
 
 
 def read_ahead(function: Callable, items: Iterable, num_workers: int | None, ahead: int) -> Iterator:
-    """Yields `map(function, items)`, computed by threads up to `ahead` items in advance.
-
-    `num_workers` is the number of threads (0: none; by default one per core, at most 16)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_workers = min(16, cores) if num_workers is None else num_workers
+    """Yields `map(function, items)`, computed up to `ahead` items in advance by `num_workers` threads (0: none; by
+    default one per core, at most 16)."""
+    num_workers = min(16, CORES) if num_workers is None else num_workers
     if not num_workers or (hasattr(items, "__len__") and len(items) == 1):
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(num_workers) as pool:
-        queue = deque()
-        try:
-            for item in items:
-                queue.append(pool.submit(function, item))
-                if len(queue) > ahead:
-                    yield queue.popleft().result()
-            while queue:
+    pool, queue = ThreadPoolExecutor(num_workers), deque()
+    try:
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > ahead:
                 yield queue.popleft().result()
-        finally:
-            for future in queue:
-                future.cancel()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def as_table(records: Sequence[dict]) -> Sequence[dict]:

@@ -41,11 +41,11 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
     path = Path(path)
     content = _read(path)
     run = content.get("name") if isinstance(content, dict) else None
-    for _ in range(len(WRAPPERS)):  # a pickle can make a dict that contains itself
+    for _ in WRAPPERS:  # no more often: a pickle can make a dict that contains itself
         inner = isinstance(content, dict) and [content[w] for w in WRAPPERS if isinstance(content.get(w), dict)]
         content = inner[0] if inner else content
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
-        held = shorten(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        held = shorten(content) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} contains no state dict (names and tensors), but {held}")
     if not all(isinstance(name, str) and len(name) <= NAME for name in content):
         raise CheckpointError(f"{path} is refused: names of tensors are not text or too long: {shorten(content)}")
@@ -69,7 +69,7 @@ def _read(path: Path):
     if path.exists() and not os.access(path, os.R_OK):
         raise CheckpointError(f"{path} is not readable by this user: change its permissions")
     with path.open("rb") as file:
-        head = file.read(64)
+        size, head = path.stat().st_size, file.read(64)
         file.seek(0)
         if not head:
             raise CheckpointError(f"{path} is empty: download it again")
@@ -78,20 +78,18 @@ def _read(path: Path):
         check_manifest(path.parent, [path.name])
         try:
             if head[6:9] == b"\0\0{":  # safetensors: the length of the header in eight bytes, then its JSON
-                _check_header(file, path.stat().st_size)
+                _check_header(file, size)
                 return load_file(path)
             if head.startswith(b"PK\3\4"):
                 with zipfile.ZipFile(file) as archive:
-                    return _read_zip(archive, _room(path.stat().st_size))
+                    return _read_zip(archive, _room(size))
             if head.startswith(b"\x80"):
                 return _read_legacy(file)
         except CheckpointError as error:
             raise CheckpointError(f"{path} is {error}") from None
         except Exception as error:  # whatever a damaged file leads to
-            problem = f"{type(error).__name__} {error}".partition("\n")[0]
-            raise CheckpointError(
-                f"{path} is damaged, probably truncated: download it again ({problem:.300})"
-            ) from error
+            why = f"{type(error).__name__} {error}".partition("\n")[0]
+            raise CheckpointError(f"{path} is damaged, probably truncated: download it again ({why:.300})") from error
     kind = "a web page: download the file itself" if head.lstrip().startswith(b"<") else "not a known weight file"
     raise CheckpointError(f"{path} is {kind} (it begins with {head[:24]!r})")
 
@@ -108,10 +106,9 @@ def _check_header(file: BinaryIO, size: int):
             raise CheckpointError(f"refused: its header repeats a name, one of {shorten(found)}")
         return found
 
-    entries = json.loads(file.read(length), object_pairs_hook=once)
-    ranges = [(*entry["data_offsets"], name) for name, entry in entries.items() if name != "__metadata__"]
-    end = 0
-    for start, stop, name in sorted(ranges):
+    entries, end = json.loads(file.read(length), object_pairs_hook=once), 0
+    entries.pop("__metadata__", None)
+    for start, stop, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
         if start != end or stop < start:
             raise CheckpointError(f"damaged: in its header {name:.200} overlaps another tensor or leaves a gap")
         end = stop
@@ -132,22 +129,22 @@ def _read_zip(archive: zipfile.ZipFile, room: int):
         raise CheckpointError("refused: unpacked, the archive would be far larger")
     if f"{root}data.pkl" not in members:
         raise CheckpointError(f"a ZIP archive, but not torch's: it has no {root}data.pkl")
+    if members[f"{root}data.pkl"].file_size > HEADER:
+        raise CheckpointError("refused: its list of tensors is longer than any model's")
 
     def read(name: str) -> bytes:
-        with archive.open(name) as member:
-            return member.read(members[name].file_size)  # no more than declared
+        with archive.open(root + name) as member:
+            return member.read(members[root + name].file_size)  # no more than declared
 
     def storage(key: str, dtype: torch.dtype) -> Tensor:
         if key not in storages:  # several tensors may share one storage
-            storages[key] = _numbers(read(f"{root}data/{key}"), dtype)
+            storages[key] = _numbers(read(f"data/{key}"), dtype)
         return storages[key]
 
     storages = {}
-    if members[f"{root}data.pkl"].file_size > HEADER:
-        raise CheckpointError("refused: its list of tensors is longer than any model's")
-    if f"{root}byteorder" in members and read(f"{root}byteorder") != b"little":
+    if f"{root}byteorder" in members and read("byteorder") != b"little":
         raise CheckpointError("big-endian: save it again as safetensors")
-    content = _Tensors(io.BytesIO(read(f"{root}data.pkl")), storage).load()
+    content = _Tensors(io.BytesIO(read("data.pkl")), storage).load()
     return _script_tensors(content) if f"{root}constants.pkl" in members else content
 
 
@@ -177,8 +174,7 @@ def _numbers(data: bytes, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
-def _first(value, *_):
-    """Stands for the types around tensors: returns their content unchanged."""
+def _first(value, *_):  # stands for the types around tensors
     return value
 
 
@@ -194,11 +190,8 @@ class _Module:
 
 
 class _Tensors(pickle._Unpickler):
-    """Reads a torch pickle of tensors and plain containers.
-
-    Only the names that tensors need are looked up, so a hostile pickle finds nothing to call. Based on the unpickler in
-    Python: the one in C allocates memory for as many objects as the pickle declares.
-    """
+    """Reads a torch pickle of tensors and plain containers. A hostile one finds nothing to call: only the names that
+    tensors need are looked up. The unpickler in C would allocate memory for as many objects as the pickle declares."""
 
     DTYPES = {
         "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
@@ -207,14 +200,12 @@ class _Tensors(pickle._Unpickler):
         "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
     }  # fmt: skip
     KNOWN = {
-        "torch._utils._rebuild_tensor": _rebuild,
-        "torch._utils._rebuild_tensor_v2": _rebuild,
-        **dict.fromkeys(("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"), _first),
-        **dict.fromkeys(("torch.Size", "torch.device", "collections.Counter", "__builtin__.set"), _first),
-        "_codecs.encode": _first,  # of bytes
-        "collections.OrderedDict": lambda: OrderedDict(),
+        "torch._utils._rebuild_tensor": _rebuild, "torch._utils._rebuild_tensor_v2": _rebuild,
+        "torch._utils._rebuild_parameter": _first, "torch._utils._rebuild_parameter_with_state": _first,
+        "torch.Size": _first, "torch.device": _first, "collections.Counter": _first, "__builtin__.set": _first,
+        "_codecs.encode": _first, "collections.OrderedDict": lambda: OrderedDict(),
         **{str(dtype): dtype for dtype in DTYPES.values()},
-    }
+    }  # fmt: skip
     OPCODES = (
         "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE"
         " SHORT_BINSTRING EMPTY_TUPLE EMPTY_LIST EMPTY_DICT TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS BINPUT"
@@ -238,10 +229,8 @@ class _Tensors(pickle._Unpickler):
         if name.startswith("_rebuild_") or name.endswith("Storage"):
             kind = f"quantised, sparse, on the meta device or the like ({module}.{name})"
             raise CheckpointError(f"refused: it contains tensors that are {kind}; save plain ones")
-        raise CheckpointError(
-            f"refused: it asks for {module}.{name}, and a pickle that may do so can run any program. If you trust its "
-            "author, load it yourself and save only its state dict"
-        )
+        raise CheckpointError(f"refused: it asks for {module}.{name}, and a pickle that may do so can run any program."
+                              " If you trust its author, load it yourself and save only its state dict")  # fmt: skip
 
     def persistent_load(self, reference: tuple) -> Tensor:
         _, dtype, key, *_, view = (*reference, None)[:6]  # ("storage", type, key, device, number of elements, view)
@@ -259,8 +248,7 @@ class _Tensors(pickle._Unpickler):
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def load_setitem(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items([key, value])
+        self.set_items([self.stack.pop(-2), self.stack.pop()])
 
     def load_setitems(self):
         self.set_items(self.pop_mark())
@@ -296,8 +284,8 @@ def _script_tensors(root: _Module) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON object; {} if there is no such file or it has other content. Raises CheckpointError for invalid
-    JSON, and DamagedFile for a file that does not match the manifest beside it."""
+    """Reads a JSON object; {} for no file and for other content. Raises CheckpointError for invalid JSON, and
+    DamagedFile for a file that does not match the manifest beside it."""
     check_manifest(path.parent, [path.name])
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -306,7 +294,7 @@ def read_json(path: Path) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-def shorten(names: Iterable[str]) -> str:
+def shorten(names: Iterable) -> str:
     """Returns the first few names, for a message."""
     names = [str(name)[:200] for name in names]
     return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "") or "none"
@@ -314,7 +302,7 @@ def shorten(names: Iterable[str]) -> str:
 
 def write_model_folder(directory: Path, config: dict, weights: dict[str, Tensor], others: Iterable[Callable]):
     """Writes `config.json`, `model.safetensors`, what the functions `others` write into the folder (a tokenizer, below
-    `tokenizer/`) and `manifest.json`. The first two replace the old ones together, after all is written."""
+    `tokenizer/`) and `manifest.json`. The first two replace the old ones together, once everything is written."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
     with replacing(directory / "config.json") as file, replacing(directory / "model.safetensors") as tensors:
