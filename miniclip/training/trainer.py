@@ -82,7 +82,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
     def get_train_dataloader(self):
         """As Trainer's, unless the dataset has its own: each process reads its share of a stream."""
         own = self.train_dataset.dataloader(self.args, self.data_collator)
-        return spare_workers(own or super().get_train_dataloader())
+        return spare_workers(super().get_train_dataloader() if own is None else own)
 
     def create_optimizer(self, model=None):
         """Trainer's, with its groups split by learning rate. The highest, which is logged, comes first."""

@@ -248,11 +248,11 @@ def test_training_and_measuring_on_shards(shards, caption_set, tiny_config, run_
     )  # fmt: skip
     assert "24 images, 48 captions, 0 of them cut off" in done.stdout
     named = done.stderr.count("000008.png: not an image")
-    assert 1 <= named <= 4 and f"replaced by the next one: {named} (" in done.stderr
+    assert 1 <= named <= 4 and f"replaced by the next sample: {named} (" in done.stderr
     listed = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     assert len(listed) == named and {line["when"] for line in listed} <= {f"epoch {n}" for n in range(4)}
     assert all(line["sample"].endswith("000008.png") and line["reason"].startswith("not an image") for line in listed)
-    assert f"left out {named} times: {out}/bad_samples.jsonl" in done.stdout
+    assert f"skipped {named} times: {out}/bad_samples.jsonl" in done.stdout
 
     import evaluate
 

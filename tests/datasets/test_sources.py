@@ -259,7 +259,7 @@ def test_the_converter_counts_shards_and_leaves_bad_images_out(records, caption_
         main([*command, "--on_bad_sample", "skip"])
     assert "3.png" in (caption_set / "s" / "07.tar.bad_samples.jsonl").read_text()
     assert [path.name for path in sorted((caption_set / "s").glob("*.tar"))] == ["07.tar", "08.tar", "09.tar"]
-    assert "23 images\n1 bad samples were left out: " in capsys.readouterr().out
+    assert "23 images\n1 bad samples were skipped: " in capsys.readouterr().out
     assert content(read_source(str(caption_set / "s"))) == content(records[:3] + records[4:])
     with pytest.raises(InputError, match="07.tar already exists"):
         convert(records, str(caption_set / "s" / "07.tar"))
@@ -462,7 +462,7 @@ def test_a_stream_passes_over_what_is_corrupt(tmp_path, caplog):
     texts[4] = ""
     datasets.Dataset.from_dict({"image": images, "caption": texts}).to_parquet(tmp_path / "bad.parquet")
     args = RunArguments(str(tmp_path / "out"), use_cpu=True, max_steps=1)
-    open_stream = StreamDataset.opened(str(tmp_path / "bad.parquet"), args, None)
+    open_stream = StreamDataset.opened(str(tmp_path / "bad.parquet"), args)
     dataset = open_stream(None, Preprocess(PreprocessConfig(size=8)))
     seen = sorted(item["caption"] for item in dataset.share(0, 1, 4))
     assert seen == ["number 0", "number 1", "number 3", "number 5"]
