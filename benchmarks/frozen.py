@@ -2,14 +2,8 @@
 
     python benchmarks/frozen.py
 
-<<<<<<< HEAD:benchmarks/frozen.py
 Trains with the real trainer on synthetic images (500 x 375): first as with any frozen part of a network, decoding and
 encoding every image in every epoch, then by `miniclip.training.freeze`. Writes its part of RESULTS.md.
-=======
-Trains with the real trainer on made pictures (500 x 375) whose image tower is locked: first as any frozen part of a
-network would be, decoding and encoding every picture in every epoch, then by `miniclip.training.freeze`. Writes its
-part of RESULTS.md.
->>>>>>> shrink-training:benchmarks/locked.py
 """
 
 import argparse
@@ -18,7 +12,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -68,14 +61,8 @@ def epochs(name: str, image: str, text: str, records: list[dict], features: bool
         )  # fmt: skip
         start, timer = time.perf_counter(), Epochs()
         if features:
-<<<<<<< HEAD:benchmarks/frozen.py
-            dataset, _ = freeze_towers(
-                model, SimpleNamespace(frozen=(image, text), feature_cache=folder), args, records, preprocess, tokenizer
-            )
-=======
             options = TrainOptions(freeze_image=image, freeze_text=text, feature_cache=folder)
             dataset, _ = freeze_towers(model, options, args, records, preprocess, tokenizer)
->>>>>>> shrink-training:benchmarks/locked.py
             dataset = dataset(records, preprocess)
         else:
             freeze(model, image, text)

@@ -9,7 +9,7 @@ import torch
 
 import miniclip
 from miniclip.config import PreprocessConfig
-from miniclip.data import CaptionDataset, image_id
+from miniclip.data import CaptionDataset, image_id, text_id
 from miniclip.datasets.convert import convert
 from miniclip.datasets.mixture import Mixture
 from miniclip.datasets.read import read_source
@@ -17,7 +17,9 @@ from miniclip.datasets.records import one_per_image
 from miniclip.inference.embed import embed_images
 from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.inference.feature_cache import FeatureCache, file_key
-from miniclip.trainer import ClipTrainer, ClipTrainingArguments
+from miniclip.training.arguments import RunArguments
+from miniclip.training.dataset import RunDataset
+from miniclip.training.trainer import RunTrainer
 from miniclip.transforms import Preprocess
 from miniclip.utils.files import sha256
 from miniclip.utils.image_files import BufferedImage, ImageError, ImageFile, open_image
@@ -69,12 +71,14 @@ def test_it_is_embedded_and_cached_like_the_file(records, caption_set, tiny_mode
 
 def test_a_model_is_trained_on_it(records, tiny_config, tmp_path):
     preprocess, tokenizer = Preprocess(tiny_config.preprocess_cfg), miniclip.Tokenizer(16)
-    args = ClipTrainingArguments(
+    args = RunArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none", disable_tqdm=True,
         dataloader_num_workers=1,
     )  # fmt: skip
-    dataset, evaluator = CaptionDataset(records, preprocess), RetrievalEvaluator(records, preprocess, tokenizer)
-    trainer = ClipTrainer(miniclip.MiniClip(tiny_config), args, dataset, tokenizer=tokenizer, evaluator=evaluator)
+    trainer = RunTrainer(
+        miniclip.MiniClip(tiny_config), args, RunDataset(records, preprocess), preprocess=preprocess,
+        tokenizer=tokenizer, evaluator=RetrievalEvaluator(records, preprocess, tokenizer),
+    )  # fmt: skip
     assert trainer.train().global_step == 2
     assert any("R@1" in name for name in trainer.evaluate())
     assert one_per_image(records, "x") == records and len(Mixture([records, records])) == 2 * len(records)
@@ -85,13 +89,13 @@ def test_it_is_read_once_for_each_sample_and_known_by_its_key(records):
     InMemory.reads = 0
     item = dataset[3]
     assert InMemory.reads == 1
-    assert item["pair_ids"][0] == image_id(records[3]["image"])
+    assert item["pair_ids"] == (image_id(records[3]["image"]), text_id(item["caption"]))
     keyed = Keyed("etag", records[3]["image"].data)
     assert BufferedImage(keyed).key() == keyed.key() == b"etag".rjust(32)
     assert BufferedImage(records[3]["image"]).key() == records[3]["image"].key() != keyed.key()
     assert str(BufferedImage(keyed)) == "memory: etag" and pickle.loads(pickle.dumps(keyed)).read() == keyed.data
     dataset = CaptionDataset([{"image": keyed, "caption": ["x"]}], Preprocess(PreprocessConfig(size=8)))
-    assert dataset[0]["pair_ids"][0] == image_id(keyed)
+    assert dataset[0]["pair_ids"] == (image_id(keyed), text_id("x"))
 
 
 def test_it_is_packed_into_shards(records, tmp_path):
