@@ -14,8 +14,8 @@ def find_images(paths: Sequence[str]) -> list[tuple[str, str | None]]:
     """Returns the images in paths, sorted within each, with the folder that may be their class.
 
     A path is an image, or a folder with images at any depth. A folder with none of its own is one of class folders:
-    everything below one of its folders belongs to that class. Links are followed, names that begin with a dot ignored.
-    Raises InputError for a path that is missing, contains no image or cannot be read; warns of empty class folders.
+    everything below one of its folders belongs to that class. Links are followed, hidden files ignored. Raises
+    InputError for a path that is missing, contains no image or cannot be read; warns of empty class folders.
     """
     found = []
     for path in paths:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miniclip.classify.prompts import TEXTS
 from miniclip.classify.zero_shot import embed_classes, probabilities
 from miniclip.datasets.records import parse_json, read_text
 from miniclip.utils.errors import InputError
@@ -25,18 +26,7 @@ from miniclip.utils.errors import InputError
 ASK = ["a photo of {}", "a photo with {} in it", "{}"]
 NOTHING = ["a photo", "a picture", "an image"]  # the alternative of a question, as one class
 HARMLESS = "harmless"
-CATEGORIES = {  # each is the mean of its texts; those of HARMLESS are separate classes
-    HARMLESS: ["a photo", "a photo of a person", "a photo of people", "a photo of children playing",
-               "a photo of an animal", "a photo of a landscape", "a photo of a city street", "a photo of a building",
-               "a photo of a room", "a photo of food", "a photo of an everyday object", "a photo of sports",
-               "a drawing", "a screenshot of text"],
-    "violence": ["a photo of violence", "a photo of people fighting and hurting each other", "a bloody injury"],
-    "nudity": ["a photo of nudity", "a photo of a naked person"],
-    "hate symbol": ["a photo of a hate symbol", "a swastika", "a flag of a hate group"],
-    "weapon": ["a photo of a weapon", "a photo of a gun", "a person who holds a rifle or a knife"],
-    "alcohol": ["a photo of alcohol", "a bottle of beer, wine or liquor", "people drinking alcohol"],
-    "tobacco": ["a photo of tobacco", "a photo of a cigarette", "a person smoking"],
-}  # fmt: skip
+CATEGORIES = TEXTS["categories"]  # each is the mean of its texts; those of HARMLESS are separate classes
 THRESHOLD, REVIEW = 0.5, 0.25  # defaults without examples
 
 
@@ -57,13 +47,10 @@ def ask(model, tokenizer, image_embeds: np.ndarray, thing: str, against: list[st
 def category_scores(model, tokenizer, image_embeds: np.ndarray, categories: dict) -> dict[str, np.ndarray]:
     """Returns the probability of each category for images (N, E), {name: (N,)}, each against the HARMLESS texts alone,
     so that it does not depend on the other categories."""
-    harmless = [[text] for text in categories[HARMLESS]]
-    vectors = embed_classes(model, tokenizer, [*harmless, *(categories[name] for name in banned(categories))])
-    negatives, positives = vectors[:, : len(harmless)], vectors[:, len(harmless) :]
-    return {
-        name: probability_against(model, image_embeds, vector, negatives)
-        for name, vector in zip(banned(categories), positives.T)
-    }
+    harmless, names = [[text] for text in categories[HARMLESS]], banned(categories)
+    vectors = embed_classes(model, tokenizer, [*harmless, *(categories[name] for name in names)])
+    negatives, positives = vectors[:, : len(harmless)], vectors[:, len(harmless) :].T
+    return {name: probability_against(model, image_embeds, x, negatives) for name, x in zip(names, positives)}
 
 
 def banned(categories: dict) -> list[str]:
@@ -74,10 +61,10 @@ def banned(categories: dict) -> list[str]:
 def calibrate(yes: np.ndarray, no: np.ndarray) -> dict[str, float]:
     """Returns `{"threshold", "review", "balanced_accuracy"}` for the scores of examples with a class and without it.
 
-    The threshold maximises the balanced accuracy (the mean of the accuracies of both kinds) and lies halfway between
-    two neighbouring scores; among equals it is the lowest, which misses least. `review` is the lowest score of an
-    example with the class, or the threshold if that is lower: between the two a person should look. Raises InputError
-    for fewer than two examples of a kind, and for scores that do not separate them.
+    The threshold maximises the balanced accuracy (the mean of both kinds' accuracies) and lies halfway between two
+    scores; among equals it is the lowest, which misses least. From `review` on, the lowest score of an example with the
+    class, or the threshold if lower, a person should look. Raises InputError for fewer than two examples of a kind, and
+    for scores that do not separate them.
     """
     if min(len(yes), len(no)) < 2:
         raise InputError(f"{len(yes)} examples with and {len(no)} without: at least 2 of each are needed")
@@ -88,9 +75,8 @@ def calibrate(yes: np.ndarray, no: np.ndarray) -> dict[str, float]:
         raise InputError("examples with it score no higher than those without: this model cannot tell them apart."
                          " Use other words, or train a linear probe")  # fmt: skip
     best = int(np.argmax(np.round(accuracies, 12)))
-    threshold = float(middles[best])
-    return {"threshold": threshold, "review": min(threshold, float(yes.min())),
-            "balanced_accuracy": float(accuracies[best])}  # fmt: skip
+    threshold, accuracy = float(middles[best]), float(accuracies[best])
+    return {"threshold": threshold, "review": min(threshold, float(yes.min())), "balanced_accuracy": accuracy}
 
 
 def decide(scores: dict[str, float], thresholds: dict[str, dict]) -> dict:

@@ -35,8 +35,7 @@ def replaced(scene: Scene, question: str, which: int, answer: str) -> Scene:
 
 def right_answer(scene: Scene, question: str, which: int) -> str:
     """Returns the right class."""
-    place = scene.relation if which == 0 else OPPOSITE[scene.relation]
-    group = (scene.first, scene.second)[which]
+    group, place = (scene.first, scene.second)[which], OPPOSITE[scene.relation] if which else scene.relation
     return {"colour": group.color, "shape": group.shape, "position": place}[question]
 
 
@@ -55,7 +54,7 @@ def drawn_scenes(scene: Scene, question: str, which: int) -> list[Scene]:
 def quiz(model, tokenizer, scenes: list[Scene], image_embeds, alone: bool) -> dict[str, float]:
     """Returns the accuracy for each question, given the embeddings (N, E) of N scenes. `alone`: without the rest."""
     asked = [(row, scene, which) for row, scene in enumerate(scenes) for which in (0, 1)]
-    found = {}
+    accuracies = {}
     for question, answers in CLASSES.items():
         place, sentences, keys = {}, [], []  # many scenes ask the same question
         for _, scene, which in asked:
@@ -68,9 +67,7 @@ def quiz(model, tokenizer, scenes: list[Scene], image_embeds, alone: bool) -> di
                     variants = [replaced(one, question, which, answer) for one in given]
                     sentences.append([captions(one, random.Random(n), 1)[0] for n, one in enumerate(variants)])
         classes = embed_classes(model, tokenizer, sentences).T.numpy().reshape(len(place), len(answers), -1)
-        right = []
-        for (row, scene, which), key in zip(asked, keys):
-            best = int(np.argmax(classes[place[key]] @ image_embeds[row]))  # among equals the first
-            right.append(answers[best] == right_answer(scene, question, which))
-        found[question] = sum(right) / len(right)
-    return found
+        best = [int(np.argmax(classes[place[key]] @ image_embeds[row])) for (row, *_), key in zip(asked, keys)]
+        right = [answers[n] == right_answer(scene, question, which) for n, (_, scene, which) in zip(best, asked)]
+        accuracies[question] = sum(right) / len(right)
+    return accuracies

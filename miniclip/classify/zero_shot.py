@@ -65,8 +65,8 @@ def probabilities(model, image_embeds: np.ndarray, classifier: Tensor) -> np.nda
 
 
 def zero_shot_classify(model, preprocess, classifier: Tensor, images, classnames: Sequence[str]):
-    """Classifies an image: `{"class_names": [...], "scores": (C,) probabilities, "top_class": name}`. For a list of
-    images, returns a list of these. Raises ImageError for an image that cannot be read."""
+    """Classifies an image: `{"class_names": [...], "scores": (C,) probabilities, "top_class": name}`; a list of images
+    gives a list of these. Raises ImageError for an image that cannot be read."""
     one = isinstance(images, (str, Path))
     scores = probabilities(model, embed_images(model, preprocess, [images] if one else images), classifier)
     names = list(classnames)
