@@ -2,12 +2,10 @@
 
 It takes seconds and forgets nothing (CLIP: Radford et al., arXiv 2103.00020, section 3.2). Starting from the zero-shot
 classifier and staying near it, it gains much and loses little from a few examples (cf. Silva-Rodriguez et al., arXiv
-2312.12730; numbers: docs/classify.md):
-
-    python -m miniclip linear_probe --model runs/mine --train labelled --images others --shots 1 4 16
-
-Both are folders of class folders. The table compares zero-shot and both probes.
+2312.12730; numbers: docs/classify.md).
 """
+
+from itertools import product
 
 import numpy as np
 import torch
@@ -25,15 +23,15 @@ def fit(features, labels, num_classes: int, strength: float, start=None, scale: 
     inverse of the model's temperature.
     """
     features, labels = torch.as_tensor(features, dtype=torch.float64), torch.as_tensor(labels)
-    start = torch.zeros(features.shape[1], num_classes).double() if start is None else start.double()
+    start = features.new_zeros(features.shape[1], num_classes) if start is None else start.double()
     moved, bias = torch.zeros_like(start, requires_grad=True), start.new_zeros(num_classes, requires_grad=True)
     limits = {"max_iter": 500, "tolerance_grad": 1e-7, "tolerance_change": 1e-11}
     solver = torch.optim.LBFGS([moved, bias], line_search_fn="strong_wolfe", **limits)
 
     def loss():
         solver.zero_grad()
-        value = F.cross_entropy(scale * features @ (start + moved) + bias, labels)
-        value += strength / 2 * moved.square().sum()
+        cross_entropy = F.cross_entropy(scale * features @ (start + moved) + bias, labels)
+        value = cross_entropy + strength / 2 * moved.square().sum()
         value.backward()
         return value
 
@@ -49,7 +47,7 @@ def fit(features, labels, num_classes: int, strength: float, start=None, scale: 
 
 def choose_strength(features, labels, num_classes: int, start=None, scale: float = 100.0, folds: int = 4) -> float:
     """Returns the strength with the lowest cross-entropy on held-out examples, in turn every fourth of each class;
-    among equals the highest. With one example of a class nothing can be held out, and it is the highest."""
+    among equals the highest, as with one example of a class, where none can be held out."""
     labels, turn = np.asarray(labels), np.empty(len(labels), dtype=np.int64)
     for row in np.unique(labels):
         turn[labels == row] = np.arange((labels == row).sum())
@@ -57,12 +55,11 @@ def choose_strength(features, labels, num_classes: int, start=None, scale: float
     if folds < 2:
         return STRENGTHS[-1]
     losses = dict.fromkeys(STRENGTHS, 0.0)
-    for strength in STRENGTHS:
-        for fold in range(folds):
-            out = turn % folds == fold
-            weight, bias = fit(features[~out], labels[~out], num_classes, strength, start, scale)
-            logits = scale * torch.as_tensor(features[out], dtype=torch.float64) @ weight + bias
-            losses[strength] += F.cross_entropy(logits, torch.as_tensor(labels[out]), reduction="sum").item()
+    for strength, fold in product(STRENGTHS, range(folds)):
+        out = turn % folds == fold
+        weight, bias = fit(features[~out], labels[~out], num_classes, strength, start, scale)
+        logits = scale * torch.as_tensor(features[out], dtype=torch.float64) @ weight + bias
+        losses[strength] += F.cross_entropy(logits, torch.as_tensor(labels[out]), reduction="sum").item()
     return min(STRENGTHS, key=lambda strength: (losses[strength], -strength))
 
 

@@ -1,9 +1,7 @@
 """Class names, prompt templates, and tokenizer coverage: can the text tower read the words?
 
-A class is described by several sentences, which are averaged, in the language that the text tower was trained on.
 CLIP's tokenizer accepts any text, but was made for English: it splits a Chinese character into two or three pieces of
-bytes, which mean nothing to a tower that never learned them, and the scores are near chance. So coverage is measured,
-and poor coverage is reported.
+bytes, which mean nothing to a tower that never learned them, and the scores are near chance. Poor coverage is reported.
 """
 
 import json
@@ -40,19 +38,18 @@ def fill(template, name: str, where="templates") -> str:
         fields = [field[1:] for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError:  # an unmatched brace
         fields = None
-    if fields == []:
-        raise InputError(f"{where}: {template!r} has no {{}} for the class name: add it")
     if fields not in ([("", "", None)], [("0", "", None)]):  # {:>9999999999} would ask for gigabytes
-        raise InputError(f"{where}: {template!r} must have exactly one {{}}, for the class name, and no other braces")
+        fault = "must have exactly one {}, for the class name, and no other braces"
+        raise InputError(f"{where}: {template!r} {'has no {} for the class name: add it' if fields == [] else fault}")
     return template.format(name)
 
 
 def read_classes(text: str, language: str = "en") -> dict[str, str]:
     """Parses the classes of a command line: {name: words in the prompts}.
 
-    `text` is "dog,cat" or "chien=dog,chat=cat", where classes have other names than their words, or a file: one class
-    per line in either form; a JSON list of names; or a JSON object of name: words, where the words may be an object by
-    language, {"en": "dog", "zh": "狗"}. Raises InputError for anything else and for a repeated name.
+    `text` is "dog,cat" or "chien=dog,chat=cat", or a file: one class per line in either form; a JSON list of names; or
+    a JSON object of name: words, where the words may be an object by language, {"en": "dog", "zh": "狗"}. Raises
+    InputError for anything else and for a repeated name.
     """
     suffix, classes = Path(text).suffix, {}
     if suffix not in ("", ".json", ".txt") and os.path.isfile(text):
@@ -66,10 +63,9 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
     if not found:
         raise InputError(f"{text}: expected a list of class names, or an object of name: words")
     for name, words in found.items() if isinstance(found, dict) else found:
-        if isinstance(words, dict):
-            if language not in words:
-                raise InputError(f"{text}: {name} has no words in {language!r}, only in {', '.join(words)}")
-            words = words[language]
+        if isinstance(words, dict) and language not in words:
+            raise InputError(f"{text}: {name} has no words in {language!r}, only in {', '.join(words)}")
+        words = words[language] if isinstance(words, dict) else words
         if not name or not isinstance(words, str) or not words.strip():
             raise InputError(f"{text}: a class without a name or without words: {name!r}: {words!r}")
         if name in classes:
@@ -82,10 +78,8 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
 
 def _read(path: str | Path):
     """Returns the content of a .json file, or the lines of another one that are not empty."""
-    text = read_text(Path(path))
-    if Path(path).suffix == ".json":
-        return parse_json(text, path)
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    text, is_json = read_text(Path(path)), Path(path).suffix == ".json"
+    return parse_json(text, path) if is_json else [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def tokenizer_coverage(tokenizer, names: Sequence[str]) -> dict:
