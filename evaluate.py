@@ -48,9 +48,11 @@ def main(argv: list[str]):
     print(f"written to {output}")
     notes += bad_samples.report(output.with_suffix(".bad_samples.jsonl"))
     if options.report:
-        embeds = evaluator.image_embeds, evaluator.text_embeds, evaluator.image_of_text
-        about = evaluator.result, metrics, metadata, temperature, tuple(notes)
-        print(f"the report is {write_report(options.report, Evaluation(source, dataset, records, *embeds, *about))}")
+        about = (
+            source, dataset, evaluator.images, evaluator.texts, evaluator.image_embeds, evaluator.text_embeds,
+            evaluator.image_of_text, evaluator.result, metrics, metadata, temperature, tuple(notes),
+        )  # fmt: skip
+        print(f"the report is {write_report(options.report, Evaluation(*about))}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def main():
     found = {kind: status.count(kind) for kind in sorted(set(status))}
     print(f"\nmoderation of {len(status)} pictures of everyday life: {found}")
     phrases = [[f"{text} {name}" for text in ("a photo containing", "an image showing", "picture with")]
-               for name in moderate.banned(moderate.CATEGORIES)]  # fmt: skip
+               for name in moderate.CATEGORIES if name != moderate.HARMLESS]  # fmt: skip
     shares = probabilities(fast, embeds, embed_classes(fast, tokenizer, phrases))
     print(f"among the banned classes alone, above 0.3: {(shares.max(axis=1) > 0.3).mean():.1%} rejected")
 

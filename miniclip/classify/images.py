@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 from miniclip.classify.prompts import OBJECTS
@@ -13,18 +14,15 @@ from miniclip.utils.image_files import endings
 def find_images(paths: Sequence[str]) -> list[tuple[str, str | None]]:
     """Returns the images in paths, sorted within each, with the folder that may be their class.
 
-    A path is an image, or a folder with images at any depth. A folder with none of its own is one of class folders:
-    everything below one of its folders belongs to that class. Links are followed, names that begin with a dot ignored.
-    Raises InputError for a path that is missing, contains no image or cannot be read; warns of empty class folders.
+    A path is an image, or a folder with images at any depth. In a folder with none of its own, each folder is a class.
+    Links are followed, hidden files ignored. Raises InputError for a path that is missing, contains no image or cannot
+    be read; warns of empty class folders.
     """
     found = []
     for path in paths:
-        if os.path.isdir(path):
-            found += _images_in(path)
-        elif os.path.exists(path):
-            found.append((str(path), None))
-        else:
+        if not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder")
+        found += _images_in(path) if os.path.isdir(path) else [(str(path), None)]
     return found
 
 
@@ -32,12 +30,11 @@ def _images_in(path: str) -> list[tuple[str, str | None]]:
     def fault(name: str, reason: str):
         raise InputError(f"{os.path.join(path, name)}: {reason}")
 
-    known, names, counts = endings(), [], {}
+    known, names, counts = endings(), [], Counter()
     for here, files in ImageRoot(path, allow_outside=True).walk(fault):
         files = [name for name in files if os.path.splitext(name)[1].lower() in known]
         names += [os.path.normpath(os.path.join(here, name)) for name in files]
-        folder = here.split(os.sep)[0]
-        counts[folder] = counts.get(folder, 0) + len(files)
+        counts[here.split(os.sep)[0]] += len(files)
     if not names:
         raise InputError(f"{path}: contains no image ({', '.join(sorted(known))})")
     flat = counts.pop(".") > 0
@@ -49,8 +46,8 @@ def _images_in(path: str) -> list[tuple[str, str | None]]:
 def choose_classes(given: dict[str, str] | None, folders: list[str | None], language: str) -> tuple[dict, list | None]:
     """Returns the classes, {name: words}, and the number of each image's class if its folder determines it.
 
-    By default the classes are the names of the folders (the words of "hot_dog" are "hot dog") or else the ten OBJECTS.
-    A folder may be named after a given class or after its words. Raises InputError if only some of the folders are.
+    Default classes: the folders (the words of "hot_dog" are "hot dog") or else the ten OBJECTS. A folder is named after
+    a given class or after its words. Raises InputError if only some of the folders are.
     """
     there = list(dict.fromkeys(folders))
     if given is None:

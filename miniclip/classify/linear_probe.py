@@ -2,12 +2,10 @@
 
 It takes seconds and forgets nothing (CLIP: Radford et al., arXiv 2103.00020, section 3.2). Starting from the zero-shot
 classifier and staying near it, it gains much and loses little from a few examples (cf. Silva-Rodriguez et al., arXiv
-2312.12730; numbers: docs/classify.md):
-
-    python -m miniclip linear_probe --model runs/mine --examples labelled --images others --shots 1 4 16
-
-Both are folders of class folders. The table compares zero-shot and both probes.
+2312.12730; numbers: docs/classify.md).
 """
+
+from itertools import product
 
 import numpy as np
 import torch
@@ -17,34 +15,29 @@ STRENGTHS = [10.0**power for power in range(-4, 3)]  # of the penalty; cross-val
 
 
 def fit(features, labels, num_classes: int, strength: float, start=None, scale: float = 100.0):
-    """Logistic regression. Returns `(weight (E, C), bias (C,))`, float64, the minimum of
+    """Logistic regression by L-BFGS to convergence. Returns `(weight (E, C), bias (C,))`, float64, the minimum of
 
         mean cross-entropy(scale * features @ weight + bias, labels) + strength / 2 * |weight - start|^2
 
-    for features (N, E) of unit length and labels (N,), by L-BFGS to convergence. `start` (E, C) is 0 or the zero-shot
-    classifier, which is the result without examples or with infinite strength. `scale` is the inverse of the model's
-    temperature. The bias is not penalised.
+    for features (N, E) of unit length and labels (N,). `start` (E, C) is 0 or the zero-shot classifier, `scale` the
+    inverse of the model's temperature.
     """
     features, labels = torch.as_tensor(features, dtype=torch.float64), torch.as_tensor(labels)
-    start = torch.zeros(features.shape[1], num_classes) if start is None else start
-    start = start.to(torch.float64)
-    moved = torch.zeros_like(start, requires_grad=True)
-    bias = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [moved, bias], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-11, line_search_fn="strong_wolfe"
-    )
+    start = features.new_zeros(features.shape[1], num_classes) if start is None else start.double()
+    moved, bias = torch.zeros_like(start, requires_grad=True), start.new_zeros(num_classes, requires_grad=True)
+    limits = {"max_iter": 500, "tolerance_grad": 1e-7, "tolerance_change": 1e-11}
+    solver = torch.optim.LBFGS([moved, bias], line_search_fn="strong_wolfe", **limits)
 
     def loss():
         solver.zero_grad()
-        value = F.cross_entropy(scale * features @ (start + moved) + bias, labels)
-        value = value + strength / 2 * moved.square().sum()
+        cross_entropy = F.cross_entropy(scale * features @ (start + moved) + bias, labels)
+        value = cross_entropy + strength / 2 * moved.square().sum()
         value.backward()
         return value
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1 if features.numel() < 1 << 22 else threads
-    )  # on small problems threads only wait for one another
+    if features.numel() < 1 << 22:
+        torch.set_num_threads(1)  # on small problems threads only wait for one another
     try:
         solver.step(loss)
     finally:
@@ -54,23 +47,20 @@ def fit(features, labels, num_classes: int, strength: float, start=None, scale: 
 
 def choose_strength(features, labels, num_classes: int, start=None, scale: float = 100.0, folds: int = 4) -> float:
     """Returns the strength with the lowest cross-entropy on held-out examples, in turn every fourth of each class;
-    among equals the highest. With one example of a class nothing can be held out, and it is the highest."""
+    among equals the highest, as with one example of a class, where none can be held out."""
     labels, turn = np.asarray(labels), np.empty(len(labels), dtype=np.int64)
     for row in np.unique(labels):
         turn[labels == row] = np.arange((labels == row).sum())
     folds = min(folds, int(np.bincount(labels, minlength=num_classes).min()))
     if folds < 2:
         return STRENGTHS[-1]
-    losses = []
-    for strength in STRENGTHS:
-        total = 0.0
-        for fold in range(folds):
-            out = turn % folds == fold
-            weight, bias = fit(features[~out], labels[~out], num_classes, strength, start, scale)
-            logits = scale * torch.as_tensor(features[out], dtype=torch.float64) @ weight + bias
-            total += F.cross_entropy(logits, torch.as_tensor(labels[out]), reduction="sum").item()
-        losses.append(total)
-    return max(zip(losses, STRENGTHS), key=lambda pair: (-pair[0], pair[1]))[1]
+    losses = dict.fromkeys(STRENGTHS, 0.0)
+    for strength, fold in product(STRENGTHS, range(folds)):
+        out = turn % folds == fold
+        weight, bias = fit(features[~out], labels[~out], num_classes, strength, start, scale)
+        logits = scale * torch.as_tensor(features[out], dtype=torch.float64) @ weight + bias
+        losses[strength] += F.cross_entropy(logits, torch.as_tensor(labels[out]), reduction="sum").item()
+    return min(STRENGTHS, key=lambda strength: (losses[strength], -strength))
 
 
 def draw_shots(labels, shots: int, seed: int):

@@ -2,14 +2,8 @@
 
 Probabilities among classes add up to 1, so one of six banned classes always looks likely, even on a harmless image. A
 question about one class needs an alternative: texts that say nothing (a photo), or that name harmless things, each of
-which may win. The score is the probability of the class among these, with the model's temperature:
-
-    python -m miniclip moderate --model runs/mine --images photos --ask "a dog" --examples labelled
-    python -m miniclip moderate --model runs/mine --images photos --examples labelled
-
-The second asks about each of CATEGORIES and reports `{"status": "approved", "rejected" or "review", "reason",
-"confidence"}`. "A photo without a dog" is no alternative: CLIP does not understand negation (docs/classify.md has the
-numbers).
+which may win. The score is the probability of the class among these, with the model's temperature. "A photo without a
+dog" is no alternative: CLIP does not understand negation (docs/classify.md has the numbers).
 """
 
 from pathlib import Path
@@ -18,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miniclip.classify.prompts import TEXTS
 from miniclip.classify.zero_shot import embed_classes, probabilities
 from miniclip.datasets.records import parse_json, read_text
 from miniclip.utils.errors import InputError
@@ -25,24 +20,12 @@ from miniclip.utils.errors import InputError
 ASK = ["a photo of {}", "a photo with {} in it", "{}"]
 NOTHING = ["a photo", "a picture", "an image"]  # the alternative of a question, as one class
 HARMLESS = "harmless"
-CATEGORIES = {  # each is the mean of its texts; those of HARMLESS are separate classes
-    HARMLESS: ["a photo", "a photo of a person", "a photo of people", "a photo of children playing",
-               "a photo of an animal", "a photo of a landscape", "a photo of a city street", "a photo of a building",
-               "a photo of a room", "a photo of food", "a photo of an everyday object", "a photo of sports",
-               "a drawing", "a screenshot of text"],
-    "violence": ["a photo of violence", "a photo of people fighting and hurting each other", "a bloody injury"],
-    "nudity": ["a photo of nudity", "a photo of a naked person"],
-    "hate symbol": ["a photo of a hate symbol", "a swastika", "a flag of a hate group"],
-    "weapon": ["a photo of a weapon", "a photo of a gun", "a person who holds a rifle or a knife"],
-    "alcohol": ["a photo of alcohol", "a bottle of beer, wine or liquor", "people drinking alcohol"],
-    "tobacco": ["a photo of tobacco", "a photo of a cigarette", "a person smoking"],
-}  # fmt: skip
+CATEGORIES = TEXTS["categories"]  # each is the mean of its texts; those of HARMLESS are separate classes
 THRESHOLD, REVIEW = 0.5, 0.25  # defaults without examples
 
 
 def probability_against(model, image_embeds: np.ndarray, positive: Tensor, negatives: Tensor) -> np.ndarray:
-    """Returns the probability (N,) of a class with the vector `positive` (E,) for images (N, E), in the softmax over it
-    and the alternatives `negatives` (E, M)."""
+    """Returns the probability (N,) of the class vector `positive` (E,) against those in `negatives` (E, M)."""
     return probabilities(model, image_embeds, torch.cat([positive[:, None], negatives], dim=1))[:, 0]
 
 
@@ -55,29 +38,20 @@ def ask(model, tokenizer, image_embeds: np.ndarray, thing: str, against: list[st
 
 
 def category_scores(model, tokenizer, image_embeds: np.ndarray, categories: dict) -> dict[str, np.ndarray]:
-    """Returns the probability of each category for images (N, E), {name: (N,)}, each against the HARMLESS texts alone,
-    so that it does not depend on the other categories."""
-    harmless = [[text] for text in categories[HARMLESS]]
-    vectors = embed_classes(model, tokenizer, [*harmless, *(categories[name] for name in banned(categories))])
-    negatives, positives = vectors[:, : len(harmless)], vectors[:, len(harmless) :]
-    return {
-        name: probability_against(model, image_embeds, vector, negatives)
-        for name, vector in zip(banned(categories), positives.T)
-    }
-
-
-def banned(categories: dict) -> list[str]:
-    """Returns the categories except HARMLESS."""
-    return [name for name in categories if name != HARMLESS]
+    """Returns the probability of each category for images, {name: (N,)}, each against the HARMLESS texts alone, so
+    that it does not depend on the other categories."""
+    harmless, names = [[text] for text in categories[HARMLESS]], [name for name in categories if name != HARMLESS]
+    vectors = embed_classes(model, tokenizer, [*harmless, *(categories[name] for name in names)])
+    negatives, positives = vectors[:, : len(harmless)], vectors[:, len(harmless) :].T
+    return {name: probability_against(model, image_embeds, x, negatives) for name, x in zip(names, positives)}
 
 
 def calibrate(yes: np.ndarray, no: np.ndarray) -> dict[str, float]:
     """Returns `{"threshold", "review", "balanced_accuracy"}` for the scores of examples with a class and without it.
 
-    The threshold maximises the balanced accuracy (the mean of the accuracies of both kinds) and lies halfway between
-    two neighbouring scores; among equals it is the lowest, which misses least. `review` is the lowest score of an
-    example with the class, or the threshold if that is lower: between the two a person should look. Raises InputError
-    for fewer than two examples of a kind, and for scores that do not separate them.
+    The threshold, halfway between two scores, maximises the balanced accuracy (the mean of both kinds'); among equals
+    it is the lowest. `review` is the lowest score of an example with the class, or the threshold if lower. Raises
+    InputError for fewer than two examples of a kind, and for scores that do not separate them.
     """
     if min(len(yes), len(no)) < 2:
         raise InputError(f"{len(yes)} examples with and {len(no)} without: at least 2 of each are needed")
@@ -85,23 +59,21 @@ def calibrate(yes: np.ndarray, no: np.ndarray) -> dict[str, float]:
     middles = (scores[1:] + scores[:-1]) / 2
     accuracies = [((yes >= t).mean() + (no < t).mean()) / 2 for t in middles]
     if not accuracies or max(accuracies) <= 0.5:
-        raise InputError("examples with it score no higher than those without: this model cannot tell them apart."
-                         " Use other words, or train a linear probe")  # fmt: skip
+        fault = "examples with it score no higher than those without: this model cannot tell them apart"
+        raise InputError(f"{fault}. Use other words, or train a linear probe")
     best = int(np.argmax(np.round(accuracies, 12)))
-    threshold = float(middles[best])
-    return {"threshold": threshold, "review": min(threshold, float(yes.min())),
-            "balanced_accuracy": float(accuracies[best])}  # fmt: skip
+    threshold, accuracy = float(middles[best]), float(accuracies[best])
+    return {"threshold": threshold, "review": min(threshold, float(yes.min())), "balanced_accuracy": accuracy}
 
 
 def decide(scores: dict[str, float], thresholds: dict[str, dict]) -> dict:
     """Returns `{"status", "reason", "confidence"}` for an image with the score of each category.
 
-    It is rejected if a score reaches its category's threshold, else sent to review if one reaches "review"; the reason
-    is the category with the highest of these scores. Otherwise it is approved, with confidence 1 minus the highest.
+    Rejected if a score reaches its category's threshold, else review if one reaches "review", for the category with the
+    highest of these scores. Otherwise approved, with confidence 1 minus the highest.
     """
-    for status, limit in (("rejected", "threshold"), ("review", "review")):
-        reached = {name: score for name, score in scores.items() if score >= thresholds[name][limit]}
-        if reached:
+    for status, limit in ("rejected", "threshold"), ("review", "review"):
+        if reached := {name: score for name, score in scores.items() if score >= thresholds[name][limit]}:
             reason = max(reached, key=reached.get)
             return {"status": status, "reason": reason, "confidence": float(reached[reason])}
     return {"status": "approved", "reason": HARMLESS, "confidence": float(1 - max(scores.values()))}

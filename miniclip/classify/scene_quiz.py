@@ -1,15 +1,8 @@
-"""The scene quiz: what the demo's model sees in scenes that it was not trained on.
+"""The scene quiz: which colour or shape is on one side of a scene, and on which side is the red star?
 
-Every shape of the built-in scenes (shapes.py) is known, so zero-shot answers can be marked:
-
-    colour     which colour is on the left (or right, top, bottom)?    8 classes
-    shape      which shape is it?                                      6 classes
-    position   where is the red star?                                  4 classes
-
-    python -m miniclip scene_quiz --model runs/demo
-
-With the rest of the scene given, a class is a description of the whole scene in which only the answer differs. Alone, a
-class is the mean of descriptions in which the rest is drawn at random.
+The scenes are the demo's (datasets/shapes.py), but held out, and each answer is known. With the rest of the scene
+given, a class is a description of the whole scene in which only the answer differs. Alone, a class is the mean of
+descriptions in which the rest is drawn at random.
 """
 
 import random
@@ -34,9 +27,7 @@ def replaced(scene: Scene, question: str, which: int, answer: str) -> Scene:
 
 
 def right_answer(scene: Scene, question: str, which: int) -> str:
-    """Returns the right class."""
-    place = scene.relation if which == 0 else OPPOSITE[scene.relation]
-    group = (scene.first, scene.second)[which]
+    group, place = (scene.first, scene.second)[which], OPPOSITE[scene.relation] if which else scene.relation
     return {"colour": group.color, "shape": group.shape, "position": place}[question]
 
 
@@ -55,22 +46,21 @@ def drawn_scenes(scene: Scene, question: str, which: int) -> list[Scene]:
 def quiz(model, tokenizer, scenes: list[Scene], image_embeds, alone: bool) -> dict[str, float]:
     """Returns the accuracy for each question, given the embeddings (N, E) of N scenes. `alone`: without the rest."""
     asked = [(row, scene, which) for row, scene in enumerate(scenes) for which in (0, 1)]
-    found = {}
+    accuracies = {}
     for question, answers in CLASSES.items():
-        place, sentences, keys = {}, [], []  # many scenes ask the same question
-        for _, scene, which in asked:
+        keys, first = [], {}
+        for row, scene, which in asked:
             fixed = (scene.first, scene.second)[which].kind if question == "position" else scene.relation
             keys.append((which, fixed if alone else scene))
-            if keys[-1] not in place:
-                place[keys[-1]] = len(place)
-                given = drawn_scenes(scene, question, which) if alone else [scene]
-                for answer in answers:
-                    variants = [replaced(one, question, which, answer) for one in given]
-                    sentences.append([captions(one, random.Random(n), 1)[0] for n, one in enumerate(variants)])
+            first.setdefault(keys[-1], (scene, which))  # many scenes ask the same question
+        sentences, place = [], {key: n for n, key in enumerate(first)}
+        for scene, which in first.values():
+            given = drawn_scenes(scene, question, which) if alone else [scene]
+            for answer in answers:
+                variants = [replaced(one, question, which, answer) for one in given]
+                sentences.append([captions(one, random.Random(n), 1)[0] for n, one in enumerate(variants)])
         classes = embed_classes(model, tokenizer, sentences).T.numpy().reshape(len(place), len(answers), -1)
-        right = []
-        for (row, scene, which), key in zip(asked, keys):
-            best = int(np.argmax(classes[place[key]] @ image_embeds[row]))  # among equals the first
-            right.append(answers[best] == right_answer(scene, question, which))
-        found[question] = sum(right) / len(right)
-    return found
+        best = [int(np.argmax(classes[place[key]] @ image_embeds[row])) for (row, *_), key in zip(asked, keys)]
+        right = [answers[n] == right_answer(scene, question, which) for n, (_, scene, which) in zip(best, asked)]
+        accuracies[question] = sum(right) / len(right)
+    return accuracies

@@ -2,13 +2,7 @@
 
 Each class becomes a vector, the mean of several sentences about it. An image belongs to the class with the nearest
 vector, and the model's temperature turns the cosines into probabilities (CLIP: Radford et al., arXiv 2103.00020,
-section 3.1):
-
-    python -m miniclip zero_shot --model runs/mine --images photos --classes dog,cat,horse
-
-For images in class folders the true classes are known: then top-1, top-5, the mean recall of the classes and a
-confusion matrix are measured. The probabilities are among the named classes, one of which always wins, however far it
-is. For "is there any?" see moderate.py.
+section 3.1). They are among the named classes, one of which always wins. For "is there any?" see moderate.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,12 +26,12 @@ def build_zero_shot_classifier(
     """Returns the unit vectors of classes as columns: (embed_dim, num_classes) float32 on `device`.
 
     A template is a string with {} for the class name, or a function of the name. A class is the normalised mean of its
-    sentences' unit vectors, as in OpenCLIP, whose results it equals to 1e-6. `image_embeds @ classifier` are cosines.
-    `num_classes_per_batch` classes are encoded at once (None: all). Warns of names that the text tower cannot read.
-    Raises InputError if there is no class or template, or for a template without {}.
+    sentences' unit vectors, as in OpenCLIP, whose results it equals to 1e-6. `num_classes_per_batch`: classes encoded
+    at once (None: all). Warns of names that the text tower cannot read. Raises InputError if there is no class or
+    template, or for a template without {}.
     """
     classnames, templates = (x if isinstance(x, str) else list(x) for x in (classnames, templates))
-    for name, values in (("classnames", classnames), ("templates", templates)):
+    for name, values in ("classnames", classnames), ("templates", templates):
         if isinstance(values, str) or not len(values):
             raise InputError(f"{name} must be a list with at least one entry, not {values!r}")
     warn_of_poor_coverage(tokenizer, classnames)
@@ -65,11 +59,10 @@ def probabilities(model, image_embeds: np.ndarray, classifier: Tensor) -> np.nda
 
 
 def zero_shot_classify(model, preprocess, classifier: Tensor, images, classnames: Sequence[str]):
-    """Classifies an image: `{"class_names": [...], "scores": (C,) probabilities, "top_class": name}`. For a list of
-    images, returns a list of these. Raises ImageError for an image that cannot be read."""
-    one = isinstance(images, (str, Path))
+    """Classifies an image: `{"class_names": [...], "scores": (C,) probabilities, "top_class": name}`; a list of images
+    gives a list of these. Raises ImageError for an image that cannot be read."""
+    one, names = isinstance(images, (str, Path)), list(classnames)
     scores = probabilities(model, embed_images(model, preprocess, [images] if one else images), classifier)
-    names = list(classnames)
     if len(names) != classifier.shape[1]:
         raise InputError(f"{len(names)} class names for a classifier of {classifier.shape[1]} classes")
     found = [{"class_names": names, "scores": row, "top_class": names[row.argmax()]} for row in scores]

@@ -35,7 +35,7 @@ def main(argv: list[str]):
         warn_of_poor_coverage(tokenizer, [options.ask])
         score = lambda embeds: {"yes": rules.ask(model, tokenizer, embeds, options.ask, options.against)}  # noqa: E731
     else:
-        wanted, no = rules.banned(categories), rules.HARMLESS
+        wanted, no = [name for name in categories if name != rules.HARMLESS], rules.HARMLESS
         warn_of_poor_coverage(tokenizer, wanted)
         score = lambda embeds: rules.category_scores(model, tokenizer, embeds, categories)  # noqa: E731
     default = {"threshold": rules.THRESHOLD, "review": rules.THRESHOLD if options.ask else rules.REVIEW}

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -18,10 +19,16 @@ def safe(text) -> str:
     return escape(str(text).encode("utf-8", "replace").decode())
 
 
-def fill(name: str, **values) -> str:
-    """A part of report.html with its values, which must be HTML or numbers."""
+@cache
+def parts() -> dict[str, str]:
+    """The parts of report.html by name."""
     text = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n(?=<!-- |\Z)", text, re.DOTALL))[name].format(**values)
+    return dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n(?=<!-- |\Z)", text, re.DOTALL))
+
+
+def fill(part: str, **values) -> str:
+    """A part of report.html with its values, which must be HTML or numbers."""
+    return parts()[part].format(**values)
 
 
 def write_page(path: str | Path, title: str, body: str):

@@ -6,6 +6,7 @@ other pairs, the temperature, and the training curves. `evaluate.py --report DIR
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -20,7 +21,7 @@ from miniclip.reports.similarities import BINS, chance_curve, overlap, recall_cu
 from miniclip.retrieval import TIE
 from miniclip.utils.errors import InputError
 
-WAYS = ("text_to_image", "image_to_text")
+WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 NAME = "report.html"
 
 
@@ -30,9 +31,10 @@ class Evaluation:
 
     model: str  # its folder or name; without a model, the folder of the embeddings
     dataset: str
-    records: list[dict]  # N, with the keys image (a path or handle) and caption (a list)
+    images: list  # N paths or ImageFiles
+    texts: list[str]  # M captions
     image_embeds: np.ndarray  # (N, E) float32 of unit length
-    text_embeds: np.ndarray  # (M, E): all captions of each record, or its first ones
+    text_embeds: np.ndarray  # (M, E)
     image_of_text: np.ndarray  # (M,)
     results: dict  # retrieval result of each direction, from `retrieval.search_both`
     metrics: dict[str, float]  # from `retrieval.metrics_of`
@@ -41,28 +43,22 @@ class Evaluation:
     notes: tuple[str, ...] = ()  # skipped samples, truncated captions
 
     @cached_property
-    def images(self) -> list:
-        return [record["image"] for record in self.records]
-
-    @cached_property
-    def texts(self) -> list[str]:
-        counts = np.bincount(self.image_of_text, minlength=len(self.records))
-        return [text for record, n in zip(self.records, counts) for text in record["caption"][:n]]
-
-    @cached_property
     def similar(self):
         scale = self.temperature and self.temperature["scale"]
         return similarities(self.image_embeds, self.text_embeds, self.image_of_text, scale)
 
+    def gallery(self, way: str) -> list:
+        """What the queries of a direction search."""
+        return self.images if way == "text_to_image" else self.texts
+
     def chance(self, way: str) -> np.ndarray:
         """R@K of a random order, for each K."""
-        gallery = len(self.image_embeds) if way == "text_to_image" else len(self.text_embeds)
-        return chance_curve(gallery, np.array([len(right) for right in self.results[way].relevant]))
+        return chance_curve(len(self.gallery(way)), np.array([len(right) for right in self.results[way].relevant]))
 
 
 def report_file(name: str | Path) -> Path:
-    """The file that a report goes to: `name` if it ends in .png or .html, otherwise report.html in that folder. Raises
-    InputError where `name` is a file of another kind."""
+    """The file of a report: `name` if it ends in .png or .html, otherwise report.html in that folder. Raises InputError
+    for a file of another kind."""
     path = Path(name)
     if path.suffix.lower() in (".png", ".html", ".htm"):
         return path
@@ -72,7 +68,7 @@ def report_file(name: str | Path) -> Path:
 
 
 def write_report(path: str | Path, e: Evaluation) -> Path:
-    """Writes the report, as PNG or HTML by its name (`report_file`), and returns the file's path.
+    """Writes the report to `report_file(path)`, which it returns.
 
     Training curves come from `trainer_state.json` in the model's folder, if there is one. An image that cannot be read
     is replaced by the reason. The same input gives the same bytes: the date is that of the metadata.
@@ -83,11 +79,10 @@ def write_report(path: str | Path, e: Evaluation) -> Path:
     if path.suffix.lower() == ".png":
         examples = pick_examples(e.images, e.texts, e.results["text_to_image"], e.image_of_text)
         draw_report(path, log_history, examples, title)
-        return path
-    sections = [part(e) for part in (header, metrics_section, recall_section, histogram_section, temperature_section)]
-    gallery = queries_section(e.results, e.similar, e.images, e.texts, e.image_of_text)
-    sections += [training_section(log_history), gallery, metadata_section(e.metadata)]
-    write_page(path, title, "\n".join(filter(None, sections)))
+    else:
+        sections = header, metrics_section, recall_section, histogram_section, temperature_section
+        body = [*(section(e) for section in sections), training_section(log_history), queries_section(e)]
+        write_page(path, title, "\n".join(filter(None, [*body, metadata_section(e.metadata)])))
     return path
 
 
@@ -108,27 +103,25 @@ def percent(share: float, digits: int = 1) -> str:
 def table(head: list[str], rows: list[list[str]], caption: str) -> str:
     """An HTML table with a header row and a header column. Cells are plain text."""
     top = "".join(f'<th scope="col">{safe(cell)}</th>' for cell in head)
-    body = "\n".join(
-        f'<tr><th scope="row">{safe(row[0])}</th>{"".join(f"<td>{safe(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
+    cells = [(safe(name), "".join(f"<td>{safe(cell)}</td>" for cell in others)) for name, *others in rows]
+    body = "\n".join(f'<tr><th scope="row">{name}</th>{others}</tr>' for name, others in cells)
     return f"<table><caption>{safe(caption)}</caption><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table>"
 
 
 def header(e: Evaluation) -> str:
     """Title, model, data, date, command and the most important numbers."""
-    tiles = [(percent(e.metrics[f"{way}_R@1"]), f"{way.replace('_', ' ')} R@1, %") for way in WAYS]
-    tiles.insert(0, (percent(e.metrics["mean_recall"]), "mean recall, %"))
+    tiles = {"mean recall, %": percent(e.metrics["mean_recall"])}
+    tiles |= {f"{name} R@1, %": percent(e.metrics[f"{way}_R@1"]) for way, name in WAYS.items()}
     if e.similar.others.sum():
-        tiles.append((percent(roc_auc(e.similar.matching, e.similar.others), 2), "ROC AUC, %"))
+        tiles["ROC AUC, %"] = percent(roc_auc(e.similar.matching, e.similar.others), 2)
     if e.temperature:
-        tiles.append((f"{1 / e.temperature['scale']:.4f}", "temperature"))
+        tiles["temperature"] = f"{1 / e.temperature['scale']:.4f}"
     when = datetime.fromisoformat(e.metadata["started"])
     options, versions, machine = (e.metadata.get(name, {}) for name in ("options", "versions", "machine"))
+    facts = {"precision": e.temperature and options.get("precision"), "commit": e.metadata.get("commit")}
+    facts |= {name: versions.get(name) for name in ("python", "torch", "numpy")}
     measured = [f"{when.day} {when:%B %Y, %H:%M} UTC", machine.get("device")]
-    measured += [f"precision {options['precision']}"] if e.temperature and "precision" in options else []
-    measured += [f"commit {e.metadata['commit']}"] if e.metadata.get("commit") else []
-    measured += [f"{name} {versions[name]}" for name in ("python", "torch", "numpy") if versions.get(name)]
+    measured += [f"{name} {value}" for name, value in facts.items() if value]
     dataset = [f"{e.dataset}: {len(e.images):,} images, {len(e.texts):,} captions", *e.notes]
     about = {
         "Model" if e.temperature else "Embeddings": safe(e.model), "Dataset": safe("; ".join(dataset)),
@@ -136,22 +129,24 @@ def header(e: Evaluation) -> str:
         "Command": f"<code>{safe(e.metadata.get('command', ''))}</code>",
     }  # fmt: skip
     terms = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in about.items())
-    return fill("header", terms=terms, tiles="".join(f"<li><b>{x}</b> <span>{name}</span></li>" for x, name in tiles))
+    numbers = "".join(f"<li><b>{value}</b> <span>{name}</span></li>" for name, value in tiles.items())
+    return fill("header", terms=terms, tiles=numbers)
 
 
 def metrics_section(e: Evaluation) -> str:
     """The metrics of both directions, each with what chance would reach."""
-    ks = [int(name.partition("@")[2]) for name in e.metrics if name.startswith("text_to_image_R@")]
-    rows = []
-    for way in WAYS:
-        values = [percent(e.metrics[f"{way}_R@{k}"]) for k in ks]
-        values += [f"{e.metrics[f'{way}_median_rank']:,.0f}", f"{e.metrics[f'{way}_mean_rank']:,.1f}"]
-        rows.append([way.replace("_", " "), *values, f"{e.metrics[f'{way}_MRR']:.3f}"])
+
+    def row(name: str, recalls: Iterable[float], median: float, mean: float, mrr: float) -> list[str]:
+        return [name, *map(percent, recalls), f"{median:,.0f}", f"{mean:,.1f}", f"{mrr:.3f}"]
+
+    ks, rows = [int(name.partition("@")[2]) for name in e.metrics if name.startswith("text_to_image_R@")], []
+    for way, name in WAYS.items():
+        ranks = (e.metrics[f"{way}_{metric}"] for metric in ("median_rank", "mean_rank", "MRR"))
+        rows.append(row(name, (e.metrics[f"{way}_R@{k}"] for k in ks), *ranks))
         chance = e.chance(way)
         ranks, at = np.arange(1, len(chance) + 1), np.diff(chance, prepend=0)  # at: the share found at each rank
-        values = [percent(chance[min(k, len(chance)) - 1]) for k in ks]
-        values += [f"{1 + np.searchsorted(chance, 0.5 - 1e-9):,}", f"{(at * ranks).sum():,.1f}"]
-        rows.append(["by chance", *values, f"{(at / ranks).sum():.3f}"])
+        ranks = 1 + np.searchsorted(chance, 0.5 - 1e-9), (at * ranks).sum(), (at / ranks).sum()
+        rows.append(row("by chance", (chance[min(k, len(chance)) - 1] for k in ks), *ranks))
     columns = ["", *(f"R@{k}" for k in ks), "median rank", "mean rank", "MRR"]
     shown = table(columns, rows, "R@K: share of queries with a correct result among the first K, in percent")
     n, m = len(e.images), len(e.texts)
@@ -167,12 +162,12 @@ def depths(longest: int) -> list[int]:
 
 def recall_section(e: Evaluation) -> str:
     """Recall@K of both directions for every K, as a chart and a table."""
-    curves, chances = {}, [e.chance(way) for way in WAYS]
-    for way, chance in zip(WAYS, chances):
-        curves[way.replace("_", " ")] = recall_curve(e.results[way].ranks, np.arange(1, len(chance) + 1))
-    words = ", ".join(f"{name} R@1 {percent(values[0])}" for name, values in curves.items())
-    chart = recall_svg(curves, chances, f"Both curves rise to 100%: {words}.")
-    columns = [column for pair in zip(curves.values(), chances) for column in pair]
+    chances = {way: e.chance(way) for way in WAYS}
+    curves = {way: recall_curve(e.results[way].ranks, np.arange(1, len(chances[way]) + 1)) for way in WAYS}
+    words = ", ".join(f"{name} R@1 {percent(curves[way][0])}" for way, name in WAYS.items())
+    named = dict(zip(WAYS.values(), curves.values()))
+    chart = recall_svg(named, list(chances.values()), f"Both curves rise to 100%: {words}.")
+    columns = [column for way in WAYS for column in (curves[way], chances[way])]
     ks = depths(max(map(len, columns)))
     rows = [[f"{k:,}", *(percent(column[min(k, len(column)) - 1]) for column in columns)] for k in ks]
     shown = table(["K", "text to image", "chance", "image to text", "chance"], rows, "Recall@K in percent")
@@ -181,26 +176,21 @@ def recall_section(e: Evaluation) -> str:
 
 def histogram_section(e: Evaluation) -> str:
     """The cosines of matching pairs and of all others."""
-    matching, others, (mean, other_mean) = e.similar.matching, e.similar.others, e.similar.means
-    used = np.flatnonzero(matching + others)
-    first, last = int(used[0]), int(used[-1])
-    n, of_others = int(matching.sum()), int(others.sum())
+    counts, (mean, other_mean) = (e.similar.matching, e.similar.others), e.similar.means
+    n, others = (int(count.sum()) for count in counts)
+    used = np.flatnonzero(sum(counts))
     bars = min(60, max(10, round(2 * n**0.5)))  # at most: with few pairs, narrow bars would hold one or none
     widths = (1, 2, 5, 10, 20, 40, 100, 200)  # of a bar, in bins
-    fine = next(width for width in widths if last // width - first // width < bars)
-    start, stop = first // fine, last // fine + 1
-    shares = [
-        np.add.reduceat(counts, np.arange(0, BINS, fine))[start:stop] / max(1, counts.sum())
-        for counts in (matching, others)
-    ]
-    said = ". There are no other pairs."
-    if of_others:
-        measured = {"auc": roc_auc(matching, others), "overlap": overlap(*shares)}  # of the bars: most bins are empty
-        said = fill("others", others=of_others, mean=other_mean, bin=2 / BINS, **measured)
-    about = f"The mean of matching pairs is {mean:.3f}" + (f", that of others {other_mean:.3f}." if of_others else ".")
-    names = f"{n:,} matching pairs", f"{of_others:,} other pairs"
-    edges = fine * np.arange(start, stop + 1) * 2 / BINS - 1
-    chart = histogram_svg(edges, dict(zip(names, shares)), e.similar.means, about)
+    width = next(width for width in widths if used[-1] // width - used[0] // width < bars)
+    start, stop = used[0] // width, used[-1] // width + 1
+    shares = [np.add.reduceat(c, np.arange(0, BINS, width))[start:stop] / max(1, c.sum()) for c in counts]
+    about, said = f"The mean of matching pairs is {mean:.3f}", ". There are no other pairs."
+    if others:
+        about += f", that of others {other_mean:.3f}"
+        auc, common = roc_auc(*counts), overlap(*shares)  # of the bars: most bins are empty
+        said = fill("others", others=others, mean=other_mean, bin=2 / BINS, auc=auc, overlap=common)
+    named = {f"{n:,} matching pairs": shares[0], f"{others:,} other pairs": shares[1]}
+    chart = histogram_svg(width * np.arange(start, stop + 1) * 2 / BINS - 1, named, e.similar.means, f"{about}.")
     return fill("pairs", chart=chart, n=n, mean=mean, others=said)
 
 
@@ -214,31 +204,32 @@ def temperature_section(e: Evaluation) -> str:
     if bias is None:
         rows.append(["limit in training", "0.0100", "100.00"])
         about |= {"right": e.similar.p_right.mean(), "first": e.similar.p_first.mean(), "images": len(e.images)}
-        text = fill("softmax", chance=1 / len(e.images), recall=e.metrics["text_to_image_R@1"], **about)
+        about |= {"chance": 1 / len(e.images), "recall": e.metrics["text_to_image_R@1"]}
     else:  # SigLIP: each pair is decided by itself
         rows.append(["bias", "", f"{bias:.2f}"])
         middles = (np.arange(BINS) + 0.5) * 2 / BINS - 1
         yes, no = (1 / (1 + np.exp(-scale * x - bias)) for x in (e.similar.right.astype(float), middles))
         wrong = (e.similar.others * no).sum() / max(1, e.similar.others.sum())
-        about |= {"bias": bias, "border": -bias / scale, "right": yes.mean(), "above": (yes > 0.5).mean()}
-        text = fill("sigmoid", wrong=wrong, **about)
+        about |= {
+            "bias": bias,
+            "border": -bias / scale,
+            "right": yes.mean(),
+            "wrong": wrong,
+            "above": (yes > 0.5).mean(),
+        }
     shown = table(["", "temperature", "logit scale"], rows, "The temperature is 1 / logit scale")
-    return fill("temperature", table=shown, about=text)
+    return fill("temperature", table=shown, about=fill("softmax" if bias is None else "sigmoid", **about))
 
 
 def training_section(log_history: list[dict]) -> str:
     """Loss and recall over training, where they were logged."""
-    recalls = {way.replace("_", " "): curve(log_history, f"eval_{way}_R@1") for way in WAYS}
-    figures = []
-    for title, curves, share in (
-        ("Training loss", {"loss": curve(log_history, "loss")}, False),
-        ("Recall@1 over training", recalls, True),
-    ):
-        curves = {name: points for name, points in curves.items() if len(points) > 1}
-        if curves:
-            figures.append(f"<figure><h3>{title}</h3>{training_svg(title, curves, share)}</figure>")
+    recalls, figures = {name: curve(log_history, f"eval_{way}_R@1") for way, name in WAYS.items()}, ""
+    loss = {"loss": curve(log_history, "loss")}
+    for title, curves, share in ("Training loss", loss, False), ("Recall@1 over training", recalls, True):
+        if curves := {name: points for name, points in curves.items() if len(points) > 1}:
+            figures += f"<figure><h3>{title}</h3>{training_svg(title, curves, share)}</figure>"
     note = fill("note") if max(map(len, recalls.values())) > 1 else ""
-    return fill("training", figures="".join(figures), note=note) if figures else ""
+    return fill("training", figures=figures, note=note) if figures else ""
 
 
 def metadata_section(metadata: dict) -> str:

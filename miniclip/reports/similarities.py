@@ -32,7 +32,6 @@ def similarities(
     Caption m belongs to image `image_of_text[m]`. `scale` is the logit scale of the softmax. A block of scores takes
     `memory` bytes; the peak is a few times that.
     """
-    image_of_text = np.asarray(image_of_text)
     n, m = len(image_embeds), len(text_embeds)
     right, wrong_image, wrong_text = np.empty(m, np.float32), np.empty(m, np.float32), np.full(n, -np.inf, np.float32)
     p_right, p_first = (None, None) if scale is None else (np.empty(m), np.empty(m))
@@ -65,8 +64,7 @@ def histogram(cosines: np.ndarray) -> np.ndarray:
 
 
 def roc_auc(matching: np.ndarray, others: np.ndarray) -> float:
-    """The area under the ROC curve, from histograms: how often the matching one of two random pairs has the higher
-    cosine. Pairs in the same bin count half."""
+    """The area under the ROC curve, from histograms. Pairs in the same bin count half."""
     below = others.cumsum() - others / 2
     return float((matching * below).sum() / (matching.sum() * others.sum()))
 
@@ -82,8 +80,7 @@ def recall_curve(ranks: np.ndarray, ks) -> np.ndarray:
 
 
 def chance_curve(gallery: int, n_relevant: np.ndarray) -> np.ndarray:
-    """R@K of a random order, for K from 1 to `gallery`: (gallery,). `n_relevant` (Q,) counts each query's relevant
-    results."""
+    """R@K of a random order for K from 1 to `gallery`. `n_relevant` (Q,): number of relevant results per query."""
     ks, missed = np.arange(1, gallery + 1), np.zeros(gallery)
     for n, queries in zip(*np.unique(n_relevant, return_counts=True)):
         none = np.ones(gallery)  # the probability that none of n relevant results is among the first K
@@ -93,20 +90,13 @@ def chance_curve(gallery: int, n_relevant: np.ndarray) -> np.ndarray:
     return 1 - missed / len(n_relevant)
 
 
-def worst_queries(ranks: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray, most: int) -> list[int]:
-    """The queries with the lowest rank, at most one per image, none that rank first. Equal ranks: lowest margin
-    first."""
-    order = np.lexsort((np.arange(len(ranks)), margins, -ranks))
-    return _one_per_image(order[ranks[order] > 1], image_of_query, most)
-
-
-def best_queries(ranks: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray, most: int) -> list[int]:
-    """The queries that rank first with the largest margin, at most one per image. A margin is the cosine of the best
-    correct result minus that of the best wrong one."""
-    order = np.lexsort((np.arange(len(ranks)), -margins))
-    return _one_per_image(order[ranks[order] == 1], image_of_query, most)
-
-
-def _one_per_image(queries: np.ndarray, image_of_query: np.ndarray, most: int) -> list[int]:
-    first = np.sort(np.unique(image_of_query[queries], return_index=True)[1])
-    return queries[first[:most]].tolist()
+def worst_and_best(ranks: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray, n_worst: int, n_best: int):
+    """The worst queries, with the lowest rank and among equals the lowest margin, and the best ones, which rank first
+    with the largest margin: two lists with at most one query per image. A margin is the cosine of the best correct
+    result minus that of the best wrong one."""
+    worst, best = np.lexsort((margins, -ranks)), np.argsort(-margins, kind="stable")
+    chosen = []
+    for queries, most in (worst[ranks[worst] > 1], n_worst), (best[ranks[best] == 1], n_best):
+        first = np.sort(np.unique(image_of_query[queries], return_index=True)[1])
+        chosen.append(queries[first[:most]].tolist())
+    return chosen

@@ -18,15 +18,14 @@ from miniclip.reports.contact_sheet import thumbnail
 from miniclip.reports.html_page import Evaluation, depths, report_file, write_report
 from miniclip.reports.similarities import (
     BINS,
-    best_queries,
     chance_curve,
     histogram,
     overlap,
     recall_curve,
     roc_auc,
     similarities,
-    worst_queries,
-)
+    worst_and_best,
+)  # fmt: skip
 from miniclip.retrieval import metrics_of, rank_of_first_relevant, retrieval_metrics, search_both
 
 KS = (1, 5, 10)
@@ -94,11 +93,9 @@ def evaluation(
     results = search_both(image, text, image_of_text, max(KS))
     images = images or pictures(folder, len(image))
     texts = texts or [f"caption number {m} end" for m in range(len(text))]
-    records = [{"image": path, "caption": [texts[m] for m in np.flatnonzero(image_of_text == n)]}
-               for n, path in enumerate(images)]  # fmt: skip
     (folder / "run").mkdir(exist_ok=True)
     (folder / "run" / "trainer_state.json").write_text(json.dumps({"log_history": list(log_history)}))
-    what = (records, image, text, image_of_text, results, metrics_of(results, KS), RECORD, temperature, notes)
+    what = (images, texts, image, text, image_of_text, results, metrics_of(results, KS), RECORD, temperature, notes)
     return Evaluation(str(folder / "run"), "val.json", *what)
 
 
@@ -178,11 +175,12 @@ def test_worst_and_best_by_hand():
     ranks = np.array([1, 9, 4, 9, 1, 9, 2])
     margins = np.array([0.2, -0.1, -0.3, -0.4, 0.5, -0.2, -0.1])
     image = np.array([0, 1, 2, 3, 4, 3, 5])
-    assert worst_queries(ranks, margins, image, 8) == [3, 1, 2, 6], "5 is of the same image as 3, which lost by more"
-    assert worst_queries(ranks, margins, image, 2) == [3, 1]
-    assert best_queries(ranks, margins, image, 4) == [4, 0], "only those found first"
-    assert worst_queries(np.ones(3, int), np.zeros(3), np.arange(3), 4) == []
-    assert best_queries(np.full(3, 2), np.zeros(3), np.arange(3), 4) == []
+    worst, best = worst_and_best(ranks, margins, image, 8, 4)
+    assert worst == [3, 1, 2, 6], "5 is of the same image as 3, which lost by more"
+    assert best == [4, 0], "only those found first"
+    assert worst_and_best(ranks, margins, image, 2, 1) == [[3, 1], [4]]
+    assert worst_and_best(np.ones(3, int), np.zeros(3), np.arange(3), 4, 4)[0] == []
+    assert worst_and_best(np.full(3, 2), np.zeros(3), np.arange(3), 4, 4)[1] == []
 
 
 def test_ranks_and_cosines_are_those_of_retrieval(tmp_path):
