@@ -5,26 +5,14 @@ import importlib
 from miniclip import towers  # noqa: F401  (makes the fields known that describe other towers)
 
 _PUBLIC = {  # where the public names live; imported when first used, so that `import miniclip` takes no time
-    "config": "MiniClipConfig list_models",
-    "model": "MiniClip",
-    "weights.load": "load_weights",
-    "loss": "clip_loss",
-    "tokenizer": "Tokenizer",
-    "transforms": "Preprocess",
-    "utils.image_files": "open_image",
-    "datasets.records": "read_captions",
-    "data": "CaptionDataset",
-    "trainer": "ClipTrainer ClipTrainingArguments",
-    "training.trainer": "RunTrainer",
-    "training.arguments": "RunArguments",
-    "training.dataset": "RunDataset",
-    "inference.evaluator": "RetrievalEvaluator",
-    "retrieval": "retrieval_metrics search",
-    "index.search": "ImageSearch",
-    "inference.load": "load",
-    "inference.embed": "embed_images embed_texts",
+    "config": "MiniClipConfig list_models", "model": "MiniClip", "loss": "clip_loss", "tokenizer": "Tokenizer",
+    "transforms": "Preprocess", "data": "CaptionDataset", "trainer": "ClipTrainer ClipTrainingArguments",
+    "retrieval": "retrieval_metrics search", "utils.image_files": "open_image", "datasets.records": "read_captions",
+    "weights.load": "load_weights", "training.trainer": "RunTrainer", "training.arguments": "RunArguments",
+    "training.dataset": "RunDataset", "inference.evaluator": "RetrievalEvaluator", "inference.load": "load",
+    "inference.embed": "embed_images embed_texts", "index.search": "ImageSearch",
     "classify.zero_shot": "build_zero_shot_classifier zero_shot_classify",
-}
+}  # fmt: skip
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = list(_HOMES)
 

@@ -78,7 +78,7 @@ def main(argv: list[str]):
         subs[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # a text after an option, which argparse does not expect there
         options.text += rest
-    {"index": index, "query": query, "merge": merge, "export": export, "check": check}[options.command](options)
+    {"index": index, "query": query}.get(options.command, maintain)(options)
 
 
 def index(options):
@@ -178,27 +178,19 @@ def answer(search, options, text: str):
         print(f"written to {options.html}")
 
 
-def merge(options):
-    """Merges several indexes into one."""
-    from miniclip.index import parts
-
-    parts.merge(options.parts, options.index, options.method, progress=True)
-    describe(options.index)
-
-
-def export(options):
-    """Writes vectors and paths for clip-retrieval, autofaiss or faiss."""
+def maintain(options):
+    """Merges, exports or checks indexes."""
     from miniclip.index import parts
     from miniclip.index.image_index import ImageIndex
 
-    n = parts.export(ImageIndex(options.index, check=True), options.to)
-    print(f"{options.to}: {n} vectors in img_emb, paths in metadata")
-
-
-def check(options):
-    """Verifies an index."""
-    from miniclip.index.image_index import ImageIndex
-
-    ImageIndex(options.index, check=True)
+    if options.command == "export":
+        n = parts.export(ImageIndex(options.index, check=True), options.to)
+        print(f"{options.to}: {n} vectors in img_emb, paths in metadata")
+        return
+    if options.command == "merge":
+        parts.merge(options.parts, options.index, options.method, progress=True)
+    else:
+        ImageIndex(options.index, check=True)
     describe(options.index)
-    print("all files are intact")
+    if options.command == "check":
+        print("all files are intact")

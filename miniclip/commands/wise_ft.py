@@ -5,7 +5,7 @@ Reads two models and two caption files, and writes wise_ft.json, wise_ft.md and 
 
 from pathlib import Path
 
-from miniclip.commands.common import check_folder_or_weights
+from miniclip.commands.common import check_folder_or_weights, finish
 from miniclip.utils.command_line import Parser, find_device
 from miniclip.utils.errors import InputError
 
@@ -40,8 +40,7 @@ def main(argv: list[str]):
     from miniclip.inference.load import load
     from miniclip.reports.charts import draw_sweep
     from miniclip.training.wise_ft import ALPHAS, best, format_sweep, sweep
-    from miniclip.utils.bad_samples import NAME, BadSamples
-    from miniclip.utils.files import write_json, write_text
+    from miniclip.utils.bad_samples import BadSamples
     from miniclip.weights.interpolate import interpolate
 
     alphas = {*(options.alphas or ALPHAS), *({save} - {None, "best"})}
@@ -61,13 +60,11 @@ def main(argv: list[str]):
     folder.mkdir(parents=True, exist_ok=True)
     table, chosen = format_sweep(found), best(found)
     about = {"before": str(options.before), "after": str(options.after), **files, "best_alpha": chosen}
-    write_json(folder / "wise_ft.json", {**about, "sweep": found})
-    write_text(folder / "wise_ft.md", table + "\n")
     new, old = (Path(path).stem for path in files.values())
     title = f"{options.before} to {options.after}: {new} (new) and {old} (old)"
     draw_sweep(folder / "wise_ft.png", found, chosen, title)
-    bad_samples.report(folder / NAME)
-    print(f"{table}\nbest mean of both: alpha {chosen:g}. Written: wise_ft.json, wise_ft.md, wise_ft.png in {folder}")
+    results, summary = {**about, "sweep": found}, f"{table}\nbest mean of both: alpha {chosen:g}"
+    finish(options, "wise_ft", results, table, bad_samples, summary, "wise_ft.png")
     if save is not None:
         alpha = chosen if save == "best" else save
         after.save_pretrained(folder / "model", interpolate(before.state_dict(), after.state_dict(), alpha))

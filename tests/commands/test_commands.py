@@ -49,7 +49,7 @@ def test_help_is_quick_and_has_an_example_and_the_output(name):
     (["serch"], "'serch' is not a possible value; nearest: search"),
     (["zero-shot", "--imges", "x", "--model", "y", "--images", "z"], "unknown option 'imges'; nearest: images"),
     (["zero_shot", "--model", "y"], "arguments are required: --images"),
-    (["moderate", "--model", "x", "--images", "y", "--precision", "fp3"], "'fp3' is not a possible value; nearest: fp"),
+    (["evaluate", "--model", "x", "--precision", "fp3"], "'fp3' is not a possible value; nearest: fp32"),
     (["search", "qury"], "nearest: query"),
     (["search", "index", "x", "--index", "y", "--methd", "ivf"], "index: unknown option 'methd'; nearest: method"),
     (["shapes", "a", "b"], "unexpected argument 'b'"),
