@@ -53,8 +53,6 @@ def convert(
     skipped, as `options.on_bad_sample` says. Raises InputError for a target that exists, or of an unknown form.
     """
     suffix, faults = Path(target).suffix.lower(), []
-    if suffix not in (".json", ".jsonl", ".csv", ".tsv", ".tar"):
-        raise InputError(f"{target}: expected .json, .jsonl, .csv, .tsv or .tar")
 
     def check(written: int) -> int:
         options.report(target, f"{len(faults)} of {len(source)} images cannot be used", faults, written)
@@ -62,7 +60,9 @@ def convert(
 
     if suffix == ".tar":
         return _to_shards(source, target, samples_per_shard, faults, check)
-    return _to_file(source, Path(target), faults, check)
+    if suffix in (".json", ".jsonl", ".csv", ".tsv"):
+        return _to_file(source, Path(target), faults, check)
+    raise InputError(f"{target}: expected .json, .jsonl, .csv, .tsv or .tar")
 
 
 def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int, faults: list, check) -> int:
@@ -101,14 +101,12 @@ def _to_file(source: Sequence[dict], target: Path, faults: list, check) -> int:
     with replacing(target) as scratch, TemporaryDirectory(".tmp", ".", target.parent) as folder:
         (folder := Path(folder, images.name)).mkdir()  # with the usual permissions, unlike its parent
         for index, record, data, kind in _readable(source, tqdm(range(len(source)), "writing"), faults, False):
-            if data is not None:
-                file = folder / f"{index:0{width}d}.{kind}"
-                file.write_bytes(data)
-                name = f"{images.name}/{file.name}"
-            else:
-                file = Path(record["image"])
-                name = str(file) if outside else file.relative_to(base).as_posix()
-            records.append({"image": name, "caption": record["caption"]})
+            file = Path(f"{images.name}/{index:0{width}d}.{kind}" if data else record["image"])
+            if data:
+                (folder / file.name).write_bytes(data)
+            elif not outside:
+                file = file.relative_to(base)
+            records.append({"image": str(file) if outside else file.as_posix(), "caption": record["caption"]})
         check(len(records))
         with open(scratch, "w", encoding="utf-8", newline="") as file:
             if suffix == ".json":
@@ -139,8 +137,8 @@ def _readable(source: Sequence[dict], rows: Iterable[int], faults: list, read_fi
         except (ImageError, OSError) as error:
             name = str(record["image"]) if record else f"sample {row}"
             faults.append((name, str(error).removeprefix(f"{name}: ")))
-            continue
-        yield row, record, data, kind
+        else:
+            yield row, record, data, kind
 
 
 def _prepare(*paths: Path):

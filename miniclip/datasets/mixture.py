@@ -21,14 +21,12 @@ class Mixture(Sequence):
     each time.
     """
 
-    def __init__(
-        self, sources: list[Sequence[dict]], factors: list[float] | None = None, num_samples: int | None = None
-    ):
+    def __init__(self, sources: list[Sequence[dict]], factors: list[float] | None = None, num_samples=None):
+        if num_samples is not None and num_samples < 1:
+            raise InputError(f"train_num_samples {num_samples}: expected at least 1")
         self.sources, self.factors, self.num_samples = [as_table(source) for source in sources], factors, num_samples
         self.sizes = [len(source) for source in sources]
         self.ends = np.cumsum(self.sizes)
-        if num_samples is not None and num_samples < 1:
-            raise InputError(f"train_num_samples {num_samples}: expected at least 1")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -42,22 +40,22 @@ class Mixture(Sequence):
         """Returns the sampler of an epoch, a tensor that changes; None where the Trainer's shuffle will do."""
         return MixtureSampler(self, seed, epoch) if self.factors or self.num_samples else None
 
-    def copies(self) -> list[tuple[int, int, int]]:
-        """Returns for each source how often all of it comes in an epoch, how much of it once more, and its size."""
+    def copies(self) -> list[tuple[int, int]]:
+        """Returns for each source how often all of it comes in an epoch, and how many of its samples once more."""
         factors = self.factors or [1.0] * len(self.sizes)
-        return [(int(f), round((f - int(f)) * size), size) for f, size in zip(factors, self.sizes)]
+        return [(int(factor), round(factor % 1 * size)) for factor, size in zip(factors, self.sizes)]
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Returns the indices of an epoch, in order. A repeated one has len(self) added, so that it is drawn anew."""
-        rng, n = np.random.default_rng([seed, epoch]), len(self)
-        starts = self.ends - self.sizes
+        rng, n, sizes = np.random.default_rng([seed, epoch]), len(self), np.array(self.sizes)
+        starts = self.ends - sizes
         if self.num_samples is not None:
-            weights = np.array(self.factors or [1.0] * len(self.sizes)) * self.sizes
+            weights = np.array(self.factors or 1.0) * sizes
             source = rng.choice(len(weights), self.num_samples, p=weights / weights.sum())
-            index = starts[source] + (rng.random(self.num_samples) * np.array(self.sizes)[source]).astype(np.int64)
+            index = starts[source] + (rng.random(self.num_samples) * sizes[source]).astype(np.int64)
             return index + n * np.arange(self.num_samples)
         parts = []
-        for start, (whole, extra, size) in zip(starts, self.copies()):
+        for start, size, (whole, extra) in zip(starts, sizes, self.copies()):
             parts += [start + np.arange(size) + n * copy for copy in range(whole)]
             parts.append(start + rng.permutation(size)[:extra] + n * whole)
         return rng.permutation(np.concatenate(parts))
@@ -70,8 +68,8 @@ class MixtureSampler:
         self.mixture, self.seed, self.epoch = mixture, seed, epoch
 
     def __len__(self) -> int:
-        copies = self.mixture.copies()
-        return self.mixture.num_samples or sum(whole * size + extra for whole, extra, size in copies)
+        copies = zip(self.mixture.sizes, self.mixture.copies())
+        return self.mixture.num_samples or sum(whole * size + extra for size, (whole, extra) in copies)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.mixture.order(self.seed, int(self.epoch)).tolist())
@@ -82,9 +80,9 @@ def parse_factors(text: str | None, n: int) -> list[float] | None:
     if text is None:
         return None
     try:
-        factors = [float(part) for part in str(text).split("::")]
+        factors = [float(part) for part in text.split("::")]
     except ValueError:
         factors = []
-    if len(factors) != n or not all(0 <= factor < float("inf") for factor in factors) or not any(factors):
+    if len(factors) != n or not any(factors) or not all(0 <= factor < float("inf") for factor in factors):
         raise InputError(f"train_data_upsampling_factors {text!r}: expected {n} numbers from 0, separated by ::")
     return factors

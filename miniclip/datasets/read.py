@@ -17,19 +17,17 @@ one form to another.
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from miniclip.datasets.mixture import Mixture, parse_factors
-from miniclip.datasets.records import ImageRoot, ReadOptions, check_records, image_fault, image_faults
+from miniclip.datasets.records import ReadOptions, check_records, image_faults
 from miniclip.datasets.shards import Shards, expand
 from miniclip.datasets.tables import Table, is_table, load_table
 from miniclip.datasets.text_files import READERS, read_folder
 from miniclip.utils.bad_samples import CaptionFileError
 from miniclip.utils.errors import InputError
-from miniclip.utils.image_files import ImageError
 
 
 def read_source(
@@ -79,10 +77,7 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     table = suffix not in READERS and is_table(source)
     shards = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else []
     if suffix in READERS or path.is_dir() and not table and not shards:
-        root = ImageRoot(path if path.is_dir() else options.image_root or path.parent, options.allow_outside_image_root)
-        reader = READERS.get(suffix)
-        raw, names = reader(path, options) if reader else read_folder(root, options.caption_column)
-        return check_records(path, raw, root, options, names)
+        return check_records(path, READERS.get(suffix, read_folder)(path, options), options)
     if suffix in (".tar", ".tgz") or re.search(r"\.tar\.\w+$", source) or shards:
         records = Shards(shards or expand(source), options)
     elif table:
@@ -92,38 +87,23 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     else:
         known = ", ".join((*READERS, ".tar", ".parquet", ".arrow", "a folder", "hf:NAME"))
         raise InputError(f"{source}: unknown form of data; known are {known}")
-    return without_damaged(records, source, options) if options.check_handles else records
-
-
-def without_damaged(records: Shards | Table, source: str, options: ReadOptions) -> Shards | Table:
-    """Returns the records whose images can be decoded. The others raise InputError or are skipped."""
-
-    def fault(index: int) -> str | None:
-        try:
-            return image_fault(records[index]["image"])
-        except ImageError as error:  # from its caption
-            return str(error)
-
-    faults = image_faults(range(len(records)), Path(source).name, fault)
-    problems = [(f"sample {row}", problem) for row, problem in enumerate(faults) if problem]
-    if not problems:
-        return records
-    good = [row for row, problem in enumerate(faults) if not problem]
-    what = f"{len(problems)} of {len(records)} images are damaged"
-    options.report(source, what, problems, len(good), f"{source}: ")
-    records.rows = records.rows[good]
+    if options.check_handles:
+        faults = image_faults(records, path.name)
+        problems = [(f"sample {row}", fault) for row, fault in enumerate(faults) if fault]
+        good = [row for row, fault in enumerate(faults) if not fault]
+        what = f"{len(problems)} of {len(records)} images are damaged"
+        options.report(source, what, problems, len(good), f"{source}: ")
+        records.rows = records.rows[good]
     return records
 
 
 def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
     """Returns a line on the training data. Of more than `most` images only the first ones' captions are counted, which
     takes a minute."""
-    captions = [record["caption"] for record in itertools.islice(records, most)]
-    texts = [text for texts in captions for text in texts]
+    texts = [text for record in itertools.islice(records, most) for text in record["caption"]]
     cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
-    files = Counter(record["image"] for record in records) if isinstance(records, list) else {}
-    again = sum(n - 1 for n in files.values())
+    again = len(records) - len({record["image"] for record in records}) if isinstance(records, list) else 0
     duplicates = f"; {again} records repeat the image of another: duplicates (--duplicates)" if again else ""
     of = f" (of the first {most:,} images)" if len(records) > most else ""
-    at = f"{tokenizer.context_length} tokens"
-    return f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {at}{duplicates}"
+    cut_off = f"{cut} of them cut off at {tokenizer.context_length} tokens"
+    return f"{len(records)} images, {len(texts)} captions{of}, {cut_off}{duplicates}"

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from miniclip.utils.parallel import read_ahead
 
 logger = logging.getLogger(__name__)
 NO_FILE = "no such file"
+Raw = list[tuple]  # (name in messages, record that is not checked yet, or InputError)
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,9 @@ class ReadOptions:
     def from_args(cls, args, **more) -> "ReadOptions":
         """Returns the options of the same names that parsed arguments have and that are not None, and `more`. Their
         `columns` are the image's and the caption's."""
-        image_column, caption_column = vars(args).get("columns") or (None, None)
-        given = {field.name: vars(args).get(field.name) for field in fields(cls)}
-        given |= {"image_column": image_column, "caption_column": caption_column}
-        return cls(**{name: value for name, value in given.items() if value is not None} | more)
+        given = {field.name: vars(args).get(field.name) for field in fields(cls)} | more
+        given["image_column"], given["caption_column"] = vars(args).get("columns") or (None, None)
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def report(self, source, what: str, problems: list[tuple[str, str]], left: int, prefix: str = "", *none_left):
         """Raises an error for bad samples or skips them: `raise_or_skip`."""
@@ -53,17 +54,15 @@ def read_captions(path: str | Path, image_root: str | Path | None = None, **opti
     file's own folder, with either separator; a caption may be one string. `options` are other fields of ReadOptions.
     Raises CaptionFileError with the number, the image and the fault of all bad records together.
     """
-    options, path = ReadOptions(image_root, **options), Path(path)
-    root = ImageRoot(image_root or path.parent, options.allow_outside_image_root)
-    return check_records(path, read_list(path), root, options)
+    return check_records(Path(path), read_list(Path(path)), ReadOptions(image_root, **options))
 
 
-def read_list(path: Path) -> list:
-    """Reads the records of a JSON file, unchecked. Raises CaptionFileError."""
+def read_list(path: Path) -> Raw:
+    """Reads the records of a JSON file. Raises CaptionFileError."""
     raw = parse_json(read_text(path), path)
     if not isinstance(raw, list) or not raw:
         raise CaptionFileError(f"{path}: expected a list of records, found {short(raw)}")
-    return raw
+    return [(f"record {number}", record) for number, record in enumerate(raw)]
 
 
 def read_text(path: Path) -> str:
@@ -93,36 +92,32 @@ def parse_json(text: str, name=None):
     raise CaptionFileError(f"{name}: invalid JSON: {error}" if name else f"invalid JSON: {error}")
 
 
-def _object(pairs: list[tuple]):
+def _object(pairs: list[tuple]) -> dict | InputError:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    names = [name for name, _ in pairs]
-    return InputError(f"{short(next(name for name in names if names.count(name) > 1))} occurs twice: remove one")
+    twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+    return InputError(f"{short(twice)} occurs twice: remove one")
 
 
-def check_records(
-    path, raw: list, root: "ImageRoot", options: ReadOptions = ReadOptions(), names: list[str] | None = None
-) -> list[dict]:  # fmt: skip
-    """Checks raw records of any text form. An InputError in the place of a record is reported like any other fault;
-    `names` are the records' names in messages (record 0, record 1, ... by default)."""
-    path, names = Path(path), names or [f"record {index}" for index in range(len(raw))]
-    records, problems = {}, {}
-    for index, record in enumerate(raw):
+def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
+    """Checks the records of any text form. An InputError in the place of a record is reported like any other fault."""
+    root = ImageRoot(path if path.is_dir() else options.image_root or path.parent, options.allow_outside_image_root)
+    records, faults = {}, {}
+    for index, (_, record) in enumerate(raw):
         try:
             records[index] = _check_record(record, root)
         except ValueError as error:
-            problems[index] = str(error)
+            faults[index] = str(error)
     if options.check_images:
-        found = image_faults([record["image"] for record in records.values()], path.name)
-        problems |= {index: fault for index, fault in zip(records, found) if fault}
-    if sum(NO_FILE in problem for problem in problems.values()) == len(raw) > 1:
+        found = image_faults(list(records.values()), path.name)
+        faults |= {index: fault for index, fault in zip(records, found) if fault}
+    if sum(NO_FILE in fault for fault in faults.values()) == len(raw) > 1:
         hint = f"none of its {len(raw)} records has an image in {root.folder}: is --image_root right?"
-        raise CaptionFileError(f"{path}: {hint} The first:\n  {names[0]}: {problems[0]}")
-    good = [record for index, record in records.items() if index not in problems]
-    listed = [(names[index], problems[index]) for index in sorted(problems)]
-    what = f"{len(problems)} of {len(raw)} records cannot be used"
-    options.report(path, what, listed, len(good), f"{path}: ")
+        raise CaptionFileError(f"{path}: {hint} The first:\n  {raw[0][0]}: {faults[0]}")
+    good = [record for index, record in records.items() if index not in faults]
+    problems = [(raw[index][0], faults[index]) for index in sorted(faults)]
+    options.report(path, f"{len(faults)} of {len(raw)} records cannot be used", problems, len(good), f"{path}: ")
     return good
 
 
@@ -134,6 +129,7 @@ class ImageRoot:
         self.folder, self.allow_outside = os.path.abspath(folder), allow_outside
         self.real = os.path.realpath(self.folder)
         self.inside = {}  # folder -> whether it lies in this one: each is resolved once, not for a million images
+        self.leads_out = f"leads out of the image folder {self.folder} (--allow_outside_image_root allows it)"
 
     def file(self, image: str) -> str:
         """Returns the absolute path of an image. Raises InputError if it leads out, is missing or is not a file."""
@@ -143,7 +139,7 @@ class ImageRoot:
             image = image.replace("\\", "/")
         file = os.path.abspath(os.path.join(self.folder, image))
         if not self.allow_outside and not is_within(file, self.folder):
-            raise InputError(self._leads_out(image))
+            raise InputError(f"{image}: {self.leads_out}")
         try:
             file.encode()
             mode = os.lstat(file).st_mode
@@ -158,8 +154,12 @@ class ImageRoot:
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
             raise InputError(f"{image!r}: {kind}, not an image file")
-        if not self.allow_outside and not (self._inside(os.path.dirname(file)) and (not link or self._inside(file))):
-            raise InputError(self._leads_out(image, "a link "))
+        paths = [os.path.dirname(file), file] if link else [os.path.dirname(file)]
+        for path in [] if self.allow_outside else paths:
+            if path not in self.inside:
+                self.inside[path] = is_within(os.path.realpath(path), self.real)
+            if not self.inside[path]:
+                raise InputError(f"{image}: a link {self.leads_out}")
         return file
 
     def walk(self, fault: Callable[[str, str], None]) -> Iterator[tuple[str, list[str]]]:
@@ -183,14 +183,6 @@ class ImageRoot:
             folders[:] = sorted(links, key=lambda name: (links[name], name))  # by its own name rather than by a link's
             yield here, sorted(name for name in files if not name.startswith("."))
 
-    def _inside(self, path: str) -> bool:
-        if path not in self.inside:
-            self.inside[path] = is_within(os.path.realpath(path), self.real)
-        return self.inside[path]
-
-    def _leads_out(self, image: str, what: str = "") -> str:
-        return f"{image}: {what}leads out of the image folder {self.folder} (--allow_outside_image_root allows it)"
-
 
 def is_within(path: str, folder: str) -> bool:
     """Returns whether an absolute path is a folder or lies in it."""
@@ -198,15 +190,14 @@ def is_within(path: str, folder: str) -> bool:
 
 
 def _check_record(record, root: ImageRoot) -> dict:
-    """Returns a record in the form that the package relies on. Raises InputError."""
     if isinstance(record, InputError):
         raise record
     if not isinstance(record, dict) or not {"image", "caption"} <= record.keys():
         raise InputError(f"expected an object with image and caption, found {short(record)}")
-    image, captions = record["image"], record["caption"]
+    image = record["image"]
     if not isinstance(image, str) or not image:
         raise InputError(f"image is not a path: {short(image)}")
-    return {"image": root.file(image), "caption": check_captions(captions, image)}
+    return {"image": root.file(image), "caption": check_captions(record["caption"], image)}
 
 
 def check_captions(captions, image) -> list[str]:
@@ -224,18 +215,25 @@ def check_captions(captions, image) -> list[str]:
     return captions
 
 
-def image_fault(path: str | Path | ImageFile) -> str | None:
+def image_fault(image: str | Path | ImageFile) -> str | None:
     """Returns what is wrong with an image, or None."""
     try:
-        open_image(path, scale=32)  # reads every byte all the same; `verify` would pass half a JPEG
+        open_image(image, scale=32)  # reads every byte all the same; `verify` would pass half a JPEG
     except ImageError as error:
         return str(error)
 
 
-def image_faults(images: Sequence, name: str, fault: Callable = image_fault) -> list[str | None]:
-    """Returns `fault` of each image, computed by threads, with a progress bar for a thousand or more."""
-    work, bar = read_ahead(fault, images, None, 1000), f"checking the images of {name}"
-    return list(tqdm(work, bar, len(images), disable=len(images) < 1000))
+def image_faults(records: Sequence[dict], name: str) -> list[str | None]:
+    """Returns `image_fault` of each record, computed by threads, with a progress bar for a thousand or more."""
+
+    def fault(index: int) -> str | None:
+        try:
+            return image_fault(records[index]["image"])
+        except ImageError as error:  # its caption can no longer be read
+            return str(error)
+
+    n = len(records)
+    return list(tqdm(read_ahead(fault, range(n), None, 1000), f"checking the images of {name}", n, disable=n < 1000))
 
 
 def one_per_image(records: Sequence[dict], name) -> Sequence[dict]:

@@ -33,7 +33,7 @@ VERSION = 2  # of the index: raise it when old ones must be rebuilt
 ROW = np.dtype([("shard", "<i4"), ("header", "<i8"), ("offset", "<i8"), ("size", "<i8"),
                 ("text_offset", "<i8"), ("text_size", "<i8"), ("json", "?")])  # fmt: skip
 COMPRESSED = "a compressed shard has no random access: decompress it (gunzip)"
-UNREADABLE = "HEIC cannot be read: convert it to JPEG or PNG"
+NO_HEIC = "HEIC cannot be read: convert it to JPEG or PNG"
 
 
 def expand(pattern: str) -> list[str]:
@@ -223,7 +223,7 @@ def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.nd
         if image is None or kind is None:
             reason = f"no {'image' if image is None else 'caption'} in a known format among .{', .'.join(members)}"
             heic = image is None and not members.keys().isdisjoint(HEIC)
-            problems.append((f"{path}: {key}", f"{reason}; {UNREADABLE}" if heic else reason))
+            problems.append((f"{path}: {key}", f"{reason}; {NO_HEIC}" if heic else reason))
             continue
         text = members[kind]
         try:

@@ -5,18 +5,11 @@ import io
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-from miniclip.datasets.records import ImageRoot, ReadOptions, check_captions, parse_json, read_list, read_text
-from miniclip.datasets.shards import (
-    CAPTION_KEYS,
-    CAPTIONS,
-    IMAGES,
-    UNREADABLE,
-    caption_kind,
-    captions_in,
-    parse_caption,
-)
+from miniclip.datasets.records import ImageRoot, Raw, ReadOptions, check_captions, parse_json, read_list, read_text
+from miniclip.datasets.shards import CAPTION_KEYS, CAPTIONS, IMAGES, NO_HEIC, caption_kind, captions_in, parse_caption
 from miniclip.utils.bad_samples import CaptionFileError, short
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import HEIC
@@ -26,7 +19,6 @@ logger = logging.getLogger(__name__)
 IMAGE_KEYS = ("image", "filepath", "image_path", "img", "img_path", "file_name", "filename", "path", "file",
               "image_file", "jpg", "jpeg", "png", "webp")  # fmt: skip
 TEXT_KEYS = (*CAPTION_KEYS, "txt", "sentences_raw", "alt_text", "alt")
-Raw = tuple[list, list[str] | None]  # raw records and their names, for `check_records`
 
 
 class ColumnError(CaptionFileError):
@@ -36,15 +28,15 @@ class ColumnError(CaptionFileError):
 def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list[str]:
     """Returns the columns of the image and of the caption among those that are there: as named, or else the first with
     a known name. Raises InputError, `where` in front."""
-    there, columns = list(there), []
+    columns = []
     wanted = ("image", options.image_column, IMAGE_KEYS), ("caption", options.caption_column, TEXT_KEYS)
     for what, name, known in wanted:
         there = [column for column in there if column not in columns]
-        folded = {str(column).strip().lower(): column for column in reversed(there)}
         listed = ", ".join(map(repr, there))
-        found = [folded[key] for key in known if key in folded] if name is None else [name]
         if name is not None and name not in there:
             raise ColumnError(f"{where}: there is no column {name!r}, only {listed}")
+        folded = {str(column).strip().lower(): column for column in reversed(there)}
+        found = [folded[key] for key in known if key in folded] if name is None else [name]
         if not found:
             raise InputError(f"{where}: which column has the {what}? Name both with --columns. There are {listed}")
         if len(found) > 1:
@@ -59,8 +51,7 @@ def _renamed(path: Path, rows: Iterable[tuple], options: ReadOptions) -> Iterato
     for name, record in rows:
         if isinstance(record, dict):
             columns = columns or find_columns(record, options, f"{path}, {name}")
-            missing = [column for column in columns if column not in record]
-            if missing:
+            if missing := [column for column in columns if column not in record]:
                 record = InputError(f"there is no {missing[0]!r} in it: {short(record)}")
             else:
                 record = {"image": record[columns[0]], "caption": captions_in(record[columns[1]])}
@@ -71,23 +62,19 @@ def _renamed(path: Path, rows: Iterable[tuple], options: ReadOptions) -> Iterato
 
 def _grouped(path: Path, rows: Iterable[tuple]) -> Raw:
     """Groups (name, record or InputError): lines with the same image become one record."""
-    records, names = {}, []
+    groups = {}
     for name, record in rows:
         try:
             if isinstance(record, InputError):
                 raise record
             image, captions = record["image"], check_captions(record["caption"], record["image"])
             key = image if isinstance(image, str) else (name,)
-            if key in records:
-                records[key]["caption"] += captions
-                continue
-            records[key] = {"image": image, "caption": captions}
+            groups.setdefault(key, (name, {"image": image, "caption": []}))[1]["caption"] += captions
         except InputError as error:
-            records[(name,)] = error
-        names.append(name)
-    if not records:
+            groups[(name,)] = name, error
+    if not groups:
         raise CaptionFileError(f"{path}: there is no record in it")
-    return list(records.values()), names
+    return list(groups.values())
 
 
 def _read_jsonl(path: Path, options: ReadOptions) -> Raw:
@@ -104,20 +91,18 @@ def _read_jsonl(path: Path, options: ReadOptions) -> Raw:
 
 def _read_json(path: Path, options: ReadOptions) -> Raw:
     raw = read_list(path)
-    if options.image_column or options.caption_column:
-        raw = [record for _, record in _renamed(path, ((f"record {n}", r) for n, r in enumerate(raw)), options)]
-    return raw, None
+    return list(_renamed(path, raw, options)) if options.image_column or options.caption_column else raw
 
 
 def _read_table_text(path: Path, options: ReadOptions) -> Raw:
-    text = read_text(path)
-    text = text if "\n" in text else text.replace("\r", "\n")  # an old Mac's
-    header = text.partition("\n")[0].rstrip("\r")
+    header, *lines = io.StringIO(read_text(path), newline="").readlines() or [""]
     csv.field_size_limit(1 << 24)
     faults = []
     for delimiter in sorted("\t,;", key=header.count, reverse=True):
+        # Strictly: otherwise a lone quote at the start of a cell would swallow all up to the next one.
+        cells = partial(csv.reader, delimiter=delimiter, strict=True)
         try:  # OpenCLIP's .csv files have tabs: the separator is the one that gives both columns
-            head = next(csv.reader([header], delimiter=delimiter, strict=True), [])
+            head = next(cells([header.strip("\r\n")]))
             places = [head.index(column) for column in find_columns(head, options, str(path))]
             break
         except (InputError, csv.Error) as error:
@@ -125,76 +110,69 @@ def _read_table_text(path: Path, options: ReadOptions) -> Raw:
     else:
         raise CaptionFileError(f"{faults[0]} (the first line names the columns, separated by tab, comma or semicolon)")
 
-    def rows():
-        # Strictly: otherwise a lone quote at the start of a cell would swallow all up to the next one.
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        next(reader)
-        line = reader.line_num + 1
-        try:
-            for row in reader:
-                if row:  # not an empty line
-                    yield f"line {line}", checked(row)
-                line = reader.line_num + 1
-        except csv.Error:  # from the faulty row on, each line is parsed by itself
-            for number, row in enumerate(io.StringIO(text, newline=""), 1):
-                if number >= line and row.strip():
-                    try:
-                        record = checked(next(csv.reader([row], delimiter=delimiter, strict=True)))
-                    except csv.Error as error:
-                        fault = f'an unmatched quote ({error}): write "..." around the cell, "" for each quote within'
-                        record = InputError(f"{fault}: {row.strip()[:60]}")
-                    yield f"line {number}", record
-
-    def checked(row: list[str]) -> dict | InputError:
+    def record(row: list[str]) -> dict | InputError:
         if len(row) == len(head):
             return {"image": row[places[0]], "caption": [row[places[1]]]}
         fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} within a cell needs quotes)"
         return InputError(f"{fault}: {delimiter.join(row)[:60]}")
 
+    def rows():
+        reader, done = cells(lines), 0
+        try:
+            for row in reader:
+                if row:  # not an empty line
+                    yield f"line {done + 2}", record(row)
+                done = reader.line_num
+        except csv.Error:  # from the faulty row on, each line is parsed by itself
+            for number, line in enumerate(lines[done:], done + 2):
+                try:
+                    for row in cells([line] if line.strip() else []):
+                        yield f"line {number}", record(row)
+                except csv.Error as error:
+                    fault = f'an unmatched quote ({error}): write "..." around the cell, "" for each quote within'
+                    yield f"line {number}", InputError(f"{fault}: {line.strip()[:60]}")
+
     return _grouped(path, rows())
 
 
-def read_folder(root: ImageRoot, caption_key: str | None) -> Raw:
+def read_folder(path: Path, options: ReadOptions) -> Raw:
     """Reads images with a caption file beside each, in folders at any depth, in order of their names."""
-    raw, names, beside = [], [], {}  # beside: path without its extension -> {extension: path}
+    root = ImageRoot(path, options.allow_outside_image_root)
+    raw, beside = [], {}  # beside: path without its extension -> {extension: path}
 
     def fault(name: str, reason: str):
-        names.append(name)
-        raw.append(InputError(reason))
+        raw.append((name, InputError(reason)))
 
     for here, files in root.walk(fault):
         for name in files:
-            stem, extension = os.path.splitext(name)
+            stem, extension = os.path.splitext(os.path.normpath(os.path.join(here, name)))
             kind = extension.lower()[1:]
             if kind in (*IMAGES, *CAPTIONS, *HEIC):
-                place = os.path.normpath(os.path.join(here, stem))
-                kinds = beside.setdefault(place, {})
-                if kind in kinds:
-                    fault(place + extension, f"it differs from {kinds[kind]} only in letter case: rename one")
-                kinds.setdefault(kind, place + extension)
+                kinds = beside.setdefault(stem, {})
+                if kinds.setdefault(kind, stem + extension) != stem + extension:
+                    fault(stem + extension, f"it differs from {kinds[kind]} only in letter case: rename one")
     for _, files in sorted(beside.items()):
-        text = caption_kind(files, caption_key)
+        text = caption_kind(files, options.caption_column)
         images = [files[kind] for kind in IMAGES if kind in files]
-        if not images:
-            heic = next((files[kind] for kind in HEIC if kind in files), None)
-            if heic and text:
-                fault(heic, UNREADABLE)
-            elif not heic:
-                fault(next(iter(files.values())), "there is no image beside it")
+        heic = [files[kind] for kind in HEIC if kind in files]
+        if heic and text and not images:
+            fault(heic[0], NO_HEIC)
+        elif not images and not heic:
+            fault(next(iter(files.values())), "there is no image beside it")
         for image in images:
             try:
                 if text is None:
                     raise InputError("there is no caption file (.txt, .caption or .json) beside it")
                 data = Path(root.file(files[text])).read_bytes()
-                raw.append({"image": image, "caption": parse_caption(data, text == "json", files[text], caption_key)})
-                names.append(image)
+                captions = parse_caption(data, text == "json", files[text], options.caption_column)
+                raw.append((image, {"image": image, "caption": captions}))
             except (InputError, OSError) as error:
                 fault(image, str(error))
-    if not any(isinstance(record, dict) for record in raw):
-        listed = "".join(f"\n  {name}: {error}" for name, error in zip(names[:10], raw))
+    if all(isinstance(record, InputError) for _, record in raw):
+        listed = "".join(f"\n  {name}: {error}" for name, error in raw[:10])
         what = "no image in it has a caption file beside it, and it has no tar shards or tables"
         raise CaptionFileError(f"{root.folder}: {what}{listed}")
-    return raw, names
+    return raw
 
 
 READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl,
