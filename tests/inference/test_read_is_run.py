@@ -320,7 +320,7 @@ def test_an_edit_of_model_py_has_its_effect_everywhere(tiny_model, caption_set):
             model_py.write_text(model_py.read_text().replace(old, new))
         data = ["captions.json", "--output_dir", "run", "--use_cpu", "--bf16", "false", "--max_steps", "2"]
         data += ["--logging_steps", "1", "--per_device_train_batch_size", "12", "--disable_tqdm", "true"]
-        argvs = [["train.py", "--model_config", "start", "--save_strategy", "no", "--train_file", *data],
+        argvs = [["train.py", "--model", "start", "--save_strategy", "no", "--train_file", *data],
                  ["evaluate.py", "--model", "start", "--eval_file", "captions.json"]]  # fmt: skip
         runs[edit] = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, json.dumps(argvs)], cwd=folder, text=True,
