@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import miniclip
 from miniclip.config import SECTIONS, MiniClipConfig, VisionConfig
+from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.model import TOWERS, MiniClip, Tower
 from miniclip.towers.registry import register_tower
-from miniclip.trainer import ClipTrainingArguments
+from miniclip.trainer import ClipTrainer, ClipTrainingArguments
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
@@ -83,8 +84,8 @@ def test_it_trains_is_saved_loaded_and_measured(config, caption_set, tmp_path):
     )  # fmt: skip
     before = {name: t.clone() for name, t in model.state_dict().items()}
     data = miniclip.CaptionDataset(records, preprocess)
-    evaluator = miniclip.RetrievalEvaluator(records, preprocess, tokenizer)
-    trainer = miniclip.ClipTrainer(model, args, data, tokenizer=tokenizer, evaluator=evaluator)
+    evaluator = RetrievalEvaluator(records, preprocess, tokenizer)
+    trainer = ClipTrainer(model, args, data, tokenizer=tokenizer, evaluator=evaluator)
     trainer.train()
     assert all(not torch.equal(t, before[name]) for name, t in model.state_dict().items() if name.startswith("visual."))
     measured = trainer.evaluate()
