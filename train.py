@@ -42,7 +42,7 @@ def main(argv: list[str]):
         )  # fmt: skip
         trainer = RunTrainer(
             model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, loss=loss, evaluator=evaluator,
-            callbacks=callbacks, metadata=run.metadata(model, train, held_out, arithmetic(args.device)), **extras,
+            callbacks=callbacks, run_metadata=run.metadata(model, train, held_out, arithmetic(args.device)), **extras,
         )  # fmt: skip
 
         # Train, save, measure

@@ -19,11 +19,8 @@ def best_loss(batch: int, scale: float) -> float:
 
 
 def stays_at_chance(history: list[dict], batch: int, warmup: int = 0, entries: int = 10, steps: int = 40) -> str | None:
-    """Warns if the loss is no better than guessing, ln(batch); `batch` counts the pairs of all processes.
-
-    That is: the last `entries` losses, logged after the warm-up and over at least `steps` steps, all came less than 2%
-    of the way down from ln(batch) to `best_loss`.
-    """
+    """Warns if the last `entries` losses, logged after the warm-up and over at least `steps` steps, all came less than
+    2% of the way from guessing, ln(batch), down to `best_loss`; `batch` counts the pairs of all processes."""
     last = [entry for entry in history if "loss" in entry][-entries:]
     last = [entry for entry in last if entry["step"] > warmup]
     if batch < 2 or len(last) < entries or last[-1]["step"] - last[0]["step"] < steps:
@@ -35,11 +32,10 @@ def stays_at_chance(history: list[dict], batch: int, warmup: int = 0, entries: i
     where = "at" if last[-1]["loss"] < 1.02 * chance else "above"
     return (
         f"the loss stays {where} chance level, ln({batch}) = {chance:.3f}: {last[0]['loss']:.3f} at step"
-        f" {last[0]['step']}, {last[-1]['loss']:.3f} at step {last[-1]['step']}. The model learns nothing. First try to"
-        " memorise 128 pairs (a caption file with only those). If that fails too, check that the captions belong to"
-        " their images. If it works, change --learning_rate by a factor of 10 (too low leaves the loss where it is, too"
-        " high drives it to chance level; good values are 1e-3 from scratch, 1e-5 to fine-tune) and raise"
-        " --warmup_steps"
+        f" {last[0]['step']}, {last[-1]['loss']:.3f} at step {last[-1]['step']}. The model learns nothing. Train on 128"
+        " pairs only: if it cannot memorise those, check that the captions belong to their images. If it can, change"
+        " --learning_rate by a factor of 10 (too high drives the loss to chance level; good values are 1e-3 from"
+        " scratch, 1e-5 to fine-tune) and raise --warmup_steps"
     )
 
 
@@ -54,10 +50,9 @@ def scale_at_limit(history: list[dict], entries: int = 5) -> str | None:
             " That is fine while recall rises; if it does not, lower --learning_rate"
         )
     return (
-        f"the logit scale has reached its maximum of 100 (temperature 0.01), from {scales[0]:.3g}: the model separates"
-        " the pairs of a batch, and the loss falls only by higher confidence. That is normal with millions of pairs;"
-        " with few it is memorisation. Try a larger batch (harder negatives), fewer epochs, more augmentation"
-        " (--crop_scale 0.5, --hflip 0.5) or a constant scale (--fixed_logit_scale)"
+        f"the logit scale has reached its maximum of 100 (temperature 0.01), from {scales[0]:.3g}: with millions of"
+        " pairs that is normal, with few it is memorisation. Try a larger batch (harder negatives), fewer epochs, more"
+        " augmentation (--crop_scale 0.5, --hflip 0.5) or a constant scale (--fixed_logit_scale)"
     )
 
 
@@ -70,8 +65,8 @@ def scale_collapses(history: list[dict], entries: int = 5) -> str | None:
         return None
     return (
         f"the logit scale has dropped to {last[-1]:.3g} (temperature {1 / last[-1]:.2g}) from {scales[0]:.3g} and does"
-        " not recover: the model is less confident because its embeddings got worse, usually by too high a learning"
-        " rate. Lower --learning_rate, raise --warmup_steps, and check that the captions belong to their images"
+        " not recover: the embeddings got worse, usually by too high a learning rate. Lower --learning_rate, raise"
+        " --warmup_steps, and check that the captions belong to their images"
     )
 
 
@@ -97,7 +92,6 @@ def recall_falls(history: list[dict], evaluations: int = 2) -> str | None:
     return (
         f"mean recall was best at step {ends[best]}, {ago} evaluations ago, {recalls[best][1]:.1%}, and is"
         f" {recalls[-1][1]:.1%} now, while the loss fell from {before:.3f} to {now:.3f}: the model overfits. Take the"
-        " best checkpoint (--load_best_model_at_end with the same --eval_strategy and --save_strategy) or train for"
-        " fewer epochs. A lower --learning_rate, a higher --weight_decay, more augmentation (--crop_scale 0.5, --hflip"
-        " 0.5) and more pairs also help"
+        " best checkpoint (--load_best_model_at_end with the same --eval_strategy and --save_strategy), train for fewer"
+        " epochs, lower --learning_rate, raise --weight_decay, augment (--crop_scale 0.5, --hflip 0.5) or add pairs"
     )

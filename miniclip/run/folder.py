@@ -6,18 +6,18 @@ from pathlib import Path
 
 from miniclip.run.checkpoints import checkpoints, clean, start_anew
 from miniclip.run.metadata import RECORD, training_metadata
-from miniclip.run.progress import check_reporters, watch
+from miniclip.run.progress import Progress, check_reporters
 from miniclip.utils.bad_samples import NAME, BadSamples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import lock, write_json
 
 
-class Run:
+class Run(ExitStack):
     """A run's output folder, held for this process inside the `with` block.
 
         with Run(argv, options, args) as run:
             ...                                  # `run.bad_samples` collects what is skipped
-            trainer = RunTrainer(..., metadata=run.metadata(...))
+            trainer = RunTrainer(..., run_metadata=run.metadata(...))
             trainer.train(run.start(trainer))    # clears or resumes, and begins to log
             run.finish(trainer)
 
@@ -25,12 +25,13 @@ class Run:
     """
 
     def __init__(self, argv: list[str], options, args):
+        super().__init__()
         logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
         check_reporters(args)
         self.argv, self.options, self.args, self.folder = argv, options, args, Path(args.output_dir)
         given = args.resume_from_checkpoint
         self.resume = options.resume or given in ("latest", "True", "true") or given
-        self.bad_samples, self.stack = BadSamples(), ExitStack()
+        self.bad_samples = BadSamples()
         earlier = [*checkpoints(self.folder), *self.folder.glob("model.safetensors")]
         if earlier and not self.resume and not options.overwrite_output_dir:
             raise InputError(
@@ -38,19 +39,13 @@ class Run:
                 " or name another --output_dir"
             )
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *error):
-        return self.stack.__exit__(*error)
-
     def hold(self):
         """Locks the folder, once all that was named is known to be there, until the end of the `with` block."""
         if self.args.process_index == 0:
-            self.stack.enter_context(lock(self.folder))
+            self.enter_context(lock(self.folder))
 
     def metadata(self, model, records, eval_records, arithmetic: str) -> dict:
-        """What is run, kept in the folder and its checkpoints and compared when the run is resumed."""
+        """The run metadata, kept in the folder and its checkpoints and compared when the run is resumed."""
         arithmetic = arithmetic if self.args.fast else "plain"
         return training_metadata(self.argv, self.options, self.args, model, records, eval_records, arithmetic)
 
@@ -62,11 +57,11 @@ class Run:
             clean(self.folder)
             if not self.resume:  # all is well so far: now the earlier run may go
                 start_anew(self.folder)
-            write_json(self.folder / RECORD, trainer.metadata)
+            write_json(self.folder / RECORD, trainer.run_metadata)
         self.bad_samples.open(self.folder / NAME, first, go_on=bool(self.resume))
         trainer.accelerator.wait_for_everyone()  # no other process may look for checkpoints before
         # Ended by `finish`, or by the error that ends the run: it draws curves.png in either case.
-        self.progress = self.stack.enter_context(watch(trainer, contrasts=self.options.loss == "clip"))
+        self.progress = self.enter_context(Progress(trainer, contrasts=self.options.loss == "clip"))
         return self.resume
 
     def finish(self, trainer):
@@ -76,5 +71,5 @@ class Run:
         if trainer.is_world_process_zero() and len(self.bad_samples):
             print(f"bad samples were skipped {len(self.bad_samples)} times: {self.bad_samples.path}")
         trainer.accelerator.wait_for_everyone()
-        self.stack.close()
+        self.close()
         trainer.accelerator.end_training()  # threads of an open process group can abort the process at its exit

@@ -41,7 +41,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class NotFinite(InputError, FloatingPointError):
-    """A loss or gradient is NaN or infinite. The message names the file that lists the pairs of the batch."""
+    """A loss or gradient is NaN or infinite."""
 
 
 class Guard(TrainerCallback):
@@ -51,8 +51,6 @@ class Guard(TrainerCallback):
         self.trainer, self.signal, self.signalled_at = trainer, 0, 0.0  # what signal this process received, and when
         self.agreed, self.due = 0, False  # the signal that all processes agreed on, and whether to save for it
         self.batches = []  # of this step: (loss, rows for RunDataset.label, token ids or None)
-
-    # Signals
 
     @contextmanager
     def handle_signals(self):
@@ -72,12 +70,12 @@ class Guard(TrainerCallback):
     def end_workers(self):
         """Ends the data workers, which `spare_workers` made outlive SIGTERM: the process would wait for them."""
         pids = set(self.trainer.train_dataset.reading[:, 0].tolist())
-        ours = [worker for worker in multiprocessing.active_children() if worker.pid in pids]
-        quiet = ours and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+        quiet = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if quiet else None  # torch's would raise an error
-        for worker in ours:
-            worker.kill()
-            worker.join()
+        for worker in multiprocessing.active_children():
+            if worker.pid in pids:
+                worker.kill()
+                worker.join()
         if before is not None:
             signal.signal(signal.SIGCHLD, before)
 
@@ -115,8 +113,6 @@ class Guard(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             raise Interrupted(f"stopped after step {state.global_step}; --resume continues from {folder}", self.agreed)
 
-    # NaN and infinity
-
     def check(self, grad_norm):
         """Raises NotFinite if a loss or the gradients of this step are NaN or infinite, before the optimizer applies
         them. In fp16 a gradient may overflow: Trainer skips that step and lowers the loss scale."""
@@ -125,24 +121,22 @@ class Guard(TrainerCallback):
         norm, *losses = torch.stack([n.to(self.trainer.args.device, torch.float32) for n in numbers]).tolist()
         if all(map(math.isfinite, losses)) and (math.isfinite(norm) or self.trainer.args.fp16):
             return
-        args, model = self.trainer.args, self.trainer.model
+        args, named = self.trainer.args, list(self.trainer.model.named_parameters())
         step, rank = self.trainer.state.global_step + 1, f"-process{args.process_index}" if args.world_size > 1 else ""
         path = Path(args.output_dir) / f"nonfinite-step{step}{rank}.json"
-        rate, named = self.trainer._get_learning_rate(), list(model.named_parameters())
+        rate, loss = self.trainer._get_learning_rate(), sum(losses) / max(1, len(losses))
         report = {
             "step": step, "loss": losses, "grad_norm": norm, "learning_rate": rate,
-            "logit_scale": math.exp(model.logit_scale.detach().float().sum()),
+            "logit_scale": math.exp(self.trainer.model.logit_scale.detach().float().sum()),
             "weights_not_finite": [name for name, p in named if not p.isfinite().all()],
             "gradients_not_finite": [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()],
             "records": self.records(),
         }  # fmt: skip
         write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        loss = sum(losses) / max(1, len(losses))
-        self.trainer.extend_log({"loss": loss, "grad_norm": norm, "learning_rate": rate})  # Trainer will not log it
+        self.trainer.log({"loss": loss, "grad_norm": norm, "learning_rate": rate})
         raise NotFinite(
-            f"the loss is {loss} and the gradient norm {norm} at step {step}: the run stopped before the weights were"
-            f" updated. The pairs of the batch are listed in {path}. Lower --learning_rate (now {rate:.3g}) or raise"
-            " --warmup_steps; --resume continues from the last checkpoint"
+            f"the loss is {loss} and the gradient norm {norm} at step {step}, whose batch is listed in {path}; the"
+            f" weights were not updated. Lower --learning_rate (now {rate:.3g}) or raise --warmup_steps, and --resume"
         )
 
     def records(self) -> list[dict]:
@@ -155,8 +149,6 @@ class Guard(TrainerCallback):
                     found[-1].setdefault("caption", tokenizer.decode(input_ids[i].tolist()))
         return found
 
-    # Errors
-
     def explain(self, error: BaseException) -> InputError | None:
         """What an exception in training means, if it is about a data worker or memory."""
         message = str(error)
@@ -165,20 +157,19 @@ class Guard(TrainerCallback):
             reading = [row for pid, *row in dataset.reading.tolist() if pid in dead]
             names = "; ".join(str(dataset.label(row)) for row in reading) or "nothing yet"
             return InputError(
-                f"a data worker died ({first_line(error).strip(' .')}): the system killed it, perhaps because memory"
-                f" ran out, or a file crashed it. The last sample that it read: {names}. Check that sample or lower"
-                " --dataloader_num_workers; --resume continues the run"
+                f"a data worker died ({first_line(error).strip(' .')}), perhaps out of memory or because of the last"
+                f" sample that it read: {names}. Check that sample or lower --dataloader_num_workers, and --resume"
             )
         if out_of_memory(error):
             return InputError(
                 f"out of memory outside the forward and backward pass ({first_line(error)}): weights, gradients and"
-                " optimizer state need more memory than there is, whatever the batch size. Use a smaller model"
+                " optimizer state do not fit, whatever the batch size. Use a smaller model"
             )
 
 
 def spare_workers(loader):
-    """Returns the data loader, whose workers now ignore Ctrl-C and outlive a SIGTERM by GRACE seconds: the run needs
-    them to finish its step when a signal goes to all processes."""
+    """Makes the workers of a data loader ignore Ctrl-C and outlive a SIGTERM by GRACE seconds: the run needs them to
+    finish its step when a signal goes to all processes. Returns the loader."""
     inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps the one that starts the workers
     inner.worker_init_fn = partial(_spare_worker, inner.worker_init_fn)
     return loader
@@ -195,21 +186,18 @@ def _spare_worker(init, worker_id: int):
 class GuardedTrainer(Trainer):
     """A Trainer whose runs end and resume as described at the top of this file.
 
-    `metadata` is the run metadata (`metadata.py`), saved in checkpoints and compared when a run resumes.
+    `run_metadata` (`metadata.py`) is saved in checkpoints and compared when a run resumes.
     """
 
-    def __init__(self, *args, metadata: dict | None = None, **kwargs):
+    def __init__(self, *args, run_metadata: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.metadata, self.guard, self.resumed_from = metadata, Guard(self), None
+        self.run_metadata, self.guard, self.resumed_from = run_metadata, Guard(self), None
         self.log_extras: list[Callable[[dict], None]] = []  # each adds to an entry of the log before it is written
         self.add_callback(self.guard)
 
-    def extend_log(self, logs: dict):
+    def log(self, logs: dict[str, float], *args, **kwargs):
         for extra in self.log_extras:
             extra(logs)
-
-    def log(self, logs: dict[str, float], *args, **kwargs):
-        self.extend_log(logs)
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
@@ -219,17 +207,16 @@ class GuardedTrainer(Trainer):
             folder = last_checkpoint(self.args.output_dir)
             if there and folder is None:
                 raise InputError(
-                    f"none of the {len(there)} checkpoints in {self.args.output_dir} can be resumed, for the reasons"
-                    f" above. Start a new run from the weights of one (--model {there[-1]} --output_dir ...) or from"
-                    " scratch (--overwrite_output_dir)"
+                    f"none of the {len(there)} checkpoints in {self.args.output_dir} is usable, for the reasons above:"
+                    f" start anew from the weights (--model {there[-1]} --output_dir ...) or --overwrite_output_dir"
                 )
             logger.warning("resuming from %s", folder or "the start: there is no checkpoint yet")
         elif folder:
             check_checkpoint(folder)
         if len(set(gather_object([folder]))) > 1:
             raise InputError(f"the processes see different checkpoints. Put {self.args.output_dir} on a shared disk")
-        if folder and self.metadata:
-            check_same_run(folder, self.metadata)
+        if folder and self.run_metadata:
+            check_same_run(folder, self.run_metadata)
         self.resumed_from = folder
         with self.guard.handle_signals():
             try:
@@ -289,10 +276,9 @@ class GuardedTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
 
     def _load_best_model(self):
-        best = self.state.best_model_checkpoint
         try:
-            check_manifest(best)
-            self._load_from_checkpoint(best)
+            check_manifest(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
         except DamagedFile as error:
             logger.warning("the best checkpoint is damaged, so the last weights are kept: %s", error)
 

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,24 +28,19 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "p
 def run_metadata(command: Sequence[str], device) -> dict:
     """Returns the metadata of any command: its command line, the time, the commit, versions and the machine."""
     torch = sys.modules.get("torch")  # evaluating stored embeddings does not import it
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), **dict.fromkeys(PACKAGES)}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else processor()
+    threads = torch.get_num_threads() if torch else CORES
     return {
         "command": shlex.join([Path(sys.executable).name, *command]),
         "folder": os.getcwd(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions,
-        "machine": {
-            "device": f"{device}: {name}",
-            "threads": torch.get_num_threads() if torch else CORES,
-            "system": platform.platform(),
-        },
+        "machine": {"device": f"{device}: {name}", "threads": threads, "system": platform.platform()},
     }
 
 
@@ -53,37 +49,32 @@ def commit() -> str | None:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # git would otherwise report a repository that merely contains this folder
         return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
+        return subprocess.check_output(command, cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def training_metadata(
-    argv: Sequence[str], options, args, model, records, eval_records=None, arithmetic: str = "plain"
-) -> dict:
+def training_metadata(argv: Sequence[str], options, args, model, records, eval_records, arithmetic: str) -> dict:
     """Returns the metadata of a training run. `options` is a TrainOptions, `args` the ClipTrainingArguments,
     `arithmetic` the way in which fp32 products are computed."""
-    plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (str, int, float, bool, list))}
     # Which samples of a stream have been read depends on the number of readers.
     readers = {"readers": args.world_size * max(1, args.dataloader_num_workers)} if options.streaming else {}
-    return (
-        run_metadata(["train.py", *argv], args.device)
-        | readers
-        | {
-            "model": json.loads(json.dumps(model.config.to_dict())),
-            "data": fingerprint(options.train_file, records),
-            "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,
-            "seed": args.seed,
-            "pairs_per_step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            "processes": args.world_size,
-            "arithmetic": arithmetic,
-            "options": dataclasses.asdict(options),
-            "arguments": plain,
-        }
-    )
+    plain = (str, int, float, bool, list)
+    return {
+        **run_metadata(["train.py", *argv], args.device),
+        **readers,
+        "model": json.loads(json.dumps(model.config.to_dict())),
+        "data": fingerprint(options.train_file, records),
+        "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,
+        "seed": args.seed,
+        "pairs_per_step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "processes": args.world_size,
+        "arithmetic": arithmetic,
+        "options": dataclasses.asdict(options),
+        "arguments": {name: value for name, value in args.to_dict().items() if isinstance(value, plain)},
+    }
 
 
 def evaluation_metadata(argv: Sequence[str], options, records, device) -> dict:
@@ -115,7 +106,7 @@ IGNORED = ("command", "folder", "started", "options.overwrite_output_dir", "opti
 def differences(before: dict, now: dict, path: str = "") -> dict[str, str]:
     """Returns the differences between the metadata of two runs: for each name, a line with both values."""
     found = {}
-    for key in [*before, *(key for key in now if key not in before)]:
+    for key in before | now:
         name, old, new = f"{path}{key}", before.get(key), now.get(key)
         if name.startswith(IGNORED) or old == new:
             continue

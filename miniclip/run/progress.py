@@ -18,30 +18,13 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from miniclip.reports.charts import draw_curves, is_finite
+from miniclip.reports.charts import draw_curves
 from miniclip.run.diagnose import recall_falls, scale_at_limit, scale_collapses, stays_at_chance
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 LOG, CURVES = "log.jsonl", "curves.png"
-
-
-def watch(trainer: Trainer, contrasts: bool = True) -> "Progress":
-    """Replaces the Trainer's own progress output. Use it around training:
-
-        with watch(trainer) as progress:
-            trainer.train()
-        progress.summary()
-
-    `contrasts`: whether the loss is InfoNCE, which is ln(batch) for a model that guesses.
-    """
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    progress = Progress(trainer, contrasts)
-    trainer.add_callback(progress)
-    trainer.log_extras.append(progress.before_log)
-    return progress
 
 
 def check_reporters(args: TrainingArguments):
@@ -52,7 +35,14 @@ def check_reporters(args: TrainingArguments):
 
 
 class Progress(TrainerCallback):
-    """Shows and logs a training run. Every process measures; the first one prints and writes.
+    """Shows and logs a training run, instead of the Trainer's own output:
+
+        with Progress(trainer) as progress:
+            trainer.train()
+            progress.summary()
+
+    Every process measures; the first one prints and writes. `contrasts`: whether the loss is InfoNCE, which is
+    ln(batch) for a model that guesses.
 
     `log.jsonl` has one object for each entry of the Trainer's log: step, epoch and what was logged (loss,
     learning_rate, grad_norm, logit_scale, samples_per_second of all processes, metrics), the run's `seconds` so far and
@@ -72,10 +62,13 @@ class Progress(TrainerCallback):
         self.steps = self.first_step = 0  # since the last entry; at the start
         self.drawn = False  # whether the curves show the whole log
 
-    # Around training
-
     def __enter__(self):
-        if self.has_bar():
+        self.trainer.remove_callback(ProgressCallback)
+        self.trainer.remove_callback(PrinterCallback)
+        self.trainer.add_callback(self)
+        self.trainer.log_extras.append(self.before_log)
+        self.has_bar = self.is_main and not self.args.disable_tqdm and sys.stderr.isatty()
+        if self.has_bar:
             loggers = [logging.getLogger(), logging.getLogger("transformers")]
             self.cleanup.enter_context(logging_redirect_tqdm(loggers))  # messages appear above the bar
         return self
@@ -83,9 +76,7 @@ class Progress(TrainerCallback):
     def __exit__(self, kind, error, traceback):
         self.cleanup.close()
         self.on_train_end()
-        if not self.is_main:
-            return
-        if error is not None:
+        if self.is_main and error is not None:
             try:
                 self.write(error=f"{kind.__name__}: {error}" if str(error) else kind.__name__)
             except OSError as full:  # the disk may be full, which may be the error itself
@@ -93,40 +84,37 @@ class Progress(TrainerCallback):
         self.draw()
 
     def summary(self):
-        """Prints where log, curves and model are; draws the curves again if something was logged after training."""
+        """Draws the curves and prints where log, curves and model are."""
+        self.draw()
         if self.is_main:
-            if not self.drawn:
-                self.draw()
             print(f"log     {self.folder / LOG}\ncurves  {self.folder / CURVES}\nmodel   {self.folder}", flush=True)
 
     def draw(self):
-        """Draws `curves.png`. An error becomes a warning: it must not hide how the run ended."""
-        try:
-            draw_log(self.folder)
-            self.drawn = True
-        except Exception as error:
-            logger.warning("the curves could not be drawn: %s", error)
-
-    # What the Trainer calls
+        """Draws `curves.png` unless it shows the whole log. An error must not hide how the run ended: it is logged."""
+        if self.is_main and not self.drawn:
+            try:
+                draw_log(self.folder)
+                self.drawn = True
+            except Exception as error:
+                logger.warning("the curves could not be drawn: %s", error)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first_step, self.busy, self.steps = time.monotonic(), state.global_step, 0.0, 0
         if self.is_main:
             about = {"batch": self.batch, "processes": args.world_size, "max_steps": state.max_steps}
-            if state.global_step:
-                path, step = self.folder / LOG, state.global_step
+            path, step = self.folder / LOG, state.global_step
+            if step:
                 self.earlier, cut = continue_log(path, step, state.log_history)
                 self.write(event="resumed", cut=cut, **about)
                 if cut:
                     logger.warning("%s: %d entries after step %d are replaced", path, cut, step)
             else:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / LOG).write_text("")
-                self.earlier = 0.0
+                path.write_text("")
                 self.write(event="start", **about)
             self.warned = set(self.diagnose())  # before the run was interrupted
             self.on_train_end()
-            if self.has_bar():
+            if self.has_bar:
                 self.bar = tqdm(
                     total=state.max_steps, initial=state.global_step, dynamic_ncols=True, smoothing=0, file=sys.stderr,
                     bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
@@ -154,8 +142,6 @@ class Progress(TrainerCallback):
             if self.steps and self.busy:
                 logs["samples_per_second"] = self.samples * self.steps / self.busy
             self.busy, self.steps = 0.0, 0
-        if self.is_main and not all(is_finite(logs.get(name, 0.0)) for name in ("loss", "train_loss")):
-            self.write(**logs)  # the trainer stops before it logs this
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.is_main:
@@ -164,9 +150,8 @@ class Progress(TrainerCallback):
         if self.bar is not None and "loss" in logs:
             self.bar.set_postfix_str(_measured(logs))
         else:
-            line = self.line(logs)
             try:
-                tqdm.write(line) if self.bar is not None else print(line, flush=True)
+                tqdm.write(self.line(logs)) if self.bar is not None else print(self.line(logs), flush=True)
             except BrokenPipeError:  # the reader has ended; the log has the line anyway
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         active = self.diagnose()
@@ -179,11 +164,6 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-    # Helpers
-
-    def has_bar(self) -> bool:
-        return self.is_main and not self.args.disable_tqdm and sys.stderr.isatty()
 
     def diagnose(self) -> dict[str, str]:
         """The warnings that apply now, by the name of their check."""
@@ -238,20 +218,16 @@ def _measured(logs: dict) -> str:
 
 def to_json(entry: dict) -> str:
     """An entry as a line of JSON. NaN and infinity become strings, and a `reason` is added for them."""
-    odd = {name: value for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
-    words = {name: "NaN" if math.isnan(v) else "Infinity" if v > 0 else "-Infinity" for name, v in odd.items()}
+    odd = {name: json.dumps(v) for name, v in entry.items() if isinstance(v, float) and not math.isfinite(v)}
     if odd:
         fix = "the computation overflowed. Lower --learning_rate or raise --warmup_steps"
-        words["reason"] = f"{', '.join(odd)} not finite: {fix}"
-    return json.dumps(entry | words, allow_nan=False)
+        odd["reason"] = f"{', '.join(odd)} not finite: {fix}"
+    return json.dumps(entry | odd, allow_nan=False)
 
 
 def continue_log(path: Path, step: int, history: list[dict]) -> tuple[float, int]:
-    """Prepares the log of a run that resumes from a step: returns its seconds so far and the number of entries cut.
-
-    Entries after that step are cut, because those steps run again; so is a last line that was half written. If there
-    is no log, it starts with `history`, the Trainer's own.
-    """
+    """Cuts from a log the entries after the step at which its run resumes, and a half-written last line; without a log,
+    writes one from `history`, the Trainer's own. Returns the run's seconds so far and the number of entries cut."""
     lines, kept, seconds = [to_json(entry) for entry in history], [], 0.0
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()

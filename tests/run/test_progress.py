@@ -17,7 +17,7 @@ import miniclip
 from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.reports import charts as report
 from miniclip.run.diagnose import best_loss, recall_falls, scale_at_limit, scale_collapses, stays_at_chance
-from miniclip.run.progress import check_reporters, continue_log, read_log, to_json, watch
+from miniclip.run.progress import Progress, check_reporters, continue_log, read_log, to_json
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.trainer import RunTrainer
@@ -129,7 +129,7 @@ def make(caption_set, tiny_model):
             model, args, dataset, preprocess=preprocess, tokenizer=tokenizer,
             evaluator=eval_records and RetrievalEvaluator(eval_records, preprocess, tokenizer),
         )  # fmt: skip
-        return trainer, watch(trainer)
+        return trainer, Progress(trainer)
 
     return make
 
