@@ -72,9 +72,9 @@ class RetrievalEvaluator(Evaluator):
 
     def check_precision(self, model: MiniClip) -> str:
         """One line on how close the embeddings are to those of the plain model in fp32, of the first few."""
-        sample, device = slice(0, 8 if self.precision == "fp32" else 64), model.logit_scale.device
-        pixel_values = torch.stack([self.preprocess.load(path) for path in self.images[sample]]).to(device)
-        input_ids = self.tokenizer(self.texts[sample], trim=True).to(device)
+        n, device = 8 if self.precision == "fp32" else 64, model.logit_scale.device
+        pixel_values = torch.stack([self.preprocess.load(path) for path in self.images[:n]]).to(device)
+        input_ids = self.tokenizer(self.texts[:n], trim=True).to(device)
         with torch.inference_mode():
             models = model, inference_copy(model, self.precision)
             exact, ours = ((m.encode_image(pixel_values, True), m.encode_text(input_ids, True)) for m in models)
@@ -109,10 +109,8 @@ def evaluate_model(options, records: list[dict], device) -> tuple[RetrievalEvalu
 
 
 def read_features(folder: str | Path, records: list[dict] | None, first_caption_only: bool):
-    """Embeddings that were saved or made elsewhere: `image.npy` (N, E) and `text.npy` (M, E), and their records.
-
-    Without `records` each image has M / N captions. If only first captions count, those of the others are dropped.
-    """
+    """Embeddings made elsewhere: `image.npy` (N, E) and `text.npy` (M, E), and their records. Without `records` each
+    image has M / N captions. If only first captions count, those of the others are dropped."""
     images, texts = (np.load(Path(folder) / f"{kind}.npy").astype(np.float32, copy=False) for kind in ("image", "text"))
     if records is None:
         records = [{"image": row, "caption": [""] * (len(texts) // len(images))} for row in range(len(images))]

@@ -59,8 +59,8 @@ PARTS = {  # of a block: their types, and their own parts
 
 def plain_reason(tower: Tower) -> str | None:
     """What has been changed in a tower of model.py, or in model.py, so that the plain code has to run. None if nothing
-    has, and for towers from elsewhere. It takes less than 0.1 ms and is asked at each forward pass. Comparing results
-    could not replace it: they do not show a print, a hook or dropout."""
+    has, and for towers from elsewhere. Asked at each forward pass, it takes less than 0.1 ms. Comparing results could
+    not replace it: they do not show a print, a hook or dropout."""
     kind = next((kind for kind in FAST if isinstance(tower, kind)), None)
     if kind is None:
         return None
@@ -103,8 +103,7 @@ def _changed(module: nn.Module | None, types: tuple[type, ...], parts: dict) -> 
 
 @cache
 def fingerprint(function: Callable, code: CodeType | None) -> str | None:
-    """A hash of the source of a function without comments, docstring and layout. None if there is no source, or if it
-    is not what runs, `code`, because the file was edited since."""
+    """A hash of a function's source without comments, docstring and layout; None if that is not what runs, `code`."""
     try:
         if code not in _compiled("".join(inspect.findsource(code)[0])):
             return None
@@ -162,10 +161,9 @@ def image_features(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
         return tower.features(pixel_values)  # which says what is wrong
     conv = tower.conv1
     if isinstance(conv, nn.Conv2d):
-        patches = patch_product(pixel_values, conv.stride[0], partial(F.linear, weight=conv.weight.flatten(1)))
-    else:
-        patches = conv(pixel_values)
-    x = tower.embed_patches(patches)
+        linear = partial(F.linear, weight=conv.weight.flatten(1))
+        conv = partial(patch_product, patch_size=conv.stride[0], linear=linear)
+    x = tower.embed_patches(conv(pixel_values))
     B, L, W = x.shape
     ends = torch.arange(0, B * L, L, device=x.device)  # the class tokens: the first of each L positions
     return tower.ln_post(_blocks(tower, x.reshape(B * L, W), (B, L), ends, is_causal=False))

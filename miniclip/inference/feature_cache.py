@@ -57,8 +57,7 @@ class FeatureCache:
 
     @classmethod
     def for_texts(cls, folder: str | Path | None, model: MiniClip, precision: str = "fp32"):
-        tokenizer = model.text.tokenizer.fingerprint()
-        about = {"tokenizer": tokenizer} if tokenizer else {}
+        about = {"tokenizer": tokenizer} if (tokenizer := model.text.tokenizer.fingerprint()) else {}
         return cls._of(folder, model, model.text, model.config.text_cfg, precision, about)
 
     @classmethod

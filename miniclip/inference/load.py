@@ -35,7 +35,6 @@ def load(
                 warnings.warn(f"{name_or_path} has random weights: no pretrained file was named", stacklevel=2)
     if pretrained is not None:
         load_weights(model, pretrained)
-    tokenizer = model.text.tokenizer
     model = model.to(device).eval()
     model = model if precision is None else inference_copy(model, precision)
-    return model, Preprocess(model.config.preprocess_cfg), tokenizer
+    return model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer

@@ -24,8 +24,8 @@ class Route(NamedTuple):
 
 @cache
 def cpu_routes() -> dict[str, Route]:
-    """What `measure_routes` found on this processor the first time. It is kept in the user's cache: measured again, it
-    could differ, and a training run with it in its last bits."""
+    """What `measure_routes` found on this processor the first time, from the user's cache: measured again, it could
+    differ, and a training run with it in its last bits."""
     about = f"{processor()} {torch.__version__} {torch.get_num_threads()}"
     path = user_cache() / f"products-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
@@ -75,8 +75,8 @@ def measure_routes() -> dict[str, Route]:
                     seconds[way].append(time.perf_counter() - start)
                 errors[way] = ((product - exact).abs().max() / exact.abs().max()).item()
     speedup = {way: min(seconds["default"]) / min(seconds[way]) for way in ways}
-    used = {way: speedup[way] >= 1.2 and errors[way] <= 4 * errors["default"] for way in ways}
-    return {way: Route(used[way], speedup[way], errors[way]) for way in ways}
+    limit = 4 * errors["default"]
+    return {way: Route(speedup[way] >= 1.2 and errors[way] <= limit, speedup[way], errors[way]) for way in ways}
 
 
 def pays(way: str) -> bool:
@@ -122,8 +122,7 @@ def fast_arithmetic(device: str | torch.device):
 
 
 class OneDnnLinear(nn.Module):
-    """A linear layer for inference, its weights laid out for oneDNN, which applies the activation and adds the residual
-    while the product is still in the processor's cache."""
+    """A linear layer for inference with weights laid out for oneDNN, which fuses the activation or the residual."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -175,8 +174,7 @@ class PatchLinear(nn.Module):
 
 
 def patch_product(pixel_values: Tensor, patch_size: int, linear) -> Tensor:
-    """A convolution whose stride is its kernel size P, by a linear layer from 3 x P x P to W: (B, 3, S, S) to
-    (B, W, S / P, S / P)."""
+    """A convolution with stride and size P, by a linear layer from 3 P P to W: (B, 3, S, S) to (B, W, S / P, S / P)."""
     (B, C, S, _), P = pixel_values.shape, patch_size
     side = S // P
     patches = pixel_values.view(B, C, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B * side * side, C * P * P)

@@ -32,7 +32,7 @@ class EvalOptions:
     device: str | None = option(None, HELP["device"])
     save_features: str | None = option(None, "folder to write image.npy and text.npy to")
     features: str | None = option(None, "folder with image.npy and text.npy to measure instead of a model")
-    output_file: str | None = option(None, "JSON file to write (default: retrieval_*.json in the model's folder, or .)")
+    output_file: str | None = option(None, "JSON to write (default: retrieval_*.json in the model's folder, or here)")
     report: str | None = option(None, "folder for report.html, or a name ending in .html: metrics, curves, best and"
                                       " worst queries; ending in .png: training curves, a few searches")  # fmt: skip
 
