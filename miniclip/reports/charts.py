@@ -1,6 +1,6 @@
 """Charts: training curves, the PNG report of an evaluation, the curves of the HTML report, a WiSE-FT sweep.
 
-Each function that writes a PNG returns the matplotlib Figure. Recall is a fraction of 1 throughout.
+Those that write a PNG return the matplotlib Figure. Recall is a fraction of 1 throughout.
 """
 
 import math
@@ -23,10 +23,8 @@ def is_finite(value) -> bool:
 
 
 def curve(log_history: list[dict], key: str) -> Points:
-    """The finite (step, value) points logged under a key, ordered by step.
-
-    The first value of a step counts: an evaluation after training may be of an earlier, better model.
-    """
+    """The finite (step, value) points logged under a key, by step. The first value of a step counts: an evaluation
+    after training may be of an earlier, better model."""
     points: dict[float, float] = {}
     for entry in log_history:
         if is_finite(entry.get("step")) and is_finite(entry.get(key)):
@@ -41,9 +39,7 @@ def percent_axis(axis):
 def plot_curves(axes, title: str, curves: dict[str, Points], share=False, steps=None, reference=None, note=""):
     """Plots curves over training, up to `steps`: {name: points}. `share`: the values are fractions of 1, shown in
     percent. `reference` (name, value) is drawn as a dashed line for comparison."""
-    for name, points in curves.items():
-        if not points:
-            continue
+    for name, points in filter(lambda item: item[1], curves.items()):
         x, y = np.array(points).T
         many, noisy = len(points) > 40, name == "loss" and len(points) > 40
         (line,) = axes.plot(x, y, **({"marker": ""} if many else {}), linewidth=0.5 if noisy else None)
@@ -72,8 +68,7 @@ def plot_curves(axes, title: str, curves: dict[str, Points], share=False, steps=
 
 def plot_loss_and_recall(loss_axes, recall_axes, log_history: list[dict], reference=None) -> float:
     """Plots the loss and the text to image recall of a log. Returns the last step."""
-    names = " ".join(name for entry in log_history for name in entry)
-    ks = sorted({int(k) for k in re.findall(r"eval_text_to_image_R@(\d+)\b", names)})
+    ks = sorted({int(k) for k in re.findall(r"eval_text_to_image_R@(\d+)\b", str([*map(list, log_history)]))})
     loss, recall = curve(log_history, "loss"), {f"R@{k}": curve(log_history, f"eval_text_to_image_R@{k}") for k in ks}
     steps = max([step for points in [loss, *recall.values()] for step, _ in points if step > 0], default=1)
     broken = sum("loss" in entry and not is_finite(entry["loss"]) for entry in log_history)
@@ -101,20 +96,15 @@ def draw_curves(path: str | Path, log_history: list[dict], batch: int | None, ti
 
 
 def pick_examples(images: Sequence, captions: Sequence[str], result, image_of_text) -> list[dict]:
-    """Four captions and the images each retrieves: three from all over the set, and one that ranks its image low.
-    `result` is the retrieval result of the captions, "text_to_image"."""
+    """Four captions, from all over the set and one that ranks its image low, and the images that they retrieve."""
     rows = [int(len(captions) * share) for share in (0.1, 0.37, 0.64)]
     rows.append(int(np.argmax(result.ranks * (result.ranks <= SHOWN))))  # the lowest rank that is still shown
-    retrieved = [[(images[i], float(s)) for i, s in zip(result.found[row, :SHOWN], result.scores[row])] for row in rows]
-    return [
-        {
-            "caption": captions[row],
-            "correct": images[image_of_text[row]],
-            "rank": int(result.ranks[row]),
-            "retrieved": r,
-        }
-        for row, r in zip(rows, retrieved)
-    ]
+    examples = []
+    for row in rows:
+        retrieved = [(images[i], float(score)) for i, score in zip(result.found[row, :SHOWN], result.scores[row])]
+        correct, rank = images[image_of_text[row]], int(result.ranks[row])
+        examples.append({"caption": captions[row], "correct": correct, "rank": rank, "retrieved": retrieved})
+    return examples
 
 
 @styled
@@ -137,12 +127,12 @@ def draw_report(path: str | Path, log_history: list[dict], examples: list[dict],
 
 def draw_example(figure, example: dict, top: float, height: float):
     """Draws a caption, the images it retrieves and the correct image if it is not among them, from `top` down."""
-    first, rank = example["rank"] == 1, f"{example['rank']:,}"
-    verdict = "correct image first" if first else f"correct image at rank {rank}"
+    rank, color = f"{example['rank']:,}", style.GREEN if example["rank"] == 1 else style.GREY
+    verdict = "correct image first" if rank == "1" else f"correct image at rank {rank}"
     label = figure.text(0.027, top - height / 2 + 0.1 * height, "", va="center", fontsize=11)
     fit(label, example["caption"], 2.55, 4)
     below = label.get_window_extent().y0 / figure.bbox.height - 0.06 * height
-    figure.text(0.027, below, verdict, color=style.GREEN if first else style.GREY, va="top", fontsize=9)
+    figure.text(0.027, below, verdict, color=color, va="top", fontsize=9)
     cells = [(path, f"{place}   {score:.3f}") for place, (path, score) in enumerate(example["retrieved"][:SHOWN], 1)]
     columns, correct = [0.26 + 0.117 * column for column in range(len(cells))], str(example["correct"])
     if correct not in [str(path) for path, _ in cells]:
@@ -235,8 +225,8 @@ def draw_sweep(path: str | Path, found: list[dict], best: float, title: str):
         both.annotate(text, point, (6, 4), textcoords="offset points", color=style.GREY, fontsize=9)
     both.set(title="What is gained, and what is kept", xlabel="mean recall, old task", ylabel="mean recall, new task")
     both.margins(0.08)
-    for name, values in (("new task", new), ("old task", old)):
-        over.plot(alphas, values, label=name)
+    over.plot(alphas, new, label="new task")
+    over.plot(alphas, old, label="old task")
     over.set(title="Over alpha: 0 is before, 1 after fine-tuning", xlabel="alpha", ylabel="mean recall")
     over.legend()
     for axis in (both.xaxis, both.yaxis, over.yaxis):

@@ -20,26 +20,24 @@ def safe(text) -> str:
 
 
 @cache
-def parts() -> dict[str, str]:
-    """The parts of report.html by name."""
-    text = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n(?=<!-- |\Z)", text, re.DOTALL))
+def read(name: str) -> str:
+    """The text of a file in this folder."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def fill(part: str, **values) -> str:
     """A part of report.html with its values, which must be HTML or numbers."""
-    return parts()[part].format(**values)
+    return re.search(rf"<!-- {part} -->\n(.*?)\n(?=<!-- |\Z)", read("report.html"), re.DOTALL)[1].format(**values)
 
 
 def write_page(path: str | Path, title: str, body: str):
-    """Writes an HTML page with the style sheet of this folder. `title` is plain text, `body` HTML."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    write_text(path, fill("page", title=safe(title), style=style, body=body))
+    """Writes an HTML page with the style sheet report.css. `title` is plain text, `body` HTML."""
+    write_text(path, fill("page", title=safe(title), style=read("report.css"), body=body))
 
 
 def thumbnail(path, side: int = SIDE) -> str:
-    """An image (a path or a handle) as a `data:` URL: a JPEG whose longer side is at most `side` pixels, without the
-    original's metadata. Raises ImageError."""
+    """An image (a path or an ImageFile) as a `data:` URL: a JPEG of at most `side` pixels a side, without the original's
+    metadata. Raises ImageError."""
     image, file = open_image(path, side), io.BytesIO()
     image.thumbnail((side, side))
     image.save(file, "JPEG", quality=82, comment=b"")  # an empty comment replaces that of the original

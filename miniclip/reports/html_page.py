@@ -1,8 +1,4 @@
-"""The report of an evaluation: one self-contained, printable HTML page, or a PNG.
-
-The page has the metrics, recall curves, the best and worst queries with their images, the cosines of matching and
-other pairs, the temperature, and the training curves. `evaluate.py --report DIR` writes it.
-"""
+"""The report of an evaluation, of `evaluate.py --report DIR`: a self-contained, printable HTML page, or a PNG."""
 
 import json
 import math
@@ -57,8 +53,7 @@ class Evaluation:
 
 
 def report_file(name: str | Path) -> Path:
-    """The file of a report: `name` if it ends in .png or .html, otherwise report.html in that folder. Raises InputError
-    for a file of another kind."""
+    """`name` if it ends in .png or .html, otherwise report.html in that folder. Raises InputError for another file."""
     path = Path(name)
     if path.suffix.lower() in (".png", ".html", ".htm"):
         return path
@@ -68,11 +63,8 @@ def report_file(name: str | Path) -> Path:
 
 
 def write_report(path: str | Path, e: Evaluation) -> Path:
-    """Writes the report to `report_file(path)`, which it returns.
-
-    Training curves come from `trainer_state.json` in the model's folder, if there is one. An image that cannot be read
-    is replaced by the reason. The same input gives the same bytes: the date is that of the metadata.
-    """
+    """Writes the report to `report_file(path)`, which it returns, with training curves if the model's folder has a
+    `trainer_state.json`. An unreadable image is replaced by the reason. The same input gives the same bytes."""
     path = report_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     log_history, title = read_log_history(e.model), f"{e.model} on {e.dataset}"
@@ -120,14 +112,11 @@ def header(e: Evaluation) -> str:
     options, versions, machine = (e.metadata.get(name, {}) for name in ("options", "versions", "machine"))
     facts = {"precision": e.temperature and options.get("precision"), "commit": e.metadata.get("commit")}
     facts |= {name: versions.get(name) for name in ("python", "torch", "numpy")}
-    measured = [f"{when.day} {when:%B %Y, %H:%M} UTC", machine.get("device")]
-    measured += [f"{name} {value}" for name, value in facts.items() if value]
+    measured = [machine.get("device"), *(f"{name} {value}" for name, value in facts.items() if value)]
     dataset = [f"{e.dataset}: {len(e.images):,} images, {len(e.texts):,} captions", *e.notes]
-    about = {
-        "Model" if e.temperature else "Embeddings": safe(e.model), "Dataset": safe("; ".join(dataset)),
-        "Evaluated": safe("; ".join(filter(None, measured))),
-        "Command": f"<code>{safe(e.metadata.get('command', ''))}</code>",
-    }  # fmt: skip
+    about = {"Model" if e.temperature else "Embeddings": safe(e.model), "Dataset": safe("; ".join(dataset))}
+    about["Evaluated"] = safe("; ".join([f"{when.day} {when:%B %Y, %H:%M} UTC", *filter(None, measured)]))
+    about["Command"] = f"<code>{safe(e.metadata.get('command', ''))}</code>"
     terms = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in about.items())
     numbers = "".join(f"<li><b>{value}</b> <span>{name}</span></li>" for name, value in tiles.items())
     return fill("header", terms=terms, tiles=numbers)
