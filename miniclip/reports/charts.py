@@ -1,7 +1,4 @@
-"""Charts: training curves, the PNG report of an evaluation, the curves of the HTML report, a WiSE-FT sweep.
-
-Those that write a PNG return the matplotlib Figure. Recall is a fraction of 1 throughout.
-"""
+"""Charts: training curves, the PNG report of an evaluation, the curves of the HTML report, a WiSE-FT sweep."""
 
 import math
 import re
@@ -41,9 +38,9 @@ def plot_curves(axes, title: str, curves: dict[str, Points], share=False, steps=
     percent. `reference` (name, value) is drawn as a dashed line for comparison."""
     for name, points in filter(lambda item: item[1], curves.items()):
         x, y = np.array(points).T
-        many, noisy = len(points) > 40, name == "loss" and len(points) > 40
-        (line,) = axes.plot(x, y, **({"marker": ""} if many else {}), linewidth=0.5 if noisy else None)
-        if noisy:  # the running mean on top
+        many = {"marker": ""} if len(points) > 40 else {}
+        (line,) = axes.plot(x, y, **many, linewidth=0.5 if many and name == "loss" else None)
+        if many and name == "loss":  # it is noisy: the running mean on top
             window = np.ones(2 * (len(points) // 40) + 1)
             mean = np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
             (line,) = axes.plot(x, mean, color=line.get_color(), linestyle="-", marker="")
@@ -68,7 +65,8 @@ def plot_curves(axes, title: str, curves: dict[str, Points], share=False, steps=
 
 def plot_loss_and_recall(loss_axes, recall_axes, log_history: list[dict], reference=None) -> float:
     """Plots the loss and the text to image recall of a log. Returns the last step."""
-    ks = sorted({int(k) for k in re.findall(r"eval_text_to_image_R@(\d+)\b", str([*map(list, log_history)]))})
+    names = " ".join(name for entry in log_history for name in entry)
+    ks = sorted({int(k) for k in re.findall(r"eval_text_to_image_R@(\d+)\b", names)})
     loss, recall = curve(log_history, "loss"), {f"R@{k}": curve(log_history, f"eval_text_to_image_R@{k}") for k in ks}
     steps = max([step for points in [loss, *recall.values()] for step, _ in points if step > 0], default=1)
     broken = sum("loss" in entry and not is_finite(entry["loss"]) for entry in log_history)
@@ -88,9 +86,9 @@ def draw_curves(path: str | Path, log_history: list[dict], batch: int | None, ti
     (loss, recall), (rate, scale) = figure.subplots(2, 2)
     chance = (f"chance, ln({batch}) = {math.log(batch):.3g}", math.log(batch)) if batch else None
     steps = plot_loss_and_recall(loss, recall, log_history, chance)
-    rates, scales = curve(log_history, "learning_rate"), curve(log_history, "logit_scale")
+    scales = curve(log_history, "logit_scale")
     limit = ("limit, 100", 100) if max((value for _, value in scales), default=0) > 50 else None
-    plot_curves(rate, "Learning rate", {"rate": rates}, False, steps)
+    plot_curves(rate, "Learning rate", {"rate": curve(log_history, "learning_rate")}, False, steps)
     plot_curves(scale, "Logit scale (1 / temperature)", {"scale": scales}, False, steps, limit)
     return save_png(path, figure)
 
@@ -119,9 +117,8 @@ def draw_report(path: str | Path, log_history: list[dict], examples: list[dict],
     plot_loss_and_recall(*figure.subplots(1, 2, gridspec_kw={**grid, "wspace": 0.14}), log_history)
     for n, example in enumerate(examples):
         draw_example(figure, example, 1 - (top + 0.12 + n * row) / height, 1.24 / height)
-    if examples:
-        for x, text in ((0.027, "Caption"), (0.26, "Images retrieved, best first: rank and cosine")):
-            figure.text(x, 1 - top / height, text, color=style.GREY, va="bottom", fontsize=9)
+    for x, text in [(0.027, "Caption"), (0.26, "Images retrieved, best first: rank and cosine")] if examples else []:
+        figure.text(x, 1 - top / height, text, color=style.GREY, va="bottom", fontsize=9)
     return save_png(path, figure)
 
 
@@ -133,13 +130,12 @@ def draw_example(figure, example: dict, top: float, height: float):
     fit(label, example["caption"], 2.55, 4)
     below = label.get_window_extent().y0 / figure.bbox.height - 0.06 * height
     figure.text(0.027, below, verdict, color=color, va="top", fontsize=9)
-    cells = [(path, f"{place}   {score:.3f}") for place, (path, score) in enumerate(example["retrieved"][:SHOWN], 1)]
-    columns, correct = [0.26 + 0.117 * column for column in range(len(cells))], str(example["correct"])
-    if correct not in [str(path) for path, _ in cells]:
-        cells, columns = [*cells, (example["correct"], rank)], [*columns, 0.872]
-    for left, (path, text) in zip(columns, cells):
-        axes = figure.add_axes((left, top - height, 1.24 / style.WIDTH, height))
-        draw_image(axes, path, text, str(path) == correct)
+    found, correct = enumerate(example["retrieved"][:SHOWN]), str(example["correct"])
+    cells = [(0.26 + 0.117 * place, path, f"{place + 1}   {score:.3f}") for place, (path, score) in found]
+    if correct not in [str(path) for _, path, _ in cells]:
+        cells.append((0.872, example["correct"], rank))
+    for left, path, text in cells:
+        draw_image(figure.add_axes((left, top - height, 1.24 / style.WIDTH, height)), path, text, str(path) == correct)
 
 
 def draw_image(axes, path, label: str, correct: bool):
@@ -162,8 +158,7 @@ def draw_image(axes, path, label: str, correct: bool):
 @styled
 def recall_svg(curves: dict[str, np.ndarray], chance: list[np.ndarray], description: str) -> str:
     """Recall@K over K as SVG: {name: (K,) recalls from K = 1}, and likewise by chance."""
-    figure = new_figure(*style.SVG_SIZE)
-    axes = figure.subplots()
+    axes = new_figure(*style.SVG_SIZE).subplots()
     for name, values in curves.items():
         marked = [k for k in (1, 5, 10) if k <= len(values)]
         ks = np.unique([*np.geomspace(1, len(values), 150).round().astype(int), *marked])
@@ -174,15 +169,14 @@ def recall_svg(curves: dict[str, np.ndarray], chance: list[np.ndarray], descript
     axes.set(xscale="log", ylim=(0, 1.03), xlabel="K: number of results")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     percent_axis(axes.yaxis)
-    figure.legend(loc="outside upper left", ncols=3)
-    return to_svg(figure, "Recall@K for every K, in percent", description)
+    axes.figure.legend(loc="outside upper left", ncols=3)
+    return to_svg(axes.figure, "Recall@K for every K, in percent", description)
 
 
 @styled
 def histogram_svg(edges: np.ndarray, shares: dict[str, np.ndarray], means: Sequence[float], description: str) -> str:
     """Two histograms, as SVG: the share of pairs in each bar between `edges`, {name: shares}, and their means."""
-    figure = new_figure(*style.SVG_SIZE)
-    axes = figure.subplots()
+    axes = new_figure(*style.SVG_SIZE).subplots()
     looks = zip(shares.items(), means, (style.BLUE, style.ORANGE), ("-", "--"), (None, "////"))
     for (name, heights), mean, color, dashes, hatch in reversed(list(looks)):
         if not heights.any():
@@ -195,8 +189,8 @@ def histogram_svg(edges: np.ndarray, shares: dict[str, np.ndarray], means: Seque
         axes.axvline(mean, color=color, linestyle=dashes, linewidth=1.2)
     axes.set(xlabel=f"cosine, in bars of {edges[1] - edges[0]:.3g}", ylim=(0, None))
     percent_axis(axes.yaxis)
-    figure.legend(loc="outside upper left", ncols=2, reverse=True)
-    return to_svg(figure, "Cosines of matching pairs and of others", description)
+    axes.figure.legend(loc="outside upper left", ncols=2, reverse=True)
+    return to_svg(axes.figure, "Cosines of matching pairs and of others", description)
 
 
 @styled

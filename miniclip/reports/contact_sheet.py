@@ -11,8 +11,6 @@ from pathlib import Path
 from miniclip.utils.files import write_text
 from miniclip.utils.image_files import open_image
 
-SIDE = 320  # pixels of a thumbnail's longer side
-
 
 def safe(text) -> str:
     """Any text as HTML, even file names that are not valid UTF-8."""
@@ -35,9 +33,9 @@ def write_page(path: str | Path, title: str, body: str):
     write_text(path, fill("page", title=safe(title), style=read("report.css"), body=body))
 
 
-def thumbnail(path, side: int = SIDE) -> str:
-    """An image (a path or an ImageFile) as a `data:` URL: a JPEG of at most `side` pixels a side, without the original's
-    metadata. Raises ImageError."""
+def thumbnail(path, side: int = 320) -> str:
+    """An image (a path or an ImageFile) as a `data:` URL: a JPEG of at most `side` pixels a side, without metadata of
+    the original. Raises ImageError."""
     image, file = open_image(path, side), io.BytesIO()
     image.thumbnail((side, side))
     image.save(file, "JPEG", quality=82, comment=b"")  # an empty comment replaces that of the original
@@ -45,8 +43,8 @@ def thumbnail(path, side: int = SIDE) -> str:
 
 
 def write_sheet(path: str | Path, title: str, found: Sequence, locate: Callable, note: str = ""):
-    """Writes search results, best first, as an HTML page. Each has `rank`, `score`, `path` and `copies`;
-    `locate(path)` returns the file. Where that or reading it raises InputError, the message replaces the image."""
+    """Writes search results as an HTML page. Each has `rank`, `score`, `path` and `copies`; `locate(path)` returns the
+    file. Where that or reading it raises InputError, the message replaces the image."""
     cells = []
     for one in found:
         name = safe(one.path)
@@ -56,5 +54,4 @@ def write_sheet(path: str | Path, title: str, found: Sequence, locate: Callable,
             image = f'<p class="note">{safe(error)}</p>'
         copies = "".join(f'<p class="note">the same: {safe(copy)}</p>' for copy in one.copies)
         cells.append(f'<li>{image}<p>{one.rank}. {name}</p>{copies}<p class="note">{one.score:.4f}</p></li>')
-    sheet = f'<h1>{safe(title)}</h1>\n<ol class="sheet">\n' + "\n".join(cells) + "\n</ol>"
-    write_page(path, title, f'{sheet}\n<p class="note">{safe(note)}</p>')
+    write_page(path, title, fill("sheet", title=safe(title), cells="\n".join(cells), note=safe(note)))

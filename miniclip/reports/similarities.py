@@ -1,7 +1,7 @@
 """Cosines of matching pairs and of all others: histograms, ROC AUC, probabilities, chance, best and worst queries.
 
 All pairs are scored a block at a time, and only sums and counts are kept: the matrix of 5,000 images and 25,000
-captions would take half a gigabyte. Plain numpy arrays in and out, as in `retrieval.py`.
+captions would take half a gigabyte.
 """
 
 from typing import NamedTuple
@@ -27,16 +27,13 @@ class Similarities(NamedTuple):
 def similarities(
     image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, scale: float | None = None, memory: int = 1 << 25
 ) -> Similarities:
-    """Scores all pairs of N images (N, E) and M captions (M, E), float32 of unit length.
-
-    Caption m belongs to image `image_of_text[m]`. `scale` is the logit scale of the softmax. A block of scores takes
-    `memory` bytes; the peak is a few times that.
-    """
+    """Scores all pairs of N images (N, E) and M captions (M, E), float32 of unit length. Caption m belongs to image
+    `image_of_text[m]`; `scale` is the logit scale of the softmax. A block of scores takes `memory` bytes, the peak a few
+    times that."""
     n, m = len(image_embeds), len(text_embeds)
-    right, wrong_image, wrong_text = np.empty(m, np.float32), np.empty(m, np.float32), np.full(n, -np.inf, np.float32)
-    p_right, p_first = (None, None) if scale is None else (np.empty(m), np.empty(m))
-    counts, total = np.zeros(BINS, np.int64), 0.0
-    block = max(1, min(1024, memory // (4 * n)))
+    (right, wrong_image), wrong_text = np.empty((2, m), np.float32), np.full(n, -np.inf, np.float32)
+    p_right, p_first = (None, None) if scale is None else np.empty((2, m))
+    counts, total, block = np.zeros(BINS, np.int64), 0.0, max(1, min(1024, memory // (4 * n)))
     for start in range(0, m, block):
         rows = slice(start, start + block)
         scores = text_embeds[rows] @ image_embeds.T
@@ -57,8 +54,7 @@ def similarities(
 
 
 def histogram(cosines: np.ndarray) -> np.ndarray:
-    """The number of cosines in each bin, (BINS,) int64. Bin b begins at 2 b / BINS - 1; values that rounding puts
-    beyond -1 or 1 count in the first or last bin."""
+    """The number of cosines in each bin, (BINS,) int64. Bin b begins at 2 b / BINS - 1; rounding is clipped."""
     places = (cosines * np.float32(BINS / 2) + np.float32(BINS / 2)).clip(0, BINS - 1)
     return np.bincount(places.astype(np.int32).ravel(), minlength=BINS)
 
