@@ -22,11 +22,8 @@ def is_finite(value) -> bool:
 def curve(log_history: list[dict], key: str) -> Points:
     """The finite (step, value) points logged under a key, by step. The first value of a step counts: an evaluation
     after training may be of an earlier, better model."""
-    points: dict[float, float] = {}
-    for entry in log_history:
-        if is_finite(entry.get("step")) and is_finite(entry.get(key)):
-            points.setdefault(entry["step"], entry[key])
-    return sorted(points.items())
+    points = [(entry.get("step"), entry.get(key)) for entry in reversed(log_history)]
+    return sorted({step: value for step, value in points if is_finite(step) and is_finite(value)}.items())
 
 
 def percent_axis(axis):
@@ -100,8 +97,8 @@ def pick_examples(images: Sequence, captions: Sequence[str], result, image_of_te
     examples = []
     for row in rows:
         retrieved = [(images[i], float(score)) for i, score in zip(result.found[row, :SHOWN], result.scores[row])]
-        correct, rank = images[image_of_text[row]], int(result.ranks[row])
-        examples.append({"caption": captions[row], "correct": correct, "rank": rank, "retrieved": retrieved})
+        about = {"caption": captions[row], "correct": images[image_of_text[row]], "rank": int(result.ranks[row])}
+        examples.append({**about, "retrieved": retrieved})
     return examples
 
 
@@ -198,9 +195,8 @@ def training_svg(title: str, curves: dict[str, Points], share: bool) -> str:
     """Curves over training, {name: points}, as SVG."""
     figure = new_figure(*style.SVG_SIZE)
     plot_curves(figure.subplots(), "", curves, share)
-    last = max(points[-1][0] for points in curves.values())
     ends = ", ".join(f"{name} {points[-1][1]:.3g} at the end" for name, points in curves.items())
-    return to_svg(figure, title, f"Up to step {last:,}: {ends}.")
+    return to_svg(figure, title, f"Up to step {max(points[-1][0] for points in curves.values()):,}: {ends}.")
 
 
 @styled
@@ -215,7 +211,7 @@ def draw_sweep(path: str | Path, found: list[dict], best: float, title: str):
     both.plot(old, new)
     both.plot(old[alphas.index(best)], new[alphas.index(best)], "o", color=style.GREEN, markersize=9)
     for alpha, *point in zip(alphas, old, new):
-        text = f"{alpha:g}, best mean" if alpha == best else f"{alpha:g}"
+        text = f"{alpha:g}" + ", best mean" * (alpha == best)
         both.annotate(text, point, (6, 4), textcoords="offset points", color=style.GREY, fontsize=9)
     both.set(title="What is gained, and what is kept", xlabel="mean recall, old task", ylabel="mean recall, new task")
     both.margins(0.08)

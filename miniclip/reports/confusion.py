@@ -38,7 +38,6 @@ def format_classes(names: Sequence[str], confusion: np.ndarray) -> str:
 
 
 def format_metrics(metrics: dict[str, float], num_classes: int) -> str:
-    """The metrics in one line, in percent."""
     shares = [f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in metrics.items()]
     return f"{', '.join(shares)} (chance {100 / num_classes:.1f})"
 

@@ -19,7 +19,6 @@ def safe(text) -> str:
 
 @cache
 def read(name: str) -> str:
-    """The text of a file in this folder."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 

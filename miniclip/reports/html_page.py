@@ -96,7 +96,6 @@ def table(head: list[str], rows: list[list[str]], caption: str) -> str:
 
 
 def header(e: Evaluation) -> str:
-    """Title, model, data, date, command and the most important numbers."""
     tiles = {"mean recall, %": percent(e.metrics["mean_recall"])}
     tiles |= {f"{name} R@1, %": percent(e.metrics[f"{way}_R@1"]) for way, name in WAYS.items()}
     if e.similar.others.sum():
@@ -118,7 +117,6 @@ def header(e: Evaluation) -> str:
 
 
 def metrics_section(e: Evaluation) -> str:
-    """The metrics of both directions, each with what chance would reach."""
     ks = [int(name.partition("@")[2]) for name in e.metrics if name.startswith("text_to_image_R@")]
     keys, rows = [*(f"R@{k}" for k in ks), "median_rank", "mean_rank", "MRR"], []
     for way, name in WAYS.items():
@@ -143,7 +141,6 @@ def depths(longest: int) -> list[int]:
 
 
 def recall_section(e: Evaluation) -> str:
-    """Recall@K of both directions for every K, as a chart and a table."""
     chances = [e.chance(way) for way in WAYS]
     recalls = [recall_curve(e.results[way].ranks, np.arange(1, len(c) + 1)) for way, c in zip(WAYS, chances)]
     words = ", ".join(f"{name} R@1 {percent(recall[0])}" for name, recall in zip(WAYS.values(), recalls))
@@ -156,7 +153,6 @@ def recall_section(e: Evaluation) -> str:
 
 
 def histogram_section(e: Evaluation) -> str:
-    """The cosines of matching pairs and of all others."""
     counts, (mean, other_mean) = (e.similar.matching, e.similar.others), e.similar.means
     n, others = (int(count.sum()) for count in counts)
     used = np.flatnonzero(sum(counts))
@@ -176,7 +172,6 @@ def histogram_section(e: Evaluation) -> str:
 
 
 def temperature_section(e: Evaluation) -> str:
-    """The learned temperature, and the probabilities it turns the cosines into."""
     if e.temperature is None:
         return fill("none")
     scale, bias, start = (e.temperature[name] for name in ("scale", "bias", "start"))
@@ -199,7 +194,6 @@ def temperature_section(e: Evaluation) -> str:
 
 
 def training_section(log_history: list[dict]) -> str:
-    """Loss and recall over training, where they were logged."""
     recalls = {name: curve(log_history, f"eval_{way}_R@1") for way, name in WAYS.items()}
     loss, figures = {"loss": curve(log_history, "loss")}, ""
     for title, curves, share in ("Training loss", loss, False), ("Recall@1 over training", recalls, True):
@@ -210,8 +204,6 @@ def training_section(log_history: list[dict]) -> str:
 
 
 def metadata_section(metadata: dict) -> str:
-    """All run metadata, folded; not printed."""
-
     def lines(value, name: str = ""):
         if isinstance(value, dict):
             for key, inner in value.items():

@@ -67,8 +67,7 @@ def to_svg(figure, title: str, description: str) -> str:
     for colour, name in CSS_VARIABLES.items():
         body = body.replace(colour, f"var(--{name})")
     width, height = 72 * figure.get_size_inches()
-    about = {"title": safe(title), "description": safe(description)}
-    return fill("chart", width=width, height=height, body=body, **about)
+    return fill("chart", width=width, height=height, title=safe(title), description=safe(description), body=body)
 
 
 def fit(label, text: str, inches: float, lines: int = 1):
