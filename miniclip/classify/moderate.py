@@ -67,11 +67,9 @@ def calibrate(yes: np.ndarray, no: np.ndarray) -> dict[str, float]:
 
 
 def decide(scores: dict[str, float], thresholds: dict[str, dict]) -> dict:
-    """Returns `{"status", "reason", "confidence"}` for an image with the score of each category.
-
-    Rejected if a score reaches its category's threshold, else review if one reaches "review", for the category with the
-    highest of these scores. Otherwise approved, with confidence 1 minus the highest.
-    """
+    """Returns `{"status", "reason", "confidence"}` for the scores of an image: rejected if one reaches its category's
+    threshold, else review if one reaches "review", for the highest of these; otherwise approved, with confidence 1
+    minus the highest."""
     for status, limit in ("rejected", "threshold"), ("review", "review"):
         if reached := {name: score for name, score in scores.items() if score >= thresholds[name][limit]}:
             reason = max(reached, key=reached.get)

@@ -30,8 +30,7 @@ def read_templates(path: str | Path) -> list[str]:
 
 
 def fill(template, name: str, where="templates") -> str:
-    """Returns the sentence of a template, a string with {} or a function. Raises InputError for a string without {},
-    which would make all classes identical."""
+    """Returns the sentence of a template, a string with {} or a function. Raises InputError for another string."""
     if not isinstance(template, str):
         return template(name)
     try:
@@ -83,12 +82,9 @@ def _read(path: str | Path):
 
 
 def tokenizer_coverage(tokenizer, names: Sequence[str]) -> dict:
-    """Measures how well a tokenizer covers class names.
-
-    Returns `tokens_per_character`, without white space (English words: 0.2 to 0.3); the shares of tokens that are
-    `unknown` and that are `fragments` of a character; the `unreadable` names, of which at least half the tokens are
-    such; and the `identical` ones, with the same tokens as another.
-    """
+    """Measures how well a tokenizer covers class names: `tokens_per_character`, without white space (English words: 0.2
+    to 0.3); the shares of tokens that are `unknown`, or `fragments` of a character; the `unreadable` names, of which at
+    least half the tokens are such; and the `identical` ones, with the same tokens as another."""
     rows = [tokenizer.encode(name) for name in names]
     kinds = {i: "fragment" if "\ufffd" in tokenizer.decode([i]) else "" for row in rows for i in row}
     kinds |= {i: "unknown" for i in kinds if i == tokenizer.unk_token_id}

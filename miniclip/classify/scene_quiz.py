@@ -1,8 +1,7 @@
 """The scene quiz: which colour or shape is on one side of a scene, and on which side is the red star?
 
-The scenes are the demo's (datasets/shapes.py), but held out, and each answer is known. With the rest of the scene
-given, a class is a description of the whole scene in which only the answer differs. Alone, a class is the mean of
-descriptions in which the rest is drawn at random.
+The scenes are the demo's, but held out, and each answer is known. With the rest of the scene given, a class describes
+all of it. Alone, a class is the mean of descriptions in which the rest is drawn at random.
 """
 
 import random
@@ -45,11 +44,10 @@ def drawn_scenes(scene: Scene, question: str, which: int) -> list[Scene]:
 
 def quiz(model, tokenizer, scenes: list[Scene], image_embeds, alone: bool) -> dict[str, float]:
     """Returns the accuracy for each question, given the embeddings (N, E) of N scenes. `alone`: without the rest."""
-    asked = [(row, scene, which) for row, scene in enumerate(scenes) for which in (0, 1)]
-    accuracies = {}
+    asked, accuracies = [(scene, which) for scene in scenes for which in (0, 1)], {}
     for question, answers in CLASSES.items():
         keys, first = [], {}
-        for row, scene, which in asked:
+        for scene, which in asked:
             fixed = (scene.first, scene.second)[which].kind if question == "position" else scene.relation
             keys.append((which, fixed if alone else scene))
             first.setdefault(keys[-1], (scene, which))  # many scenes ask the same question
@@ -60,7 +58,7 @@ def quiz(model, tokenizer, scenes: list[Scene], image_embeds, alone: bool) -> di
                 variants = [replaced(one, question, which, answer) for one in given]
                 sentences.append([captions(one, random.Random(n), 1)[0] for n, one in enumerate(variants)])
         classes = embed_classes(model, tokenizer, sentences).T.numpy().reshape(len(place), len(answers), -1)
-        best = [int(np.argmax(classes[place[key]] @ image_embeds[row])) for (row, *_), key in zip(asked, keys)]
-        right = [answers[n] == right_answer(scene, question, which) for n, (_, scene, which) in zip(best, asked)]
+        best = [int(np.argmax(classes[place[key]] @ image_embeds[n // 2])) for n, key in enumerate(keys)]
+        right = [answers[n] == right_answer(scene, question, which) for n, (scene, which) in zip(best, asked)]
         accuracies[question] = sum(right) / len(right)
     return accuracies

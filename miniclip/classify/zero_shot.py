@@ -26,9 +26,8 @@ def build_zero_shot_classifier(
     """Returns the unit vectors of classes as columns: (embed_dim, num_classes) float32 on `device`.
 
     A template is a string with {} for the class name, or a function of the name. A class is the normalised mean of its
-    sentences' unit vectors, as in OpenCLIP, whose results it equals to 1e-6. `num_classes_per_batch`: classes encoded
-    at once (None: all). Warns of names that the text tower cannot read. Raises InputError if there is no class or
-    template, or for a template without {}.
+    sentences' unit vectors, equal to OpenCLIP's to 1e-6. `num_classes_per_batch` are encoded at once (None: all). Warns
+    of names that the text tower cannot read. Raises InputError without classes or templates, or for one without {}.
     """
     classnames, templates = (x if isinstance(x, str) else list(x) for x in (classnames, templates))
     for name, values in ("classnames", classnames), ("templates", templates):
@@ -37,10 +36,9 @@ def build_zero_shot_classifier(
     warn_of_poor_coverage(tokenizer, classnames)
     step = max(1, num_classes_per_batch or len(classnames))
     model = for_inference(model, len(classnames) * len(templates))  # once for all batches
-    parts = [
-        embed_classes(model, tokenizer, [[fill(t, name) for t in templates] for name in classnames[at : at + step]])
-        for at in tqdm(range(0, len(classnames), step), desc="classes", disable=not use_tqdm, leave=False)
-    ]
+    phrases = [[fill(template, name) for template in templates] for name in classnames]
+    starts = tqdm(range(0, len(phrases), step), desc="classes", disable=not use_tqdm, leave=False)
+    parts = [embed_classes(model, tokenizer, phrases[start : start + step]) for start in starts]
     return torch.cat(parts, dim=1).to(device)
 
 

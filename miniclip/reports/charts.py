@@ -1,7 +1,4 @@
-"""Charts: training curves, the PNG report of an evaluation, the curves of the HTML report, a WiSE-FT sweep.
-
-Each function that writes a PNG returns the matplotlib Figure. Recall is a fraction of 1 throughout.
-"""
+"""Charts: training curves, the PNG report of an evaluation, the curves of the HTML report, a WiSE-FT sweep."""
 
 import math
 import re
@@ -23,15 +20,10 @@ def is_finite(value) -> bool:
 
 
 def curve(log_history: list[dict], key: str) -> Points:
-    """The finite (step, value) points logged under a key, ordered by step.
-
-    The first value of a step counts: an evaluation after training may be of an earlier, better model.
-    """
-    points: dict[float, float] = {}
-    for entry in log_history:
-        if is_finite(entry.get("step")) and is_finite(entry.get(key)):
-            points.setdefault(entry["step"], entry[key])
-    return sorted(points.items())
+    """The finite (step, value) points logged under a key, by step. The first value of a step counts: an evaluation
+    after training may be of an earlier, better model."""
+    points = [(entry.get("step"), entry.get(key)) for entry in reversed(log_history)]
+    return sorted({step: value for step, value in points if is_finite(step) and is_finite(value)}.items())
 
 
 def percent_axis(axis):
@@ -41,13 +33,11 @@ def percent_axis(axis):
 def plot_curves(axes, title: str, curves: dict[str, Points], share=False, steps=None, reference=None, note=""):
     """Plots curves over training, up to `steps`: {name: points}. `share`: the values are fractions of 1, shown in
     percent. `reference` (name, value) is drawn as a dashed line for comparison."""
-    for name, points in curves.items():
-        if not points:
-            continue
+    for name, points in filter(lambda item: item[1], curves.items()):
         x, y = np.array(points).T
-        many, noisy = len(points) > 40, name == "loss" and len(points) > 40
-        (line,) = axes.plot(x, y, **({"marker": ""} if many else {}), linewidth=0.5 if noisy else None)
-        if noisy:  # the running mean on top
+        many = {"marker": ""} if len(points) > 40 else {}
+        (line,) = axes.plot(x, y, **many, linewidth=0.5 if many and name == "loss" else None)
+        if many and name == "loss":  # it is noisy: the running mean on top
             window = np.ones(2 * (len(points) // 40) + 1)
             mean = np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
             (line,) = axes.plot(x, mean, color=line.get_color(), linestyle="-", marker="")
@@ -93,28 +83,23 @@ def draw_curves(path: str | Path, log_history: list[dict], batch: int | None, ti
     (loss, recall), (rate, scale) = figure.subplots(2, 2)
     chance = (f"chance, ln({batch}) = {math.log(batch):.3g}", math.log(batch)) if batch else None
     steps = plot_loss_and_recall(loss, recall, log_history, chance)
-    rates, scales = curve(log_history, "learning_rate"), curve(log_history, "logit_scale")
+    scales = curve(log_history, "logit_scale")
     limit = ("limit, 100", 100) if max((value for _, value in scales), default=0) > 50 else None
-    plot_curves(rate, "Learning rate", {"rate": rates}, False, steps)
+    plot_curves(rate, "Learning rate", {"rate": curve(log_history, "learning_rate")}, False, steps)
     plot_curves(scale, "Logit scale (1 / temperature)", {"scale": scales}, False, steps, limit)
     return save_png(path, figure)
 
 
 def pick_examples(images: Sequence, captions: Sequence[str], result, image_of_text) -> list[dict]:
-    """Four captions and the images each retrieves: three from all over the set, and one that ranks its image low.
-    `result` is the retrieval result of the captions, "text_to_image"."""
+    """Four captions, from all over the set and one that ranks its image low, and the images that they retrieve."""
     rows = [int(len(captions) * share) for share in (0.1, 0.37, 0.64)]
     rows.append(int(np.argmax(result.ranks * (result.ranks <= SHOWN))))  # the lowest rank that is still shown
-    retrieved = [[(images[i], float(s)) for i, s in zip(result.found[row, :SHOWN], result.scores[row])] for row in rows]
-    return [
-        {
-            "caption": captions[row],
-            "correct": images[image_of_text[row]],
-            "rank": int(result.ranks[row]),
-            "retrieved": r,
-        }
-        for row, r in zip(rows, retrieved)
-    ]
+    examples = []
+    for row in rows:
+        retrieved = [(images[i], float(score)) for i, score in zip(result.found[row, :SHOWN], result.scores[row])]
+        about = {"caption": captions[row], "correct": images[image_of_text[row]], "rank": int(result.ranks[row])}
+        examples.append({**about, "retrieved": retrieved})
+    return examples
 
 
 @styled
@@ -129,27 +114,25 @@ def draw_report(path: str | Path, log_history: list[dict], examples: list[dict],
     plot_loss_and_recall(*figure.subplots(1, 2, gridspec_kw={**grid, "wspace": 0.14}), log_history)
     for n, example in enumerate(examples):
         draw_example(figure, example, 1 - (top + 0.12 + n * row) / height, 1.24 / height)
-    if examples:
-        for x, text in ((0.027, "Caption"), (0.26, "Images retrieved, best first: rank and cosine")):
-            figure.text(x, 1 - top / height, text, color=style.GREY, va="bottom", fontsize=9)
+    for x, text in [(0.027, "Caption"), (0.26, "Images retrieved, best first: rank and cosine")] if examples else []:
+        figure.text(x, 1 - top / height, text, color=style.GREY, va="bottom", fontsize=9)
     return save_png(path, figure)
 
 
 def draw_example(figure, example: dict, top: float, height: float):
     """Draws a caption, the images it retrieves and the correct image if it is not among them, from `top` down."""
-    first, rank = example["rank"] == 1, f"{example['rank']:,}"
-    verdict = "correct image first" if first else f"correct image at rank {rank}"
+    rank, color = f"{example['rank']:,}", style.GREEN if example["rank"] == 1 else style.GREY
+    verdict = "correct image first" if rank == "1" else f"correct image at rank {rank}"
     label = figure.text(0.027, top - height / 2 + 0.1 * height, "", va="center", fontsize=11)
     fit(label, example["caption"], 2.55, 4)
     below = label.get_window_extent().y0 / figure.bbox.height - 0.06 * height
-    figure.text(0.027, below, verdict, color=style.GREEN if first else style.GREY, va="top", fontsize=9)
-    cells = [(path, f"{place}   {score:.3f}") for place, (path, score) in enumerate(example["retrieved"][:SHOWN], 1)]
-    columns, correct = [0.26 + 0.117 * column for column in range(len(cells))], str(example["correct"])
-    if correct not in [str(path) for path, _ in cells]:
-        cells, columns = [*cells, (example["correct"], rank)], [*columns, 0.872]
-    for left, (path, text) in zip(columns, cells):
-        axes = figure.add_axes((left, top - height, 1.24 / style.WIDTH, height))
-        draw_image(axes, path, text, str(path) == correct)
+    figure.text(0.027, below, verdict, color=color, va="top", fontsize=9)
+    found, correct = enumerate(example["retrieved"][:SHOWN]), str(example["correct"])
+    cells = [(0.26 + 0.117 * place, path, f"{place + 1}   {score:.3f}") for place, (path, score) in found]
+    if correct not in [str(path) for _, path, _ in cells]:
+        cells.append((0.872, example["correct"], rank))
+    for left, path, text in cells:
+        draw_image(figure.add_axes((left, top - height, 1.24 / style.WIDTH, height)), path, text, str(path) == correct)
 
 
 def draw_image(axes, path, label: str, correct: bool):
@@ -172,8 +155,7 @@ def draw_image(axes, path, label: str, correct: bool):
 @styled
 def recall_svg(curves: dict[str, np.ndarray], chance: list[np.ndarray], description: str) -> str:
     """Recall@K over K as SVG: {name: (K,) recalls from K = 1}, and likewise by chance."""
-    figure = new_figure(*style.SVG_SIZE)
-    axes = figure.subplots()
+    axes = new_figure(*style.SVG_SIZE).subplots()
     for name, values in curves.items():
         marked = [k for k in (1, 5, 10) if k <= len(values)]
         ks = np.unique([*np.geomspace(1, len(values), 150).round().astype(int), *marked])
@@ -184,15 +166,14 @@ def recall_svg(curves: dict[str, np.ndarray], chance: list[np.ndarray], descript
     axes.set(xscale="log", ylim=(0, 1.03), xlabel="K: number of results")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     percent_axis(axes.yaxis)
-    figure.legend(loc="outside upper left", ncols=3)
-    return to_svg(figure, "Recall@K for every K, in percent", description)
+    axes.figure.legend(loc="outside upper left", ncols=3)
+    return to_svg(axes.figure, "Recall@K for every K, in percent", description)
 
 
 @styled
 def histogram_svg(edges: np.ndarray, shares: dict[str, np.ndarray], means: Sequence[float], description: str) -> str:
     """Two histograms, as SVG: the share of pairs in each bar between `edges`, {name: shares}, and their means."""
-    figure = new_figure(*style.SVG_SIZE)
-    axes = figure.subplots()
+    axes = new_figure(*style.SVG_SIZE).subplots()
     looks = zip(shares.items(), means, (style.BLUE, style.ORANGE), ("-", "--"), (None, "////"))
     for (name, heights), mean, color, dashes, hatch in reversed(list(looks)):
         if not heights.any():
@@ -205,8 +186,8 @@ def histogram_svg(edges: np.ndarray, shares: dict[str, np.ndarray], means: Seque
         axes.axvline(mean, color=color, linestyle=dashes, linewidth=1.2)
     axes.set(xlabel=f"cosine, in bars of {edges[1] - edges[0]:.3g}", ylim=(0, None))
     percent_axis(axes.yaxis)
-    figure.legend(loc="outside upper left", ncols=2, reverse=True)
-    return to_svg(figure, "Cosines of matching pairs and of others", description)
+    axes.figure.legend(loc="outside upper left", ncols=2, reverse=True)
+    return to_svg(axes.figure, "Cosines of matching pairs and of others", description)
 
 
 @styled
@@ -214,9 +195,8 @@ def training_svg(title: str, curves: dict[str, Points], share: bool) -> str:
     """Curves over training, {name: points}, as SVG."""
     figure = new_figure(*style.SVG_SIZE)
     plot_curves(figure.subplots(), "", curves, share)
-    last = max(points[-1][0] for points in curves.values())
     ends = ", ".join(f"{name} {points[-1][1]:.3g} at the end" for name, points in curves.items())
-    return to_svg(figure, title, f"Up to step {last:,}: {ends}.")
+    return to_svg(figure, title, f"Up to step {max(points[-1][0] for points in curves.values()):,}: {ends}.")
 
 
 @styled
@@ -231,12 +211,12 @@ def draw_sweep(path: str | Path, found: list[dict], best: float, title: str):
     both.plot(old, new)
     both.plot(old[alphas.index(best)], new[alphas.index(best)], "o", color=style.GREEN, markersize=9)
     for alpha, *point in zip(alphas, old, new):
-        text = f"{alpha:g}, best mean" if alpha == best else f"{alpha:g}"
+        text = f"{alpha:g}" + ", best mean" * (alpha == best)
         both.annotate(text, point, (6, 4), textcoords="offset points", color=style.GREY, fontsize=9)
     both.set(title="What is gained, and what is kept", xlabel="mean recall, old task", ylabel="mean recall, new task")
     both.margins(0.08)
-    for name, values in (("new task", new), ("old task", old)):
-        over.plot(alphas, values, label=name)
+    over.plot(alphas, new, label="new task")
+    over.plot(alphas, old, label="old task")
     over.set(title="Over alpha: 0 is before, 1 after fine-tuning", xlabel="alpha", ylabel="mean recall")
     over.legend()
     for axis in (both.xaxis, both.yaxis, over.yaxis):

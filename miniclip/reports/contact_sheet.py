@@ -11,8 +11,6 @@ from pathlib import Path
 from miniclip.utils.files import write_text
 from miniclip.utils.image_files import open_image
 
-SIDE = 320  # pixels of a thumbnail's longer side
-
 
 def safe(text) -> str:
     """Any text as HTML, even file names that are not valid UTF-8."""
@@ -20,26 +18,23 @@ def safe(text) -> str:
 
 
 @cache
-def parts() -> dict[str, str]:
-    """The parts of report.html by name."""
-    text = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n(?=<!-- |\Z)", text, re.DOTALL))
+def read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def fill(part: str, **values) -> str:
     """A part of report.html with its values, which must be HTML or numbers."""
-    return parts()[part].format(**values)
+    return re.search(rf"<!-- {part} -->\n(.*?)\n(?=<!-- |\Z)", read("report.html"), re.DOTALL)[1].format(**values)
 
 
 def write_page(path: str | Path, title: str, body: str):
-    """Writes an HTML page with the style sheet of this folder. `title` is plain text, `body` HTML."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    write_text(path, fill("page", title=safe(title), style=style, body=body))
+    """Writes an HTML page with the style sheet report.css. `title` is plain text, `body` HTML."""
+    write_text(path, fill("page", title=safe(title), style=read("report.css"), body=body))
 
 
-def thumbnail(path, side: int = SIDE) -> str:
-    """An image (a path or a handle) as a `data:` URL: a JPEG whose longer side is at most `side` pixels, without the
-    original's metadata. Raises ImageError."""
+def thumbnail(path, side: int = 320) -> str:
+    """An image (a path or an ImageFile) as a `data:` URL: a JPEG of at most `side` pixels a side, without metadata of
+    the original. Raises ImageError."""
     image, file = open_image(path, side), io.BytesIO()
     image.thumbnail((side, side))
     image.save(file, "JPEG", quality=82, comment=b"")  # an empty comment replaces that of the original
@@ -47,8 +42,8 @@ def thumbnail(path, side: int = SIDE) -> str:
 
 
 def write_sheet(path: str | Path, title: str, found: Sequence, locate: Callable, note: str = ""):
-    """Writes search results, best first, as an HTML page. Each has `rank`, `score`, `path` and `copies`;
-    `locate(path)` returns the file. Where that or reading it raises InputError, the message replaces the image."""
+    """Writes search results as an HTML page. Each has `rank`, `score`, `path` and `copies`; `locate(path)` returns the
+    file. Where that or reading it raises InputError, the message replaces the image."""
     cells = []
     for one in found:
         name = safe(one.path)
@@ -58,5 +53,4 @@ def write_sheet(path: str | Path, title: str, found: Sequence, locate: Callable,
             image = f'<p class="note">{safe(error)}</p>'
         copies = "".join(f'<p class="note">the same: {safe(copy)}</p>' for copy in one.copies)
         cells.append(f'<li>{image}<p>{one.rank}. {name}</p>{copies}<p class="note">{one.score:.4f}</p></li>')
-    sheet = f'<h1>{safe(title)}</h1>\n<ol class="sheet">\n' + "\n".join(cells) + "\n</ol>"
-    write_page(path, title, f'{sheet}\n<p class="note">{safe(note)}</p>')
+    write_page(path, title, fill("sheet", title=safe(title), cells="\n".join(cells), note=safe(note)))

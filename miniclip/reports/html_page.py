@@ -1,12 +1,7 @@
-"""The report of an evaluation: one self-contained, printable HTML page, or a PNG.
-
-The page has the metrics, recall curves, the best and worst queries with their images, the cosines of matching and
-other pairs, the temperature, and the training curves. `evaluate.py --report DIR` writes it.
-"""
+"""The report of an evaluation, of `evaluate.py --report DIR`: a self-contained, printable HTML page, or a PNG."""
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -22,7 +17,6 @@ from miniclip.retrieval import TIE
 from miniclip.utils.errors import InputError
 
 WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
-NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -36,43 +30,36 @@ class Evaluation:
     image_embeds: np.ndarray  # (N, E) float32 of unit length
     text_embeds: np.ndarray  # (M, E)
     image_of_text: np.ndarray  # (M,)
-    results: dict  # retrieval result of each direction, from `retrieval.search_both`
+    results: dict  # from `retrieval.search_both`
     metrics: dict[str, float]  # from `retrieval.metrics_of`
-    metadata: dict  # run metadata
+    metadata: dict  # of the run
     temperature: dict | None = None  # {"scale", "bias" (or None), "start"}; None: evaluated without a model
     notes: tuple[str, ...] = ()  # skipped samples, truncated captions
 
     @cached_property
     def similar(self):
-        scale = self.temperature and self.temperature["scale"]
+        scale = (self.temperature or {}).get("scale")
         return similarities(self.image_embeds, self.text_embeds, self.image_of_text, scale)
-
-    def gallery(self, way: str) -> list:
-        """What the queries of a direction search."""
-        return self.images if way == "text_to_image" else self.texts
 
     def chance(self, way: str) -> np.ndarray:
         """R@K of a random order, for each K."""
-        return chance_curve(len(self.gallery(way)), np.array([len(right) for right in self.results[way].relevant]))
+        gallery = self.images if way == "text_to_image" else self.texts
+        return chance_curve(len(gallery), np.array([len(right) for right in self.results[way].relevant]))
 
 
 def report_file(name: str | Path) -> Path:
-    """The file of a report: `name` if it ends in .png or .html, otherwise report.html in that folder. Raises InputError
-    for a file of another kind."""
+    """`name` if it ends in .png or .html, otherwise report.html in that folder. Raises InputError for another file."""
     path = Path(name)
     if path.suffix.lower() in (".png", ".html", ".htm"):
         return path
     if path.is_file():
         raise InputError(f"--report takes a folder, or a name that ends in .html or .png: {name} is a file")
-    return path / NAME
+    return path / "report.html"
 
 
 def write_report(path: str | Path, e: Evaluation) -> Path:
-    """Writes the report to `report_file(path)`, which it returns.
-
-    Training curves come from `trainer_state.json` in the model's folder, if there is one. An image that cannot be read
-    is replaced by the reason. The same input gives the same bytes: the date is that of the metadata.
-    """
+    """Writes the report to `report_file(path)`, which it returns, with training curves if the model's folder has a
+    `trainer_state.json`. An unreadable image is replaced by the reason. The same input gives the same bytes."""
     path = report_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     log_history, title = read_log_history(e.model), f"{e.model} on {e.dataset}"
@@ -105,11 +92,10 @@ def table(head: list[str], rows: list[list[str]], caption: str) -> str:
     top = "".join(f'<th scope="col">{safe(cell)}</th>' for cell in head)
     cells = [(safe(name), "".join(f"<td>{safe(cell)}</td>" for cell in others)) for name, *others in rows]
     body = "\n".join(f'<tr><th scope="row">{name}</th>{others}</tr>' for name, others in cells)
-    return f"<table><caption>{safe(caption)}</caption><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return fill("table", caption=safe(caption), head=top, body=body)
 
 
 def header(e: Evaluation) -> str:
-    """Title, model, data, date, command and the most important numbers."""
     tiles = {"mean recall, %": percent(e.metrics["mean_recall"])}
     tiles |= {f"{name} R@1, %": percent(e.metrics[f"{way}_R@1"]) for way, name in WAYS.items()}
     if e.similar.others.sum():
@@ -120,34 +106,28 @@ def header(e: Evaluation) -> str:
     options, versions, machine = (e.metadata.get(name, {}) for name in ("options", "versions", "machine"))
     facts = {"precision": e.temperature and options.get("precision"), "commit": e.metadata.get("commit")}
     facts |= {name: versions.get(name) for name in ("python", "torch", "numpy")}
-    measured = [f"{when.day} {when:%B %Y, %H:%M} UTC", machine.get("device")]
-    measured += [f"{name} {value}" for name, value in facts.items() if value]
+    measured = [machine.get("device"), *(f"{name} {value}" for name, value in facts.items() if value)]
     dataset = [f"{e.dataset}: {len(e.images):,} images, {len(e.texts):,} captions", *e.notes]
-    about = {
-        "Model" if e.temperature else "Embeddings": safe(e.model), "Dataset": safe("; ".join(dataset)),
-        "Evaluated": safe("; ".join(filter(None, measured))),
-        "Command": f"<code>{safe(e.metadata.get('command', ''))}</code>",
-    }  # fmt: skip
+    about = {"Model" if e.temperature else "Embeddings": safe(e.model), "Dataset": safe("; ".join(dataset))}
+    about["Evaluated"] = safe("; ".join([f"{when.day} {when:%B %Y, %H:%M} UTC", *filter(None, measured)]))
+    about["Command"] = f"<code>{safe(e.metadata.get('command', ''))}</code>"
     terms = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in about.items())
     numbers = "".join(f"<li><b>{value}</b> <span>{name}</span></li>" for name, value in tiles.items())
     return fill("header", terms=terms, tiles=numbers)
 
 
 def metrics_section(e: Evaluation) -> str:
-    """The metrics of both directions, each with what chance would reach."""
-
-    def row(name: str, recalls: Iterable[float], median: float, mean: float, mrr: float) -> list[str]:
-        return [name, *map(percent, recalls), f"{median:,.0f}", f"{mean:,.1f}", f"{mrr:.3f}"]
-
-    ks, rows = [int(name.partition("@")[2]) for name in e.metrics if name.startswith("text_to_image_R@")], []
+    ks = [int(name.partition("@")[2]) for name in e.metrics if name.startswith("text_to_image_R@")]
+    keys, rows = [*(f"R@{k}" for k in ks), "median_rank", "mean_rank", "MRR"], []
     for way, name in WAYS.items():
-        ranks = (e.metrics[f"{way}_{metric}"] for metric in ("median_rank", "mean_rank", "MRR"))
-        rows.append(row(name, (e.metrics[f"{way}_R@{k}"] for k in ks), *ranks))
         chance = e.chance(way)
         ranks, at = np.arange(1, len(chance) + 1), np.diff(chance, prepend=0)  # at: the share found at each rank
-        ranks = 1 + np.searchsorted(chance, 0.5 - 1e-9), (at * ranks).sum(), (at / ranks).sum()
-        rows.append(row("by chance", (chance[min(k, len(chance)) - 1] for k in ks), *ranks))
-    columns = ["", *(f"R@{k}" for k in ks), "median rank", "mean rank", "MRR"]
+        by_rank = 1 + np.searchsorted(chance, 0.5 - 1e-9), (at * ranks).sum(), (at / ranks).sum()
+        rows.append([name, *(e.metrics[f"{way}_{key}"] for key in keys)])
+        rows.append(["by chance", *(chance[min(k, len(chance)) - 1] for k in ks), *by_rank])
+    rows = [[name, *map(percent, recalls), f"{median:,.0f}", f"{mean:,.1f}", f"{mrr:.3f}"]
+            for name, *recalls, median, mean, mrr in rows]  # fmt: skip
+    columns = ["", *(key.replace("_", " ") for key in keys)]
     shown = table(columns, rows, "R@K: share of queries with a correct result among the first K, in percent")
     n, m = len(e.images), len(e.texts)
     several = fill("several", each=m / n) if m > n else ""
@@ -161,13 +141,11 @@ def depths(longest: int) -> list[int]:
 
 
 def recall_section(e: Evaluation) -> str:
-    """Recall@K of both directions for every K, as a chart and a table."""
-    chances = {way: e.chance(way) for way in WAYS}
-    curves = {way: recall_curve(e.results[way].ranks, np.arange(1, len(chances[way]) + 1)) for way in WAYS}
-    words = ", ".join(f"{name} R@1 {percent(curves[way][0])}" for way, name in WAYS.items())
-    named = dict(zip(WAYS.values(), curves.values()))
-    chart = recall_svg(named, list(chances.values()), f"Both curves rise to 100%: {words}.")
-    columns = [column for way in WAYS for column in (curves[way], chances[way])]
+    chances = [e.chance(way) for way in WAYS]
+    recalls = [recall_curve(e.results[way].ranks, np.arange(1, len(c) + 1)) for way, c in zip(WAYS, chances)]
+    words = ", ".join(f"{name} R@1 {percent(recall[0])}" for name, recall in zip(WAYS.values(), recalls))
+    chart = recall_svg(dict(zip(WAYS.values(), recalls)), chances, f"Both curves rise to 100%: {words}.")
+    columns = [recalls[0], chances[0], recalls[1], chances[1]]
     ks = depths(max(map(len, columns)))
     rows = [[f"{k:,}", *(percent(column[min(k, len(column)) - 1]) for column in columns)] for k in ks]
     shown = table(["K", "text to image", "chance", "image to text", "chance"], rows, "Recall@K in percent")
@@ -175,7 +153,6 @@ def recall_section(e: Evaluation) -> str:
 
 
 def histogram_section(e: Evaluation) -> str:
-    """The cosines of matching pairs and of all others."""
     counts, (mean, other_mean) = (e.similar.matching, e.similar.others), e.similar.means
     n, others = (int(count.sum()) for count in counts)
     used = np.flatnonzero(sum(counts))
@@ -195,36 +172,30 @@ def histogram_section(e: Evaluation) -> str:
 
 
 def temperature_section(e: Evaluation) -> str:
-    """The learned temperature, and the probabilities it turns the cosines into."""
     if e.temperature is None:
         return fill("none")
     scale, bias, start = (e.temperature[name] for name in ("scale", "bias", "start"))
-    rows = [["this model", f"{1 / scale:.4f}", f"{scale:.2f}"], ["before training", f"{1 / start:.4f}", f"{start:.2f}"]]
-    about = {"scale": scale, "temperature": 1 / scale}
+    similar, n, values = e.similar, len(e.images), {"this model": scale, "before training": start}
     if bias is None:
-        rows.append(["limit in training", "0.0100", "100.00"])
-        about |= {"right": e.similar.p_right.mean(), "first": e.similar.p_first.mean(), "images": len(e.images)}
-        about |= {"chance": 1 / len(e.images), "recall": e.metrics["text_to_image_R@1"]}
+        values["limit in training"] = 100
+        about = {"right": similar.p_right.mean(), "first": similar.p_first.mean(), "images": n, "chance": 1 / n}
+        about["recall"] = e.metrics["text_to_image_R@1"]
     else:  # SigLIP: each pair is decided by itself
-        rows.append(["bias", "", f"{bias:.2f}"])
         middles = (np.arange(BINS) + 0.5) * 2 / BINS - 1
-        yes, no = (1 / (1 + np.exp(-scale * x - bias)) for x in (e.similar.right.astype(float), middles))
-        wrong = (e.similar.others * no).sum() / max(1, e.similar.others.sum())
-        about |= {
-            "bias": bias,
-            "border": -bias / scale,
-            "right": yes.mean(),
-            "wrong": wrong,
-            "above": (yes > 0.5).mean(),
-        }
+        yes, no = (1 / (1 + np.exp(-scale * x - bias)) for x in (similar.right.astype(float), middles))
+        wrong = (similar.others * no).sum() / max(1, similar.others.sum())
+        about = {"bias": bias, "border": -bias / scale, "wrong": wrong}
+        about |= {"right": yes.mean(), "above": (yes > 0.5).mean()}
+    rows = [[name, f"{1 / value:.4f}", f"{value:.2f}"] for name, value in values.items()]
+    rows += [] if bias is None else [["bias", "", f"{bias:.2f}"]]
     shown = table(["", "temperature", "logit scale"], rows, "The temperature is 1 / logit scale")
-    return fill("temperature", table=shown, about=fill("softmax" if bias is None else "sigmoid", **about))
+    words = fill("softmax" if bias is None else "sigmoid", scale=scale, temperature=1 / scale, **about)
+    return fill("temperature", table=shown, about=words)
 
 
 def training_section(log_history: list[dict]) -> str:
-    """Loss and recall over training, where they were logged."""
-    recalls, figures = {name: curve(log_history, f"eval_{way}_R@1") for way, name in WAYS.items()}, ""
-    loss = {"loss": curve(log_history, "loss")}
+    recalls = {name: curve(log_history, f"eval_{way}_R@1") for way, name in WAYS.items()}
+    loss, figures = {"loss": curve(log_history, "loss")}, ""
     for title, curves, share in ("Training loss", loss, False), ("Recall@1 over training", recalls, True):
         if curves := {name: points for name, points in curves.items() if len(points) > 1}:
             figures += f"<figure><h3>{title}</h3>{training_svg(title, curves, share)}</figure>"
@@ -233,8 +204,6 @@ def training_section(log_history: list[dict]) -> str:
 
 
 def metadata_section(metadata: dict) -> str:
-    """All run metadata, folded; not printed."""
-
     def lines(value, name: str = ""):
         if isinstance(value, dict):
             for key, inner in value.items():

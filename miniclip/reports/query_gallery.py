@@ -11,8 +11,7 @@ from miniclip.reports.similarities import worst_and_best
 from miniclip.retrieval import TIE
 
 WORST, BEST, SHOWN = 8, 4, 5  # queries of each kind, and results per query
-SIDE = 224  # pixels of a thumbnail's longer side
-LONGEST = 400  # characters of a caption
+SIDE, LONGEST = 224, 400  # pixels of a thumbnail's longer side, characters of a caption
 
 
 def queries_section(e) -> str:
@@ -36,24 +35,25 @@ def queries_section(e) -> str:
             shown = f'<div class="gone">{name}: {safe(str(error).removeprefix(f"{path}: "))}</div>'
         return {"image": shown, "name": name}
 
-    lead = right - e.similar.wrong_image
-    captions = queries(e, "text_to_image", e.image_of_text, right, lead, e.image_of_text, caption, image)
-    lead = right[best] - e.similar.wrong_text
-    images = queries(e, "image_to_text", best, right[best], lead, np.arange(len(best)), image, caption)
-    return fill("gallery", captions="\n".join(captions), images="\n".join(images))
+    captions = queries(e, "text_to_image", np.arange(len(right)), caption, image)
+    return fill(
+        "gallery", captions="\n".join(captions), images="\n".join(queries(e, "image_to_text", best, image, caption))
+    )
 
 
-def queries(
-    e, way: str, own: np.ndarray, cosines: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray,
-    show_query: Callable, show_result: Callable,
-) -> Iterator[str]:  # fmt: skip
-    """The worst and the best queries of a direction. For each query, `own` (Q,) is its correct result, `cosines` (Q,)
-    their cosine and `margins` (Q,) that minus the cosine of the best wrong result."""
-    result, gallery = e.results[way], len(e.gallery(way))
+def queries(e, way: str, caption_of_query: np.ndarray, show_query: Callable, show_result: Callable) -> Iterator[str]:
+    """The worst and the best queries of a direction. `caption_of_query` (Q,) is the caption of each: itself, or the one
+    of an image that ranks first."""
+    result, similar, image_of_query = e.results[way], e.similar, e.image_of_text[caption_of_query]
+    cosines = similar.right[caption_of_query]
+    if way == "text_to_image":
+        own, margins, gallery = image_of_query, cosines - similar.wrong_image, len(e.images)
+    else:
+        own, margins, gallery = caption_of_query, cosines - similar.wrong_text, len(e.texts)
     worst, best = worst_and_best(result.ranks, margins, image_of_query, WORST, BEST)
     worst_title = "the correct result ranks lowest" if worst else "none, every correct result ranks first"
     best_title = "the correct result leads by most" if best else "none, no correct result ranks first"
-    for title, rows in ((f"Worst: {worst_title}", worst), (f"Best: {best_title}", best)):
+    for title, rows in (f"Worst: {worst_title}", worst), (f"Best: {best_title}", best):
         yield f"<h3>{title}</h3>"
         for row in rows:
             rank, found = result.ranks[row], zip(result.found[row, :SHOWN], result.scores[row], result.hits[row])
@@ -65,6 +65,6 @@ def queries(
                 parts = {"classes": classes, "mark": fill("correct") if correct else "", **show_result(int(item))}
                 results += fill(f"{way}_result", rank=place, score=score, **parts)
             lead = max(margins[row], 0)
-            outcome = "lower" if rank > 1 else "first" if np.isfinite(lead) else "alone"
-            verdict = fill(outcome, rank=rank, gallery=gallery, lead=lead)
+            verdict = "lower" if rank > 1 else "first" if np.isfinite(lead) else "alone"
+            verdict = fill(verdict, rank=rank, gallery=gallery, lead=lead)
             yield fill(way, verdict=verdict, results=results, **show_query(row))

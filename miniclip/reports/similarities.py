@@ -1,7 +1,7 @@
 """Cosines of matching pairs and of all others: histograms, ROC AUC, probabilities, chance, best and worst queries.
 
 All pairs are scored a block at a time, and only sums and counts are kept: the matrix of 5,000 images and 25,000
-captions would take half a gigabyte. Plain numpy arrays in and out, as in `retrieval.py`.
+captions would take half a gigabyte.
 """
 
 from typing import NamedTuple
@@ -27,16 +27,12 @@ class Similarities(NamedTuple):
 def similarities(
     image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text, scale: float | None = None, memory: int = 1 << 25
 ) -> Similarities:
-    """Scores all pairs of N images (N, E) and M captions (M, E), float32 of unit length.
-
-    Caption m belongs to image `image_of_text[m]`. `scale` is the logit scale of the softmax. A block of scores takes
-    `memory` bytes; the peak is a few times that.
-    """
+    """Scores all pairs of N images (N, E) and M captions (M, E), float32 of unit length, caption m being one of image
+    `image_of_text[m]`. `scale`: the logit scale. A block of scores takes `memory` bytes, the peak a few times that."""
     n, m = len(image_embeds), len(text_embeds)
-    right, wrong_image, wrong_text = np.empty(m, np.float32), np.empty(m, np.float32), np.full(n, -np.inf, np.float32)
-    p_right, p_first = (None, None) if scale is None else (np.empty(m), np.empty(m))
-    counts, total = np.zeros(BINS, np.int64), 0.0
-    block = max(1, min(1024, memory // (4 * n)))
+    (right, wrong_image), wrong_text = np.empty((2, m), np.float32), np.full(n, -np.inf, np.float32)
+    p_right, p_first = (None, None) if scale is None else np.empty((2, m))
+    counts, total, block = np.zeros(BINS, np.int64), 0.0, max(1, min(1024, memory // (4 * n)))
     for start in range(0, m, block):
         rows = slice(start, start + block)
         scores = text_embeds[rows] @ image_embeds.T
@@ -57,8 +53,7 @@ def similarities(
 
 
 def histogram(cosines: np.ndarray) -> np.ndarray:
-    """The number of cosines in each bin, (BINS,) int64. Bin b begins at 2 b / BINS - 1; values that rounding puts
-    beyond -1 or 1 count in the first or last bin."""
+    """The number of cosines in each bin, (BINS,) int64. Bin b begins at 2 b / BINS - 1; rounding is clipped."""
     places = (cosines * np.float32(BINS / 2) + np.float32(BINS / 2)).clip(0, BINS - 1)
     return np.bincount(places.astype(np.int32).ravel(), minlength=BINS)
 
@@ -83,17 +78,14 @@ def chance_curve(gallery: int, n_relevant: np.ndarray) -> np.ndarray:
     """R@K of a random order for K from 1 to `gallery`. `n_relevant` (Q,): number of relevant results per query."""
     ks, missed = np.arange(1, gallery + 1), np.zeros(gallery)
     for n, queries in zip(*np.unique(n_relevant, return_counts=True)):
-        none = np.ones(gallery)  # the probability that none of n relevant results is among the first K
-        for j in range(min(n, gallery)):
-            none *= np.maximum(gallery - ks - j, 0) / (gallery - j)
-        missed += none * queries
+        left = gallery - np.arange(min(n, gallery))[:, None]  # results not yet drawn when each relevant one is
+        missed += queries * (np.maximum(left - ks, 0) / left).prod(axis=0)  # none is among the first K
     return 1 - missed / len(n_relevant)
 
 
 def worst_and_best(ranks: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray, n_worst: int, n_best: int):
     """The worst queries, with the lowest rank and among equals the lowest margin, and the best ones, which rank first
-    with the largest margin: two lists with at most one query per image. A margin is the cosine of the best correct
-    result minus that of the best wrong one."""
+    with the largest margin: two lists with at most one query per image."""
     worst, best = np.lexsort((margins, -ranks)), np.argsort(-margins, kind="stable")
     chosen = []
     for queries, most in (worst[ranks[worst] > 1], n_worst), (best[ranks[best] == 1], n_best):

@@ -8,9 +8,9 @@ import re
 import textwrap
 import warnings
 from functools import wraps
-from html import escape
 from pathlib import Path
 
+from miniclip.reports.contact_sheet import fill, safe
 from miniclip.utils.files import replacing
 
 INK, GREY, GRID, PAPER, CELL = "#1f2328", "#5b6470", "#e3e6ea", "#ffffff", "#f4f5f7"
@@ -66,11 +66,8 @@ def to_svg(figure, title: str, description: str) -> str:
     body = re.sub(r' id="[\w.]*[a-z]_\d+"| transform="rotate\(-0 [^"]*"|font-family: [^;"]*;? ?', "", body)
     for colour, name in CSS_VARIABLES.items():
         body = body.replace(colour, f"var(--{name})")
-    width, height = (f"{72 * inches:g}" for inches in figure.get_size_inches())
-    return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
-        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{body}"
-    )
+    width, height = 72 * figure.get_size_inches()
+    return fill("chart", width=width, height=height, title=safe(title), description=safe(description), body=body)
 
 
 def fit(label, text: str, inches: float, lines: int = 1):
