@@ -91,9 +91,8 @@ class ClipTrainer(Trainer):
 
 def contrastive_loss(outputs: ClipOutput, batch: dict[str, Tensor], duplicates: str = "positive") -> Tensor:
     """CLIP's loss, in which an image or caption that occurs twice in a batch is not its own negative."""
-    if "pair_ids" not in batch:
-        return clip_loss(*outputs[:3])
-    return clip_loss_with_duplicates(*outputs[:3], batch["pair_ids"], duplicates)
+    embeds, ids = outputs[:3], batch.get("pair_ids")  # and their scale
+    return clip_loss(*embeds) if ids is None else clip_loss_with_duplicates(*embeds, ids, duplicates)
 
 
 class ContrastiveCallback(TrainerCallback):

@@ -19,8 +19,7 @@ class RunArguments(ClipTrainingArguments):
 
     bf16: bool | None = None  # by default on a CUDA device that computes in it
     dataloader_pin_memory: bool = CUDA
-    # A few cores that train have no time to spare; with many, some read images.
-    dataloader_num_workers: int = min(8, CORES if CUDA else CORES // 5)
+    dataloader_num_workers: int = min(8, CORES if CUDA else CORES // 5)  # few cores are better spent on training
     use_cpu: bool = not torch.accelerator.is_available()  # explicitly, so that --bf16 is allowed there
     save_total_limit: int | None = 2
     fast: bool = option(True, "compute the same numbers with less work (miniclip/inference/fast.py)")

@@ -12,12 +12,11 @@ from miniclip.utils.image_files import to_rgb
 
 
 class TrainTransform(Preprocess):
-    """Preprocessing for training: a random crop, optionally mirrored, with optional colour jitter.
+    """Preprocessing for training, called with (image, rng): the same rng state gives the same tensor.
 
     `scale` bounds the crop's fraction of the image area, `ratio` its width over height (RandomResizedCrop: Szegedy et
     al., arXiv 1409.4842); scale (1, 1) resizes as in evaluation. `hflip` is a probability, `color_jitter` the strengths
-    of random brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (a turn of up to x). Call it, and
-    `levels`, with (image, rng): the same rng state gives the same tensor.
+    of random brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (a turn of up to x).
     """
 
     def __init__(
@@ -56,11 +55,9 @@ class TrainTransform(Preprocess):
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 left, top = rng.randint(0, width - w), rng.randint(0, height - h)
-                break
-        else:
-            w, h = min(width, round(height * self.ratio[1])), min(height, round(width / self.ratio[0]))
-            left, top = (width - w) // 2, (height - h) // 2
-        return left, top, left + w, top + h
+                return left, top, left + w, top + h
+        w, h = min(width, round(height * self.ratio[1])), min(height, round(width / self.ratio[0]))
+        return (width - w) // 2, (height - h) // 2, (width + w) // 2, (height + h) // 2
 
 
 def jitter(image: Image.Image, strengths: tuple[float, float, float, float], rng: random.Random) -> Image.Image:
@@ -71,8 +68,8 @@ def jitter(image: Image.Image, strengths: tuple[float, float, float, float], rng
     for enhance, strength in changes:
         image = enhance(image).enhance(rng.uniform(max(0, 1 - strength), 1 + strength))
     if turn:
-        hue, saturation, value = image.convert("HSV").split()
+        hue, *others = image.convert("HSV").split()
         shift = round(255 * rng.uniform(-turn, turn))
         hue = hue.point([(level + shift) % 256 for level in range(256)])
-        image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+        image = Image.merge("HSV", (hue, *others)).convert("RGB")
     return image

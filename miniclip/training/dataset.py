@@ -4,6 +4,7 @@ import logging
 import os
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from PIL import Image
@@ -51,10 +52,10 @@ class RunDataset(CaptionDataset):
             except ImageError as error:
                 if self.on_bad == "stop" or step + 1 == MAX_BAD:
                     raise
-                try:
-                    name = str(self.records[(index + step) % len(self)]["image"])
-                except ImageError:
-                    name = f"sample {(index + step) % len(self)}"
+                number = (index + step) % len(self)
+                name = f"sample {number}"
+                with suppress(ImageError):  # unless its record cannot be read
+                    name = str(self.records[number]["image"])
                 self.report(name, error)
 
     def item(self, index: int) -> dict:

@@ -18,9 +18,8 @@ def core_defaults() -> dict:
     return {name: ast.literal_eval(values[name]) for name in NAMES}
 
 
-# From scratch on little data the risk is to learn too slowly: the rate of OpenCLIP's small models and a strong weight
-# decay. Every negative counts, and 128 pairs fit in a laptop. Fine-tuning risks destroying what the weights know: a low
-# rate and few epochs; weights that were trained with large batches still fine-tune well with 64.
+# From scratch every negative counts, and little data calls for a high rate and weight decay. Fine-tuning may destroy
+# what the weights know: a low rate and few epochs; weights that were trained with large batches tune well with 64.
 FROM_SCRATCH = core_defaults()
 FINE_TUNE = dict(zip(NAMES, (1e-5, 0.1, 5.0, 64, 0.1)))
 # Between two frozen encoders only projections learn, from features that are computed once: an epoch takes about a
@@ -44,14 +43,13 @@ def defaults(given: dict) -> dict:
 
 
 def default_freeze(given: dict) -> dict[str, str]:
-    """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher, whose
-    student must see images and captions itself."""
+    """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher."""
     name = given.get("model") or ""
     try:
         config = MiniClipConfig.from_name(os.path.join(name, "config.json") if os.path.isdir(name) else name)
     except InputError:
         return {}  # reported when the model is made
-    default = "tower" if given.get("teacher") is None else "none"
+    default = "tower" if given.get("teacher") is None else "none"  # a student must see images and captions itself
     towers = {"freeze_image": config.vision_cfg, "freeze_text": config.text_cfg}
     return {option: given.get(option, default) for option, section in towers.items() if section.pretrained}
 

@@ -21,8 +21,7 @@ CHUNK = 256  # pairs that the teacher embeds at once
 def affinity_loss(student: ClipOutput, teacher: ClipOutput) -> Tensor:
     """Affinity mimicking (Wu et al., TinyCLIP, ICCV 2023, equations 2 and 3), the same as OpenCLIP's distillation loss:
     the cross-entropy from the teacher's softmax over a row of logits to the student's, in nats, averaged over both
-    directions. Embeddings are (B, E), of unit length; E may differ. Across processes as `clip_loss`.
-    """
+    directions. Embeddings are (B, E), of unit length; E may differ. Across processes as `clip_loss`."""
     with torch.autocast(student.image_embeds.device.type, enabled=False):
         losses = []
         for rows, columns in ((0, 1), (1, 0)):
@@ -35,12 +34,9 @@ def affinity_loss(student: ClipOutput, teacher: ClipOutput) -> Tensor:
 
 
 class Distillation:
-    """A loss: the student learns to score a batch as `teacher` does, a MiniClip with its own preprocessing, frozen here
-    and run in fp32 or in `bf16`.
-
-    It is added to `contrast` (OpenCLIP's `--distill-model`), or is all there is (TinyCLIP). The teacher sees the
-    student's images, resized to its own size. Raises InputError for a teacher that cannot read the student's tokens.
-    """
+    """A loss: the student learns to score a batch as `teacher` does, a MiniClip that is frozen here and sees the
+    student's images, resized to its own size. It is added to `contrast` (OpenCLIP's `--distill-model`), or is all there
+    is (TinyCLIP). Raises InputError for a teacher that cannot read the student's tokens."""
 
     def __init__(
         self, teacher: MiniClip, preprocess: Preprocess, student: MiniClip,

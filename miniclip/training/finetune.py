@@ -28,8 +28,7 @@ def fine_tuning(model: MiniClip, options, args) -> tuple[list[TrainerCallback], 
         extras["lr_scale"] = rate = layer_rates(model, *scales, options.layer_decay)
         learning = [name for name, p in model.named_parameters() if p.requires_grad]
         ends = min(learning, key=rate), max(learning, key=rate)
-        low, high = (f"{args.learning_rate * rate(name):.3g} ({name})" for name in ends)
-        summary.append(f"learning rates from {low} to {high}")
+        summary.append("learning rates from " + " to ".join(f"{args.learning_rate * rate(n):.3g} ({n})" for n in ends))
     if options.patch_dropout:
         if not isinstance(model.visual, VisionTransformer):
             raise InputError("patch_dropout is for MiniCLIP's own vision transformer. Remove it")
@@ -53,14 +52,9 @@ def fine_tuning(model: MiniClip, options, args) -> tuple[list[TrainerCallback], 
 
 
 def layer_rates(model: MiniClip, image: float = 1, text: float = 1, layer_decay: float = 1) -> Callable[[str], float]:
-    """Returns a function from a parameter's name to the factor of its learning rate:
-
-        (image or text) x layer_decay ** depth
-
-    with depth as in `depths`: 0 for a tower's last norm and projection, 1 for its last block, and so on (BEiT's
-    layer-wise decay, arXiv 2106.08254, for both towers). The factor of `logit_scale` is 1. AdamW's weight decay shrinks
-    with the rate.
-    """
+    """Returns a function from a parameter's name to the factor of its learning rate: (image or text) x layer_decay **
+    depth, with depth as in `depths` (BEiT's layer-wise decay, arXiv 2106.08254, for both towers), and 1 for
+    `logit_scale`. AdamW's weight decay shrinks with the rate."""
     rates = {
         f"{prefix}.{name}": factor * layer_decay**depth
         for prefix, tower, factor in (("visual", model.visual, image), ("text", model.text, text))
@@ -71,15 +65,14 @@ def layer_rates(model: MiniClip, image: float = 1, text: float = 1, layer_decay:
 
 class PatchDropout(TrainerCallback):
     """Drops a `share` of the image patches in training (FLIP: arXiv 2212.00794), but none in the last fraction `off` of
-    the steps, so that the model ends accustomed to whole images. It depends on the step alone, so that a run can be
-    resumed. The model's config keeps its own share."""
+    the steps, so that the model ends accustomed to whole images. The model's config keeps its own share."""
 
     def __init__(self, tower: VisionTransformer, share: float, off: float = 0.0):
         self.tower, self.share, self.off, self.own = tower, share, off, tower.patch_dropout
 
     def on_step_begin(self, args, state, control, **kwargs):
-        whole_from = round((1 - self.off) * state.max_steps)
-        self.tower.patch_dropout = self.share if state.global_step < whole_from else 0.0
+        drop = state.global_step < round((1 - self.off) * state.max_steps)
+        self.tower.patch_dropout = self.share if drop else 0.0
 
     def on_train_end(self, args, state, control, **kwargs):
         self.tower.patch_dropout = self.own
@@ -91,19 +84,16 @@ class EarlyStopping(EarlyStoppingCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if saved := state.stateful_callbacks.get(type(self).__name__):
-            self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
-            if self.early_stopping_patience_counter >= self.early_stopping_patience:
-                control.should_training_stop = True  # it had stopped already
+            count = self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+            control.should_training_stop |= count >= self.early_stopping_patience  # it had stopped already
 
 
 class EMA(TrainerCallback):
-    """An exponential moving average of the weights, `average.module`, BatchNorm's statistics included:
+    """An exponential moving average of the weights, `average.module`, BatchNorm's statistics included: after step t
 
-        average_0 = weights at the start
         average_t = d average_(t-1) + (1 - d) weights_t        d = min(decay, (1 + t) / (10 + t))
 
-    after step t. The low d of the first steps keeps the start from dominating the average of a short run.
-
+    from the weights at the start. The low d of the first steps keeps these from dominating the average of a short run.
     With `average.module` as its `ema`, RunTrainer evaluates the average, so that early stopping and the choice of the
     best checkpoint go by it, and saves it in checkpoints as ema.safetensors, a weight file like any other. At the end
     the average, of the best checkpoint with load_best_model_at_end, replaces the model's weights.
@@ -130,8 +120,7 @@ class EMA(TrainerCallback):
 
 @torch.no_grad()
 def _move_average(decay: float, average: list[Tensor], weights: list[Tensor], t: Tensor):
-    t = int(t)
-    if average[0].is_floating_point():
-        torch._foreach_lerp_(average, weights, 1 - min(decay, (1 + t) / (10 + t)))  # bit-equal where nothing changed
+    if average[0].is_floating_point():  # bit-equal where nothing changed
+        torch._foreach_lerp_(average, weights, 1 - min(decay, (1 + int(t)) / (10 + int(t))))
     else:  # counters
         torch._foreach_copy_(average, weights)

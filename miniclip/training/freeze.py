@@ -31,14 +31,12 @@ def freeze(model: MiniClip, image: str = "none", text: str = "none"):
     for kind, tower, how in (("image", model.visual, image), ("text", model.text, text)):
         if how == "none":
             continue
-        tower.requires_grad_(False)
         blocks, n = int(how[8:]) if how.startswith("all_but_") else 0, len(tower.blocks)
         if blocks > n:
             raise InputError(f"{how}: the {kind} tower has {n} blocks. Choose a number from 0 to {n}")
-        if blocks:
-            depth = depths(tower)
-            for name, p in tower.named_parameters():
-                p.requires_grad_(depth[name] <= blocks)
+        depth = depths(tower)
+        for name, p in tower.named_parameters():
+            p.requires_grad_(blocks > 0 and depth[name] <= blocks)
         tower.projection.requires_grad_(how != "all")
         hold_statistics(tower)
     if not any(p.requires_grad for name, p in model.named_parameters() if name != "logit_scale"):
@@ -76,8 +74,7 @@ class FrozenDataset(RunDataset):
 
     def __init__(self, *args, image_features: np.ndarray | None, text_features: np.ndarray | None, **kwargs):
         super().__init__(*args, **kwargs)
-        # In shared memory, so that worker processes need no copy of their own.
-        self.image_features, self.text_features = (
+        self.image_features, self.text_features = (  # in shared memory: worker processes need no copies
             None if features is None else torch.from_numpy(features).share_memory_()
             for features in (image_features, text_features)
         )

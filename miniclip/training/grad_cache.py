@@ -29,10 +29,9 @@ def normalize_pixels(normalize: Callable, tower: Tower, features: Callable, inpu
 def in_chunks(size: int, tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
     """GradCache (Gao et al., arXiv 2101.06983): the whole batch is contrasted with the memory of a chunk.
 
-    The forward pass keeps nothing of a chunk except its features. In the backward pass `checkpoint` runs the tower
-    again on one chunk after another, with the same random numbers, and sends that chunk's gradient through it. This
-    costs one more forward pass, and the gradients are those of the whole batch. All of it lies within one forward
-    pass: DistributedDataParallel and autocast work as usual.
+    The forward pass keeps only a chunk's features. In the backward pass `checkpoint` runs the tower again on one chunk
+    after another, with the same random numbers: one more forward pass, and the gradients of the whole batch. All of it
+    lies within one forward pass, so DistributedDataParallel and autocast work as usual.
     """
     if len(inputs) <= size:
         return features(inputs)

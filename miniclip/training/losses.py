@@ -21,11 +21,9 @@ LOSSES: dict[str, Callable | str] = {
     "affinity": "miniclip.training.distill:affinity",
 }
 HELP = {  # for `train.py --help`
-    "clip": "symmetric InfoNCE",
-    "siglip": "SigLIP's sigmoid loss",
-    "distill": "InfoNCE plus a teacher's scores",
-    "affinity": "a teacher's scores alone (TinyCLIP)",
-}
+    "clip": "symmetric InfoNCE", "siglip": "SigLIP's sigmoid loss",
+    "distill": "InfoNCE plus a teacher's scores", "affinity": "a teacher's scores alone (TinyCLIP)",
+}  # fmt: skip
 NEED_TEACHER = {"distill", "affinity"}
 
 

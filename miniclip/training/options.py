@@ -1,7 +1,4 @@
-"""Options of `train.py`, beside the Hugging Face training arguments.
-
-Nothing here imports torch or transformers, so that `--help` is fast.
-"""
+"""Options of `train.py`, beside the Hugging Face training arguments. `--help` reads them without importing torch."""
 
 import re
 from dataclasses import dataclass, fields
@@ -29,9 +26,8 @@ class TrainOptions:
     train_data_upsampling_factors: str | None = option(None, "weights of several :: sources in an epoch: 1::2.5")
     streaming: bool = option(False, "read hf:NAME or .parquet from end to end; needs max_steps or train_num_samples")
     on_bad_sample: str | None = option(
-        None, HELP["on_bad_sample"] + "; default: stop for those found before training, skip those found during it",
-        choices=["stop", "skip"],
-    )  # fmt: skip
+        None, HELP["on_bad_sample"] + "; default: stop before training, skip during it", choices=["stop", "skip"]
+    )
     allow_outside_image_root: bool = option(False, HELP["allow_outside_image_root"])
     crop_scale: float = option(0.9, "smallest fraction of the image area that a random crop keeps; 1: no cropping")
     hflip: float = option(0.0, "probability of mirroring an image; wrong for captions that say left or right")
@@ -44,8 +40,7 @@ class TrainOptions:
     tower_lr_scales: list[float] | None = option(None, "multiples of learning_rate for the image and text tower: 0.1 1")
     layer_decay: float = option(1.0, "learning rate of each layer relative to the one above; 0.7 to 0.9 are common")
     patch_dropout: list[float] | None = option(
-        None,
-        "fraction of patches to drop (default: the config's), and the last fraction of the steps without it: 0.5 0.1",
+        None, "fraction of patches to drop (default: the config's), and the last fraction of steps without it: 0.5 0.1"
     )
     early_stopping_patience: int | None = option(None, "stop after this many evaluations without better recall")
     ema: float | None = option(None, "keep an exponential moving average of the weights, with this decay: 0.999")
@@ -96,9 +91,8 @@ class TrainOptions:
             yield f"train_file {self.train_file}: [:N] does not work with streaming. Use max_steps"
         if self.feature_cache and not any(self.frozen):
             yield "feature_cache stores features of frozen towers, but both learn. Add --freeze_image or --freeze_text"
-        for tower, how, scale in zip(
-            ("image", "text"), (self.freeze_image, self.freeze_text), self.tower_lr_scales or ()
-        ):
+        towers = ("image", self.freeze_image), ("text", self.freeze_text)
+        for (tower, how), scale in zip(towers, self.tower_lr_scales or ()):
             if how == "all" and scale != 1:
                 yield f"tower_lr_scales has no effect on the {tower} tower, which is frozen. Set its scale to 1"
         if (self.loss in losses.NEED_TEACHER) != (self.teacher is not None):
@@ -124,8 +118,7 @@ RANGES = {  # the values that are allowed, as words and as a test
     "columns": ("two names: the image column and the caption column", lambda x: len(x) == 2),
     "train_num_samples": _COUNT, "early_stopping_patience": _COUNT, "crop_scale": _SHARE, "layer_decay": _SHARE,
     "hflip": _FRACTION, "color_jitter": _FRACTION, "freeze_image": _FREEZE, "freeze_text": _FREEZE,
-    "tower_lr_scales": ("two numbers above 0 (freeze_image and freeze_text freeze)",
-                        lambda x: len(x) == 2 and min(x) > 0),
+    "tower_lr_scales": ("two numbers above 0 (0 is freeze_image or freeze_text)", lambda x: len(x) == 2 and min(x) > 0),
     "patch_dropout": ("a fraction below 1 and, if it is above 0, the last fraction of the steps without it",
                       lambda x: len(x) < 3 and 0 <= x[0] < 1 and (len(x) == 1 or x[0] and 0 <= x[1] <= 1)),
     "ema": ("at least 0 and below 1", lambda x: 0 <= x < 1),

@@ -28,17 +28,13 @@ def read_data(options, args, bad_samples: BadSamples):
             raise InputError(f"--{name} is missing (see --help)")
     records, eval_records, make_dataset, problems = None, None, RunDataset, []
     roots, on_bad = options.image_root or [None], options.on_bad_sample or "stop"
-    columns, outside = options.columns or (None, None), options.allow_outside_image_root
-    reading = ReadOptions(roots[0], *columns, on_bad, bad_samples, outside)
+    columns, num_samples = options.columns or (None, None), options.train_num_samples
+    reading = ReadOptions(roots[0], *columns, on_bad, bad_samples, options.allow_outside_image_root)
     try:
         if options.streaming:
-            make_dataset = StreamDataset.opened(
-                options.train_file, args, reading, num_samples=options.train_num_samples
-            )
-        else:
-            # A frozen tower sees all images at once, before the first step.
-            checked = replace(reading, check_handles=options.frozen[0])
-            factors, num_samples = options.train_data_upsampling_factors, options.train_num_samples
+            make_dataset = StreamDataset.opened(options.train_file, args, reading, num_samples=num_samples)
+        else:  # a frozen tower sees all images at once, before the first step
+            checked, factors = replace(reading, check_handles=options.frozen[0]), options.train_data_upsampling_factors
             records = read_source(options.train_file, checked, factors=factors, num_samples=num_samples)
     except InputError as error:
         problems.append(str(error))
@@ -60,9 +56,8 @@ def read_data(options, args, bad_samples: BadSamples):
 
 
 def load_model(options, args, records):
-    """Loads the model to train, its preprocessing and its tokenizer, and prints a line about them and the data. Random
-    weights, and all that is drawn afterwards, follow from the seed."""
-    set_seed(args.seed)
+    """Loads the model to train, its preprocessing and its tokenizer, and prints a line about them and the data."""
+    set_seed(args.seed)  # for random weights, and all that is drawn afterwards
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*random weights")  # they may be what is wanted; the line below says so
         model, preprocess, tokenizer = load(options.model, options.pretrained)

@@ -1,7 +1,4 @@
-"""SigLIP's sigmoid loss: each image and caption is a yes-or-no question (Zhai et al., arXiv 2303.15343).
-
-No softmax needs a whole row of logits, so they never have to be in memory all at once.
-"""
+"""SigLIP's sigmoid loss: each image and caption is a yes-or-no question (Zhai et al., arXiv 2303.15343)."""
 
 import math
 from collections.abc import Callable
@@ -39,23 +36,21 @@ def siglip_loss(
     """-1/B sum over i, j of log sigmoid(z_ij (scale x_i . y_j + bias)), in nats (algorithm 1).
 
     z_ij is 1 if image i and caption j are a pair, otherwise -1. Duplicates are pairs too ("positive"), dropped from the
-    sum ("exclude") or negatives ("ignore"). Arguments as for `clip_loss`; `logit_bias` is a scalar. Each process scores
-    its B images against the captions of all; the mean over processes is the loss of the whole batch. At most B x
-    `chunk_size` logits exist at once, recomputed in the backward pass: memory grows linearly with the batch.
+    sum ("exclude") or negatives ("ignore"). Arguments and processes as for `clip_loss`; `logit_bias` is a scalar. At
+    most B x `chunk_size` logits exist at once, recomputed in the backward pass: memory grows linearly with the batch.
     """
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates {duplicates!r} is not one of {', '.join(DUPLICATES)}")
     with torch.autocast(image_embeds.device.type, enabled=False):
         images, texts = image_embeds.float(), gather(text_embeds.float())
-        rows = torch.arange(len(images), device=images.device)
+        own = torch.arange(len(images), device=images.device) + process_index() * len(images)  # each image's caption
         all_ids = None if ids is None else gather(ids)
         loss = images.new_zeros(())
         for start in range(0, len(texts), chunk_size):
             part = slice(start, start + chunk_size)
-            own = rows + process_index() * len(images) - start  # the column of each image's caption
-            inputs = (images, texts[part], logit_scale.float(), logit_bias.float(), own, duplicates)
-            inputs += () if ids is None else (ids, all_ids[part])
-            loss = loss + checkpoint(_chunk_loss, *inputs, use_reentrant=False)
+            inputs = images, texts[part], logit_scale.float(), logit_bias.float(), own - start, duplicates
+            pair_ids = () if ids is None else (ids, all_ids[part])
+            loss = loss + checkpoint(_chunk_loss, *inputs, *pair_ids, use_reentrant=False)
         return loss / len(images)
 
 

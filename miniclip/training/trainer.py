@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 class RunTrainer(GuardedTrainer, ClipTrainer):
     """The trainer of train.py: a ClipTrainer that survives interruptions (`run/guard.py`) and is faster.
 
-    Besides ClipTrainer's arguments it takes `preprocess`, to normalise the images of a RunDataset, `lr_scale`, from a
-    parameter's name to the factor of its learning rate, and `ema`, a model whose weights a callback keeps as the
-    average of the trained ones: it is evaluated instead of the model and saved in checkpoints.
+    It also takes `preprocess`, to normalise the images of a RunDataset, `lr_scale`, from a parameter's name to the
+    factor of its learning rate, and `ema`, a model that a callback keeps as the average of the trained one: it is
+    evaluated in its place, and saved in checkpoints.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         wrap_towers(model, preprocess.normalize, args.grad_cache_chunk_size, args.fast and not self.sharded)
         if model.visual.may_skip_parameters or model.text.may_skip_parameters:
             args.ddp_find_unused_parameters = True
-        moving = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
-        if args.grad_cache_chunk_size and any(moving):
+        learning = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
+        if args.grad_cache_chunk_size and any(learning):
             raise InputError(
-                "grad_cache_chunk_size: a BatchNorm that learns would compute its statistics from a chunk, not the"
-                " batch. Remove it, or freeze the image tower (--freeze_image tower or all_but_N)"
+                "grad_cache_chunk_size: a BatchNorm would compute its statistics from a chunk, not the batch. Remove it"
+                " or freeze the image tower (--freeze_image tower or all_but_N)"
             )
         self.lr_scale, self.ema, self.measured_by = lr_scale, ema, evaluator
         if evaluator:
@@ -58,7 +58,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
             fsdp.prepare_fsdp(self)
         self.add_callback(ReportBadSamples(train_dataset))
         batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
-        if train_dataset is not None and has_length(train_dataset):  # a stream may have none
+        if has_length(train_dataset):  # a stream may have none
             sampler = train_dataset.sampler(args)
             n = len(train_dataset if sampler is None else sampler)
             if n < (batch if args.dataloader_drop_last else 1):
@@ -116,8 +116,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.sharded:
-            weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-            return fsdp.load_whole_weights(self.model, weights)
+            return fsdp.load_whole_weights(self.model, load_file(Path(resume_from_checkpoint, "model.safetensors")))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         average = Path(resume_from_checkpoint) / "ema.safetensors"
         if average.is_file() != (self.ema is not None):
@@ -133,13 +132,11 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
 
 
 def check_metric(args: RunArguments, evaluator: Evaluator):
-    """Chooses the best checkpoint by the evaluator's own metric unless another is named. Raises InputError for a name
-    that it does not have."""
+    """Makes the evaluator's own metric the default. Raises InputError for one that it does not have."""
     if args.metric_for_best_model == "mean_recall":
         args.metric_for_best_model = evaluator.primary_metric
     name = (args.metric_for_best_model or evaluator.primary_metric).removeprefix("eval_")
-    known = evaluator.metric_names()
-    if known and name not in known:
+    if (known := evaluator.metric_names()) and name not in known:
         raise InputError(f"metric_for_best_model {name!r} is not one of {', '.join(sorted(known))}")
 
 

@@ -1,9 +1,5 @@
-"""WiSE-FT: weights between those before and those after fine-tuning (Wortsman et al., arXiv 2109.01903).
-
-    weights = (1 - alpha) before + alpha after
-
-A model in between often keeps most of the old task and most of the new one, without further training.
-"""
+"""WiSE-FT: weights (1 - alpha) before + alpha after fine-tuning (Wortsman et al., arXiv 2109.01903), which often keep
+most of the old task and most of the new one, without further training."""
 
 import copy
 
@@ -20,14 +16,12 @@ ALPHAS = [number / 10 for number in range(11)]
 
 
 def sweep(
-    before: MiniClip, after: MiniClip, preprocess, tokenizer, records: dict[str, list[dict]],
-    alphas: list[float] = ALPHAS, precision: str = "fp32", batch_size: int = 64, num_workers: int | None = None,
-    progress: bool = False,
+    before: MiniClip, after: MiniClip, preprocess, tokenizer, records: dict[str, list[dict]], alphas=ALPHAS,
+    precision: str = "fp32", batch_size: int = 64, num_workers: int | None = None, progress: bool = False,
 ) -> list[dict]:  # fmt: skip
     """Evaluates the models between two on caption sets by name. Returns, for each alpha,
     `{"alpha": alpha, "mean": mean of the mean recalls, name: metrics, ...}`. What the sets share is encoded once, and
-    once for all alphas by a tower that is equal in both models. Raises InputError for different architectures.
-    """
+    once for all alphas by a tower that is equal in both models. Raises InputError for different architectures."""
     check_same(before.config, after.config)
     weights = before.state_dict(), after.state_dict()
     model, found = copy.deepcopy(after), []

@@ -3,14 +3,16 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 
 from miniclip.trainer import ClipTrainingArguments
 from miniclip.training.arguments import RunArguments
 from miniclip.training.defaults import FINE_TUNE, FROM_SCRATCH
+from miniclip.training.losses import HELP, LOSSES, make_loss
 from miniclip.training.options import TrainOptions
-from miniclip.training.parse import parse_train
+from miniclip.training.parse import parse_train, train_help
 from miniclip.utils.command_line import at_least, find_device, printable, run
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import write_text
@@ -134,3 +136,15 @@ def test_numbers_and_devices_that_cannot_be():
     for name in ("nope", "cuda:99"):
         with pytest.raises(InputError, match=f"--device {name}: "):
             find_device(name)
+
+
+def test_from_scratch_has_the_defaults_of_clip_trainer():
+    assert {f.name: f.default for f in fields(ClipTrainingArguments) if f.name in FROM_SCRATCH} == FROM_SCRATCH
+
+
+def test_a_loss_is_registered_in_one_place(monkeypatch, tmp_path):
+    monkeypatch.setitem(LOSSES, "toy", lambda model, options, args: lambda outputs, batch: outputs.logit_scale)
+    options, args = parse_train(["--output_dir", str(tmp_path), "--use_cpu", "--loss", "toy"])
+    model = SimpleNamespace(logit_bias=None)
+    assert make_loss(model, options, args)(SimpleNamespace(logit_scale=3), {}) == 3
+    assert all(text in train_help() for text in HELP) and HELP.keys() < LOSSES.keys()
