@@ -16,7 +16,7 @@ def main(argv: list[str]):
     from miniclip.datasets.records import ReadOptions, one_per_image
     from miniclip.inference.evaluator import RetrievalEvaluator, evaluate_model, read_features, save_features
     from miniclip.reports.html_page import Evaluation, write_report
-    from miniclip.retrieval import format_table
+    from miniclip.reports.table import format_table
     from miniclip.run.metadata import evaluation_metadata
     from miniclip.utils.bad_samples import BadSamples
     from miniclip.utils.files import write_json

@@ -3,18 +3,15 @@
 Everybody stores the same tensors under other names. One table lists the names side by side; read in one direction it
 loads, in the other it exports. A tensor without a row and a row without its tensor both raise, so nothing is dropped or
 left random without a word. A tower of another kind brings its own rows (`Tower.key_rows`).
-
-    python -m miniclip convert ViT-B-32.pt clip-vit-base-patch32 --to hf
 """
 
-import re
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from miniclip.utils.errors import CheckpointError
-from miniclip.utils.weight_files import shorten
+from miniclip.utils.weight_files import mismatch
 
 # {t}: prefix of the tower. {b}: prefix of block {i}. {p}: weight and bias. {qkv}: each of q, k and v. Behind the bar:
 # the operation that makes our tensor from theirs.
@@ -51,8 +48,6 @@ OPERATIONS = {  # (their tensors -> ours, ours -> theirs)
     "fuse_qkv": (lambda tensors: [torch.cat(tensors)], lambda tensors: tensors[0].chunk(3)),  # first q, then k, then v
     "scalar": (lambda tensors: [tensors[0].squeeze()], lambda tensors: tensors),  # some files have the shape (1,)
 }
-
-
 LAYOUTS = {  # column of the table, prefix of the image tower, of the text tower, name of the scale
     "miniclip": (0, "visual.", "text.", "logit_scale"),
     "openclip": (1, "visual.", "", "logit_scale"),  # and OpenAI, and TinyCLIP's releases
@@ -62,27 +57,13 @@ LAYOUTS = {  # column of the table, prefix of the image tower, of the text tower
     "hf": (2, "vision_model.", "text_model.", "logit_scale"),  # transformers' CLIPModel
 }
 WITH_BIAS = "miniclip", "openclip", "custom_text"  # these may have the bias of SigLIP's loss, the others cannot
-HARMLESS = {  # last parts of keys that hold no weights
-    "input_resolution", "context_length", "vocab_size",  # sizes, in OpenAI's archives
-    "attn_mask", "position_ids",  # constants, which older versions of OpenCLIP and of transformers stored
-}  # fmt: skip
-HINTS = {  # how an unknown key begins -> what that means; the first that applies is reported
-    r"(.*\.)?l0_module\.|image_encoder_without_ddp\.":
-        "a TinyCLIP 'auto' file, pruned to blocks of different sizes; take one of TinyCLIP's manual ViT files",
-    r"(.*\.)?visual\.trunk\.": "its image tower is from timm (as SigLIP's is) or transformers, the model's is not",
-    r"(.*\.)?visual\.layer1\.": "its image tower is a ModifiedResNet (RN50), the model's is not",
-    r"(vision|text)_model\.": "a Hugging Face model with other towers than CLIPModel's, as SigLIP has",
-    r"embeddings\.|encoder\.layers\.": "one tower alone, of a Hugging Face model; save the whole CLIPModel",
-}  # fmt: skip
+# Last parts of keys that hold no weights: sizes, in OpenAI's archives, and constants that older versions stored.
+HARMLESS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
 
 
 def make_layout(layout: str, rows=CLIP_ROWS) -> dict[str, tuple[str, str]]:
-    """One source's rules, {our name: (their name, operation)}, from the rows of an image and a text tower. {i}, {p} and
-    {qkv} are left in the names. For OpenCLIP, among others:
-
-    "text.blocks.{i}.attn.in_proj.{p}": ("transformer.resblocks.{i}.attn.in_proj_{p}", "")
-    "visual.proj.weight": ("visual.proj", "transpose")
-    """
+    """One source's rules, {our name: (their name, operation)}, from the rows of both towers, with {i}, {p} and {qkv}
+    left in the names: "visual.proj.weight": ("visual.proj", "transpose"), for OpenCLIP."""
     column, image, text, scale = LAYOUTS[layout]
     rules = {"logit_scale": (scale, "scalar")}
     if layout in WITH_BIAS:
@@ -96,10 +77,9 @@ def make_layout(layout: str, rows=CLIP_ROWS) -> dict[str, tuple[str, str]]:
 
 
 def to_miniclip(state_dict: dict[str, Tensor], rows=CLIP_ROWS) -> tuple[dict[str, Tensor], str]:
-    """Returns the weights under MiniCLIP's names, and the name of the layout that they came in. `rows` are those of the
-    model's two towers. Raises CheckpointError for an unknown layout, for missing, unknown and duplicate keys and for
-    pruned blocks."""
-    weights, first = {}, {}
+    """Returns the weights under MiniCLIP's names and the name of their layout. `rows` are those of the model's towers.
+    Raises CheckpointError for an unknown layout, missing, unknown and duplicate keys."""
+    weights = {}
     for key, tensor in state_dict.items():
         # DistributedDataParallel and torch.compile put a part of their own into the path, at any depth
         path = [part for part in key.split(".") if part not in ("module", "_orig_mod")]
@@ -112,15 +92,7 @@ def to_miniclip(state_dict: dict[str, Tensor], rows=CLIP_ROWS) -> tuple[dict[str
     source = max(known, key=known.get)
     if not known[source]:
         raise mismatch(f"its layout is none of {', '.join(LAYOUTS)}", [], weights)
-    renamed = rename(weights, source, rows, export=False)
-    per_block = tuple({name.partition("{i}")[0] for name in make_layout(source, rows) if "{i}" in name})
-    for key, tensor in renamed.items():
-        if key.startswith(per_block):
-            name, shape = first.setdefault(re.sub(r"\d+", "", key, count=1), (key, tensor.shape))
-            if tensor.shape != shape:
-                sizes = f"{name} is {tuple(shape)}, {key} is {tuple(tensor.shape)}"
-                raise CheckpointError(f"its blocks differ in size, as in TinyCLIP's pruned 'auto' files: {sizes}")
-    return renamed, source
+    return rename(weights, source, rows, export=False), source
 
 
 def from_miniclip(state_dict: dict[str, Tensor], layout: str, rows=CLIP_ROWS) -> dict[str, Tensor]:
@@ -157,10 +129,3 @@ def rename(state_dict: dict[str, Tensor], layout: str, rows, export: bool) -> di
         alone = ": one tower alone; save the whole model" if len(towers) == 1 and not export else ""
         raise mismatch(f"not complete as {layout} weights{alone}", missing, left)
     return renamed
-
-
-def mismatch(problem: str, missing: Iterable[str], unknown: Iterable[str]) -> CheckpointError:
-    """The error for weights that are not those of a layout, with a hint if one of HINTS applies."""
-    found = ((hint, key) for start, hint in HINTS.items() for key in sorted(unknown) if re.match(start, key))
-    hint = "".join(f": {hint} (it holds {key!r})" for hint, key in list(found)[:1])
-    return CheckpointError(f"{problem}{hint}: missing {shorten(missing)}; unknown {shorten(unknown)}")

@@ -1,8 +1,8 @@
 """Which sizes make up a CLIP model?
 
-A JSON file in OpenCLIP's form describes a model: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`. The files that
-ship with the project are in `model_configs/`. A folder saved by MiniCLIP has its own `config.json`, which includes the
-image preprocessing: with the wrong activation or preprocessing, weights are worse and nothing says so.
+A JSON file in OpenCLIP's form describes a model: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`. `model_configs/`
+has some. A folder saved by MiniCLIP has its own `config.json`, which includes the image preprocessing: with the wrong
+activation or preprocessing, weights are worse and nothing says so.
 """
 
 import dataclasses
@@ -33,8 +33,7 @@ class VisionConfig:
     patch_dropout: float = 0.0  # share of patches dropped in training (FLIP, arXiv 2212.00794); 0 in evaluation
     pretrained = False  # not a field: whether the section names weights to start from
 
-    def problems(self):
-        """Checks of the values, as (whether it holds, the message if it does not)."""
+    def problems(self):  # (whether a condition on the values holds, what to say if it does not)
         yield self.image_size % self.patch_size == 0, "vision_cfg.image_size is not a multiple of patch_size"
         yield self.width % self.head_width == 0, "vision_cfg.width is not a multiple of head_width"
         yield 0 <= self.patch_dropout < 1, "vision_cfg.patch_dropout is not in [0, 1)"
@@ -57,7 +56,6 @@ class TextConfig:
     pretrained = False
 
     def problems(self):
-        """As VisionConfig's."""
         yield self.width % self.heads == 0, "text_cfg.width is not a multiple of heads"
 
 
@@ -115,15 +113,13 @@ class MiniClipConfig:
         except (OSError, ValueError) as error:
             raise InputError(f"the model config {path} cannot be read: {error}") from None
         if isinstance(values, dict) and values.get("model_type") == "clip":
-            raise InputError(
-                f"{path} is a Hugging Face config: make a MiniCLIP folder of it with"
-                f" `python -m miniclip convert {Path(path).parent} NEW_FOLDER --to miniclip`"
-            )
+            command = f"python -m miniclip convert {Path(path).parent} NEW_FOLDER --to miniclip"
+            raise InputError(f"{path} is a Hugging Face config: make a MiniCLIP folder of it with `{command}`")
         return cls.from_dict(values, str(path))
 
     @classmethod
     def from_name(cls, name: str) -> "MiniClipConfig":
-        """Reads `model_configs/<name>.json`, or the file itself where `name` is a path that ends in .json."""
+        """Reads `model_configs/<name>.json`, or a path that ends in .json."""
         if name.endswith(".json"):
             return cls.from_json(name)
         if name not in list_models():
@@ -131,12 +127,10 @@ class MiniClipConfig:
             raise InputError(f"{name!r} is neither a folder nor the name of a model config; nearest: {nearest}")
         return cls.from_json(MODEL_CONFIGS / f"{name}.json")
 
-    def to_dict(self) -> dict:
-        """The inverse of `from_dict`, ready for `json.dumps`."""
+    def to_dict(self) -> dict:  # the inverse of `from_dict`
         return dataclasses.asdict(self)
 
-    def to_json_string(self) -> str:
-        """The same as text: Trainer shows it in TensorBoard."""
+    def to_json_string(self) -> str:  # Trainer shows it in TensorBoard
         return json.dumps(self.to_dict(), indent=2)
 
 
@@ -145,17 +139,12 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in MODEL_CONFIGS.glob("*.json"))
 
 
+# Other towers: (base section, what tells it from the values, the section: a dataclass or "module:name" of one).
 SECTIONS: list[tuple[type, Callable[[dict], bool], type | str]] = []
 
 
-def register_section(base: type, tells: Callable[[dict], bool], section: type | str):
-    """Reads a section of the config as `section`, a dataclass or "module:name" of one, instead of as `base` where
-    `tells(values)` is true. `model.register_tower` also says which tower it describes."""
-    SECTIONS.append((base, tells, section))
-
-
 def _fill(cls, values: dict, where: str):
-    """Makes a dataclass from a dict, section by section. Raises InputError for a field that it does not have."""
+    """Makes a dataclass from a dict, section by section. Raises InputError for an unknown field."""
     if dataclasses.is_dataclass(values):
         return values  # made already
     for base, tells, section in SECTIONS:

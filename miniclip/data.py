@@ -56,7 +56,7 @@ class CaptionDataset(Dataset):
 
 
 def image_id(image: str | Path | ImageFile) -> int:
-    """A 64-bit number that identifies an image: a file by its path, an ImageFile by its content."""
+    """A number that identifies an image: a file by its path, an ImageFile by its content."""
     return _number(image.key() if isinstance(image, ImageFile) else str(image).encode())
 
 
@@ -70,10 +70,8 @@ def _number(name: bytes) -> int:
 
 
 class Collator:
-    """Makes a batch of items: `input_ids` (B, L) of the captions, L the longest one's length, and the stacked rest.
-
-    L is rounded up to a multiple of `multiple`: a GPU likes 8, and a compiled model few different lengths.
-    """
+    """Makes a batch of items: the captions' `input_ids` (B, L), and the stacked rest. L, the length of the longest one,
+    is rounded up to a multiple of `multiple`: a GPU likes 8, and a compiled model few different lengths."""
 
     def __init__(self, tokenize, multiple: int = 1):
         # Not called `tokenizer`: Trainer would take it for one of its own and try to save it.

@@ -1,8 +1,7 @@
 """What is CLIP trained to do?
 
-In a batch of image-caption pairs, every image has to pick its own caption among all captions, and every caption its
-own image: two classifications, whose logits are cosine similarities times the learned scale. All other pairs of the
-batch are the negatives.
+In a batch of pairs, every image has to pick its own caption among all captions, and every caption its own image: two
+classifications, whose logits are cosine similarities times the learned scale. All other pairs are the negatives.
 """
 
 import torch

@@ -76,9 +76,6 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """The pre-norm transformer block of both towers."""
 
-    # inference/fast.py computes the same with less work, as long as nothing here is changed: change a line, and this
-    # code runs in training, evaluation and search, and one line says so. `train.py --fast false` always trains with it.
-
     def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
@@ -86,6 +83,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu)
 
+    # inference/fast.py computes the same with less work as long as nothing here is changed. Change a line, and this
+    # code runs in training, evaluation and search, and one line says so (or always, with `train.py --fast false`).
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:
         x = x + self.attn(self.ln_1(x), is_causal)
         return x + self.mlp(self.ln_2(x))
@@ -102,25 +101,23 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Base class of an encoder: an input, to features (B, W), to an embedding (B, E) by a linear projection. Yours
-    defines the first four attributes; `towers/registry.py` makes it known."""
+    """Base class of an encoder: inputs to features (B, W), and these to embeddings (B, E) by a projection. Yours
+    defines the first four attributes; `towers/registry.py` registers it."""
 
     features: Callable[[Tensor], Tensor]  # a method: pixel values or token ids to what the projection reads, (B, W)
     width: int  # W
     blocks: Sequence[nn.Module]  # the layers, in order, for rates by layer and freezing all but the last ones
-    projection_name = "proj"  # the attribute that maps features (B, W) to embeddings (B, E)
+    projection_name = "proj"  # the attribute that maps features to embeddings
     rows: list[tuple[str, str, str]] | None = None  # see `key_rows`
     tokenizer: BaseTokenizer | None = None  # of a text tower
-    may_skip_parameters = False  # whether `forward` may leave parameters that learn unused, which DDP has to know
-    # The seam around the forward pass: functions (tower, features, inputs) -> (B, W). Each may call `features(inputs)`,
-    # the next one inward. Innermost first: inference/fast.py, the normalisation of pixels, GradCache's chunks.
+    may_skip_parameters = False  # whether `forward` may leave trainable parameters unused, which DDP has to know
+    # Functions (tower, features, inputs) -> (B, W) around `features`, innermost first: fast path, pixels, GradCache.
     wrappers: tuple[Callable, ...] = ()
     fixed_norms: tuple[nn.Module, ...] = ()  # BatchNorms that keep their statistics in training too
-    checkpoint_every = 0  # see `checkpoint_activations`; 0: no block
+    checkpoint_every = 0  # every n-th block keeps only its input for the backward pass; 0: none does
 
     @property
     def projection(self) -> nn.Module:
-        """The last layer, (B, W) to (B, E)."""
         return self.get_submodule(self.projection_name)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -129,8 +126,7 @@ class Tower(nn.Module):
             features = partial(wrapper, self, features)
         return self.projection(features(inputs))
 
-    def run_blocks(self, x: Tensor, is_causal: bool) -> Tensor:
-        """Applies the blocks in order, (B, L, W) to (B, L, W)."""
+    def run_blocks(self, x: Tensor, is_causal: bool) -> Tensor:  # (B, L, W) to (B, L, W)
         for number, block in enumerate(self.blocks):
             recompute = self.checkpoint_every and number % self.checkpoint_every == 0 and torch.is_grad_enabled()
             x = checkpoint(block, x, is_causal, use_reentrant=False) if recompute else block(x, is_causal)
@@ -143,25 +139,24 @@ class Tower(nn.Module):
         return self
 
     def checkpoint_activations(self, every: int):
-        """Makes every n-th block keep only its input for the backward pass and compute the rest again."""
         self.checkpoint_every = every
 
     def key_rows(self) -> list[tuple[str, str, str]]:
-        """The tower's part of checkpoint.py's table; by default a tensor has the same name everywhere."""
+        """The tower's rows of checkpoint.py's table; by default a tensor has the same name everywhere."""
         return self.rows or [("{t}" + name,) * 3 for name in self.state_dict()]
 
     def init_parameters(self):
         """Draws the weights outside the blocks."""
 
     def load_pretrained(self):
-        """Loads the weights that its section of the config names, if that is `pretrained`."""
+        """Loads the weights that its section of the config names."""
 
     def for_inference(self) -> "Tower":
-        """Returns the tower, or a copy that computes the same faster and cannot be trained."""
+        """The tower, or a copy that computes the same faster and cannot be trained."""
         return self
 
     def save_files(self, directory: Path):
-        """Writes what the tower needs besides weights into a folder: its tokenizer, below `tokenizer/`."""
+        """Writes what a text tower needs besides weights, its tokenizer, below `tokenizer/` in a folder."""
 
     def load_files(self, directory: Path):
         """Reads what `save_files` wrote."""
@@ -186,9 +181,9 @@ class VisionTransformer(Tower):
         self.proj = nn.Linear(cfg.width, embed_dim, bias=False)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
-            size = self.image_size
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {size}, {size})")
+        S = self.image_size
+        if pixel_values.shape[1:] != (3, S, S):
+            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
         x = self.embed_patches(self.conv1(pixel_values))
         return self.ln_post(self.run_blocks(x, is_causal=False)[:, 0])
 
@@ -197,29 +192,21 @@ class VisionTransformer(Tower):
         x = patches.flatten(2).transpose(1, 2)  # (B, patches, W)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + patches, W)
         x = x + self.positional_embedding.to(x.dtype)
-        if self.training and self.patch_dropout:
-            x = self.drop_patches(x)
+        if self.training and self.patch_dropout:  # keeps the class token and a random choice of each image's patches
+            B, L, W = x.shape
+            keep = max(1, round((L - 1) * (1 - self.patch_dropout)))
+            kept = 1 + torch.rand(B, L - 1, device=x.device).topk(keep, dim=1).indices
+            x = torch.cat([x[:, :1], x.gather(1, kept[..., None].expand(-1, -1, W))], dim=1)
         return self.ln_pre(x)
 
-    def drop_patches(self, x: Tensor) -> Tensor:
-        """Keeps the class token and a random choice of the patches, another one for each image."""
-        B, L, W = x.shape
-        keep = max(1, round((L - 1) * (1 - self.patch_dropout)))
-        kept = 1 + torch.rand(B, L - 1, device=x.device).topk(keep, dim=1).indices
-        return torch.cat([x[:, :1], x.gather(1, kept[..., None].expand(-1, -1, W))], dim=1)
-
     def init_parameters(self):
-        nn.init.normal_(self.class_embedding, std=self.width**-0.5)
-        nn.init.normal_(self.positional_embedding, std=self.width**-0.5)
-        nn.init.normal_(self.proj.weight, std=self.width**-0.5)
+        for parameter in (self.class_embedding, self.positional_embedding, self.proj.weight):
+            nn.init.normal_(parameter, std=self.width**-0.5)
 
 
 class TextTransformer(Tower):
-    """Token ids (B, L) to embeddings (B, E), read out at the end token.
-
-    L is at most the context length. With causal attention nothing after the end token reaches it, so padding can be
-    cut off without changing the result.
-    """
+    """Token ids (B, L), L up to the context length, to embeddings (B, E), read out at the end token. With causal
+    attention nothing after the end token reaches it, so padding can be cut off without changing the result."""
 
     rows, projection_name = TEXT_ROWS, "text_projection"
 
@@ -237,8 +224,7 @@ class TextTransformer(Tower):
         end = input_ids.argmax(dim=1)  # the end token has the highest id of the vocabulary
         return self.ln_final(x[torch.arange(len(x), device=x.device), end])
 
-    def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """The sequence that the blocks work on: (B, L, W)."""
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:  # (B, L) to (B, L, W)
         if input_ids.shape[1] > len(self.positional_embedding):
             raise InputError(f"{input_ids.shape[1]} tokens; the context is {len(self.positional_embedding)}")
         return self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]
@@ -276,16 +262,12 @@ class MiniClip(nn.Module):
         return F.normalize(embeds, dim=-1) if normalize else embeds
 
     def forward(self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None) -> ClipOutput:
-        """Embeds a batch of either or both kinds; None for a missing one."""
-        # The scale is read here, not by the loss, because DistributedDataParallel wants every parameter to be used
-        # inside `forward`. The trainer keeps it at 100 or less, after each step: a clamp here would have no gradient,
-        # and so no way back, for a scale a rounding error above.
-        return ClipOutput(
-            None if pixel_values is None else self.encode_image(pixel_values, normalize=True),
-            None if input_ids is None else self.encode_text(input_ids, normalize=True),
-            self.logit_scale.exp(),
-            self.logit_bias,
-        )
+        """Embeds images, texts or both; None for what is missing."""
+        # The scale is read here, not by the loss: DistributedDataParallel wants every parameter used in `forward`. The
+        # trainer clamps it after each step: a clamp here would have no gradient, and so no way back, above 100.
+        image_embeds = None if pixel_values is None else self.encode_image(pixel_values, normalize=True)
+        text_embeds = None if input_ids is None else self.encode_text(input_ids, normalize=True)
+        return ClipOutput(image_embeds, text_embeds, self.logit_scale.exp(), self.logit_bias)
 
     def get_logits(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosine similarities: (images, texts) and its transpose (texts, images). Softmax over a row is the
@@ -294,19 +276,15 @@ class MiniClip(nn.Module):
         logits = logit_scale * image_embeds @ text_embeds.T + (0 if logit_bias is None else logit_bias)
         return logits, logits.T
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False):
-        """Keeps only each block's input for the backward pass and computes the rest again: less memory, a third more
-        work, the same gradients. Trainer calls it by this name."""
+    def activation_checkpointing_enable(self, *, every_n_layers: int = 1, offload: bool = False, **kwargs):
+        """Recomputes activations in the backward pass: less memory, a third more work, the same gradients."""
         if offload:
             raise InputError("offloading activations is not supported: remove offload")
         self.visual.checkpoint_activations(every_n_layers)
         self.text.checkpoint_activations(every_n_layers)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """The same, by the name that older versions of Trainer call."""
-        self.activation_checkpointing_enable()
+    gradient_checkpointing_enable = activation_checkpointing_enable  # the name in older versions of Trainer
 
-    @torch.no_grad()
     def init_parameters(self):
         """Draws the weights to start training from, with the standard deviations of OpenAI's code."""
         self.visual.init_parameters()
@@ -317,16 +295,15 @@ class MiniClip(nn.Module):
                 block.init_parameters(len(blocks))
 
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None):
-        """Writes `config.json` (sizes, activation, preprocessing), `model.safetensors` and their `manifest.json` into
-        a folder, each atomically. What was there stays until all of the new is written."""
-        others = self.visual.save_files, self.text.save_files
-        write_model_folder(Path(directory), self.config.to_dict(), state_dict or self.state_dict(), others)
+        """Writes `config.json` (sizes, activation, preprocessing), `model.safetensors` and `manifest.json` into a
+        folder. What was there stays until all of the new is written."""
+        weights = state_dict or self.state_dict()
+        write_model_folder(Path(directory), self.config.to_dict(), weights, self.text.save_files)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
-        """Reads a folder that `save_pretrained` wrote, bit for bit, in evaluation mode. Raises InputError for a missing
-        or damaged file and RuntimeError for missing, unexpected or misshapen weights."""
+        """Reads a folder that `save_pretrained` wrote, in evaluation mode. Raises InputError for a missing or damaged
+        file and RuntimeError for missing, unexpected or misshapen weights."""
         model = read_model_folder(Path(directory), lambda config: cls(MiniClipConfig.from_json(config)))
-        model.visual.load_files(Path(directory))
         model.text.load_files(Path(directory))
         return model.eval()

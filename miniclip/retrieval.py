@@ -13,18 +13,15 @@ import numpy as np
 from miniclip.utils.errors import InputError
 
 KS = (1, 5, 10)
-# Scores closer than this are ties: products of the very same vectors differ in the last bits of float32, depending on
-# where in a matrix they stand.
-TIE = 5e-7
+TIE = 5e-7  # closer scores are ties: products of the very same vectors differ in the last bits of float32
 FEW = 100  # queries; below, a matrix product with all of the gallery is faster than faiss
 
 
 def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k gallery rows with the highest inner product for each query, exactly, best first.
 
-    `gallery` (N, E) and `queries` (Q, E), float32. Returns scores (Q, k) float32 and row numbers (Q, k) int64, k being
-    at most N. In a tie the lower row number comes first, as in OpenCLIP's metrics: the result does not depend on
-    faiss's internals, and a model that embeds everything alike scores no better than chance.
+    `gallery` (N, E), `queries` (Q, E) float32: scores (Q, k) float32 and rows (Q, k) int64, k at most N. In a tie the
+    lower row comes first, as in OpenCLIP: a model that embeds everything alike scores no better than chance.
     """
     gallery, queries = (np.ascontiguousarray(x, dtype=np.float32) for x in (gallery, queries))
     k = min(k, len(gallery))
@@ -74,8 +71,7 @@ def rank_of_first_relevant(gallery, queries, relevant: list[np.ndarray], memory:
 def metrics_from_hits(hits: np.ndarray, ranks: np.ndarray, n_relevant: np.ndarray, ks=KS) -> dict[str, float]:
     """The metrics of one direction, as fractions of 1 except for the ranks.
 
-    `hits` (Q, k): is the answer at this rank right? `ranks` (Q,): the rank of the first right answer. `n_relevant`
-    (Q,): the number of right answers.
+    `hits` (Q, k): right at this rank? `ranks` (Q,): of the first right answer. `n_relevant` (Q,): right answers in all.
 
     - `R@K`: share of queries with at least one right answer among the first K. What CLIP papers report.
     - `precision@K`, `recall@K`: right answers among the first K, divided by K and by all right answers.
@@ -104,9 +100,8 @@ class RetrievalResult(NamedTuple):
 def search_both(image_embeds, text_embeds, image_of_text, k: int) -> dict[str, RetrievalResult]:
     """Both directions, `image_to_text` and `text_to_image`: the first k answers to every query.
 
-    `image_embeds` (N, E) and `text_embeds` (M, E), float32 and of unit length; caption m belongs to image
-    `image_of_text[m]`, and any caption of an image is a right answer. Raises InputError for shapes that do not fit,
-    NaN, and images without a caption.
+    `image_embeds` (N, E), `text_embeds` (M, E), float32, of unit length; caption m belongs to image `image_of_text[m]`,
+    and any caption of an image is right. Raises InputError for shapes that do not fit, NaN, images without captions.
     """
     image_of_text = np.asarray(image_of_text)
     check_embeds(image_embeds, text_embeds, image_of_text)
@@ -142,7 +137,7 @@ def retrieval_metrics(image_embeds: np.ndarray, text_embeds: np.ndarray, image_o
 
 
 def check_embeds(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_text: np.ndarray):
-    """Raises InputError, saying what is wrong, for embeddings that cannot be measured."""
+    """Raises InputError for embeddings that cannot be measured."""
     if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
         shapes = f"image embeddings {image_embeds.shape} and text embeddings {text_embeds.shape}"
         raise InputError(f"{shapes} must be 2-D and of the same width: were they made by the same model?")
@@ -159,14 +154,3 @@ def check_embeds(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_tex
             raise InputError(f"{kind} embedding {off.argmax()} is not of unit length: divide each row by its norm")
     if len(image_embeds) == 0 or not np.array_equal(np.unique(image_of_text), np.arange(len(image_embeds))):
         raise InputError(f"{len(image_embeds)} images, but captions for {len(np.unique(image_of_text))} of them")
-
-
-def format_table(metrics: dict[str, float], ks=KS) -> str:
-    """The Recall@K table, in percent."""
-    rows = [("", *(f"R@{k}" for k in ks), "median rank", "mean rank", "MRR")]
-    for direction in ("image_to_text", "text_to_image"):
-        shares = [f"{100 * metrics[f'{direction}_R@{k}']:.1f}" for k in ks]
-        ranks = [f"{metrics[f'{direction}_median_rank']:.0f}", f"{metrics[f'{direction}_mean_rank']:.1f}"]
-        rows.append((direction.replace("_", " "), *shares, *ranks, f"{metrics[f'{direction}_MRR']:.3f}"))
-    return "\n".join("  ".join(cell.rjust(max(7, len(head))) if i else cell.ljust(14)
-                               for i, (cell, head) in enumerate(zip(row, rows[0]))) for row in rows)  # fmt: skip

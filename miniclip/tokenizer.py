@@ -5,11 +5,10 @@
     bpe     spell each word in bytes, then join neighbours in the order that was learned
     pack    start token + ids + end token, cut to the context length, padded with 0
 
-Byte-pair encoding (Sennrich et al., arXiv:1508.07909) starts with one token per byte, so nothing is ever
-unknown, and has learned 48,894 merges: merge k says which two neighbours become token 512 + k. The last byte
-of a word is a token of its own kind, written with `</w>` in the table: "cat" ending a word and "cat" inside
-"catch" have different ids, and that is how ids keep the spaces. All ids equal those of openai/CLIP and
-OpenCLIP, with one deliberate difference: "<|endoftext|>" typed in a caption is text and does not end it.
+Byte-pair encoding (Sennrich et al., arXiv:1508.07909) starts with one token per byte, so nothing is ever unknown, and
+has learned 48,894 merges: merge k says which two neighbours become token 512 + k. The last byte of a word is a token of
+its own kind, `</w>` in the table: so "cat" and the "cat" of "catch" have different ids, and ids keep the spaces. All
+ids equal those of openai/CLIP and OpenCLIP, except that "<|endoftext|>" typed in a caption is text and does not end it.
 """
 
 import gzip
@@ -24,25 +23,21 @@ import regex
 import torch
 
 MERGES_FILE = Path(__file__).with_name("bpe_merges.txt.gz")  # one pair a line; see bpe_merges.LICENSE
-# Contractions, letters of any script, one digit at a time, anything else. IGNORECASE although the text is
-# lowered already: the long s (U+017F) is its own lower case, and CLIP lets it match in 's.
+# Contractions, letters of any script, one digit at a time, anything else. IGNORECASE for the long s (U+017F), its own
+# lower case, which CLIP lets match in 's.
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 Merges = dict[tuple[int, int], int]  # two neighbouring ids -> the id that replaces them; lowest id first
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """Give each of the 256 bytes a visible character, in the order of the first 256 ids.
-
-    The merge table is text with a space between two symbols, so no symbol may be white space or a control
-    code. Bytes printable in Latin-1 stand for themselves; the other 68 borrow characters from code point 256
-    on: a space (byte 32) is written "Ġ".
-    """
+    """Gives each of the 256 bytes a visible character, in the order of the first 256 ids: bytes printable in Latin-1
+    stand for themselves, the other 68 borrow characters from code point 256 on (a space is written "Ġ")."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-@cache  # read when the first caption comes, once per process: about 0.1 s
+@cache  # about 0.1 s, once per process
 def load_table() -> tuple[dict[int, int], Merges, list[bytes]]:
     """Read the merge table: byte -> id, the merges, and id -> the bytes it stands for (`</w>` a space)."""
     symbols = bytes_to_unicode()
@@ -58,22 +53,16 @@ def load_table() -> tuple[dict[int, int], Merges, list[bytes]]:
 
 
 def clean(text: str) -> str:
-    """Repair and lower a caption as openai/CLIP does, except white space, where the caller splits anyway.
-
-    In ASCII text ftfy changes nothing but control codes, and ftfy and html nothing but "&" entities. Text
-    with neither skips both: nearly every English caption, and the repair costs more than all the rest.
-    """
+    """Repairs and lowers a caption as openai/CLIP does. Printable ASCII without "&", as nearly every English caption,
+    skips the repair, which would change nothing and costs more than all the rest."""
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice: "&amp;lt;" is a common accident
     return text.lower()
 
 
 def bpe(ids: tuple[int, ...], merges: Merges) -> tuple[int, ...]:
-    """Join neighbouring ids, always everywhere the pair that was learned first, until no pair is known.
-
-    A merge creates only pairs that were learned later, so a heap always holds the next one. A "word" of a million
-    letters, as in a damaged file, takes seconds.
-    """
+    """Joins neighbouring ids, always everywhere the pair that was learned first, until no pair is known. A merge makes
+    only pairs that were learned later, so a heap holds the next one; a "word" of a million letters takes seconds."""
     joined, n = list(ids), len(ids)
     left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # the remaining neighbours of each place
     heap = [(merges[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in merges]
@@ -103,54 +92,41 @@ def encode_piece(piece: str) -> tuple[int, ...]:
 
 
 class BaseTokenizer:
-    """What every text tower's tokenizer does. One of your own defines, as `Tokenizer` does below,
+    """The tokenizer of any text tower. `truncated` counts the captions cut so far. A subclass defines
 
-        encode(text)        token ids of one caption, without special tokens and never cut
-        rows(texts, length) token ids of captions, special ones included, cut to `length` and counted in `truncated`
-        lengths(ids)        number of tokens in each row (n, L), special ones included and padding not: (n,)
-        decode(ids)         the text of one row of ids
-        vocabulary()        what the ids stand for; equal for two tokenizers whose ids mean the same
-        fingerprint()       a hash of everything that decides the ids of a caption
-
-    `truncated` counts the captions cut so far, by this object: a DataLoader worker counts in its own copy.
+    encode(text)         token ids of one caption, without special tokens and never cut
+    rows(texts, length)  the same with special tokens, cut to `length` and counted in `truncated`
+    lengths(ids)         number of tokens in each row (n, L), special ones included and padding not: (n,)
+    decode(ids)          the text of one row of ids
+    vocabulary()         what the ids stand for; equal for two tokenizers whose ids mean the same
+    fingerprint()        a hash of everything that decides the ids of a caption
     """
 
     pad_token_id: int = 0
     unk_token_id: int | None = None  # what stands for unknown words; None where nothing is unknown
 
-    def __init__(self, context_length: int):
+    def __init__(self, context_length: int = 77):
         self.context_length, self.truncated = context_length, 0
 
-    def __call__(
-        self, texts: str | list[str], context_length: int | None = None, trim: bool = False
-    ) -> torch.LongTensor:
-        """Token ids of captions, (n, context_length), special tokens included, padded at the end.
-
-        A caption that is too long is cut and keeps its end token. `trim=True` makes the tensor only as wide
-        as its longest caption, which spares the text tower most of its work. Raises TypeError for what is
-        not a string (naming its index).
-        """
+    def __call__(self, texts, context_length: int | None = None, trim: bool = False) -> torch.LongTensor:
+        """Token ids of captions, (n, context_length), special tokens included, padded at the end; a caption that is too
+        long keeps its end token. `trim`: only as wide as the longest caption, which saves the text tower most of its
+        work. Raises TypeError for what is not a string (naming its index)."""
         texts = [texts] if isinstance(texts, (str, bytes)) or not hasattr(texts, "__iter__") else list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{i}] is {type(text).__name__} ({text!r:.40}); a caption must be str")
         length = self.context_length if context_length is None else context_length
         rows = self.rows(texts, length)
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
         width = max(map(len, rows), default=length) if trim else length
-        ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.long)
-        filled = torch.arange(width) < lengths[:, None]
-        ids[filled] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long)  # one call for the whole batch
-        return ids
+        ids = chain.from_iterable(row + [self.pad_token_id] * (width - len(row)) for row in rows)
+        return torch.tensor(list(ids), dtype=torch.long).view(len(rows), width)
 
 
 class Tokenizer(BaseTokenizer):
     """CLIP's tokenizer: `Tokenizer()(["a dog", "two cats"])` is a LongTensor (2, 77)."""
 
     sot_token_id, eot_token_id, vocab_size = 49406, 49407, 49408
-
-    def __init__(self, context_length: int = 77):
-        super().__init__(context_length)
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -170,10 +146,8 @@ class Tokenizer(BaseTokenizer):
         return ids.argmax(dim=1) + 1  # the end token has the highest id; padding (0) may be the id of "!" too
 
     def decode(self, ids: list[int] | torch.Tensor) -> str:
-        """Text of one row of ids up to its end token, a space after each word ("dog 's").
-
-        Bytes that are not UTF-8 (a character cut in two) become U+FFFD. Raises ValueError for an unknown id.
-        """
+        """Text of one row of ids up to its end token, a space after each word ("dog 's"). Bytes that are not UTF-8
+        become U+FFFD. Raises ValueError for an unknown id."""
         pieces, text = self.vocabulary(), []
         for i in ids.tolist() if hasattr(ids, "tolist") else ids:
             if i == self.eot_token_id:

@@ -23,12 +23,10 @@ class ClipTrainingArguments(TrainingArguments):
     weight_decay: float = 0.2
     num_train_epochs: float = 30.0
     per_device_train_batch_size: int = 128  # every other pair of the batch is a negative
-    per_device_eval_batch_size: int = 64
     warmup_steps: float = 0.05  # share of all steps
     lr_scheduler_type: str = "cosine"
     adam_beta2: float = 0.98  # as OpenCLIP: a contrastive loss's gradients change fast, so a shorter memory than 0.999
     adam_epsilon: float = 1e-6
-    logging_steps: float = 10
     logging_nan_inf_filter: bool = False  # it would log NaN as 0 and train on
     dataloader_drop_last: bool = True  # every batch, on every process, has the same number of negatives
     remove_unused_columns: bool = False  # the collator makes what the loss reads

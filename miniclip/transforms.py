@@ -41,7 +41,7 @@ class Preprocess:
         return self.normalize(self.levels(open_image(path, self.scale)))
 
     def levels(self, image: Image.Image) -> Tensor:
-        """Everything but the normalisation: a uint8 tensor (3, size, size), a quarter of the bytes to keep or send."""
+        """Without the normalisation: a uint8 tensor (3, size, size), a quarter of the bytes to keep or send."""
         return to_levels(self.resize(to_rgb(image)))
 
     def normalize(self, levels: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 This table says by which fields of the model config each is recognised; it is imported only then.
 """
 
-from miniclip.config import TextConfig, VisionConfig, register_section
+from miniclip.config import SECTIONS, TextConfig, VisionConfig
 
 
 def _hf(values: dict) -> bool:
     return any(str(name).startswith("hf_") for name in values)
 
 
-register_section(VisionConfig, _hf, "miniclip.towers.huggingface:HfVisionConfig")
-register_section(TextConfig, _hf, "miniclip.towers.huggingface:HfTextConfig")
+SECTIONS.append((VisionConfig, _hf, "miniclip.towers.huggingface:HfVisionConfig"))
+SECTIONS.append((TextConfig, _hf, "miniclip.towers.huggingface:HfTextConfig"))

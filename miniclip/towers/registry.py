@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from miniclip.config import register_section
+from miniclip.config import SECTIONS
 from miniclip.model import TOWERS, Tower
 
 
 def register_tower(base: type, tells: Callable[[dict], bool], section: type, tower: type[Tower]):
     """Builds `tower` where `tells(values)` is true of the values of a model config's `base` section (VisionConfig or
     TextConfig), which are read as the dataclass `section`. tests/towers/test_toy_tower.py is an example."""
-    register_section(base, tells, section)
+    SECTIONS.append((base, tells, section))
     TOWERS[section] = tower

@@ -22,6 +22,8 @@ class RunArguments(ClipTrainingArguments):
     dataloader_num_workers: int = min(8, CORES if CUDA else CORES // 5)  # few cores are better spent on training
     use_cpu: bool = not torch.accelerator.is_available()  # explicitly, so that --bf16 is allowed there
     save_total_limit: int | None = 2
+    per_device_eval_batch_size: int = 64
+    logging_steps: float = 10
     fast: bool = option(True, "compute the same numbers with less work (miniclip/inference/fast.py)")
     grad_cache_chunk_size: int = option(0, "pairs in the towers at once (GradCache), for large batches; 0: all")
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -336,3 +337,19 @@ def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str | 
         if weights[name].is_floating_point() != expected[name].is_floating_point():
             raise CheckpointError(f"{source}: {name} is {weights[name].dtype}, not {expected[name].dtype}")
     model.load_state_dict(weights, strict=True, assign=True)
+
+
+HINTS = {  # how an unknown key begins -> what that means; the first that applies is reported
+    r"(.*\.)?l0_module\.|image_encoder_without_ddp\.": "a pruned TinyCLIP 'auto' file; take a manual one",
+    r"(.*\.)?visual\.trunk\.": "its image tower is from timm (as SigLIP's is) or transformers, the model's is not",
+    r"(.*\.)?visual\.layer1\.": "its image tower is a ModifiedResNet (RN50), the model's is not",
+    r"(vision|text)_model\.": "a Hugging Face model with other towers than CLIPModel's, as SigLIP has",
+    r"embeddings\.|encoder\.layers\.": "one tower alone, of a Hugging Face model; save the whole CLIPModel",
+}  # fmt: skip
+
+
+def mismatch(problem: str, missing: Iterable[str], unknown: Iterable[str]) -> CheckpointError:
+    """The error for weights that are not those of a layout, with a hint if one of HINTS applies."""
+    found = ((hint, key) for start, hint in HINTS.items() for key in sorted(unknown) if re.match(start, key))
+    hint = "".join(f": {hint} (it holds {key!r})" for hint, key in list(found)[:1])
+    return CheckpointError(f"{problem}{hint}: missing {shorten(missing)}; unknown {shorten(unknown)}")

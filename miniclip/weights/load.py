@@ -73,6 +73,12 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
         weights, source = to_miniclip(state_dict, (model.visual.key_rows(), model.text.key_rows()))
     except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
         raise CheckpointError(f"{path}: {error}") from None
+    shapes = {}
+    for key, tensor in weights.items():
+        first, shape = shapes.setdefault(first_block(key), (key, tuple(tensor.shape)))
+        if tuple(tensor.shape) != shape:
+            sizes = f"{first} is {shape}, {key} is {tuple(tensor.shape)}"
+            raise CheckpointError(f"{path}: its blocks differ in size, as in TinyCLIP's pruned 'auto' files: {sizes}")
     expected = {"logit_bias": model.logit_scale} | {first_block(key): t for key, t in model.state_dict().items()}
     like = {key: expected.get(first_block(key), t) for key, t in weights.items()}
     if odd := [key for key, t in weights.items() if t.ndim != like[key].ndim or not t.numel()]:

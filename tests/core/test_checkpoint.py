@@ -178,13 +178,13 @@ def test_what_cannot_be_loaded_says_why(keys, reason):
         to_miniclip({key: torch.zeros(1) for key in keys})
 
 
-def test_pruned_blocks_are_refused():
+def test_pruned_blocks_are_refused(tmp_path):
     theirs = from_miniclip(tiny().state_dict(), "tinyclip")
     for name, dimension in (("c_fc.weight", 0), ("c_fc.bias", 0), ("c_proj.weight", 1)):
         key = f"_image_encoder.visual.transformer.resblocks.1.mlp.{name}"
         theirs[key] = theirs[key].narrow(dimension, 0, 100)
     with pytest.raises(CheckpointError, match=r"blocks differ in size.*auto.*\(256, 64\).*\(100, 64\)"):
-        to_miniclip(theirs)
+        open_checkpoint(saved(tmp_path, theirs))
 
 
 def test_sizes_are_inferred():

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from miniclip.retrieval import FEW, format_table, metrics_from_hits, rank_of_first_relevant, retrieval_metrics, search
+from miniclip.reports.table import format_table
+from miniclip.retrieval import FEW, metrics_from_hits, rank_of_first_relevant, retrieval_metrics, search
 
 
 def unit(rows) -> np.ndarray:
