@@ -156,7 +156,7 @@ class Tower(nn.Module):
         return self
 
     def save_files(self, directory: Path):
-        """Writes what a text tower needs besides weights, its tokenizer, below `tokenizer/` in a folder."""
+        """Writes what the tower needs besides weights, its tokenizer, below `tokenizer/` in a folder."""
 
     def load_files(self, directory: Path):
         """Reads what `save_files` wrote."""
@@ -297,13 +297,14 @@ class MiniClip(nn.Module):
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None):
         """Writes `config.json` (sizes, activation, preprocessing), `model.safetensors` and `manifest.json` into a
         folder. What was there stays until all of the new is written."""
-        weights = state_dict or self.state_dict()
-        write_model_folder(Path(directory), self.config.to_dict(), weights, self.text.save_files)
+        others = self.visual.save_files, self.text.save_files
+        write_model_folder(Path(directory), self.config.to_dict(), state_dict or self.state_dict(), others)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
         """Reads a folder that `save_pretrained` wrote, in evaluation mode. Raises InputError for a missing or damaged
         file and RuntimeError for missing, unexpected or misshapen weights."""
         model = read_model_folder(Path(directory), lambda config: cls(MiniClipConfig.from_json(config)))
+        model.visual.load_files(Path(directory))
         model.text.load_files(Path(directory))
         return model.eval()

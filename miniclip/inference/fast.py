@@ -43,8 +43,8 @@ WRITTEN_FOR = {
     (MLP, "forward"): "a2e2ed7fac6d",
     (QuickGELU, "forward"): "27877a203c3f",
     (Tower, "run_blocks"): "8f53a0d8d38c",
-    (VisionTransformer, "features"): "db61f640a24b",
-    (VisionTransformer, "embed_patches"): "93c1f4648675",
+    (VisionTransformer, "features"): "5bbed1e91378",
+    (VisionTransformer, "embed_patches"): "6eeab2495ee3",
     (TextTransformer, "features"): "ea56b4e800e1",
     (TextTransformer, "embed_tokens"): "6de43c921259",
 }
