@@ -76,8 +76,7 @@ def plot_loss_and_recall(loss_axes, recall_axes, log_history: list[dict], refere
 
 @styled
 def draw_curves(path: str | Path, log_history: list[dict], batch: int | None, title: str):
-    """Draws loss, recall, learning rate and logit scale of a run. `batch`: the number of pairs contrasted with one
-    another, for the loss by chance, ln(batch); None for other losses."""
+    """Draws loss, recall, learning rate and logit scale; for a `batch` of contrasted pairs the loss by chance too."""
     figure = new_figure(style.WIDTH, 7)
     fit(figure.suptitle("", x=0.01, ha="left"), title, style.WIDTH - 0.5)
     (loss, recall), (rate, scale) = figure.subplots(2, 2)
@@ -136,8 +135,7 @@ def draw_example(figure, example: dict, top: float, height: float):
 
 
 def draw_image(axes, path, label: str, correct: bool):
-    """Draws a whole image into a square, with a label below. The correct one has a green frame, and a tick mark for
-    those who cannot tell green from red."""
+    """Draws a whole image into a square. The correct one has a green frame and, for the colour-blind, a tick mark."""
     try:
         image = open_image(path, 320)
         image.thumbnail((320, 320))

@@ -12,10 +12,8 @@ MOST = 40  # classes drawn
 
 def classification_metrics(found: np.ndarray, truth: np.ndarray, num_classes: int) -> tuple[dict, np.ndarray]:
     """Metrics as fractions of 1, and the confusion matrix (C, C): images by true class (rows) and prediction (columns).
-
     `found` (N, k) holds predicted class indices, best first; `truth` (N,) the true ones. `top1` and, of more than five
-    classes, `top5`: share of images whose class is among the first. `mean_per_class_recall`: of classes with images.
-    """
+    classes, `top5`: share of images whose class is among the first. `mean_per_class_recall`: of classes with images."""
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(confusion, (truth, found[:, 0]), 1)
     there = confusion.sum(axis=1) > 0
@@ -44,12 +42,10 @@ def format_metrics(metrics: dict[str, float], num_classes: int) -> str:
 
 @styled
 def draw_confusion(path: str | Path, confusion: np.ndarray, names: Sequence[str], title: str):
-    """Draws a confusion matrix (C, C) as a PNG: a row per class, coloured by the share of its images. Of more than 40
-    classes, the 40 most often mistaken. Returns the figure."""
+    """Draws a confusion matrix (C, C), coloured by the share of each row; of the 40 classes most often mistaken."""
     kept = sorted((confusion.sum(axis=1) - confusion.diagonal()).argsort(kind="stable")[::-1][:MOST])
     counts, images = confusion[np.ix_(kept, kept)], confusion.sum(axis=1)[kept]
     share, correct = counts / np.maximum(1, images)[:, None], np.eye(len(kept), dtype=bool)
-
     cell = min(0.64, (WIDTH - 4) / len(kept))  # inches, beside 2.6 for the names and 1.4 for the recalls
     side, size = cell * len(kept), min(10, max(5, 25 * cell))
     height = side + 1.8

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from miniclip.utils.files import write_text
-from miniclip.utils.image_files import open_image
+from miniclip.utils.image_files import ImageFile, open_image
 
 
 def safe(text) -> str:
@@ -32,9 +32,8 @@ def write_page(path: str | Path, title: str, body: str):
     write_text(path, fill("page", title=safe(title), style=read("report.css"), body=body))
 
 
-def thumbnail(path, side: int = 320) -> str:
-    """An image (a path or an ImageFile) as a `data:` URL: a JPEG of at most `side` pixels a side, without metadata of
-    the original. Raises ImageError."""
+def thumbnail(path: str | Path | ImageFile, side: int = 320) -> str:
+    """An image as a `data:` URL: a JPEG of at most `side` pixels a side, without metadata. Raises ImageError."""
     image, file = open_image(path, side), io.BytesIO()
     image.thumbnail((side, side))
     image.save(file, "JPEG", quality=82, comment=b"")  # an empty comment replaces that of the original

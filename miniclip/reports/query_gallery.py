@@ -42,8 +42,7 @@ def queries_section(e) -> str:
 
 
 def queries(e, way: str, caption_of_query: np.ndarray, show_query: Callable, show_result: Callable) -> Iterator[str]:
-    """The worst and the best queries of a direction. `caption_of_query` (Q,) is the caption of each: itself, or the one
-    of an image that ranks first."""
+    """The worst and the best queries of a direction. `caption_of_query` (Q,): itself, or an image's best caption."""
     result, similar, image_of_query = e.results[way], e.similar, e.image_of_text[caption_of_query]
     cosines = similar.right[caption_of_query]
     if way == "text_to_image":

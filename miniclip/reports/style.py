@@ -55,8 +55,7 @@ def save_png(path: str | Path, figure):
 
 
 def to_svg(figure, title: str, description: str) -> str:
-    """The figure as an SVG element for an HTML page, whose style sheet sets its font and colours (`CSS_VARIABLES`).
-    `title` and `description` are what a screen reader reads."""
+    """The figure as SVG for an HTML page, whose style sheet sets font and colours. Screen readers read the texts."""
     from matplotlib import rcParams
 
     file = io.StringIO()
