@@ -18,7 +18,6 @@ class Preprocess:
 
     Resize and crop, then (level / 255 - mean) / std for each channel. With resize_mode "shortest" it is bit-equal to
     transformers' CLIPImageProcessorPil. Raises ValueError for an unknown interpolation or resize_mode.
-
     `load` starts from a file. With `draft`, large JPEGs are decoded at a half, a quarter or an eighth of their size,
     but at no less than twice the target size: several times faster, and 0.2 of 255 levels off on average.
     """
