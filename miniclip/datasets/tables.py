@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from miniclip.utils.image_files import ImageError, ImageFile
 FILES = (".parquet", ".arrow")
 
 
-def _at_split(source: str) -> tuple[str, str | None]:
+def _at_split(source: str) -> tuple[Path, str | None]:
     """Splits folder:SPLIT where the folder exists."""
     path, _, name = source.rpartition(":")
-    return (path, name) if path and not os.path.exists(source) and os.path.exists(path) else (source, None)
+    split = path and not os.path.exists(source) and os.path.exists(path)
+    return (Path(path), name) if split else (Path(source), None)
 
 
 def _is_saved(path: Path) -> bool:
@@ -36,7 +38,7 @@ def _files(path: Path) -> list[str]:
 
 def is_table(source: str) -> bool:
     """Returns whether a source is read by Hugging Face datasets."""
-    path = Path(_at_split(source)[0])
+    path, _ = _at_split(source)
     return source.startswith("hf:") or path.suffix.lower() in FILES or _is_saved(path) or bool(_files(path))
 
 
@@ -46,16 +48,15 @@ def load_table(source: str, streaming: bool = False):
     import datasets  # slow to import
 
     path, part = _at_split(source)
-    files = [] if _is_saved(Path(path)) or source.startswith("hf:") else _files(Path(path))
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
+    files = [] if _is_saved(path) or source.startswith("hf:") else _files(path)
+    if missing := [file for file in files if not os.path.isfile(file)]:
         raise InputError(f"{missing[0]}: no such file ({len(missing)} of {len(files)} are missing)")
     try:
         if source.startswith("hf:"):
             name, *rest = re.split(r":(?![^\[]*\])", source[3:])  # train[:10] is one part
             if len(rest) > 2:
                 raise InputError(f"{source}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-            config, part = rest if len(rest) == 2 else (None, *rest, None)[:2]
+            config, part = [None, None, *rest][-2:]
             found = datasets.load_dataset(name, config, split=part, streaming=streaming)
         elif files:
             kinds = {Path(file).suffix.lower()[1:] for file in files}
@@ -67,7 +68,7 @@ def load_table(source: str, streaming: bool = False):
         elif streaming:
             raise InputError(f"{source}: only hf:NAME, .parquet and .arrow can be streamed")
         else:
-            found = datasets.load_from_disk(path)
+            found = datasets.load_from_disk(str(path))
             if part and part not in (found if isinstance(found, dict) else ()):
                 raise InputError(f"{source}: there is no split {part!r} in it")
             found = found[part] if part else found
@@ -75,29 +76,33 @@ def load_table(source: str, streaming: bool = False):
         raise
     except Exception as error:  # the network, the hub, the file: the library names it
         raise InputError(f"{source}: {type(error).__name__}: {str(error)[:500]}") from None
-    if isinstance(found, dict):  # splits
-        if len(found) > 1 and "train" not in found:
-            raise InputError(f"{source}: which split? Name one: {', '.join(f'{source}:{name}' for name in found)}")
-        found = found.get("train", next(iter(found.values())))
-    return found
+    if not isinstance(found, dict):
+        return found
+    if len(found) > 1 and "train" not in found:
+        raise InputError(f"{source}: which split? Name one: {', '.join(f'{source}:{name}' for name in found)}")
+    return found.get("train", next(iter(found.values())))
 
 
 def table_root(source: str, options: ReadOptions) -> ImageRoot:
     """Returns where image paths in a table start: `image_root`, or the table's folder. Paths in a table of the hub lead
     into the library's cache, wherever that is."""
-    path, hub = Path(_at_split(source)[0]), source.startswith("hf:")
+    (path, _), hub = _at_split(source), source.startswith("hf:")
     folder = options.image_root or ("" if hub else path if path.is_dir() else path.parent)
     return ImageRoot(folder, options.allow_outside_image_root or hub and not options.image_root)
 
 
+@dataclass(eq=False)
 class Cell(ImageFile):
-    """An image in a table: a cell's value, which is its bytes, {"bytes", "path"}, or a path below `root`."""
+    """An image in a table, looked up when it is read: bytes, {"bytes", "path"}, or a path below `root`."""
 
-    def __init__(self, value, name: str, root: ImageRoot):
-        self.value, self.name, self.root = value, name, root
+    rows: Sequence[dict]
+    row: int
+    column: str
+    name: str
+    root: ImageRoot
 
     def read(self) -> bytes:
-        value = self.value
+        value = self.rows[self.row][self.column]
         if isinstance(value, dict):  # as the library keeps images
             value = value.get("bytes") or value.get("path")
         if isinstance(value, (bytes, bytearray)):
@@ -111,17 +116,6 @@ class Cell(ImageFile):
 
     def __str__(self) -> str:
         return self.name
-
-
-class TableImage(Cell):
-    """An image in a table, whose cell is looked up when it is read."""
-
-    def __init__(self, table: "Table", row: int):
-        self.table, self.row, self.root, self.name = table, row, table.root, f"{table.source}: row {row}"
-
-    @property
-    def value(self):
-        return self.table.images[self.row][self.table.columns[0]]
 
 
 class Table(Sequence):
@@ -154,4 +148,5 @@ class Table(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index].item()
-        return {"image": TableImage(self, row), "caption": captions_in(self.texts[row][self.columns[1]])}
+        image = Cell(self.images, row, self.columns[0], f"{self.source}: row {row}", self.root)
+        return {"image": image, "caption": captions_in(self.texts[row][self.columns[1]])}
