@@ -48,9 +48,9 @@ def convert(
 
     Shards (`out/{000000..000009}.tar`: as many as are named, filled evenly; `out/000000.tar`: numbered from there,
     `samples_per_shard` each) hold copies of the images. The other forms name image files where they are, relative to
-    the target's folder if below it; an ImageFile is written into a folder `<target>_images` beside it. Nothing is
-    overwritten, and the target appears only when it is complete. Images that cannot be read raise InputError or are
-    skipped, as `options.on_bad_sample` says. Raises InputError for a target that exists, or of an unknown form.
+    the target's folder if below it; an ImageFile is written into a folder `<target>_images` beside it. The target
+    appears only when it is complete. Raises InputError for bad images, unless `options` skip them, and for a target
+    that exists or has an unknown form.
     """
     suffix, faults = Path(target).suffix.lower(), []
 
@@ -125,7 +125,7 @@ def _to_file(source: Sequence[dict], target: Path, faults: list, check) -> int:
 
 
 def _readable(source: Sequence[dict], rows: Iterable[int], faults: list, read_files: bool = True) -> Iterator:
-    """Yields (row, record, the image's bytes, their extension), or None for the latter two of image files unless
+    """Yields (row, record, the image's bytes, their extension); the latter two are None for image files unless
     `read_files`. Adds images that cannot be read to `faults`."""
     for row in rows:
         record, data, kind = None, None, None

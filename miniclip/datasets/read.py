@@ -1,18 +1,7 @@
-"""Reading a source of any form to the same records.
+"""Reading a source in any form, as listed in docs/datasets.md, to the same records.
 
-    captions.json                     [{"image": "a.jpg", "caption": ["a dog", "my dog"]}, ...]
-    captions.jsonl                    one such object a line
-    captions.csv, captions.tsv        a line of column names, then one caption a line
-    folder/                           images, each with a.txt, a.caption or a.json beside it
-    shards/{000..123}.tar, shards/    WebDataset shards (`miniclip.datasets.shards`)
-    hf:NAME, hf:NAME:SPLIT            a data set of the Hugging Face hub; also hf:NAME:CONFIG:SPLIT
-    folder/, folder:SPLIT             a folder written by `save_to_disk` of Hugging Face datasets
-    *.parquet, *.arrow                its tables
-    A::B                              several of them
-    A[:300]                           only the first 300 records
-
-Records are {"image": a path or an ImageFile, "caption": [strings]}. `python -m miniclip convert_data FROM TO` converts
-one form to another.
+Records are {"image": a path or an ImageFile, "caption": [strings]}. A::B stands for several sources, and A[:300] for
+the first 300 records of one.
 """
 
 import itertools
@@ -33,11 +22,8 @@ from miniclip.utils.errors import InputError
 def read_source(
     source: str, options: ReadOptions = ReadOptions(), *, factors: str | None = None, num_samples: int | None = None
 ) -> Sequence[dict]:  # fmt: skip
-    """Returns the records of a source in any of the forms above.
-
-    Of several sources each may have its own image root (`A::B`). `factors` ("1::2.5") and `num_samples` make an epoch,
-    see `Mixture`. Raises InputError for what cannot be read, for all sources together.
-    """
+    """Returns the records of a source in any form. Of several sources each may have its own image root (`A::B`);
+    `factors` ("1::2.5") and `num_samples` make an epoch (`Mixture`). Raises InputError, for all sources together."""
     parts, sources, problems = split(source), [], []
     roots = split(options.image_root) if options.image_root else [None]
     if len(roots) not in (1, len(parts)):
@@ -82,11 +68,10 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
         records = Shards(shards or expand(source), options)
     elif table:
         records = Table(load_table(source), source, options)
-    elif not path.exists():
-        raise InputError(f"{source}: no such file or folder (a data set of the Hugging Face hub is hf:{source})")
     else:
+        missing = f"no such file or folder (a data set of the Hugging Face hub is hf:{source})"
         known = ", ".join((*READERS, ".tar", ".parquet", ".arrow", "a folder", "hf:NAME"))
-        raise InputError(f"{source}: unknown form of data; known are {known}")
+        raise InputError(f"{source}: {f'unknown form of data; known are {known}' if path.exists() else missing}")
     if options.check_handles:
         faults = image_faults(records, path.name)
         problems = [(f"sample {row}", fault) for row, fault in enumerate(faults) if fault]
@@ -98,8 +83,7 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
 
 
 def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
-    """Returns a line on the training data. Of more than `most` images only the first ones' captions are counted, which
-    takes a minute."""
+    """Returns a line on the training data. It counts the captions of the first `most` images, which takes a minute."""
     texts = [text for record in itertools.islice(records, most) for text in record["caption"]]
     cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
     again = len(records) - len({record["image"] for record in records}) if isinstance(records, list) else 0

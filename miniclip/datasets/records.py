@@ -36,8 +36,7 @@ class ReadOptions:
 
     @classmethod
     def from_args(cls, args, **more) -> "ReadOptions":
-        """Returns the options of the same names that parsed arguments have and that are not None, and `more`. Their
-        `columns` are the image's and the caption's."""
+        """Returns the options that parsed arguments have under the same names or as `columns`, and `more`."""
         given = {field.name: vars(args).get(field.name) for field in fields(cls)} | more
         given["image_column"], given["caption_column"] = vars(args).get("columns") or (None, None)
         return cls(**{name: value for name, value in given.items() if value is not None})
@@ -81,8 +80,8 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, name=None):
-    """Returns the value of a JSON text. An object with a repeated name, whose last value json would take silently,
-    becomes an InputError in its place. Raises CaptionFileError, which begins with `name` if given."""
+    """Returns the value of a JSON text; an object with a repeated name becomes an InputError in its place. Raises
+    CaptionFileError, which begins with `name` if given."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
@@ -101,7 +100,7 @@ def _object(pairs: list[tuple]) -> dict | InputError:
 
 
 def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
-    """Checks the records of any text form. An InputError in the place of a record is reported like any other fault."""
+    """Checks the records of any text form, of which some may have turned out to be an InputError."""
     root = ImageRoot(path if path.is_dir() else options.image_root or path.parent, options.allow_outside_image_root)
     records, faults = {}, {}
     for index, (_, record) in enumerate(raw):
@@ -122,8 +121,8 @@ def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
 
 
 class ImageRoot:
-    """The folder where image paths start, which may itself be a link. Without `allow_outside` no path below it may lead
-    out of it, by `..`, as an absolute path, or through a link."""
+    """The folder where image paths start. It may be a link itself, but without `allow_outside` no path below it may
+    lead out of it, by `..`, as an absolute path, or through a link."""
 
     def __init__(self, folder: str | Path, allow_outside: bool = False):
         self.folder, self.allow_outside = os.path.abspath(folder), allow_outside
@@ -163,9 +162,9 @@ class ImageRoot:
         return file
 
     def walk(self, fault: Callable[[str, str], None]) -> Iterator[tuple[str, list[str]]]:
-        """Yields the folders at any depth, relative to this one, each with the names of its files; hidden ones are
-        passed over. Follows links that stay inside, but enters no folder twice: links may form a ring. Calls
-        `fault(name, reason)` for what cannot be read."""
+        """Yields the folders at any depth, relative to this one, and the names of their files, except hidden ones.
+        Follows links that stay inside, but enters no folder twice: links may form a ring. Calls `fault(name, reason)`
+        for what cannot be read."""
 
         def unread(error: OSError):
             fault(os.path.relpath(error.filename, self.folder), f"cannot be opened ({error.strerror})")
@@ -238,8 +237,7 @@ def image_faults(records: Sequence[dict], name: str) -> list[str | None]:
 
 def one_per_image(records: Sequence[dict], name) -> Sequence[dict]:
     """Returns, for evaluation, the records with those of the same image file merged, each caption once: a second copy
-    in the gallery would count as a wrong answer to its own caption. Logs how many were merged. Sources without image
-    files are returned as they are."""
+    in the gallery would count as a wrong answer to its own caption. Sources without image files stay as they are."""
     if not isinstance(records, list):
         return records
     captions = {}

@@ -63,8 +63,8 @@ def split_pairs(seed: int) -> tuple[list[frozenset[Kind]], list[frozenset[Kind]]
 
 
 def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
-    """Returns `number` different scenes, all pairs of kinds equally frequent. No two are equal: each has a description
-    of its own, and a perfect model reaches R@1 of 100%. Raises ValueError if there are not as many."""
+    """Returns `number` different scenes, so that a perfect model reaches R@1 of 100%, with all pairs equally frequent.
+    Raises ValueError if there are not as many."""
     possible = len(pairs) * 2 * 2 * (len(COUNTS) * len(SIZES)) ** 2  # relations, orders, counts and sizes of both
     if number > possible:
         raise ValueError(f"{number:,} scenes asked for, but only {possible:,} different ones exist")
@@ -124,8 +124,7 @@ def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
         pitch = diameter * 1.12 + 1.2  # so that neighbours do not touch
         color = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in COLORS[group.color])
         along = centre + rng.uniform(-4, 4)  # the relation's axis: x for "left", y for "above"
-        # The members line up across that axis, where there is room for three large ones. They shift little there
-        # against the 32 units between the groups, so that "left" never looks like "above".
+        # The members line up across that axis, and shift little there, so that "left" never looks like "above".
         room = min(6, 31.5 - pitch * group.count / 2)
         across = 32 + rng.uniform(-room, room) - pitch * (group.count - 1) / 2
         for member in range(group.count):
@@ -152,10 +151,9 @@ def write(out_dir: str | Path, train: int = 6000, evaluation: int = 600, seed: i
     """Writes `images/*.png`, `train.json` and `eval.json`; the same arguments always write the same files."""
     (images := Path(out_dir, "images")).mkdir(parents=True, exist_ok=True)
     for split, number in (("train", train), ("eval", evaluation)):
-        records, progress = [], {"desc": f"drawing {split} scenes", "unit": "image", "total": number}
-        for index, (scene, image, rng) in enumerate(tqdm(drawn(split, number, seed, size), **progress)):
+        records, scenes = [], tqdm(drawn(split, number, seed, size), f"drawing {split} scenes", number, unit="image")
+        for index, (scene, image, rng) in enumerate(scenes):
             name = f"{split}_{index:05d}.png"
             image.save(images / name, compress_level=1)
             records.append({"image": f"images/{name}", "caption": captions(scene, rng)})
-        text = json.dumps(records, indent=1)
-        write_text(Path(out_dir, f"{split}.json"), text)  # last: once it exists, all images do
+        write_text(Path(out_dir, f"{split}.json"), json.dumps(records, indent=1))  # once it exists, all images do
