@@ -25,21 +25,6 @@ from miniclip.utils.image_files import FORMATS, ImageError, ImageFile
 logger = logging.getLogger(__name__)
 
 
-def image_bytes(image: str | Path | ImageFile) -> bytes:
-    """Returns the bytes of a record's image."""
-    return image.read() if isinstance(image, ImageFile) else Path(image).read_bytes()
-
-
-def image_kind(data: bytes) -> str:
-    """Returns the extension for an encoded image. Raises ImageError."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            kind = image.format.lower()
-    except Exception as error:
-        raise ImageError(f"not an image ({error})") from None
-    return {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(kind, kind)
-
-
 def convert(
     source: Sequence[dict], target: str, samples_per_shard: int = 10_000,
     options: ReadOptions = ReadOptions(on_bad_sample="skip"),
@@ -55,7 +40,7 @@ def convert(
     suffix, faults = Path(target).suffix.lower(), []
 
     def check(written: int) -> int:
-        options.report(target, f"{len(faults)} of {len(source)} images cannot be used", faults, written)
+        options.report(target, f"{len(faults)} of {len(source)} images cannot be used", faults, written, "")
         return written
 
     if suffix == ".tar":
@@ -131,9 +116,14 @@ def _readable(source: Sequence[dict], rows: Iterable[int], faults: list, read_fi
         record, data, kind = None, None, None
         try:
             record = source[row]
-            if read_files or isinstance(record["image"], ImageFile):
-                data = image_bytes(record["image"])
-                kind = image_kind(data)
+            image = record["image"]
+            if read_files or isinstance(image, ImageFile):
+                data = image.read() if isinstance(image, ImageFile) else Path(image).read_bytes()
+                try:
+                    kind = Image.open(io.BytesIO(data), formats=FORMATS).format.lower()
+                except Exception as error:
+                    raise ImageError(f"not an image ({error})") from None
+                kind = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(kind, kind)
         except (ImageError, OSError) as error:
             name = str(record["image"]) if record else f"sample {row}"
             faults.append((name, str(error).removeprefix(f"{name}: ")))

@@ -1,10 +1,12 @@
-"""Reading a source in any form, as listed in docs/datasets.md, to the same records.
+"""Reading a source in any form, as listed in docs/datasets.md, to the same records, and its fingerprint.
 
 Records are {"image": a path or an ImageFile, "caption": [strings]}. A::B stands for several sources, and A[:300] for
 the first 300 records of one.
 """
 
+import hashlib
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +19,7 @@ from miniclip.datasets.tables import Table, is_table, load_table
 from miniclip.datasets.text_files import READERS, read_folder
 from miniclip.utils.bad_samples import CaptionFileError
 from miniclip.utils.errors import InputError
+from miniclip.utils.files import sha256
 
 
 def read_source(
@@ -76,8 +79,7 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
         faults = image_faults(records, path.name)
         problems = [(f"sample {row}", fault) for row, fault in enumerate(faults) if fault]
         good = [row for row, fault in enumerate(faults) if not fault]
-        what = f"{len(problems)} of {len(records)} images are damaged"
-        options.report(source, what, problems, len(good), f"{source}: ")
+        options.report(source, f"{len(problems)} of {len(records)} images are damaged", problems, len(good))
         records.rows = records.rows[good]
     return records
 
@@ -91,3 +93,32 @@ def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
     of = f" (of the first {most:,} images)" if len(records) > most else ""
     cut_off = f"{cut} of them cut off at {tokenizer.context_length} tokens"
     return f"{len(records)} images, {len(texts)} captions{of}, {cut_off}{duplicates}"
+
+
+def fingerprint(source: str, records: Sequence[dict] | None = None) -> dict:
+    """Returns the sha256 of a data set's files, and how many records and captions were taken from it. A folder and
+    shards have one of the files' names and sizes; a data set of the hub has none."""
+    found = {"files": [_digest(part) for part in split(source)]}  # wherever they lie
+    if records is not None:
+        found["records"] = len(records)
+    if isinstance(records, list):
+        found["captions"] = sum(len(record["caption"]) for record in records)
+        paths = [record["image"] for record in records if isinstance(record["image"], (str, Path))]
+        found["image_bytes"] = sum(map(os.path.getsize, paths))
+    return found
+
+
+def _digest(source: str) -> str | None:
+    source = re.sub(r"\[:\d+\]$", "", source)  # for a part: the sha256 of the whole, and the number of records
+    path = Path(source)
+    if path.is_file():
+        size = path.stat().st_size
+        return sha256(path) if size <= 1 << 30 else f"{size} bytes"  # to read more would take too long
+    try:
+        files = path.rglob("*") if path.is_dir() else map(Path, expand(source))
+    except InputError:
+        return None
+    files = sorted(file for file in files if file.is_file())
+    listing = "\n".join(f"{os.path.relpath(file, path.parent)} {file.stat().st_size}" for file in files)
+    digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"names and sizes {digest}" if files else None

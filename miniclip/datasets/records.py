@@ -41,8 +41,9 @@ class ReadOptions:
         given["image_column"], given["caption_column"] = vars(args).get("columns") or (None, None)
         return cls(**{name: value for name, value in given.items() if value is not None})
 
-    def report(self, source, what: str, problems: list[tuple[str, str]], left: int, prefix: str = "", *none_left):
-        """Raises an error for bad samples or skips them: `raise_or_skip`."""
+    def report(self, source, what: str, problems: list[tuple[str, str]], left: int, prefix=None, *none_left):
+        """Raises an error for bad samples or skips them (`raise_or_skip`), listed as those of `source` by default."""
+        prefix = f"{source}: " if prefix is None else prefix
         raise_or_skip(source, what, problems, left, prefix, self.on_bad_sample, self.bad_samples, *none_left)
 
 
@@ -70,7 +71,7 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        raise CaptionFileError(f"{path}: no such file") from None
+        raise CaptionFileError(f"{path}: {NO_FILE}") from None
     except UnicodeDecodeError as error:
         what = "it is UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {error.object[error.start]:#x}"
         line = data.count(b"\n", 0, error.start) + 1
@@ -105,7 +106,14 @@ def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
     records, faults = {}, {}
     for index, (_, record) in enumerate(raw):
         try:
-            records[index] = _check_record(record, root)
+            if isinstance(record, InputError):
+                raise record
+            if not isinstance(record, dict) or not {"image", "caption"} <= record.keys():
+                raise InputError(f"expected an object with image and caption, found {short(record)}")
+            image = record["image"]
+            if not isinstance(image, str) or not image:
+                raise InputError(f"image is not a path: {short(image)}")
+            records[index] = {"image": root.file(image), "caption": check_captions(record["caption"], image)}
         except ValueError as error:
             faults[index] = str(error)
     if options.check_images:
@@ -116,7 +124,7 @@ def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
         raise CaptionFileError(f"{path}: {hint} The first:\n  {raw[0][0]}: {faults[0]}")
     good = [record for index, record in records.items() if index not in faults]
     problems = [(raw[index][0], faults[index]) for index in sorted(faults)]
-    options.report(path, f"{len(faults)} of {len(raw)} records cannot be used", problems, len(good), f"{path}: ")
+    options.report(path, f"{len(faults)} of {len(raw)} records cannot be used", problems, len(good))
     return good
 
 
@@ -186,17 +194,6 @@ class ImageRoot:
 def is_within(path: str, folder: str) -> bool:
     """Returns whether an absolute path is a folder or lies in it."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-def _check_record(record, root: ImageRoot) -> dict:
-    if isinstance(record, InputError):
-        raise record
-    if not isinstance(record, dict) or not {"image", "caption"} <= record.keys():
-        raise InputError(f"expected an object with image and caption, found {short(record)}")
-    image = record["image"]
-    if not isinstance(image, str) or not image:
-        raise InputError(f"image is not a path: {short(image)}")
-    return {"image": root.file(image), "caption": check_captions(record["caption"], image)}
 
 
 def check_captions(captions, image) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from miniclip.datasets.records import ImageRoot, ReadOptions, check_captions
+from miniclip.datasets.records import NO_FILE, ImageRoot, ReadOptions, check_captions
 from miniclip.datasets.shards import captions_in, expand
 from miniclip.datasets.text_files import find_columns
 from miniclip.utils.bad_samples import short
@@ -47,40 +47,37 @@ def load_table(source: str, streaming: bool = False):
     Raises InputError."""
     import datasets  # slow to import
 
-    path, part = _at_split(source)
-    files = [] if _is_saved(path) or source.startswith("hf:") else _files(path)
+    (path, part), hub = _at_split(source), source.startswith("hf:")
+    saved = not hub and _is_saved(path)
+    files = [] if hub or saved else _files(path)
     if missing := [file for file in files if not os.path.isfile(file)]:
-        raise InputError(f"{missing[0]}: no such file ({len(missing)} of {len(files)} are missing)")
+        raise InputError(f"{missing[0]}: {NO_FILE} ({len(missing)} of {len(files)} are missing)")
+    kinds = {Path(file).suffix.lower()[1:] for file in files}
+    if len(kinds) > 1:
+        raise InputError(f"{source}: parquet and arrow files together")
+    if streaming and not hub and not files:
+        raise InputError(f"{source}: only hf:NAME, .parquet and .arrow can be streamed")
+    name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix("hf:"))  # train[:10] is one part
+    if hub and len(rest) > 2:
+        raise InputError(f"{source}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
     try:
-        if source.startswith("hf:"):
-            name, *rest = re.split(r":(?![^\[]*\])", source[3:])  # train[:10] is one part
-            if len(rest) > 2:
-                raise InputError(f"{source}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-            config, part = [None, None, *rest][-2:]
-            found = datasets.load_dataset(name, config, split=part, streaming=streaming)
+        if hub:
+            config, split = [None, None, *rest][-2:]
+            found = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        elif kinds == {"arrow"} and not streaming:
+            found = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
         elif files:
-            kinds = {Path(file).suffix.lower()[1:] for file in files}
-            if len(kinds) > 1:
-                raise InputError(f"{source}: parquet and arrow files together")
-            if kinds == {"arrow"} and not streaming:
-                return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
             found = datasets.load_dataset(*kinds, data_files=files, split="train", streaming=streaming)
-        elif streaming:
-            raise InputError(f"{source}: only hf:NAME, .parquet and .arrow can be streamed")
         else:
             found = datasets.load_from_disk(str(path))
-            if part and part not in (found if isinstance(found, dict) else ()):
-                raise InputError(f"{source}: there is no split {part!r} in it")
-            found = found[part] if part else found
-    except InputError:
-        raise
     except Exception as error:  # the network, the hub, the file: the library names it
         raise InputError(f"{source}: {type(error).__name__}: {str(error)[:500]}") from None
-    if not isinstance(found, dict):
-        return found
-    if len(found) > 1 and "train" not in found:
-        raise InputError(f"{source}: which split? Name one: {', '.join(f'{source}:{name}' for name in found)}")
-    return found.get("train", next(iter(found.values())))
+    splits = found if isinstance(found, dict) else {}
+    if saved and part and part not in splits:
+        raise InputError(f"{source}: there is no split {part!r} in it")
+    if len(splits) > 1 and "train" not in splits and not part:
+        raise InputError(f"{source}: which split? Name one: {', '.join(f'{source}:{name}' for name in splits)}")
+    return splits[part or ("train" if "train" in splits else next(iter(splits)))] if splits else found
 
 
 def table_root(source: str, options: ReadOptions) -> ImageRoot:
@@ -138,8 +135,7 @@ class Table(Sequence):
             except InputError as error:
                 problems.append((f"row {row}", str(error)))
         self.rows = np.array(good, np.int64)
-        what = f"{len(problems)} of {len(self.texts)} rows cannot be used"
-        options.report(source, what, problems, len(good), f"{source}: ")
+        options.report(source, f"{len(problems)} of {len(self.texts)} rows cannot be used", problems, len(good))
         if not good:
             raise InputError(f"{source}: it has no rows")
 
