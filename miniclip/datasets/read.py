@@ -22,9 +22,8 @@ from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
 
 
-def read_source(
-    source: str, options: ReadOptions = ReadOptions(), *, factors: str | None = None, num_samples: int | None = None
-) -> Sequence[dict]:  # fmt: skip
+def read_source(source: str, options: ReadOptions = ReadOptions(), *, factors: str | None = None,
+                num_samples: int | None = None) -> Sequence[dict]:  # fmt: skip
     """Returns the records of a source in any form. Of several sources each may have its own image root (`A::B`);
     `factors` ("1::2.5") and `num_samples` make an epoch (`Mixture`). Raises InputError, for all sources together."""
     parts, sources, problems = split(source), [], []
@@ -88,23 +87,24 @@ def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
     """Returns a line on the training data. It counts the captions of the first `most` images, which takes a minute."""
     texts = [text for record in itertools.islice(records, most) for text in record["caption"]]
     cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
-    again = len(records) - len({record["image"] for record in records}) if isinstance(records, list) else 0
-    duplicates = f"; {again} records repeat the image of another: duplicates (--duplicates)" if again else ""
     of = f" (of the first {most:,} images)" if len(records) > most else ""
-    cut_off = f"{cut} of them cut off at {tokenizer.context_length} tokens"
-    return f"{len(records)} images, {len(texts)} captions{of}, {cut_off}{duplicates}"
+    line = (
+        f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {tokenizer.context_length} tokens"
+    )
+    again = len(records) - len({record["image"] for record in records}) if isinstance(records, list) else 0
+    return f"{line}; {again} records repeat the image of another: duplicates (--duplicates)" if again else line
 
 
 def fingerprint(source: str, records: Sequence[dict] | None = None) -> dict:
-    """Returns the sha256 of a data set's files, and how many records and captions were taken from it. A folder and
-    shards have one of the files' names and sizes; a data set of the hub has none."""
+    """Returns, for a run's metadata, the sha256 of a data set's files, or of the names and sizes of those in a folder or
+    of shards, and how many records and captions were taken from it."""
     found = {"files": [_digest(part) for part in split(source)]}  # wherever they lie
     if records is not None:
         found["records"] = len(records)
     if isinstance(records, list):
         found["captions"] = sum(len(record["caption"]) for record in records)
-        paths = [record["image"] for record in records if isinstance(record["image"], (str, Path))]
-        found["image_bytes"] = sum(map(os.path.getsize, paths))
+        images = (record["image"] for record in records)
+        found["image_bytes"] = sum(os.path.getsize(image) for image in images if isinstance(image, (str, Path)))
     return found
 
 

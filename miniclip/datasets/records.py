@@ -7,13 +7,14 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from miniclip.utils.bad_samples import BadSamples, CaptionFileError, raise_or_skip, short
 from miniclip.utils.errors import InputError
-from miniclip.utils.image_files import ImageError, ImageFile, open_image
+from miniclip.utils.image_files import ImageError, open_image
 from miniclip.utils.parallel import read_ahead
 
 logger = logging.getLogger(__name__)
@@ -211,25 +212,19 @@ def check_captions(captions, image) -> list[str]:
     return captions
 
 
-def image_fault(image: str | Path | ImageFile) -> str | None:
-    """Returns what is wrong with an image, or None."""
+def image_fault(records: Sequence[dict], index: int) -> str | None:
+    """Returns what is wrong with the image of a record, or None."""
     try:
-        open_image(image, scale=32)  # reads every byte all the same; `verify` would pass half a JPEG
-    except ImageError as error:
+        open_image(records[index]["image"], scale=32)  # reads every byte all the same; `verify` would pass half a JPEG
+    except ImageError as error:  # also where a shard has lost the caption
         return str(error)
 
 
 def image_faults(records: Sequence[dict], name: str) -> list[str | None]:
     """Returns `image_fault` of each record, computed by threads, with a progress bar for a thousand or more."""
-
-    def fault(index: int) -> str | None:
-        try:
-            return image_fault(records[index]["image"])
-        except ImageError as error:  # its caption can no longer be read
-            return str(error)
-
     n = len(records)
-    return list(tqdm(read_ahead(fault, range(n), None, 1000), f"checking the images of {name}", n, disable=n < 1000))
+    faults = read_ahead(partial(image_fault, records), range(n), None, 1000)
+    return list(tqdm(faults, f"checking the images of {name}", n, disable=n < 1000))
 
 
 def one_per_image(records: Sequence[dict], name) -> Sequence[dict]:
@@ -243,8 +238,8 @@ def one_per_image(records: Sequence[dict], name) -> Sequence[dict]:
     joined = [{"image": image, "caption": list(texts)} for image, texts in captions.items()]
     if joined != records:
         dropped = sum(len(record["caption"]) for record in records) - sum(map(len, captions.values()))
-        message = "%s: merged %d records that repeat an image and dropped %d repeated captions: %d images are left"
-        logger.warning(message, name, len(records) - len(joined), dropped, len(joined))
+        what = f"{len(records) - len(joined)} records that repeat an image and dropped {dropped} repeated captions"
+        logger.warning("%s: merged %s: %d images are left", name, what, len(joined))
     return joined
 
 

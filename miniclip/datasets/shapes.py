@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from miniclip.utils.files import write_text
 
-# The vocabulary, with several words for one thing: "shapes" have (singular, plural), "relations" of the first group to
-# the second prepositions and the first one's place. The colours are far apart, even after the jitter of `draw`.
-WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-COLORS, SHAPES, SIZES, RELATIONS = (WORDS[name] for name in ("colors", "shapes", "sizes", "relations"))
-COUNTS = {int(count): words for count, words in WORDS["counts"].items()}
+# With several words for one thing: shapes have (singular, plural); relations, of the first group to the second, have
+# prepositions and the first one's place. The colours are far apart, even after the jitter of `draw`.
+SCENES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+COLORS, SHAPES, SIZES, RELATIONS = (SCENES[name] for name in ("colors", "shapes", "sizes", "relations"))
+COUNTS = {int(count): words for count, words in SCENES["counts"].items()}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 DIAMETER = {"small": 9.5, "large": 16.5}  # in 64ths of the image
 HELD_OUT = 0.25  # of all pairs of kinds
@@ -87,7 +87,7 @@ def captions(scene: Scene, rng: random.Random, number: int = 5) -> list[str]:
         return f"{count} {description}", "are" if count in ("two", "three") else "is"  # a pair is, a group is
 
     sentences = []
-    for frame in rng.sample(WORDS["frames"], number):
+    for frame in rng.sample(SCENES["frames"], number):
         x, y, relation = scene
         if rng.random() < 0.5:
             x, y, relation = y, x, OPPOSITE[relation]
@@ -98,17 +98,9 @@ def captions(scene: Scene, rng: random.Random, number: int = 5) -> list[str]:
     return sentences
 
 
-# The corners of shapes of diameter about 1 around (0, 0), y pointing down. The sizes differ a little, so that a large
-# star looks as large as a large square.
-A, B = 0.17, 0.52  # half the thickness of a cross's arm, and its length
-OUTLINES = {
-    "square": [(-0.45, -0.45), (0.45, -0.45), (0.45, 0.45), (-0.45, 0.45)],
-    "triangle": [(0, -0.5), (0.55, 0.45), (-0.55, 0.45)],
-    "diamond": [(0, -0.57), (0.45, 0), (0, 0.57), (-0.45, 0)],
-    "star": [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate([0.58, 0.24] * 5)],
-    "cross": [(-A, -B), (A, -B), (A, -A), (B, -A), (B, A), (A, A),
-              (A, B), (-A, B), (-A, A), (-B, A), (-B, -A), (-A, -A)],
-}  # fmt: skip
+# The corners of shapes of diameter about 1 around (0, 0), y down. All look equally large.
+STAR = [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate([0.58, 0.24] * 5)]
+OUTLINES = SCENES["outlines"] | {"star": STAR}
 
 
 def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:

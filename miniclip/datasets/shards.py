@@ -1,8 +1,7 @@
 """WebDataset shards: tar files in which `000123.jpg` and `000123.txt` are one sample.
 
-Each header is read once, to build an index of where every image and caption lies; from then on the shards are a
-sequence like any other, so shuffling, workers, several processes, resuming and evaluation work as with a caption file.
-The index is kept beside the shards, and rebuilt when one of them changes.
+The headers are read once, to an index of where every image and caption lies, which is kept beside the shards and
+rebuilt when one of them changes. With it the shards are a sequence like any other, read in any order.
 """
 
 import glob
@@ -64,8 +63,7 @@ def captions_in(value, key: str | None = None, depth: int = 0) -> list:
         value = next((value[known] for known in ([key] if key else CAPTION_KEYS) if known in value), None)
     if not isinstance(value, list) or depth > 20:  # none lies so deep, and at 300 the stack is full
         return [value]
-    nested = (captions_in(part, key, depth + 1) if isinstance(part, (dict, list)) else [part] for part in value)
-    return [caption for captions in nested for caption in captions]
+    return [caption for part in value for caption in captions_in(part, key, depth + 1)]
 
 
 def parse_caption(data: bytes, is_json: bool, name: str, key: str | None = None) -> list[str]:
@@ -94,7 +92,7 @@ def read_at(path: str, offset: int, size: int) -> bytes:
 
 @dataclass(eq=False, slots=True)
 class ShardImage(ImageFile):
-    """An image in a shard: the shard, the byte of its header and of its content, and its size."""
+    """An image in a shard: where its header and its content begin, in bytes, and the content's size."""
 
     path: str
     header: int
@@ -119,22 +117,17 @@ class ShardImage(ImageFile):
 
 
 class Shards(Sequence):
-    """The samples of tar shards, in order: `[i]` is {"image": ShardImage, "caption": [strings]}.
-
-    With a `caption_column` only JSON with that key counts as a caption. Missing shards and samples that cannot be used
-    raise InputError or are skipped. Compressed shards, and shards without a single sample, always raise it.
-    """
+    """The samples of tar shards, in order; with a `caption_column` only JSON with that key counts as a caption. Missing
+    shards and bad samples raise InputError or are skipped; compressed shards, and no sample at all, always raise it."""
 
     def __init__(self, paths: list[str], options: ReadOptions = ReadOptions()):
         paths, self.caption_key = [os.path.abspath(path) for path in paths], options.caption_column
-        for path in paths:
-            if re.search(r"\.(tgz|tar\.\w+)$", path):
-                raise InputError(f"{path}: {COMPRESSED}")
+        if packed := [path for path in paths if re.search(r"\.(tgz|tar\.\w+)$", path)]:
+            raise InputError(f"{packed[0]}: {COMPRESSED}")
         source = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-        self.paths = [path for path in paths if os.path.isfile(path)]
         missing = [(path, NO_FILE) for path in paths if not os.path.isfile(path)]
-        what = f"{len(missing)} of {len(paths)} shards are missing"
-        options.report(source, what, missing, len(self.paths), "", "no shards")
+        self.paths, what = [path for path in paths if os.path.isfile(path)], f"{len(missing)} of {len(paths)} shards"
+        options.report(source, f"{what} are missing", missing, len(self.paths), "", "no shards")
         self.rows, problems = _index(self.paths, self.caption_key)
         what, example = f"{len(problems)} problems in the shards", "a sample is 000.jpg with 000.txt or 000.json"
         options.report(source, what, problems, len(self.rows), "", f"no samples: {example}")
@@ -168,8 +161,7 @@ def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # which mostly wait for the disk
         work = pool.map(partial(_index_shard, caption_key), itertools.count(), paths)
         parts = list(tqdm(work, "reading the shards' headers", len(paths), disable=len(paths) < 100))
-    rows = np.concatenate([part for part, _ in parts])
-    problems = [problem for _, found in parts for problem in found]
+    rows, problems = np.concatenate([rows for rows, _ in parts]), list(itertools.chain(*(found for _, found in parts)))
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -20,10 +20,9 @@ FILES = (".parquet", ".arrow")
 
 
 def _at_split(source: str) -> tuple[Path, str | None]:
-    """Splits folder:SPLIT where the folder exists."""
     path, _, name = source.rpartition(":")
-    split = path and not os.path.exists(source) and os.path.exists(path)
-    return (Path(path), name) if split else (Path(source), None)
+    has_split = path and os.path.exists(path) and not os.path.exists(source)
+    return (Path(path), name) if has_split else (Path(source), None)
 
 
 def _is_saved(path: Path) -> bool:
@@ -43,8 +42,7 @@ def is_table(source: str) -> bool:
 
 
 def load_table(source: str, streaming: bool = False):
-    """Loads hf:NAME, a folder, .parquet or .arrow as a Hugging Face Dataset, or with `streaming` as an IterableDataset.
-    Raises InputError."""
+    """Loads hf:NAME, a folder, .parquet or .arrow as a Hugging Face Dataset, or with `streaming` an IterableDataset."""
     import datasets  # slow to import
 
     (path, part), hub = _at_split(source), source.startswith("hf:")
@@ -81,8 +79,7 @@ def load_table(source: str, streaming: bool = False):
 
 
 def table_root(source: str, options: ReadOptions) -> ImageRoot:
-    """Returns where image paths in a table start: `image_root`, or the table's folder. Paths in a table of the hub lead
-    into the library's cache, wherever that is."""
+    """Returns where image paths in a table start. Those in a table of the hub lead into the library's cache."""
     (path, _), hub = _at_split(source), source.startswith("hf:")
     folder = options.image_root or ("" if hub else path if path.is_dir() else path.parent)
     return ImageRoot(folder, options.allow_outside_image_root or hub and not options.image_root)
