@@ -61,7 +61,9 @@ def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
     paths = [image[0] for image in images]
     faults = [name_fault(path) for path in paths]
     if options.on_bad_sample == "skip":
-        faults = list(read_ahead(lambda path: name_fault(path) or image_fault(path), paths, options.num_workers, 1000))
+        records, rows = [{"image": path} for path in paths], range(len(paths))
+        work = read_ahead(lambda row: faults[row] or image_fault(records, row), rows, options.num_workers, 1000)
+        faults = list(work)
     bad = [(path, fault) for path, fault in zip(paths, faults) if fault]
     images = [image for image, fault in zip(images, faults) if not fault]
     what, where = f"{len(bad)} of {len(paths)} images cannot be used", ", ".join(options.images)

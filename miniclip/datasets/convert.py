@@ -25,47 +25,25 @@ from miniclip.utils.image_files import FORMATS, ImageError, ImageFile
 logger = logging.getLogger(__name__)
 
 
-def image_bytes(image: str | Path | ImageFile) -> bytes:
-    """Returns the bytes of a record's image."""
-    return image.read() if isinstance(image, ImageFile) else Path(image).read_bytes()
-
-
-def image_kind(data: bytes) -> str:
-    """Returns the extension for an encoded image. Raises ImageError."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            kind = image.format.lower()
-    except Exception as error:
-        raise ImageError(f"not an image ({error})") from None
-    return {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(kind, kind)
-
-
-def convert(
-    source: Sequence[dict], target: str, samples_per_shard: int = 10_000,
-    options: ReadOptions = ReadOptions(on_bad_sample="skip"),
-) -> int:  # fmt: skip
+def convert(source: Sequence[dict], target: str, samples_per_shard: int = 10_000,
+            options: ReadOptions = ReadOptions(on_bad_sample="skip")) -> int:  # fmt: skip
     """Writes records to a .json, .jsonl, .csv or .tsv file, or to shards. Returns the number of records written.
 
     Shards (`out/{000000..000009}.tar`: as many as are named, filled evenly; `out/000000.tar`: numbered from there,
     `samples_per_shard` each) hold copies of the images. The other forms name image files where they are, relative to
-    the target's folder if below it; an ImageFile is written into a folder `<target>_images` beside it. Nothing is
-    overwritten, and the target appears only when it is complete. Images that cannot be read raise InputError or are
-    skipped, as `options.on_bad_sample` says. Raises InputError for a target that exists, or of an unknown form.
+    the target's folder if below it; an ImageFile is written into a folder `<target>_images` beside it. The target
+    appears only when it is complete. Raises InputError for bad images, unless `options` skip them, and for a target
+    that exists or has an unknown form.
     """
-    suffix, faults = Path(target).suffix.lower(), []
-
-    def check(written: int) -> int:
-        options.report(target, f"{len(faults)} of {len(source)} images cannot be used", faults, written)
-        return written
-
+    suffix = Path(target).suffix.lower()
     if suffix == ".tar":
-        return _to_shards(source, target, samples_per_shard, faults, check)
+        return _to_shards(source, target, samples_per_shard, options)
     if suffix in (".json", ".jsonl", ".csv", ".tsv"):
-        return _to_file(source, Path(target), faults, check)
+        return _to_file(source, Path(target), options)
     raise InputError(f"{target}: expected .json, .jsonl, .csv, .tsv or .tar")
 
 
-def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int, faults: list, check) -> int:
+def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int, options: ReadOptions) -> int:
     paths, n = [Path(path) for path in expand(target)], len(source)
     if len(paths) > 1:
         ends = [n * (i + 1) // len(paths) for i in range(len(paths))]
@@ -79,35 +57,36 @@ def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int, faul
             raise InputError(f"{target}: {many} shards of {samples_per_shard} need a number in their name: 000000.tar")
         ends = [min(n, samples_per_shard * (i + 1)) for i in range(len(paths))]
     _prepare(*paths)
-    width, written, rows = max(6, len(str(n))), 0, iter(tqdm(range(n), "packing"))
+    width, written, faults, rows = max(6, len(str(n))), 0, [], iter(tqdm(range(n), "packing"))
     with ExitStack() as stack:  # all shards or none
         for path, start, end in zip(paths, [0, *ends], ends):
             with tarfile.open(stack.enter_context(replacing(path)), "w") as tar:
                 for index, record, data, kind in _readable(source, islice(rows, end - start), faults):
                     add_sample(tar, f"{index:0{width}d}", data, kind, record["caption"])
                     written += 1
-        return check(written)
+        options.report(target, f"{len(faults)} of {n} images cannot be used", faults, written, "")
+    return written
 
 
-def _to_file(source: Sequence[dict], target: Path, faults: list, check) -> int:
-    images, suffix = target.with_name(f"{target.stem}_images"), target.suffix.lower()
+def _to_file(source: Sequence[dict], target: Path, options: ReadOptions) -> int:
+    images, suffix, n, faults = target.with_name(f"{target.stem}_images"), target.suffix.lower(), len(source), []
     files = [record["image"] for record in source if not isinstance(record["image"], ImageFile)]
-    own = len(files) < len(source)
+    own = len(files) < n
     _prepare(target, *[images] * own)
-    base, width, records = Path(os.path.abspath(target.parent)), max(6, len(str(len(source)))), []
+    base, width, records = Path(os.path.abspath(target.parent)), max(6, len(str(n))), []
     outside = any(not Path(file).is_relative_to(base) for file in files)
     if outside and own:
         raise InputError(f"{target}: some images are not files, others lie outside {base}: convert them separately")
     with replacing(target) as scratch, TemporaryDirectory(".tmp", ".", target.parent) as folder:
         (folder := Path(folder, images.name)).mkdir()  # with the usual permissions, unlike its parent
-        for index, record, data, kind in _readable(source, tqdm(range(len(source)), "writing"), faults, False):
+        for index, record, data, kind in _readable(source, tqdm(range(n), "writing"), faults, False):
             file = Path(f"{images.name}/{index:0{width}d}.{kind}" if data else record["image"])
             if data:
                 (folder / file.name).write_bytes(data)
             elif not outside:
                 file = file.relative_to(base)
             records.append({"image": str(file) if outside else file.as_posix(), "caption": record["caption"]})
-        check(len(records))
+        options.report(target, f"{len(faults)} of {n} images cannot be used", faults, len(records), "")
         with open(scratch, "w", encoding="utf-8", newline="") as file:
             if suffix == ".json":
                 json.dump(records, file, ensure_ascii=False, indent=1)
@@ -125,15 +104,20 @@ def _to_file(source: Sequence[dict], target: Path, faults: list, check) -> int:
 
 
 def _readable(source: Sequence[dict], rows: Iterable[int], faults: list, read_files: bool = True) -> Iterator:
-    """Yields (row, record, the image's bytes, their extension), or None for the latter two of image files unless
+    """Yields (row, record, the image's bytes, their extension); the latter two are None for image files unless
     `read_files`. Adds images that cannot be read to `faults`."""
     for row in rows:
         record, data, kind = None, None, None
         try:
             record = source[row]
-            if read_files or isinstance(record["image"], ImageFile):
-                data = image_bytes(record["image"])
-                kind = image_kind(data)
+            image = record["image"]
+            if read_files or isinstance(image, ImageFile):
+                data = image.read() if isinstance(image, ImageFile) else Path(image).read_bytes()
+                try:
+                    kind = Image.open(io.BytesIO(data), formats=FORMATS).format.lower()
+                except Exception as error:
+                    raise ImageError(f"not an image ({error})") from None
+                kind = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(kind, kind)
         except (ImageError, OSError) as error:
             name = str(record["image"]) if record else f"sample {row}"
             faults.append((name, str(error).removeprefix(f"{name}: ")))

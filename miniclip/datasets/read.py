@@ -1,21 +1,12 @@
-"""Reading a source of any form to the same records.
+"""Reading a source in any form, as listed in docs/datasets.md, to the same records, and its fingerprint.
 
-    captions.json                     [{"image": "a.jpg", "caption": ["a dog", "my dog"]}, ...]
-    captions.jsonl                    one such object a line
-    captions.csv, captions.tsv        a line of column names, then one caption a line
-    folder/                           images, each with a.txt, a.caption or a.json beside it
-    shards/{000..123}.tar, shards/    WebDataset shards (`miniclip.datasets.shards`)
-    hf:NAME, hf:NAME:SPLIT            a data set of the Hugging Face hub; also hf:NAME:CONFIG:SPLIT
-    folder/, folder:SPLIT             a folder written by `save_to_disk` of Hugging Face datasets
-    *.parquet, *.arrow                its tables
-    A::B                              several of them
-    A[:300]                           only the first 300 records
-
-Records are {"image": a path or an ImageFile, "caption": [strings]}. `python -m miniclip convert_data FROM TO` converts
-one form to another.
+Records are {"image": a path or an ImageFile, "caption": [strings]}. A::B stands for several sources, and A[:300] for
+the first 300 records of one.
 """
 
+import hashlib
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,16 +19,13 @@ from miniclip.datasets.tables import Table, is_table, load_table
 from miniclip.datasets.text_files import READERS, read_folder
 from miniclip.utils.bad_samples import CaptionFileError
 from miniclip.utils.errors import InputError
+from miniclip.utils.files import sha256
 
 
-def read_source(
-    source: str, options: ReadOptions = ReadOptions(), *, factors: str | None = None, num_samples: int | None = None
-) -> Sequence[dict]:  # fmt: skip
-    """Returns the records of a source in any of the forms above.
-
-    Of several sources each may have its own image root (`A::B`). `factors` ("1::2.5") and `num_samples` make an epoch,
-    see `Mixture`. Raises InputError for what cannot be read, for all sources together.
-    """
+def read_source(source: str, options: ReadOptions = ReadOptions(), *, factors: str | None = None,
+                num_samples: int | None = None) -> Sequence[dict]:  # fmt: skip
+    """Returns the records of a source in any form. Of several sources each may have its own image root (`A::B`);
+    `factors` ("1::2.5") and `num_samples` make an epoch (`Mixture`). Raises InputError, for all sources together."""
     parts, sources, problems = split(source), [], []
     roots = split(options.image_root) if options.image_root else [None]
     if len(roots) not in (1, len(parts)):
@@ -82,28 +70,55 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
         records = Shards(shards or expand(source), options)
     elif table:
         records = Table(load_table(source), source, options)
-    elif not path.exists():
-        raise InputError(f"{source}: no such file or folder (a data set of the Hugging Face hub is hf:{source})")
     else:
+        missing = f"no such file or folder (a data set of the Hugging Face hub is hf:{source})"
         known = ", ".join((*READERS, ".tar", ".parquet", ".arrow", "a folder", "hf:NAME"))
-        raise InputError(f"{source}: unknown form of data; known are {known}")
+        raise InputError(f"{source}: {f'unknown form of data; known are {known}' if path.exists() else missing}")
     if options.check_handles:
         faults = image_faults(records, path.name)
         problems = [(f"sample {row}", fault) for row, fault in enumerate(faults) if fault]
         good = [row for row, fault in enumerate(faults) if not fault]
-        what = f"{len(problems)} of {len(records)} images are damaged"
-        options.report(source, what, problems, len(good), f"{source}: ")
+        options.report(source, f"{len(problems)} of {len(records)} images are damaged", problems, len(good))
         records.rows = records.rows[good]
     return records
 
 
 def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
-    """Returns a line on the training data. Of more than `most` images only the first ones' captions are counted, which
-    takes a minute."""
+    """Returns a line on the training data. It counts the captions of the first `most` images, which takes a minute."""
     texts = [text for record in itertools.islice(records, most) for text in record["caption"]]
     cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
-    again = len(records) - len({record["image"] for record in records}) if isinstance(records, list) else 0
-    duplicates = f"; {again} records repeat the image of another: duplicates (--duplicates)" if again else ""
     of = f" (of the first {most:,} images)" if len(records) > most else ""
-    cut_off = f"{cut} of them cut off at {tokenizer.context_length} tokens"
-    return f"{len(records)} images, {len(texts)} captions{of}, {cut_off}{duplicates}"
+    line = (
+        f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {tokenizer.context_length} tokens"
+    )
+    again = len(records) - len({record["image"] for record in records}) if isinstance(records, list) else 0
+    return f"{line}; {again} records repeat the image of another: duplicates (--duplicates)" if again else line
+
+
+def fingerprint(source: str, records: Sequence[dict] | None = None) -> dict:
+    """Returns, for a run's metadata, the sha256 of a data set's files, or of the names and sizes of those in a folder or
+    of shards, and how many records and captions were taken from it."""
+    found = {"files": [_digest(part) for part in split(source)]}  # wherever they lie
+    if records is not None:
+        found["records"] = len(records)
+    if isinstance(records, list):
+        found["captions"] = sum(len(record["caption"]) for record in records)
+        images = (record["image"] for record in records)
+        found["image_bytes"] = sum(os.path.getsize(image) for image in images if isinstance(image, (str, Path)))
+    return found
+
+
+def _digest(source: str) -> str | None:
+    source = re.sub(r"\[:\d+\]$", "", source)  # for a part: the sha256 of the whole, and the number of records
+    path = Path(source)
+    if path.is_file():
+        size = path.stat().st_size
+        return sha256(path) if size <= 1 << 30 else f"{size} bytes"  # to read more would take too long
+    try:
+        files = path.rglob("*") if path.is_dir() else map(Path, expand(source))
+    except InputError:
+        return None
+    files = sorted(file for file in files if file.is_file())
+    listing = "\n".join(f"{os.path.relpath(file, path.parent)} {file.stat().st_size}" for file in files)
+    digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"names and sizes {digest}" if files else None

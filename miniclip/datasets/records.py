@@ -7,13 +7,14 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from miniclip.utils.bad_samples import BadSamples, CaptionFileError, raise_or_skip, short
 from miniclip.utils.errors import InputError
-from miniclip.utils.image_files import ImageError, ImageFile, open_image
+from miniclip.utils.image_files import ImageError, open_image
 from miniclip.utils.parallel import read_ahead
 
 logger = logging.getLogger(__name__)
@@ -36,14 +37,14 @@ class ReadOptions:
 
     @classmethod
     def from_args(cls, args, **more) -> "ReadOptions":
-        """Returns the options of the same names that parsed arguments have and that are not None, and `more`. Their
-        `columns` are the image's and the caption's."""
+        """Returns the options that parsed arguments have under the same names or as `columns`, and `more`."""
         given = {field.name: vars(args).get(field.name) for field in fields(cls)} | more
         given["image_column"], given["caption_column"] = vars(args).get("columns") or (None, None)
         return cls(**{name: value for name, value in given.items() if value is not None})
 
-    def report(self, source, what: str, problems: list[tuple[str, str]], left: int, prefix: str = "", *none_left):
-        """Raises an error for bad samples or skips them: `raise_or_skip`."""
+    def report(self, source, what: str, problems: list[tuple[str, str]], left: int, prefix=None, *none_left):
+        """Raises an error for bad samples or skips them (`raise_or_skip`), listed as those of `source` by default."""
+        prefix = f"{source}: " if prefix is None else prefix
         raise_or_skip(source, what, problems, left, prefix, self.on_bad_sample, self.bad_samples, *none_left)
 
 
@@ -71,7 +72,7 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        raise CaptionFileError(f"{path}: no such file") from None
+        raise CaptionFileError(f"{path}: {NO_FILE}") from None
     except UnicodeDecodeError as error:
         what = "it is UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {error.object[error.start]:#x}"
         line = data.count(b"\n", 0, error.start) + 1
@@ -81,8 +82,8 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, name=None):
-    """Returns the value of a JSON text. An object with a repeated name, whose last value json would take silently,
-    becomes an InputError in its place. Raises CaptionFileError, which begins with `name` if given."""
+    """Returns the value of a JSON text; an object with a repeated name becomes an InputError in its place. Raises
+    CaptionFileError, which begins with `name` if given."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
@@ -101,12 +102,19 @@ def _object(pairs: list[tuple]) -> dict | InputError:
 
 
 def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
-    """Checks the records of any text form. An InputError in the place of a record is reported like any other fault."""
+    """Checks the records of any text form, of which some may have turned out to be an InputError."""
     root = ImageRoot(path if path.is_dir() else options.image_root or path.parent, options.allow_outside_image_root)
     records, faults = {}, {}
     for index, (_, record) in enumerate(raw):
         try:
-            records[index] = _check_record(record, root)
+            if isinstance(record, InputError):
+                raise record
+            if not isinstance(record, dict) or not {"image", "caption"} <= record.keys():
+                raise InputError(f"expected an object with image and caption, found {short(record)}")
+            image = record["image"]
+            if not isinstance(image, str) or not image:
+                raise InputError(f"image is not a path: {short(image)}")
+            records[index] = {"image": root.file(image), "caption": check_captions(record["caption"], image)}
         except ValueError as error:
             faults[index] = str(error)
     if options.check_images:
@@ -117,13 +125,13 @@ def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
         raise CaptionFileError(f"{path}: {hint} The first:\n  {raw[0][0]}: {faults[0]}")
     good = [record for index, record in records.items() if index not in faults]
     problems = [(raw[index][0], faults[index]) for index in sorted(faults)]
-    options.report(path, f"{len(faults)} of {len(raw)} records cannot be used", problems, len(good), f"{path}: ")
+    options.report(path, f"{len(faults)} of {len(raw)} records cannot be used", problems, len(good))
     return good
 
 
 class ImageRoot:
-    """The folder where image paths start, which may itself be a link. Without `allow_outside` no path below it may lead
-    out of it, by `..`, as an absolute path, or through a link."""
+    """The folder where image paths start. It may be a link itself, but without `allow_outside` no path below it may
+    lead out of it, by `..`, as an absolute path, or through a link."""
 
     def __init__(self, folder: str | Path, allow_outside: bool = False):
         self.folder, self.allow_outside = os.path.abspath(folder), allow_outside
@@ -163,9 +171,9 @@ class ImageRoot:
         return file
 
     def walk(self, fault: Callable[[str, str], None]) -> Iterator[tuple[str, list[str]]]:
-        """Yields the folders at any depth, relative to this one, each with the names of its files; hidden ones are
-        passed over. Follows links that stay inside, but enters no folder twice: links may form a ring. Calls
-        `fault(name, reason)` for what cannot be read."""
+        """Yields the folders at any depth, relative to this one, and the names of their files, except hidden ones.
+        Follows links that stay inside, but enters no folder twice: links may form a ring. Calls `fault(name, reason)`
+        for what cannot be read."""
 
         def unread(error: OSError):
             fault(os.path.relpath(error.filename, self.folder), f"cannot be opened ({error.strerror})")
@@ -189,17 +197,6 @@ def is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def _check_record(record, root: ImageRoot) -> dict:
-    if isinstance(record, InputError):
-        raise record
-    if not isinstance(record, dict) or not {"image", "caption"} <= record.keys():
-        raise InputError(f"expected an object with image and caption, found {short(record)}")
-    image = record["image"]
-    if not isinstance(image, str) or not image:
-        raise InputError(f"image is not a path: {short(image)}")
-    return {"image": root.file(image), "caption": check_captions(record["caption"], image)}
-
-
 def check_captions(captions, image) -> list[str]:
     """Returns the captions of an image as a list. Raises InputError, which names the image."""
     captions = [captions] if isinstance(captions, str) else captions
@@ -215,31 +212,24 @@ def check_captions(captions, image) -> list[str]:
     return captions
 
 
-def image_fault(image: str | Path | ImageFile) -> str | None:
-    """Returns what is wrong with an image, or None."""
+def image_fault(records: Sequence[dict], index: int) -> str | None:
+    """Returns what is wrong with the image of a record, or None."""
     try:
-        open_image(image, scale=32)  # reads every byte all the same; `verify` would pass half a JPEG
-    except ImageError as error:
+        open_image(records[index]["image"], scale=32)  # reads every byte all the same; `verify` would pass half a JPEG
+    except ImageError as error:  # also where a shard has lost the caption
         return str(error)
 
 
 def image_faults(records: Sequence[dict], name: str) -> list[str | None]:
     """Returns `image_fault` of each record, computed by threads, with a progress bar for a thousand or more."""
-
-    def fault(index: int) -> str | None:
-        try:
-            return image_fault(records[index]["image"])
-        except ImageError as error:  # its caption can no longer be read
-            return str(error)
-
     n = len(records)
-    return list(tqdm(read_ahead(fault, range(n), None, 1000), f"checking the images of {name}", n, disable=n < 1000))
+    faults = read_ahead(partial(image_fault, records), range(n), None, 1000)
+    return list(tqdm(faults, f"checking the images of {name}", n, disable=n < 1000))
 
 
 def one_per_image(records: Sequence[dict], name) -> Sequence[dict]:
     """Returns, for evaluation, the records with those of the same image file merged, each caption once: a second copy
-    in the gallery would count as a wrong answer to its own caption. Logs how many were merged. Sources without image
-    files are returned as they are."""
+    in the gallery would count as a wrong answer to its own caption. Sources without image files stay as they are."""
     if not isinstance(records, list):
         return records
     captions = {}
@@ -248,8 +238,8 @@ def one_per_image(records: Sequence[dict], name) -> Sequence[dict]:
     joined = [{"image": image, "caption": list(texts)} for image, texts in captions.items()]
     if joined != records:
         dropped = sum(len(record["caption"]) for record in records) - sum(map(len, captions.values()))
-        message = "%s: merged %d records that repeat an image and dropped %d repeated captions: %d images are left"
-        logger.warning(message, name, len(records) - len(joined), dropped, len(joined))
+        what = f"{len(records) - len(joined)} records that repeat an image and dropped {dropped} repeated captions"
+        logger.warning("%s: merged %s: %d images are left", name, what, len(joined))
     return joined
 
 

@@ -1,12 +1,9 @@
 """The demo's data set: scenes of coloured shapes, drawn with Pillow and described by templates.
 
-Anybody can train a CLIP on it in minutes without downloading anything. A scene is two groups of shapes, one left of or
-above the other:
+A scene is two groups of shapes, one left of or above the other:
 
     two small red circles   to the left of   three large blue stars
          first group           relation           second group
-
-    python -m miniclip shapes data/shapes     # images/*.png, train.json, eval.json
 
 The two kinds of shape of an eval scene (say, red circle and blue star) never meet in a training scene, although each is
 there with other partners: memorising scenes does not help, the model has to compose what it learned of their parts.
@@ -24,34 +21,13 @@ from tqdm import tqdm
 
 from miniclip.utils.files import write_text
 
-# Far apart from each other and from the light background, even after the jitter of `draw`.
-COLORS = {"red": (214, 32, 32), "orange": (250, 140, 20), "yellow": (245, 215, 20), "green": (40, 150, 60),
-          "blue": (35, 85, 220), "purple": (125, 45, 170), "pink": (250, 130, 190), "black": (30, 30, 30)}  # fmt: skip
-SHAPES = {
-    "circle": [("circle", "circles"), ("disc", "discs")],  # the words for each: (singular, plural)
-    "square": [("square", "squares"), ("box", "boxes")],
-    "triangle": [("triangle", "triangles")],
-    "star": [("star", "stars")],
-    "diamond": [("diamond", "diamonds"), ("rhombus", "rhombuses")],
-    "cross": [("cross", "crosses"), ("plus sign", "plus signs")],
-}
-SIZES = {"small": ["small", "little", "tiny"], "large": ["large", "big", "huge"]}
-DIAMETER = {"small": 9.5, "large": 16.5}  # in 64ths of the image
-COUNTS = {1: ["a", "one", "a single"], 2: ["two", "a pair of"], 3: ["three", "a group of three"]}
-# For each relation of the first group to the second: (prepositions, the place of the first group).
-RELATIONS = {
-    "left": (["to the left of", "left of", "on the left side of"], "on the left"),
-    "right": (["to the right of", "right of", "on the right side of"], "on the right"),
-    "above": (["above", "over", "higher than"], "at the top"),
-    "below": (["below", "under", "beneath"], "at the bottom"),
-}
+# With several words for one thing: shapes have (singular, plural); relations, of the first group to the second, have
+# prepositions and the first one's place. The colours are far apart, even after the jitter of `draw`.
+SCENES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+COLORS, SHAPES, SIZES, RELATIONS = (SCENES[name] for name in ("colors", "shapes", "sizes", "relations"))
+COUNTS = {int(count): words for count, words in SCENES["counts"].items()}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-FRAMES = [
-    "{x} {rel} {y}", "{x} {is_x} {rel} {y}", "there {is_x} {x} {rel} {y}", "{rel} {y} there {is_x} {x}",
-    "{x} {at_x} and {y} {at_y}", "{at_x} {is_x} {x}, {at_y} {is_y} {y}", "{x} {at_x}, with {y} {at_y}",
-    "a picture of {x} {rel} {y}", "an image with {x} {at_x} and {y} {at_y}",
-]  # fmt: skip
-CAPTIONS_PER_IMAGE = 5
+DIAMETER = {"small": 9.5, "large": 16.5}  # in 64ths of the image
 HELD_OUT = 0.25  # of all pairs of kinds
 Kind = tuple[str, str]  # (color, shape)
 KINDS: list[Kind] = list(itertools.product(COLORS, SHAPES))
@@ -87,8 +63,8 @@ def split_pairs(seed: int) -> tuple[list[frozenset[Kind]], list[frozenset[Kind]]
 
 
 def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
-    """Returns `number` different scenes, all pairs of kinds equally frequent. No two are equal: each has a description
-    of its own, and a perfect model reaches R@1 of 100%. Raises ValueError if there are not as many."""
+    """Returns `number` different scenes, so that a perfect model reaches R@1 of 100%, with all pairs equally frequent.
+    Raises ValueError if there are not as many."""
     possible = len(pairs) * 2 * 2 * (len(COUNTS) * len(SIZES)) ** 2  # relations, orders, counts and sizes of both
     if number > possible:
         raise ValueError(f"{number:,} scenes asked for, but only {possible:,} different ones exist")
@@ -101,7 +77,7 @@ def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -
     return list(scenes)
 
 
-def captions(scene: Scene, rng: random.Random, number: int = CAPTIONS_PER_IMAGE) -> list[str]:
+def captions(scene: Scene, rng: random.Random, number: int = 5) -> list[str]:
     """Describes the scene completely in `number` (up to 9) different sentences."""
 
     def words(group: Group) -> tuple[str, str]:
@@ -111,7 +87,7 @@ def captions(scene: Scene, rng: random.Random, number: int = CAPTIONS_PER_IMAGE)
         return f"{count} {description}", "are" if count in ("two", "three") else "is"  # a pair is, a group is
 
     sentences = []
-    for frame in rng.sample(FRAMES, number):
+    for frame in rng.sample(SCENES["frames"], number):
         x, y, relation = scene
         if rng.random() < 0.5:
             x, y, relation = y, x, OPPOSITE[relation]
@@ -122,17 +98,9 @@ def captions(scene: Scene, rng: random.Random, number: int = CAPTIONS_PER_IMAGE)
     return sentences
 
 
-A, B = 0.17, 0.52  # half the thickness of a cross's arm, and its length
-# The corners of shapes of diameter about 1 around (0, 0), y pointing down. The sizes differ a little, so that a large
-# star looks as large as a large square.
-OUTLINES = {
-    "square": [(-0.45, -0.45), (0.45, -0.45), (0.45, 0.45), (-0.45, 0.45)],
-    "triangle": [(0, -0.5), (0.55, 0.45), (-0.55, 0.45)],
-    "diamond": [(0, -0.57), (0.45, 0), (0, 0.57), (-0.45, 0)],
-    "star": [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate([0.58, 0.24] * 5)],
-    "cross": [(-A, -B), (A, -B), (A, -A), (B, -A), (B, A), (A, A),
-              (A, B), (-A, B), (-A, A), (-B, A), (-B, -A), (-A, -A)],
-}  # fmt: skip
+# The corners of shapes of diameter about 1 around (0, 0), y down. All look equally large.
+STAR = [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate([0.58, 0.24] * 5)]
+OUTLINES = SCENES["outlines"] | {"star": STAR}
 
 
 def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
@@ -148,8 +116,7 @@ def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
         pitch = diameter * 1.12 + 1.2  # so that neighbours do not touch
         color = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in COLORS[group.color])
         along = centre + rng.uniform(-4, 4)  # the relation's axis: x for "left", y for "above"
-        # The members line up across that axis, where there is room for three large ones. They shift little there
-        # against the 32 units between the groups, so that "left" never looks like "above".
+        # The members line up across that axis, and shift little there, so that "left" never looks like "above".
         room = min(6, 31.5 - pitch * group.count / 2)
         across = 32 + rng.uniform(-room, room) - pitch * (group.count - 1) / 2
         for member in range(group.count):
@@ -176,10 +143,9 @@ def write(out_dir: str | Path, train: int = 6000, evaluation: int = 600, seed: i
     """Writes `images/*.png`, `train.json` and `eval.json`; the same arguments always write the same files."""
     (images := Path(out_dir, "images")).mkdir(parents=True, exist_ok=True)
     for split, number in (("train", train), ("eval", evaluation)):
-        records, progress = [], {"desc": f"drawing {split} scenes", "unit": "image", "total": number}
-        for index, (scene, image, rng) in enumerate(tqdm(drawn(split, number, seed, size), **progress)):
+        records, scenes = [], tqdm(drawn(split, number, seed, size), f"drawing {split} scenes", number, unit="image")
+        for index, (scene, image, rng) in enumerate(scenes):
             name = f"{split}_{index:05d}.png"
             image.save(images / name, compress_level=1)
             records.append({"image": f"images/{name}", "caption": captions(scene, rng)})
-        text = json.dumps(records, indent=1)
-        write_text(Path(out_dir, f"{split}.json"), text)  # last: once it exists, all images do
+        write_text(Path(out_dir, f"{split}.json"), json.dumps(records, indent=1))  # once it exists, all images do

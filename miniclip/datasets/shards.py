@@ -1,8 +1,7 @@
 """WebDataset shards: tar files in which `000123.jpg` and `000123.txt` are one sample.
 
-Plain tar files can be read at any offset. Each header is read once, to build an index of where every image and caption
-lies; from then on the shards are a sequence like any other, so shuffling, workers, several processes, resuming and
-evaluation work as with a caption file. The index is kept beside the shards, and rebuilt when one of them changes.
+The headers are read once, to an index of where every image and caption lies, which is kept beside the shards and
+rebuilt when one of them changes. With it the shards are a sequence like any other, read in any order.
 """
 
 import glob
@@ -15,6 +14,8 @@ import re
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,19 +40,15 @@ NO_HEIC = "HEIC cannot be read: convert it to JPEG or PNG"
 def expand(pattern: str) -> list[str]:
     """Returns the paths that a pattern stands for, in order: `{000..123}` numbers, `{a,b}` alternatives, `*` and `?`
     files. Raises InputError for a glob that matches no file."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found:
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-        if numbers:
+    if found := re.search(r"\{([^{}]*)\}", pattern):
+        choices = found[1].split(",")
+        if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
             first, last = numbers.groups()
             width = len(first) if first.startswith("0") or len(first) == len(last) else 0
             choices = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
-            if not choices:
-                raise InputError(f"{pattern}: {found[0]} counts down")
-        else:
-            choices = found[1].split(",")
-        start, end = found.span()
-        return [path for choice in choices for path in expand(pattern[:start] + choice + pattern[end:])]
+        if not choices:
+            raise InputError(f"{pattern}: {found[0]} counts down")
+        return [path for c in choices for path in expand(f"{pattern[: found.start()]}{c}{pattern[found.end() :]}")]
     if not glob.has_magic(pattern) or os.path.exists(pattern):
         return [pattern]
     if not (paths := sorted(glob.glob(pattern))):
@@ -60,19 +57,17 @@ def expand(pattern: str) -> list[str]:
 
 
 def captions_in(value, key: str | None = None, depth: int = 0) -> list:
-    """Returns the captions in the value of a caption file or column: a string, a list, an object that has them under
-    `key`, by default the first of CAPTION_KEYS, or a list of those. `check_captions` checks what they are."""
+    """Returns the captions in a caption file or column, for `check_captions`: a string, a list, an object that has them
+    under `key`, by default the first of CAPTION_KEYS, or a list of those."""
     if isinstance(value, dict):
         value = next((value[known] for known in ([key] if key else CAPTION_KEYS) if known in value), None)
     if not isinstance(value, list) or depth > 20:  # none lies so deep, and at 300 the stack is full
         return [value]
-    nested = (captions_in(part, key, depth + 1) if isinstance(part, (dict, list)) else [part] for part in value)
-    return [caption for captions in nested for caption in captions]
+    return [caption for part in value for caption in captions_in(part, key, depth + 1)]
 
 
 def parse_caption(data: bytes, is_json: bool, name: str, key: str | None = None) -> list[str]:
-    """Returns the captions in a file beside an image: a text is one caption, JSON has them under `key` (see
-    `captions_in`). Raises InputError."""
+    """Returns the captions in a file beside an image: one in a text, `captions_in` JSON. Raises InputError."""
     try:
         text = data.decode("utf-8-sig")
         return check_captions(captions_in(parse_json(text, name), key) if is_json else [text.strip()], name)
@@ -86,8 +81,7 @@ def caption_kind(kinds, key: str | None) -> str | None:
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:
-    """Reads bytes of a file. It is opened each time: a shuffled run jumps from shard to shard and would hardly meet an
-    open one again, and nothing is shared between threads or processes."""
+    """Reads bytes of a file, opened each time: a shuffled run would hardly meet an open shard again."""
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         data = file.read(size)
@@ -96,13 +90,14 @@ def read_at(path: str, offset: int, size: int) -> bytes:
     return data
 
 
+@dataclass(eq=False, slots=True)
 class ShardImage(ImageFile):
-    """An image in a shard."""
+    """An image in a shard: where its header and its content begin, in bytes, and the content's size."""
 
-    __slots__ = ("path", "header", "offset", "size")
-
-    def __init__(self, path: str, header: int, offset: int, size: int):
-        self.path, self.header, self.offset, self.size = path, header, offset, size
+    path: str
+    header: int
+    offset: int
+    size: int
 
     def read(self) -> bytes:
         try:
@@ -122,26 +117,20 @@ class ShardImage(ImageFile):
 
 
 class Shards(Sequence):
-    """The samples of tar shards, in order: `[i]` is {"image": ShardImage, "caption": [strings]}.
-
-    `paths` are the shards; with a `caption_column` only JSON with that key counts as a caption. Missing shards and
-    `problems`, (name, reason) of each sample that cannot be used, raise InputError or are skipped. Compressed shards,
-    and shards without a single sample, always raise it.
-    """
+    """The samples of tar shards, in order; with a `caption_column` only JSON with that key counts as a caption. Missing
+    shards and bad samples raise InputError or are skipped; compressed shards, and no sample at all, always raise it."""
 
     def __init__(self, paths: list[str], options: ReadOptions = ReadOptions()):
         paths, self.caption_key = [os.path.abspath(path) for path in paths], options.caption_column
-        for path in paths:
-            if re.search(r"\.(tgz|tar\.\w+)$", path):
-                raise InputError(f"{path}: {COMPRESSED}")
+        if packed := [path for path in paths if re.search(r"\.(tgz|tar\.\w+)$", path)]:
+            raise InputError(f"{packed[0]}: {COMPRESSED}")
         source = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-        self.paths = [path for path in paths if os.path.isfile(path)]
         missing = [(path, NO_FILE) for path in paths if not os.path.isfile(path)]
-        what = f"{len(missing)} of {len(paths)} shards are missing"
-        options.report(source, what, missing, len(self.paths), "", "no shards")
-        self.rows, self.problems = _index(self.paths, self.caption_key)
-        what, example = f"{len(self.problems)} problems in the shards", "a sample is 000.jpg with 000.txt or 000.json"
-        options.report(source, what, self.problems, len(self.rows), "", f"no samples: {example}")
+        self.paths, what = [path for path in paths if os.path.isfile(path)], f"{len(missing)} of {len(paths)} shards"
+        options.report(source, f"{what} are missing", missing, len(self.paths), "", "no shards")
+        self.rows, problems = _index(self.paths, self.caption_key)
+        what, example = f"{len(problems)} problems in the shards", "a sample is 000.jpg with 000.txt or 000.json"
+        options.report(source, what, problems, len(self.rows), "", f"no samples: {example}")
         if not len(self.rows):
             raise InputError(f"{source}: no samples in it: {example}")
 
@@ -164,34 +153,27 @@ def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[
     about = json.dumps([VERSION, caption_key, [(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]])
     state = hashlib.sha256(about.encode()).hexdigest()
     name = f".miniclip-{hashlib.sha256(json.dumps([caption_key, paths]).encode()).hexdigest()[:16]}.npz"
-    places = [Path(paths[0]).parent / name, user_cache() / name]
+    places = [Path(paths[0]).parent / name, user_cache() / name]  # the folder of the shards may be read-only
     for place in places:
-        try:
-            with np.load(place, allow_pickle=False) as saved:
-                if str(saved["state"]) == state:
-                    return saved["rows"], [tuple(json.loads(problem)) for problem in saved["problems"].tolist()]
-        except Exception:  # missing, or half of one: it is rebuilt
-            continue
+        with suppress(Exception), np.load(place, allow_pickle=False) as saved:  # missing, or half of one
+            if str(saved["state"]) == state:
+                return saved["rows"], [tuple(json.loads(problem)) for problem in saved["problems"].tolist()]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # which mostly wait for the disk
         work = pool.map(partial(_index_shard, caption_key), itertools.count(), paths)
         parts = list(tqdm(work, "reading the shards' headers", len(paths), disable=len(paths) < 100))
-    rows = np.concatenate([part for part, _ in parts])
-    problems = [problem for _, found in parts for problem in found]
+    rows, problems = np.concatenate([rows for rows, _ in parts]), list(itertools.chain(*(found for _, found in parts)))
     for place in places:
-        try:
+        with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             with replacing(place) as scratch:
                 np.savez(scratch, state=state, rows=rows, problems=np.array([*map(json.dumps, problems)], dtype=str))
             break
-        except OSError:  # a read-only folder
-            continue
     return rows, problems
 
 
 def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Returns the rows of one shard and its problems."""
-    samples, problems = {}, []  # key -> {extension: member}
-    end, lost = os.path.getsize(path), "the rest is lost"
+    samples, rows, problems, end = {}, [], [], os.path.getsize(path)
     try:
         with open(path, "rb") as file:
             if file.read(2) == b"\x1f\x8b":
@@ -200,53 +182,48 @@ def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.nd
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # which would grow with each one
-                    name = f"{path}: {member.name}"
-                    if member.isfile() and member.offset_data + member.size > end:
-                        problems.append((name, "the shard is cut off in the middle of it"))
+                    cut = member.isfile() and member.offset_data + member.size > end
+                    fault = "the shard is cut off in the middle of it" if cut else _sort_in(samples, member)
+                    if fault:
+                        problems.append((f"{path}: {member.name}", fault))
+                    if cut:
                         break
-                    if member.isfile():
-                        _sort_in(samples, problems, name, member)
-                    elif not member.isdir():
-                        problems.append((name, "not a file but a link or the like: pack the file itself"))
                 else:
                     file.seek(tar.offset)
                     if file.read(512) != bytes(512):  # tarfile stops silently where there is no end mark
-                        problems.append((path, f"damaged or cut off at byte {tar.offset}: {lost}"))
+                        problems.append((path, f"damaged or cut off at byte {tar.offset}: the rest is lost"))
     except (tarfile.TarError, OSError) as error:
-        problems.append((path, f"damaged or cut off ({error}): {lost}"))
-    rows = []
+        problems.append((path, f"damaged or cut off ({error}): the rest is lost"))
     for key, members in samples.items():
-        image, kind = (
-            next((members[kind] for kind in IMAGES if kind in members), None),
-            caption_kind(members, caption_key),
-        )
+        image = next((members[kind] for kind in IMAGES if kind in members), None)
+        kind = caption_kind(members, caption_key)
         if image is None or kind is None:
             reason = f"no {'image' if image is None else 'caption'} in a known format among .{', .'.join(members)}"
             heic = image is None and not members.keys().isdisjoint(HEIC)
             problems.append((f"{path}: {key}", f"{reason}; {NO_HEIC}" if heic else reason))
             continue
         text = members[kind]
+        row = number, image.offset, image.offset_data, image.size, text.offset_data, text.size, kind == "json"
         try:
             parse_caption(read_at(path, text.offset_data, text.size), kind == "json", text.name, caption_key)
+            rows.append(row)
         except (InputError, OSError) as error:
             problems.append((path, str(error)))
-            continue
-        rows.append((number, image.offset, image.offset_data, image.size, text.offset_data, text.size, kind == "json"))
     return np.array(rows, ROW), problems
 
 
-def _sort_in(samples: dict, problems: list[tuple[str, str]], where: str, member: tarfile.TarInfo):
-    """Adds a member to its sample: WebDataset's key is the name up to the first dot of its last part. Skips hidden
-    files (`._000.jpg` of a Mac) and WebDataset's `__notes__`."""
+def _sort_in(samples: dict[str, dict], member: tarfile.TarInfo) -> str | None:
+    """Adds a member to its sample, {extension: member}. WebDataset's key of a sample is the name up to the first dot of
+    its last part. Passes over hidden files (`._000.jpg` of a Mac) and `__notes__`. Returns what is wrong with it."""
+    if not member.isfile():
+        return None if member.isdir() else "not a file but a link or the like: pack the file itself"
     folder, _, name = member.name.rpartition("/")
     key, _, extension = name.partition(".")
-    if not key or key.startswith("__"):
-        return
-    members = samples.setdefault(f"{folder}/{key}" if folder else key, {})
-    kind = extension.lower().rpartition(".")[2]
-    if kind in members:
-        problems.append((where, f"a second .{kind} of its sample; the first is used"))
-    members.setdefault(kind, member)
+    if key and not key.startswith("__"):
+        members = samples.setdefault(f"{folder}/{key}" if folder else key, {})
+        kind = extension.lower().rpartition(".")[2]
+        if members.setdefault(kind, member) is not member:
+            return f"a second .{kind} of its sample; the first is used"
 
 
 def add_sample(tar: tarfile.TarFile, key: str, image: bytes, kind: str, captions: list[str]):

@@ -4,11 +4,12 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from miniclip.datasets.records import ImageRoot, ReadOptions, check_captions
+from miniclip.datasets.records import NO_FILE, ImageRoot, ReadOptions, check_captions
 from miniclip.datasets.shards import captions_in, expand
 from miniclip.datasets.text_files import find_columns
 from miniclip.utils.bad_samples import short
@@ -18,10 +19,10 @@ from miniclip.utils.image_files import ImageError, ImageFile
 FILES = (".parquet", ".arrow")
 
 
-def _at_split(source: str) -> tuple[str, str | None]:
-    """Splits folder:SPLIT where the folder exists."""
+def _at_split(source: str) -> tuple[Path, str | None]:
     path, _, name = source.rpartition(":")
-    return (path, name) if path and not os.path.exists(source) and os.path.exists(path) else (source, None)
+    has_split = path and os.path.exists(path) and not os.path.exists(source)
+    return (Path(path), name) if has_split else (Path(source), None)
 
 
 def _is_saved(path: Path) -> bool:
@@ -36,68 +37,66 @@ def _files(path: Path) -> list[str]:
 
 def is_table(source: str) -> bool:
     """Returns whether a source is read by Hugging Face datasets."""
-    path = Path(_at_split(source)[0])
+    path, _ = _at_split(source)
     return source.startswith("hf:") or path.suffix.lower() in FILES or _is_saved(path) or bool(_files(path))
 
 
 def load_table(source: str, streaming: bool = False):
-    """Loads hf:NAME, a folder, .parquet or .arrow as a Hugging Face Dataset, or with `streaming` as an IterableDataset.
-    Raises InputError."""
+    """Loads hf:NAME, a folder, .parquet or .arrow as a Hugging Face Dataset, or with `streaming` an IterableDataset."""
     import datasets  # slow to import
 
-    path, part = _at_split(source)
-    files = [] if _is_saved(Path(path)) or source.startswith("hf:") else _files(Path(path))
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
-        raise InputError(f"{missing[0]}: no such file ({len(missing)} of {len(files)} are missing)")
+    (path, part), hub = _at_split(source), source.startswith("hf:")
+    saved = not hub and _is_saved(path)
+    files = [] if hub or saved else _files(path)
+    if missing := [file for file in files if not os.path.isfile(file)]:
+        raise InputError(f"{missing[0]}: {NO_FILE} ({len(missing)} of {len(files)} are missing)")
+    kinds = {Path(file).suffix.lower()[1:] for file in files}
+    if len(kinds) > 1:
+        raise InputError(f"{source}: parquet and arrow files together")
+    if streaming and not hub and not files:
+        raise InputError(f"{source}: only hf:NAME, .parquet and .arrow can be streamed")
+    name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix("hf:"))  # train[:10] is one part
+    if hub and len(rest) > 2:
+        raise InputError(f"{source}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
     try:
-        if source.startswith("hf:"):
-            name, *rest = re.split(r":(?![^\[]*\])", source[3:])  # train[:10] is one part
-            if len(rest) > 2:
-                raise InputError(f"{source}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-            config, part = rest if len(rest) == 2 else (None, *rest, None)[:2]
-            found = datasets.load_dataset(name, config, split=part, streaming=streaming)
+        if hub:
+            config, split = [None, None, *rest][-2:]
+            found = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        elif kinds == {"arrow"} and not streaming:
+            found = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
         elif files:
-            kinds = {Path(file).suffix.lower()[1:] for file in files}
-            if len(kinds) > 1:
-                raise InputError(f"{source}: parquet and arrow files together")
-            if kinds == {"arrow"} and not streaming:
-                return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
             found = datasets.load_dataset(*kinds, data_files=files, split="train", streaming=streaming)
-        elif streaming:
-            raise InputError(f"{source}: only hf:NAME, .parquet and .arrow can be streamed")
         else:
-            found = datasets.load_from_disk(path)
-            if part and part not in (found if isinstance(found, dict) else ()):
-                raise InputError(f"{source}: there is no split {part!r} in it")
-            found = found[part] if part else found
-    except InputError:
-        raise
+            found = datasets.load_from_disk(str(path))
     except Exception as error:  # the network, the hub, the file: the library names it
         raise InputError(f"{source}: {type(error).__name__}: {str(error)[:500]}") from None
-    if isinstance(found, dict):  # splits
-        if len(found) > 1 and "train" not in found:
-            raise InputError(f"{source}: which split? Name one: {', '.join(f'{source}:{name}' for name in found)}")
-        found = found.get("train", next(iter(found.values())))
-    return found
+    splits = found if isinstance(found, dict) else {}
+    if saved and part and part not in splits:
+        raise InputError(f"{source}: there is no split {part!r} in it")
+    if len(splits) > 1 and "train" not in splits and not part:
+        raise InputError(f"{source}: which split? Name one: {', '.join(f'{source}:{name}' for name in splits)}")
+    return splits[part or ("train" if "train" in splits else next(iter(splits)))] if splits else found
 
 
 def table_root(source: str, options: ReadOptions) -> ImageRoot:
-    """Returns where image paths in a table start: `image_root`, or the table's folder. Paths in a table of the hub lead
-    into the library's cache, wherever that is."""
-    path, hub = Path(_at_split(source)[0]), source.startswith("hf:")
+    """Returns where image paths in a table start. Those in a table of the hub lead into the library's cache."""
+    (path, _), hub = _at_split(source), source.startswith("hf:")
     folder = options.image_root or ("" if hub else path if path.is_dir() else path.parent)
     return ImageRoot(folder, options.allow_outside_image_root or hub and not options.image_root)
 
 
+@dataclass(eq=False)
 class Cell(ImageFile):
-    """An image in a table: a cell's value, which is its bytes, {"bytes", "path"}, or a path below `root`."""
+    """An image in a table, looked up when it is read: bytes, {"bytes", "path"}, or a path below `root`."""
 
-    def __init__(self, value, name: str, root: ImageRoot):
-        self.value, self.name, self.root = value, name, root
+    rows: Sequence[dict]
+    row: int
+    column: str
+    name: str
+    root: ImageRoot
 
     def read(self) -> bytes:
-        value = self.value
+        value = self.rows[self.row][self.column]
         if isinstance(value, dict):  # as the library keeps images
             value = value.get("bytes") or value.get("path")
         if isinstance(value, (bytes, bytearray)):
@@ -111,17 +110,6 @@ class Cell(ImageFile):
 
     def __str__(self) -> str:
         return self.name
-
-
-class TableImage(Cell):
-    """An image in a table, whose cell is looked up when it is read."""
-
-    def __init__(self, table: "Table", row: int):
-        self.table, self.row, self.root, self.name = table, row, table.root, f"{table.source}: row {row}"
-
-    @property
-    def value(self):
-        return self.table.images[self.row][self.table.columns[0]]
 
 
 class Table(Sequence):
@@ -144,8 +132,7 @@ class Table(Sequence):
             except InputError as error:
                 problems.append((f"row {row}", str(error)))
         self.rows = np.array(good, np.int64)
-        what = f"{len(problems)} of {len(self.texts)} rows cannot be used"
-        options.report(source, what, problems, len(good), f"{source}: ")
+        options.report(source, f"{len(problems)} of {len(self.texts)} rows cannot be used", problems, len(good))
         if not good:
             raise InputError(f"{source}: it has no rows")
 
@@ -154,4 +141,5 @@ class Table(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index].item()
-        return {"image": TableImage(self, row), "caption": captions_in(self.texts[row][self.columns[1]])}
+        image = Cell(self.images, row, self.columns[0], f"{self.source}: row {row}", self.root)
+        return {"image": image, "caption": captions_in(self.texts[row][self.columns[1]])}

@@ -78,14 +78,13 @@ def _grouped(path: Path, rows: Iterable[tuple]) -> Raw:
 
 
 def _read_jsonl(path: Path, options: ReadOptions) -> Raw:
-    def parsed(line: str):
-        try:
-            return parse_json(line)
-        except InputError as error:
-            return error
-
-    lines = enumerate(read_text(path).split("\n"), 1)  # not splitlines, which breaks at other characters too
-    rows = ((f"line {number}", parsed(line)) for number, line in lines if line.strip())
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines breaks at other characters too
+        if line.strip():
+            try:
+                rows.append((f"line {number}", parse_json(line)))
+            except InputError as error:
+                rows.append((f"line {number}", error))
     return _grouped(path, _renamed(path, rows, options))
 
 
@@ -139,26 +138,22 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
     """Reads images with a caption file beside each, in folders at any depth, in order of their names."""
     root = ImageRoot(path, options.allow_outside_image_root)
     raw, beside = [], {}  # beside: path without its extension -> {extension: path}
-
-    def fault(name: str, reason: str):
-        raw.append((name, InputError(reason)))
-
-    for here, files in root.walk(fault):
+    for here, files in root.walk(lambda name, reason: raw.append((name, InputError(reason)))):
         for name in files:
             stem, extension = os.path.splitext(os.path.normpath(os.path.join(here, name)))
-            kind = extension.lower()[1:]
+            file, kind = stem + extension, extension.lower()[1:]
             if kind in (*IMAGES, *CAPTIONS, *HEIC):
-                kinds = beside.setdefault(stem, {})
-                if kinds.setdefault(kind, stem + extension) != stem + extension:
-                    fault(stem + extension, f"it differs from {kinds[kind]} only in letter case: rename one")
+                first = beside.setdefault(stem, {}).setdefault(kind, file)
+                if first != file:
+                    raw.append((file, InputError(f"it differs from {first} only in letter case: rename one")))
     for _, files in sorted(beside.items()):
         text = caption_kind(files, options.caption_column)
         images = [files[kind] for kind in IMAGES if kind in files]
         heic = [files[kind] for kind in HEIC if kind in files]
         if heic and text and not images:
-            fault(heic[0], NO_HEIC)
+            raw.append((heic[0], InputError(NO_HEIC)))
         elif not images and not heic:
-            fault(next(iter(files.values())), "there is no image beside it")
+            raw.append((next(iter(files.values())), InputError("there is no image beside it")))
         for image in images:
             try:
                 if text is None:
@@ -167,7 +162,7 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
                 captions = parse_caption(data, text == "json", files[text], options.caption_column)
                 raw.append((image, {"image": image, "caption": captions}))
             except (InputError, OSError) as error:
-                fault(image, str(error))
+                raw.append((image, InputError(str(error))))
     if all(isinstance(record, InputError) for _, record in raw):
         listed = "".join(f"\n  {name}: {error}" for name, error in raw[:10])
         what = "no image in it has a caption file beside it, and it has no tar shards or tables"

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from miniclip.datasets.fingerprint import fingerprint
+from miniclip.datasets.read import fingerprint
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
 from miniclip.utils.machine import CORES, processor

@@ -94,7 +94,7 @@ class StreamDataset(RunDataset):
             name = self.label(row)["record"]
             try:
                 captions = check_captions(captions_in(sample[self.columns[1]]), name)
-                record = {"image": Cell(sample[self.columns[0]], name, self.root), "caption": captions}
+                record = {"image": Cell([sample], 0, self.columns[0], name, self.root), "caption": captions}
                 item = self.draw(record, self.rng(f"{turn} {reader} {number}"))
             except (ImageError, InputError) as error:
                 if self.on_bad == "stop":

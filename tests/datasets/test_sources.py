@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import miniclip
 from miniclip.commands.convert_data import main
 from miniclip.config import PreprocessConfig
-from miniclip.datasets.convert import convert, image_bytes
+from miniclip.datasets.convert import convert
 from miniclip.datasets.mixture import Mixture, parse_factors
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import ReadOptions, flatten_captions, read_captions
@@ -34,7 +34,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def content(source) -> list[tuple[bytes, list[str]]]:
     """What counts of a source: the bytes of each image and its captions."""
-    return [(image_bytes(record["image"]), record["caption"]) for record in source]
+    images = [record["image"] for record in source]
+    data = [Path(image).read_bytes() if isinstance(image, str) else image.read() for image in images]
+    return [(image, record["caption"]) for image, record in zip(data, source)]
 
 
 @pytest.fixture
