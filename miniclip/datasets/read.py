@@ -96,8 +96,8 @@ def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
 
 
 def fingerprint(source: str, records: Sequence[dict] | None = None) -> dict:
-    """Returns, for a run's metadata, the sha256 of a data set's files, or of the names and sizes of those in a folder or
-    of shards, and how many records and captions were taken from it."""
+    """Returns, for a run's metadata, the sha256 of a data set's files, or of the names and sizes of those in a folder
+    or of shards, and how many records and captions were taken from it."""
     found = {"files": [_digest(part) for part in split(source)]}  # wherever they lie
     if records is not None:
         found["records"] = len(records)

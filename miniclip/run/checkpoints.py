@@ -1,10 +1,10 @@
 """Checkpoints: atomic saving, validation, deletion of old ones, and whether a run may resume from one.
 
-A checkpoint is written under a scratch name, gets a manifest with the sha256 of its files (`files.py`), and is renamed
-when all of it is on the disk. So a folder `checkpoint-40` is complete even if the process was killed, and the manifest
-detects later damage.
+A checkpoint gets its name when all of it is on the disk, so it is complete even if the process was killed; its manifest
+(`files.py`) detects later damage.
 """
 
+import json
 import logging
 import shutil
 from contextlib import nullcontext
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers.trainer_callback import ExportableState
 
-from miniclip.run.metadata import RECORD, differences, read_metadata
+from miniclip.run.metadata import RECORD, differences
 from miniclip.utils import files
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import MANIFEST
@@ -112,20 +112,18 @@ def keep_newest(output_dir: str | Path, newest: Path, limit: int | None, best: s
         files.remove_folder(folder)
 
 
-def start_anew(output_dir: str | Path):
-    """Deletes what an earlier run left in the folder and what could be mistaken for the new run's."""
-    for pattern in (MANIFEST, "model.safetensors", "trainer_state.json", "nonfinite-*.json"):
-        for path in Path(output_dir).glob(pattern):
-            path.unlink()
-    for old in reversed(checkpoints(output_dir)):
-        files.remove_folder(old)
-
-
-def clean(output_dir: str | Path):
-    """Deletes what a killed process left half written or half deleted."""
+def clean(output_dir: str | Path, anew: bool):
+    """Deletes what a killed process left half written or half deleted. With `anew` also the checkpoints of an earlier
+    run, and what could be mistaken for the new run's."""
     for folder in Path(output_dir).glob(files.scratch_path("checkpoint-*", shared=True).name):
         logger.warning("deleting %s, which was being written when the run was stopped", folder)
     files.remove_scratch(output_dir)
+    if anew:
+        for pattern in (MANIFEST, "model.safetensors", "trainer_state.json", "nonfinite-*.json"):
+            for path in Path(output_dir).glob(pattern):
+                path.unlink()
+        for old in reversed(checkpoints(output_dir)):
+            files.remove_folder(old)
 
 
 # What must be the same for a run to resume, and why.
@@ -141,10 +139,11 @@ SAME = {
 def check_same_run(checkpoint: str | Path, metadata: dict):
     """Compares the run metadata of a checkpoint with that of the run that resumes from it. Warns about differences;
     raises InputError for those in SAME."""
-    if not (Path(checkpoint) / RECORD).is_file():
+    path = Path(checkpoint) / RECORD
+    if not path.is_file():
         logger.warning("%s has no %s: data and options cannot be compared with those of this run", checkpoint, RECORD)
         return
-    found = differences(read_metadata(checkpoint), metadata)
+    found = differences(json.loads(path.read_text(encoding="utf-8")), metadata)
     whys = {name: SAME.get(name.partition(".")[0]) for name in found}
     if wrong := [f"  {line}: {whys[name]}" for name, line in found.items() if whys[name]]:
         fix = f"Use its options, or start a new run from its weights: --model {checkpoint} --output_dir ..."

@@ -10,11 +10,9 @@ MAX_SCALE = round(math.exp(MAX_LOGIT_SCALE))
 
 
 def best_loss(batch: int, scale: float) -> float:
-    """The lowest contrastive loss of a batch of B pairs at logit scale s, in nats: ln(1 + (B - 1) e^(-sB/(B-1))).
-
-    It takes equal embeddings for a pair, with cosines of -1 / (B - 1) to all others: a simplex (Lu and Steinerberger,
-    arXiv 2012.08465). At a scale of 1, 128 pairs reach 3.86 at best and 4.85 by guessing; from 14 on it is almost 0.
-    """
+    """The lowest contrastive loss of a batch of B pairs at logit scale s, in nats: ln(1 + (B - 1) e^(-sB/(B-1))). It
+    takes equal embeddings for a pair, with cosines of -1 / (B - 1) to all others: a simplex (arXiv 2012.08465). At a
+    scale of 1, 128 pairs reach 3.86 at best and 4.85 by guessing; from 14 on it is almost 0."""
     return math.log1p((batch - 1) * math.exp(-scale * batch / (batch - 1)))
 
 
@@ -44,15 +42,11 @@ def scale_at_limit(history: list[dict], entries: int = 5) -> str | None:
     scales = [entry["logit_scale"] for entry in history if "logit_scale" in entry]
     if len(scales) < entries or min(scales[-entries:]) < 0.995 * MAX_SCALE:
         return None
-    if scales[0] >= 0.995 * MAX_SCALE:
-        return (
-            "the logit scale has been at its maximum of 100 (temperature 0.01) since the start, as in OpenAI's weights."
-            " That is fine while recall rises; if it does not, lower --learning_rate"
-        )
+    since = "where it was since the start" if scales[0] >= 0.995 * MAX_SCALE else f"from {scales[0]:.3g}"
     return (
-        f"the logit scale has reached its maximum of 100 (temperature 0.01), from {scales[0]:.3g}: with millions of"
-        " pairs that is normal, with few it is memorisation. Try a larger batch (harder negatives), fewer epochs, more"
-        " augmentation (--crop_scale 0.5, --hflip 0.5) or a constant scale (--fixed_logit_scale)"
+        f"the logit scale has reached its maximum of 100 (temperature 0.01), {since}. While recall rises that is normal"
+        " for OpenAI's weights and millions of pairs; for few pairs it is memorisation. Try a lower --learning_rate, a"
+        " larger batch, fewer epochs, augmentation (--crop_scale 0.5, --hflip 0.5) or --fixed_logit_scale"
     )
 
 

@@ -4,7 +4,7 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
-from miniclip.run.checkpoints import checkpoints, clean, start_anew
+from miniclip.run.checkpoints import checkpoints, clean
 from miniclip.run.metadata import RECORD, training_metadata
 from miniclip.run.progress import Progress, check_reporters
 from miniclip.utils.bad_samples import NAME, BadSamples
@@ -13,16 +13,8 @@ from miniclip.utils.files import lock, write_json
 
 
 class Run(ExitStack):
-    """A run's output folder, held for this process inside the `with` block.
-
-        with Run(argv, options, args) as run:
-            ...                                  # `run.bad_samples` collects what is skipped
-            trainer = RunTrainer(..., run_metadata=run.metadata(...))
-            trainer.train(run.start(trainer))    # clears or resumes, and begins to log
-            run.finish(trainer)
-
-    Raises InputError for a folder that holds an earlier run which is neither to be resumed nor replaced.
-    """
+    """A run's output folder, for this process inside the `with` block (see train.py); `bad_samples` collects what is
+    skipped. Raises InputError for a folder with an earlier run that is neither to be resumed nor replaced."""
 
     def __init__(self, argv: list[str], options, args):
         super().__init__()
@@ -54,9 +46,7 @@ class Run(ExitStack):
         resume from, True for the newest, or nothing."""
         first = trainer.is_world_process_zero()
         if first:
-            clean(self.folder)
-            if not self.resume:  # all is well so far: now the earlier run may go
-                start_anew(self.folder)
+            clean(self.folder, anew=not self.resume)  # all is well so far: now the earlier run may go
             write_json(self.folder / RECORD, trainer.run_metadata)
         self.bad_samples.open(self.folder / NAME, first, go_on=bool(self.resume))
         trainer.accelerator.wait_for_everyone()  # no other process may look for checkpoints before

@@ -1,4 +1,4 @@
-"""Interruptions, NaN and dead data workers: when a run ends early, and what it leaves behind (docs/run.md).
+"""Interruptions, NaN, dead data workers and resuming: when a run ends early, and what it leaves behind (docs/run.md).
 
 SIGTERM and Ctrl-C finish the step and save a checkpoint. A NaN or infinite loss stops the run before the weights are
 updated, a dead data worker names its sample, and an error about memory says which batch size fits.
@@ -57,27 +57,22 @@ class Guard(TrainerCallback):
         """Within it, the first SIGTERM or Ctrl-C saves a checkpoint and the second stops at once. Signals that were
         ignored before, as Ctrl-C is in the background, stay ignored."""
         self.signal, self.agreed, self.due, before = 0, 0, False, {}
-        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
-            before = {number: signal.signal(number, self.on_signal) for number in numbers}
+        main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+        for number in (signal.SIGTERM, signal.SIGINT) if main else ():
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, self.on_signal)
         try:
             yield
         finally:
-            self.end_workers()
+            if main and hasattr(signal, "SIGCHLD"):  # torch's handler would raise an error
+                before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            pids = set(self.trainer.train_dataset.reading[:, 0].tolist())
+            for worker in multiprocessing.active_children():
+                if worker.pid in pids:  # `spare_workers` made it outlive SIGTERM: the process would wait for it
+                    worker.kill()
+                    worker.join()
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def end_workers(self):
-        """Ends the data workers, which `spare_workers` made outlive SIGTERM: the process would wait for them."""
-        pids = set(self.trainer.train_dataset.reading[:, 0].tolist())
-        quiet = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if quiet else None  # torch's would raise an error
-        for worker in multiprocessing.active_children():
-            if worker.pid in pids:
-                worker.kill()
-                worker.join()
-        if before is not None:
-            signal.signal(signal.SIGCHLD, before)
 
     def on_signal(self, number, frame):
         name, now = signal.Signals(number).name, time.monotonic()
@@ -91,9 +86,6 @@ class Guard(TrainerCallback):
         if self.trainer.is_world_process_zero():
             with suppress(OSError):  # the reader of the pipe may have ended as well
                 print(f"\n{name}: finishing this step and saving; a second signal stops at once", file=sys.stderr)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.batches.clear()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agreed = self.signal
@@ -120,6 +112,7 @@ class Guard(TrainerCallback):
         numbers = [torch.as_tensor(norm), *(loss for loss, _, _ in self.batches)]
         norm, *losses = torch.stack([n.to(self.trainer.args.device, torch.float32) for n in numbers]).tolist()
         if all(map(math.isfinite, losses)) and (math.isfinite(norm) or self.trainer.args.fp16):
+            self.batches.clear()
             return
         args, named = self.trainer.args, list(self.trainer.model.named_parameters())
         step, rank = self.trainer.state.global_step + 1, f"-process{args.process_index}" if args.world_size > 1 else ""
@@ -161,10 +154,8 @@ class Guard(TrainerCallback):
                 f" sample that it read: {names}. Check that sample or lower --dataloader_num_workers, and --resume"
             )
         if out_of_memory(error):
-            return InputError(
-                f"out of memory outside the forward and backward pass ({first_line(error)}): weights, gradients and"
-                " optimizer state do not fit, whatever the batch size. Use a smaller model"
-            )
+            outside = "outside the forward and backward pass, whatever the batch size"
+            return InputError(f"out of memory {outside} ({first_line(error)}). Use a smaller model")
 
 
 def spare_workers(loader):
@@ -184,10 +175,8 @@ def _spare_worker(init, worker_id: int):
 
 
 class GuardedTrainer(Trainer):
-    """A Trainer whose runs end and resume as described at the top of this file.
-
-    `run_metadata` (`metadata.py`) is saved in checkpoints and compared when a run resumes.
-    """
+    """A Trainer whose runs end and resume as described at the top of this file. Its checkpoints hold `run_metadata`
+    (`metadata.py`), which is compared when a run resumes."""
 
     def __init__(self, *args, run_metadata: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)

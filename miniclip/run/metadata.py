@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from miniclip.datasets.read import fingerprint
-from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
 from miniclip.utils.machine import CORES, processor
 
@@ -86,14 +85,6 @@ def evaluation_metadata(argv: Sequence[str], options, records, device) -> dict:
     features = [os.path.join(options.features, f"{kind}.npy") for kind in ("image", "text")] if options.features else []
     files = [path for path in (weights, *features) if path and os.path.isfile(path)]
     return metadata | {"sha256": {path: sha256(path) for path in files}}
-
-
-def read_metadata(folder: str | Path) -> dict:
-    """Reads the run metadata in a folder. Raises InputError if it cannot be read."""
-    try:
-        return json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{Path(folder) / RECORD} cannot be read: {error}") from None
 
 
 # Differences in these do not matter.

@@ -35,14 +35,9 @@ def check_reporters(args: TrainingArguments):
 
 
 class Progress(TrainerCallback):
-    """Shows and logs a training run, instead of the Trainer's own output:
-
-        with Progress(trainer) as progress:
-            trainer.train()
-            progress.summary()
-
-    Every process measures; the first one prints and writes. `contrasts`: whether the loss is InfoNCE, which is
-    ln(batch) for a model that guesses.
+    """Shows and logs a training run inside its `with` block, instead of the Trainer's own output. Every process
+    measures; the first one prints and writes. `contrasts`: whether the loss is InfoNCE, ln(batch) for a model that
+    guesses.
 
     `log.jsonl` has one object for each entry of the Trainer's log: step, epoch and what was logged (loss,
     learning_rate, grad_norm, logit_scale, samples_per_second of all processes, metrics), the run's `seconds` so far and
@@ -56,7 +51,7 @@ class Progress(TrainerCallback):
         self.folder, self.is_main = Path(args.output_dir), trainer.is_world_process_zero()
         self.samples = trainer.get_total_train_batch_size(args)  # per step
         self.batch = self.samples // args.gradient_accumulation_steps if contrasts else None  # pairs contrasted at once
-        self.bar, self.warned, self.cleanup = None, set(), ExitStack()
+        self.bar, self.warned, self.cleanup = tqdm(disable=True), set(), ExitStack()
         self.start = self.mark = time.monotonic()  # of training; of the interval being measured
         self.earlier = self.busy = 0.0  # seconds: before the run was resumed; of training since the last entry
         self.steps = self.first_step = 0  # since the last entry; at the start
@@ -75,7 +70,7 @@ class Progress(TrainerCallback):
 
     def __exit__(self, kind, error, traceback):
         self.cleanup.close()
-        self.on_train_end()
+        self.bar.close()
         if self.is_main and error is not None:
             try:
                 self.write(error=f"{kind.__name__}: {error}" if str(error) else kind.__name__)
@@ -103,29 +98,28 @@ class Progress(TrainerCallback):
         if self.is_main:
             about = {"batch": self.batch, "processes": args.world_size, "max_steps": state.max_steps}
             path, step = self.folder / LOG, state.global_step
+            self.folder.mkdir(parents=True, exist_ok=True)
             if step:
                 self.earlier, cut = continue_log(path, step, state.log_history)
                 self.write(event="resumed", cut=cut, **about)
                 if cut:
                     logger.warning("%s: %d entries after step %d are replaced", path, cut, step)
             else:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 path.write_text("")
                 self.write(event="start", **about)
             self.warned = set(self.diagnose())  # before the run was interrupted
-            self.on_train_end()
-            if self.has_bar:
-                self.bar = tqdm(
-                    total=state.max_steps, initial=state.global_step, dynamic_ncols=True, smoothing=0, file=sys.stderr,
-                    bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
-                )  # fmt: skip
+            self.bar.close()
+            self.bar = tqdm(
+                total=state.max_steps, initial=step, dynamic_ncols=True, smoothing=0, file=sys.stderr,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
+                disable=not self.has_bar,
+            )  # fmt: skip
         self.mark = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._count_time()
         self.steps += 1
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.mark = time.monotonic()  # the time of an evaluation or of saving does not count as training
@@ -147,11 +141,12 @@ class Progress(TrainerCallback):
         if not self.is_main:
             return
         self.write(**logs)
-        if self.bar is not None and "loss" in logs:
+        if self.has_bar and "loss" in logs:
             self.bar.set_postfix_str(_measured(logs))
         else:
             try:
-                tqdm.write(self.line(logs)) if self.bar is not None else print(self.line(logs), flush=True)
+                tqdm.write(self.line(logs))
+                sys.stdout.flush()
             except BrokenPipeError:  # the reader has ended; the log has the line anyway
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         active = self.diagnose()
@@ -161,9 +156,7 @@ class Progress(TrainerCallback):
         self.warned = set(active)
 
     def on_train_end(self, *args, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
 
     def diagnose(self) -> dict[str, str]:
         """The warnings that apply now, by the name of their check."""
@@ -187,9 +180,8 @@ class Progress(TrainerCallback):
         if "eval_mean_recall" in logs:
             text = f"{head}: mean recall {100 * logs['eval_mean_recall']:.1f}%"
             for way in ("text_to_image", "image_to_text"):
-                found = {name.split("@")[1]: v for name, v in logs.items() if name.startswith(f"eval_{way}_R@")}
-                shares = " / ".join(f"{100 * value:.1f}" for value in found.values())
-                text += f", {way.replace('_', ' ')} R@{' / '.join(found)}: {shares}%"
+                recalls = {k.split("@")[1]: f"{100 * v:.1f}" for k, v in logs.items() if k.startswith(f"eval_{way}_R@")}
+                text += f", {way.replace('_', ' ')} R@{' / '.join(recalls)}: {' / '.join(recalls.values())}%"
             return text
         if "train_runtime" in logs:
             return f"{head}: trained for {tqdm.format_interval(logs['train_runtime'])}"
@@ -237,7 +229,6 @@ def continue_log(path: Path, step: int, history: list[dict]) -> tuple[float, int
             if entry["step"] <= step:
                 kept.append(line)
                 seconds = entry.get("seconds", seconds)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(f"{line}\n" for line in kept))
     return seconds, len(lines) - len(kept)
 

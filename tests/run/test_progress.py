@@ -231,8 +231,8 @@ def test_a_run_that_breaks_off_leaves_log_and_curves_and_goes_on(error, make, ca
 
 def test_a_log_that_was_lost_begins_with_the_trainers_own(tmp_path):
     history = [{"loss": 2.0, "step": 1}, {"loss": math.nan, "step": 2}]
-    assert continue_log(tmp_path / "new" / "log.jsonl", 2, history) == (0.0, 0)
-    entries = read_log(tmp_path / "new")
+    assert continue_log(tmp_path / "log.jsonl", 2, history) == (0.0, 0)
+    entries = read_log(tmp_path)
     assert [entry["loss"] for entry in entries] == [2.0, "NaN"]
 
 
