@@ -4,8 +4,8 @@
     python benchmarks/search.py --part vectors                  100k and 1M vectors, without a model; peak about 6 GB
     python benchmarks/search.py --part vectors --quick          10k, in a minute
 
-Pictures: `miniclip search` as it is, on copies of the first pictures of a folder. Vectors: what an
-index is searched by, on the vectors of `benchmarks/retrieval.py`, queries one at a time. Each writes its part of RESULTS.md.
+Pictures: `miniclip search` as it is, on copies of the first pictures of a folder. Vectors: what an index is searched by,
+on the vectors of `benchmarks/retrieval.py`, queries one at a time. Each writes its part of RESULTS.md.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def vectors(sizes: list[int], asked: int) -> str:
                 size = (Path(folder) / "search.faiss").stat().st_size / 1e6
             spent = milliseconds(partial(find, index.find, gallery), queries)
             recall = found["recall@10"]
-            cells = [f"{n:,}", index.parameters(), f"{seconds:.0f}", f"{size:,.0f}", spent]
+            cells = [f"{n:,}", found["parameters"], f"{seconds:.0f}", f"{size:,.0f}", spent]
             cells.append(f"{recall['pictures']:.3f}, {recall['texts']:.3f}")
             lines.append(f"| {' | '.join(cells)} |")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
