@@ -78,7 +78,7 @@ def vectors(sizes: list[int], asked: int) -> str:
                 size = (Path(folder) / "search.faiss").stat().st_size / 1e6
             spent = milliseconds(partial(find, index.find, gallery), queries)
             recall = found["recall@10"]
-            cells = [f"{n:,}", index.parameters(), f"{seconds:.0f}", f"{size:,.0f}", spent]
+            cells = [f"{n:,}", found["parameters"], f"{seconds:.0f}", f"{size:,.0f}", spent]
             cells.append(f"{recall['pictures']:.3f}, {recall['texts']:.3f}")
             lines.append(f"| {' | '.join(cells)} |")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

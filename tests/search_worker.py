@@ -46,7 +46,7 @@ def state(index: ImageIndex) -> list:
     vector, asked for, finds it."""
     for path, (key, _) in index.files().items():
         row = index.keys.index(key) // 32
-        best = index.find(np.array(index.vectors[row : row + 1]), 1)[0][0][1]
+        best = index.find(np.array(index.vectors[row]), 1)[0][1]
         assert path in index.paths(best), (path, index.paths(best))
     return sorted((path, key.hex()) for path, (key, _) in index.files().items())
 

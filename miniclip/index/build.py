@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,29 +14,21 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from miniclip.datasets.records import ImageRoot
-from miniclip.index.image_index import (
-    FORMAT,
-    GENERATION,
-    INDEX,
-    NEW,
-    ImageIndex,
-    ImageIndexError,
-    check_only_index,
-    check_same,
-    fingerprint,
-    read_about,
-)
+from miniclip.index.image_index import FORMAT, GENERATION, INDEX, ImageIndex, ImageIndexError, fingerprint, read_about
 from miniclip.index.neighbours import Neighbours, check_method, choose
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache
-from miniclip.utils.bad_samples import NAME as BAD
-from miniclip.utils.bad_samples import BadSamples
+from miniclip.utils import bad_samples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import delete, lock, remove_scratch, sha256, sync, write_json, write_npy
 from miniclip.utils.image_files import ImageError, ImageFile, endings
 from miniclip.utils.parallel import read_ahead
 
+NEW = "under-way"
+# What the folder of an index may contain; operating systems create the last ones anywhere.
+OURS = re.compile(rf"{GENERATION.pattern}|{NEW}|{re.escape(INDEX)}|lost\+found|Thumbs\.db|desktop\.ini|@eaDir|\..*")
+UNOPENED = "cannot be opened"  # how the reasons for such files and folders begin
 PIECE = 512  # images after which vectors are saved: the most that a killed run computes in vain
 DEAD = 0.1  # share of rows without a file above which an approximate index is rebuilt
 SETTLED = 2e9  # nanoseconds after which an unchanged time means an unchanged file
@@ -63,19 +56,20 @@ def update(
     """
     check_method(method or "auto")
     root, folder, mine = ImageRoot(root, allow_outside), Path(folder), fingerprint(model, preprocess)
-    names, broken, closed = find_images(root, shard)
+    names, broken = find_images(root, shard)
+    closed = tuple(f"{place}/" for place, reason in broken.items() if reason.startswith(UNOPENED))
     if not names:
         if shard[1] > 1 and not (folder / INDEX).exists() and not closed and find_images(root, (1, 1))[0]:
             return Counter()
-        raise ImageIndexError(
-            f"{root.folder} contains no images, and the index is unchanged: is it the right folder?{first_ten(broken)}"
+        raise no_images(
+            f"{root.folder} contains no images, and the index is unchanged: is it the right folder?", broken
         )
     old, held = open_to_write(folder, True, mine, named["name"], root.folder if not moved else None, shard)
     before = old.files() if old else {}
     method = method or (old.about["search"]["asked"] if old else "auto")
     known = {old.key(row) for row in range(len(old.vectors))} if old else set()
     journal = FeatureCache(folder / NEW, mine, model.config.embed_dim)
-    resumed, fast, files, faulty, unreadable = len(journal), inference_copy(model), {}, {}, set()
+    resumed, fast, files, faulty = len(journal), inference_copy(model), {}, {}
 
     def identify(name: str):
         """Returns the file's path, its content's key, and its size and times; or the name, None, and what is wrong."""
@@ -91,12 +85,9 @@ def update(
         except FileNotFoundError:
             return name, None, "was removed during the run"
         except InputError as error:
-            reason = str(error).removeprefix(f"{name}: ").removeprefix(f"{name!r}: ")
+            return name, None, str(error).removeprefix(f"{name}: ").removeprefix(f"{name!r}: ")
         except OSError as error:
-            reason = f"cannot be opened ({error.strerror})"
-        if name in before and reason.startswith("cannot be opened"):
-            unreadable.add(name)
-        return name, None, reason
+            return name, None, f"{UNOPENED} ({error.strerror})"
 
     with tqdm(total=len(names), desc="images", disable=not progress) as bar:
         for start in range(0, len(names), PIECE):
@@ -115,30 +106,27 @@ def update(
                 journal.save()
                 faulty |= {keys[row]: reason for row, reason in faults.items()}
             bar.update(len(piece))
-    broken |= {name: faulty[key] for name, (key, _) in files.items() if key in faulty}
     # The images of a disk that fails or of a folder without permission are not gone.
-    below = tuple(f"{place}/" for place in closed)
-    kept = {name: found for name, found in before.items() if name.startswith(below) or name in unreadable}
+    kept = {name: found for name, found in before.items()
+            if name.startswith(closed) or broken.get(name, "").startswith(UNOPENED)}  # fmt: skip
+    broken |= {name: faulty[key] for name, (key, _) in files.items() if key in faulty}
     files = kept | {name: found for name, found in files.items() if found[0] not in faulty}
     if not files:
-        raise ImageIndexError(
-            f"{root.folder}: none of its {len(names)} images can be read. The first:{first_ten(broken)}"
-        )
+        raise no_images(f"{root.folder}: none of its {len(names)} images can be read. The first:", broken)
 
     changes = Counter(bad=len(broken), encoded=len(journal) - resumed, resumed=resumed, kept=len(kept))
-    for name, (key, _) in files.items():
-        if name not in kept:
-            changes["added" if name not in before else "unchanged" if before[name][0] == key else "changed"] += 1
+    for name in files.keys() - kept.keys():
+        same = name in before and before[name][0] == files[name][0]
+        changes["unchanged" if same else "changed" if name in before else "added"] += 1
     changes["removed"] = len(before.keys() - files.keys())
-    wanted = [root.folder, allow_outside, method]
-    was = old and [old.about["root"], old.about["allow_outside"], old.about["search"]["asked"]]
-    if files != before or wanted != was or broken != old.bad:
+    about = {"root": root.folder, "allow_outside": allow_outside}
+    was = old and [*(old.about[name] for name in about), old.about["search"]["asked"]]
+    if files != before or was != [*about.values(), method] or broken != old.bad:
         used = dict.fromkeys(key for key, _ in files.values())
         keep, grown = kept_rows(old, used, method)
         new = [key for key in used if key not in known]
         keys = b"".join([*(old.key(row) for row in keep), *new])
-        about = {"model": {**named, "fingerprint": mine}, "root": root.folder, "allow_outside": allow_outside}
-        about |= {"shard": list(shard)}
+        about |= {"model": {**named, "fingerprint": mine}, "shard": list(shard)}
         vectors = rows_of((old and old.vectors, keep), (journal, new))
         # Embedded now because the recall may have to be measured later, without the model.
         texts = embed_texts(fast, tokenizer, TEXTS)
@@ -148,39 +136,39 @@ def update(
     return changes
 
 
-def first_ten(broken: dict[str, str]) -> str:
-    """Returns the first ten bad files and the reasons, a line each."""
-    return "".join(f"\n  {name}: {reason}" for name, reason in list(broken.items())[:10])
+def no_images(problem: str, broken: dict[str, str]) -> ImageIndexError:
+    """Returns the error for a folder without usable images. It lists the first ten bad files, a line each."""
+    return ImageIndexError(problem + "".join(f"\n  {name}: {reason}" for name, reason in list(broken.items())[:10]))
 
 
-def find_images(root: ImageRoot, shard: tuple[int, int]) -> tuple[list[str], dict[str, str], list[str]]:
-    """Returns the files of a shard that have an image extension, sorted; the reasons why files and folders cannot be
-    used, by name; and the folders among them that cannot be opened."""
-    names, broken, closed, (i, n), known = [], {}, [], shard, endings()
-
-    def fault(name: str, reason: str):
-        name = name.replace(os.sep, "/")
-        broken[name] = reason
-        if reason.startswith("cannot be opened"):
-            closed.append(name)
-
-    for here, files in root.walk(fault):
+def find_images(root: ImageRoot, shard: tuple[int, int]) -> tuple[list[str], dict[str, str]]:
+    """Returns the files of a shard that have an image extension, sorted, and the reasons why folders and links cannot
+    be used, by name."""
+    names, broken, (i, n), known = [], {}, shard, endings()
+    for here, files in root.walk(broken.__setitem__):
         for file in files:
             name = os.path.normpath(os.path.join(here, file)).replace(os.sep, "/")
             digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
             if os.path.splitext(file)[1].lower() in known and int.from_bytes(digest[:8], "big") % n == i - 1:
                 names.append(name)
-    return sorted(names), broken, closed
+    return sorted(names), {name.replace(os.sep, "/"): reason for name, reason in broken.items()}
 
 
 def open_to_write(folder: Path, check: bool, *same) -> tuple[ImageIndex | None, IO]:
     """Locks the folder of an index and deletes what killed runs left, except the vectors that they had computed.
-    Returns the index that is there, if any, and the lock. `same`: see `check_same`."""
-    check_only_index(folder)
+    Returns the index that is there, if any, and the lock. `same`: the arguments of its `check_same`. Raises
+    ImageIndexError for a folder that contains anything but an index, which might be the image folder."""
+    if exists := (folder / INDEX).is_file():
+        read_about(folder)  # an old format is reported first
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if strange := [name for name in names if not OURS.fullmatch(name)]:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        remedy = "move that away, or choose another --index" if exists else "choose another --index"
+        raise ImageIndexError(f"{folder} must contain nothing but the index, and has {min(strange)!r}{more}: {remedy}")
     held = lock(folder, "--index")
     old = ImageIndex(folder, check) if (folder / INDEX).is_file() else None
     if old:
-        check_same(old, *same)
+        old.check_same(*same)
     remove_scratch(folder)
     for path in folder.iterdir():
         if GENERATION.fullmatch(path.name) and (old is None or path != old.place):
@@ -193,12 +181,11 @@ def kept_rows(old: ImageIndex | None, used: dict, method: str) -> tuple[list[int
     to one and ignored, but not removed."""
     if old is None:
         return [], None
-    rows = [row for row in range(len(old.vectors)) if old.key(row) in used]
+    n = len(old.vectors)
+    rows = [row for row in range(n) if old.key(row) in used]
     wanted = choose(len(used))[0] if method == "auto" else method
-    few = len(old.vectors) - len(rows) <= DEAD * len(old.vectors)
-    if old.neighbours and old.neighbours.method == wanted and few and len(used) < 2 * old.neighbours.built:
-        return list(range(len(old.vectors))), old.neighbours
-    return rows, None
+    same = old.neighbours and old.neighbours.method == wanted and len(used) < 2 * old.neighbours.built
+    return (list(range(n)), old.neighbours) if same and n - len(rows) <= DEAD * n else (rows, None)
 
 
 def rows_of(*sources: tuple) -> Iterator[np.ndarray]:
@@ -229,12 +216,11 @@ def write(
         lines = sorted((row[key], name, *stamp) for name, (key, stamp) in files.items())
         columns = dict(zip(("row", "path", "size", "mtime", "ctime"), map(list, zip(*lines))))
         pa.parquet.write_table(pa.table(columns), place / "files.parquet")
-        bad = BadSamples()
-        bad.open(place / BAD)
+        bad = bad_samples.BadSamples()
         for name, reason in sorted(broken.items()):
             bad.add(name, reason, "while indexing")
-        used = np.zeros(shape[0], bool)
-        used[columns["row"]] = True
+        bad.open(place / bad_samples.NAME)
+        used = np.bincount(columns["row"], minlength=len(row)) > 0
         images = int(used.sum())
         about |= {"pictures": images, "copies": len(files) - images, "bad": len(broken)}
         about["search"] = prepare(place, used, texts, method, grown, progress)
@@ -262,23 +248,20 @@ def prepare(place: Path, used: np.ndarray, texts: np.ndarray, method: str, grown
         grown = Neighbours.build(vectors, chosen, progress)
     else:
         grown.add(vectors[len(grown) :], progress)
-    found = grown.tune(vectors, None if used.all() else used, texts)
+    about |= grown.tune(vectors, None if used.all() else used, texts)
     grown.write(place / "search.faiss")
-    return {**about, "parameters": grown.parameters(), "built": grown.built, **found}
+    return about
 
 
 class IndexedImage(ImageFile):
     """An image identified by the sha256 of its content, in one or several files. `read` returns the content, or raises
     ImageError if none of the files has it any more."""
 
-    def __init__(self, key: bytes):
-        self.digest, self.paths = key, []
+    def __init__(self, digest: bytes):
+        self.digest, self.paths = digest, []
 
     def __str__(self) -> str:
         return self.paths[0]
-
-    def key(self) -> bytes:
-        return self.digest
 
     def read(self) -> bytes:
         for path in self.paths:

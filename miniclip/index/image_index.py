@@ -10,8 +10,7 @@ An index is a folder. What is searched is one generation in it, and a small file
 
 A run writes a new generation and, when all of it is on the disk, replaces index.json in one step: whenever it is
 killed, the old index or the new one is there, complete. The vectors computed so far are kept for the next run. An image
-is identified by its content, so that a renamed, moved or copied one is not encoded again. The model is identified by
-the sha256 of all that the vectors depend on: the image tower's weights, its projection, the preprocessing.
+is identified by its content, so that a renamed, moved or copied one is not encoded again.
 """
 
 import hashlib
@@ -24,14 +23,12 @@ import numpy as np
 from miniclip.index.neighbours import Neighbours
 from miniclip.inference import feature_cache
 from miniclip.retrieval import search
-from miniclip.utils.bad_samples import NAME as BAD
-from miniclip.utils.bad_samples import short
+from miniclip.utils.bad_samples import NAME, short
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
 
-INDEX, NEW, FORMAT = "index.json", "under-way", 2
+INDEX, FORMAT = "index.json", 2
 GENERATION = re.compile(r"generation-(\d+)")
-OURS = re.compile(rf"{GENERATION.pattern}|{NEW}|{re.escape(INDEX)}|lost\+found|Thumbs\.db|desktop\.ini|@eaDir|\..*")
 SMALL = 1 << 26  # bytes up to which a file's sha256 is checked whenever the index is opened
 
 
@@ -60,7 +57,7 @@ class ImageIndex:
                     raise ImageIndexError(f"{error.filename} is missing: {REMEDY}") from None
 
     def _open(self, check: bool):
-        import pyarrow.parquet
+        import pyarrow.parquet  # slow, like faiss
 
         for name, (size, digest) in self.about["files"].items():
             path = self.place / name
@@ -71,16 +68,17 @@ class ImageIndex:
         with pyarrow.parquet.ParquetFile(self.place / "files.parquet") as file:
             self.table = file.read()  # in the order of rows; `read_table` and `to_numpy` would import pandas
         self.rows = np.frombuffer(self.table["row"].combine_chunks().buffers()[1], np.int64)[: len(self.table)]
-        used = np.zeros(len(self.vectors), bool)
-        used[self.rows] = True
+        used = np.bincount(self.rows, minlength=len(self.vectors)) > 0
         self.alive = None if used.all() else used
         self.neighbours = None
-        lines = (self.place / BAD).read_text(encoding="utf-8").splitlines() if BAD in self.about["files"] else []
+        lines = (self.place / NAME).read_text(encoding="utf-8").splitlines() if NAME in self.about["files"] else []
         self.bad = {entry["sample"]: entry["reason"] for entry in map(json.loads, lines)}  # unreadable files
         if (how := self.about["search"])["method"] != "exact":
+            import faiss
+
             path = self.place / "search.faiss"
             try:
-                self.neighbours = Neighbours.read(path, how["method"], how["effort"], how["built"])
+                self.neighbours = Neighbours(faiss.read_index(str(path)), how["method"], how["built"], how["effort"])
             except RuntimeError as error:  # faiss's
                 if not path.exists():
                     raise FileNotFoundError(2, "removed while it was opened", str(path)) from None
@@ -95,14 +93,14 @@ class ImageIndex:
         start, end = np.searchsorted(self.rows, [row, row + 1])
         return self.table["path"][start:end].to_pylist()
 
-    def find(self, queries: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
-        """Returns the k nearest rows for each of `queries` (Q, E) as (score, row), best first; fewer if there are no
-        more."""
+    def find(self, vector: np.ndarray, k: int) -> list[tuple[float, int]]:
+        """Returns the k rows nearest to a vector (E,), or all if there are fewer: (score, row), best first."""
+        query = vector[None].astype(np.float32)
         if self.neighbours is None:  # then all rows are alive: an exact index is written without dead ones
-            scores, rows = search(self.vectors, queries, k)
+            scores, rows = search(self.vectors, query, k)
         else:
-            scores, rows = self.neighbours.find(self.vectors, queries, k, self.alive)
-        return [[(float(s), int(r)) for s, r in zip(*line)] for line in zip(scores, rows)]
+            scores, rows = self.neighbours.find(self.vectors, query, k, self.alive)
+        return list(zip(scores[0].tolist(), rows[0].tolist()))
 
     def files(self) -> dict[str, tuple[bytes, tuple]]:
         """Returns all files: path -> (key, (size, mtime, ctime)). Unchanged size and times mean unchanged content."""
@@ -112,6 +110,20 @@ class ImageIndex:
     def key(self, row: int) -> bytes:
         """Returns the sha256 of a row's content."""
         return self.keys[32 * row : 32 * row + 32]
+
+    def check_same(self, fingerprint: str, name: str, root: str | None = None, shard: tuple | None = None):
+        """Raises ImageIndexError if the index is of another model, image folder or shard (unless those are None)."""
+        model, folder = self.about["model"], self.folder
+        if (made := model["fingerprint"]) != fingerprint:
+            by = f"the model {model['name']} ({made[:12]}), and this is {name} ({fingerprint[:12]})"
+            remedy = "Pass that model as --model, or make another index with this one"
+            raise ImageIndexError(f"{folder} was made by {by}: their vectors cannot be compared. {remedy}")
+        if root is not None and (was := self.about["root"]) != root:
+            remedy = "choose another --index, or pass --moved if the folder was moved"
+            raise ImageIndexError(f"{folder} is the index of {was}, not of {root}: {remedy}")
+        if shard is not None and self.about["shard"] != list(shard):
+            was, now = ("/".join(map(str, pair)) for pair in (self.about["shard"], shard))
+            raise ImageIndexError(f"{folder} is shard {was} of its images, not {now}: choose another --index")
 
 
 REMEDY = "copy the index again, or delete it and rebuild it"
@@ -127,18 +139,15 @@ def read_about(folder: Path) -> dict:
         if not GENERATION.fullmatch(about["generation"]):
             raise ValueError("generation")
         how = about["search"]
-        wanted = {"root": str, "allow_outside": bool, "pictures": int, "copies": int, "bad": int, "shard": list}
+        tuned = {"effort": int, "built": int, "parameters": str, "recall@10": dict, "milliseconds": (int, float)}
         for place, kinds in (
-            (about, wanted),
+            (about, {"root": str, "allow_outside": bool, "pictures": int, "copies": int, "bad": int, "shard": list}),
             (about["model"], {"name": str, "pretrained": (str, type(None)), "fingerprint": str}),
-            (about["files"], {"vectors.npy": list, "keys.npy": list, "files.parquet": list, "texts.npy": list}),
-            (how, {"method": str, "asked": str, "why": str}),
-            (how, {"effort": int, "built": int, "parameters": str, "recall@10": dict, "milliseconds": (int, float)}
-             if how["method"] != "exact" else {}),
-        ):  # fmt: skip
-            for name, kind in kinds.items():
-                if not isinstance(place[name], kind):
-                    raise TypeError(name)
+            (about["files"], dict.fromkeys(("vectors.npy", "keys.npy", "files.parquet", "texts.npy"), list)),
+            (how, {"method": str, "asked": str, "why": str, **(tuned if how["method"] != "exact" else {})}),
+        ):
+            if wrong := [name for name, kind in kinds.items() if not isinstance(place[name], kind)]:
+                raise TypeError(wrong[0])
         return about
     except FileNotFoundError:
         raise ImageIndexError(f"{folder} is not an index, it has no {INDEX}: make one with `search index`") from None
@@ -148,21 +157,8 @@ def read_about(folder: Path) -> dict:
         raise ImageIndexError(f"{folder / INDEX} cannot be read ({error}): {REMEDY}") from None
 
 
-def check_only_index(folder: Path):
-    """Raises ImageIndexError for a folder that contains anything but an index, which might be the image folder. Files
-    that operating systems create anywhere are ignored."""
-    if (folder / INDEX).is_file():
-        read_about(folder)  # an old format is reported first
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if strange := [name for name in names if not OURS.fullmatch(name)]:
-        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-        remedy = "move that away, or choose another --index" if INDEX in names else "choose another --index"
-        raise ImageIndexError(f"{folder} must contain nothing but the index, and has {min(strange)!r}{more}: {remedy}")
-
-
 def fingerprint(model, preprocess) -> str:
-    """Returns the sha256 of all that an image's vector depends on: the image tower's weights, its projection, the
-    preprocessing."""
+    """Returns the sha256 of all that an image's vector depends on."""
     config = model.config
     about = {"preprocess": vars(preprocess.cfg), "scale": preprocess.scale, "quick_gelu": config.quick_gelu}
     about |= {"tower": vars(config.vision_cfg), "format": FORMAT}
@@ -170,22 +166,3 @@ def fingerprint(model, preprocess) -> str:
     for name, tensor in sorted(model.visual.proj.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def check_same(index: ImageIndex, mine: str, name: str, root: str | None, shard=None):
-    """Raises ImageIndexError if an index is of another model, image folder or shard (unless those are None)."""
-    about, folder = index.about, index.folder
-    if about["model"]["fingerprint"] != mine:
-        raise ImageIndexError(
-            f"{folder} was made by the model {about['model']['name']} ({about['model']['fingerprint'][:12]}), and this"
-            f" is {name} ({mine[:12]}): their vectors cannot be compared. Pass that model as --model, or make another"
-            " index with this one"
-        )
-    if root is not None and about["root"] != root:
-        raise ImageIndexError(
-            f"{folder} is the index of {about['root']}, not of {root}: choose another --index, or pass --moved if the"
-            " folder was moved"
-        )
-    if shard is not None and about["shard"] != list(shard):
-        was, now = ("/".join(map(str, pair)) for pair in (about["shard"], shard))
-        raise ImageIndexError(f"{folder} is shard {was} of its images, not {now}: choose another --index")

@@ -51,7 +51,7 @@ def exact(vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | 
 class Neighbours:
     """A faiss index over rows of unit length, for `hnsw` and `ivf`. `built` is the number of rows it was built for."""
 
-    def __init__(self, index, method: str, effort: int = 0, built: int = 0):
+    def __init__(self, index, method: str, built: int, effort: int = 0):
         self.index, self.method, self.built = index, method, built
         self.effort = effort or EFFORTS[method][0]
 
@@ -63,28 +63,20 @@ class Neighbours:
 
         n, width = vectors.shape
         lists = min(n, round(4 * n**0.5))
-        index = faiss.index_factory(
-            width, "HNSW32,SQ8" if method == "hnsw" else f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT
-        )
+        kind = "HNSW32,SQ8" if method == "hnsw" else f"IVF{lists},SQ8"
+        index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
         if method == "hnsw":
             index.hnsw.efConstruction = 200 if n <= 200_000 else 40
         else:
             index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, 40
         sample = min(n, max(100_000, 40 * lists))
         index.train(np.ascontiguousarray(vectors[np.linspace(0, n - 1, sample).astype(int)]))
-        found = cls(index, method, built=n)
+        found = cls(index, method, n)
         found.add(vectors, progress)
         return found
 
-    @classmethod
-    def read(cls, path: str | Path, method: str, effort: int, built: int):
-        """Reads a file that `write` wrote."""
-        import faiss
-
-        return cls(faiss.read_index(str(path)), method, effort, built)
-
     def write(self, path: str | Path):
-        """Writes the index to a file."""
+        """Writes the faiss index to a file."""
         import faiss
 
         with open(path, "wb") as file:  # faiss itself does not notice a disk that becomes full at the very end
@@ -104,13 +96,12 @@ class Neighbours:
         import faiss
 
         k = min(k, len(vectors) if alive is None else int(alive.sum()))
-        wanted, kind = min(4 * k, len(vectors)), {}
-        if alive is not None:
-            kind["sel"] = faiss.IDSelectorBitmap(np.packbits(alive, bitorder="little"))
+        wanted = min(4 * k, len(vectors))
+        only = {} if alive is None else {"sel": faiss.IDSelectorBitmap(np.packbits(alive, bitorder="little"))}
         if self.method == "hnsw":
-            how = faiss.SearchParametersHNSW(efSearch=max(wanted, self.effort), **kind)
+            how = faiss.SearchParametersHNSW(efSearch=max(wanted, self.effort), **only)
         else:
-            how = faiss.SearchParametersIVF(nprobe=self.effort, **kind)
+            how = faiss.SearchParametersIVF(nprobe=self.effort, **only)
         _, candidates = self.index.search(np.ascontiguousarray(queries), wanted, params=how)
         scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
         for query, among, score, row in zip(queries, candidates, scores, rows):
@@ -122,12 +113,12 @@ class Neighbours:
             scores[short], rows[short] = exact(vectors, queries[short], k, alive)
         return scores, rows
 
-    def tune(self, vectors: np.ndarray, alive: np.ndarray | None, texts: np.ndarray, pictures: int = 200) -> dict:
+    def tune(self, vectors: np.ndarray, alive: np.ndarray | None, texts: np.ndarray) -> dict:
         """Sets the smallest effort that reaches TARGET, or else the largest. Returns it, recall@10 (the share of the
-        exact first ten that is found, for some of the `vectors`, each without itself, and for `texts` (Q, E)), and the
-        milliseconds of a single query."""
+        exact first ten that is found, for 200 of the `vectors`, each without itself, and for `texts` (Q, E)), the
+        milliseconds of a single query, and the parameters as text."""
         rows = np.arange(len(vectors)) if alive is None else np.flatnonzero(alive)
-        rows = np.random.default_rng(0).choice(rows, min(pictures, len(rows)), replace=False)
+        rows = np.random.default_rng(0).choice(rows, min(200, len(rows)), replace=False)
         asked = {"pictures": (np.array(vectors[rows]), rows), "texts": (texts, np.full(len(texts), -1))}
         best = {}
         for name, (queries, own) in asked.items():
@@ -143,13 +134,12 @@ class Neighbours:
             milliseconds = 1000 * (time.perf_counter() - start) / sum(len(queries) for queries, _ in asked.values())
             if min(recall.values()) >= TARGET:
                 break
-        return {"effort": self.effort, "recall@10": recall, "milliseconds": round(milliseconds, 2)}
-
-    def parameters(self) -> str:
-        """Returns the parameters as text."""
         if self.method == "hnsw":
-            return f"HNSW, M=32, efConstruction={self.index.hnsw.efConstruction}, efSearch={self.effort}, 8 bits"
-        return f"IVF, nlist={self.index.nlist}, nprobe={self.effort}, 8 bits"
+            text = f"HNSW, M=32, efConstruction={self.index.hnsw.efConstruction}, efSearch={self.effort}, 8 bits"
+        else:
+            text = f"IVF, nlist={self.index.nlist}, nprobe={self.effort}, 8 bits"
+        times = {"recall@10": recall, "milliseconds": round(milliseconds, 2)}
+        return {"parameters": text, "built": self.built, "effort": self.effort, **times}
 
 
 def check_method(method: str):

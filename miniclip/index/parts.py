@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from miniclip.index.build import open_to_write, rows_of, write
-from miniclip.index.image_index import ImageIndex, ImageIndexError, check_same
+from miniclip.index.image_index import ImageIndex, ImageIndexError
 from miniclip.index.neighbours import check_method
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, write_npy
@@ -40,43 +40,39 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
         raise ImageIndexError(f"{folder}: the parts and the merged index must be different indexes, each named once")
     first = indexes[0].about
     same = first["model"]["fingerprint"], first["model"]["name"]
-    for index in indexes[1:]:
-        check_same(index, *same, None)
-    roots = {index.about["root"] for index in indexes}
+    shards = {}  # image folder -> its shards
+    for index in indexes:
+        index.check_same(*same)
+        shards.setdefault(index.about["root"], []).append(index.about["shard"])
     try:
-        root = os.path.commonpath(roots)
+        root = os.path.commonpath(shards)
     except ValueError as error:  # on several drives
-        raise ImageIndexError(f"{', '.join(sorted(roots))} have no common folder ({error})") from None
+        raise ImageIndexError(f"{', '.join(sorted(shards))} have no common folder ({error})") from None
     _, held = open_to_write(folder, False, *same, root)
-    files, broken, place, sources = {}, {}, {}, []
+    files, broken, keys, sources = {}, {}, {}, []
     for index in indexes:
         inside = os.path.relpath(index.about["root"], root).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
         for name, (key, stamp) in index.files().items():
             if files.setdefault(prefix + name, (key, stamp))[0] != key:
-                raise ImageIndexError(
-                    f"{index.folder} and a part before it have {prefix + name} with different contents: update both"
-                    " with `search index`"
-                )
+                raise ImageIndexError(f"{index.folder} and a part before it have {prefix + name} with different"
+                                      " contents: update both with `search index`")  # fmt: skip
         broken |= {prefix + name: reason for name, reason in index.bad.items()}
-        rows = [row for row in np.unique(index.rows).tolist() if index.key(row) not in place]
-        place |= {index.key(row): None for row in rows}
+        rows = [row for row in np.unique(index.rows).tolist() if index.key(row) not in keys]
+        keys |= {index.key(row): None for row in rows}
         sources.append((index.vectors, rows))
     broken = {name: reason for name, reason in broken.items() if name not in files}
     about = {"model": first["model"], "root": root, "shard": [1, 1]}
     about["allow_outside"] = any(index.about["allow_outside"] for index in indexes)
     texts = np.load(indexes[0].place / "texts.npy", allow_pickle=False)
-    write(folder, about, rows_of(*sources), b"".join(place), files, broken, texts, method, None, progress)
+    write(folder, about, rows_of(*sources), b"".join(keys), files, broken, texts, method, None, progress)
     held.close()
-    for root in sorted(roots):
-        shards = [index.about["shard"] for index in indexes if index.about["root"] == root]
-        for n in sorted({n for _, n in shards} - {1} if [1, 1] not in shards else ()):
-            if missing := [f"{i}/{n}" for i in range(1, n + 1) if [i, n] not in shards]:
-                warnings.warn(
-                    f"{folder} is without the shards {', '.join(missing[:10])} of {root}. Unless they have no images,"
-                    " index them and merge again, or update the merged index with `search index`",
-                    stacklevel=2,
-                )
+    for root, there in sorted(shards.items()):
+        for n in sorted({n for _, n in there}) if [1, 1] not in there else ():
+            if missing := [f"{i}/{n}" for i in range(1, n + 1) if [i, n] not in there]:
+                warnings.warn(f"{folder} is without the shards {', '.join(missing[:10])} of {root}. Unless they have no"
+                              " images, index them and merge again, or update the merged index with `search index`",
+                              stacklevel=2)  # fmt: skip
     return about
 
 
@@ -92,8 +88,8 @@ def export(index: ImageIndex, folder: str | Path) -> int:
     folder.parent.mkdir(parents=True, exist_ok=True)
     digits = len(str((n - 1) // FILE))  # zeros in front make the alphabetical order that of the rows
     with replacing(folder) as scratch:
-        for name in ("img_emb", "metadata"):
-            (scratch / name).mkdir(parents=True)
+        (scratch / "img_emb").mkdir(parents=True)
+        (scratch / "metadata").mkdir()
         for part, start in enumerate(range(0, n, FILE)):
             rows, number = index.rows[start : start + FILE], f"{part:0{digits}d}"
             shape = (len(rows), index.vectors.shape[1])

@@ -22,7 +22,7 @@ import numpy as np
 
 from miniclip.datasets.records import ImageRoot
 from miniclip.index.build import update
-from miniclip.index.image_index import ImageIndex, check_same, fingerprint
+from miniclip.index.image_index import ImageIndex, fingerprint
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.fast import inference_copy
 from miniclip.inference.load import load
@@ -31,13 +31,12 @@ from miniclip.utils.errors import InputError
 
 
 class Found(NamedTuple):
-    """A search result: its rank, from 1, its cosine to the query, its file, relative to the image folder, and other
-    files with the same content."""
+    """A search result."""
 
-    rank: int
-    score: float
-    path: str
-    copies: list[str]
+    rank: int  # from 1
+    score: float  # the cosine to the query
+    path: str  # relative to the image folder
+    copies: list[str]  # other files with the same content
 
 
 class ImageSearch:
@@ -60,7 +59,7 @@ class ImageSearch:
             except InputError as error:
                 raise InputError(f"the model of {index}: {error}. Pass it as --model") from None
         self.model, self.preprocess, self.tokenizer = model
-        check_same(self.index, fingerprint(self.model, self.preprocess), str(name or "the one given"), None)
+        self.index.check_same(fingerprint(self.model, self.preprocess), str(name or "the one given"))
         self.model = inference_copy(self.model)  # once, instead of for each query
         self.root = ImageRoot(pictures or about["root"], about["allow_outside"])
 
@@ -90,12 +89,11 @@ class ImageSearch:
         if not 0 <= a <= 1 or not 0 <= minus_weight < float("inf"):
             raise InputError(f"image_weight {a} must be from 0 to 1, minus_weight {minus_weight} at least 0")
         a = 1.0 if not texts else 0.0 if not images else a
-        width = self.index.vectors.shape[1]
-        total = np.zeros(width, np.float32)
-        words = embed_texts(self.model, self.tokenizer, texts + minus) if texts or minus else np.zeros((0, width))
-        shown = embed_images(self.model, self.preprocess, images) if images else np.zeros((0, width))
-        for weight, part in ((1 - a, words[: len(texts)]), (a, shown), (-minus_weight, words[len(texts) :])):
-            total += weight * unit(part.sum(axis=0, dtype=np.float32))
+        none = np.zeros((0, self.index.vectors.shape[1]))
+        words = embed_texts(self.model, self.tokenizer, texts + minus) if texts or minus else none
+        shown = embed_images(self.model, self.preprocess, images) if images else none
+        parts = (1 - a, words[: len(texts)]), (a, shown), (-minus_weight, words[len(texts) :])
+        total = sum(weight * unit(part.sum(axis=0, dtype=np.float32)) for weight, part in parts)
         if np.linalg.norm(total) < 1e-4:  # the rest is rounding
             raise InputError("what is not wanted cancels the query: change the words or lower minus_weight")
         return unit(total)
@@ -111,11 +109,8 @@ class ImageSearch:
 
     def nearest(self, vector: np.ndarray, k: int) -> list[Found]:
         """Returns the k images nearest to a vector (E,)."""
-        found = []
-        for rank, (score, row) in enumerate(self.index.find(vector[None].astype(np.float32), k)[0], 1):
-            path, *copies = self.index.paths(row)
-            found.append(Found(rank, score, path, copies))
-        return found
+        found = [(score, self.index.paths(row)) for score, row in self.index.find(vector, k)]
+        return [Found(rank, score, paths[0], paths[1:]) for rank, (score, paths) in enumerate(found, 1)]
 
     def file(self, path: str) -> str:
         """Returns the absolute path of an image that was found. Raises InputError if it is gone or leads out of the
@@ -129,10 +124,8 @@ class ImageSearch:
 
 def model_name(model: str | Path, pretrained: str | Path | None) -> dict[str, str | None]:
     """Returns how an index names its model: the absolute paths of files and folders, names of configs as they are."""
-    return {
-        "name": str(Path(model).resolve()) if Path(model).exists() else str(model),
-        "pretrained": str(Path(pretrained).resolve()) if pretrained else None,
-    }
+    name = str(Path(model).resolve()) if Path(model).exists() else str(model)
+    return {"name": name, "pretrained": str(Path(pretrained).resolve()) if pretrained else None}
 
 
 def split_minus(texts: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -9,7 +9,6 @@ import re
 import shutil
 import socket
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -36,11 +35,10 @@ HOUR, OFTEN = 3600, 600  # seconds after which uploads are deleted, and between 
 
 class Guard:
     """ASGI middleware that refuses addresses outside PUBLIC, requests from other sites' pages, foreign host names,
-    bodies above the limits and uploads without room on the disk, and removes tags that name other hosts."""
+    bodies above the limits and uploads without room on the disk, and removes tags that name other hosts. `here`: only
+    this machine can connect; `most`: bytes of an upload, which may be several files; `uploads`: their folder."""
 
     def __init__(self, app, here: bool, most: int, uploads: str):
-        """`here`: only this machine can connect; `most`: maximum bytes of an upload, which may be several files;
-        `uploads`: their folder."""
         self.app, self.here, self.most, self.uploads = app, here, {"/gradio_api/upload": most}, uploads
         self.name = socket.gethostname().split(".")[0].lower()
 
@@ -69,33 +67,30 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        status = self.refused(scope, headers) if scope["type"] == "http" else None
-        if status is None:  # a web socket, which the page does not use
+        if scope["type"] != "http":  # a web socket, which the page does not use
             return await send({"type": "websocket.close"})
+        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
         own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
         words = Words(headers.get("accept-language", ""))
-        if status:  # the text is shown at the upload field
+        if status := self.refused(scope, headers):  # the text is shown at the upload field
             own.append((b"content-type", b"text/plain; charset=utf-8"))
             most = self.most["/gradio_api/upload"] >> 20
             said = words({413: "too_much", 507: "no_room"}.get(status, "refused"), most=most)
             await send({"type": "http.response.start", "status": status, "headers": own})
             return await send({"type": "http.response.body", "body": said.encode()})
-        # Anybody can claim to be a proxy.
-        scope = {**scope, "headers": [pair for pair in scope["headers"] if not pair[0].startswith(b"x-forwarded")]}
         page, start, body = scope["path"] == "/" and scope["method"] == "GET", {}, b""
-        if page:  # uncompressed, so that it can be changed
-            scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0].lower() != b"accept-encoding"]}
+        # Anybody can claim to be a proxy. The page itself has to come uncompressed, so that it can be changed.
+        dropped = (b"x-forwarded", b"accept-encoding") if page else b"x-forwarded"
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if not pair[0].lower().startswith(dropped)]}
 
         async def sending(message):
             nonlocal start, body
             if message["type"] == "http.response.start":
-                start = {**message, "headers": [*message["headers"], *own]}
-                return None if page else await send(start)
+                message = start = {**message, "headers": [*message["headers"], *own]}
             if not page:
                 return await send(message)
             body += message.get("body", b"")
-            if not message.get("more_body"):
+            if message is not start and not message.get("more_body"):
                 text = own_page(body.decode(), words.language).encode()
                 kept = [pair for pair in start["headers"] if pair[0].lower() != b"content-length"]
                 await send({**start, "headers": [*kept, (b"content-length", str(len(text)).encode())]})
@@ -124,23 +119,19 @@ def has_room(folder: str, size: int, most: int) -> bool:
     return there <= most and shutil.disk_usage(folder).free > size + (1 << 20)
 
 
-def sweep(folder: str, seconds: float = HOUR):
-    """Deletes files older than `seconds` from a folder: uploads, and remains of interrupted ones."""
+def sweep(folder: str):
+    """Deletes uploads, and remains of interrupted ones, that are older than an hour."""
     for path in Path(folder).rglob("*"):
         with suppress(OSError):  # gradio deletes too
-            if path.is_file() and time.time() - path.stat().st_mtime > seconds:
+            if path.is_file() and time.time() - path.stat().st_mtime > HOUR:
                 path.unlink()
 
 
 def keep_sweeping(folder: str):
-    """Sweeps a folder regularly in a background thread."""
-
-    def work():
-        while True:
-            time.sleep(OFTEN)
-            sweep(folder)
-
-    threading.Thread(target=work, daemon=True).start()
+    """Sweeps a folder regularly. Never returns."""
+    while True:
+        time.sleep(OFTEN)
+        sweep(folder)
 
 
 def stay_inside():

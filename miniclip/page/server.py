@@ -10,11 +10,12 @@ requests that the page itself sends (docs/page.md).
 import os
 import shlex
 import socket
+import threading
 import traceback
 from html import escape
 
 from miniclip.classify.prompts import OBJECTS, TEMPLATES
-from miniclip.page.answers import CAPTIONS, IMAGES, MOST, Page, note, problem, split
+from miniclip.page.answers import CAPTIONS, IMAGES, MOST, Page, note
 from miniclip.page.labels import CSS, LANGUAGES, SAYINGS, SCRIPT, Words
 from miniclip.page.requests import HOUR, OFTEN, Guard, is_here, keep_sweeping
 from miniclip.utils.errors import InputError
@@ -32,43 +33,39 @@ def build(page: Page):
         english[key], chinese[key] = texts
     say = gr.I18n(en=english, zh=chinese, **{"zh-CN": chinese, "zh-TW": chinese})
 
-    def answering(method):
+    def on(triggers, method, inputs, output):
         def answer(request: gr.Request, *values):
             words = Words(request.headers.get("accept-language", ""))
             try:
                 return method(words, *values)
             except InputError as error:
-                return problem(str(error))
+                problem = str(error)
             except Exception:
                 traceback.print_exc()
-                return problem(words("fault"))
+                problem = words("fault")
+            return f'<p class="mc-problem" role="alert">{escape(problem)}</p>'
 
-        return answer
-
-    def on(triggers, method, inputs, output):
         # One at a time: an answer uses all cores. A request made before the answer to the last one is repeated after
         # it; otherwise gradio would drop it.
-        gr.on(triggers, answering(method), inputs, output, concurrency_id="model", concurrency_limit=1,
+        gr.on(triggers, answer, inputs, output, concurrency_id="model", concurrency_limit=1,
               api_visibility="private", show_progress="minimal", trigger_mode="always_last")  # fmt: skip
 
     def head(request: gr.Request):
         words = Words(request.headers.get("accept-language", ""))
-        about = {"model": page.name}
-        if page.search is not None:
-            about |= {"pictures": f"{len(page.search):,}", "index": page.search.index.folder.name}
-        line = words("about" if page.search is not None else "about_model", **about)
-        key = words.language
+        key, line = words.language, words("about_model", model=page.name)
+        if page.search:
+            index = page.search.index
+            line = words("about", pictures=f"{len(index):,}", index=index.folder.name, model=page.name)
         return f"<h1>{words('title')}</h1>{note(line)}", "\n".join(OBJECTS[key]), key, "\n".join(TEMPLATES[key])
 
-    def in_language(key: str, sentences: str, names: str):
+    def in_language(key: str, *texts: str):
         """Returns the templates and classes of a language, except those that the reader has edited."""
-        stock = sentences.strip() in map("\n".join, TEMPLATES.values())
-        sentences = "\n".join(TEMPLATES[key]) if stock else sentences
-        return sentences, "\n".join(OBJECTS[key]) if split(names) in OBJECTS.values() else names
+        stocks = [{name: "\n".join(lines) for name, lines in stock.items()} for stock in (TEMPLATES, OBJECTS)]
+        return [stock[key] if text.strip() in stock.values() else text for text, stock in zip(texts, stocks)]
 
-    def image_field(place: str, **more):
-        more = {"label": say("upload"), **more}
-        field = gr.File(file_types=["image"], height=140, elem_id=f"file-{place}", elem_classes="mc-file", **more)
+    def image_field(place: str, label: str = "upload", count: str = "single"):
+        field = gr.File(label=say(label), file_count=count, file_types=["image"], height=140, elem_id=f"file-{place}",
+                        elem_classes="mc-file")  # fmt: skip
         gr.Markdown(say("limits"), elem_classes="mc-limits")
         return field
 
@@ -95,13 +92,18 @@ def build(page: Page):
         triggers = [image.upload, beside.submit, button.click]
         on(triggers, page.image, [image, beside, k], answer_field("picture"))
 
+    def no_index():
+        gr.Markdown(say("no_index"))
+        command = f"python -m miniclip search index photos --model {shlex.quote(page.name)} --index products.mc"
+        gr.HTML(f'<pre class="mc-code">{escape(command)}\npython -m miniclip page --index products.mc</pre>')
+
     with gr.Blocks(title="MiniCLIP", analytics_enabled=False, delete_cache=(OFTEN, HOUR)) as blocks:
         top = gr.HTML(elem_classes="mc-head")
         with gr.Tabs():
             with gr.Tab(say("words")):
-                by_words() if page.search else no_index(gr, say, page.name)
+                by_words() if page.search else no_index()
             with gr.Tab(say("picture")):
-                by_image() if page.search else no_index(gr, say, page.name)
+                by_image() if page.search else no_index()
             with gr.Tab(say("classes")):
                 with gr.Row():
                     with gr.Column(min_width=280):
@@ -119,22 +121,14 @@ def build(page: Page):
             with gr.Tab(say("heat")):
                 with gr.Row():
                     with gr.Column(min_width=280):
-                        images = image_field("heat", label=say("pictures"), file_count="multiple")
+                        images = image_field("heat", "pictures", "multiple")
                     with gr.Column(min_width=280):
                         captions = gr.Textbox(label=say("captions"), placeholder=say("captions_hint"), lines=6,
                                               max_lines=16, elem_id="captions")  # fmt: skip
                 button = gr.Button(say("compare"), variant="primary")
                 on([button.click], page.heat, [images, captions], answer_field("heat"))
-        start = [top, names, language, sentences]
-        blocks.load(head, None, start, api_visibility="private", show_progress="hidden")
+        blocks.load(head, None, [top, names, language, sentences], api_visibility="private", show_progress="hidden")
     return blocks.queue(max_size=64), say
-
-
-def no_index(gr, say, model: str):
-    """Shows how to create an index, in place of a search tab."""
-    gr.Markdown(say("no_index"))
-    command = f"python -m miniclip search index photos --model {shlex.quote(model)} --index products.mc"
-    gr.HTML(f'<pre class="mc-code">{escape(command)}\npython -m miniclip page --index products.mc</pre>')
 
 
 def serve(page: Page, host: str, sock: socket.socket):
@@ -161,16 +155,15 @@ def serve(page: Page, host: str, sock: socket.socket):
     )  # fmt: skip
     blocks.has_launched = True  # otherwise gradio accepts any file as an uploaded one
     here, port = is_here(host), sock.getsockname()[1]
-    name = f"[{host}]" if ":" in host else host
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None):
             await super().startup(sockets)
-            print(f"http://{name}:{port}   (Ctrl-C stops it)", flush=True)
+            print(f"http://{f'[{host}]' if ':' in host else host}:{port}   (Ctrl-C stops it)", flush=True)
             if not here:
                 print("warning: everyone who can reach this machine can search and see the results", flush=True)
 
     uploads = os.environ["GRADIO_TEMP_DIR"]
-    keep_sweeping(uploads)
+    threading.Thread(target=keep_sweeping, args=(uploads,), daemon=True).start()
     guard = Guard(app, here, int((IMAGES * page.megabytes + 1) * (1 << 20)), uploads)
     Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1)).run([sock])
