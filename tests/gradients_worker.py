@@ -18,7 +18,7 @@ def main(batch_file: str, output: str):
     saved = torch.load(batch_file, weights_only=True)
     model = MiniClip(MiniClipConfig.from_dict(saved["config"]))
     model.load_state_dict(saved["weights"])
-    wrap_towers(model, None, saved.get("chunk_size", 0), fast=False)
+    wrap_towers(model, None, saved["chunk_size"], fast=False)
     ddp = DistributedDataParallel(model)
     rows = slice(rank * len(saved["input_ids"]) // n, (rank + 1) * len(saved["input_ids"]) // n)
     loss = clip_loss(*ddp(pixel_values=saved["pixel_values"][rows], input_ids=saved["input_ids"][rows])[:3])

@@ -8,7 +8,7 @@ from miniclip.loss import clip_loss
 from miniclip.training.arguments import RunArguments
 from miniclip.training.grad_cache import wrap_towers
 from tests.inference.test_fast import make_batch, make_model
-from tests.training.test_training import ROOT, largest_difference, recipe, weights  # noqa: F401
+from tests.training.test_training import largest_difference, recipe, weights  # noqa: F401
 
 
 def step(model, chunk_size: int, dtype=None, fast=False, **inputs) -> tuple[float, list[torch.Tensor]]:
@@ -70,24 +70,6 @@ def test_uint8_pixels_are_normalised_by_the_model():
     for chunk_size in (0, 2):
         ours = wrap_towers(model, preprocess.normalize, chunk_size)(pixel_values=levels)
         assert torch.allclose(ours.image_embeds, expected, atol=1e-6) and ours.text_embeds is None
-
-
-def test_two_processes_in_chunks_equal_one_with_the_whole_batch(tmp_path, tiny_model, tiny_config, run_script):
-    from tests.core.test_model import batch
-
-    pixel_values, input_ids = batch(8, 14)
-    loss = clip_loss(*tiny_model.train()(pixel_values, input_ids)[:3])
-    loss.backward()
-    saved = {"config": tiny_config.to_dict(), "weights": tiny_model.state_dict(), "chunk_size": 3}
-    torch.save({**saved, "pixel_values": pixel_values, "input_ids": input_ids}, tmp_path / "batch.pt")
-    run_script(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "tests/gradients_worker.py", tmp_path / "batch.pt", tmp_path / "grads.pt", env={"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    two = torch.load(tmp_path / "grads.pt", weights_only=True)
-    assert two["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
-    for name, p in tiny_model.named_parameters():
-        assert torch.allclose(p.grad, two["grads"][name], atol=1e-5), name
 
 
 def test_a_run_in_chunks_ends_at_the_same_weights(recipe, caption_set, run_script):  # noqa: F811
