@@ -200,7 +200,8 @@ class Benchmark:
         options.out.mkdir(parents=True, exist_ok=True)
         self.file = options.out / "gpu.jsonl"
         self.file.write_text("")
-        self.keep({"part": "machine", "result": results.machine(), "command": " ".join(sys.argv[1:])})
+        command = " ".join(sys.argv[1:]).replace(f"--out {options.out}", "").strip()
+        self.keep({"part": "machine", "result": results.machine(), "command": command})
 
     # The frame of every row
 
