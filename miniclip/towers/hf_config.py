@@ -15,25 +15,26 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 @dataclass
 class HfConfig:
-    """The fields that both towers have."""
+    """The fields of both towers."""
 
     hf_model_name: str | None = None  # a folder, a name on the hub, or package:NAME
     hf_model_pretrained: bool = True  # whether training starts from its weights
-    hf_model_config: dict | None = (
-        None  # transformers' config; filled in from hf_model_name, so that a saved model has it
-    )
+    hf_model_config: dict | None = None  # transformers' config; filled in from hf_model_name, so that it gets saved
     hf_pooler_type: str | None = None  # cls, mean or max
     hf_proj_type: str | None = "linear"  # linear, mlp, or none where the tower is as wide as embed_dim
     hf_proj_dropout: float = 0.0  # dropout of the features in training
     width: int | None = None  # channels of the features; filled in
 
     def problems(self):
-        """As VisionConfig's."""
         yield self.hf_model_name or self.hf_model_config, "hf_model_name or hf_model_config has to name the encoder"
-        pooler, kinds = self.hf_pooler_type, (None, *POOLERS)
-        yield (pooler and pooler.removesuffix("_pooler")) in kinds, f"hf_pooler_type is none of {', '.join(POOLERS)}"
+        yield self.pooler in (None, *POOLERS), f"hf_pooler_type is none of {', '.join(POOLERS)}"
         yield self.hf_proj_type in (None, "none", "linear", "mlp"), "hf_proj_type is none of linear, mlp, none"
         yield 0 <= self.hf_proj_dropout < 1, "hf_proj_dropout is not in [0, 1)"
+
+    @property
+    def pooler(self) -> str | None:
+        """hf_pooler_type without the ending of OpenCLIP's names."""
+        return self.hf_pooler_type and self.hf_pooler_type.removesuffix("_pooler")
 
     @property
     def pretrained(self) -> bool:
@@ -42,32 +43,28 @@ class HfConfig:
 
 @dataclass
 class HfVisionConfig(HfConfig):
-    """An image tower from transformers or from a package. Without hf_pooler_type it pools as it was trained to: by its
-    class token, the mean over the image, or attention."""
+    """An image tower from transformers or a package. Without hf_pooler_type it pools as it was trained to."""
 
     image_size: int | None = None  # pixels; by default that of its own preprocessing
 
     def preprocess(self) -> dict:
         """The encoder's own preprocessing, from its preprocessor_config.json."""
-        size = {} if self.image_size is None else {"size": self.image_size}
-        entry, config = packaged(self.hf_model_name), self.hf_model_config
+        size, name = {} if self.image_size is None else {"size": self.image_size}, self.hf_model_name
+        entry = packaged(name)
         if isinstance(entry, type):
             return entry.PREPROCESS | size
-        if self.hf_model_name and not config:
+        if name and not self.hf_model_config:
             from transformers.utils import cached_file
 
-            name = self.hf_model_name
-            file = ask(name, lambda: cached_file(source(name), "preprocessor_config.json"))
-            return read_preprocessing(Path(file)) | size
-        side = (config or {}).get("image_size")  # from random weights, or read already
+            return read_preprocessing(Path(ask(name, cached_file, source(name), "preprocessor_config.json"))) | size
+        side = (self.hf_model_config or {}).get("image_size")  # from random weights, or read already
         return {"size": side if isinstance(side, int) else 224, "mean": IMAGENET.mean, "std": IMAGENET.std} | size
 
 
 @dataclass
 class HfTextConfig(HfConfig):
-    """A text tower from transformers. hf_pooler_type cls is the class token after the encoder's pooling layer, if it
-    has one (BERT); cls_last_hidden_state is the token itself. The defaults are OpenCLIP's; null means the token itself
-    for BERT and the mean for all others."""
+    """A text tower from transformers. hf_pooler_type cls is the class token after the encoder's pooling layer, if any;
+    cls_last_hidden_state is the token itself; null means the token itself for BERT, the mean for all others."""
 
     hf_pooler_type: str | None = "mean"
     hf_proj_type: str | None = "mlp"
@@ -82,8 +79,8 @@ class HfTextConfig(HfConfig):
 
 
 def read_preprocessing(path: Path, maker: str = "") -> dict:
-    """The fields of a PreprocessConfig from transformers' preprocessor_config.json. `maker` is the class of the image
-    processor if the file does not name one. Raises InputError for preprocessing that MiniCLIP cannot do."""
+    """The fields of a PreprocessConfig from transformers' preprocessor_config.json. `maker` is the image processor's
+    class if the file does not name one. Raises InputError for preprocessing that MiniCLIP cannot do."""
     theirs = read_json(path)
     maker = str(theirs.get("image_processor_type") or theirs.get("feature_extractor_type") or maker)
     clip = "CLIP" in maker  # whose defaults are others
@@ -91,9 +88,8 @@ def read_preprocessing(path: Path, maker: str = "") -> dict:
     if isinstance(size, int):  # old files: some makers mean the shorter side, ViT's and most others a square
         shorter = "crop_pct" in theirs or any(name in maker for name in ("CLIP", "ConvNext", "Bit"))
         size = {"shortest_edge": size} if shorter else {"height": size, "width": size}
-    crop = crop.get("height") if isinstance(crop, dict) else crop
     cropped = theirs.get("do_center_crop", True)
-    crop = crop if cropped else None
+    crop = None if not cropped else crop.get("height") if isinstance(crop, dict) else crop
     side = size.get("shortest_edge") or size.get("height")
     ours = {"resize_mode": "shortest" if "shortest_edge" in size else "squash"}
     if theirs.get("crop_pct") and side and side < 384:  # ConvNeXt's and ResNet's: enlarged, then cropped
@@ -101,7 +97,7 @@ def read_preprocessing(path: Path, maker: str = "") -> dict:
     elif theirs.get("crop_pct"):
         ours["resize_mode"] = "squash"
     elif ours["resize_mode"] == "shortest" and crop and side and crop <= side:
-        side, crop, ours["crop_pct"] = crop, crop, crop / side
+        side, ours["crop_pct"] = crop, crop / side
     factor, squash = theirs.get("rescale_factor", 1 / 255), ours["resize_mode"] == "squash"
     for supported, problem in (
         (resample in RESAMPLE, f"resample {resample} is neither 2 (bilinear) nor 3 (bicubic)"),
@@ -116,15 +112,14 @@ def read_preprocessing(path: Path, maker: str = "") -> dict:
             raise InputError(f"{path}: {problem}; set preprocess_cfg in the model config")
     default = PreprocessConfig if clip else IMAGENET
     mean, std = theirs.get("image_mean", default.mean), theirs.get("image_std", default.std)
-    if not theirs.get("do_normalize", True):
-        mean, std = (0.0,) * 3, (1.0,) * 3
+    mean, std = (mean, std) if theirs.get("do_normalize", True) else ((0.0,) * 3, (1.0,) * 3)
     return ours | {"size": side, "interpolation": RESAMPLE[resample], "mean": tuple(mean), "std": tuple(std)}
 
 
-def ask(name: str, question):
-    """Calls transformers, which raises nearly anything, and turns that into an InputError."""
+def ask(name: str, function, /, *args, **kwargs):
+    """Calls a function of transformers, which may raise nearly anything, and turns that into an InputError."""
     try:
-        return question()
+        return function(*args, **kwargs)
     except InputError:
         raise
     except Exception as error:

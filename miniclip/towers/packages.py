@@ -1,6 +1,7 @@
 """Encoders inside Python packages."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -25,10 +26,7 @@ class PackagedEncoder(nn.Module):
     """Base class of image encoders that transformers does not have: images (B, 3, S, S) to features (B, W)."""
 
     PREPROCESS: dict  # fields of a PreprocessConfig
-
-    def load_pretrained(self):
-        """Loads the weights from the package."""
-        raise NotImplementedError
+    load_pretrained: Callable[[], None]  # a method that loads the weights from the package
 
 
 class EfficientNetLite(PackagedEncoder):
@@ -79,9 +77,9 @@ def packaged(name: str | None):
     """The entry of PACKAGES for `package:...`, None for other names. Raises InputError for an unknown package."""
     if not (name or "").startswith("package:"):
         return None
-    if name.partition(":")[2] not in PACKAGES:
+    if (package := name.removeprefix("package:")) not in PACKAGES:
         raise InputError(f"{name!r} is not one of {', '.join('package:' + known for known in PACKAGES)}")
-    return PACKAGES[name.partition(":")[2]]
+    return PACKAGES[package]
 
 
 def source(name: str) -> str:

@@ -1,7 +1,4 @@
-"""Conversion of weights into the form of another library.
-
-python -m miniclip convert SRC DST --to openclip|hf|miniclip [--model NAME] [--force]
-"""
+"""Conversion of weights into the form of another library."""
 
 import json
 import warnings
@@ -10,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from miniclip.checkpoint import from_miniclip
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
@@ -19,20 +15,25 @@ from miniclip.towers.hf_config import RESAMPLE, read_preprocessing
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.files import replacing, write_json, write_manifest
 from miniclip.utils.weight_files import load_state_dict, read_json
-from miniclip.weights.load import ACTIVATION_NAMES, fit_weights, fitting_configs, infer_config, open_checkpoint
+from miniclip.weights.load import (
+    ACTIVATION_NAMES,
+    empty_model,
+    fit_weights,
+    fitting_configs,
+    infer_config,
+    open_checkpoint,
+)
 
 WEIGHT_FILES = "model.safetensors pytorch_model.bin open_clip_model.safetensors open_clip_pytorch_model.bin".split()
 
 
 def convert(source: str | Path, target: str | Path, to: str, model: str | None = None, force: bool = False) -> str:
-    """Writes weights in another library's form, and returns a sentence on what it did.
+    """Writes weights in another library's form, atomically, and returns a sentence on what it did.
 
-    `source` is a weight file of any known layout or a folder of MiniCLIP, transformers or OpenCLIP. `to` is one of
-    EXPORTERS: "openclip", a .safetensors or .pt file; "hf", a folder for transformers' CLIPModel; or "miniclip", a
-    folder for MiniClip. The model config, which the folders need for the activation, is `model` (a name or a
-    .json file), or the one in the folder of `source`, or the only shipped one that fits. `target` is written whole.
-    Raises CheckpointError for weights that cannot be used or if the config is needed but not clear, FileExistsError if
-    `target` exists, unless `force`.
+    `source` is a weight file of any known layout or a folder of MiniCLIP, transformers or OpenCLIP; `to` is a key of
+    EXPORTERS. The model config, which folders need for the activation, is `model` (a name or a .json file), the one in
+    the folder of `source`, or the only shipped one that fits. Raises CheckpointError for weights that cannot be used or
+    an unclear config, and FileExistsError if `target` exists, unless `force`.
     """
     source, target = Path(source), Path(target)
     if to not in EXPORTERS:
@@ -42,7 +43,7 @@ def convert(source: str | Path, target: str | Path, to: str, model: str | None =
     if source.is_dir():
         source = next((source / name for name in WEIGHT_FILES if (source / name).is_file()), source)
     config, reason = named_config(source.parent, model)
-    checkpoint = open_checkpoint(source, config and shapes(config))
+    checkpoint = open_checkpoint(source, config and empty_model(config))
     if config is None:
         config, reason = guess_config(checkpoint.weights, checkpoint.quick_gelu, source.parent)
     if config is None and to != "openclip":  # whose files do not contain the config
@@ -51,13 +52,11 @@ def convert(source: str | Path, target: str | Path, to: str, model: str | None =
     sizes = config or MiniClipConfig.from_dict(infer_config(checkpoint.weights))
     if "logit_bias" in checkpoint.weights:  # trained with SigLIP's loss
         sizes.init_logit_bias = checkpoint.weights["logit_bias"].item()
-    network = shapes(sizes)
+    network = empty_model(sizes)
     weights = fit_weights(checkpoint.weights, network.state_dict(), source)
     if config and checkpoint.quick_gelu not in (None, config.quick_gelu):
-        theirs, ours = ACTIVATION_NAMES[checkpoint.quick_gelu], ACTIVATION_NAMES[config.quick_gelu]
-        warnings.warn(
-            f"{source} was trained with {theirs} ({checkpoint.evidence}), the config says {ours}", stacklevel=2
-        )
+        trained = f"{source} was trained with {ACTIVATION_NAMES[checkpoint.quick_gelu]} ({checkpoint.evidence})"
+        warnings.warn(f"{trained}, the config says {ACTIVATION_NAMES[config.quick_gelu]}", stacklevel=2)
     if len({t.dtype for t in weights.values() if t.is_floating_point()}) > 1:  # OpenAI's; others have one precision
         weights = {key: t.float() if t.is_floating_point() else t for key, t in weights.items()}
     load_state_dict(network, weights, source)
@@ -72,14 +71,8 @@ def convert(source: str | Path, target: str | Path, to: str, model: str | None =
     return f"{source} ({checkpoint.source} layout{name}) -> {target} ({to}); {reason}"
 
 
-def shapes(config: MiniClipConfig) -> MiniClip:
-    """A model without numbers."""
-    with torch.device("meta"):
-        return MiniClip(config)
-
-
 def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None, str]:
-    """The config with a name, or that in a folder of MiniCLIP or OpenCLIP, and where it comes from; None for others."""
+    """The config with a name or in a folder of MiniCLIP or OpenCLIP, if there is one, and where it comes from."""
     if name:
         return MiniClipConfig.from_name(name), f"config {name}, as asked"
     values = read_json(folder / "config.json")
@@ -91,9 +84,7 @@ def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None,
     return MiniClipConfig.from_dict(values, f"the config in {folder}"), f"config of {folder}"
 
 
-def guess_config(
-    weights: dict[str, Tensor], quick_gelu: bool | None, folder: Path
-) -> tuple[MiniClipConfig | None, str]:
+def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[MiniClipConfig | None, str]:
     """The config that fits the weights and the reason; None and what is in doubt, if there is not exactly one."""
     config, sizes = read_json(folder / "config.json"), infer_config(weights)
     if config.get("model_type") == "clip":  # transformers omits its defaults
@@ -105,9 +96,8 @@ def guess_config(
         sizes["vision_cfg"]["head_width"] = sizes["vision_cfg"]["width"] // vision.get("num_attention_heads", 12)
         sizes["text_cfg"]["heads"] = text.get("num_attention_heads", 8)
         if (file := folder / "preprocessor_config.json").is_file():
-            images = read_preprocessing(file, "CLIPImageProcessor")
-            del images["size"]  # the model's image size
-            sizes["preprocess_cfg"] = images
+            sizes["preprocess_cfg"] = read_preprocessing(file, "CLIPImageProcessor")
+            del sizes["preprocess_cfg"]["size"]  # the model's image size
         return MiniClipConfig.from_dict(sizes, f"the config in {folder}"), f"config of {folder}"
     fitting = fitting_configs(weights, quick_gelu)
     if len(fitting) == 1:
@@ -138,16 +128,9 @@ def write_hf(path: Path, model: MiniClip):
     write_manifest(path)
 
 
-def write_miniclip(path: Path, model: MiniClip):
-    """A folder for MiniClip."""
-    model.save_pretrained(path)
-
-
 EXPORTERS: dict[str, Callable[[Path, MiniClip], None]] = {  # each writes a new file or folder
-    "openclip": write_openclip,
-    "hf": write_hf,
-    "miniclip": write_miniclip,
-}
+    "openclip": write_openclip, "hf": write_hf, "miniclip": lambda path, model: model.save_pretrained(path),
+}  # fmt: skip
 
 
 def hf_config(config: MiniClipConfig) -> dict:
@@ -157,20 +140,19 @@ def hf_config(config: MiniClipConfig) -> dict:
     # the last one. (2, in its older configs, was a mistake, which it still reads as "the highest".)
     ids = {"bos_token_id": text.vocab_size - 2, "eos_token_id": text.vocab_size - 1, "pad_token_id": 0}
 
-    def tower(cfg, heads: int, **more) -> dict:
+    def tower(cfg, heads: int) -> dict:
         return {
             "hidden_size": cfg.width, "intermediate_size": int(cfg.width * cfg.mlp_ratio),
             "num_hidden_layers": cfg.layers, "num_attention_heads": heads, "projection_dim": config.embed_dim,
-            "hidden_act": "quick_gelu" if config.quick_gelu else "gelu", **more,
+            "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
         }  # fmt: skip
 
-    vision_heads = vision.width // vision.head_width
+    images = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    texts = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length} | ids
     return {
         "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim,
-        "vision_config": tower(vision, vision_heads, image_size=vision.image_size, patch_size=vision.patch_size),
-        "text_config": tower(
-            text, text.heads, vocab_size=text.vocab_size, max_position_embeddings=text.context_length, **ids
-        ),
+        "vision_config": tower(vision, vision.width // vision.head_width) | images,
+        "text_config": tower(text, text.heads) | texts,
     }  # fmt: skip
 
 
@@ -183,7 +165,6 @@ def hf_preprocessor(config: MiniClipConfig) -> dict:
         raise CheckpointError(f"transformers cannot prepare images by resize_mode {images.resize_mode!r}")
     return {
         "image_processor_type": "CLIPImageProcessor", "image_mean": images.mean, "image_std": images.std,
-        "size": sizes[images.resize_mode], "crop_size": square,
-        "do_center_crop": images.resize_mode == "shortest",
+        "size": sizes[images.resize_mode], "crop_size": square, "do_center_crop": images.resize_mode == "shortest",
         "resample": next(number for number, name in RESAMPLE.items() if name == images.interpolation),
     }  # fmt: skip

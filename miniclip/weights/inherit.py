@@ -2,10 +2,7 @@
 
 That is a far better start than random weights (TinyCLIP's manual weight inheritance: Wu et al., ICCV 2023, arXiv
 2309.12314). It takes evenly spaced blocks, and of the width the first channels and the first whole attention heads. The
-small model knows little until it is trained, but learns faster:
-
-    python -m miniclip inherit --from runs/large --to model_configs/small.json --output_dir small
-    python train.py --model small --learning_rate 5e-4 ...
+small model knows little until it is trained, but learns faster.
 """
 
 import dataclasses
@@ -16,27 +13,22 @@ from torch import Tensor
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
 from miniclip.model import MiniClip
 from miniclip.utils.errors import InputError
-from miniclip.weights.load import ACTIVATION_NAMES, resize_positions
+from miniclip.weights.load import ACTIVATION_NAMES, empty_model, resize_positions
 
 
 def inherit(
-    source: MiniClip,
-    config: MiniClipConfig,
-    layers_image: list[int] | None = None,
-    layers_text: list[int] | None = None,
-) -> MiniClip:
+    source: MiniClip, config: MiniClipConfig,
+    layers_image: list[int] | None = None, layers_text: list[int] | None = None,
+) -> MiniClip:  # fmt: skip
     """Returns a model with the sizes of `config` and slices of the weights of `source`, in evaluation mode.
 
-    - depth: the blocks `layers_image` and `layers_text` of the source's towers, in that order, counted from 0; by
-      default those of `spaced`;
+    - depth: the blocks `layers_image` and `layers_text`, counted from 0; by default those of `spaced`;
     - width, MLP and embedding: the first channels of each matrix, gain and bias; the first heads of queries, keys and
       values, so heads must be as wide as the source's;
-    - positions of another number are interpolated (`resize_positions`), before their channels are cut;
-    - everything else is bit-equal.
+    - positions of another number are interpolated before their channels are cut.
 
-    Images are preprocessed as the source's weights expect, at the size of `config`. Raises InputError, listing all
-    problems, if the source has no such slices: it is narrower or shallower, or has other patches, another vocabulary,
-    other heads or another activation.
+    Images are preprocessed as the source's weights expect. Raises InputError, listing all problems, if the source has
+    no such slices.
     """
     for section in (source.config.vision_cfg, source.config.text_cfg, config.vision_cfg, config.text_cfg):
         if not isinstance(section, VisionConfig | TextConfig):
@@ -46,13 +38,9 @@ def inherit(
         "text": spaced(len(source.text.blocks), config.text_cfg.layers) if layers_text is None else layers_text,
     }
     check(source.config, config, layers)
-    config = dataclasses.replace(
-        config, preprocess_cfg=dataclasses.replace(source.config.preprocess_cfg, size=config.vision_cfg.image_size)
-    )
-    with torch.device("meta"):  # shapes alone
-        model = MiniClip(config)
-    theirs = source.state_dict()
-    weights = {}
+    images = dataclasses.replace(source.config.preprocess_cfg, size=config.vision_cfg.image_size)
+    model = empty_model(dataclasses.replace(config, preprocess_cfg=images))
+    theirs, weights = source.state_dict(), {}
     for name, expected in model.state_dict().items():
         tower, *path = name.split(".")
         if path and path[0] == "blocks":
@@ -69,8 +57,7 @@ def inherit(
     return model.eval()
 
 
-def leading(tensor: Tensor, shape) -> Tensor:
-    """The first entries of a tensor in each dimension."""
+def leading(tensor: Tensor, shape) -> Tensor:  # the first entries in each dimension
     return tensor[tuple(slice(size) for size in shape)]
 
 
@@ -81,14 +68,13 @@ def spaced(layers: int, wanted: int) -> list[int]:
 
 def check(source: MiniClipConfig, target: MiniClipConfig, layers: dict[str, list[int]]):
     """Raises InputError, listing why a model of config `source` has no slices for one of config `target`."""
-    problems = []
-    ours, theirs = (dataclasses.asdict(config) for config in (target, source))
+    problems, ours, theirs = [], target.to_dict(), source.to_dict()
     for sizes in (ours, theirs):
         vision, text = sizes["vision_cfg"], sizes["text_cfg"]
         text["head_width"] = text["width"] // text["heads"]
         for tower in (vision, text):
             tower["MLP width"] = int(tower["width"] * tower["mlp_ratio"])
-    for tower, kind in (("vision_cfg", "image"), ("text_cfg", "text")):
+    for name, tower, kind in (("visual", "vision_cfg", "image"), ("text", "text_cfg", "text")):
         us, them = ours[tower], theirs[tower]
         for size in ("width", "MLP width"):
             if us[size] > them[size]:
@@ -96,7 +82,7 @@ def check(source: MiniClipConfig, target: MiniClipConfig, layers: dict[str, list
         for size in ("patch_size", "head_width", "vocab_size"):
             if us.get(size) != them.get(size):
                 problems.append(f"the {kind} tower's {size} is {us[size]}, the source's {them[size]}")
-        chosen, there = layers["visual" if kind == "image" else "text"], them["layers"]
+        chosen, there = layers[name], them["layers"]
         if us["layers"] > there:
             problems.append(f"the {kind} tower has {us['layers']} layers, the source's only {there}")
         elif len(chosen) != us["layers"] or not all(0 <= layer < there for layer in chosen):
@@ -104,7 +90,7 @@ def check(source: MiniClipConfig, target: MiniClipConfig, layers: dict[str, list
     if target.embed_dim > source.embed_dim:
         problems.append(f"embed_dim is {target.embed_dim}, the source's only {source.embed_dim}")
     if target.quick_gelu != source.quick_gelu:
-        names = ACTIVATION_NAMES[target.quick_gelu], ACTIVATION_NAMES[source.quick_gelu]
-        problems.append("the activation is {}, the source's {} (quick_gelu)".format(*names))
+        us, them = ACTIVATION_NAMES[target.quick_gelu], ACTIVATION_NAMES[source.quick_gelu]
+        problems.append(f"the activation is {us}, the source's {them} (quick_gelu)")
     if problems:
         raise InputError("the source has no weights to inherit for this config: " + "; ".join(problems))

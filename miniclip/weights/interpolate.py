@@ -11,12 +11,12 @@ def interpolate(before: dict[str, Tensor], after: dict[str, Tensor], alpha: floa
     """(1 - alpha) before + alpha after, for two state dicts with the same names, shapes and types. Bit-equal to one of
     them at alpha 0 and 1, and to both where they are equal. Raises InputError if names, shapes or types differ."""
     kinds = [{name: (tuple(t.shape), t.dtype) for name, t in weights.items()} for weights in (before, after)]
-    if differing := [name for name in kinds[0] | kinds[1] if kinds[0].get(name) != kinds[1].get(name)]:
-        name = differing[0]
-        raise InputError(f"{name} is {kinds[0].get(name)} before and {kinds[1].get(name)} after: not the same model")
-    return {
-        name: torch.lerp(t, after[name], alpha) if t.is_floating_point() else after[name] for name, t in before.items()
-    }  # the others count BatchNorm's batches
+    for name in kinds[0] | kinds[1]:
+        a, b = (kind.get(name) for kind in kinds)
+        if a != b:
+            raise InputError(f"{name} is {a} before and {b} after: not the same model")
+    mixed = {n: torch.lerp(t, after[n], alpha) for n, t in before.items() if t.is_floating_point()}
+    return after | mixed  # integers count BatchNorm's batches
 
 
 def check_same(before: MiniClipConfig, after: MiniClipConfig):

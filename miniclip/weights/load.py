@@ -1,7 +1,4 @@
-"""Loading weight files of any known layout, and finding out which model they are for.
-
-The sizes follow from the shapes; the activation has to be known from elsewhere.
-"""
+"""Loading weight files of any known layout, and the configs they fit. Shapes tell the sizes, but not the activation."""
 
 import math
 import re
@@ -39,12 +36,17 @@ class Checkpoint(NamedTuple):
     evidence: str  # how that is known
 
 
+def empty_model(config: MiniClipConfig) -> MiniClip:
+    """A model of shapes alone, without values."""
+    with torch.device("meta"):
+        return MiniClip(config)
+
+
 def load_weights(model: MiniClip, path: str | Path) -> None:
     """Loads a weight file of any known layout into a model, strictly; half precision becomes the model's own.
 
-    Warns when it interpolates position embeddings that are for another image size or context length, and when the
-    weights are known to be for the other activation. Raises CheckpointError as `open_checkpoint` does and for weights
-    of other sizes, naming them and the configs that they would fit.
+    Warns when it interpolates position embeddings, and when the weights are known to be for the other activation.
+    Raises CheckpointError as `open_checkpoint` does, and for other sizes, naming the configs that fit.
     """
     checkpoint = open_checkpoint(path, model)
     if "logit_bias" in checkpoint.weights and model.logit_bias is None:  # trained with SigLIP's loss
@@ -54,21 +56,16 @@ def load_weights(model: MiniClip, path: str | Path) -> None:
     ours, quick_gelu = model.config.quick_gelu, checkpoint.quick_gelu
     if quick_gelu not in (None, ours) and any(type(tower) in OWN for tower in (model.visual, model.text)):
         fix = " or ".join(fitting_configs(checkpoint.weights, quick_gelu)) or "one that differs in quick_gelu only"
-        warnings.warn(
-            f"{path} was trained with {ACTIVATION_NAMES[quick_gelu]} ({checkpoint.evidence}) and the model computes "
-            f"{ACTIVATION_NAMES[ours]}: it will be worse than it could be. Use another config: {fix}",
-            stacklevel=2,
-        )
+        trained = f"{path} was trained with {ACTIVATION_NAMES[quick_gelu]} ({checkpoint.evidence})"
+        problem = f"the model computes {ACTIVATION_NAMES[ours]}: it will be worse than it could be"
+        warnings.warn(f"{trained} and {problem}. Use another config: {fix}", stacklevel=2)
 
 
 def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoint:
-    """Reads a weight file of any known layout, of a model with the towers of `model` (CLIP's without one) in any size.
-    Raises CheckpointError as `read_state_dict` and `to_miniclip` do, for tensors with another number of dimensions,
-    for infinite or undefined numbers and for patches that form no square."""
+    """Reads a weight file of a model with the towers of `model` (by default CLIP's) in any size. Raises CheckpointError
+    as `read_state_dict` and `to_miniclip` do, and for pruned blocks, odd shapes, NaN and infinity."""
     state_dict, run = read_checkpoint(path)
-    if model is None:
-        with torch.device("meta"):
-            model = MiniClip(MiniClipConfig(vision_cfg=VisionConfig(layers=1), text_cfg=TextConfig(layers=1)))
+    model = model or empty_model(MiniClipConfig(vision_cfg=VisionConfig(layers=1), text_cfg=TextConfig(layers=1)))
     try:
         weights, source = to_miniclip(state_dict, (model.visual.key_rows(), model.text.key_rows()))
     except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
@@ -81,30 +78,25 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
             sizes = f"{first} is {shape}, {key} is {tuple(tensor.shape)}"
             raise CheckpointError(f"{path}: its blocks differ in size, as in TinyCLIP's pruned 'auto' files: {sizes}")
     expected = {"logit_bias": model.logit_scale} | {first_block(key): t for key, t in model.state_dict().items()}
-    like = {key: expected.get(first_block(key), t) for key, t in weights.items()}
-    if odd := [key for key, t in weights.items() if t.ndim != like[key].ndim or not t.numel()]:
-        shapes = shorten(f"{key} {tuple(weights[key].shape)}" for key in odd)
-        raise CheckpointError(f"{path}: these have shapes that no CLIP model has: {shapes}")
-    if broken := [
-        key for key, t in weights.items()
-        if t.is_floating_point() != like[key].is_floating_point() or not t.isfinite().all()
-    ]:  # fmt: skip
+    pairs = {key: (t, expected.get(first_block(key), t)) for key, t in weights.items()}
+    if odd := [f"{key} {tuple(t.shape)}" for key, (t, like) in pairs.items() if t.ndim != like.ndim or not t.numel()]:
+        raise CheckpointError(f"{path}: these have shapes that no CLIP model has: {shorten(odd)}")
+    integers = {key for key, (t, like) in pairs.items() if t.is_floating_point() != like.is_floating_point()}
+    if broken := [key for key, t in weights.items() if key in integers or not t.isfinite().all()]:
         raise CheckpointError(f"{path}: integers, infinite or undefined numbers in {shorten(broken)}")
     if type(model.visual) is VisionTransformer:
-        patches = len(weights["visual.positional_embedding"]) - 1
-        if patches < 1 or math.isqrt(patches) ** 2 != patches:
-            found = f"{patches + 1} image positions are no class token and square grid of patches"
-            raise CheckpointError(f"{path}: {found}")
+        positions = len(weights["visual.positional_embedding"])
+        if positions < 2 or math.isqrt(positions - 1) ** 2 != positions - 1:
+            raise CheckpointError(f"{path}: {positions} image positions are no class token and square grid of patches")
     return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
 
 
-def first_block(key: str) -> str:
-    """The name of the same tensor in a tower's first block."""
+def first_block(key: str) -> str:  # the same tensor in a tower's first block
     return re.sub(r"\.blocks\.\d+\.", ".blocks.0.", key)
 
 
 def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Compares weights with a model's state dict, key by key and shape by shape, after resizing the positions."""
+    """The weights, positions resized, if they have the keys and shapes of a model's state dict."""
     fitted, resized = dict(weights), []
     for key in {"visual.positional_embedding", "text.positional_embedding"} & expected.keys() & weights.keys():
         old, length = weights[key], len(expected[key])
@@ -151,38 +143,34 @@ def known_activation(path: Path, keys: Iterable[str], run: str = "") -> tuple[bo
 
 
 def infer_config(weights: dict[str, Tensor]) -> dict:
-    """The sizes of a model from the shapes of its weights (under MiniCLIP's names), in the form of a model config.
-
-    Shapes tell neither the activation, which is missing here, nor the heads: 64 channels each is assumed, or one head
-    where the width is not a multiple of 64.
-    """
+    """A model config from the shapes of weights (under MiniCLIP's names), without the activation. Heads are assumed to
+    have 64 channels, or there is one if the width is not a multiple of 64."""
     sections = []
     for tower in ("visual", "text"):
         hidden, width = weights[f"{tower}.blocks.0.mlp.c_fc.weight"].shape
         layers = sum(re.fullmatch(tower + r"\.blocks\.\d+\.ln_1\.bias", key) is not None for key in weights)
         ratio = hidden / width if int(width * (hidden / width)) == hidden else math.nextafter(hidden / width, math.inf)
         sections.append({"layers": layers, "width": width, "mlp_ratio": ratio})
-    (vision, text), lengths = sections, {name: len(tensor) for name, tensor in weights.items() if tensor.ndim}
-    patch, grid = weights["visual.conv1.weight"].shape[-1], math.isqrt(lengths["visual.positional_embedding"] - 1)
-    vision |= {"image_size": grid * patch, "patch_size": patch}
+    vision, text = sections
+    patch, positions = weights["visual.conv1.weight"].shape[-1], len(weights["visual.positional_embedding"])
+    vision |= {"image_size": math.isqrt(positions - 1) * patch, "patch_size": patch}
     vision |= {"head_width": vision["width"]} if vision["width"] % 64 else {}
     text |= {"heads": 1 if text["width"] % 64 else text["width"] // 64}
-    text["context_length"] = lengths["text.positional_embedding"]
-    text["vocab_size"] = lengths["text.token_embedding.weight"]
-    return {"embed_dim": lengths["visual.proj.weight"], "vision_cfg": vision, "text_cfg": text}
+    text["context_length"] = len(weights["text.positional_embedding"])
+    text["vocab_size"] = len(weights["text.token_embedding.weight"])
+    return {"embed_dim": len(weights["visual.proj.weight"]), "vision_cfg": vision, "text_cfg": text}
 
 
 def fitting_configs(weights: dict[str, Tensor], quick_gelu: bool | None = None) -> list[str]:
     """Names of the shipped configs with the sizes of these weights, and with that activation unless it is None."""
     if not CLIP_KEYS <= weights.keys():
         return []
-    sizes = infer_config(weights)
-    embed_dim, vision, text = sizes["embed_dim"], sizes["vision_cfg"], sizes["text_cfg"]
-    del text["heads"]  # a guess
-    vision.pop("head_width", None)
-    known = {name: MiniClipConfig.from_name(name).to_dict() for name in list_models()}
-    return [
-        name for name, config in known.items()
-        if quick_gelu in (None, config["quick_gelu"]) and embed_dim == config["embed_dim"]
-        and vision.items() <= config["vision_cfg"].items() and text.items() <= config["text_cfg"].items()
-    ]  # fmt: skip
+    sizes, found = infer_config(weights), []
+    sizes["vision_cfg"].pop("head_width", None)
+    del sizes["text_cfg"]["heads"]  # both are guesses
+    for name in list_models():
+        config = MiniClipConfig.from_name(name).to_dict()
+        alike = all(sizes[tower].items() <= config[tower].items() for tower in ("vision_cfg", "text_cfg"))
+        if alike and config["embed_dim"] == sizes["embed_dim"] and quick_gelu in (None, config["quick_gelu"]):
+            found.append(name)
+    return found
