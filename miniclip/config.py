@@ -70,6 +70,7 @@ class PreprocessConfig:
     interpolation: str = "bicubic"  # bicubic | bilinear
     resize_mode: str = "shortest"  # shortest (then centre crop) | longest (then pad) | squash
     crop_pct: float = 1.0  # of resize_mode "shortest": size over the shortest side when it is cropped
+    center_crop: str = "torchvision"  # an odd margin / 2: torchvision (half to even, as OpenAI's) | transformers (down)
     fill_color: int = 0  # grey level of the padding of resize_mode "longest"
 
 

@@ -170,10 +170,9 @@ class VisionTransformer(Tower):
     def __init__(self, cfg: VisionConfig, embed_dim: int, quick_gelu: bool):
         super().__init__()
         self.image_size, self.patch_dropout, self.width = cfg.image_size, cfg.patch_dropout, cfg.width
-        grid = cfg.image_size // cfg.patch_size
         self.conv1 = nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(cfg.width))
-        self.positional_embedding = nn.Parameter(torch.empty(1 + grid * grid, cfg.width))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + (cfg.image_size // cfg.patch_size) ** 2, cfg.width))
         self.ln_pre = nn.LayerNorm(cfg.width)
         heads = cfg.width // cfg.head_width
         self.blocks = nn.ModuleList(Block(cfg.width, heads, cfg.mlp_ratio, quick_gelu) for _ in range(cfg.layers))
@@ -190,7 +189,7 @@ class VisionTransformer(Tower):
     def embed_patches(self, patches: Tensor) -> Tensor:
         """(B, W, S/P, S/P) patches to the sequence the blocks work on, the class token first: (B, 1 + patches, W)."""
         x = patches.flatten(2).transpose(1, 2)  # (B, patches, W)
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + patches, W)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1 + patches, W)
         x = x + self.positional_embedding.to(x.dtype)
         if self.training and self.patch_dropout:  # keeps the class token and a random choice of each image's patches
             B, L, W = x.shape
@@ -222,7 +221,8 @@ class TextTransformer(Tower):
     def features(self, input_ids: Tensor) -> Tensor:
         x = self.run_blocks(self.embed_tokens(input_ids), is_causal=True)
         end = input_ids.argmax(dim=1)  # the end token has the highest id of the vocabulary
-        return self.ln_final(x[torch.arange(len(x), device=x.device), end])
+        # Not x[torch.arange(B), end]: a trace would keep B as a constant, and be wrong for other batches.
+        return self.ln_final(x.gather(1, end[:, None, None].expand(-1, -1, x.shape[2]))[:, 0])
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:  # (B, L) to (B, L, W)
         if input_ids.shape[1] > len(self.positional_embedding):

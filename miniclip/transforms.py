@@ -10,38 +10,42 @@ from torch import Tensor
 from miniclip.config import PreprocessConfig
 from miniclip.utils.image_files import check_aspect, open_image, to_rgb
 
-INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+KNOWN = {
+    "interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash"), "mode": ("RGB",),
+    "center_crop": ("torchvision", "transformers"),
+}  # fmt: skip
 
 
 class Preprocess:
     """The evaluation pipeline: a PIL image to a float32 tensor (3, size, size).
 
-    Resize and crop, then (level / 255 - mean) / std for each channel. With resize_mode "shortest" it is bit-equal to
-    transformers' CLIPImageProcessorPil. Raises ValueError for an unknown interpolation or resize_mode.
-    `load` starts from a file. With `draft`, large JPEGs are decoded at a half, a quarter or an eighth of their size,
-    but at no less than twice the target size: several times faster, and 0.2 of 255 levels off on average.
+    Resize and crop, then (level / 255 - mean) / std for each channel: bit-equal to OpenCLIP's transform, and with
+    center_crop "transformers" to CLIPImageProcessorPil. Raises ValueError for unknown settings. `load` starts from a
+    file. `decode`: "full"; "fast" decodes large JPEGs at a half, a quarter or an eighth of their size, but at no less
+    than twice the target size, which is 0.2 of 255 levels off on average; "openclip" reads files as OpenCLIP and
+    OpenAI do: not turned by EXIF, transparent pixels in their hidden colour, converted to RGB only when resized.
     """
 
-    def __init__(self, cfg: PreprocessConfig, draft: bool = True):
-        if cfg.interpolation not in INTERPOLATION:
-            raise ValueError(f"interpolation {cfg.interpolation!r} is not one of {', '.join(INTERPOLATION)}")
-        if cfg.resize_mode not in ("shortest", "longest", "squash") or cfg.mode != "RGB":
-            raise ValueError(f"resize_mode {cfg.resize_mode!r} with mode {cfg.mode!r} is unknown")
-        self.cfg, self.interpolation = cfg, INTERPOLATION[cfg.interpolation]
+    def __init__(self, cfg: PreprocessConfig, decode: str = "fast"):
+        for name, known in KNOWN.items():
+            if getattr(cfg, name) not in known:
+                raise ValueError(f"{name} {getattr(cfg, name)!r} is not one of {', '.join(known)}")
+        self.cfg, self.interpolation = cfg, Image.Resampling[cfg.interpolation.upper()]
+        self.stored = decode == "openclip"
         self.mean, self.std = torch.tensor([cfg.mean, cfg.std], dtype=torch.float32).view(2, 3, 1, 1)
         self.moments = {}  # mean and std by device
-        self.scale = 2 * cfg.size if draft else None  # the size that `open_image` may shrink to
+        self.scale = 2 * cfg.size if decode == "fast" else None  # the size that `open_image` may shrink to
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.normalize(self.levels(image))
 
     def load(self, path: str | Path) -> Tensor:
         """From a file to a float32 tensor (3, size, size). Raises ImageError that names the file."""
-        return self.normalize(self.levels(open_image(path, self.scale)))
+        return self.normalize(self.levels(open_image(path, self.scale, self.stored)))
 
     def levels(self, image: Image.Image) -> Tensor:
         """Without the normalisation: a uint8 tensor (3, size, size), a quarter of the bytes to keep or send."""
-        return to_levels(self.resize(to_rgb(image)))
+        return to_levels(self.resize(image).convert("RGB") if self.stored else self.resize(to_rgb(image)))
 
     def normalize(self, levels: Tensor) -> Tensor:
         """Levels (..., 3, size, size) to float32 of the same shape, on their device."""
@@ -67,7 +71,8 @@ class Preprocess:
         check_aspect(image)
         short, resized = min(width, height), int(size / self.cfg.crop_pct + 1e-6)
         across, down = int(resized * width / short), int(resized * height / short)
-        left, top = (across - size) // 2, (down - size) // 2
+        half = round if self.cfg.center_crop == "torchvision" else int
+        left, top = half((across - size) / 2), half((down - size) / 2)
         if "drafted" in image.info:  # no longer exact anyway: do not compute what is cropped off
             x, y = width / across, height / down
             box = (left * x, top * y, (left + size) * x, (top + size) * y)

@@ -87,7 +87,7 @@ def evaluate_model(options, records: list[dict], device) -> tuple[RetrievalEvalu
     """Measures the model that evaluate.py's options name. Returns the evaluator, the metrics, the temperature (scale,
     bias and initial scale), and notes on what was truncated."""
     model, preprocess, tokenizer = load(options.model, options.pretrained, device)
-    preprocess, cache = Preprocess(model.config.preprocess_cfg, draft=not options.full_decode), None
+    preprocess, cache = Preprocess(model.config.preprocess_cfg, options.decode), None
     if options.feature_cache:
         cache = FeatureCache.for_images(options.feature_cache, model, preprocess, options.precision)
     image_batch, text_batch = (32, 64) if device.type == "cpu" else (256, 256)

@@ -44,8 +44,8 @@ WRITTEN_FOR = {
     (QuickGELU, "forward"): "27877a203c3f",
     (Tower, "run_blocks"): "8f53a0d8d38c",
     (VisionTransformer, "features"): "5bbed1e91378",
-    (VisionTransformer, "embed_patches"): "6eeab2495ee3",
-    (TextTransformer, "features"): "ea56b4e800e1",
+    (VisionTransformer, "embed_patches"): "32d81aa3fb13",
+    (TextTransformer, "features"): "a75cd464db07",
     (TextTransformer, "embed_tokens"): "6de43c921259",
 }
 LINEAR, NORM = ((nn.Linear, OneDnnLinear, Int8Linear), {}), ((nn.LayerNorm,), {})
@@ -148,6 +148,8 @@ def fast_wrappers(tower: Tower) -> tuple[Callable, ...]:
 
 def fast_features(tower: Tower, features: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     """What `features(inputs)` returns, computed by this file unless something has been changed since."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return features(inputs)  # the sizes below would become constants
     # torch.compile would trace the check: there what `fast_wrappers` found holds.
     if not torch.compiler.is_compiling() and (reason := plain_reason(tower)):
         _say(reason)

@@ -27,7 +27,8 @@ class EvalOptions:
     batch_size: int | None = option(None, HELP["batch_size"] + " (default: 32 and 64 on a CPU, 256 elsewhere)")
     num_workers: int | None = option(None, HELP["num_workers"])
     precision: str = option("fp32", HELP["precision"], choices=FLAGS["precision"]["choices"])
-    full_decode: bool = option(False, "decode large JPEGs at full size, not at twice the model's input size")
+    decode: str = option("fast", "fast: large JPEGs at no less than twice the model's input size; full: whole;"
+                         " openclip: files as OpenCLIP reads them", choices=["fast", "full", "openclip"])  # fmt: skip
     feature_cache: str | None = option(None, "folder that keeps image features, so that no image is encoded twice")
     device: str | None = option(None, HELP["device"])
     save_features: str | None = option(None, "folder to write image.npy and text.npy to")

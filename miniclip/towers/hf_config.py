@@ -91,7 +91,7 @@ def read_preprocessing(path: Path, maker: str = "") -> dict:
     cropped = theirs.get("do_center_crop", True)
     crop = None if not cropped else crop.get("height") if isinstance(crop, dict) else crop
     side = size.get("shortest_edge") or size.get("height")
-    ours = {"resize_mode": "shortest" if "shortest_edge" in size else "squash"}
+    ours = {"resize_mode": "shortest" if "shortest_edge" in size else "squash", "center_crop": "transformers"}
     if theirs.get("crop_pct") and side and side < 384:  # ConvNeXt's and ResNet's: enlarged, then cropped
         ours["crop_pct"], cropped = theirs["crop_pct"], True
     elif theirs.get("crop_pct"):

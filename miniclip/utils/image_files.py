@@ -69,11 +69,12 @@ def endings() -> set[str]:
     return known | {f".{end}" for end in HEIC}
 
 
-def open_image(path: str | Path | ImageFile, scale: int | None = None) -> Image.Image:
+def open_image(path: str | Path | ImageFile, scale: int | None = None, as_stored: bool = False) -> Image.Image:
     """Reads an image as a person would see it: RGB, upright, transparency shown on white, 16-bit and float greyscale
     scaled to 8 bits; the first frame of an animation. With `scale` the JPEG decoder may shrink an image to no less than
-    that many pixels a side, which is fast and lossy. Raises ImageError for a file that is not in one of FORMATS, is
-    damaged, has more than 179 million pixels, or an aspect ratio above 100:1.
+    that many pixels a side, which is fast and lossy; `as_stored` leaves mode and orientation alone. Raises ImageError
+    for a file that is not in one of FORMATS, is damaged, has more than 179 million pixels, or an aspect ratio above
+    100:1.
     """
     in_file = not isinstance(path, ImageFile)
     try:
@@ -86,6 +87,9 @@ def open_image(path: str | Path | ImageFile, scale: int | None = None) -> Image.
                 image.draft("RGB", (scale, scale))
             if image.size != size:
                 image.info["drafted"] = True
+            if as_stored:
+                image.load()
+                return image
             ImageOps.exif_transpose(image, in_place=True)  # decodes it; otherwise it would always copy
             check_aspect(image, path)  # again: the image within an icon may have another size than its header says
             return to_rgb(image)

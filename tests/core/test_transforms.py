@@ -1,15 +1,20 @@
 import io
+import json
 import random
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks.make_transforms_golden import GOLDEN, MODES, SETTINGS, formula_image, image_sizes, small_sizes
 from miniclip.config import PreprocessConfig
 from miniclip.training.augment import TrainTransform
 from miniclip.transforms import Preprocess
 from miniclip.utils.image_files import ImageError, open_image
+
+RECORDED = json.loads(GOLDEN.read_text())
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -22,12 +27,56 @@ def solid(size, mode, color, path, **save):
     return path
 
 
+def check_against_peers(longest_side: int):
+    """Compares the levels of OpenCLIP's and timm's transforms, as recorded, with ours, bit for bit."""
+    for number, (setting, digests) in enumerate(zip(SETTINGS, RECORDED["settings"], strict=True)):
+        preprocess = Preprocess(PreprocessConfig(**setting))
+        recorded = zip(image_sizes(number), digests, strict=True)
+        for size, digest in ((size, digest) for size, digest in recorded if max(size) <= longest_side):
+            levels = preprocess.levels(formula_image(*size))
+            assert zlib.crc32(levels.numpy().tobytes()) == digest, f"{size} by {setting}"
+
+
+def test_pixels_are_those_of_openclip_and_timm():
+    check_against_peers(300)
+
+
+@pytest.mark.slow
+def test_pixels_are_those_of_openclip_and_timm_at_two_thousand_sizes():
+    assert sum(map(len, RECORDED["settings"])) >= 2000
+    check_against_peers(4000)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_files_can_be_read_as_openclip_does(mode, tmp_path):
+    """Of images with transparency or a palette it gives other pixels than a viewer shows."""
+    preprocess, differ = Preprocess(PreprocessConfig(size=224), "openclip"), 0
+    for size, digest in zip(small_sizes(), RECORDED["modes"][mode], strict=True):
+        formula_image(*size, mode).save(tmp_path / "x.tif")
+        levels = preprocess.levels(open_image(tmp_path / "x.tif", as_stored=True))
+        assert zlib.crc32(levels.numpy().tobytes()) == digest, size
+        differ += not torch.equal(
+            preprocess.normalize(levels), Preprocess(preprocess.cfg, "full").load(tmp_path / "x.tif")
+        )
+    assert (differ > 15) == (mode not in ("L", "CMYK"))
+
+
+def test_openclip_does_not_turn_photos(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(60, 40).save(tmp_path / "x.png", exif=exif)
+    cfg = PreprocessConfig(size=32)
+    assert torch.equal(Preprocess(cfg, "openclip").load(tmp_path / "x.png"), Preprocess(cfg)(noise(60, 40)))
+    turned = noise(60, 40).transpose(Image.Transpose.ROTATE_270)
+    assert torch.equal(Preprocess(cfg).load(tmp_path / "x.png"), Preprocess(cfg)(turned))
+
+
 @pytest.mark.parametrize("size", [32, 63, 224])
 def test_evaluation_pipeline_is_bit_equal_to_transformers(size):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     reference = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    ours = Preprocess(PreprocessConfig(size=size))
+    ours = Preprocess(PreprocessConfig(size=size, center_crop="transformers"))
     rng = random.Random(0)
     sizes = [(500, 375), (375, 500), (333, 500), (1, 1), (3, 7), (size, size), (size + 1, size), (224, 223), (1000, 20)]
     sizes += [(rng.randint(10, 600), rng.randint(10, 600)) for _ in range(20)]
@@ -251,7 +300,7 @@ def test_large_jpegs_are_decoded_small_and_nearly_the_same(tmp_path, orientation
     exif[0x0112] = orientation
     photo(1600, 1200).save(tmp_path / "large.jpg", quality=90, exif=exif)
     cfg = PreprocessConfig(size=64, resize_mode=resize_mode)
-    quick, exact = Preprocess(cfg), Preprocess(cfg, draft=False)
+    quick, exact = Preprocess(cfg), Preprocess(cfg, "full")
     assert min(open_image(tmp_path / "large.jpg", quick.scale).size) == 150  # an eighth: not below 2 x 64
     assert min(open_image(tmp_path / "large.jpg", exact.scale).size) == 1200
     difference = (quick.load(tmp_path / "large.jpg") - exact.load(tmp_path / "large.jpg")).abs() * exact.std * 255
@@ -266,7 +315,7 @@ def test_small_jpegs_and_other_formats_are_decoded_exactly(tmp_path):
     photo(800, 600).save(tmp_path / "large.png")
     cfg = PreprocessConfig(size=64)
     for name in ("small.jpg", "large.png"):
-        assert torch.equal(Preprocess(cfg).load(tmp_path / name), Preprocess(cfg, draft=False).load(tmp_path / name))
+        assert torch.equal(Preprocess(cfg).load(tmp_path / name), Preprocess(cfg, "full").load(tmp_path / name))
 
 
 def test_the_smallest_crop_of_a_drafted_picture_has_pixels_enough(tmp_path):

@@ -43,7 +43,7 @@ def test_a_cache_is_for_one_tower_and_finds_damage(tiny_model, caption_set, tmp_
     cache, embeds = embed()
     assert cache.reused == 24 and (embeds != plain).any()
     assert (embeds == miniclip.embed_images(tiny_model, preprocess, paths)).all()
-    assert embed(miniclip.Preprocess(preprocess.cfg, draft=False))[0].reused == 0
+    assert embed(miniclip.Preprocess(preprocess.cfg, "full"))[0].reused == 0
     with torch.no_grad():
         tiny_model.visual.blocks[1].mlp.c_proj.bias[0] += 1e-3
     assert embed()[0].reused == 0
