@@ -59,7 +59,8 @@ def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
     from miniclip.utils.parallel import read_ahead
 
     paths = [image[0] for image in images]
-    faults = [name_fault(path) for path in paths]
+    unnamable = "the name is no valid Unicode: rename the file"  # the output could not contain it
+    faults = [None if path.encode(errors="ignore").decode() == path else unnamable for path in paths]
     if options.on_bad_sample == "skip":
         records, rows = [{"image": path} for path in paths], range(len(paths))
         work = read_ahead(lambda row: faults[row] or image_fault(records, row), rows, options.num_workers, 1000)
@@ -70,14 +71,6 @@ def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
     raise_or_skip(where, what, bad, len(images), "", options.on_bad_sample, bad_samples, "no images")
     paths = [image[0] for image in images]
     return images, embed_images(model, preprocess, paths, options.batch_size, options.num_workers, progress=True)
-
-
-def name_fault(path: str) -> str | None:
-    """Returns why the output could not contain the name of a file, if so."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return "the name is no valid Unicode: rename the file"
 
 
 def finish(options, name: str, results: dict, table: str, bad_samples, summary: str, *more_files: str):

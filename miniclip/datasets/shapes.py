@@ -19,6 +19,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from miniclip.utils.errors import InputError
 from miniclip.utils.files import write_text
 
 # With several words for one thing: shapes have (singular, plural); relations, of the first group to the second, have
@@ -64,10 +65,10 @@ def split_pairs(seed: int) -> tuple[list[frozenset[Kind]], list[frozenset[Kind]]
 
 def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
     """Returns `number` different scenes, so that a perfect model reaches R@1 of 100%, with all pairs equally frequent.
-    Raises ValueError if there are not as many."""
+    Raises InputError if there are not as many."""
     possible = len(pairs) * 2 * 2 * (len(COUNTS) * len(SIZES)) ** 2  # relations, orders, counts and sizes of both
     if number > possible:
-        raise ValueError(f"{number:,} scenes asked for, but only {possible:,} different ones exist")
+        raise InputError(f"{number:,} scenes asked for, but only {possible:,} different ones exist")
     scenes: dict[Scene, None] = {}  # a set that keeps its order
     while len(scenes) < number:
         for pair in pairs[: number - len(scenes)]:

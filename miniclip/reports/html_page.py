@@ -144,7 +144,7 @@ def depths(longest: int) -> list[int]:
 
 def recall_section(e: Evaluation) -> str:
     chances = [e.chance(way) for way in WAYS]
-    recalls = [similarities.recall_curve(e.results[way].ranks, np.arange(1, len(c) + 1)) for way, c in zip(WAYS, chances)]
+    recalls = [similarities.recall_curve(e.results[w].ranks, np.arange(1, len(c) + 1)) for w, c in zip(WAYS, chances)]
     words = ", ".join(f"{name} R@1 {percent(recall[0])}" for name, recall in zip(WAYS.values(), recalls))
     chart = recall_svg(dict(zip(WAYS.values(), recalls)), chances, f"Both curves rise to 100%: {words}.")
     columns = [recalls[0], chances[0], recalls[1], chances[1]]
@@ -169,7 +169,8 @@ def histogram_section(e: Evaluation) -> str:
         auc, common = similarities.roc_auc(*counts), similarities.overlap(*shares)  # of the bars: most bins are empty
         said = fill("others", others=others, mean=other_mean, bin=2 / similarities.BINS, auc=auc, overlap=common)
     named = {f"{n:,} matching pairs": shares[0], f"{others:,} other pairs": shares[1]}
-    chart = histogram_svg(width * np.arange(start, stop + 1) * 2 / similarities.BINS - 1, named, e.similar.means, f"{about}.")
+    edges = width * np.arange(start, stop + 1) * 2 / similarities.BINS - 1
+    chart = histogram_svg(edges, named, e.similar.means, f"{about}.")
     return fill("pairs", chart=chart, n=n, mean=mean, others=said)
 
 
