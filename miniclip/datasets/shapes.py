@@ -1,9 +1,7 @@
 """The demo's data set: scenes of coloured shapes, drawn with Pillow and described by templates.
 
-A scene is two groups of shapes, one left of or above the other:
-
-    two small red circles   to the left of   three large blue stars
-         first group           relation           second group
+A scene is two groups of shapes, one left of or above the other: two small red circles (the first group) to the left of
+(the relation) three large blue stars (the second group).
 
 The two kinds of shape of an eval scene (say, red circle and blue star) never meet in a training scene, although each is
 there with other partners: memorising scenes does not help, the model has to compose what it learned of their parts.

@@ -199,8 +199,7 @@ def training_svg(title: str, curves: dict[str, Points], share: bool) -> str:
 
 @styled()
 def draw_sweep(path: str | Path, found: list[dict], best: float, title: str):
-    """Draws a WiSE-FT sweep, from `wise_ft.sweep`: the recall of the task "new" over that of the task "old", and both
-    over alpha. `best` is the alpha to mark."""
+    """Draws a sweep of `wise_ft.sweep`: recall on the task "new" over "old", and both over alpha; `best` is marked."""
     figure = new_figure(style.WIDTH, 4.8)
     fit(figure.suptitle("", x=0.01, ha="left"), title, style.WIDTH - 0.5)
     both, over = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""The report of an evaluation, of `evaluate.py --report DIR`: a self-contained, printable HTML page, or a PNG."""
+"""The report of an evaluation: the table that is printed, and for `--report DIR` a printable HTML page or a PNG."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from miniclip.reports import similarities
 from miniclip.reports.charts import curve, draw_report, histogram_svg, pick_examples, recall_svg, training_svg
 from miniclip.reports.contact_sheet import fill, safe, thumbnail, write_page
-from miniclip.retrieval import TIE
+from miniclip.retrieval import KS, TIE
 from miniclip.utils.errors import InputError
 
 WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
@@ -47,6 +47,17 @@ class Evaluation:
         """R@K of a random order, for each K."""
         gallery = self.images if way == "text_to_image" else self.texts
         return similarities.chance_curve(len(gallery), np.array([len(right) for right in self.results[way].relevant]))
+
+
+def format_table(metrics: dict[str, float], ks=KS) -> str:
+    """The Recall@K table that train.py and evaluate.py print, in percent."""
+    rows = [("", *(f"R@{k}" for k in ks), "median rank", "mean rank", "MRR")]
+    for direction in ("image_to_text", "text_to_image"):
+        shares = [f"{100 * metrics[f'{direction}_R@{k}']:.1f}" for k in ks]
+        ranks = [f"{metrics[f'{direction}_median_rank']:.0f}", f"{metrics[f'{direction}_mean_rank']:.1f}"]
+        rows.append((direction.replace("_", " "), *shares, *ranks, f"{metrics[f'{direction}_MRR']:.3f}"))
+    return "\n".join("  ".join(cell.rjust(max(7, len(head))) if i else cell.ljust(14)
+                               for i, (cell, head) in enumerate(zip(row, rows[0]))) for row in rows)  # fmt: skip
 
 
 def report_file(name: str | Path) -> Path:
