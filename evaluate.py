@@ -15,8 +15,7 @@ def main(argv: list[str]):
     from miniclip.datasets.read import read_source
     from miniclip.datasets.records import ReadOptions, one_per_image
     from miniclip.inference.evaluator import RetrievalEvaluator, evaluate_model, read_features, save_features
-    from miniclip.reports.html_page import Evaluation, write_report
-    from miniclip.reports.table import format_table
+    from miniclip.reports.html_page import Evaluation, format_table, write_report
     from miniclip.run.metadata import evaluation_metadata
     from miniclip.utils.bad_samples import BadSamples
     from miniclip.utils.files import write_json

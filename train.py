@@ -13,7 +13,7 @@ def main(argv: list[str]):
 
     from miniclip.inference.evaluator import RetrievalEvaluator
     from miniclip.inference.matmul import arithmetic
-    from miniclip.reports.table import format_table
+    from miniclip.reports.html_page import format_table
     from miniclip.run.folder import Run
     from miniclip.training.finetune import fine_tuning
     from miniclip.training.freeze import freeze_towers

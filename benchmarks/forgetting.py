@@ -234,7 +234,7 @@ def draw(path: Path, base: dict, runs: dict[str, dict], sweeps: dict[str, list[d
     from miniclip.reports import style
     from miniclip.reports.charts import percent_axis
 
-    @style.styled
+    @style.styled()
     def draw_styled():
         figure = style.new_figure(style.WIDTH, 6.4)
         figure.suptitle("Fine-tuning on Chinese captions: what is learned, what is forgotten", x=0.01, ha="left")

@@ -24,8 +24,7 @@ def share_class_flags(parser: Parser):
     """Adds the flags that name classes; `read_class_flags` reads them."""
     classes = "a,b,c; name=words,...; or a .txt or .json file (docs/classify.md; default: the folder names)"
     parser.add_argument("--classes", help=classes)
-    templates = "file of sentences with {} for the class name (default: the language's own)"
-    parser.add_argument("--templates", help=templates)
+    parser.add_argument("--templates", help="file of sentences, {} for the class name (default: the language's own)")
     parser.add_argument("--language", default="en", help="of classes and templates: en, zh, fr, es")
 
 
@@ -42,28 +41,25 @@ def read_class_flags(options) -> tuple[dict[str, str] | None, list[str]]:
 
 def open_model(options):
     """Returns `(model, preprocess, tokenizer)` with an inference copy of the model."""
-    from miniclip.inference.fast import inference_copy
     from miniclip.inference.load import load
 
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
-    model, preprocess, tokenizer = load(options.model, options.pretrained, find_device(options.device))
-    return inference_copy(model, options.precision), preprocess, tokenizer
+    return load(options.model, options.pretrained, find_device(options.device), options.precision)
 
 
 def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
     """Returns the readable ones of `images`, tuples that begin with a path, and their embeddings (n, E). Raises
     InputError for the others, or with `--on_bad_sample skip` lists them in `bad_samples`."""
-    from miniclip.datasets.records import image_fault
+    from miniclip.datasets.records import image_faults
     from miniclip.inference.embed import embed_images
     from miniclip.utils.bad_samples import raise_or_skip
-    from miniclip.utils.parallel import read_ahead
 
     paths = [image[0] for image in images]
-    faults = [name_fault(path) for path in paths]
+    unnamable = "the name is no valid Unicode: rename the file"  # the output could not contain it
+    faults = [None if path.encode(errors="ignore").decode() == path else unnamable for path in paths]
     if options.on_bad_sample == "skip":
-        records, rows = [{"image": path} for path in paths], range(len(paths))
-        work = read_ahead(lambda row: faults[row] or image_fault(records, row), rows, options.num_workers, 1000)
-        faults = list(work)
+        found = image_faults([{"image": path} for path in paths], ", ".join(options.images), options.num_workers)
+        faults = [unnamed or damaged for unnamed, damaged in zip(faults, found)]
     bad = [(path, fault) for path, fault in zip(paths, faults) if fault]
     images = [image for image, fault in zip(images, faults) if not fault]
     what, where = f"{len(bad)} of {len(paths)} images cannot be used", ", ".join(options.images)
@@ -72,17 +68,8 @@ def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
     return images, embed_images(model, preprocess, paths, options.batch_size, options.num_workers, progress=True)
 
 
-def name_fault(path: str) -> str | None:
-    """Returns why the output could not contain the name of a file, if so."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return "the name is no valid Unicode: rename the file"
-
-
 def finish(options, name: str, results: dict, table: str, bad_samples, summary: str, *more_files: str):
-    """Writes `<name>.json`, the table as `<name>.md` and the list of bad samples into the output folder, and prints a
-    summary and the names of these files."""
+    """Writes `<name>.json`, the table as `<name>.md` and the bad samples to the output folder; prints a summary."""
     from miniclip.utils.bad_samples import NAME
     from miniclip.utils.files import write_json, write_text
 

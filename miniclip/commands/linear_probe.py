@@ -60,8 +60,7 @@ def main(argv: list[str]):
 
     def measure(weight, bias=0.0) -> dict[str, float]:
         scores = scale * torch.from_numpy(held_out).double() @ weight.double() + bias
-        order = scores.argsort(dim=1, descending=True, stable=True).numpy()
-        return classification_metrics(order, truth, n)[0]
+        return classification_metrics(scores.argsort(dim=1, descending=True, stable=True).numpy(), truth, n)[0]
 
     found = [{"shots": 0, "start": "zero-shot", **measure(start)}]
     for shots in options.shots:

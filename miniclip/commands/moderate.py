@@ -64,8 +64,7 @@ def main(argv: list[str]):
         on = f"balanced accuracy {limits['balanced_accuracy']:.2f} on" if len(limits) > 2 else "without"
         review = "" if options.ask else f", review from {limits['review']:.3f}"
         print(f"{name}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
-    summary = f"{counts} of {len(images)} images"
-    common.finish(options, "moderation", results, "\n".join(lines), bad_samples, summary)
+    common.finish(options, "moderation", results, "\n".join(lines), bad_samples, f"{counts} of {len(images)} images")
 
 
 def calibrate_from(folder: str, wanted: list[str], no: str, score, embed) -> dict:

@@ -14,8 +14,7 @@ from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    example = "--index photos.mc      # then open http://127.0.0.1:7860; stop it with Ctrl-C"
-    parser = Parser.command("page", __doc__, example)
+    parser = Parser.command("page", __doc__, "--index photos.mc  # then open http://127.0.0.1:7860; stop it by Ctrl-C")
     parser.share("model", help="a folder saved by MiniCLIP, or a config (default: the index's model)")
     parser.share("pretrained", "device")
     parser.add_argument("--index", help="an index made by miniclip search index; without one, the page has no search")

@@ -23,16 +23,14 @@ def main(argv: list[str]):
 
     from miniclip.classify.scene_quiz import CLASSES, quiz
     from miniclip.datasets.shapes import drawn
-    from miniclip.inference.fast import inference_copy
     from miniclip.inference.load import load
     from miniclip.utils.files import write_json
 
-    model, preprocess, tokenizer = load(options.model)
-    fast = inference_copy(model)
+    model, preprocess, tokenizer = load(options.model, precision="fp32")
     scenes, images, _ = zip(*drawn("eval", options.eval, options.seed))
     pixel_values = torch.stack([preprocess(image) for image in images])
-    embeds = torch.cat([fast.encode_image(batch, normalize=True) for batch in pixel_values.split(64)]).numpy()
-    given, alone = (quiz(fast, tokenizer, list(scenes), embeds, alone) for alone in (False, True))
+    embeds = torch.cat([model.encode_image(batch, normalize=True) for batch in pixel_values.split(64)]).numpy()
+    given, alone = (quiz(model, tokenizer, list(scenes), embeds, alone) for alone in (False, True))
     print(f"{options.model}, zero-shot accuracy in percent on {len(scenes)} held-out scenes with two groups each:")
     print("| question | with the rest of the scene given | question alone | chance |\n|---|---|---|---|")
     for name, classes in CLASSES.items():

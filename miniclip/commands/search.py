@@ -22,11 +22,10 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     """Returns the parser and that of each subcommand."""
     parser = Parser("miniclip search", description=__doc__, example="miniclip search index photos --model runs/mine "
                     '--index photos.mc\nminiclip search query photos.mc "a dog on a beach -people"')  # fmt: skip
-    commands, subs = parser.add_subparsers(dest="command", required=True), {}
+    commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, about: str, example: str) -> Parser:
-        more = {"help": about, "description": about, "example": f"miniclip search {name} {example}"}
-        return subs.setdefault(name, commands.add_parser(name, **more))
+        return commands.add_parser(name, help=about, description=about, example=f"miniclip search {name} {example}")
 
     about = "Make or update an index of a folder, written to --index."
     index = add("index", about, "photos --model runs/mine --index x.mc")
@@ -68,7 +67,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     merge.add_argument("--index", required=True, help="folder for the merged index")
     merge.add_argument("--method", choices=methods, default="auto", help=how)
     export.add_argument("--to", required=True, metavar="FOLDER", help="a new folder to write to")
-    return parser, subs
+    return parser, commands.choices
 
 
 def main(argv: list[str]):

@@ -57,7 +57,6 @@ def main(argv: list[str]):
     found = sweep(before, after, preprocess, tokenizer, records, sorted(alphas), progress=True, **how)
 
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     table, chosen = format_sweep(found), best(found)
     about = {"before": str(options.before), "after": str(options.after), **files, "best_alpha": chosen}
     new, old = (Path(path).stem for path in files.values())

@@ -81,8 +81,7 @@ def main(argv: list[str]):
 
     folder = Path(options.output_dir)
     if truth:
-        right = np.array([row for *_, row in rows])
-        about["metrics"], confusion = classification_metrics(found, right, len(names))
+        about["metrics"], confusion = classification_metrics(found, np.array([row for *_, row in rows]), len(names))
         about["confusion"] = confusion.tolist()
         folders = {row: name for (_, name), row in zip(images, truth)}
         labels = drawable(classes, [folders.get(row, "") for row in range(len(names))])

@@ -30,10 +30,9 @@ def convert(source: Sequence[dict], target: str, samples_per_shard: int = 10_000
     """Writes records to a .json, .jsonl, .csv or .tsv file, or to shards. Returns the number of records written.
 
     Shards (`out/{000000..000009}.tar`: as many as are named, filled evenly; `out/000000.tar`: numbered from there,
-    `samples_per_shard` each) hold copies of the images. The other forms name image files where they are, relative to
-    the target's folder if below it; an ImageFile is written into a folder `<target>_images` beside it. The target
-    appears only when it is complete. Raises InputError for bad images, unless `options` skip them, and for a target
-    that exists or has an unknown form.
+    `samples_per_shard` each) hold copies of the images. The other forms name image files, relative to the target's
+    folder if below it; an ImageFile is written into a folder `<target>_images`. The target appears when it is complete.
+    Raises InputError for bad images, unless `options` skip them, and for a target that exists or has an unknown form.
     """
     suffix = Path(target).suffix.lower()
     if suffix == ".tar":
@@ -104,8 +103,7 @@ def _to_file(source: Sequence[dict], target: Path, options: ReadOptions) -> int:
 
 
 def _readable(source: Sequence[dict], rows: Iterable[int], faults: list, read_files: bool = True) -> Iterator:
-    """Yields (row, record, the image's bytes, their extension); the latter two are None for image files unless
-    `read_files`. Adds images that cannot be read to `faults`."""
+    """Yields (row, record, the image's bytes and extension: None for files unless `read_files`), or adds a fault."""
     for row in rows:
         record, data, kind = None, None, None
         try:

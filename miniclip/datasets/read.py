@@ -1,7 +1,6 @@
-"""Reading a source in any form, as listed in docs/datasets.md, to the same records, and its fingerprint.
+"""Reading a source in any form (docs/datasets.md) to records {"image": path or ImageFile, "caption": [strings]}.
 
-Records are {"image": a path or an ImageFile, "caption": [strings]}. A::B stands for several sources, and A[:300] for
-the first 300 records of one.
+A::B stands for several sources, and A[:300] for the first 300 records of one.
 """
 
 import hashlib
@@ -86,11 +85,10 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
 def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
     """Returns a line on the training data. It counts the captions of the first `most` images, which takes a minute."""
     texts = [text for record in itertools.islice(records, most) for text in record["caption"]]
-    cut = sum(len(tokenizer.encode(text)) > tokenizer.context_length - 2 for text in texts)
+    most_tokens = tokenizer.context_length
+    cut = sum(len(tokenizer.encode(text)) > most_tokens - 2 for text in texts)
     of = f" (of the first {most:,} images)" if len(records) > most else ""
-    line = (
-        f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {tokenizer.context_length} tokens"
-    )
+    line = f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {most_tokens} tokens"
     again = len(records) - len({record["image"] for record in records}) if isinstance(records, list) else 0
     return f"{line}; {again} records repeat the image of another: duplicates (--duplicates)" if again else line
 

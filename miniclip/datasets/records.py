@@ -7,7 +7,6 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -82,8 +81,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, name=None):
-    """Returns the value of a JSON text; an object with a repeated name becomes an InputError in its place. Raises
-    CaptionFileError, which begins with `name` if given."""
+    """Returns the value of a JSON text, an InputError for an object that repeats a name. Raises CaptionFileError."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
@@ -171,9 +169,8 @@ class ImageRoot:
         return file
 
     def walk(self, fault: Callable[[str, str], None]) -> Iterator[tuple[str, list[str]]]:
-        """Yields the folders at any depth, relative to this one, and the names of their files, except hidden ones.
-        Follows links that stay inside, but enters no folder twice: links may form a ring. Calls `fault(name, reason)`
-        for what cannot be read."""
+        """Yields the folders at any depth, relative to this one, and their files, except hidden ones. Follows links
+        that stay inside, but enters no folder twice (a ring). Calls `fault(name, reason)` for what cannot be read."""
 
         def unread(error: OSError):
             fault(os.path.relpath(error.filename, self.folder), f"cannot be opened ({error.strerror})")
@@ -212,18 +209,17 @@ def check_captions(captions, image) -> list[str]:
     return captions
 
 
-def image_fault(records: Sequence[dict], index: int) -> str | None:
-    """Returns what is wrong with the image of a record, or None."""
-    try:
-        open_image(records[index]["image"], scale=32)  # reads every byte all the same; `verify` would pass half a JPEG
-    except ImageError as error:  # also where a shard has lost the caption
-        return str(error)
+def image_faults(records: Sequence[dict], name: str, num_workers: int | None = None) -> list[str | None]:
+    """Returns what is wrong with each record's image, or None. With a progress bar for a thousand or more."""
 
+    def fault(index: int) -> str | None:
+        try:
+            open_image(records[index]["image"], scale=32)  # reads every byte all the same; `verify` passes half a JPEG
+        except ImageError as error:  # also where a shard has lost the caption
+            return str(error)
 
-def image_faults(records: Sequence[dict], name: str) -> list[str | None]:
-    """Returns `image_fault` of each record, computed by threads, with a progress bar for a thousand or more."""
     n = len(records)
-    faults = read_ahead(partial(image_fault, records), range(n), None, 1000)
+    faults = read_ahead(fault, range(n), num_workers, 1000)
     return list(tqdm(faults, f"checking the images of {name}", n, disable=n < 1000))
 
 

@@ -1,9 +1,7 @@
 """The demo's data set: scenes of coloured shapes, drawn with Pillow and described by templates.
 
-A scene is two groups of shapes, one left of or above the other:
-
-    two small red circles   to the left of   three large blue stars
-         first group           relation           second group
+A scene is two groups of shapes, one left of or above the other: two small red circles (the first group) to the left of
+(the relation) three large blue stars (the second group).
 
 The two kinds of shape of an eval scene (say, red circle and blue star) never meet in a training scene, although each is
 there with other partners: memorising scenes does not help, the model has to compose what it learned of their parts.
@@ -19,6 +17,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from miniclip.utils.errors import InputError
 from miniclip.utils.files import write_text
 
 # With several words for one thing: shapes have (singular, plural); relations, of the first group to the second, have
@@ -64,10 +63,10 @@ def split_pairs(seed: int) -> tuple[list[frozenset[Kind]], list[frozenset[Kind]]
 
 def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
     """Returns `number` different scenes, so that a perfect model reaches R@1 of 100%, with all pairs equally frequent.
-    Raises ValueError if there are not as many."""
+    Raises InputError if there are not as many."""
     possible = len(pairs) * 2 * 2 * (len(COUNTS) * len(SIZES)) ** 2  # relations, orders, counts and sizes of both
     if number > possible:
-        raise ValueError(f"{number:,} scenes asked for, but only {possible:,} different ones exist")
+        raise InputError(f"{number:,} scenes asked for, but only {possible:,} different ones exist")
     scenes: dict[Scene, None] = {}  # a set that keeps its order
     while len(scenes) < number:
         for pair in pairs[: number - len(scenes)]:

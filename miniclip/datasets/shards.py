@@ -1,7 +1,6 @@
-"""WebDataset shards: tar files in which `000123.jpg` and `000123.txt` are one sample.
+"""WebDataset shards: tar files in which `000123.jpg` and `000123.txt` are one sample, read in any order.
 
-The headers are read once, to an index of where every image and caption lies, which is kept beside the shards and
-rebuilt when one of them changes. With it the shards are a sequence like any other, read in any order.
+An index of where every image and caption lies is kept beside the shards, and rebuilt when one of them changes.
 """
 
 import glob
@@ -227,7 +226,7 @@ def _sort_in(samples: dict[str, dict], member: tarfile.TarInfo) -> str | None:
 
 
 def add_sample(tar: tarfile.TarFile, key: str, image: bytes, kind: str, captions: list[str]):
-    """Packs a sample into a shard. `kind` is the image's extension; one caption becomes a .txt, several a .json."""
+    """Packs a sample into a shard, `kind` being the image's extension: one caption as a .txt, several as a .json."""
     single = len(captions) == 1 and captions[0] == captions[0].strip()
     text = captions[0] if single else json.dumps({"caption": captions}, ensure_ascii=False)
     for name, data in ((f"{key}.{kind}", image), (f"{key}.{'txt' if single else 'json'}", text.encode())):

@@ -115,23 +115,20 @@ def _read_table_text(path: Path, options: ReadOptions) -> Raw:
         fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} within a cell needs quotes)"
         return InputError(f"{fault}: {delimiter.join(row)[:60]}")
 
-    def rows():
-        reader, done = cells(lines), 0
-        try:
-            for row in reader:
-                if row:  # not an empty line
-                    yield f"line {done + 2}", record(row)
-                done = reader.line_num
-        except csv.Error:  # from the faulty row on, each line is parsed by itself
-            for number, line in enumerate(lines[done:], done + 2):
-                try:
-                    for row in cells([line] if line.strip() else []):
-                        yield f"line {number}", record(row)
-                except csv.Error as error:
-                    fault = f'an unmatched quote ({error}): write "..." around the cell, "" for each quote within'
-                    yield f"line {number}", InputError(f"{fault}: {line.strip()[:60]}")
-
-    return _grouped(path, rows())
+    rows, reader, done = [], cells(lines), 0
+    try:
+        for row in reader:
+            if row:  # not an empty line
+                rows.append((f"line {done + 2}", record(row)))
+            done = reader.line_num
+    except csv.Error:  # from the faulty row on, each line is parsed by itself
+        for number, line in enumerate(lines[done:], done + 2):
+            try:
+                rows += [(f"line {number}", record(row)) for row in cells([line] if line.strip() else [])]
+            except csv.Error as error:
+                fault = f'an unmatched quote ({error}): write "..." around the cell, "" for each quote within'
+                rows.append((f"line {number}", InputError(f"{fault}: {line.strip()[:60]}")))
+    return _grouped(path, rows)
 
 
 def read_folder(path: Path, options: ReadOptions) -> Raw:

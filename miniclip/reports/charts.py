@@ -74,7 +74,7 @@ def plot_loss_and_recall(loss_axes, recall_axes, log_history: list[dict], refere
     return steps
 
 
-@styled
+@styled()
 def draw_curves(path: str | Path, log_history: list[dict], batch: int | None, title: str):
     """Draws loss, recall, learning rate and logit scale; for a `batch` of contrasted pairs the loss by chance too."""
     figure = new_figure(style.WIDTH, 7)
@@ -101,7 +101,7 @@ def pick_examples(images: Sequence, captions: Sequence[str], result, image_of_te
     return examples
 
 
-@styled
+@styled()
 def draw_report(path: str | Path, log_history: list[dict], examples: list[dict], title: str):
     """Draws the training curves, from the Trainer's log, and text to image searches: {"caption": str, "retrieved":
     [(path, score), ...] best first, "correct": path, "rank": rank of the correct image}. Both lists may be empty."""
@@ -150,7 +150,7 @@ def draw_image(axes, path, label: str, correct: bool):
     axes.xaxis.label.set(color=style.GREEN if correct else style.INK, weight="bold" if correct else "normal")
 
 
-@styled
+@styled()
 def recall_svg(curves: dict[str, np.ndarray], chance: list[np.ndarray], description: str) -> str:
     """Recall@K over K as SVG: {name: (K,) recalls from K = 1}, and likewise by chance."""
     axes = new_figure(*style.SVG_SIZE).subplots()
@@ -168,7 +168,7 @@ def recall_svg(curves: dict[str, np.ndarray], chance: list[np.ndarray], descript
     return to_svg(axes.figure, "Recall@K for every K, in percent", description)
 
 
-@styled
+@styled()
 def histogram_svg(edges: np.ndarray, shares: dict[str, np.ndarray], means: Sequence[float], description: str) -> str:
     """Two histograms, as SVG: the share of pairs in each bar between `edges`, {name: shares}, and their means."""
     axes = new_figure(*style.SVG_SIZE).subplots()
@@ -188,7 +188,7 @@ def histogram_svg(edges: np.ndarray, shares: dict[str, np.ndarray], means: Seque
     return to_svg(axes.figure, "Cosines of matching pairs and of others", description)
 
 
-@styled
+@styled()
 def training_svg(title: str, curves: dict[str, Points], share: bool) -> str:
     """Curves over training, {name: points}, as SVG."""
     figure = new_figure(*style.SVG_SIZE)
@@ -197,10 +197,9 @@ def training_svg(title: str, curves: dict[str, Points], share: bool) -> str:
     return to_svg(figure, title, f"Up to step {max(points[-1][0] for points in curves.values()):,}: {ends}.")
 
 
-@styled
+@styled()
 def draw_sweep(path: str | Path, found: list[dict], best: float, title: str):
-    """Draws a WiSE-FT sweep, from `wise_ft.sweep`: the recall of the task "new" over that of the task "old", and both
-    over alpha. `best` is the alpha to mark."""
+    """Draws a sweep of `wise_ft.sweep`: recall on the task "new" over "old", and both over alpha; `best` is marked."""
     figure = new_figure(style.WIDTH, 4.8)
     fit(figure.suptitle("", x=0.01, ha="left"), title, style.WIDTH - 0.5)
     both, over = figure.subplots(1, 2)

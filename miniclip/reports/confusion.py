@@ -40,7 +40,7 @@ def format_metrics(metrics: dict[str, float], num_classes: int) -> str:
     return f"{', '.join(shares)} (chance {100 / num_classes:.1f})"
 
 
-@styled
+@styled()
 def draw_confusion(path: str | Path, confusion: np.ndarray, names: Sequence[str], title: str):
     """Draws a confusion matrix (C, C), coloured by the share of each row; of the 40 classes most often mistaken."""
     kept = sorted((confusion.sum(axis=1) - confusion.diagonal()).argsort(kind="stable")[::-1][:MOST])

@@ -41,7 +41,7 @@ def thumbnail(path: str | Path | ImageFile, side: int = 320) -> str:
 
 
 def write_sheet(path: str | Path, title: str, found: Sequence, locate: Callable, note: str = ""):
-    """Writes search results as an HTML page. Each has `rank`, `score`, `path` and `copies`; `locate(path)` returns the
+    """Writes search results, with `rank`, `score`, `path` and `copies`, as an HTML page. `locate(path)` returns the
     file. Where that or reading it raises InputError, the message replaces the image."""
     cells = []
     for one in found:

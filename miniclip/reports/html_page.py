@@ -1,22 +1,24 @@
-"""The report of an evaluation, of `evaluate.py --report DIR`: a self-contained, printable HTML page, or a PNG."""
+"""The report of an evaluation: the table that is printed, and for `--report DIR` a printable HTML page or a PNG."""
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 
+from miniclip.reports import similarities
 from miniclip.reports.charts import curve, draw_report, histogram_svg, pick_examples, recall_svg, training_svg
-from miniclip.reports.contact_sheet import fill, safe, write_page
-from miniclip.reports.query_gallery import queries_section
-from miniclip.reports.similarities import BINS, chance_curve, overlap, recall_curve, roc_auc, similarities
-from miniclip.retrieval import TIE
+from miniclip.reports.contact_sheet import fill, safe, thumbnail, write_page
+from miniclip.retrieval import KS, TIE
 from miniclip.utils.errors import InputError
 
 WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
+WORST, BEST, SHOWN = 8, 4, 5  # queries shown of each kind, and results per query
+SIDE, LONGEST = 224, 400  # pixels of a thumbnail's longer side, characters of a caption
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,23 @@ class Evaluation:
     @cached_property
     def similar(self):
         scale = (self.temperature or {}).get("scale")
-        return similarities(self.image_embeds, self.text_embeds, self.image_of_text, scale)
+        return similarities.similarities(self.image_embeds, self.text_embeds, self.image_of_text, scale)
 
     def chance(self, way: str) -> np.ndarray:
         """R@K of a random order, for each K."""
         gallery = self.images if way == "text_to_image" else self.texts
-        return chance_curve(len(gallery), np.array([len(right) for right in self.results[way].relevant]))
+        return similarities.chance_curve(len(gallery), np.array([len(right) for right in self.results[way].relevant]))
+
+
+def format_table(metrics: dict[str, float], ks=KS) -> str:
+    """The Recall@K table that train.py and evaluate.py print, in percent."""
+    rows = [("", *(f"R@{k}" for k in ks), "median rank", "mean rank", "MRR")]
+    for direction in ("image_to_text", "text_to_image"):
+        shares = [f"{100 * metrics[f'{direction}_R@{k}']:.1f}" for k in ks]
+        ranks = [f"{metrics[f'{direction}_median_rank']:.0f}", f"{metrics[f'{direction}_mean_rank']:.1f}"]
+        rows.append((direction.replace("_", " "), *shares, *ranks, f"{metrics[f'{direction}_MRR']:.3f}"))
+    return "\n".join("  ".join(cell.rjust(max(7, len(head))) if i else cell.ljust(14)
+                               for i, (cell, head) in enumerate(zip(row, rows[0]))) for row in rows)  # fmt: skip
 
 
 def report_file(name: str | Path) -> Path:
@@ -99,7 +112,7 @@ def header(e: Evaluation) -> str:
     tiles = {"mean recall, %": percent(e.metrics["mean_recall"])}
     tiles |= {f"{name} R@1, %": percent(e.metrics[f"{way}_R@1"]) for way, name in WAYS.items()}
     if e.similar.others.sum():
-        tiles["ROC AUC, %"] = percent(roc_auc(e.similar.matching, e.similar.others), 2)
+        tiles["ROC AUC, %"] = percent(similarities.roc_auc(e.similar.matching, e.similar.others), 2)
     if e.temperature:
         tiles["temperature"] = f"{1 / e.temperature['scale']:.4f}"
     when = datetime.fromisoformat(e.metadata["started"])
@@ -142,7 +155,7 @@ def depths(longest: int) -> list[int]:
 
 def recall_section(e: Evaluation) -> str:
     chances = [e.chance(way) for way in WAYS]
-    recalls = [recall_curve(e.results[way].ranks, np.arange(1, len(c) + 1)) for way, c in zip(WAYS, chances)]
+    recalls = [similarities.recall_curve(e.results[w].ranks, np.arange(1, len(c) + 1)) for w, c in zip(WAYS, chances)]
     words = ", ".join(f"{name} R@1 {percent(recall[0])}" for name, recall in zip(WAYS.values(), recalls))
     chart = recall_svg(dict(zip(WAYS.values(), recalls)), chances, f"Both curves rise to 100%: {words}.")
     columns = [recalls[0], chances[0], recalls[1], chances[1]]
@@ -160,14 +173,15 @@ def histogram_section(e: Evaluation) -> str:
     widths = (1, 2, 5, 10, 20, 40, 100, 200)  # of a bar, in bins
     width = next(width for width in widths if used[-1] // width - used[0] // width < bars)
     start, stop = used[0] // width, used[-1] // width + 1
-    shares = [np.add.reduceat(c, np.arange(0, BINS, width))[start:stop] / max(1, c.sum()) for c in counts]
+    shares = [np.add.reduceat(c, np.arange(0, similarities.BINS, width))[start:stop] / max(1, c.sum()) for c in counts]
     about, said = f"The mean of matching pairs is {mean:.3f}", ". There are no other pairs."
     if others:
         about += f", that of others {other_mean:.3f}"
-        auc, common = roc_auc(*counts), overlap(*shares)  # of the bars: most bins are empty
-        said = fill("others", others=others, mean=other_mean, bin=2 / BINS, auc=auc, overlap=common)
+        auc, common = similarities.roc_auc(*counts), similarities.overlap(*shares)  # of the bars: most bins are empty
+        said = fill("others", others=others, mean=other_mean, bin=2 / similarities.BINS, auc=auc, overlap=common)
     named = {f"{n:,} matching pairs": shares[0], f"{others:,} other pairs": shares[1]}
-    chart = histogram_svg(width * np.arange(start, stop + 1) * 2 / BINS - 1, named, e.similar.means, f"{about}.")
+    edges = width * np.arange(start, stop + 1) * 2 / similarities.BINS - 1
+    chart = histogram_svg(edges, named, e.similar.means, f"{about}.")
     return fill("pairs", chart=chart, n=n, mean=mean, others=said)
 
 
@@ -181,7 +195,7 @@ def temperature_section(e: Evaluation) -> str:
         about = {"right": similar.p_right.mean(), "first": similar.p_first.mean(), "images": n, "chance": 1 / n}
         about["recall"] = e.metrics["text_to_image_R@1"]
     else:  # SigLIP: each pair is decided by itself
-        middles = (np.arange(BINS) + 0.5) * 2 / BINS - 1
+        middles = (np.arange(similarities.BINS) + 0.5) * 2 / similarities.BINS - 1
         yes, no = (1 / (1 + np.exp(-scale * x - bias)) for x in (similar.right.astype(float), middles))
         wrong = (similar.others * no).sum() / max(1, similar.others.sum())
         about = {"bias": bias, "border": -bias / scale, "wrong": wrong}
@@ -201,6 +215,60 @@ def training_section(log_history: list[dict]) -> str:
             figures += f"<figure><h3>{title}</h3>{training_svg(title, curves, share)}</figure>"
     note = fill("note") if max(map(len, recalls.values())) > 1 else ""
     return fill("training", figures=figures, note=note) if figures else ""
+
+
+def queries_section(e: Evaluation) -> str:
+    """The best and the worst queries of both directions, with what they retrieve."""
+    captions_of_image, right = e.results["image_to_text"].relevant, e.similar.right
+    # Of an image's own captions the one that ranks first, as in `retrieval.rank_of_first_relevant`.
+    best = np.array([own[np.argmax(right[own] >= right[own].max() - TIE)] for own in captions_of_image])
+
+    def caption(row: int) -> dict[str, str]:
+        text = e.texts[row]
+        return {"caption": safe(text if len(text) <= LONGEST else text[: LONGEST - 3].rstrip() + "...")}
+
+    @cache
+    def image(row: int) -> dict[str, str]:
+        """An image, or the reason why it cannot be shown."""
+        path, name = e.images[row], safe(Path(str(e.images[row])).name)
+        try:
+            alt = caption(captions_of_image[row].min())["caption"]
+            shown = f'<img src="{thumbnail(path, SIDE)}" alt="{name}: {alt}">'
+        except (ValueError, OSError) as error:  # ImageError is a ValueError
+            shown = f'<div class="gone">{name}: {safe(str(error).removeprefix(f"{path}: "))}</div>'
+        return {"image": shown, "name": name}
+
+    captions = queries(e, "text_to_image", np.arange(len(right)), caption, image)
+    images = queries(e, "image_to_text", best, image, caption)
+    return fill("gallery", captions="\n".join(captions), images="\n".join(images))
+
+
+def queries(e: Evaluation, way: str, caption_of_query: np.ndarray, show_query, show_result) -> Iterator[str]:
+    """The worst and the best queries of a direction. `caption_of_query` (Q,): itself, or an image's best caption."""
+    result, similar, image_of_query = e.results[way], e.similar, e.image_of_text[caption_of_query]
+    cosines = similar.right[caption_of_query]
+    if way == "text_to_image":
+        own, margins, gallery = image_of_query, cosines - similar.wrong_image, len(e.images)
+    else:
+        own, margins, gallery = caption_of_query, cosines - similar.wrong_text, len(e.texts)
+    worst, best = similarities.worst_and_best(result.ranks, margins, image_of_query, WORST, BEST)
+    worst_title = "the correct result ranks lowest" if worst else "none, every correct result ranks first"
+    best_title = "the correct result leads by most" if best else "none, no correct result ranks first"
+    for title, rows in (f"Worst: {worst_title}", worst), (f"Best: {best_title}", best):
+        yield f"<h3>{title}</h3>"
+        for row in rows:
+            rank, found = result.ranks[row], zip(result.found[row, :SHOWN], result.scores[row], result.hits[row])
+            shown = [(place, *one) for place, one in enumerate(found, 1)]
+            shown += [(rank, own[row], cosines[row], True)] if rank > SHOWN else []
+            results = ""
+            for place, item, score, correct in shown:
+                classes = " ".join(["right"] * bool(correct) + ["apart"] * bool(place > SHOWN))
+                parts = {"classes": classes, "mark": fill("correct") if correct else "", **show_result(int(item))}
+                results += fill(f"{way}_result", rank=place, score=score, **parts)
+            lead = max(margins[row], 0)
+            verdict = "lower" if rank > 1 else "first" if np.isfinite(lead) else "alone"
+            verdict = fill(verdict, rank=rank, gallery=gallery, lead=lead)
+            yield fill(way, verdict=verdict, results=results, **show_query(row))
 
 
 def metadata_section(metadata: dict) -> str:

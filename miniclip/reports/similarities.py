@@ -1,7 +1,6 @@
 """Cosines of matching pairs and of all others: histograms, ROC AUC, probabilities, chance, best and worst queries.
 
-All pairs are scored a block at a time, and only sums and counts are kept: the matrix of 5,000 images and 25,000
-captions would take half a gigabyte.
+Pairs are scored a block at a time, for sums and counts: all of 5,000 images and 25,000 captions take half a gigabyte.
 """
 
 from typing import NamedTuple
@@ -84,8 +83,8 @@ def chance_curve(gallery: int, n_relevant: np.ndarray) -> np.ndarray:
 
 
 def worst_and_best(ranks: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray, n_worst: int, n_best: int):
-    """The worst queries, with the lowest rank and among equals the lowest margin, and the best ones, which rank first
-    with the largest margin: two lists with at most one query per image."""
+    """The worst queries, by rank and then by lowest margin, and the best ones, first by largest margin: two lists with
+    at most one query per image."""
     worst, best = np.lexsort((margins, -ranks)), np.argsort(-margins, kind="stable")
     chosen = []
     for queries, most in (worst[ranks[worst] > 1], n_worst), (best[ranks[best] == 1], n_best):

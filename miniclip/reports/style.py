@@ -7,7 +7,7 @@ import io
 import re
 import textwrap
 import warnings
-from functools import wraps
+from contextlib import contextmanager
 from pathlib import Path
 
 from miniclip.reports.contact_sheet import fill, safe
@@ -20,20 +20,16 @@ WIDTH = 11.8  # inches, of a PNG; 200 pixels each
 SVG_SIZE = 440 / 72, 270 / 72
 
 
-def styled(draw):
+@contextmanager
+def styled():
     """A decorator: the function draws in this style, whatever matplotlib's settings are."""
+    from matplotlib import font_manager, rcParams, style
 
-    @wraps(draw)
-    def wrapper(*args, **kwargs):
-        from matplotlib import font_manager, rcParams, style
-
-        with style.context(Path(__file__).with_name("charts.mplstyle"), True), warnings.catch_warnings():
-            installed = font_manager.get_font_names()
-            rcParams["font.family"] = [name for name in rcParams["font.family"] if name in installed]
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box
-            return draw(*args, **kwargs)
-
-    return wrapper
+    with style.context(Path(__file__).with_name("charts.mplstyle"), True), warnings.catch_warnings():
+        installed = font_manager.get_font_names()
+        rcParams["font.family"] = [name for name in rcParams["font.family"] if name in installed]
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box
+        yield
 
 
 def new_figure(width: float, height: float, **kwargs):

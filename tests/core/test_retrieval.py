@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from miniclip.reports.table import format_table
+from miniclip.reports.html_page import format_table
 from miniclip.retrieval import FEW, metrics_from_hits, rank_of_first_relevant, retrieval_metrics, search
 
 

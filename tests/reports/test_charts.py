@@ -180,7 +180,7 @@ def test_any_caption_can_be_drawn(tmp_path, images):
     assert "costs $5 or $\\frac{6$ {" in [text.get_text().replace("\n", " ") for text in figure.texts]
 
 
-@styled
+@styled()
 def wrapped(caption: str, inches: float, lines: int) -> str:
     label = new_figure(WIDTH, 2).text(0, 0, "")
     fit(label, caption, inches, lines)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miniclip.reports import query_gallery
+from miniclip.reports import html_page
 from miniclip.reports.contact_sheet import thumbnail
 from miniclip.reports.html_page import Evaluation, depths, report_file, write_report
 from miniclip.reports.similarities import (
@@ -190,7 +190,7 @@ def test_ranks_and_cosines_are_those_of_retrieval(tmp_path):
     scores = text @ image.T
     captions, pictures = page.text.split("Image to text: images as queries")
     shown = re.findall(r"caption number (\d+) end correct result at rank (\d+) of 40 (.*?)(?=caption|Best)", captions)
-    assert len(shown) == query_gallery.WORST
+    assert len(shown) == html_page.WORST
     assert len({int(m) // 2 for m, _, _ in shown}) == len(shown), "of different images"
     assert int(shown[0][1]) == ranks.max() and [int(r) for _, r, _ in shown] == [ranks[int(m)] for m, _, _ in shown]
     for m, rank, found in shown:
@@ -203,7 +203,7 @@ def test_ranks_and_cosines_are_those_of_retrieval(tmp_path):
     ranks = rank_of_first_relevant(text, image, [np.array([2 * n, 2 * n + 1]) for n in range(40)])
     shown = re.findall(r"p(\d+)\.png correct result (?:at rank )?(\d+|first)(.*?)(?=p\d+\.png|$)", pictures)
     shown = [(n, "1" if rank == "first" else rank, found) for n, rank, found in shown]
-    assert len(shown) == query_gallery.WORST + query_gallery.BEST and int(shown[0][1]) == ranks.max()
+    assert len(shown) == html_page.WORST + html_page.BEST and int(shown[0][1]) == ranks.max()
     for n, rank, found in shown:
         row = scores[:, int(n)]
         places = re.findall(r"(\d+) (✓ correct )?caption number (\d+) end (-?\d\.\d{3})", found)
