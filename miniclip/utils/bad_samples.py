@@ -19,8 +19,7 @@ class CaptionFileError(InputError):
 
 
 class BadSamples:
-    """A list of bad samples, kept in memory until `open` names its file. Then each is appended by a single write, so
-    that lines of several processes do not mix."""
+    """Bad samples, in memory until `open` names a file. Then one write appends each: lines of processes do not mix."""
 
     def __init__(self):
         self.waiting, self.path = [], None
@@ -54,9 +53,8 @@ class BadSamples:
         self.open(path)
         if not len(self):
             return []
-        note = f"{len(self)} bad samples were skipped"
-        print(f"{note}: {self.path}")
-        return [note]
+        print(f"{len(self)} bad samples were skipped: {self.path}")
+        return [f"{len(self)} bad samples were skipped"]
 
 
 def _lines(path: Path) -> list[str]:
@@ -82,10 +80,8 @@ def raise_or_skip(
         bad_samples.add(f"{prefix}{name}", reason)
 
 
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 60
-
-
 def short(value) -> str:
     """Returns the beginning of a value, for messages: `str` of a deep or long one would fail or take gigabytes."""
-    return _repr.repr(value)[:60]
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 60
+    return shortener.repr(value)[:60]
