@@ -96,10 +96,8 @@ def embed_images(
             features[row] = found
         elif not (stop and faults):  # after an error files are read on, to name all the bad ones, but not encoded
             pending.append((row, key, found))
-        if len(pending) == batch_size:
+        if len(pending) == batch_size or (pending and row == len(paths) - 1):
             encode()
-    if pending:
-        encode()
     if cache is not None:
         cache.save()
     if len(paths) >= MANY and device.type == "cpu":

@@ -25,8 +25,14 @@ class BadSamples:
         self.waiting, self.path = [], None
 
     def __len__(self) -> int:
-        """Returns the number of lines, of all processes."""
-        return len(_lines(self.path)) if self.path else len(self.waiting)
+        return len(self.lines())
+
+    def lines(self) -> list[str]:
+        """Returns the lines, of all processes, without one that a full disk cut off."""
+        if self.path is None:
+            return self.waiting
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        return [line for line in text.split("\n") if line.endswith("}")]
 
     def add(self, sample: str, reason: str, when: str = "before the start"):
         """Adds a sample: its name, what is wrong with it, and when that was found."""
@@ -42,7 +48,7 @@ class BadSamples:
         are dropped unless `go_on`. Without any lines there is no file."""
         self.path, waiting, self.waiting = Path(path), self.waiting, []
         if write:
-            lines = dict.fromkeys([*(_lines(self.path) if go_on else ()), *waiting])
+            lines = dict.fromkeys([*(self.lines() if go_on else ()), *waiting])
             self.path.unlink(missing_ok=True)
             if lines:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,12 +61,6 @@ class BadSamples:
             return []
         print(f"{len(self)} bad samples were skipped: {self.path}")
         return [f"{len(self)} bad samples were skipped"]
-
-
-def _lines(path: Path) -> list[str]:
-    """Returns the lines of a list, without one that a full disk cut off."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [line for line in text.split("\n") if line.endswith("}")]
 
 
 def raise_or_skip(
