@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before NumPy and faiss: threads that wait spin only briefly
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # a power of 2, in cycles
 
-from miniclip.inference.options import parse_evaluate  # noqa: E402
+from miniclip.inference.options import parse_evaluate, result_file  # noqa: E402
 from miniclip.utils.command_line import find_device, run  # noqa: E402
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str]):
     dataset = (options.eval_file or options.features) + (" (first captions)" if first_only else "")
     print(f"{source} on {dataset}: {len(evaluator.images)} images, {len(evaluator.texts)} captions")
     print(format_table(metrics, evaluator.ks))
-    output, metadata = options.result_file(), evaluation_metadata(argv, options, records, device)
+    output, metadata = result_file(options), evaluation_metadata(argv, options, records, device)
     write_json(output, {"model": source, "dataset": dataset, "metrics": metrics, "record": metadata})
     print(f"written to {output}")
     notes += bad_samples.report(output.with_suffix(".bad_samples.jsonl"))

@@ -28,9 +28,7 @@ def embed_texts(
     """Embeds n texts: (n, E) float32, of unit length, in their order. Without `project`: their features (n, W).
 
     Texts of similar length share a batch as long as its longest text: with causal attention padding has no influence.
-    Texts whose features are in the `cache` are not encoded. Raises TypeError with the position of anything that is not
-    a string.
-    """
+    Those in the `cache` are not encoded. Raises TypeError with the position of anything that is not a string."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     fast, device = for_inference(model, len(texts)), model.logit_scale.device
     features, ids = np.empty((len(texts), model.text.width), np.float32), tokenizer(texts, trim=True)
@@ -60,10 +58,9 @@ def embed_images(
     """Embeds n image files, by path or as an ImageFile: (n, E) float32, of unit length, in their order. Without
     `project`: their features (n, W).
 
-    `num_workers` threads read files while others are encoded (None: as many as suit the machine). Images whose features
-    are in the `cache` are neither decoded nor encoded. Raises an ImageError that names every unreadable file; with
-    `faults`, a dict, their row numbers and errors go there instead, and these rows are NaN.
-    """
+    `num_workers` threads read files while others are encoded (None: as many as suit the machine). Images in the `cache`
+    are neither decoded nor encoded. Raises an ImageError that names every unreadable file; with `faults`, a dict, their
+    row numbers and errors go there instead, and these rows are NaN."""
     paths = [paths] if isinstance(paths, (str, Path, ImageFile)) else list(paths)
     fast, device = for_inference(model, len(paths)), model.logit_scale.device
     features = np.empty((len(paths), model.visual.width), np.float32)
@@ -99,10 +96,8 @@ def embed_images(
             features[row] = found
         elif not (stop and faults):  # after an error files are read on, to name all the bad ones, but not encoded
             pending.append((row, key, found))
-        if len(pending) == batch_size:
+        if len(pending) == batch_size or (pending and row == len(paths) - 1):
             encode()
-    if pending:
-        encode()
     if cache is not None:
         cache.save()
     if len(paths) >= MANY and device.type == "cpu":

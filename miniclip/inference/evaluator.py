@@ -27,16 +27,12 @@ class Evaluator:
         """All metric names, so that a wrong one is refused early; empty if they are not known in advance."""
         return set()
 
-    def __call__(self, model: MiniClip) -> dict[str, float]:
-        raise NotImplementedError
-
 
 class RetrievalEvaluator(Evaluator):
     """Evaluates models, or inference copies of them, on `records` as `read_captions` returns them, on all processes.
 
     `caches` are feature caches for images and texts; `num_workers` threads read images. For reports it keeps the last
-    `result` by direction, `image_embeds` (N, E) and `text_embeds` (M, E).
-    """
+    `result` by direction, `image_embeds` (N, E) and `text_embeds` (M, E)."""
 
     def __init__(
         self, records: list[dict], preprocess, tokenizer, *, precision: str = "fp32", first_caption_only: bool = False,

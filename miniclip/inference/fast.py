@@ -33,6 +33,7 @@ from miniclip.model import MLP, Attention, Block, MiniClip, QuickGELU, TextTrans
 from miniclip.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
+_say = cache(partial(logger.warning, "%s: the plain model runs (slower, same result as the code)"))  # once each
 
 PRECISIONS = ("fp32", "bf16", "int8")
 # Hashes of the functions that this file computes in another way. After a change of one, change this file accordingly,
@@ -59,8 +60,7 @@ PARTS = {  # of a block: their types, and their own parts
 
 def plain_reason(tower: Tower) -> str | None:
     """What has been changed in a tower of model.py, or in model.py, so that the plain code has to run. None if nothing
-    has, and for towers from elsewhere. Asked at each forward pass, it takes less than 0.1 ms. Comparing results could
-    not replace it: they do not show a print, a hook or dropout."""
+    has, and for towers from elsewhere. Takes less than 0.1 ms. Comparing results would not show a hook or dropout."""
     kind = next((kind for kind in FAST if isinstance(tower, kind)), None)
     if kind is None:
         return None
@@ -132,11 +132,6 @@ def _nodes(node):
         return node
     fields = ((name, _nodes(value)) for name, value in ast.iter_fields(node))
     return [type(node).__name__, *((name, value) for name, value in fields if value not in (None, []))]
-
-
-@cache
-def _say(reason: str):
-    logger.warning("%s: the plain model runs (slower, same result as the code)", reason)
 
 
 def fast_wrappers(tower: Tower) -> tuple[Callable, ...]:

@@ -2,9 +2,8 @@
 
     <folder>/<sha256 of weights, preprocessing and precision>/<sha256 of the part>.npy
 
-The path depends on everything that decides the features, so nothing has to be invalidated by hand. A part has rows
-(sha256 of the image file, features). Parts are only added, each by an atomic rename: a killed process leaves no partial
-file, and several processes may share a folder.
+The path depends on everything that decides the features. A part has rows (sha256 of the image file, features). Parts
+are only added, by atomic renames: a killed process leaves no partial file, and processes may share a folder.
 """
 
 import hashlib
@@ -31,15 +30,14 @@ PART = 4096  # rows: as many as a killed process may lose
 FORMAT = 1  # raise it when features change for a reason other than weights and preprocessing
 
 
-class FeatureCache:
-    """The features of one tower, before its projection, by key. Made by `for_images` and `for_texts`. With `folder`
-    None they stay in memory. Only one thread may write."""
+class FeatureCache(dict):
+    """The features (W,) of one tower, before its projection, by key. Made by `for_images` and `for_texts`. With
+    `folder` None they stay in memory. Only one thread may write."""
 
     def __init__(self, folder: str | Path | None, fingerprint: str, width: int):
         self.folder = None if folder is None else Path(folder) / fingerprint[:32]
         self.row = np.dtype([("key", "V32"), ("features", "<f4", (width,))])
-        self.known, self.added = {}, {}  # key -> features (W,): all, and those not yet written
-        self.reused = 0
+        self.added, self.reused = {}, 0  # what is not yet written; how often something was found
         for path in sorted(self.folder.glob("*.npy")) if self.folder else ():
             if sha256(path) != path.stem:
                 warnings.warn(f"{path} is damaged: its features are computed again; it can be deleted", stacklevel=3)
@@ -48,7 +46,7 @@ class FeatureCache:
             if part.dtype != self.row:
                 raise InputError(f"{path} holds no features of this width ({self.row}): delete it")
             keys, features = part["key"].tobytes(), np.asarray(part["features"])
-            self.known |= {keys[32 * row : 32 * row + 32]: features[row] for row in range(len(part))}
+            super().update((keys[32 * row : 32 * row + 32], features[row]) for row in range(len(part)))
 
     @classmethod
     def for_images(cls, folder: str | Path | None, model: MiniClip, preprocess: Preprocess, precision: str = "fp32"):
@@ -69,20 +67,14 @@ class FeatureCache:
             folder = None
         return cls(folder, fingerprint(model, tower, about), tower.width)
 
-    def __len__(self) -> int:
-        return len(self.known)
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self.known
-
     def __getitem__(self, key: bytes) -> np.ndarray:
         self.reused += 1
-        return self.known[key]
+        return super().__getitem__(key)
 
     def update(self, items: Iterable[tuple[bytes, np.ndarray]]):
         """Adds features (W,) by their keys. They are written by `save`, and whenever a part is full."""
         items = {key: features.copy() for key, features in items}
-        self.known |= items
+        super().update(items)
         self.added |= items if self.folder else {}
         if len(self.added) >= PART:
             self.save()

@@ -22,8 +22,7 @@ def load(
     `pretrained` is a weight file in any layout that `miniclip.checkpoint` knows; without one a config's weights are
     random, with a warning. `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer` a list of n strings into
     (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is a faster copy for inference
-    only. Raises InputError for an unknown name, and what `load_weights` raises.
-    """
+    only. Raises InputError for an unknown name, and what `load_weights` raises."""
     if Path(name_or_path).is_dir():
         model = MiniClip.from_pretrained(name_or_path)
     else:

@@ -24,8 +24,7 @@ class Route(NamedTuple):
 
 @cache
 def cpu_routes() -> dict[str, Route]:
-    """What `measure_routes` found on this processor the first time, from the user's cache: measured again, it could
-    differ, and a training run with it in its last bits."""
+    """What `measure_routes` found here the first time: another result would change the last bits of a training run."""
     about = f"{processor()} {torch.__version__} {torch.get_num_threads()}"
     path = user_cache() / f"products-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
@@ -54,8 +53,7 @@ def measure_routes() -> dict[str, Route]:
     "default" is torch's own. "medium" makes torch use oneDNN, in training too, but permits rounding to bf16, which
     processors with matrix units do. "packed" is oneDNN in strict fp32 with weights laid out for it, for inference. A
     way is used if it is at least 1.2 times as fast as the default and its error at most four times as large: rounding
-    to bf16 makes it a thousand times as large.
-    """
+    to bf16 makes it a thousand times as large."""
     draw = torch.Generator().manual_seed(0)
     linear = nn.Linear(512, 2048)
     linear.weight.data, x = (torch.randn(rows, 512, generator=draw) for rows in (2048, 256))
@@ -106,9 +104,8 @@ def describe(device: str | torch.device) -> str:
     if "medium" not in routes:
         return "fp32 products: torch's default"
     (used, speedup, error), default = routes["medium"], routes["default"].error
-    how = f"{speedup:.1f} times as fast, with an error of {error:.0e} instead of {default:.0e}"
-    choice = f"oneDNN, not torch's default ({how})" if used else f"torch's default (oneDNN does not pay: {how})"
-    return f"fp32 products: {choice}"
+    choice = "oneDNN, not torch's default (" if used else "torch's default (oneDNN does not pay: "
+    return f"fp32 products: {choice}{speedup:.1f} times as fast, with an error of {error:.0e} instead of {default:.0e})"
 
 
 def arithmetic(device: str | torch.device) -> str:
@@ -139,8 +136,7 @@ class OneDnnLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer for inference in 8-bit integers, a quarter of the memory. Each row of the weights and of the input
-    has a scale; the input's is computed on the fly (dynamic quantisation)."""
+    """A linear layer for inference in 8-bit integers, with a scale for each row of the weights and of the input."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

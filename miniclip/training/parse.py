@@ -6,7 +6,7 @@ from pathlib import Path
 
 from miniclip.training.defaults import FINE_TUNE, FROM_SCRATCH, PROJECTIONS, defaults
 from miniclip.training.options import TrainOptions
-from miniclip.utils.command_line import Parser, make_parser
+from miniclip.utils.command_line import Parser, dataclass_help
 
 ALIASES = {  # OpenCLIP's names
     "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "columns", "csv-caption-key": "columns",
@@ -61,7 +61,7 @@ def train_help() -> str:
     """The text of `train.py --help`."""
     rows = zip(FROM_SCRATCH, *(values.values() for values in (FROM_SCRATCH, FINE_TUNE, PROJECTIONS)))
     return (
-        make_parser(TrainOptions, prog="train.py", usage="train.py [recipe.json] [--option value ...]").format_help()
+        dataclass_help(TrainOptions, prog="train.py", usage="train.py [recipe.json] [--option value ...]")
         + "\nHugging Face training arguments (all: --help_all) and their defaults:\n"
         f"  {'':<31} from scratch  fine-tuning   frozen encoders\n"
         + "".join(f"  --{name:<29} {a:<13} {b:<13} {c}\n" for name, a, b, c in rows)

@@ -33,7 +33,7 @@ def sweep(
         model.load_state_dict(interpolate(*weights, alpha))
         for tower, cache in zip(("visual", "text"), caches):
             if tower in learned:
-                cache.known.clear()
+                cache.clear()
         fast = inference_copy(model, precision)
         metrics = {name: evaluator(fast) for name, evaluator in evaluators.items()}
         mean = sum(task["mean_recall"] for task in metrics.values()) / len(metrics)

@@ -19,15 +19,20 @@ class CaptionFileError(InputError):
 
 
 class BadSamples:
-    """A list of bad samples, kept in memory until `open` names its file. Then each is appended by a single write, so
-    that lines of several processes do not mix."""
+    """Bad samples, in memory until `open` names a file. Then one write appends each: lines of processes do not mix."""
 
     def __init__(self):
         self.waiting, self.path = [], None
 
     def __len__(self) -> int:
-        """Returns the number of lines, of all processes."""
-        return len(_lines(self.path)) if self.path else len(self.waiting)
+        return len(self.lines())
+
+    def lines(self) -> list[str]:
+        """Returns the lines, of all processes, without one that a full disk cut off."""
+        if self.path is None:
+            return self.waiting
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        return [line for line in text.split("\n") if line.endswith("}")]
 
     def add(self, sample: str, reason: str, when: str = "before the start"):
         """Adds a sample: its name, what is wrong with it, and when that was found."""
@@ -43,7 +48,7 @@ class BadSamples:
         are dropped unless `go_on`. Without any lines there is no file."""
         self.path, waiting, self.waiting = Path(path), self.waiting, []
         if write:
-            lines = dict.fromkeys([*(_lines(self.path) if go_on else ()), *waiting])
+            lines = dict.fromkeys([*(self.lines() if go_on else ()), *waiting])
             self.path.unlink(missing_ok=True)
             if lines:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,15 +59,8 @@ class BadSamples:
         self.open(path)
         if not len(self):
             return []
-        note = f"{len(self)} bad samples were skipped"
-        print(f"{note}: {self.path}")
-        return [note]
-
-
-def _lines(path: Path) -> list[str]:
-    """Returns the lines of a list, without one that a full disk cut off."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [line for line in text.split("\n") if line.endswith("}")]
+        print(f"{len(self)} bad samples were skipped: {self.path}")
+        return [f"{len(self)} bad samples were skipped"]
 
 
 def raise_or_skip(
@@ -82,10 +80,8 @@ def raise_or_skip(
         bad_samples.add(f"{prefix}{name}", reason)
 
 
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 60
-
-
 def short(value) -> str:
     """Returns the beginning of a value, for messages: `str` of a deep or long one would fail or take gigabytes."""
-    return _repr.repr(value)[:60]
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 60
+    return shortener.repr(value)[:60]

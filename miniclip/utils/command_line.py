@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-import typing
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -104,24 +103,19 @@ def option(default, help: str, **more):
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
-def make_parser(options: type, **more) -> Parser:
-    """Returns a parser for a dataclass of options, whose docstring is a description and an example."""
+def dataclass_help(options: type, **more) -> str:
+    """Returns the help on a dataclass of options, whose docstring is a description and an example."""
     description, _, example = inspect.cleandoc(options.__doc__).partition("\n\nexample:\n")
     parser = Parser(description=description, example=inspect.cleandoc(example), **more)
     for f in dataclasses.fields(options):
-        kind = next((t for t in typing.get_args(f.type) if t is not type(None)), f.type)
-        how = {"action": "store_true"} if kind is bool else {"type": kind}
-        if items := typing.get_args(kind):  # of a list
-            how = {"nargs": "+", "type": items[0]}
-        if kind is not bool and "choices" not in f.metadata:
-            how["metavar"] = "X"
-        parser.add_argument(f"--{f.name}", default=f.default, **{**how, **f.metadata})
-    return parser
+        how = {"nargs": "+" if "list" in str(f.type) else None, "metavar": None if "choices" in f.metadata else "X"}
+        how = {"action": "store_true"} if f.type is bool else how
+        parser.add_argument(f"--{f.name}", default=f.default, **how, **f.metadata)
+    return parser.format_help()
 
 
 def find_device(name: str | None):
-    """Returns the torch device of that name; by default the GPU if there is one, or else the CPU. Raises InputError for
-    a device that cannot be used."""
+    """Returns a torch device, by default the GPU if there is one. Raises InputError for one that cannot be used."""
     import torch
 
     try:

@@ -40,8 +40,7 @@ def scratch_path(path: str | Path, shared: bool = False) -> Path:
 def replacing(path: str | Path, first_wins: bool = False, shared: bool = False) -> Iterator[Path]:
     """Writes a file or folder atomically: yields a scratch path to create it at, which becomes `path` at the end of the
     `with` block. After an exception it is deleted, and `path` is as it was. A folder's files join those of an existing
-    one, each in one step, the manifest last. With `first_wins` what another process has put at `path` meanwhile stays.
-    """
+    one, each in one step, the manifest last. With `first_wins` what another process put there meanwhile stays."""
     path, scratch = Path(path), scratch_path(path, shared)
     delete(scratch)  # left by a killed process with the same id
     try:
@@ -101,8 +100,8 @@ def write_json(path: str | Path, value):
 
 
 def lock(output_dir: str | Path, option: str = "--output_dir"):
-    """Locks an output folder, which a command-line option names, for this process. Returns an object that holds the
-    lock until it is closed or the process ends. Raises InputError if another process holds it."""
+    """Locks an output folder, which an option names, for this process, until the object returned is closed or the
+    process ends. Raises InputError if another process holds the lock."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         file = open(Path(output_dir) / ".lock", "a+", encoding="utf-8")
@@ -160,31 +159,24 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def files_in(folder: str | Path) -> list[str]:
-    """Returns the relative paths of all files in a folder, at any depth, with `/` as separator, except the manifest."""
-    files = (path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
-    return sorted(name for name in files if name != MANIFEST)
-
-
-def write_manifest(folder: str | Path, names: Iterable[str] | None = None):
-    """Writes the manifest of a folder, for the files named (default: all)."""
-    names = files_in(folder) if names is None else sorted(names)
-    write_json(Path(folder) / MANIFEST, {"sha256": {name: sha256(Path(folder) / name) for name in names}})
+def write_manifest(folder: Path, patterns: Iterable[str] = ("**/*",)):
+    """Writes the manifest of a folder, for the files that match one of the patterns (default: all, at any depth)."""
+    paths = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    names = sorted({path.relative_to(folder).as_posix() for path in paths} - {MANIFEST})
+    write_json(folder / MANIFEST, {"sha256": {name: sha256(folder / name) for name in names}})
 
 
 def check_manifest(folder: str | Path, names: Iterable[str] | None = None):
-    """Checks files against the manifest of their folder: all, or those named, where the name of a folder stands for
-    everything in it. Passes what has no manifest or is not in it. Raises DamagedFile for the first file that differs or
-    is missing."""
+    """Checks files against the manifest of their folder, if there is one: all in it, or those named, where a folder
+    stands for everything in it. Raises DamagedFile for the first file that differs or is missing."""
     manifest, names = Path(folder) / MANIFEST, None if names is None else set(names)
     if not manifest.is_file():
         return
     try:
-        expected = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
-        expected = {str(name): str(digest) for name, digest in expected.items()}
+        expected = json.loads(manifest.read_text(encoding="utf-8"))["sha256"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFile(f"{manifest} is not a valid manifest ({error}): copy the folder again") from None
-    for name, digest in expected.items():
+    for name, digest in expected:
         path = Path(folder) / name
         if names is not None and names.isdisjoint((name, name.partition("/")[0])):
             continue
@@ -196,8 +188,7 @@ def check_manifest(folder: str | Path, names: Iterable[str] | None = None):
 
 
 def write_npy(path: str | Path, dtype, shape: tuple, parts: Iterable[np.ndarray]):
-    """Writes arrays one after another into one .npy file. Unlike `np.save` it notices when the disk becomes full in the
-    last kilobytes."""
+    """Writes arrays one after another into one .npy file. `np.save` would not notice a disk that is full at the end."""
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})

@@ -40,8 +40,7 @@ class ImageFile(ABC):
         """Returns the name used in messages."""
 
     def key(self) -> bytes:
-        """Returns 32 bytes that identify the content, for feature caches and to find duplicates: its sha256 unless a
-        subclass knows something cheaper. Raises ImageError."""
+        """Returns 32 bytes that identify the content: its sha256, or what a subclass has cheaper. Raises ImageError."""
         return hashlib.sha256(self.read()).digest()
 
 

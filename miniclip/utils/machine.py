@@ -22,8 +22,7 @@ def processor() -> str:
 
 def keep_freed_memory():
     """Makes glibc keep large freed blocks of memory from now on; does nothing elsewhere. By default the system takes
-    them back and clears them page by page at the next step: a tenth to a third of a training step on the CPU, and two
-    thirds of EfficientNet-Lite0's time."""
+    them back and clears their pages at the next step: a tenth to a third of a training step on the CPU."""
     with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,

@@ -9,8 +9,7 @@ from miniclip.utils.machine import CORES
 
 
 def read_ahead(function: Callable, items: Iterable, num_workers: int | None, ahead: int) -> Iterator:
-    """Yields `map(function, items)`, computed up to `ahead` items in advance by `num_workers` threads (0: none; by
-    default one per core, at most 16)."""
+    """Yields `map(function, items)`, up to `ahead` items early, by threads (0: none; None: one a core, at most 16)."""
     num_workers = min(16, CORES) if num_workers is None else num_workers
     if not num_workers or (hasattr(items, "__len__") and len(items) == 1):
         yield from map(function, items)

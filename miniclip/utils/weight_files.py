@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from miniclip.utils.errors import CheckpointError, InputError
-from miniclip.utils.files import MANIFEST, check_manifest, files_in, replacing, write_manifest
+from miniclip.utils.files import MANIFEST, check_manifest, replacing, write_manifest
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys of the weights in training checkpoints
 HEADER = 4 << 20  # bytes: no model's list of tensors is longer
@@ -31,16 +31,16 @@ TORCH = (0x1950A86A20F9469CFC6C, 1001)  # the first two values of torch files in
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads weights under their names in the file: safetensors, torch (new or old format) or TorchScript, bare or in a
-    training checkpoint. Raises CheckpointError for anything else, and DamagedFile for weights that do not match the
-    manifest beside them."""
+    """Reads weights under their names in a file: safetensors, torch (new or old) or TorchScript, bare or in a training
+    checkpoint. Raises CheckpointError for anything else, DamagedFile for weights that the manifest does not match."""
     return read_checkpoint(path)[0]
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """Like `read_state_dict`; also returns the name of the run, which OpenCLIP's training stores with the weights."""
     path = Path(path)
-    content = _read(path)
+    room = 2 * path.stat().st_size + (16 << 20)  # unpacked: tied weights are stored once, and code is compressed
+    content = _read(path, room)
     run = content.get("name") if isinstance(content, dict) else None
     for _ in WRAPPERS:  # no more often: a pickle can make a dict that contains itself
         inner = isinstance(content, dict) and [content[w] for w in WRAPPERS if isinstance(content.get(w), dict)]
@@ -51,23 +51,18 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
     if not all(isinstance(name, str) and len(name) <= NAME for name in content):
         raise CheckpointError(f"{path} is refused: names of tensors are not text or too long: {shorten(content)}")
     # Views of one storage can make a thousand tensors, each as large as the file, or a huge one with equal rows.
-    if sum(math.prod(t.shape) * t.element_size() for t in content.values()) > _room(path.stat().st_size):
+    if sum(math.prod(t.shape) * t.element_size() for t in content.values()) > room:
         raise CheckpointError(f"{path} is refused: its tensors together are far larger than the file")
     return content, run if isinstance(run, str) else ""
 
 
-def _room(size: int) -> int:
-    """Returns how many bytes a file of `size` may unpack to: tied weights are stored once, and code is compressed."""
-    return 2 * size + (16 << 20)
-
-
-def _read(path: Path):
+def _read(path: Path, room: int):
     if path.is_dir():
         files = shorten(sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth")))
         raise CheckpointError(f"{path} is a folder: name the weight file itself (in this folder: {files})")
-    if path.exists() and not path.is_file():  # reading a pipe may block, a device never end
+    if not path.is_file():  # reading a pipe may block, a device never end
         raise CheckpointError(f"{path} is a pipe, a socket or a device: name the weight file itself")
-    if path.exists() and not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK):
         raise CheckpointError(f"{path} is not readable by this user: change its permissions")
     with path.open("rb") as file:
         size, head = path.stat().st_size, file.read(64)
@@ -82,8 +77,7 @@ def _read(path: Path):
                 _check_header(file, size)
                 return load_file(path)
             if head.startswith(b"PK\3\4"):
-                with zipfile.ZipFile(file) as archive:
-                    return _read_zip(archive, _room(size))
+                return _read_zip(zipfile.ZipFile(file), room)
             if head.startswith(b"\x80"):
                 return _read_legacy(file)
         except CheckpointError as error:
@@ -96,8 +90,7 @@ def _read(path: Path):
 
 
 def _check_header(file: BinaryIO, size: int):
-    """Checks that each tensor of a safetensors file has its own name and its own bytes, and that together they fill the
-    file after its header."""
+    """Checks that each tensor of a safetensors file has its own name and bytes, and that they fill the file."""
     length = int.from_bytes(file.read(8), "little")
     if length > min(size - 8, HEADER):
         raise CheckpointError(f"damaged: a header of {length} bytes in a file of {size}; download it again")
@@ -194,12 +187,8 @@ class _Tensors(pickle._Unpickler):
     """Reads a torch pickle of tensors and plain containers. A hostile one finds nothing to call: only the names that
     tensors need are looked up. The unpickler in C would allocate memory for as many objects as the pickle declares."""
 
-    DTYPES = {
-        "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
-        "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
-        "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-        "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
-    }  # fmt: skip
+    types = torch.storage._storage_type_to_dtype_map()
+    DTYPES = {name: dtype for name, dtype in types.items() if not name.startswith("Q")}  # without quantised numbers
     KNOWN = {
         "torch._utils._rebuild_tensor": _rebuild, "torch._utils._rebuild_tensor_v2": _rebuild,
         "torch._utils._rebuild_parameter": _first, "torch._utils._rebuild_parameter_with_state": _first,
@@ -248,12 +237,6 @@ class _Tensors(pickle._Unpickler):
             raise ValueError("a dict whose keys are neither names nor numbers")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
-    def load_setitem(self):
-        self.set_items([self.stack.pop(-2), self.stack.pop()])
-
-    def load_setitems(self):
-        self.set_items(self.pop_mark())
-
     def load_newobj(self):
         arguments, kind = self.stack.pop(), self.stack.pop()
         if kind is not _Module or arguments:
@@ -266,9 +249,11 @@ class _Tensors(pickle._Unpickler):
             self.stack[-1].__dict__ = state  # other state is dropped: module versions in a state dict
 
     dispatch |= {
-        pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.NEWOBJ[0]: load_newobj,
+        pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()),
+        pickle.NEWOBJ[0]: load_newobj,
         pickle.BUILD[0]: load_build,
-    }  # fmt: skip
+    }
 
 
 def _script_tensors(root: _Module) -> dict[str, Tensor]:
@@ -285,8 +270,7 @@ def _script_tensors(root: _Module) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON object; {} for no file and for other content. Raises CheckpointError for invalid JSON, and
-    DamagedFile for a file that does not match the manifest beside it."""
+    """Reads a JSON object; {} for no file or other content. Raises CheckpointError for no JSON, and DamagedFile."""
     check_manifest(path.parent, [path.name])
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -302,8 +286,8 @@ def shorten(names: Iterable) -> str:
 
 
 def write_model_folder(directory: Path, config: dict, weights: dict[str, Tensor], others: Iterable[Callable]):
-    """Writes `config.json`, `model.safetensors`, what the functions `others` write into the folder (a tokenizer, below
-    `tokenizer/`) and `manifest.json`. The first two replace the old ones together, once everything is written."""
+    """Writes `config.json`, `model.safetensors`, what `others` write into the folder (a tokenizer, below `tokenizer/`)
+    and `manifest.json`. The first two replace the old ones together, once everything is written."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
     with replacing(directory / "config.json") as file, replacing(directory / "model.safetensors") as tensors:
@@ -312,8 +296,7 @@ def write_model_folder(directory: Path, config: dict, weights: dict[str, Tensor]
         (directory / MANIFEST).unlink(missing_ok=True)  # from here on it would not be true
         for write in others:
             write(directory)
-    tokenizer = [f"tokenizer/{name}" for name in files_in(directory / "tokenizer")]
-    write_manifest(directory, ["config.json", "model.safetensors", *tokenizer])
+    write_manifest(directory, ["config.json", "model.safetensors", "tokenizer/**/*"])
 
 
 def read_model_folder(directory: Path, make: Callable[[Path], nn.Module]) -> nn.Module:
