@@ -1,7 +1,6 @@
 """The page's answers: HTML with the images embedded, so that no file needs an address. All names, captions and messages
 are escaped."""
 
-import os
 import re
 from contextlib import suppress
 from html import escape
@@ -52,13 +51,13 @@ class Page:
         if not split_minus([checked(say, text)])[0]:
             raise InputError(say("nothing"))
         title = f"{text.strip()} − {minus.strip()}" if unwanted else text.strip()
-        found = self.search.query(text, checked_k(say, k), minus=unwanted)
+        found = self.search.query(text, int(k), minus=unwanted)
         return self.coverage(say, [text, *unwanted]) + self.cards(say, "found", found, query=title)
 
     def image(self, say: Words, path: str | None, text: str, k: int) -> str:
         """Searches by an image and optional words."""
         image, shown = self.upload(say, path)
-        found = self.search.query(checked(say, text), checked_k(say, k), image=[image])
+        found = self.search.query(checked(say, text), int(k), image=[image])
         asked = f'<div class="mc-asked">{figure(shown, image)}{note(text and f"+ {text}")}</div>'
         return (self.coverage(say, [text]) if text.strip() else "") + self.cards(say, "like", found, asked, name=image)
 
@@ -67,9 +66,8 @@ class Page:
         classes, templates = read_classes(say, text), parts(say, sentences, CAPTIONS, "\n")
         if not templates:
             raise InputError(say("no_sentences"))
-        for template in templates:  # other braces would be instructions to Python's formatting
-            if not re.fullmatch(r"[^{}]*{}[^{}]*", template):
-                raise InputError(say("no_braces", name=template))
+        if wrong := [text for text in templates if not re.fullmatch(r"[^{}]*{}[^{}]*", text)]:
+            raise InputError(say("no_braces", name=wrong[0]))
         image, shown = self.upload(say, path)
         classifier = build_zero_shot_classifier(self.model, self.tokenizer, list(classes.values()), templates)
         shares = probabilities(self.model, embed_images(self.model, self.preprocess, [image]), classifier)[0]
@@ -133,10 +131,8 @@ class Page:
         if not path:
             raise InputError(say("no_picture"))
         image = Upload(path)
-        if not os.path.isfile(path):
+        if not image.path.is_file():
             raise InputError(say("deleted", name=image))
-        if (size := os.path.getsize(path) / (1 << 20)) > self.megabytes:
-            raise InputError(say("too_large", name=image, n=size, most=self.megabytes))
         pixels = 0
         with suppress(Exception), Image.open(path, formats=FORMATS) as opened:  # broken files are reported below
             pixels = opened.width * opened.height / 1e6
@@ -156,13 +152,6 @@ class Page:
         if same := found["identical"]:
             said.append(say("identical", names=", ".join(same[:6])))
         return note(" ".join(said), "mc-warning")
-
-
-def checked_k(say: Words, k) -> int:
-    """Returns the number of results asked for. Raises InputError: a request need not come from the slider."""
-    if not isinstance(k, (int, float)) or not 1 <= k <= MOST:
-        raise InputError(say("bad_k", most=MOST))
-    return int(k)
 
 
 def checked(say: Words, text: str | None) -> str:
