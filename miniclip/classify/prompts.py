@@ -8,6 +8,7 @@ import json
 import os
 import string
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,16 +90,14 @@ def tokenizer_coverage(tokenizer, names: Sequence[str]) -> dict:
     kinds = {i: "fragment" if "\ufffd" in tokenizer.decode([i]) else "" for row in rows for i in row}
     kinds |= {i: "unknown" for i in kinds if i == tokenizer.unk_token_id}
     tokens = [kinds[i] for row in rows for i in row]
-    count, first, identical = max(1, len(tokens)), {}, {}
-    for name, row in zip(names, rows):
-        if first.setdefault(tuple(row), name) != name:
-            identical |= {first[tuple(row)]: None, name: None}
+    count, row_of = max(1, len(tokens)), {name: tuple(row) for name, row in zip(names, rows)}
+    times = Counter(row_of.values())
     return {
         "tokens_per_character": len(tokens) / max(1, sum(len("".join(name.split())) for name in names)),
         "unknown": tokens.count("unknown") / count,
         "fragments": tokens.count("fragment") / count,
         "unreadable": [name for name, row in zip(names, rows) if 2 * sum(kinds[i] != "" for i in row) >= len(row)],
-        "identical": list(identical),
+        "identical": [name for name, row in row_of.items() if times[row] > 1],
     }
 
 
@@ -115,8 +114,6 @@ def warn_of_poor_coverage(tokenizer, names: Sequence[str]):
     if bad := list(dict.fromkeys([*coverage["unreadable"], *coverage["identical"]])):
         same = f"; {', '.join(coverage['identical'][:6])} are identical to it" if coverage["identical"] else ""
         what = f"the text tower cannot read {len(bad)} of {len(names)} class names ({', '.join(bad[:6])})"
-        unless = (
-            "Unless it was trained on captions in this language, scores will be near chance: use a multilingual tower"
-        )
-        advice = f"{unless} (docs/towers.md), or describe the classes in English under any name: 猫=cat"
-        warnings.warn(f"{what}: {describe_coverage(coverage)}{same}. {advice}", stacklevel=3)
+        unless = "Unless it was trained on captions in this language, scores will be near chance"
+        advice = "use a multilingual tower (docs/towers.md), or describe the classes in English under any name: 猫=cat"
+        warnings.warn(f"{what}: {describe_coverage(coverage)}{same}. {unless}: {advice}", stacklevel=3)
