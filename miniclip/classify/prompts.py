@@ -1,7 +1,7 @@
 """Class names, prompt templates, and tokenizer coverage: can the text tower read the words?
 
-CLIP's tokenizer accepts any text, but was made for English: it splits a Chinese character into two or three pieces of
-bytes, which mean nothing to a tower that never learned them, and the scores are near chance. Poor coverage is reported.
+CLIP's tokenizer splits a Chinese character into two or three pieces of bytes, which mean nothing to a tower that never
+learned them, and the scores are near chance.
 """
 
 import json
@@ -56,8 +56,7 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
         raise InputError(f"{text}: classes are read from .txt and .json")
     found = _read(text) if suffix in (".json", ".txt") else [part.strip() for part in text.split(",")]
     if isinstance(found, list) and all(isinstance(item, str) for item in found):
-        parts = [item.partition("=") for item in found]
-        found = [(name.strip(), (words if equals else name).strip()) for name, equals, words in parts]
+        found = [(item.split("=")[0].strip(), item.split("=", 1)[-1].strip()) for item in found]
     elif not isinstance(found, dict):
         found = []
     if not found:
@@ -102,10 +101,8 @@ def tokenizer_coverage(tokenizer, names: Sequence[str]) -> dict:
 
 
 def describe_coverage(coverage: dict) -> str:
-    """Returns the numbers as a sentence."""
-    density, unknown, fragments = (coverage[key] for key in ("tokens_per_character", "unknown", "fragments"))
-    return (f"{density:.2f} tokens per character (English words: 0.2 to 0.3), {unknown:.0%} of the tokens unknown,"
-            f" {fragments:.0%} pieces of a character")  # fmt: skip
+    return ("{tokens_per_character:.2f} tokens per character (English words: 0.2 to 0.3), {unknown:.0%} of the tokens"
+            " unknown, {fragments:.0%} pieces of a character").format(**coverage)  # fmt: skip
 
 
 def warn_of_poor_coverage(tokenizer, names: Sequence[str]):

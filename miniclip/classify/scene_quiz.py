@@ -1,7 +1,6 @@
 """The scene quiz: which colour or shape is on one side of a scene, and on which side is the red star?
 
-The scenes are the demo's, but held out, and each answer is known. With the rest of the scene given, a class describes
-all of it. Alone, a class is the mean of descriptions in which the rest is drawn at random.
+With the rest of the scene given, a class describes all of it; alone, it is the mean of descriptions with a random rest.
 """
 
 import random

@@ -65,9 +65,8 @@ def update(
         problem = "contains no images, and the index is unchanged: is it the right folder?"
         raise no_images(f"{root.folder} {problem}", broken)
     old, held = open_to_write(folder, True, mine, named["name"], root.folder if not moved else None, shard)
-    before = old.files() if old else {}
+    before, known = (old.files(), set(old.keys)) if old else ({}, set())
     method = method or (old.about["search"]["asked"] if old else "auto")
-    known = set(old.keys) if old else set()
     journal = FeatureCache(folder / NEW, mine, model.config.embed_dim)
     resumed, fast, files, faulty = len(journal), inference_copy(model), {}, {}
 
@@ -142,8 +141,7 @@ def no_images(problem: str, broken: dict[str, str]) -> ImageIndexError:
 
 
 def find_images(root: ImageRoot, shard: tuple[int, int]) -> tuple[list[str], dict[str, str]]:
-    """Returns the files of a shard that have an image extension, sorted, and the reasons why folders and links cannot
-    be used, by name."""
+    """Returns the sorted names of a shard's images, and why folders and links cannot be used, by name."""
     names, broken, (i, n), known = [], {}, shard, endings()
     for here, files in root.walk(broken.__setitem__):
         for file in files:

@@ -7,9 +7,6 @@ An index is a folder. What is searched is one generation in it, and a small file
                                     the sha256 of its content; files.parquet, the row of each file; search.faiss above
                                     100,000 images; texts.npy; bad_samples.jsonl
     products.mc/under-way/          vectors of a run that has not finished
-
-A run writes a new generation and, when all of it is on the disk, replaces index.json in one step: whenever it is
-killed, the old index or the new one is there, complete.
 """
 
 import hashlib

@@ -47,9 +47,8 @@ def exact(vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | 
 class Neighbours:
     """A faiss index over rows of unit length, for `hnsw` and `ivf`. `built` is the number of rows it was built for."""
 
-    def __init__(self, index, method: str, built: int, effort: int = 0):
-        self.index, self.method, self.built = index, method, built
-        self.effort = effort or EFFORTS[method][0]
+    def __init__(self, index, method: str, built: int, effort: int):
+        self.index, self.method, self.built, self.effort = index, method, built, effort
 
     @classmethod
     def build(cls, vectors: np.ndarray, method: str, progress: bool = False):
@@ -67,7 +66,7 @@ class Neighbours:
             index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, 40
         sample = min(n, max(100_000, 40 * lists))
         index.train(np.ascontiguousarray(vectors[np.linspace(0, n - 1, sample).astype(int)]))
-        found = cls(index, method, n)
+        found = cls(index, method, n, EFFORTS[method][0])
         found.add(vectors, progress)
         return found
 

@@ -80,9 +80,8 @@ class ImageSearch:
         if not 0 <= a <= 1 or not 0 <= minus_weight < float("inf"):
             raise InputError(f"image_weight {a} must be from 0 to 1, minus_weight {minus_weight} at least 0")
         a = 1.0 if not texts else 0.0 if not images else a
-        none = np.zeros((0, self.index.vectors.shape[1]))
-        words = embed_texts(self.model, self.tokenizer, texts + minus) if texts or minus else none
-        shown = embed_images(self.model, self.preprocess, images) if images else none
+        words = embed_texts(self.model, self.tokenizer, texts + minus)
+        shown = embed_images(self.model, self.preprocess, images)
         parts = (1 - a, words[: len(texts)]), (a, shown), (-minus_weight, words[len(texts) :])
         total = sum(weight * unit(part.sum(axis=0, dtype=np.float32)) for weight, part in parts)
         if np.linalg.norm(total) < 1e-4:  # the rest is rounding

@@ -1,5 +1,4 @@
-"""The page's answers: HTML with the images embedded, so that no file needs an address. All names, captions and messages
-are escaped."""
+"""The page's answers: HTML with escaped texts and embedded images, so that no file needs an address."""
 
 import re
 from contextlib import suppress
@@ -46,7 +45,6 @@ class Page:
         self.model, self.preprocess, self.tokenizer = loaded
 
     def words(self, say: Words, text: str, minus: str, k: int) -> str:
-        """Searches by words."""
         unwanted = parts(say, minus, CAPTIONS)
         if not split_minus([checked(say, text)])[0]:
             raise InputError(say("nothing"))
@@ -66,6 +64,7 @@ class Page:
         classes, templates = read_classes(say, text), parts(say, sentences, CAPTIONS, "\n")
         if not templates:
             raise InputError(say("no_sentences"))
+        # Other braces would be instructions to Python's formatting.
         if wrong := [text for text in templates if not re.fullmatch(r"[^{}]*{}[^{}]*", text)]:
             raise InputError(say("no_braces", name=wrong[0]))
         image, shown = self.upload(say, path)
@@ -87,7 +86,8 @@ class Page:
         captions, paths = parts(say, text, CAPTIONS, "\n"), paths or [None]
         if not captions:
             raise InputError(say("no_captions"))
-        limit(say, paths, IMAGES)
+        if len(paths) > IMAGES:
+            raise InputError(say("too_many", n=len(paths), most=IMAGES))
         uploads = [self.upload(say, path) for path in paths]
         embeds = embed_images(self.model, self.preprocess, [image for image, _ in uploads])
         texts = embed_texts(self.model, self.tokenizer, captions)
@@ -99,9 +99,8 @@ class Page:
                 for heat, cosine, share in zip(*numbers)
             )
             rows += f'<tr><th scope="row">{escape(caption)}</th>{cells}</tr>'
-        heads = "".join(
-            f'<th scope="col">{figure(url, "")}<span>{escape(str(one))}</span></th>' for one, url in uploads
-        )
+        names = [f"{figure(url, '')}<span>{escape(str(image))}</span>" for image, url in uploads]
+        heads = "".join(f'<th scope="col">{name}</th>' for name in names)
         title = say("heat_title")
         return (
             f'{self.coverage(say, captions)}{heading(title)}<div class="mc-scroll" tabindex="0" role="region"'
@@ -161,16 +160,11 @@ def checked(say: Words, text: str | None) -> str:
     return text or ""
 
 
-def limit(say: Words, items: list, most: int):
-    """Raises InputError for more than `most` items."""
-    if len(items) > most:
-        raise InputError(say("too_many", n=len(items), most=most))
-
-
 def parts(say: Words, text: str, most: int, separators: str = "\n,;，、；") -> list[str]:
     """Splits a text. Raises InputError if it is too long or has too many parts."""
     found = [part.strip() for part in re.split(f"[{separators}]", checked(say, text)) if part.strip()]
-    limit(say, found, most)
+    if len(found) > most:
+        raise InputError(say("too_many", n=len(found), most=most))
     return found
 
 
@@ -199,5 +193,4 @@ def heading(text: str) -> str:
 
 
 def figure(image: str, name) -> str:
-    """Returns an image, given as a `data:` URL."""
     return f'<img src="{image}" alt="{escape(str(name))}">'

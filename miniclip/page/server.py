@@ -22,17 +22,13 @@ def build(page: Page):
     """Returns the Gradio blocks (tabs, fields, and the method behind each button) and the texts."""
     import gradio as gr
 
-    numbers = {"{images}": IMAGES, "{captions}": CAPTIONS, "{megabytes}": f"{page.megabytes:g}"}
-    english, chinese = {}, {}
-    for key, texts in SAYINGS.items():
-        for name, number in numbers.items():
-            texts = [text.replace(name, str(number)) for text in texts]
-        english[key], chinese[key] = texts
+    english, chinese = ({key: texts[i] for key, texts in SAYINGS.items()} for i in (0, 1))
+    numbers = {"images": IMAGES, "captions": CAPTIONS, "megabytes": f"{page.megabytes:g}"}
+    for texts in (english, chinese):
+        texts |= {key: texts[key].format(**numbers) for key in ("pictures", "captions", "limits")}
     say = gr.I18n(en=english, zh=chinese, **{"zh-CN": chinese, "zh-TW": chinese})
 
     def on(triggers, method, inputs, place: str):
-        """Shows here what a method answers."""
-
         def answer(request: gr.Request, *values):
             words = Words(request.headers.get("accept-language", ""))
             try:
@@ -46,7 +42,7 @@ def build(page: Page):
 
         # One at a time: an answer uses all cores. A request made before the answer to the last one is repeated after
         # it; otherwise gradio would drop it.
-        output = gr.HTML(elem_id=f"found-{place}", elem_classes="mc-answer")
+        output = gr.HTML(elem_id=f"found-{place}", elem_classes="mc-answer")  # here on the page
         gr.on(triggers, answer, inputs, output, concurrency_id="model", concurrency_limit=1,
               api_visibility="private", show_progress="minimal", trigger_mode="always_last")  # fmt: skip
 
@@ -127,7 +123,6 @@ def build(page: Page):
 
 
 def serve(page: Page, host: str, sock: socket.socket):
-    """Serves the page until the process is stopped."""
     import fastapi
     import gradio as gr
     import uvicorn
