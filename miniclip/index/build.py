@@ -194,8 +194,8 @@ def write(
     folder: Path, about: dict, vectors: Iterable[np.ndarray], keys: list[bytes], files: dict[str, tuple], broken: dict,
     texts: np.ndarray, method: str, grown: Neighbours | None, progress: bool,
 ):  # fmt: skip
-    """Writes a generation and switches to it. Completes `about`, the content of its `index.json`. `grown`: an
-    approximate index without the last rows."""
+    """Writes a generation and, once all of it is on the disk, switches to it in one step. Completes `about`, its
+    `index.json`. `grown`: an approximate index without the last rows."""
     import pyarrow as pa
     import pyarrow.parquet
 
