@@ -45,7 +45,7 @@ def state(index: ImageIndex) -> list:
     """Which files there are, and whether each has the vector of its content, by what is searched: each file's own
     vector, asked for, finds it."""
     for path, (key, _) in index.files().items():
-        row = index.keys.index(key) // 32
+        row = index.keys.index(key)
         best = index.find(np.array(index.vectors[row]), 1)[0][1]
         assert path in index.paths(best), (path, index.paths(best))
     return sorted((path, key.hex()) for path, (key, _) in index.files().items())

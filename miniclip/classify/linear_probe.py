@@ -1,11 +1,8 @@
 """Linear probe: logistic regression on frozen image embeddings, from scratch or from the zero-shot classifier.
 
-It takes seconds and forgets nothing (CLIP: Radford et al., arXiv 2103.00020, section 3.2). Starting from the zero-shot
-classifier and staying near it, it gains much and loses little from a few examples (cf. Silva-Rodriguez et al., arXiv
-2312.12730; numbers: docs/classify.md).
+Sources: CLIP (Radford et al., arXiv 2103.00020, section 3.2); staying near the zero-shot classifier, which loses little
+with few examples: cf. Silva-Rodriguez et al., arXiv 2312.12730. Numbers: docs/classify.md.
 """
-
-from itertools import product
 
 import numpy as np
 import torch
@@ -45,21 +42,22 @@ def fit(features, labels, num_classes: int, strength: float, start=None, scale: 
     return (start + moved).detach(), bias.detach()
 
 
-def choose_strength(features, labels, num_classes: int, start=None, scale: float = 100.0, folds: int = 4) -> float:
+def choose_strength(features, labels, num_classes: int, start=None, scale: float = 100.0) -> float:
     """Returns the strength with the lowest cross-entropy on held-out examples, in turn every fourth of each class;
     among equals the highest, as with one example of a class, where none can be held out."""
     labels, turn = np.asarray(labels), np.empty(len(labels), dtype=np.int64)
     for row in np.unique(labels):
         turn[labels == row] = np.arange((labels == row).sum())
-    folds = min(folds, int(np.bincount(labels, minlength=num_classes).min()))
+    folds = min(4, int(np.bincount(labels, minlength=num_classes).min()))
     if folds < 2:
         return STRENGTHS[-1]
     losses = dict.fromkeys(STRENGTHS, 0.0)
-    for strength, fold in product(STRENGTHS, range(folds)):
+    for fold in range(folds):
         out = turn % folds == fold
-        weight, bias = fit(features[~out], labels[~out], num_classes, strength, start, scale)
-        logits = scale * torch.as_tensor(features[out], dtype=torch.float64) @ weight + bias
-        losses[strength] += F.cross_entropy(logits, torch.as_tensor(labels[out]), reduction="sum").item()
+        for strength in STRENGTHS:
+            weight, bias = fit(features[~out], labels[~out], num_classes, strength, start, scale)
+            logits = scale * torch.as_tensor(features[out], dtype=torch.float64) @ weight + bias
+            losses[strength] += F.cross_entropy(logits, torch.as_tensor(labels[out]), reduction="sum").item()
     return min(STRENGTHS, key=lambda strength: (losses[strength], -strength))
 
 

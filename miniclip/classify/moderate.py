@@ -2,15 +2,13 @@
 
 Probabilities among classes add up to 1, so one of six banned classes always looks likely, even on a harmless image. A
 question about one class needs an alternative: texts that say nothing (a photo), or that name harmless things, each of
-which may win. The score is the probability of the class among these, with the model's temperature. "A photo without a
-dog" is no alternative: CLIP does not understand negation (docs/classify.md has the numbers).
+which may win. "A photo without a dog" is none: CLIP does not understand negation (docs/classify.md has the numbers).
 """
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from miniclip.classify.prompts import TEXTS
 from miniclip.classify.zero_shot import embed_classes, probabilities
@@ -24,26 +22,22 @@ CATEGORIES = TEXTS["categories"]  # each is the mean of its texts; those of HARM
 THRESHOLD, REVIEW = 0.5, 0.25  # defaults without examples
 
 
-def probability_against(model, image_embeds: np.ndarray, positive: Tensor, negatives: Tensor) -> np.ndarray:
-    """Returns the probability (N,) of the class vector `positive` (E,) against those in `negatives` (E, M)."""
-    return probabilities(model, image_embeds, torch.cat([positive[:, None], negatives], dim=1))[:, 0]
-
-
 def ask(model, tokenizer, image_embeds: np.ndarray, thing: str, against: list[str] | None = None) -> np.ndarray:
     """Returns the probability (N,) that images (N, E) show a thing, such as "a dog", against NOTHING as one class or
     against each of the texts `against`."""
     against = [[text] for text in against] if against else [NOTHING]
     vectors = embed_classes(model, tokenizer, [[text.format(thing) for text in ASK], *against])
-    return probability_against(model, image_embeds, vectors[:, 0], vectors[:, 1:])
+    return probabilities(model, image_embeds, vectors)[:, 0]
 
 
 def category_scores(model, tokenizer, image_embeds: np.ndarray, categories: dict) -> dict[str, np.ndarray]:
     """Returns the probability of each category for images, {name: (N,)}, each against the HARMLESS texts alone, so
     that it does not depend on the other categories."""
-    harmless, names = [[text] for text in categories[HARMLESS]], [name for name in categories if name != HARMLESS]
-    vectors = embed_classes(model, tokenizer, [*harmless, *(categories[name] for name in names)])
-    negatives, positives = vectors[:, : len(harmless)], vectors[:, len(harmless) :].T
-    return {name: probability_against(model, image_embeds, x, negatives) for name, x in zip(names, positives)}
+    names = [name for name in categories if name != HARMLESS]
+    positives = embed_classes(model, tokenizer, [categories[name] for name in names]).split(1, dim=1)
+    negatives = embed_classes(model, tokenizer, [[text] for text in categories[HARMLESS]])
+    each = [probabilities(model, image_embeds, torch.cat([one, negatives], dim=1))[:, 0] for one in positives]
+    return dict(zip(names, each))
 
 
 def calibrate(yes: np.ndarray, no: np.ndarray) -> dict[str, float]:

@@ -1,13 +1,14 @@
 """Class names, prompt templates, and tokenizer coverage: can the text tower read the words?
 
-CLIP's tokenizer accepts any text, but was made for English: it splits a Chinese character into two or three pieces of
-bytes, which mean nothing to a tower that never learned them, and the scores are near chance. Poor coverage is reported.
+CLIP's tokenizer splits a Chinese character into two or three pieces of bytes, which mean nothing to a tower that never
+learned them, and the scores are near chance.
 """
 
 import json
 import os
 import string
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,8 +56,7 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
         raise InputError(f"{text}: classes are read from .txt and .json")
     found = _read(text) if suffix in (".json", ".txt") else [part.strip() for part in text.split(",")]
     if isinstance(found, list) and all(isinstance(item, str) for item in found):
-        parts = [item.partition("=") for item in found]
-        found = [(name.strip(), (words if equals else name).strip()) for name, equals, words in parts]
+        found = [(item.split("=")[0].strip(), item.split("=", 1)[-1].strip()) for item in found]
     elif not isinstance(found, dict):
         found = []
     if not found:
@@ -89,24 +89,20 @@ def tokenizer_coverage(tokenizer, names: Sequence[str]) -> dict:
     kinds = {i: "fragment" if "\ufffd" in tokenizer.decode([i]) else "" for row in rows for i in row}
     kinds |= {i: "unknown" for i in kinds if i == tokenizer.unk_token_id}
     tokens = [kinds[i] for row in rows for i in row]
-    count, first, identical = max(1, len(tokens)), {}, {}
-    for name, row in zip(names, rows):
-        if first.setdefault(tuple(row), name) != name:
-            identical |= {first[tuple(row)]: None, name: None}
+    count, row_of = max(1, len(tokens)), {name: tuple(row) for name, row in zip(names, rows)}
+    times = Counter(row_of.values())
     return {
         "tokens_per_character": len(tokens) / max(1, sum(len("".join(name.split())) for name in names)),
         "unknown": tokens.count("unknown") / count,
         "fragments": tokens.count("fragment") / count,
         "unreadable": [name for name, row in zip(names, rows) if 2 * sum(kinds[i] != "" for i in row) >= len(row)],
-        "identical": list(identical),
+        "identical": [name for name, row in row_of.items() if times[row] > 1],
     }
 
 
 def describe_coverage(coverage: dict) -> str:
-    """Returns the numbers as a sentence."""
-    density, unknown, fragments = (coverage[key] for key in ("tokens_per_character", "unknown", "fragments"))
-    return (f"{density:.2f} tokens per character (English words: 0.2 to 0.3), {unknown:.0%} of the tokens unknown,"
-            f" {fragments:.0%} pieces of a character")  # fmt: skip
+    return ("{tokens_per_character:.2f} tokens per character (English words: 0.2 to 0.3), {unknown:.0%} of the tokens"
+            " unknown, {fragments:.0%} pieces of a character").format(**coverage)  # fmt: skip
 
 
 def warn_of_poor_coverage(tokenizer, names: Sequence[str]):
@@ -115,8 +111,6 @@ def warn_of_poor_coverage(tokenizer, names: Sequence[str]):
     if bad := list(dict.fromkeys([*coverage["unreadable"], *coverage["identical"]])):
         same = f"; {', '.join(coverage['identical'][:6])} are identical to it" if coverage["identical"] else ""
         what = f"the text tower cannot read {len(bad)} of {len(names)} class names ({', '.join(bad[:6])})"
-        unless = (
-            "Unless it was trained on captions in this language, scores will be near chance: use a multilingual tower"
-        )
-        advice = f"{unless} (docs/towers.md), or describe the classes in English under any name: 猫=cat"
-        warnings.warn(f"{what}: {describe_coverage(coverage)}{same}. {advice}", stacklevel=3)
+        unless = "Unless it was trained on captions in this language, scores will be near chance"
+        advice = "use a multilingual tower (docs/towers.md), or describe the classes in English under any name: 猫=cat"
+        warnings.warn(f"{what}: {describe_coverage(coverage)}{same}. {unless}: {advice}", stacklevel=3)

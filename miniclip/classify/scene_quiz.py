@@ -1,7 +1,6 @@
 """The scene quiz: which colour or shape is on one side of a scene, and on which side is the red star?
 
-The scenes are the demo's, but held out, and each answer is known. With the rest of the scene given, a class describes
-all of it. Alone, a class is the mean of descriptions in which the rest is drawn at random.
+With the rest of the scene given, a class describes all of it; alone, it is the mean of descriptions with a random rest.
 """
 
 import random
@@ -17,7 +16,7 @@ DRAWN = 32  # descriptions of a class whose rest is drawn at random
 
 def replaced(scene: Scene, question: str, which: int, answer: str) -> Scene:
     """Returns the scene with another answer to a question about its first (0) or second (1) group."""
-    groups = [scene.first, scene.second]
+    groups = list(scene[:2])
     if question != "position":
         groups[which] = groups[which]._replace(**{"color" if question == "colour" else "shape": answer})
         return Scene(*groups, scene.relation)
@@ -26,7 +25,7 @@ def replaced(scene: Scene, question: str, which: int, answer: str) -> Scene:
 
 
 def right_answer(scene: Scene, question: str, which: int) -> str:
-    group, place = (scene.first, scene.second)[which], OPPOSITE[scene.relation] if which else scene.relation
+    group, place = scene[which], OPPOSITE[scene.relation] if which else scene.relation
     return {"colour": group.color, "shape": group.shape, "position": place}[question]
 
 
@@ -36,8 +35,7 @@ def drawn_scenes(scene: Scene, question: str, which: int) -> list[Scene]:
     for _ in range(DRAWN):
         groups = [Group(*(rng.choice(list(values)) for values in (COUNTS, SIZES, COLORS, SHAPES))) for _ in range(2)]
         if question == "position":
-            color, shape = (scene.first, scene.second)[which].kind
-            groups[which] = groups[which]._replace(color=color, shape=shape)
+            groups[which] = groups[which]._replace(color=scene[which].color, shape=scene[which].shape)
         scenes.append(Scene(*groups, scene.relation if question != "position" else "left"))
     return scenes
 
@@ -46,19 +44,19 @@ def quiz(model, tokenizer, scenes: list[Scene], image_embeds, alone: bool) -> di
     """Returns the accuracy for each question, given the embeddings (N, E) of N scenes. `alone`: without the rest."""
     asked, accuracies = [(scene, which) for scene in scenes for which in (0, 1)], {}
     for question, answers in CLASSES.items():
-        keys, first = [], {}
+        keys, first, sentences = [], {}, []
         for scene, which in asked:
-            fixed = (scene.first, scene.second)[which].kind if question == "position" else scene.relation
+            fixed = scene[which].kind if question == "position" else scene.relation
             keys.append((which, fixed if alone else scene))
             first.setdefault(keys[-1], (scene, which))  # many scenes ask the same question
-        sentences, place = [], {key: n for n, key in enumerate(first)}
         for scene, which in first.values():
             given = drawn_scenes(scene, question, which) if alone else [scene]
             for answer in answers:
                 variants = [replaced(one, question, which, answer) for one in given]
                 sentences.append([captions(one, random.Random(n), 1)[0] for n, one in enumerate(variants)])
-        classes = embed_classes(model, tokenizer, sentences).T.numpy().reshape(len(place), len(answers), -1)
-        best = [int(np.argmax(classes[place[key]] @ image_embeds[n // 2])) for n, key in enumerate(keys)]
+        classes = embed_classes(model, tokenizer, sentences).T.numpy().reshape(len(first), len(answers), -1)
+        classes = dict(zip(first, classes))
+        best = [int(np.argmax(classes[key] @ image_embeds[n // 2])) for n, key in enumerate(keys)]
         right = [answers[n] == right_answer(scene, question, which) for n, (scene, which) in zip(best, asked)]
         accuracies[question] = sum(right) / len(right)
     return accuracies

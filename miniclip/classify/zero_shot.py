@@ -1,8 +1,7 @@
 """Zero-shot classification: classes are described in words, without any example.
 
-Each class becomes a vector, the mean of several sentences about it. An image belongs to the class with the nearest
-vector, and the model's temperature turns the cosines into probabilities (CLIP: Radford et al., arXiv 2103.00020,
-section 3.1). They are among the named classes, one of which always wins. For "is there any?" see moderate.py.
+Each class becomes a vector, the mean of sentences about it (CLIP: Radford et al., arXiv 2103.00020, section 3.1).
+Probabilities are among the named classes, one of which always wins. For "is there any?" see moderate.py.
 """
 
 from collections.abc import Callable, Sequence

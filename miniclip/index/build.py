@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -61,13 +62,11 @@ def update(
     if not names:
         if shard[1] > 1 and not (folder / INDEX).exists() and not closed and find_images(root, (1, 1))[0]:
             return Counter()
-        raise no_images(
-            f"{root.folder} contains no images, and the index is unchanged: is it the right folder?", broken
-        )
+        problem = "contains no images, and the index is unchanged: is it the right folder?"
+        raise no_images(f"{root.folder} {problem}", broken)
     old, held = open_to_write(folder, True, mine, named["name"], root.folder if not moved else None, shard)
-    before = old.files() if old else {}
+    before, known = (old.files(), set(old.keys)) if old else ({}, set())
     method = method or (old.about["search"]["asked"] if old else "auto")
-    known = {old.key(row) for row in range(len(old.vectors))} if old else set()
     journal = FeatureCache(folder / NEW, mine, model.config.embed_dim)
     resumed, fast, files, faulty = len(journal), inference_copy(model), {}, {}
 
@@ -123,11 +122,11 @@ def update(
     was = old and [*(old.about[name] for name in about), old.about["search"]["asked"]]
     if files != before or was != [*about.values(), method] or broken != old.bad:
         used = dict.fromkeys(key for key, _ in files.values())
-        keep, grown = kept_rows(old, used, method)
+        keep, grown = kept_rows(old, used, method) if old else ([], None)
         new = [key for key in used if key not in known]
-        keys = b"".join([*(old.key(row) for row in keep), *new])
+        keys = [*(old.keys[row] for row in keep), *new]
         about |= {"model": {**named, "fingerprint": mine}, "shard": list(shard)}
-        vectors = rows_of((old and old.vectors, keep), (journal, new))
+        vectors = chain(rows_of(old.vectors, keep) if old else (), (journal[key] for key in new))
         # Embedded now because the recall may have to be measured later, without the model.
         texts = embed_texts(fast, tokenizer, TEXTS)
         write(folder, about, vectors, keys, files, broken, texts, method, grown, progress)
@@ -137,13 +136,12 @@ def update(
 
 
 def no_images(problem: str, broken: dict[str, str]) -> ImageIndexError:
-    """Returns the error for a folder without usable images. It lists the first ten bad files, a line each."""
+    """Returns the error for a folder without usable images, with the first ten bad files, a line each."""
     return ImageIndexError(problem + "".join(f"\n  {name}: {reason}" for name, reason in list(broken.items())[:10]))
 
 
 def find_images(root: ImageRoot, shard: tuple[int, int]) -> tuple[list[str], dict[str, str]]:
-    """Returns the files of a shard that have an image extension, sorted, and the reasons why folders and links cannot
-    be used, by name."""
+    """Returns the sorted names of a shard's images, and why folders and links cannot be used, by name."""
     names, broken, (i, n), known = [], {}, shard, endings()
     for here, files in root.walk(broken.__setitem__):
         for file in files:
@@ -176,31 +174,28 @@ def open_to_write(folder: Path, check: bool, *same) -> tuple[ImageIndex | None, 
     return old, held
 
 
-def kept_rows(old: ImageIndex | None, used: dict, method: str) -> tuple[list[int], Neighbours | None]:
+def kept_rows(old: ImageIndex, used: dict, method: str) -> tuple[list[int], Neighbours | None]:
     """Returns the rows of the old index to keep, and its approximate index if that only has to grow: rows can be added
     to one and ignored, but not removed."""
-    if old is None:
-        return [], None
-    n = len(old.vectors)
-    rows = [row for row in range(n) if old.key(row) in used]
+    n = len(old.keys)
+    rows = [row for row, key in enumerate(old.keys) if key in used]
     wanted = choose(len(used))[0] if method == "auto" else method
     same = old.neighbours and old.neighbours.method == wanted and len(used) < 2 * old.neighbours.built
     return (list(range(n)), old.neighbours) if same and n - len(rows) <= DEAD * n else (rows, None)
 
 
-def rows_of(*sources: tuple) -> Iterator[np.ndarray]:
-    """Yields vectors from several sources, (array, rows) or (cache, keys), some thousands at a time."""
-    for source, rows in sources:
-        for start in range(0, len(rows), 4096):
-            part = rows[start : start + 4096]
-            yield source[part] if isinstance(source, np.ndarray) else np.stack([source[key] for key in part])
+def rows_of(vectors: np.ndarray, rows: list[int]) -> Iterator[np.ndarray]:
+    """Yields rows of an array, some thousands at a time."""
+    for start in range(0, len(rows), 4096):
+        yield vectors[rows[start : start + 4096]]
 
 
 def write(
-    folder: Path, about: dict, vectors: Iterable[np.ndarray], keys: bytes, files: dict[str, tuple], broken: dict,
+    folder: Path, about: dict, vectors: Iterable[np.ndarray], keys: list[bytes], files: dict[str, tuple], broken: dict,
     texts: np.ndarray, method: str, grown: Neighbours | None, progress: bool,
 ):  # fmt: skip
-    """Writes a generation and switches to it."""
+    """Writes a generation and, once all of it is on the disk, switches to it in one step. Completes `about`, its
+    `index.json`. `grown`: an approximate index without the last rows."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -208,11 +203,11 @@ def write(
     place = folder / f"generation-{max(numbers, default=0) + 1:06d}"
     place.mkdir()
     try:
-        shape = (len(keys) // 32, texts.shape[1])
+        shape = (len(keys), texts.shape[1])
         write_npy(place / "vectors.npy", "<f4", shape, vectors)
-        write_npy(place / "keys.npy", "V32", shape[:1], [np.frombuffer(keys, "V32")])
+        write_npy(place / "keys.npy", "V32", shape[:1], [np.frombuffer(b"".join(keys), "V32")])
         write_npy(place / "texts.npy", "<f4", texts.shape, [texts])
-        row = {keys[32 * i : 32 * i + 32]: i for i in range(shape[0])}
+        row = {key: i for i, key in enumerate(keys)}
         lines = sorted((row[key], name, *stamp) for name, (key, stamp) in files.items())
         columns = dict(zip(("row", "path", "size", "mtime", "ctime"), map(list, zip(*lines))))
         pa.parquet.write_table(pa.table(columns), place / "files.parquet")
@@ -222,8 +217,15 @@ def write(
         bad.open(place / bad_samples.NAME)
         used = np.bincount(columns["row"], minlength=len(row)) > 0
         images = int(used.sum())
+        chosen, why = choose(images) if method == "auto" else (method, "as it was asked for")
         about |= {"pictures": images, "copies": len(files) - images, "bad": len(broken)}
-        about["search"] = prepare(place, used, texts, method, grown, progress)
+        about["search"] = {"method": chosen, "asked": method, "why": why}
+        if chosen != "exact":
+            stored = np.load(place / "vectors.npy", mmap_mode="r")
+            grown = grown or Neighbours.build(stored, chosen, progress)
+            grown.add(stored[grown.index.ntotal :], progress)
+            about["search"] |= grown.tune(stored, None if used.all() else used, texts)
+            grown.write(place / "search.faiss")
         for path in [*place.iterdir(), place]:
             sync(path)
         sizes = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(place.iterdir())}
@@ -234,23 +236,6 @@ def write(
         raise
     for path in numbers.values():
         delete(path)  # a search that has it open keeps reading it
-
-
-def prepare(place: Path, used: np.ndarray, texts: np.ndarray, method: str, grown, progress: bool) -> dict:
-    """Returns the "search" section of `index.json` for a generation whose rows have files where `used` (N,) is true.
-    Unless the search is exact, writes the approximate index."""
-    chosen, why = choose(int(used.sum())) if method == "auto" else (method, "as it was asked for")
-    about = {"method": chosen, "asked": method, "why": why}
-    if chosen == "exact":
-        return about
-    vectors = np.load(place / "vectors.npy", mmap_mode="r")
-    if grown is None:
-        grown = Neighbours.build(vectors, chosen, progress)
-    else:
-        grown.add(vectors[len(grown) :], progress)
-    about |= grown.tune(vectors, None if used.all() else used, texts)
-    grown.write(place / "search.faiss")
-    return about
 
 
 class IndexedImage(ImageFile):

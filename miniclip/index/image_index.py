@@ -1,16 +1,12 @@
 """The image index: its files, how it is opened and checked, and the fingerprint of the model that made it.
 
-An index is a folder. What is searched is one generation in it, and a small file says which:
+An index is a folder. What is searched is one generation in it, and a small file says which (docs/index.md):
 
     products.mc/index.json          generation, model, image folder, counts, sha256 of each file of the generation
     products.mc/generation-000007/  vectors.npy (N, E) float32 of unit length, a row for each distinct image; keys.npy,
                                     the sha256 of its content; files.parquet, the row of each file; search.faiss above
                                     100,000 images; texts.npy; bad_samples.jsonl
     products.mc/under-way/          vectors of a run that has not finished
-
-A run writes a new generation and, when all of it is on the disk, replaces index.json in one step: whenever it is
-killed, the old index or the new one is there, complete. The vectors computed so far are kept for the next run. An image
-is identified by its content, so that a renamed, moved or copied one is not encoded again.
 """
 
 import hashlib
@@ -20,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from miniclip.index.neighbours import Neighbours
+from miniclip.index.neighbours import Neighbours, exact
 from miniclip.inference import feature_cache
-from miniclip.retrieval import search
 from miniclip.utils.bad_samples import NAME, short
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
 
 INDEX, FORMAT = "index.json", 2
 GENERATION = re.compile(r"generation-(\d+)")
+REMEDY = "copy the index again, or delete it and rebuild it"
 SMALL = 1 << 26  # bytes up to which a file's sha256 is checked whenever the index is opened
 
 
@@ -39,9 +35,9 @@ class ImageIndexError(InputError):
 class ImageIndex:
     """An index in the generation that was current when it was opened. Later runs do not touch its files.
 
-    `about` is the content of `index.json`, `vectors` are (N, E) float32, `keys` N times 32 bytes. Raises
-    ImageIndexError for a folder without an index and for changed files; those above 64 MB are read only with `check`,
-    otherwise just their size is compared.
+    `about` is the content of `index.json`, `vectors` are (N, E) float32, `keys` the sha256 of each row's content.
+    Raises ImageIndexError for a folder without an index and for changed files; of those above 64 MB only the size is
+    compared, unless `check`.
     """
 
     def __init__(self, folder: str | Path, check: bool = False):
@@ -64,7 +60,7 @@ class ImageIndex:
             if path.stat().st_size != size or (check or size <= SMALL) and sha256(path) != digest:
                 raise ImageIndexError(f"{path} is not what was written: {REMEDY}")
         self.vectors = np.load(self.place / "vectors.npy", mmap_mode="r", allow_pickle=False)
-        self.keys = np.load(self.place / "keys.npy", allow_pickle=False).tobytes()
+        self.keys = np.load(self.place / "keys.npy", allow_pickle=False).tolist()
         with pyarrow.parquet.ParquetFile(self.place / "files.parquet") as file:
             self.table = file.read()  # in the order of rows; `read_table` and `to_numpy` would import pandas
         self.rows = np.frombuffer(self.table["row"].combine_chunks().buffers()[1], np.int64)[: len(self.table)]
@@ -80,8 +76,7 @@ class ImageIndex:
             try:
                 self.neighbours = Neighbours(faiss.read_index(str(path)), how["method"], how["built"], how["effort"])
             except RuntimeError as error:  # faiss's
-                if not path.exists():
-                    raise FileNotFoundError(2, "removed while it was opened", str(path)) from None
+                path.stat()  # FileNotFoundError if it was removed while it was opened
                 raise ImageIndexError(f"{path} cannot be read ({short(error)}): {REMEDY}") from None
 
     def __len__(self) -> int:
@@ -96,20 +91,14 @@ class ImageIndex:
     def find(self, vector: np.ndarray, k: int) -> list[tuple[float, int]]:
         """Returns the k rows nearest to a vector (E,), or all if there are fewer: (score, row), best first."""
         query = vector[None].astype(np.float32)
-        if self.neighbours is None:  # then all rows are alive: an exact index is written without dead ones
-            scores, rows = search(self.vectors, query, k)
-        else:
-            scores, rows = self.neighbours.find(self.vectors, query, k, self.alive)
+        find = self.neighbours.find if self.neighbours else exact
+        scores, rows = find(self.vectors, query, k, self.alive)
         return list(zip(scores[0].tolist(), rows[0].tolist()))
 
     def files(self) -> dict[str, tuple[bytes, tuple]]:
         """Returns all files: path -> (key, (size, mtime, ctime)). Unchanged size and times mean unchanged content."""
         columns = [self.table[name].to_pylist() for name in ("path", "row", "size", "mtime", "ctime")]
-        return {path: (self.key(row), tuple(stamp)) for path, row, *stamp in zip(*columns)}
-
-    def key(self, row: int) -> bytes:
-        """Returns the sha256 of a row's content."""
-        return self.keys[32 * row : 32 * row + 32]
+        return {path: (self.keys[row], tuple(stamp)) for path, row, *stamp in zip(*columns)}
 
     def check_same(self, fingerprint: str, name: str, root: str | None = None, shard: tuple | None = None):
         """Raises ImageIndexError if the index is of another model, image folder or shard (unless those are None)."""
@@ -124,9 +113,6 @@ class ImageIndex:
         if shard is not None and self.about["shard"] != list(shard):
             was, now = ("/".join(map(str, pair)) for pair in (self.about["shard"], shard))
             raise ImageIndexError(f"{folder} is shard {was} of its images, not {now}: choose another --index")
-
-
-REMEDY = "copy the index again, or delete it and rebuild it"
 
 
 def read_about(folder: Path) -> dict:

@@ -1,12 +1,8 @@
-"""Nearest-neighbour search: exact, or approximate with HNSW or IVF, with measured recall.
+"""Nearest-neighbour search: exact, or approximate with faiss's HNSW or IVF, with measured recall (docs/index.md).
 
-    exact   up to 100,000 vectors: compares all, which takes 6 milliseconds there
-    hnsw    up to 500,000: a graph that leads from neighbour to neighbour (Malkov and Yashunin, arXiv 1603.09320)
-    ivf     above: lists around centroids, of which the nearest are searched; faster to build than a graph
-
-HNSW and IVF, from faiss, store 8 bits per number and propose 4 k candidates; the float32 vectors decide among those. So
-scores and order are exact, and the only possible error is a missed vector. The recall is measured against the exact
-search, and decides the effort: how many candidates or lists are searched.
+HNSW is a graph that leads from neighbour to neighbour (Malkov and Yashunin, arXiv 1603.09320); IVF searches the lists
+around the nearest centroids. Both store 8 bits per number and propose 4 k candidates; the float32 vectors decide among
+those. So scores and order are exact, and the only possible error is a missed vector.
 """
 
 import time
@@ -51,9 +47,8 @@ def exact(vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | 
 class Neighbours:
     """A faiss index over rows of unit length, for `hnsw` and `ivf`. `built` is the number of rows it was built for."""
 
-    def __init__(self, index, method: str, built: int, effort: int = 0):
-        self.index, self.method, self.built = index, method, built
-        self.effort = effort or EFFORTS[method][0]
+    def __init__(self, index, method: str, built: int, effort: int):
+        self.index, self.method, self.built, self.effort = index, method, built, effort
 
     @classmethod
     def build(cls, vectors: np.ndarray, method: str, progress: bool = False):
@@ -71,19 +66,15 @@ class Neighbours:
             index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, 40
         sample = min(n, max(100_000, 40 * lists))
         index.train(np.ascontiguousarray(vectors[np.linspace(0, n - 1, sample).astype(int)]))
-        found = cls(index, method, n)
+        found = cls(index, method, n, EFFORTS[method][0])
         found.add(vectors, progress)
         return found
 
     def write(self, path: str | Path):
-        """Writes the faiss index to a file."""
         import faiss
 
         with open(path, "wb") as file:  # faiss itself does not notice a disk that becomes full at the very end
             faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
-
-    def __len__(self) -> int:
-        return self.index.ntotal
 
     def add(self, vectors: np.ndarray, progress: bool = False):
         """Adds rows (N, E), which get the next numbers."""
@@ -119,19 +110,17 @@ class Neighbours:
         milliseconds of a single query, and the parameters as text."""
         rows = np.arange(len(vectors)) if alive is None else np.flatnonzero(alive)
         rows = np.random.default_rng(0).choice(rows, min(200, len(rows)), replace=False)
-        asked = {"pictures": (np.array(vectors[rows]), rows), "texts": (texts, np.full(len(texts), -1))}
-        best = {}
-        for name, (queries, own) in asked.items():
-            found = exact(vectors, queries, K + 1, alive)[1]
-            best[name] = [line[line != row][:K] for line, row in zip(found, own)]
+        asked = {"pictures": np.array(vectors[rows]), "texts": texts}
+        best = {name: exact(vectors, queries, K + 1, alive)[1] for name, queries in asked.items()}
+        best["pictures"] = [line[line != row] for line, row in zip(best["pictures"], rows)]
         for effort in EFFORTS[self.method]:
             self.effort = effort
             recall, start = {}, time.perf_counter()
-            for name, (queries, _) in asked.items():
+            for name, queries in asked.items():
                 found = [self.find(vectors, query[None], K + 1, alive)[1] for query in queries]
-                shares = [np.isin(line, got).mean() for line, got in zip(best[name], found) if len(line)]
+                shares = [np.isin(line[:K], got).mean() for line, got in zip(best[name], found) if len(line)]
                 recall[name] = float(np.mean(shares)) if shares else 1.0  # nothing can be missed among one image
-            milliseconds = 1000 * (time.perf_counter() - start) / sum(len(queries) for queries, _ in asked.values())
+            milliseconds = 1000 * (time.perf_counter() - start) / sum(map(len, asked.values()))
             if min(recall.values()) >= TARGET:
                 break
         if self.method == "hnsw":

@@ -1,19 +1,9 @@
-"""Index shards: merging the parts that several machines indexed, and exporting vectors to other search engines.
-
-    python -m miniclip search index photos --model runs/mine --index part1.mc --shard 1/8      # on the first of eight
-    python -m miniclip search merge part*.mc --index all.mc
-
-For more images than one machine can search, `export` writes the format of `clip-retrieval inference`: float32 vectors
-of unit length in `img_emb/img_emb_0.npy` and the file of each in `metadata/metadata_0.parquet`, column `image_path`, a
-million rows per file (github.com/rom1504/clip-retrieval; autofaiss reads the same):
-
-    python -m miniclip search export all.mc --to embeddings
-    clip-retrieval index --embeddings_folder embeddings --index_folder indices
-"""
+"""Index shards: merging the parts that several machines indexed, and exporting vectors to other search engines."""
 
 import os
 import warnings
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +39,7 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
     except ValueError as error:  # on several drives
         raise ImageIndexError(f"{', '.join(sorted(shards))} have no common folder ({error})") from None
     _, held = open_to_write(folder, False, *same, root)
-    files, broken, keys, sources = {}, {}, {}, []
+    files, broken, keys, vectors = {}, {}, {}, []
     for index in indexes:
         inside = os.path.relpath(index.about["root"], root).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
@@ -58,14 +48,14 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
                 raise ImageIndexError(f"{index.folder} and a part before it have {prefix + name} with different"
                                       " contents: update both with `search index`")  # fmt: skip
         broken |= {prefix + name: reason for name, reason in index.bad.items()}
-        rows = [row for row in np.unique(index.rows).tolist() if index.key(row) not in keys]
-        keys |= {index.key(row): None for row in rows}
-        sources.append((index.vectors, rows))
+        rows = [row for row in np.unique(index.rows).tolist() if index.keys[row] not in keys]
+        keys |= {index.keys[row]: None for row in rows}
+        vectors.append(rows_of(index.vectors, rows))
     broken = {name: reason for name, reason in broken.items() if name not in files}
     about = {"model": first["model"], "root": root, "shard": [1, 1]}
     about["allow_outside"] = any(index.about["allow_outside"] for index in indexes)
     texts = np.load(indexes[0].place / "texts.npy", allow_pickle=False)
-    write(folder, about, rows_of(*sources), b"".join(keys), files, broken, texts, method, None, progress)
+    write(folder, about, chain(*vectors), list(keys), files, broken, texts, method, None, progress)
     held.close()
     for root, there in sorted(shards.items()):
         for n in sorted({n for _, n in there}) if [1, 1] not in there else ():
@@ -77,15 +67,15 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
 
 
 def export(index: ImageIndex, folder: str | Path) -> int:
-    """Writes the vectors and paths of an index into a new folder in clip-retrieval's format, one row per file. Returns
-    the number of rows. Raises InputError if the folder is not empty."""
+    """Writes an index into a new folder as `clip-retrieval inference` would (github.com/rom1504/clip-retrieval): for
+    each file the float32 vector in `img_emb/img_emb_0.npy` and the path in `metadata/metadata_0.parquet`, column
+    `image_path`. Returns the number of rows. Raises InputError if the folder is not empty."""
     import pyarrow as pa
     import pyarrow.parquet
 
     folder, n = Path(folder), len(index.rows)
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty: export to a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     digits = len(str((n - 1) // FILE))  # zeros in front make the alphabetical order that of the rows
     with replacing(folder) as scratch:
         (scratch / "img_emb").mkdir(parents=True)

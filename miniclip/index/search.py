@@ -1,11 +1,5 @@
 """Image search by texts and images.
 
-    import miniclip
-
-    search = miniclip.ImageSearch("products.mc")                        # made by python -m miniclip search index
-    for found in search.query("red dress with floral pattern", k=5):
-        print(found.rank, found.score, found.path)
-
 A query combines texts, images, and texts of what is not wanted. Their unit vectors become one:
 
     q = unit((1 - a) unit(sum of texts) + a unit(sum of images) - b unit(sum of what is not wanted))
@@ -14,6 +8,7 @@ A query combines texts, images, and texts of what is not wanted. Their unit vect
 an image is its cosine to q. Scores of texts are low, 0.2 to 0.4 for a good match: compare them within a query only.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +26,6 @@ from miniclip.utils.errors import InputError
 
 
 class Found(NamedTuple):
-    """A search result."""
-
     rank: int  # from 1
     score: float  # the cosine to the query
     path: str  # relative to the image folder
@@ -64,12 +57,10 @@ class ImageSearch:
         self.root = ImageRoot(pictures or about["root"], about["allow_outside"])
 
     @classmethod
-    def build(
-        cls, pictures: str | Path, index: str | Path, model: str | Path, pretrained=None, device="cpu", **options
-    ):
-        """Creates or updates the index of an image folder and opens it. `options` are those of `build.update`."""
+    def build(cls, pictures: str | Path, index: str | Path, model: str | Path, pretrained=None, device="cpu", **more):
+        """Creates or updates the index of an image folder and opens it. `more`: further options of `build.update`."""
         loaded = load(model, pretrained, device)
-        update(pictures, index, *loaded, model_name(model, pretrained), **options)
+        update(pictures, index, *loaded, model_name(model, pretrained), **more)
         return cls(index, loaded)
 
     def __len__(self) -> int:
@@ -89,9 +80,8 @@ class ImageSearch:
         if not 0 <= a <= 1 or not 0 <= minus_weight < float("inf"):
             raise InputError(f"image_weight {a} must be from 0 to 1, minus_weight {minus_weight} at least 0")
         a = 1.0 if not texts else 0.0 if not images else a
-        none = np.zeros((0, self.index.vectors.shape[1]))
-        words = embed_texts(self.model, self.tokenizer, texts + minus) if texts or minus else none
-        shown = embed_images(self.model, self.preprocess, images) if images else none
+        words = embed_texts(self.model, self.tokenizer, texts + minus)
+        shown = embed_images(self.model, self.preprocess, images)
         parts = (1 - a, words[: len(texts)]), (a, shown), (-minus_weight, words[len(texts) :])
         total = sum(weight * unit(part.sum(axis=0, dtype=np.float32)) for weight, part in parts)
         if np.linalg.norm(total) < 1e-4:  # the rest is rounding
@@ -130,13 +120,9 @@ def model_name(model: str | Path, pretrained: str | Path | None) -> dict[str, st
 
 def split_minus(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """Returns texts without their -words, and these without the dash: "red dress -floral" does not want floral."""
-    wanted, unwanted = [], []
-    for text in texts:
-        words = text.split()
-        minus = [word for word in words if len(word) > 1 and word[0] == "-" and word[1].isalpha()]
-        unwanted += [word[1:] for word in minus]
-        wanted.append(" ".join(word for word in words if word not in minus) if minus else text)
-    return [text for text in wanted if text.strip()], unwanted
+    texts, minus = list(texts), re.compile(r"(?<!\S)-([^\W\d_]\S*)\s*")
+    wanted = [minus.sub("", text).strip() for text in texts]
+    return [text for text in wanted if text], [word for text in texts for word in minus.findall(text)]
 
 
 def unit(vector: np.ndarray) -> np.ndarray:

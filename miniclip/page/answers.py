@@ -1,7 +1,5 @@
-"""The page's answers: HTML with the images embedded, so that no file needs an address. All names, captions and messages
-are escaped."""
+"""The page's answers: HTML with escaped texts and embedded images, so that no file needs an address."""
 
-import os
 import re
 from contextlib import suppress
 from html import escape
@@ -47,18 +45,17 @@ class Page:
         self.model, self.preprocess, self.tokenizer = loaded
 
     def words(self, say: Words, text: str, minus: str, k: int) -> str:
-        """Searches by words."""
         unwanted = parts(say, minus, CAPTIONS)
         if not split_minus([checked(say, text)])[0]:
             raise InputError(say("nothing"))
         title = f"{text.strip()} − {minus.strip()}" if unwanted else text.strip()
-        found = self.search.query(text, checked_k(say, k), minus=unwanted)
+        found = self.search.query(text, int(k), minus=unwanted)
         return self.coverage(say, [text, *unwanted]) + self.cards(say, "found", found, query=title)
 
     def image(self, say: Words, path: str | None, text: str, k: int) -> str:
         """Searches by an image and optional words."""
         image, shown = self.upload(say, path)
-        found = self.search.query(checked(say, text), checked_k(say, k), image=[image])
+        found = self.search.query(checked(say, text), int(k), image=[image])
         asked = f'<div class="mc-asked">{figure(shown, image)}{note(text and f"+ {text}")}</div>'
         return (self.coverage(say, [text]) if text.strip() else "") + self.cards(say, "like", found, asked, name=image)
 
@@ -67,9 +64,9 @@ class Page:
         classes, templates = read_classes(say, text), parts(say, sentences, CAPTIONS, "\n")
         if not templates:
             raise InputError(say("no_sentences"))
-        for template in templates:  # other braces would be instructions to Python's formatting
-            if not re.fullmatch(r"[^{}]*{}[^{}]*", template):
-                raise InputError(say("no_braces", name=template))
+        # Other braces would be instructions to Python's formatting.
+        if wrong := [text for text in templates if not re.fullmatch(r"[^{}]*{}[^{}]*", text)]:
+            raise InputError(say("no_braces", name=wrong[0]))
         image, shown = self.upload(say, path)
         classifier = build_zero_shot_classifier(self.model, self.tokenizer, list(classes.values()), templates)
         shares = probabilities(self.model, embed_images(self.model, self.preprocess, [image]), classifier)[0]
@@ -89,7 +86,8 @@ class Page:
         captions, paths = parts(say, text, CAPTIONS, "\n"), paths or [None]
         if not captions:
             raise InputError(say("no_captions"))
-        limit(say, paths, IMAGES)
+        if len(paths) > IMAGES:
+            raise InputError(say("too_many", n=len(paths), most=IMAGES))
         uploads = [self.upload(say, path) for path in paths]
         embeds = embed_images(self.model, self.preprocess, [image for image, _ in uploads])
         texts = embed_texts(self.model, self.tokenizer, captions)
@@ -101,9 +99,8 @@ class Page:
                 for heat, cosine, share in zip(*numbers)
             )
             rows += f'<tr><th scope="row">{escape(caption)}</th>{cells}</tr>'
-        heads = "".join(
-            f'<th scope="col">{figure(url, "")}<span>{escape(str(one))}</span></th>' for one, url in uploads
-        )
+        names = [f"{figure(url, '')}<span>{escape(str(image))}</span>" for image, url in uploads]
+        heads = "".join(f'<th scope="col">{name}</th>' for name in names)
         title = say("heat_title")
         return (
             f'{self.coverage(say, captions)}{heading(title)}<div class="mc-scroll" tabindex="0" role="region"'
@@ -133,10 +130,8 @@ class Page:
         if not path:
             raise InputError(say("no_picture"))
         image = Upload(path)
-        if not os.path.isfile(path):
+        if not image.path.is_file():
             raise InputError(say("deleted", name=image))
-        if (size := os.path.getsize(path) / (1 << 20)) > self.megabytes:
-            raise InputError(say("too_large", name=image, n=size, most=self.megabytes))
         pixels = 0
         with suppress(Exception), Image.open(path, formats=FORMATS) as opened:  # broken files are reported below
             pixels = opened.width * opened.height / 1e6
@@ -158,13 +153,6 @@ class Page:
         return note(" ".join(said), "mc-warning")
 
 
-def checked_k(say: Words, k) -> int:
-    """Returns the number of results asked for. Raises InputError: a request need not come from the slider."""
-    if not isinstance(k, (int, float)) or not 1 <= k <= MOST:
-        raise InputError(say("bad_k", most=MOST))
-    return int(k)
-
-
 def checked(say: Words, text: str | None) -> str:
     """Returns a text. Raises InputError if it is too long."""
     if len(text or "") > LETTERS:
@@ -172,16 +160,11 @@ def checked(say: Words, text: str | None) -> str:
     return text or ""
 
 
-def limit(say: Words, items: list, most: int):
-    """Raises InputError for more than `most` items."""
-    if len(items) > most:
-        raise InputError(say("too_many", n=len(items), most=most))
-
-
 def parts(say: Words, text: str, most: int, separators: str = "\n,;，、；") -> list[str]:
     """Splits a text. Raises InputError if it is too long or has too many parts."""
     found = [part.strip() for part in re.split(f"[{separators}]", checked(say, text)) if part.strip()]
-    limit(say, found, most)
+    if len(found) > most:
+        raise InputError(say("too_many", n=len(found), most=most))
     return found
 
 
@@ -210,5 +193,4 @@ def heading(text: str) -> str:
 
 
 def figure(image: str, name) -> str:
-    """Returns an image, given as a `data:` URL."""
     return f'<img src="{image}" alt="{escape(str(name))}">'

@@ -1,8 +1,4 @@
-"""Request filter, upload limits and network isolation of the page's server.
-
-Gradio can do much that the page does not need: serve files, fetch addresses named in a request, answer programs. Only
-requests for the addresses that the page uses pass this filter, and the process itself connects to no other machine.
-"""
+"""Request filter, upload limits and network isolation of the page's server."""
 
 import ipaddress
 import re
@@ -29,7 +25,6 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-
 HOUR, OFTEN = 3600, 600  # seconds after which uploads are deleted, and between checks
 
 
@@ -128,7 +123,6 @@ def sweep(folder: str):
 
 
 def keep_sweeping(folder: str):
-    """Sweeps a folder regularly. Never returns."""
     while True:
         time.sleep(OFTEN)
         sweep(folder)

@@ -1,8 +1,5 @@
 """The page: search, classification and a heat map in the browser, built with Gradio.
 
-    pip install -r requirements-ui.txt
-    python -m miniclip page --model runs/mine --index products.mc      # then open http://127.0.0.1:7860
-
 By default only this machine can reach it. It connects to no other machine, serves no file, and answers only the
 requests that the page itself sends (docs/page.md).
 """
@@ -25,15 +22,13 @@ def build(page: Page):
     """Returns the Gradio blocks (tabs, fields, and the method behind each button) and the texts."""
     import gradio as gr
 
-    numbers = {"{images}": IMAGES, "{captions}": CAPTIONS, "{megabytes}": f"{page.megabytes:g}"}
-    english, chinese = {}, {}
-    for key, texts in SAYINGS.items():
-        for name, number in numbers.items():
-            texts = [text.replace(name, str(number)) for text in texts]
-        english[key], chinese[key] = texts
+    english, chinese = ({key: texts[i] for key, texts in SAYINGS.items()} for i in (0, 1))
+    numbers = {"images": IMAGES, "captions": CAPTIONS, "megabytes": f"{page.megabytes:g}"}
+    for texts in (english, chinese):
+        texts |= {key: texts[key].format(**numbers) for key in ("pictures", "captions", "limits")}
     say = gr.I18n(en=english, zh=chinese, **{"zh-CN": chinese, "zh-TW": chinese})
 
-    def on(triggers, method, inputs, output):
+    def on(triggers, method, inputs, place: str):
         def answer(request: gr.Request, *values):
             words = Words(request.headers.get("accept-language", ""))
             try:
@@ -47,6 +42,7 @@ def build(page: Page):
 
         # One at a time: an answer uses all cores. A request made before the answer to the last one is repeated after
         # it; otherwise gradio would drop it.
+        output = gr.HTML(elem_id=f"found-{place}", elem_classes="mc-answer")  # here on the page
         gr.on(triggers, answer, inputs, output, concurrency_id="model", concurrency_limit=1,
               api_visibility="private", show_progress="minimal", trigger_mode="always_last")  # fmt: skip
 
@@ -69,9 +65,6 @@ def build(page: Page):
         gr.Markdown(say("limits"), elem_classes="mc-limits")
         return field
 
-    def answer_field(place: str):
-        return gr.HTML(elem_id=f"found-{place}", elem_classes="mc-answer")
-
     def how_many_and_search():
         with gr.Row(equal_height=True):
             k = gr.Slider(1, MOST, 10, step=1, label=say("k"), scale=3, min_width=200, buttons=[])
@@ -83,14 +76,13 @@ def build(page: Page):
                                autofocus=True)  # fmt: skip
             minus = gr.Textbox(label=say("minus"), placeholder=say("minus_hint"), scale=1, min_width=160, max_lines=1)
         k, button = how_many_and_search()
-        on([query.submit, minus.submit, button.click], page.words, [query, minus, k], answer_field("words"))
+        on([query.submit, minus.submit, button.click], page.words, [query, minus, k], "words")
 
     def by_image():
         image = image_field("picture")
         beside = gr.Textbox(label=say("beside"), placeholder=say("beside_hint"), max_lines=1)
         k, button = how_many_and_search()
-        triggers = [image.upload, beside.submit, button.click]
-        on(triggers, page.image, [image, beside, k], answer_field("picture"))
+        on([image.upload, beside.submit, button.click], page.image, [image, beside, k], "picture")
 
     def no_index():
         gr.Markdown(say("no_index"))
@@ -115,9 +107,8 @@ def build(page: Page):
                                                    elem_id="sentences")  # fmt: skip
                         button = gr.Button(say("classify"), variant="primary")
                     with gr.Column(min_width=280):
-                        found = answer_field("classes")
+                        on([image.upload, button.click], page.classes, [image, names, sentences], "classes")
                 language.input(in_language, [language, sentences, names], [sentences, names], api_visibility="private")
-                on([image.upload, button.click], page.classes, [image, names, sentences], found)
             with gr.Tab(say("heat")):
                 with gr.Row():
                     with gr.Column(min_width=280):
@@ -126,13 +117,12 @@ def build(page: Page):
                         captions = gr.Textbox(label=say("captions"), placeholder=say("captions_hint"), lines=6,
                                               max_lines=16, elem_id="captions")  # fmt: skip
                 button = gr.Button(say("compare"), variant="primary")
-                on([button.click], page.heat, [images, captions], answer_field("heat"))
+                on([button.click], page.heat, [images, captions], "heat")
         blocks.load(head, None, [top, names, language, sentences], api_visibility="private", show_progress="hidden")
     return blocks.queue(max_size=64), say
 
 
 def serve(page: Page, host: str, sock: socket.socket):
-    """Serves the page until the process is stopped."""
     import fastapi
     import gradio as gr
     import uvicorn
@@ -155,15 +145,10 @@ def serve(page: Page, host: str, sock: socket.socket):
     )  # fmt: skip
     blocks.has_launched = True  # otherwise gradio accepts any file as an uploaded one
     here, port = is_here(host), sock.getsockname()[1]
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets=None):
-            await super().startup(sockets)
-            print(f"http://{f'[{host}]' if ':' in host else host}:{port}   (Ctrl-C stops it)", flush=True)
-            if not here:
-                print("warning: everyone who can reach this machine can search and see the results", flush=True)
-
     uploads = os.environ["GRADIO_TEMP_DIR"]
     threading.Thread(target=keep_sweeping, args=(uploads,), daemon=True).start()
     guard = Guard(app, here, int((IMAGES * page.megabytes + 1) * (1 << 20)), uploads)
-    Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1)).run([sock])
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}   (Ctrl-C stops it)", flush=True)
+    if not here:
+        print("warning: everyone who can reach this machine can search and see the results", flush=True)
+    uvicorn.Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1)).run([sock])

@@ -293,8 +293,8 @@ def test_a_harmless_picture_is_approved(tiny_model):
     """Against banned classes alone one of them is always likely. Cosines: 0.3 to a banned class, 0.5 to a harmless
     text, temperature 1/10."""
     tiny_model.logit_scale.data.fill_(math.log(10))
-    image, banned, harmless = np.float32([[1, 0]]), torch.tensor([0.3, 0.0]), torch.tensor([[0.5, 0.2], [0, 0]])
-    score = moderate.probability_against(tiny_model, image, banned, harmless)
+    image, classes = np.float32([[1, 0]]), torch.tensor([[0.3, 0.5, 0.2], [0, 0, 0]])
+    score = zero_shot.probabilities(tiny_model, image, classes)[:, 0]
     assert score == pytest.approx(math.exp(3) / (math.exp(3) + math.exp(5) + math.exp(2)))
     thresholds = {"weapon": {"threshold": 0.5, "review": 0.25}, "alcohol": {"threshold": 0.9, "review": 0.6}}
     decided = moderate.decide({"weapon": score[0], "alcohol": 0.05}, thresholds)
