@@ -6,7 +6,7 @@ from pathlib import Path
 
 from miniclip.run.checkpoints import checkpoints, clean
 from miniclip.run.metadata import RECORD, training_metadata
-from miniclip.run.progress import Progress, check_reporters
+from miniclip.run.progress import CURVES, LOG, Progress, check_reporters
 from miniclip.utils.bad_samples import NAME, BadSamples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import lock, write_json
@@ -51,15 +51,16 @@ class Run(ExitStack):
         self.bad_samples.open(self.folder / NAME, first, go_on=bool(self.resume))
         trainer.accelerator.wait_for_everyone()  # no other process may look for checkpoints before
         # Ended by `finish`, or by the error that ends the run: it draws curves.png in either case.
-        self.progress = self.enter_context(Progress(trainer, contrasts=self.options.loss == "clip"))
+        self.enter_context(Progress(trainer, contrasts=self.options.loss == "clip"))
         return self.resume
 
     def finish(self, trainer):
         """Saves the trainer's state and says where everything is."""
         trainer.save_state()
-        self.progress.summary()
-        if trainer.is_world_process_zero() and len(self.bad_samples):
-            print(f"bad samples were skipped {len(self.bad_samples)} times: {self.bad_samples.path}")
-        trainer.accelerator.wait_for_everyone()
         self.close()
+        if trainer.is_world_process_zero():
+            print(f"log     {self.folder / LOG}\ncurves  {self.folder / CURVES}\nmodel   {self.folder}", flush=True)
+            if len(self.bad_samples):
+                print(f"bad samples were skipped {len(self.bad_samples)} times: {self.bad_samples.path}")
+        trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()  # threads of an open process group can abort the process at its exit

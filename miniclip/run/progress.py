@@ -55,7 +55,6 @@ class Progress(TrainerCallback):
         self.start = self.mark = time.monotonic()  # of training; of the interval being measured
         self.earlier = self.busy = 0.0  # seconds: before the run was resumed; of training since the last entry
         self.steps = self.first_step = 0  # since the last entry; at the start
-        self.drawn = False  # whether the curves show the whole log
 
     def __enter__(self):
         self.trainer.remove_callback(ProgressCallback)
@@ -71,27 +70,17 @@ class Progress(TrainerCallback):
     def __exit__(self, kind, error, traceback):
         self.cleanup.close()
         self.bar.close()
-        if self.is_main and error is not None:
-            try:
+        if not self.is_main:
+            return
+        try:  # errors in here must not hide how the run ended
+            if error is not None:
                 self.write(error=f"{kind.__name__}: {error}" if str(error) else kind.__name__)
-            except OSError as full:  # the disk may be full, which may be the error itself
-                logger.warning("%s could not be written: %s", LOG, full)
-        self.draw()
-
-    def summary(self):
-        """Draws the curves and prints where log, curves and model are."""
-        self.draw()
-        if self.is_main:
-            print(f"log     {self.folder / LOG}\ncurves  {self.folder / CURVES}\nmodel   {self.folder}", flush=True)
-
-    def draw(self):
-        """Draws `curves.png` unless it shows the whole log. An error must not hide how the run ended: it is logged."""
-        if self.is_main and not self.drawn:
-            try:
-                draw_log(self.folder)
-                self.drawn = True
-            except Exception as error:
-                logger.warning("the curves could not be drawn: %s", error)
+        except OSError as full:  # the disk may be full, which may be the error itself
+            logger.warning("%s could not be written: %s", LOG, full)
+        try:
+            draw_log(self.folder)
+        except Exception as failure:
+            logger.warning("the curves could not be drawn: %s", failure)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first_step, self.busy, self.steps = time.monotonic(), state.global_step, 0.0, 0
@@ -194,7 +183,6 @@ class Progress(TrainerCallback):
         entry = {"step": self.trainer.state.global_step, **entry, "seconds": round(seconds, 2), "time": now}
         with open(self.folder / LOG, "a", encoding="utf-8") as file:
             file.write(to_json(entry) + "\n")
-        self.drawn = False
 
     def _count_time(self):
         now = time.monotonic()

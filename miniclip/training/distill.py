@@ -12,7 +12,6 @@ from miniclip.inference.load import load
 from miniclip.loss import gather
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.training.losses import clip
-from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 
 CHUNK = 256  # pairs that the teacher embeds at once
@@ -38,10 +37,7 @@ class Distillation:
     student's images, resized to its own size. It is added to `contrast` (OpenCLIP's `--distill-model`), or is all there
     is (TinyCLIP). Raises InputError for a teacher that cannot read the student's tokens."""
 
-    def __init__(
-        self, teacher: MiniClip, preprocess: Preprocess, student: MiniClip,
-        contrast: Callable[[ClipOutput, dict], Tensor] | None = None, bf16: bool = False,
-    ):  # fmt: skip
+    def __init__(self, teacher: MiniClip, preprocess, student: MiniClip, contrast: Callable | None = None, bf16=False):
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
         words = [(t.vocabulary(), t.pad_token_id) for t in (teacher.text.tokenizer, student.text.tokenizer)]
         same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size and words[0] == words[1]

@@ -64,9 +64,6 @@ class StreamDataset(RunDataset):
             raise TypeError("a stream has no length")
         return self.num_samples
 
-    def sampler(self, args):
-        """Returns None: a stream has its own order."""
-
     def label(self, row) -> dict:
         """Returns the place of a sample in the stream: it cannot be looked up."""
         turn, reader, number = map(int, row)
@@ -129,9 +126,6 @@ class Share(IterableDataset):
 
     def __init__(self, dataset: StreamDataset, rank: int, ranks: int, batch_size: int):
         self.dataset, self.rank, self.ranks, self.batch_size = dataset, rank, ranks, batch_size
-
-    def set_epoch(self, epoch: int):
-        """Does nothing: the trainer sets the epoch of the dataset itself."""
 
     def __len__(self) -> int:
         return len(self.dataset) // (self.ranks * self.batch_size) * self.batch_size
