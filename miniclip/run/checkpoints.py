@@ -1,7 +1,6 @@
 """Checkpoints: atomic saving, validation, deletion of old ones, and whether a run may resume from one.
 
-A checkpoint gets its name when all of it is on the disk, so it is complete even if the process was killed; its manifest
-(`files.py`) detects later damage.
+A checkpoint gets its name when all of it is on the disk; its manifest (`utils/files.py`) detects later damage.
 """
 
 import json
@@ -52,8 +51,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def save_checkpoint(trainer):
-    """Saves a checkpoint atomically. Called by all processes together. After an exception nothing of it is left, and
-    an InputError names the newest checkpoint."""
+    """Saves a checkpoint, whole or not at all, by all processes together. An InputError names the newest one."""
     args, state, wait = trainer.args, trainer.state, trainer.accelerator.wait_for_everyone
     folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
     best = folder.with_name(f"checkpoint-{state.best_global_step}")
@@ -113,8 +111,7 @@ def keep_newest(output_dir: str | Path, newest: Path, limit: int | None, best: s
 
 
 def clean(output_dir: str | Path, anew: bool):
-    """Deletes what a killed process left half written or half deleted. With `anew` also the checkpoints of an earlier
-    run, and what could be mistaken for the new run's."""
+    """Deletes what a killed process left half written or deleted, and with `anew` all that an earlier run left."""
     for folder in Path(output_dir).glob(files.scratch_path("checkpoint-*", shared=True).name):
         logger.warning("deleting %s, which was being written when the run was stopped", folder)
     files.remove_scratch(output_dir)
@@ -137,8 +134,7 @@ SAME = {
 
 
 def check_same_run(checkpoint: str | Path, metadata: dict):
-    """Compares the run metadata of a checkpoint with that of the run that resumes from it. Warns about differences;
-    raises InputError for those in SAME."""
+    """Warns if a run differs from its checkpoint in its metadata; raises InputError for differences in SAME."""
     path = Path(checkpoint) / RECORD
     if not path.is_file():
         logger.warning("%s has no %s: data and options cannot be compared with those of this run", checkpoint, RECORD)

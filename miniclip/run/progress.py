@@ -36,8 +36,7 @@ def check_reporters(args: TrainingArguments):
 
 class Progress(TrainerCallback):
     """Shows and logs a training run inside its `with` block, instead of the Trainer's own output. Every process
-    measures; the first one prints and writes. `contrasts`: whether the loss is InfoNCE, ln(batch) for a model that
-    guesses.
+    measures, the first one writes. `contrasts`: whether the loss is InfoNCE, ln(batch) for a model that guesses.
 
     `log.jsonl` has one object for each entry of the Trainer's log: step, epoch and what was logged (loss,
     learning_rate, grad_norm, logit_scale, samples_per_second of all processes, metrics), the run's `seconds` so far and
@@ -52,9 +51,7 @@ class Progress(TrainerCallback):
         self.samples = trainer.get_total_train_batch_size(args)  # per step
         self.batch = self.samples // args.gradient_accumulation_steps if contrasts else None  # pairs contrasted at once
         self.bar, self.warned, self.cleanup = tqdm(disable=True), set(), ExitStack()
-        self.start = self.mark = time.monotonic()  # of training; of the interval being measured
-        self.earlier = self.busy = 0.0  # seconds: before the run was resumed; of training since the last entry
-        self.steps = self.first_step = 0  # since the last entry; at the start
+        self.start, self.earlier = time.monotonic(), 0.0  # of training; seconds before the run was resumed
 
     def __enter__(self):
         self.trainer.remove_callback(ProgressCallback)
@@ -83,19 +80,19 @@ class Progress(TrainerCallback):
             logger.warning("the curves could not be drawn: %s", failure)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start, self.first_step, self.busy, self.steps = time.monotonic(), state.global_step, 0.0, 0
+        self.start, self.first_step = time.monotonic(), state.global_step
+        self.busy, self.steps = 0.0, 0  # seconds of training, and steps, since the last entry
         if self.is_main:
-            about = {"batch": self.batch, "processes": args.world_size, "max_steps": state.max_steps}
-            path, step = self.folder / LOG, state.global_step
+            path, step, event = self.folder / LOG, state.global_step, {"event": "start"}
             self.folder.mkdir(parents=True, exist_ok=True)
             if step:
                 self.earlier, cut = continue_log(path, step, state.log_history)
-                self.write(event="resumed", cut=cut, **about)
+                event = {"event": "resumed", "cut": cut}
                 if cut:
                     logger.warning("%s: %d entries after step %d are replaced", path, cut, step)
             else:
                 path.write_text("")
-                self.write(event="start", **about)
+            self.write(**event, batch=self.batch, processes=args.world_size, max_steps=state.max_steps)
             self.warned = set(self.diagnose())  # before the run was interrupted
             self.bar.close()
             self.bar = tqdm(
@@ -103,7 +100,7 @@ class Progress(TrainerCallback):
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
                 disable=not self.has_bar,
             )  # fmt: skip
-        self.mark = time.monotonic()
+        self.mark = time.monotonic()  # the begin of the interval being measured
 
     def on_step_end(self, args, state, control, **kwargs):
         self._count_time()

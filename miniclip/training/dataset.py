@@ -43,8 +43,7 @@ class RunDataset(CaptionDataset):
     def __getitem__(self, index: int) -> dict:
         for step in range(MAX_BAD):
             try:
-                row = self.note(index + step)
-                return self.item(index + step) | {"row": row}
+                return {"row": self.note(index + step), **self.item(index + step)}
             except ImageError as error:
                 if self.on_bad == "stop" or step + 1 == MAX_BAD:
                     raise

@@ -109,7 +109,19 @@ def defaults(given: dict) -> dict:
         usual = FINE_TUNE
     evaluation = {"eval_strategy": "epoch"} if given.get("eval_file") else {}
     if given.get("early_stopping_patience") or given.get("load_best_model_at_end"):
-        evaluation |= early_stopping(given)
+        # The best model can be restored if there is a checkpoint at each evaluation.
+        when = given.get("eval_strategy", "epoch")
+        save = given.get("save_strategy", when)
+        steps = given.get("eval_steps") or given.get("logging_steps", 10)  # the interval of Trainer's evaluations
+        every = given.get("save_steps", steps)
+        if when == "no" or save not in (when, "best"):
+            raise InputError(
+                "early_stopping_patience and load_best_model_at_end need a checkpoint at each evaluation, but"
+                f" eval_strategy is {when!r} and save_strategy is {save!r}. Remove both or set both to epoch or steps"
+            )
+        if save == when == "steps" and float(every) % float(steps):
+            raise InputError(f"save_steps {every} is not a multiple of the {steps} steps between evaluations")
+        evaluation = {"eval_strategy": when, "save_strategy": when, "save_steps": steps, "load_best_model_at_end": True}
     return usual | freeze | evaluation
 
 
@@ -123,18 +135,3 @@ def default_freeze(given: dict) -> dict[str, str]:
     default = "tower" if given.get("teacher") is None else "none"  # a student must see images and captions itself
     towers = {"freeze_image": config.vision_cfg, "freeze_text": config.text_cfg}
     return {option: given.get(option, default) for option, section in towers.items() if section.pretrained}
-
-
-def early_stopping(given: dict) -> dict:
-    """What early stopping needs: a checkpoint at each evaluation, so that the best model can be restored."""
-    when = given.get("eval_strategy", "epoch")
-    save = given.get("save_strategy", when)
-    steps = given.get("eval_steps") or given.get("logging_steps", 10)  # the interval of Trainer's evaluations
-    if when == "no" or save not in (when, "best"):
-        raise InputError(
-            "early_stopping_patience and load_best_model_at_end need a checkpoint at each evaluation, but eval_strategy"
-            f" is {when!r} and save_strategy is {save!r}. Remove both or set both to epoch or steps"
-        )
-    if save == when == "steps" and float(given.get("save_steps", steps)) % float(steps):
-        raise InputError(f"save_steps {given['save_steps']} is not a multiple of the {steps} steps between evaluations")
-    return {"eval_strategy": when, "save_strategy": when, "save_steps": steps, "load_best_model_at_end": True}

@@ -1,7 +1,7 @@
 """Streams: training data too large to be here, read from the first sample to the last.
 
-Hugging Face datasets does the reading: each worker of each process reads a share of its own, and a buffer shuffles the
-samples. There is no index, so nothing can be looked up, drawn with replacement or evaluated on.
+Each worker of each process reads a share of its own, and a buffer shuffles the samples. There is no index: nothing can
+be looked up, drawn with replacement or evaluated on.
 """
 
 import inspect
@@ -28,15 +28,13 @@ class StreamDataset(RunDataset):
     The stream is read pass after pass, each in another order: of its files, and within a buffer. In a pass the workers
     of all processes together read every sample exactly once; each starts its next pass when its share ends. Without
     `num_samples` it never ends, and `max_steps` ends the training. With `num_samples` an epoch is that many samples of
-    all processes together, and starts a new pass. Bad samples are reported, counted in `bad`, and skipped, unless
-    `on_bad` is "stop".
+    all processes together, and starts a new pass. Bad samples are skipped, unless `on_bad` is "stop".
     """
 
     def __init__(self, stream, columns: list[str], num_samples, spec, root, preprocess, seed=0, **kwargs):
         super().__init__((), preprocess, seed, **kwargs)
         self.columns, self.num_samples, self.spec, self.root = columns, num_samples, spec, root
-        # One file at a time: newer versions would read ten at once, in threads, and wait five seconds for those at the
-        # end of each pass.
+        # One file at a time: newer versions would read ten in threads, and wait for those at the end of each pass.
         single = {"max_buffer_input_shards": 1}
         known = inspect.signature(stream.shuffle).parameters
         self.stream = stream.shuffle(seed=seed, buffer_size=BUFFER, **single if single.keys() <= known.keys() else {})

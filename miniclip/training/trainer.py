@@ -8,7 +8,6 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from miniclip.inference.evaluator import Evaluator
@@ -29,15 +28,13 @@ logger = logging.getLogger(__name__)
 class RunTrainer(GuardedTrainer, ClipTrainer):
     """The trainer of train.py: a ClipTrainer that survives interruptions (`run/guard.py`) and is faster.
 
-    It also takes `preprocess`, to normalise the images of a RunDataset, `lr_scale`, from a parameter's name to the
-    factor of its learning rate, and `ema`, a model that a callback keeps as the average of the trained one: it is
-    evaluated in its place, and saved in checkpoints.
+    `preprocess` normalises the images of a RunDataset, `lr_scale` gives the factor of the learning rate of a parameter
+    by its name, and `ema`, which a callback updates, is evaluated in place of the model and saved in checkpoints.
     """
 
     def __init__(
         self, model: MiniClip, args: RunArguments, train_dataset: RunDataset | None = None, *, preprocess,
-        evaluator: Evaluator | None = None, lr_scale: Callable[[str], float] | None = None,
-        ema: MiniClip | None = None, **kwargs,
+        evaluator: Evaluator | None = None, lr_scale: Callable | None = None, ema: MiniClip | None = None, **kwargs,
     ):  # fmt: skip
         self.sharded = fsdp.uses_fsdp(args)
         # FSDP needs every block to be called as a module, which the fast path does not do.
@@ -46,21 +43,18 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
             args.ddp_find_unused_parameters = True
         learning = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
         if args.grad_cache_chunk_size and any(learning):
-            raise InputError(
-                "grad_cache_chunk_size: a BatchNorm would compute its statistics from a chunk, not the batch. Remove it"
-                " or freeze the image tower (--freeze_image tower or all_but_N)"
-            )
+            wrong = "grad_cache_chunk_size: a BatchNorm would compute its statistics from a chunk, not the batch"
+            raise InputError(f"{wrong}. Remove it or freeze the image tower (--freeze_image tower or all_but_N)")
         self.lr_scale, self.ema, self.measured_by = lr_scale, ema, evaluator
         if evaluator:
             check_metric(args, evaluator)
         super().__init__(model, args, train_dataset, evaluator=evaluator and self.measure, **kwargs)
         if self.sharded:
             fsdp.prepare_fsdp(self)
-        self.add_callback(ReportBadSamples(train_dataset))
-        batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
         if has_length(train_dataset):  # a stream may have none
-            sampler = train_dataset.sampler(args)
-            n = len(train_dataset if sampler is None else sampler)
+            sampler, n = train_dataset.sampler(args), len(train_dataset)
+            n = n if sampler is None else len(sampler)
+            batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
             if n < (batch if args.dataloader_drop_last else 1):
                 raise InputError(f"{n} images do not fill a batch of {batch}. Lower per_device_train_batch_size")
 
@@ -107,6 +101,14 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
             return super().train(resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        """Then reports the number of bad samples on all processes; each is logged when it is read."""
+        super()._run_epoch(*args, **kwargs)
+        bad = sum(gather_object([self.train_dataset.bad.sum().item()]))
+        if bad and self.args.process_index == 0:
+            where = f" (listed in {path})" if (path := self.train_dataset.bad_samples.path) else ""
+            logger.warning("bad samples so far, each replaced by the next sample: %d%s", bad, where)
+
     def _save(self, output_dir=None, state_dict=None):
         # The weights that FSDP gathers have a scale of shape (1,).
         super()._save(output_dir, fsdp.with_scalars(state_dict, ()) if state_dict else None)
@@ -138,16 +140,3 @@ def check_metric(args: RunArguments, evaluator: Evaluator):
     name = (args.metric_for_best_model or evaluator.primary_metric).removeprefix("eval_")
     if (known := evaluator.metric_names()) and name not in known:
         raise InputError(f"metric_for_best_model {name!r} is not one of {', '.join(sorted(known))}")
-
-
-class ReportBadSamples(TrainerCallback):
-    """Reports the number of bad samples on all processes after each epoch; each is logged when it is read."""
-
-    def __init__(self, dataset: RunDataset | None):
-        self.dataset = dataset
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        bad = sum(gather_object([self.dataset.bad.sum().item()]))
-        if bad and args.process_index == 0:
-            where = f" (listed in {path})" if (path := self.dataset.bad_samples.path) else ""
-            logger.warning("bad samples so far, each replaced by the next sample: %d%s", bad, where)
