@@ -62,9 +62,19 @@ def save_checkpoint(trainer):
     try:
         with files.replacing(folder, shared=True) if args.should_save else nullcontext():
             wait()
-            write_checkpoint(trainer, scratch)
+            trainer.save_model(str(scratch), _internal_call=True)
+            if not args.save_only_model:
+                trainer._save_optimizer_and_scheduler(str(scratch))
+                trainer._save_scaler(str(scratch))
+                trainer._save_rng_state(str(scratch))
             wait()
             if args.should_save:
+                for part in (*trainer.callback_handler.callbacks, trainer.control):
+                    if isinstance(part, ExportableState):
+                        state.stateful_callbacks[type(part).__name__] = part.state()
+                state.save_to_json(str(scratch / "trainer_state.json"))
+                if trainer.run_metadata:
+                    files.write_json(scratch / RECORD, trainer.run_metadata)
                 files.write_manifest(scratch)
                 files.remove_folder(folder)  # one that was found damaged
         wait()
@@ -72,32 +82,14 @@ def save_checkpoint(trainer):
         shutil.rmtree(scratch, ignore_errors=True)
         if "DataLoader worker" in str(error):  # a worker died, which can surface at any time
             raise
-        left, needed = checkpoints(folder.parent), f"{type(error).__name__}: {error}".partition("\n")[0]
-        free = shutil.disk_usage(folder.parent).free / 1e6
-        raise InputError(
-            f"{folder} could not be saved, with {free:.0f} MB free on that disk ({needed}). The newest checkpoint is"
-            f" {left[-1] if left else 'none'}, untouched: free space and continue from it with --resume"
-        ) from error
+        why, free = f"{type(error).__name__}: {error}".partition("\n")[0], shutil.disk_usage(folder.parent).free / 1e6
+        newest = (checkpoints(folder.parent) or ["none"])[-1]
+        fix = f"The newest checkpoint is {newest}, untouched: free space and continue from it with --resume"
+        raise InputError(f"{folder} could not be saved, with {free:.0f} MB free on that disk ({why}). {fix}") from error
     if args.push_to_hub:
         trainer._push_from_checkpoint(str(folder))
     if args.should_save:
         keep_newest(args.output_dir, folder, args.save_total_limit, state.best_model_checkpoint)
-
-
-def write_checkpoint(trainer, folder: Path):
-    """Writes what Trainer saves, and the run metadata."""
-    trainer.save_model(str(folder), _internal_call=True)
-    if not trainer.args.save_only_model:
-        trainer._save_optimizer_and_scheduler(str(folder))
-        trainer._save_scaler(str(folder))
-        trainer._save_rng_state(str(folder))
-    if trainer.args.should_save:
-        for part in (*trainer.callback_handler.callbacks, trainer.control):
-            if isinstance(part, ExportableState):
-                trainer.state.stateful_callbacks[type(part).__name__] = part.state()
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        if trainer.run_metadata:
-            files.write_json(folder / RECORD, trainer.run_metadata)
 
 
 def keep_newest(output_dir: str | Path, newest: Path, limit: int | None, best: str | None):

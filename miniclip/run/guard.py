@@ -128,10 +128,9 @@ class Guard(TrainerCallback):
         }  # fmt: skip
         write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         self.trainer.log({"loss": loss, "grad_norm": norm, "learning_rate": rate})
-        raise NotFinite(
-            f"the loss is {loss} and the gradient norm {norm} at step {step}, whose batch is listed in {path}; the"
-            f" weights were not updated. Lower --learning_rate (now {rate:.3g}) or raise --warmup_steps, and --resume"
-        )
+        what = f"the loss is {loss} and the gradient norm {norm} at step {step}, whose batch is listed in {path}"
+        fix = f"Lower --learning_rate (now {rate:.3g}) or raise --warmup_steps, and --resume"
+        raise NotFinite(f"{what}; the weights were not updated. {fix}")
 
     def records(self) -> list[dict]:
         """Image and caption of all pairs of this step."""
@@ -242,10 +241,9 @@ class GuardedTrainer(Trainer):
         if folder is True:
             folder = last_checkpoint(self.args.output_dir)
             if there and folder is None:
-                raise InputError(
-                    f"none of the {len(there)} checkpoints in {self.args.output_dir} is usable, for the reasons above:"
-                    f" start anew from the weights (--model {there[-1]} --output_dir ...) or --overwrite_output_dir"
-                )
+                fix = f"start anew from the weights (--model {there[-1]} --output_dir ...) or --overwrite_output_dir"
+                none = f"none of the {len(there)} checkpoints in {self.args.output_dir} is usable"
+                raise InputError(f"{none}, for the reasons above: {fix}")
             logger.warning("resuming from %s", folder or "the start: there is no checkpoint yet")
         elif folder:
             check_checkpoint(folder)

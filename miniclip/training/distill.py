@@ -24,10 +24,8 @@ def affinity_loss(student: ClipOutput, teacher: ClipOutput) -> Tensor:
     with torch.autocast(student.image_embeds.device.type, enabled=False):
         losses = []
         for rows, columns in ((0, 1), (1, 0)):
-            logits, wanted = (
-                output.logit_scale.float() * output[rows].float() @ gather(output[columns].float()).T
-                for output in (student, teacher)
-            )
+            both = [(m.logit_scale.float(), m[rows].float(), gather(m[columns].float())) for m in (student, teacher)]
+            logits, wanted = (scale * ours @ theirs.T for scale, ours, theirs in both)
             losses.append(F.cross_entropy(logits, wanted.softmax(dim=1)))
         return sum(losses) / 2
 

@@ -69,10 +69,8 @@ class FrozenDataset(RunDataset):
 
     def __init__(self, *args, image_features: np.ndarray | None, text_features: np.ndarray | None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.image_features, self.text_features = (  # in shared memory: worker processes need no copies
-            None if features is None else torch.from_numpy(features).share_memory_()
-            for features in (image_features, text_features)
-        )
+        both = [x if x is None else torch.from_numpy(x).share_memory_() for x in (image_features, text_features)]
+        self.image_features, self.text_features = both  # in shared memory: worker processes need no copies
         self.first_caption = np.cumsum([0, *(len(record["caption"]) for record in self.records)]).tolist()
         if image_features is not None:  # the images are not read again, so their ids are computed here
             images = ((image_id(record["image"]), record["caption"]) for record in self.records)

@@ -48,8 +48,7 @@ class StreamDataset(RunDataset):
         if num_samples is None and args.max_steps <= 0:
             raise InputError(f"{source}: a stream has no end: give --max_steps, or --train_num_samples per epoch")
         stream = load_table(source, streaming=True)
-        names = stream.column_names or list(next(iter(stream), {}))
-        columns = find_columns(names, options, source)
+        columns = find_columns(stream.column_names or list(next(iter(stream), {})), options, source)
         import datasets
 
         if stream.features is None or isinstance(stream.features.get(columns[0]), datasets.Image):
