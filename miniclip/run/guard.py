@@ -149,10 +149,9 @@ class Guard(TrainerCallback):
             dataset, dead = self.trainer.train_dataset, set(map(int, re.findall(r"\d+", pids[1])))
             reading = [row for pid, *row in dataset.reading.tolist() if pid in dead]
             names = "; ".join(str(dataset.label(row)) for row in reading) or "nothing yet"
-            return InputError(
-                f"a data worker died ({first_line(error).strip(' .')}), perhaps out of memory or because of the last"
-                f" sample that it read: {names}. Check that sample or lower --dataloader_num_workers, and --resume"
-            )
+            why = f"({first_line(error).strip(' .')}), perhaps out of memory or because of the last sample that it read"
+            fix = "Check that sample or lower --dataloader_num_workers, and --resume"
+            return InputError(f"a data worker died {why}: {names}. {fix}")
         if out_of_memory(error):
             outside = "outside the forward and backward pass, whatever the batch size"
             return InputError(f"out of memory {outside} ({first_line(error)}). Use a smaller model")

@@ -40,10 +40,9 @@ class Distillation:
         words = [(t.vocabulary(), t.pad_token_id) for t in (teacher.text.tokenizer, student.text.tokenizer)]
         same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size and words[0] == words[1]
         if not same or theirs.context_length < ours.context_length:
-            raise InputError(
-                f"the teacher reads {theirs.context_length} tokens from a vocabulary of {theirs.vocab_size}, the"
-                f" student {ours.context_length} from {ours.vocab_size}. Use a teacher with the student's tokenizer"
-            )
+            reads = f"reads {theirs.context_length} tokens from a vocabulary of {theirs.vocab_size}"
+            wanted = f"the student {ours.context_length} from {ours.vocab_size}"
+            raise InputError(f"the teacher {reads}, {wanted}. Use a teacher with the student's tokenizer")
         self.teacher, self.preprocess = teacher.float().eval().requires_grad_(False), preprocess
         self.contrast, self.precision = contrast, "bf16" if bf16 else "fp32"
 

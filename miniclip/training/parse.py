@@ -16,11 +16,9 @@ FROM_SCRATCH = {
     "learning_rate": 1e-3, "weight_decay": 0.2, "num_train_epochs": 30.0, "per_device_train_batch_size": 128,
     "warmup_steps": 0.05,
 }  # fmt: skip
-# Fine-tuning may destroy what the weights know: a low rate and few epochs; weights that were trained with large batches
-# tune well with 64.
+# Fine-tuning may destroy what the weights know: a low rate, few epochs; after large batches 64 pairs are enough.
 FINE_TUNE = dict(zip(FROM_SCRATCH, (1e-5, 0.1, 5.0, 64, 0.1)))
-# Between two frozen encoders only projections learn, from features that are computed once: an epoch takes about a
-# second, and a high rate cannot damage the encoders.
+# Between two frozen encoders only projections learn: an epoch takes a second, and a high rate cannot damage anything.
 PROJECTIONS = FROM_SCRATCH | {"weight_decay": 0.1}
 
 ALIASES = {  # OpenCLIP's names
@@ -115,10 +113,9 @@ def defaults(given: dict) -> dict:
         steps = given.get("eval_steps") or given.get("logging_steps", 10)  # the interval of Trainer's evaluations
         every = given.get("save_steps", steps)
         if when == "no" or save not in (when, "best"):
-            raise InputError(
-                "early_stopping_patience and load_best_model_at_end need a checkpoint at each evaluation, but"
-                f" eval_strategy is {when!r} and save_strategy is {save!r}. Remove both or set both to epoch or steps"
-            )
+            need = "early_stopping_patience and load_best_model_at_end need a checkpoint at each evaluation"
+            found = f"eval_strategy is {when!r} and save_strategy is {save!r}"
+            raise InputError(f"{need}, but {found}. Remove both or set both to epoch or steps")
         if save == when == "steps" and float(every) % float(steps):
             raise InputError(f"save_steps {every} is not a multiple of the {steps} steps between evaluations")
         evaluation = {"eval_strategy": when, "save_strategy": when, "save_steps": steps, "load_best_model_at_end": True}
