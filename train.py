@@ -15,13 +15,14 @@ def main(argv: list[str]):
     from miniclip.inference.matmul import arithmetic
     from miniclip.reports.html_page import format_table
     from miniclip.run.folder import Run
+    from miniclip.run.metadata import training_metadata
     from miniclip.training.finetune import fine_tuning
     from miniclip.training.freeze import freeze_towers
     from miniclip.training.losses import make_loss
     from miniclip.training.setup import load_model, make_transform, read_data
     from miniclip.training.trainer import RunTrainer
 
-    with Run(argv, options, args) as run:
+    with Run(options, args) as run:
         # The data
         train, held_out, dataset_class = read_data(options, args, run.bad_samples)
         run.hold()
@@ -40,9 +41,10 @@ def main(argv: list[str]):
             held_out, preprocess, tokenizer, precision=precision, caches=caches,
             batch_size=args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers or None,
         )  # fmt: skip
+        metadata = training_metadata(argv, options, args, model, train, held_out, arithmetic(args.device))
         trainer = RunTrainer(
             model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, loss=loss, evaluator=evaluator,
-            callbacks=callbacks, run_metadata=run.metadata(model, train, held_out, arithmetic(args.device)), **extras,
+            callbacks=callbacks, run_metadata=metadata, **extras,
         )  # fmt: skip
 
         # Train, save, measure

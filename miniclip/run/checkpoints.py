@@ -1,7 +1,6 @@
 """Checkpoints: atomic saving, validation, deletion of old ones, and whether a run may resume from one.
 
-A checkpoint gets its name when all of it is on the disk, so it is complete even if the process was killed; its manifest
-(`files.py`) detects later damage.
+A checkpoint gets its name when all of it is on the disk; its manifest (`utils/files.py`) detects later damage.
 """
 
 import json
@@ -52,8 +51,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def save_checkpoint(trainer):
-    """Saves a checkpoint atomically. Called by all processes together. After an exception nothing of it is left, and
-    an InputError names the newest checkpoint."""
+    """Saves a checkpoint, whole or not at all, by all processes together. An InputError names the newest one."""
     args, state, wait = trainer.args, trainer.state, trainer.accelerator.wait_for_everyone
     folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
     best = folder.with_name(f"checkpoint-{state.best_global_step}")
@@ -64,9 +62,19 @@ def save_checkpoint(trainer):
     try:
         with files.replacing(folder, shared=True) if args.should_save else nullcontext():
             wait()
-            write_checkpoint(trainer, scratch)
+            trainer.save_model(str(scratch), _internal_call=True)
+            if not args.save_only_model:
+                trainer._save_optimizer_and_scheduler(str(scratch))
+                trainer._save_scaler(str(scratch))
+                trainer._save_rng_state(str(scratch))
             wait()
             if args.should_save:
+                for part in (*trainer.callback_handler.callbacks, trainer.control):
+                    if isinstance(part, ExportableState):
+                        state.stateful_callbacks[type(part).__name__] = part.state()
+                state.save_to_json(str(scratch / "trainer_state.json"))
+                if trainer.run_metadata:
+                    files.write_json(scratch / RECORD, trainer.run_metadata)
                 files.write_manifest(scratch)
                 files.remove_folder(folder)  # one that was found damaged
         wait()
@@ -74,32 +82,14 @@ def save_checkpoint(trainer):
         shutil.rmtree(scratch, ignore_errors=True)
         if "DataLoader worker" in str(error):  # a worker died, which can surface at any time
             raise
-        left, needed = checkpoints(folder.parent), f"{type(error).__name__}: {error}".partition("\n")[0]
-        free = shutil.disk_usage(folder.parent).free / 1e6
-        raise InputError(
-            f"{folder} could not be saved, with {free:.0f} MB free on that disk ({needed}). The newest checkpoint is"
-            f" {left[-1] if left else 'none'}, untouched: free space and continue from it with --resume"
-        ) from error
+        why, free = f"{type(error).__name__}: {error}".partition("\n")[0], shutil.disk_usage(folder.parent).free / 1e6
+        newest = (checkpoints(folder.parent) or ["none"])[-1]
+        fix = f"The newest checkpoint is {newest}, untouched: free space and continue from it with --resume"
+        raise InputError(f"{folder} could not be saved, with {free:.0f} MB free on that disk ({why}). {fix}") from error
     if args.push_to_hub:
         trainer._push_from_checkpoint(str(folder))
     if args.should_save:
         keep_newest(args.output_dir, folder, args.save_total_limit, state.best_model_checkpoint)
-
-
-def write_checkpoint(trainer, folder: Path):
-    """Writes what Trainer saves, and the run metadata."""
-    trainer.save_model(str(folder), _internal_call=True)
-    if not trainer.args.save_only_model:
-        trainer._save_optimizer_and_scheduler(str(folder))
-        trainer._save_scaler(str(folder))
-        trainer._save_rng_state(str(folder))
-    if trainer.args.should_save:
-        for part in (*trainer.callback_handler.callbacks, trainer.control):
-            if isinstance(part, ExportableState):
-                trainer.state.stateful_callbacks[type(part).__name__] = part.state()
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        if trainer.run_metadata:
-            files.write_json(folder / RECORD, trainer.run_metadata)
 
 
 def keep_newest(output_dir: str | Path, newest: Path, limit: int | None, best: str | None):
@@ -113,8 +103,7 @@ def keep_newest(output_dir: str | Path, newest: Path, limit: int | None, best: s
 
 
 def clean(output_dir: str | Path, anew: bool):
-    """Deletes what a killed process left half written or half deleted. With `anew` also the checkpoints of an earlier
-    run, and what could be mistaken for the new run's."""
+    """Deletes what a killed process left half written or deleted, and with `anew` all that an earlier run left."""
     for folder in Path(output_dir).glob(files.scratch_path("checkpoint-*", shared=True).name):
         logger.warning("deleting %s, which was being written when the run was stopped", folder)
     files.remove_scratch(output_dir)
@@ -137,8 +126,7 @@ SAME = {
 
 
 def check_same_run(checkpoint: str | Path, metadata: dict):
-    """Compares the run metadata of a checkpoint with that of the run that resumes from it. Warns about differences;
-    raises InputError for those in SAME."""
+    """Warns if a run differs from its checkpoint in its metadata; raises InputError for differences in SAME."""
     path = Path(checkpoint) / RECORD
     if not path.is_file():
         logger.warning("%s has no %s: data and options cannot be compared with those of this run", checkpoint, RECORD)

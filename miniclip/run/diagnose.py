@@ -1,5 +1,4 @@
-"""Known failures of contrastive training, recognised in the log. A check takes its entries, oldest first, and returns
-a warning or None."""
+"""Known failures of contrastive training. A check takes the log, oldest entry first, and returns a warning or None."""
 
 import math
 
@@ -51,8 +50,7 @@ def scale_at_limit(history: list[dict], entries: int = 5) -> str | None:
 
 
 def scale_collapses(history: list[dict], entries: int = 5) -> str | None:
-    """Warns if the last `entries` logit scales are below half of the first one or below 2, and the last is the lowest.
-    A constant scale gives no warning."""
+    """Warns if the last `entries` logit scales fell below half of the first one or below 2, and the last is lowest."""
     scales = [entry["logit_scale"] for entry in history if "logit_scale" in entry]
     last = scales[-entries:]
     if len(last) < entries or max(last) > max(scales[0] / 2, 2) or last[-1] > min(last) or scales[0] == last[-1]:

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from miniclip.run.checkpoints import checkpoints, clean
-from miniclip.run.metadata import RECORD, training_metadata
-from miniclip.run.progress import Progress, check_reporters
+from miniclip.run.metadata import RECORD
+from miniclip.run.progress import CURVES, LOG, Progress, check_reporters
 from miniclip.utils.bad_samples import NAME, BadSamples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import lock, write_json
@@ -16,34 +16,26 @@ class Run(ExitStack):
     """A run's output folder, for this process inside the `with` block (see train.py); `bad_samples` collects what is
     skipped. Raises InputError for a folder with an earlier run that is neither to be resumed nor replaced."""
 
-    def __init__(self, argv: list[str], options, args):
+    def __init__(self, options, args):
         super().__init__()
         logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
         check_reporters(args)
-        self.argv, self.options, self.args, self.folder = argv, options, args, Path(args.output_dir)
+        self.options, self.args, self.folder = options, args, Path(args.output_dir)
         given = args.resume_from_checkpoint
         self.resume = options.resume or given in ("latest", "True", "true") or given
         self.bad_samples = BadSamples()
         earlier = [*checkpoints(self.folder), *self.folder.glob("model.safetensors")]
         if earlier and not self.resume and not options.overwrite_output_dir:
-            raise InputError(
-                f"{self.folder} holds an earlier run: resume it with --resume, replace it with --overwrite_output_dir,"
-                " or name another --output_dir"
-            )
+            fix = "resume it with --resume, replace it with --overwrite_output_dir, or name another --output_dir"
+            raise InputError(f"{self.folder} holds an earlier run: {fix}")
 
     def hold(self):
         """Locks the folder, once all that was named is known to be there, until the end of the `with` block."""
         if self.args.process_index == 0:
             self.enter_context(lock(self.folder))
 
-    def metadata(self, model, records, eval_records, arithmetic: str) -> dict:
-        """The run metadata, kept in the folder and its checkpoints and compared when the run is resumed."""
-        arithmetic = arithmetic if self.args.fast else "plain"
-        return training_metadata(self.argv, self.options, self.args, model, records, eval_records, arithmetic)
-
     def start(self, trainer):
-        """Clears what is left of an earlier run, writes the metadata and begins to log. Returns the checkpoint to
-        resume from, True for the newest, or nothing."""
+        """Clears the folder and begins to log. Returns the checkpoint to resume from (True: the newest), if any."""
         first = trainer.is_world_process_zero()
         if first:
             clean(self.folder, anew=not self.resume)  # all is well so far: now the earlier run may go
@@ -51,15 +43,16 @@ class Run(ExitStack):
         self.bad_samples.open(self.folder / NAME, first, go_on=bool(self.resume))
         trainer.accelerator.wait_for_everyone()  # no other process may look for checkpoints before
         # Ended by `finish`, or by the error that ends the run: it draws curves.png in either case.
-        self.progress = self.enter_context(Progress(trainer, contrasts=self.options.loss == "clip"))
+        self.enter_context(Progress(trainer, contrasts=self.options.loss == "clip"))
         return self.resume
 
     def finish(self, trainer):
         """Saves the trainer's state and says where everything is."""
         trainer.save_state()
-        self.progress.summary()
-        if trainer.is_world_process_zero() and len(self.bad_samples):
-            print(f"bad samples were skipped {len(self.bad_samples)} times: {self.bad_samples.path}")
-        trainer.accelerator.wait_for_everyone()
         self.close()
+        if trainer.is_world_process_zero():
+            print(f"log     {self.folder / LOG}\ncurves  {self.folder / CURVES}\nmodel   {self.folder}", flush=True)
+            if len(self.bad_samples):
+                print(f"bad samples were skipped {len(self.bad_samples)} times: {self.bad_samples.path}")
+        trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()  # threads of an open process group can abort the process at its exit

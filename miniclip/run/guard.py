@@ -4,6 +4,7 @@ SIGTERM and Ctrl-C finish the step and save a checkpoint. A NaN or infinite loss
 updated, a dead data worker names its sample, and an error about memory says which batch size fits.
 """
 
+import gc
 import json
 import logging
 import math
@@ -23,9 +24,9 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
 from miniclip.run.checkpoints import check_checkpoint, check_same_run, checkpoints, last_checkpoint, save_checkpoint
-from miniclip.run.out_of_memory import batch_too_large, first_line, out_of_memory
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import DamagedFile, check_manifest, write_text
+from miniclip.utils.machine import return_freed_memory
 
 logger = logging.getLogger(__name__)
 GRACE = 30  # seconds that a data worker stays alive after a SIGTERM to all processes of a run
@@ -127,10 +128,9 @@ class Guard(TrainerCallback):
         }  # fmt: skip
         write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         self.trainer.log({"loss": loss, "grad_norm": norm, "learning_rate": rate})
-        raise NotFinite(
-            f"the loss is {loss} and the gradient norm {norm} at step {step}, whose batch is listed in {path}; the"
-            f" weights were not updated. Lower --learning_rate (now {rate:.3g}) or raise --warmup_steps, and --resume"
-        )
+        what = f"the loss is {loss} and the gradient norm {norm} at step {step}, whose batch is listed in {path}"
+        fix = f"Lower --learning_rate (now {rate:.3g}) or raise --warmup_steps, and --resume"
+        raise NotFinite(f"{what}; the weights were not updated. {fix}")
 
     def records(self) -> list[dict]:
         """Image and caption of all pairs of this step."""
@@ -149,10 +149,9 @@ class Guard(TrainerCallback):
             dataset, dead = self.trainer.train_dataset, set(map(int, re.findall(r"\d+", pids[1])))
             reading = [row for pid, *row in dataset.reading.tolist() if pid in dead]
             names = "; ".join(str(dataset.label(row)) for row in reading) or "nothing yet"
-            return InputError(
-                f"a data worker died ({first_line(error).strip(' .')}), perhaps out of memory or because of the last"
-                f" sample that it read: {names}. Check that sample or lower --dataloader_num_workers, and --resume"
-            )
+            why = f"({first_line(error).strip(' .')}), perhaps out of memory or because of the last sample that it read"
+            fix = "Check that sample or lower --dataloader_num_workers, and --resume"
+            return InputError(f"a data worker died {why}: {names}. {fix}")
         if out_of_memory(error):
             outside = "outside the forward and backward pass, whatever the batch size"
             return InputError(f"out of memory {outside} ({first_line(error)}). Use a smaller model")
@@ -174,9 +173,55 @@ def _spare_worker(init, worker_id: int):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an exception means that memory ran out, on a GPU or on the CPU."""
+    words = "can't allocate memory|out of memory|not enough memory|could not create a"  # the last: oneDNN
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(words, str(error)) is not None
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]
+
+
+def batch_too_large(trainer, model, inputs: dict, cause: str) -> InputError:
+    """Returns the error for a batch that did not fit (`cause`), with a batch size that does, found by halving."""
+    args, size = trainer.args, len(next(iter(inputs.values())))
+    if chunk := args.grad_cache_chunk_size:
+        half = chunk // 2 or 1
+        return InputError(f"out of memory in chunks of {chunk} ({cause}): try --grad_cache_chunk_size {half}")
+    advice = "lower --per_device_train_batch_size, or add --grad_cache_chunk_size"
+    if args.world_size == 1:
+        n = size // 2
+        while n and not fits(trainer, model, {name: value[:n] for name, value in inputs.items()}):
+            n //= 2
+        advice = f"{n} fit (tried). Use --per_device_train_batch_size {n}, or --grad_cache_chunk_size {n}, which keeps"
+        advice = advice + f" all {size} negatives" if n else "not even one pair fits. Use a smaller model or image size"
+    return InputError(f"out of memory with {size} pairs at once ({cause}): {advice}")
+
+
+def fits(trainer, model, inputs: dict) -> bool:
+    """Whether a forward and backward pass of a batch fits in memory, beside the state of the optimizer."""
+    model.zero_grad(set_to_none=True)
+    trainer.guard.batches.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return_freed_memory()  # other allocators may need what glibc keeps
+    # The optimizer allocates its two averages in the first step: leave room for them.
+    reserved = [p.new_empty(2, *p.shape) for p in model.parameters() if not trainer.optimizer.state]
+    try:
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
+        trainer.accelerator.backward(loss)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    del reserved
+    return True
+
+
 class GuardedTrainer(Trainer):
-    """A Trainer whose runs end and resume as described at the top of this file. Its checkpoints hold `run_metadata`
-    (`metadata.py`), which is compared when a run resumes."""
+    """A Trainer whose runs end and resume as described above. `run_metadata` is compared with a checkpoint's."""
 
     def __init__(self, *args, run_metadata: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -195,10 +240,9 @@ class GuardedTrainer(Trainer):
         if folder is True:
             folder = last_checkpoint(self.args.output_dir)
             if there and folder is None:
-                raise InputError(
-                    f"none of the {len(there)} checkpoints in {self.args.output_dir} is usable, for the reasons above:"
-                    f" start anew from the weights (--model {there[-1]} --output_dir ...) or --overwrite_output_dir"
-                )
+                fix = f"start anew from the weights (--model {there[-1]} --output_dir ...) or --overwrite_output_dir"
+                none = f"none of the {len(there)} checkpoints in {self.args.output_dir} is usable"
+                raise InputError(f"{none}, for the reasons above: {fix}")
             logger.warning("resuming from %s", folder or "the start: there is no checkpoint yet")
         elif folder:
             check_checkpoint(folder)

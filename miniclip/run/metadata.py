@@ -56,8 +56,7 @@ def commit() -> str | None:
 
 
 def training_metadata(argv: Sequence[str], options, args, model, records, eval_records, arithmetic: str) -> dict:
-    """Returns the metadata of a training run. `options` is a TrainOptions, `args` the ClipTrainingArguments,
-    `arithmetic` the way in which fp32 products are computed."""
+    """Returns the metadata of a training run. `arithmetic` is how fp32 products are computed with `args.fast`."""
     # Which samples of a stream have been read depends on the number of readers.
     readers = {"readers": args.world_size * max(1, args.dataloader_num_workers)} if options.streaming else {}
     plain = (str, int, float, bool, list)
@@ -70,7 +69,7 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
         "seed": args.seed,
         "pairs_per_step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "processes": args.world_size,
-        "arithmetic": arithmetic,
+        "arithmetic": arithmetic if args.fast else "plain",
         "options": dataclasses.asdict(options),
         "arguments": {name: value for name, value in args.to_dict().items() if isinstance(value, plain)},
     }
@@ -90,7 +89,7 @@ def evaluation_metadata(argv: Sequence[str], options, records, device) -> dict:
 # Differences in these do not matter.
 IGNORED = ("command", "folder", "started", "options.overwrite_output_dir", "options.train_file", "options.resume",
            "arguments.output_dir", "arguments.resume_from_checkpoint", "arguments.run_name", "arguments.disable_tqdm",
-           "arguments.logging", "arguments.log_", "arguments.report_to", "arguments.local_rank",
+           "arguments.log", "arguments.report_to", "arguments.local_rank",
            "arguments.seed", "arguments.data_seed")  # fmt: skip
 
 

@@ -36,8 +36,7 @@ def check_reporters(args: TrainingArguments):
 
 class Progress(TrainerCallback):
     """Shows and logs a training run inside its `with` block, instead of the Trainer's own output. Every process
-    measures; the first one prints and writes. `contrasts`: whether the loss is InfoNCE, ln(batch) for a model that
-    guesses.
+    measures, the first one writes. `contrasts`: whether the loss is InfoNCE, ln(batch) for a model that guesses.
 
     `log.jsonl` has one object for each entry of the Trainer's log: step, epoch and what was logged (loss,
     learning_rate, grad_norm, logit_scale, samples_per_second of all processes, metrics), the run's `seconds` so far and
@@ -52,10 +51,7 @@ class Progress(TrainerCallback):
         self.samples = trainer.get_total_train_batch_size(args)  # per step
         self.batch = self.samples // args.gradient_accumulation_steps if contrasts else None  # pairs contrasted at once
         self.bar, self.warned, self.cleanup = tqdm(disable=True), set(), ExitStack()
-        self.start = self.mark = time.monotonic()  # of training; of the interval being measured
-        self.earlier = self.busy = 0.0  # seconds: before the run was resumed; of training since the last entry
-        self.steps = self.first_step = 0  # since the last entry; at the start
-        self.drawn = False  # whether the curves show the whole log
+        self.start, self.earlier = time.monotonic(), 0.0  # of training; seconds before the run was resumed
 
     def __enter__(self):
         self.trainer.remove_callback(ProgressCallback)
@@ -71,42 +67,32 @@ class Progress(TrainerCallback):
     def __exit__(self, kind, error, traceback):
         self.cleanup.close()
         self.bar.close()
-        if self.is_main and error is not None:
-            try:
+        if not self.is_main:
+            return
+        try:  # errors in here must not hide how the run ended
+            if error is not None:
                 self.write(error=f"{kind.__name__}: {error}" if str(error) else kind.__name__)
-            except OSError as full:  # the disk may be full, which may be the error itself
-                logger.warning("%s could not be written: %s", LOG, full)
-        self.draw()
-
-    def summary(self):
-        """Draws the curves and prints where log, curves and model are."""
-        self.draw()
-        if self.is_main:
-            print(f"log     {self.folder / LOG}\ncurves  {self.folder / CURVES}\nmodel   {self.folder}", flush=True)
-
-    def draw(self):
-        """Draws `curves.png` unless it shows the whole log. An error must not hide how the run ended: it is logged."""
-        if self.is_main and not self.drawn:
-            try:
-                draw_log(self.folder)
-                self.drawn = True
-            except Exception as error:
-                logger.warning("the curves could not be drawn: %s", error)
+        except OSError as full:  # the disk may be full, which may be the error itself
+            logger.warning("%s could not be written: %s", LOG, full)
+        try:
+            draw_log(self.folder)
+        except Exception as failure:
+            logger.warning("the curves could not be drawn: %s", failure)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start, self.first_step, self.busy, self.steps = time.monotonic(), state.global_step, 0.0, 0
+        self.start, self.first_step = time.monotonic(), state.global_step
+        self.busy, self.steps = 0.0, 0  # seconds of training, and steps, since the last entry
         if self.is_main:
-            about = {"batch": self.batch, "processes": args.world_size, "max_steps": state.max_steps}
-            path, step = self.folder / LOG, state.global_step
+            path, step, event = self.folder / LOG, state.global_step, {"event": "start"}
             self.folder.mkdir(parents=True, exist_ok=True)
             if step:
                 self.earlier, cut = continue_log(path, step, state.log_history)
-                self.write(event="resumed", cut=cut, **about)
+                event = {"event": "resumed", "cut": cut}
                 if cut:
                     logger.warning("%s: %d entries after step %d are replaced", path, cut, step)
             else:
                 path.write_text("")
-                self.write(event="start", **about)
+            self.write(**event, batch=self.batch, processes=args.world_size, max_steps=state.max_steps)
             self.warned = set(self.diagnose())  # before the run was interrupted
             self.bar.close()
             self.bar = tqdm(
@@ -114,7 +100,7 @@ class Progress(TrainerCallback):
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
                 disable=not self.has_bar,
             )  # fmt: skip
-        self.mark = time.monotonic()
+        self.mark = time.monotonic()  # the begin of the interval being measured
 
     def on_step_end(self, args, state, control, **kwargs):
         self._count_time()
@@ -194,7 +180,6 @@ class Progress(TrainerCallback):
         entry = {"step": self.trainer.state.global_step, **entry, "seconds": round(seconds, 2), "time": now}
         with open(self.folder / LOG, "a", encoding="utf-8") as file:
             file.write(to_json(entry) + "\n")
-        self.drawn = False
 
     def _count_time(self):
         now = time.monotonic()

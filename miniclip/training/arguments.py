@@ -37,8 +37,8 @@ class RunArguments(ClipTrainingArguments):
             logger.warning("%d GPUs are visible but one is used: start with torchrun to use all", self.n_gpu)
             self._n_gpu = 1  # Trainer would wrap the model in DataParallel, which splits the negatives
         if (steps := self.gradient_accumulation_steps) > 1:
-            n, all_pairs = self.per_device_train_batch_size, self.per_device_train_batch_size * steps
+            n = self.per_device_train_batch_size
             logger.warning(
                 f"gradient accumulation averages losses of {n} pairs each and adds no negatives; a batch of them all"
-                f" takes as little memory with --per_device_train_batch_size {all_pairs} --grad_cache_chunk_size {n}"
+                f" takes as little memory with --per_device_train_batch_size {n * steps} --grad_cache_chunk_size {n}"
             )

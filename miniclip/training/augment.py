@@ -10,26 +10,24 @@ from miniclip.config import PreprocessConfig
 from miniclip.transforms import Preprocess, to_levels
 from miniclip.utils.image_files import to_rgb
 
+RATIO = 3 / 4, 4 / 3  # a crop's width over height, from lowest to highest (RandomResizedCrop: arXiv 1409.4842)
+
 
 class TrainTransform(Preprocess):
     """Preprocessing for training, called with (image, rng): the same rng state gives the same tensor.
 
-    `scale` bounds the crop's fraction of the image area, `ratio` its width over height (RandomResizedCrop: Szegedy et
-    al., arXiv 1409.4842); scale (1, 1) resizes as in evaluation. `hflip` is a probability, `color_jitter` the strengths
-    of random brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (a turn of up to x).
+    `scale` bounds the crop's fraction of the image area; (1, 1) resizes as in evaluation. `hflip` is a probability,
+    `color_jitter` the strengths of random brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (x turns).
     """
 
-    def __init__(
-        self, cfg: PreprocessConfig, scale: tuple[float, float] = (0.9, 1), ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        hflip: float = 0.0, color_jitter: tuple[float, float, float, float] | None = None,
-    ):  # fmt: skip
+    def __init__(self, cfg: PreprocessConfig, scale=(0.9, 1), hflip=0.0, color_jitter: tuple | None = None):
         super().__init__(cfg)
         if not 0 < scale[0] <= scale[1] <= 1 or not 0 <= hflip <= 1:
             raise ValueError(f"scale {scale} must lie in (0, 1] and hflip {hflip} in [0, 1]")
         if color_jitter and len(color_jitter) != 4:
             raise ValueError(f"color_jitter {color_jitter} is not (brightness, contrast, saturation, hue)")
-        self.crop_scale, self.ratio, self.hflip, self.color_jitter = scale, ratio, hflip, color_jitter
-        self.scale = math.ceil(2 * cfg.size / math.sqrt(scale[0] * ratio[0]))  # enough pixels for the smallest crop
+        self.crop_scale, self.hflip, self.color_jitter = scale, hflip, color_jitter
+        self.scale = math.ceil(2 * cfg.size / math.sqrt(scale[0] * RATIO[0]))  # enough pixels for the smallest crop
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Tensor:
         return self.normalize(self.levels(image, rng))
@@ -51,12 +49,12 @@ class TrainTransform(Preprocess):
         """A random rectangle within the image; after ten that do not fit, the largest one at the centre."""
         for _ in range(10):
             area = width * height * rng.uniform(*self.crop_scale)
-            aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            aspect = math.exp(rng.uniform(*map(math.log, RATIO)))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 left, top = rng.randint(0, width - w), rng.randint(0, height - h)
                 return left, top, left + w, top + h
-        w, h = min(width, round(height * self.ratio[1])), min(height, round(width / self.ratio[0]))
+        w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
         return (width - w) // 2, (height - h) // 2, (width + w) // 2, (height + h) // 2
 
 

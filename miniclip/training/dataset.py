@@ -3,7 +3,6 @@
 import logging
 import os
 import random
-from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -28,10 +27,7 @@ class RunDataset(CaptionDataset):
     the next good one takes its place; with `on_bad` "stop" it raises ImageError.
     """
 
-    def __init__(
-        self, records: Sequence[dict], preprocess, seed: int = 0, transform=None, on_bad: str | None = None,
-        bad_samples: BadSamples | None = None,
-    ):  # fmt: skip
+    def __init__(self, records, preprocess, seed=0, transform=None, on_bad: str | None = None, bad_samples=None):
         super().__init__(as_table(records), preprocess, seed, transform)
         self.on_bad, self.bad_samples = on_bad, BadSamples() if bad_samples is None else bad_samples
         self.bad = torch.zeros(256, dtype=torch.long).share_memory_()  # number of bad samples, by worker
@@ -47,8 +43,7 @@ class RunDataset(CaptionDataset):
     def __getitem__(self, index: int) -> dict:
         for step in range(MAX_BAD):
             try:
-                row = self.note(index + step)
-                return self.item(index + step) | {"row": row}
+                return {"row": self.note(index + step), **self.item(index + step)}
             except ImageError as error:
                 if self.on_bad == "stop" or step + 1 == MAX_BAD:
                     raise

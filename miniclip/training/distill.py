@@ -12,7 +12,6 @@ from miniclip.inference.load import load
 from miniclip.loss import gather
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.training.losses import clip
-from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 
 CHUNK = 256  # pairs that the teacher embeds at once
@@ -25,10 +24,8 @@ def affinity_loss(student: ClipOutput, teacher: ClipOutput) -> Tensor:
     with torch.autocast(student.image_embeds.device.type, enabled=False):
         losses = []
         for rows, columns in ((0, 1), (1, 0)):
-            logits, wanted = (
-                output.logit_scale.float() * output[rows].float() @ gather(output[columns].float()).T
-                for output in (student, teacher)
-            )
+            both = [(m.logit_scale.float(), m[rows].float(), gather(m[columns].float())) for m in (student, teacher)]
+            logits, wanted = (scale * ours @ theirs.T for scale, ours, theirs in both)
             losses.append(F.cross_entropy(logits, wanted.softmax(dim=1)))
         return sum(losses) / 2
 
@@ -38,18 +35,14 @@ class Distillation:
     student's images, resized to its own size. It is added to `contrast` (OpenCLIP's `--distill-model`), or is all there
     is (TinyCLIP). Raises InputError for a teacher that cannot read the student's tokens."""
 
-    def __init__(
-        self, teacher: MiniClip, preprocess: Preprocess, student: MiniClip,
-        contrast: Callable[[ClipOutput, dict], Tensor] | None = None, bf16: bool = False,
-    ):  # fmt: skip
+    def __init__(self, teacher: MiniClip, preprocess, student: MiniClip, contrast: Callable | None = None, bf16=False):
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
         words = [(t.vocabulary(), t.pad_token_id) for t in (teacher.text.tokenizer, student.text.tokenizer)]
         same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size and words[0] == words[1]
         if not same or theirs.context_length < ours.context_length:
-            raise InputError(
-                f"the teacher reads {theirs.context_length} tokens from a vocabulary of {theirs.vocab_size}, the"
-                f" student {ours.context_length} from {ours.vocab_size}. Use a teacher with the student's tokenizer"
-            )
+            reads = f"reads {theirs.context_length} tokens from a vocabulary of {theirs.vocab_size}"
+            wanted = f"the student {ours.context_length} from {ours.vocab_size}"
+            raise InputError(f"the teacher {reads}, {wanted}. Use a teacher with the student's tokenizer")
         self.teacher, self.preprocess = teacher.float().eval().requires_grad_(False), preprocess
         self.contrast, self.precision = contrast, "bf16" if bf16 else "fp32"
 

@@ -4,7 +4,6 @@ Freezing is in freeze.py, mixing with the old weights afterwards in wise_ft.py. 
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,14 +93,13 @@ class EMA(TrainerCallback):
         average_t = d average_(t-1) + (1 - d) weights_t        d = min(decay, (1 + t) / (10 + t))
 
     from the weights at the start. The low d of the first steps keeps these from dominating the average of a short run.
-    With `average.module` as its `ema`, RunTrainer evaluates the average, so that early stopping and the choice of the
-    best checkpoint go by it, and saves it in checkpoints as ema.safetensors, a weight file like any other. At the end
-    the average, of the best checkpoint with load_best_model_at_end, replaces the model's weights.
+    With `average.module` as its `ema`, RunTrainer evaluates the average and saves it in checkpoints as ema.safetensors.
+    At the end the average, of the best checkpoint with load_best_model_at_end, replaces the model's weights.
     """
 
     def __init__(self, model: MiniClip, decay: float, device: str | torch.device | None = None):
-        move = partial(_move_average, decay)
-        self.model, self.average = model, AveragedModel(model, device, multi_avg_fn=move, use_buffers=True)
+        self.model, self.decay = model, decay
+        self.average = AveragedModel(model, device, multi_avg_fn=self.move, use_buffers=True)
         self.average.n_averaged = self.average.n_averaged.cpu()  # read at every step, which must not wait for a GPU
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -117,10 +115,9 @@ class EMA(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.model.load_state_dict(self.average.module.state_dict())
 
-
-@torch.no_grad()
-def _move_average(decay: float, average: list[Tensor], weights: list[Tensor], t: Tensor):
-    if average[0].is_floating_point():  # bit-equal where nothing changed
-        torch._foreach_lerp_(average, weights, 1 - min(decay, (1 + int(t)) / (10 + int(t))))
-    else:  # counters
-        torch._foreach_copy_(average, weights)
+    @torch.no_grad()
+    def move(self, average: list[Tensor], weights: list[Tensor], t: Tensor):
+        if average[0].is_floating_point():  # bit-equal where nothing changed
+            torch._foreach_lerp_(average, weights, 1 - min(self.decay, (1 + int(t)) / (10 + int(t))))
+        else:  # counters
+            torch._foreach_copy_(average, weights)

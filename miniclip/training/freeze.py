@@ -24,9 +24,8 @@ def freeze(model: MiniClip, image: str = "none", text: str = "none"):
     and the projection) of each tower of a model.
 
     A frozen image tower with a text tower that is trained to fit it is LiT (Zhai et al., arXiv 2111.07991). The
-    backward pass stops at the frozen part, which saves most of its time and memory. OpenCLIP's
-    `--lock-image-unlocked-groups`, N + 1, counts the projection too. Raises InputError for too many blocks, and if
-    nothing is left to train.
+    backward pass stops at the frozen part, which saves most of its time and memory. OpenCLIP's unlocked groups, N + 1,
+    count the projection too. Raises InputError for too many blocks, and if nothing is left to train.
     """
     for kind, tower, how in (("image", model.visual, image), ("text", model.text, text)):
         if how == "none":
@@ -59,25 +58,19 @@ def depths(tower: nn.Module) -> dict[str, int]:
 
 
 def hold_statistics(tower: Tower):
-    """Keeps each BatchNorm in evaluation mode, also those whose weights are trained: a few small batches give worse
-    means and variances than pretraining."""
+    """Keeps each BatchNorm in evaluation mode, trained or not: few small batches give worse statistics."""
     tower.fixed_norms = tuple(module for module in tower.modules() if isinstance(module, _BatchNorm))
     tower.train(tower.training)
 
 
 class FrozenDataset(RunDataset):
-    """A RunDataset, with the same draws, whose items have precomputed features instead of a frozen tower's inputs.
-
-    `image_features` (images, W) replace `pixel_values`; `text_features` (captions, W), of all captions in order,
-    replace `caption`. Each item has one row (W,).
-    """
+    """A RunDataset, with the same draws, whose items have precomputed features (W,) of frozen towers: a row of
+    `image_features` (images, W) for `pixel_values`, one of `text_features` (all captions, W) for `caption`."""
 
     def __init__(self, *args, image_features: np.ndarray | None, text_features: np.ndarray | None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.image_features, self.text_features = (  # in shared memory: worker processes need no copies
-            None if features is None else torch.from_numpy(features).share_memory_()
-            for features in (image_features, text_features)
-        )
+        both = [x if x is None else torch.from_numpy(x).share_memory_() for x in (image_features, text_features)]
+        self.image_features, self.text_features = both  # in shared memory: worker processes need no copies
         self.first_caption = np.cumsum([0, *(len(record["caption"]) for record in self.records)]).tolist()
         if image_features is not None:  # the images are not read again, so their ids are computed here
             images = ((image_id(record["image"]), record["caption"]) for record in self.records)
@@ -102,9 +95,8 @@ class FrozenDataset(RunDataset):
 
 
 def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer, dataset_class=RunDataset):
-    """Freezes what `options` name, and computes the features of towers that are frozen as wholes for all records, or
-    reads them from `--feature_cache`. Returns the dataset class for training, `dataset_class` unless there are such
-    features, and the image and text caches for evaluation."""
+    """Freezes what `options` name, and computes the features of towers that are frozen as wholes, or reads them from
+    `--feature_cache`. Returns the dataset class for training, and the image and text caches for evaluation."""
     freeze(model, options.freeze_image, options.freeze_text)
     if options.frozen == (False, False):
         return dataset_class, (None, None)

@@ -91,9 +91,8 @@ class TrainOptions:
             yield f"train_file {self.train_file}: [:N] does not work with streaming. Use max_steps"
         if self.feature_cache and not any(self.frozen):
             yield "feature_cache stores features of frozen towers, but both learn. Add --freeze_image or --freeze_text"
-        towers = ("image", self.freeze_image), ("text", self.freeze_text)
-        for (tower, how), scale in zip(towers, self.tower_lr_scales or ()):
-            if how == "all" and scale != 1:
+        for tower, scale in zip(("image", "text"), self.tower_lr_scales or ()):
+            if getattr(self, f"freeze_{tower}") == "all" and scale != 1:
                 yield f"tower_lr_scales has no effect on the {tower} tower, which is frozen. Set its scale to 1"
         if (self.loss in losses.NEED_TEACHER) != (self.teacher is not None):
             yield f"the losses {' and '.join(sorted(losses.NEED_TEACHER))} need a teacher; the others do not use one"

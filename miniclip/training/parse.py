@@ -1,12 +1,25 @@
 """The command line of `train.py`: recipes, the options given, and the defaults that follow from them."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
-from miniclip.training.defaults import FINE_TUNE, FROM_SCRATCH, PROJECTIONS, defaults
+from miniclip.config import MiniClipConfig
 from miniclip.training.options import TrainOptions
 from miniclip.utils.command_line import Parser, dataclass_help
+from miniclip.utils.errors import InputError
+
+# From scratch, as in ClipTrainingArguments (importing them takes seconds): every negative counts, and little data calls
+# for a high rate and weight decay.
+FROM_SCRATCH = {
+    "learning_rate": 1e-3, "weight_decay": 0.2, "num_train_epochs": 30.0, "per_device_train_batch_size": 128,
+    "warmup_steps": 0.05,
+}  # fmt: skip
+# Fine-tuning may destroy what the weights know: a low rate, few epochs; after large batches 64 pairs are enough.
+FINE_TUNE = dict(zip(FROM_SCRATCH, (1e-5, 0.1, 5.0, 64, 0.1)))
+# Between two frozen encoders only projections learn: an epoch takes a second, and a high rate cannot damage anything.
+PROJECTIONS = FROM_SCRATCH | {"weight_decay": 0.1}
 
 ALIASES = {  # OpenCLIP's names
     "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "columns", "csv-caption-key": "columns",
@@ -81,3 +94,41 @@ def read_recipe(path: str, parser: Parser) -> dict:
     for name in recipe.keys() - {action.dest for action in parser._actions}:
         parser.error(f"{path}: {parser.nearest(name)}")
     return recipe
+
+
+def defaults(given: dict) -> dict:
+    """The defaults that follow from the options given. Raises InputError for those that do not go together."""
+    freeze = default_freeze(given)
+    frozen = [how in ("tower", "all", "all_but_0") for how in freeze.values()]
+    usual = FROM_SCRATCH
+    if len(frozen) == 2 and all(frozen):
+        usual = PROJECTIONS
+    elif not all(frozen) or given.get("pretrained") or os.path.isdir(given.get("model") or ""):
+        usual = FINE_TUNE
+    evaluation = {"eval_strategy": "epoch"} if given.get("eval_file") else {}
+    if given.get("early_stopping_patience") or given.get("load_best_model_at_end"):
+        # The best model can be restored if there is a checkpoint at each evaluation.
+        when = given.get("eval_strategy", "epoch")
+        save = given.get("save_strategy", when)
+        steps = given.get("eval_steps") or given.get("logging_steps", 10)  # the interval of Trainer's evaluations
+        every = given.get("save_steps", steps)
+        if when == "no" or save not in (when, "best"):
+            need = "early_stopping_patience and load_best_model_at_end need a checkpoint at each evaluation"
+            found = f"eval_strategy is {when!r} and save_strategy is {save!r}"
+            raise InputError(f"{need}, but {found}. Remove both or set both to epoch or steps")
+        if save == when == "steps" and float(every) % float(steps):
+            raise InputError(f"save_steps {every} is not a multiple of the {steps} steps between evaluations")
+        evaluation = {"eval_strategy": when, "save_strategy": when, "save_steps": steps, "load_best_model_at_end": True}
+    return usual | freeze | evaluation
+
+
+def default_freeze(given: dict) -> dict[str, str]:
+    """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher."""
+    name = given.get("model") or ""
+    try:
+        config = MiniClipConfig.from_name(os.path.join(name, "config.json") if os.path.isdir(name) else name)
+    except InputError:
+        return {}  # reported when the model is made
+    default = "tower" if given.get("teacher") is None else "none"  # a student must see images and captions itself
+    towers = {"freeze_image": config.vision_cfg, "freeze_text": config.text_cfg}
+    return {option: given.get(option, default) for option, section in towers.items() if section.pretrained}

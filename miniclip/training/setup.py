@@ -27,9 +27,8 @@ def read_data(options, args, bad_samples: BadSamples):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing (see --help)")
     records, eval_records, make_dataset, problems = None, None, RunDataset, []
-    roots, on_bad = options.image_root or [None], options.on_bad_sample or "stop"
-    columns, num_samples = options.columns or (None, None), options.train_num_samples
-    reading = ReadOptions(roots[0], *columns, on_bad, bad_samples, options.allow_outside_image_root)
+    roots, num_samples = options.image_root or [None], options.train_num_samples
+    reading = ReadOptions.from_args(options, image_root=roots[0], bad_samples=bad_samples)
     try:
         if options.streaming:
             make_dataset = StreamDataset.opened(options.train_file, args, reading, num_samples=num_samples)

@@ -19,7 +19,7 @@ def siglip(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Tenso
     if model.logit_bias is None:
         add_logit_bias(model)
     model.logit_bias.requires_grad_(True)
-    return lambda outputs, batch: siglip_loss(*outputs[:4], batch.get("pair_ids"), options.duplicates)
+    return lambda outputs, batch: siglip_loss(outputs, batch.get("pair_ids"), options.duplicates)
 
 
 def add_logit_bias(model: MiniClip):
@@ -29,26 +29,24 @@ def add_logit_bias(model: MiniClip):
     model.logit_bias = nn.Parameter(torch.full_like(model.logit_scale, INIT_LOGIT_BIAS))
 
 
-def siglip_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, ids: Tensor | None = None,
-    duplicates: str = "positive", chunk_size: int = 1024,
-) -> Tensor:  # fmt: skip
+def siglip_loss(outputs: ClipOutput, ids: Tensor | None = None, duplicates="positive", chunk_size=1024) -> Tensor:
     """-1/B sum over i, j of log sigmoid(z_ij (scale x_i . y_j + bias)), in nats (algorithm 1).
 
     z_ij is 1 if image i and caption j are a pair, otherwise -1. Duplicates are pairs too ("positive"), dropped from the
-    sum ("exclude") or negatives ("ignore"). Arguments and processes as for `clip_loss`; `logit_bias` is a scalar. At
-    most B x `chunk_size` logits exist at once, recomputed in the backward pass: memory grows linearly with the batch.
+    sum ("exclude") or negatives ("ignore"). Embeddings and processes as for `clip_loss`; the bias is a scalar. At most
+    B x `chunk_size` logits exist at once, recomputed in the backward pass: memory grows linearly with the batch.
     """
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates {duplicates!r} is not one of {', '.join(DUPLICATES)}")
-    with torch.autocast(image_embeds.device.type, enabled=False):
-        images, texts = image_embeds.float(), gather(text_embeds.float())
+    with torch.autocast(outputs.image_embeds.device.type, enabled=False):
+        images, texts = outputs.image_embeds.float(), gather(outputs.text_embeds.float())
+        scale, bias = outputs.logit_scale.float(), outputs.logit_bias.float()
         own = torch.arange(len(images), device=images.device) + process_index() * len(images)  # each image's caption
         all_ids = None if ids is None else gather(ids)
         loss = images.new_zeros(())
         for start in range(0, len(texts), chunk_size):
             part = slice(start, start + chunk_size)
-            inputs = images, texts[part], logit_scale.float(), logit_bias.float(), own - start, duplicates
+            inputs = images, texts[part], scale, bias, own - start, duplicates
             pair_ids = () if ids is None else (ids, all_ids[part])
             loss = loss + checkpoint(_chunk_loss, *inputs, *pair_ids, use_reentrant=False)
         return loss / len(images)

@@ -1,7 +1,7 @@
 """Streams: training data too large to be here, read from the first sample to the last.
 
-Hugging Face datasets does the reading: each worker of each process reads a share of its own, and a buffer shuffles the
-samples. There is no index, so nothing can be looked up, drawn with replacement or evaluated on.
+Each worker of each process reads a share of its own, and a buffer shuffles the samples. There is no index: nothing can
+be looked up, drawn with replacement or evaluated on.
 """
 
 import inspect
@@ -28,15 +28,13 @@ class StreamDataset(RunDataset):
     The stream is read pass after pass, each in another order: of its files, and within a buffer. In a pass the workers
     of all processes together read every sample exactly once; each starts its next pass when its share ends. Without
     `num_samples` it never ends, and `max_steps` ends the training. With `num_samples` an epoch is that many samples of
-    all processes together, and starts a new pass. Bad samples are reported, counted in `bad`, and skipped, unless
-    `on_bad` is "stop".
+    all processes together, and starts a new pass. Bad samples are skipped, unless `on_bad` is "stop".
     """
 
     def __init__(self, stream, columns: list[str], num_samples, spec, root, preprocess, seed=0, **kwargs):
         super().__init__((), preprocess, seed, **kwargs)
         self.columns, self.num_samples, self.spec, self.root = columns, num_samples, spec, root
-        # One file at a time: newer versions would read ten at once, in threads, and wait five seconds for those at the
-        # end of each pass.
+        # One file at a time: newer versions would read ten in threads, and wait for those at the end of each pass.
         single = {"max_buffer_input_shards": 1}
         known = inspect.signature(stream.shuffle).parameters
         self.stream = stream.shuffle(seed=seed, buffer_size=BUFFER, **single if single.keys() <= known.keys() else {})
@@ -50,8 +48,7 @@ class StreamDataset(RunDataset):
         if num_samples is None and args.max_steps <= 0:
             raise InputError(f"{source}: a stream has no end: give --max_steps, or --train_num_samples per epoch")
         stream = load_table(source, streaming=True)
-        names = stream.column_names or list(next(iter(stream), {}))
-        columns = find_columns(names, options, source)
+        columns = find_columns(stream.column_names or list(next(iter(stream), {})), options, source)
         import datasets
 
         if stream.features is None or isinstance(stream.features.get(columns[0]), datasets.Image):
@@ -63,9 +60,6 @@ class StreamDataset(RunDataset):
         if self.num_samples is None:
             raise TypeError("a stream has no length")
         return self.num_samples
-
-    def sampler(self, args):
-        """Returns None: a stream has its own order."""
 
     def label(self, row) -> dict:
         """Returns the place of a sample in the stream: it cannot be looked up."""
@@ -129,9 +123,6 @@ class Share(IterableDataset):
 
     def __init__(self, dataset: StreamDataset, rank: int, ranks: int, batch_size: int):
         self.dataset, self.rank, self.ranks, self.batch_size = dataset, rank, ranks, batch_size
-
-    def set_epoch(self, epoch: int):
-        """Does nothing: the trainer sets the epoch of the dataset itself."""
 
     def __len__(self) -> int:
         return len(self.dataset) // (self.ranks * self.batch_size) * self.batch_size

@@ -29,15 +29,13 @@ logger = logging.getLogger(__name__)
 class RunTrainer(GuardedTrainer, ClipTrainer):
     """The trainer of train.py: a ClipTrainer that survives interruptions (`run/guard.py`) and is faster.
 
-    It also takes `preprocess`, to normalise the images of a RunDataset, `lr_scale`, from a parameter's name to the
-    factor of its learning rate, and `ema`, a model that a callback keeps as the average of the trained one: it is
-    evaluated in its place, and saved in checkpoints.
+    `preprocess` normalises the images of a RunDataset, `lr_scale` gives the factor of the learning rate of a parameter
+    by its name, and `ema`, which a callback updates, is evaluated in place of the model and saved in checkpoints.
     """
 
     def __init__(
         self, model: MiniClip, args: RunArguments, train_dataset: RunDataset | None = None, *, preprocess,
-        evaluator: Evaluator | None = None, lr_scale: Callable[[str], float] | None = None,
-        ema: MiniClip | None = None, **kwargs,
+        evaluator: Evaluator | None = None, lr_scale: Callable | None = None, ema: MiniClip | None = None, **kwargs,
     ):  # fmt: skip
         self.sharded = fsdp.uses_fsdp(args)
         # FSDP needs every block to be called as a module, which the fast path does not do.
@@ -46,21 +44,19 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
             args.ddp_find_unused_parameters = True
         learning = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
         if args.grad_cache_chunk_size and any(learning):
-            raise InputError(
-                "grad_cache_chunk_size: a BatchNorm would compute its statistics from a chunk, not the batch. Remove it"
-                " or freeze the image tower (--freeze_image tower or all_but_N)"
-            )
+            wrong = "grad_cache_chunk_size: a BatchNorm would compute its statistics from a chunk, not the batch"
+            raise InputError(f"{wrong}. Remove it or freeze the image tower (--freeze_image tower or all_but_N)")
         self.lr_scale, self.ema, self.measured_by = lr_scale, ema, evaluator
         if evaluator:
             check_metric(args, evaluator)
         super().__init__(model, args, train_dataset, evaluator=evaluator and self.measure, **kwargs)
+        self.add_callback(ReportBadSamples(train_dataset))
         if self.sharded:
             fsdp.prepare_fsdp(self)
-        self.add_callback(ReportBadSamples(train_dataset))
-        batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
         if has_length(train_dataset):  # a stream may have none
-            sampler = train_dataset.sampler(args)
-            n = len(train_dataset if sampler is None else sampler)
+            sampler, n = train_dataset.sampler(args), len(train_dataset)
+            n = n if sampler is None else len(sampler)
+            batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
             if n < (batch if args.dataloader_drop_last else 1):
                 raise InputError(f"{n} images do not fill a batch of {batch}. Lower per_device_train_batch_size")
 

@@ -50,7 +50,7 @@ def test_as_openclip(name):
     teacher = ClipOutput(draw(2, 6), draw(3, 6), torch.tensor(11.0))
     loss = {
         "clip": lambda: clip_loss(*student[:3]),
-        "siglip": lambda: siglip_loss(*student[:3], given["bias"], chunk_size=5),
+        "siglip": lambda: siglip_loss(student._replace(logit_bias=given["bias"]), chunk_size=5),
         "distill": lambda: clip_loss(*student[:3]) + affinity_loss(student, teacher),
         "affinity": lambda: affinity_loss(student, teacher),
     }[name]()
@@ -101,7 +101,7 @@ def test_duplicates_by_hand(duplicates):
         math.log(1 + math.exp(-(2 * logits[i][j] - 1) * (1 if yes[i][j] else -1))) * counts[i][j]
         for i in range(3) for j in range(3)
     ]  # fmt: skip
-    loss = siglip_loss(image, text, torch.tensor(2.0), torch.tensor(-1.0), ids, duplicates, chunk_size=2)
+    loss = siglip_loss(ClipOutput(image, text, torch.tensor(2.0), torch.tensor(-1.0)), ids, duplicates, chunk_size=2)
     assert loss.item() == pytest.approx(sum(losses) / 3, abs=1e-6)
 
 
@@ -130,7 +130,8 @@ def test_siglip_memory_does_not_grow_with_the_square():
     def run(chunk_size):
         sizes = []
         with saved_tensors_hooks(lambda t: sizes.append(t.numel() * t.element_size()) or t, lambda t: t):
-            loss = siglip_loss(image, text, torch.tensor(10.0), torch.tensor(-10.0), chunk_size=chunk_size)
+            outputs = ClipOutput(image, text, torch.tensor(10.0), torch.tensor(-10.0))
+            loss = siglip_loss(outputs, chunk_size=chunk_size)
         return loss.item(), max(sizes)
 
     (loss, kept), (whole, _) = run(64), run(512)

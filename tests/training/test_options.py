@@ -9,10 +9,9 @@ import pytest
 
 from miniclip.trainer import ClipTrainingArguments
 from miniclip.training.arguments import RunArguments
-from miniclip.training.defaults import FINE_TUNE, FROM_SCRATCH
 from miniclip.training.losses import HELP, LOSSES, make_loss
 from miniclip.training.options import TrainOptions
-from miniclip.training.parse import parse_train, train_help
+from miniclip.training.parse import FINE_TUNE, FROM_SCRATCH, parse_train, train_help
 from miniclip.utils.command_line import at_least, find_device, printable, run
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import write_text
