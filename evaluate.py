@@ -6,50 +6,51 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before NumPy and faiss: threa
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # a power of 2, in cycles
 
 from miniclip.inference.options import parse_evaluate, result_file  # noqa: E402
-from miniclip.utils.command_line import find_device, run  # noqa: E402
+from miniclip.utils.command_line import run  # noqa: E402
 
 
 def main(argv: list[str]):
     options = parse_evaluate(argv)
+    output, said = result_file(options)
 
-    from miniclip.datasets.read import read_source
-    from miniclip.datasets.records import ReadOptions, one_per_image
-    from miniclip.inference.evaluator import RetrievalEvaluator, evaluate_model, read_features, save_features
+    from miniclip.inference.evaluations import evaluations
+    from miniclip.inference.evaluator import save_features
+    from miniclip.reports.comparison import as_text, compare, count_hits, write_table
     from miniclip.reports.html_page import Evaluation, format_table, write_report
-    from miniclip.run.metadata import evaluation_metadata
+    from miniclip.run.metadata import evaluation_metadata, run_metadata
     from miniclip.utils.bad_samples import BadSamples
     from miniclip.utils.files import write_json
 
-    # The images and their captions. They are decoded first only to skip bad ones: the encoding finds all that is wrong.
-    bad_samples = BadSamples()
-    check = {"check_images": options.on_bad_sample == "skip", "check_handles": True, "bad_samples": bad_samples}
-    records = read_source(options.eval_file, ReadOptions.from_args(options, **check)) if options.eval_file else None
+    # Each model, or embeddings from files, on each data set: a table
+    bad_samples, results, hits = BadSamples(), [], []
+    for e in evaluations(options, bad_samples):
+        evaluator, source, dataset = e.evaluator, e.model, e.dataset
+        if options.save_features:
+            save_features(options.save_features, evaluator.image_embeds, evaluator.text_embeds)
+        print(f"{source} on {dataset}: {len(evaluator.images)} images, {len(evaluator.texts)} captions")
+        print(format_table(e.metrics, evaluator.ks))
+        metadata = evaluation_metadata(argv, e.options, e.records, e.device, e.files)
+        result = {"model": source, "dataset": dataset, "metrics": e.metrics, "repeated_captions": e.repeated}
+        results.append({name: value for name, value in result.items() if value} | {"record": metadata})
+        hits.append((dataset, source, count_hits(evaluator.result, evaluator.image_of_text)))
+        if options.several:  # written each time: nothing is lost if the next model fails
+            record = run_metadata(["evaluate.py", *argv], e.device) | {"options": vars(options)}
+            write_json(output, {"evaluations": results, "record": record})
 
-    # Their embeddings, from a model or from files, and the metrics
-    first_only = options.captions == "first"
-    if options.features:
-        images, texts, records = read_features(options.features, records, first_only)
-        evaluator = RetrievalEvaluator(records, None, None, ks=None, first_caption_only=first_only)
-        metrics, device, temperature, notes = evaluator.measure(images, texts), "cpu", None, []
-    else:
-        records, device = one_per_image(records, options.eval_file), find_device(options.device)
-        evaluator, metrics, temperature, notes = evaluate_model(options, records, device)
-    if options.save_features:
-        save_features(options.save_features, evaluator.image_embeds, evaluator.text_embeds)
-
-    # The results: a table, a JSON file, and a page
-    source = options.model or options.features
-    dataset = (options.eval_file or options.features) + (" (first captions)" if first_only else "")
-    print(f"{source} on {dataset}: {len(evaluator.images)} images, {len(evaluator.texts)} captions")
-    print(format_table(metrics, evaluator.ks))
-    output, metadata = result_file(options), evaluation_metadata(argv, options, records, device)
-    write_json(output, {"model": source, "dataset": dataset, "metrics": metrics, "record": metadata})
-    print(f"written to {output}")
-    notes += bad_samples.report(output.with_suffix(".bad_samples.jsonl"))
+    # The results: a JSON file, a table with intervals, and a page
+    rows = compare(hits) if options.several or options.table else []
+    for path in options.table or ():
+        write_table(path, rows)
+    if options.several:
+        print(as_text(rows), end="")
+        results = [{"evaluations": results, "comparison": [vars(row) for row in rows], "record": record}]
+    write_json(output, results[0])
+    print(f"written to {', '.join([str(output), *(options.table or ())])}{said}")
+    notes = (*e.notes, *bad_samples.report(output.with_suffix(".bad_samples.jsonl")))
     if options.report:
         about = (
             source, dataset, evaluator.images, evaluator.texts, evaluator.image_embeds, evaluator.text_embeds,
-            evaluator.image_of_text, evaluator.result, metrics, metadata, temperature, tuple(notes),
+            evaluator.image_of_text, evaluator.result, e.metrics, metadata, e.temperature, notes,
         )  # fmt: skip
         print(f"the report is {write_report(options.report, Evaluation(*about))}")
 

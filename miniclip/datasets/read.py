@@ -101,8 +101,8 @@ def fingerprint(source: str, records: Sequence[dict] | None = None) -> dict:
         found["records"] = len(records)
     if isinstance(records, list):
         found["captions"] = sum(len(record["caption"]) for record in records)
-        images = (record["image"] for record in records)
-        found["image_bytes"] = sum(os.path.getsize(image) for image in images if isinstance(image, (str, Path)))
+        images = (record["image"] for record in records if isinstance(record["image"], (str, Path)))
+        found["image_bytes"] = sum(os.path.getsize(image) for image in images if os.path.isfile(image))
     return found
 
 

@@ -31,6 +31,7 @@ class ReadOptions:
     on_bad_sample: str = "stop"  # "stop": raise an error that names all bad samples; "skip": warn, and read the others
     bad_samples: BadSamples | None = None  # where skipped samples are listed
     allow_outside_image_root: bool = False  # image paths may lead out of their folder: .., absolute ones, links
+    image_files: bool = True  # False: images are names alone, and their files need not exist
     check_images: bool = True  # decode all image files once, to find damaged ones before they stop a run
     check_handles: bool = False  # the same for images that are an ImageFile, in shards and tables
 
@@ -112,7 +113,8 @@ def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
             image = record["image"]
             if not isinstance(image, str) or not image:
                 raise InputError(f"image is not a path: {short(image)}")
-            records[index] = {"image": root.file(image), "caption": check_captions(record["caption"], image)}
+            file = root.file(image) if options.image_files else os.path.abspath(os.path.join(root.folder, image))
+            records[index] = {"image": file, "caption": check_captions(record["caption"], image)}
         except ValueError as error:
             faults[index] = str(error)
     if options.check_images:

@@ -1,20 +1,17 @@
 """Retrieval evaluation over whole caption sets, during training and in evaluate.py."""
 
-import math
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from miniclip.data import text_id
 from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
 from miniclip.inference.fast import InferenceClip, inference_copy
-from miniclip.inference.feature_cache import FeatureCache
-from miniclip.inference.load import load
 from miniclip.model import MiniClip
 from miniclip.retrieval import KS, metrics_of, retrieval_metrics, search_both
-from miniclip.transforms import Preprocess
 from miniclip.utils.files import replacing, write_npy
 
 
@@ -66,6 +63,25 @@ class RetrievalEvaluator(Evaluator):
         self.result = search_both(image_embeds, text_embeds, self.image_of_text, max(self.ks))
         return metrics_of(self.result, self.ks)
 
+    def repeated_captions(self) -> dict | None:
+        """What captions that several images share cost: in the metrics, as in published ones, each is right for its own
+        image alone. Returns how many such `captions` there are, and `metrics`, the R@K if they count as right for all
+        of these images, or None if there are none. As in training, letter case and spaces do not count."""
+        ids = np.unique([text_id(text) for text in self.texts], return_inverse=True)[1]
+        pairs = np.unique(np.stack([ids, self.image_of_text]), axis=1)  # of a caption and an image that it is right for
+        shared = np.bincount(pairs[0])[ids] > 1
+        if not shared.any() or not any(self.texts):  # without a caption file the texts are unknown
+            return None
+        n, (images, texts) = len(self.images), (self.result[way] for way in ("image_to_text", "text_to_image"))
+        right, metrics = pairs[0] * n + pairs[1], {}
+        for way, found in (
+            ("image_to_text", ids[images.found] * n + np.arange(n)[:, None]),
+            ("text_to_image", ids[:, None] * n + texts.found),
+        ):
+            hits = np.isin(found, right)
+            metrics |= {f"{way}_R@{k}": float(hits[:, :k].any(1).mean()) for k in self.ks}
+        return {"captions": int(shared.sum()), "metrics": metrics}
+
     def check_precision(self, model: MiniClip) -> str:
         """One line on how close the embeddings are to those of the plain model in fp32, of the first few."""
         n, device = 8 if self.precision == "fp32" else 64, model.logit_scale.device
@@ -77,43 +93,6 @@ class RetrievalEvaluator(Evaluator):
         image, text = ((a * b).sum(dim=1).min() for a, b in zip(exact, ours))
         cosines = f"at least {image:.6f} (images), {text:.6f} (texts), of the first {len(pixel_values)}"
         return f"{self.precision}: cosine to plain fp32 {cosines}"
-
-
-def evaluate_model(options, records: list[dict], device) -> tuple[RetrievalEvaluator, dict, dict, list[str]]:
-    """Measures the model that evaluate.py's options name. Returns the evaluator, the metrics, the temperature (scale,
-    bias and initial scale), and notes on what was truncated."""
-    model, preprocess, tokenizer = load(options.model, options.pretrained, device)
-    preprocess, cache = Preprocess(model.config.preprocess_cfg, options.decode), None
-    if options.feature_cache:
-        cache = FeatureCache.for_images(options.feature_cache, model, preprocess, options.precision)
-    image_batch, text_batch = (32, 64) if device.type == "cpu" else (256, 256)
-    evaluator = RetrievalEvaluator(
-        records, preprocess, tokenizer, ks=None, precision=options.precision, progress=True, caches=(cache, None),
-        first_caption_only=options.captions == "first", batch_size=options.batch_size or image_batch,
-        text_batch_size=options.batch_size or text_batch, num_workers=options.num_workers,
-    )  # fmt: skip
-    metrics, notes = evaluator(model), []
-    if tokenizer.truncated:
-        length = tokenizer.context_length
-        notes.append(f"{tokenizer.truncated} of {len(evaluator.texts)} captions were truncated to {length} tokens")
-        print(notes[0])
-    if cache is not None:
-        print(f"{cache.reused} of {len(evaluator.images)} images were in {options.feature_cache}")
-    print(evaluator.check_precision(model))
-    scale, bias, start = model.logit_scale.exp().item(), model.logit_bias, math.exp(model.config.init_logit_scale)
-    return evaluator, metrics, {"scale": scale, "bias": None if bias is None else bias.item(), "start": start}, notes
-
-
-def read_features(folder: str | Path, records: list[dict] | None, first_caption_only: bool):
-    """Embeddings made elsewhere: `image.npy` (N, E) and `text.npy` (M, E), and their records. Without `records` each
-    image has M / N captions. If only first captions count, those of the others are dropped."""
-    images, texts = (np.load(Path(folder) / f"{kind}.npy").astype(np.float32, copy=False) for kind in ("image", "text"))
-    if records is None:
-        records = [{"image": row, "caption": [""] * (len(texts) // len(images))} for row in range(len(images))]
-    counts = [len(record["caption"]) for record in records]
-    if first_caption_only and len(texts) == sum(counts):
-        texts = texts[np.cumsum([0, *counts[:-1]])]
-    return images, texts, records
 
 
 def save_features(folder: str | Path, image_embeds: np.ndarray, text_embeds: np.ndarray):

@@ -1,21 +1,38 @@
 """Options of `evaluate.py`. Nothing here imports torch, so that `--help` is fast."""
 
+import json
+import os
 import re
 import sys
 from argparse import Namespace
+from itertools import cycle
 from pathlib import Path
 
-from miniclip.utils.command_line import HELP, Parser
+from miniclip.utils.command_line import FLAGS, HELP, Parser
+
+TABLES = (".txt", ".csv", ".md", ".tex")
+WITHOUT_EFFECT = (  # on --features
+    "pretrained", "batch_size", "num_workers", "precision", "decode", "feature_cache", "device",
+)  # fmt: skip
+SOURCES = ("model", "pretrained", "features", "eval_file")
+DEFINING = (  # options that make one evaluation another than the next
+    *SOURCES, "normalize", "image_root", "columns", "split", "captions", "precision", "decode",
+)  # fmt: skip
 
 
 def parse_evaluate(argv: list[str]) -> Namespace:
     """Reads evaluate.py's command line; without any arguments, prints the help."""
-    about = "Measures a model, or embeddings made elsewhere, by retrieval. Prints Recall@K as a table and writes JSON."
-    example = "python evaluate.py --model runs/mine --eval_file data/eval.json --report runs/mine"
+    about = "Measures models, or embeddings made elsewhere, by retrieval. Prints Recall@K as a table and writes JSON."
+    example = "python evaluate.py --model runs/mine --eval_file data/eval.json --report runs/mine\n"
+    example += "python evaluate.py --model runs/a runs/b --eval_file coco.json flickr.json --table both.md both.tex"
     parser = Parser("evaluate.py", description=about, example=example)
-    parser.share("model", "pretrained", "eval_file", "image_root", "columns")
-    parser.share("on_bad_sample", "allow_outside_image_root")
-    add = parser.add_argument
+    add, several = parser.add_argument, {"nargs": "+", "action": "extend"}
+    for name, more in (
+        ("model", "; several are compared"), ("pretrained", "; one for each model, none for a folder"),
+        ("eval_file", "; several data sets, one after the other"), ("image_root", "; one, or one for each eval_file"),
+    ):  # fmt: skip
+        parser.share(name, **several, metavar=name.upper(), help=FLAGS[name]["help"] + more)
+    parser.share("columns", "on_bad_sample", "allow_outside_image_root")
     add("--captions", choices=["all", "first"], default="all", help="captions of each image that count")
     parser.share("batch_size", help=HELP["batch_size"] + " (default: 32 and 64 on a CPU, 256 elsewhere)")
     parser.share("num_workers", "precision")
@@ -24,34 +41,137 @@ def parse_evaluate(argv: list[str]) -> Namespace:
     add("--feature_cache", help="folder that keeps image features, so that no image is encoded twice")
     parser.share("device")
     add("--save_features", help="folder to write image.npy and text.npy to")
-    add("--features", help="folder with image.npy and text.npy to measure instead of a model")
+    add("--features", **several, help="embeddings to measure instead of a model: a folder with image.npy and text.npy,"
+        " or others (docs/reports.md); several are compared")  # fmt: skip
+    add("--normalize", action="store_true", help="divide each row of --features by its length")
     add("--output_file", help="JSON to write (default: retrieval_*.json in the model's folder, or here)")
+    add("--table", nargs="+", metavar="FILE", help="files to write the table with 95%% intervals to; their endings say"
+        " how: .txt, .csv, .md, .tex")  # fmt: skip
     add("--report", help="folder for report.html, or a name ending in .html: metrics, curves, best and worst queries;"
                          " ending in .png: training curves, a few searches")  # fmt: skip
     if not argv:
         parser.print_help()
         sys.exit()
     options = parser.parse_args(argv)
-    if not options.features and not (options.model and options.eval_file):
-        parser.error("give --model and --eval_file, or --features")
-    if options.features and options.model:
-        parser.error("--features are measured without a model: remove --model")
-    for kind in ("image", "text") if options.features else ():
-        if not (Path(options.features) / f"{kind}.npy").is_file():
-            parser.error(f"there is no {kind}.npy in {options.features}")
-    if options.report and not options.eval_file:
-        parser.error("--report shows images: add --eval_file")
-    report = Path(options.report or "")
-    if report.is_file() and report.suffix.lower() not in (".html", ".htm", ".png"):
-        parser.error(f"--report takes a folder, or a name that ends in .html or .png: {options.report} is a file")
+    options.several = any(len(names or ()) > 1 for names in (options.model, options.features, options.eval_file))
+    for problem in _problems(options, parser.get_default):
+        parser.error(problem)
     return options
 
 
-def result_file(options: Namespace) -> Path:
-    """The JSON file to write; its folder is created."""
-    beside = Path(options.model if options.model and Path(options.model).is_dir() else "")
-    name = re.sub(r"[{}*?:]+", "_", Path(options.eval_file or options.features).stem)
-    name += "_first" if options.captions == "first" else ""
-    path = Path(options.output_file or beside / f"retrieval_{name}.json")
+def _problems(options: Namespace, default):
+    """Yields what is wrong with the options."""
+    if not options.features and not (options.model and options.eval_file):
+        yield "give --model and --eval_file, or --features"
+    if options.features and options.model:
+        yield "--features are measured without a model: remove --model"
+    for name in WITHOUT_EFFECT if options.features else ():
+        if vars(options)[name] != default(name):
+            yield f"--{name} has no effect on --features: remove it"
+    if options.features and options.on_bad_sample == "skip":
+        yield "--on_bad_sample skip would leave embeddings without captions: mend the caption file"
+    if options.normalize and not options.features:
+        yield "--normalize is for --features: a model's embeddings have length 1"
+    if options.features and not options.eval_file:
+        if len(options.features) > 1:
+            yield "several --features: add --eval_file, which says that they are of the same images and captions"
+        for name in ("image_root", "columns"):
+            if vars(options)[name]:
+                yield f"--{name} is for --eval_file: add it"
+    if options.pretrained and len(options.pretrained) != len(options.model):
+        many = f"{len(options.pretrained)} for {len(options.model)} models"
+        yield f"--pretrained: {many}: give one for each, in their order, none for a folder"
+    if len(options.image_root or [""]) not in (1, len(options.eval_file or [""])):
+        yield f"--image_root: {len(options.image_root)} for {len(options.eval_file)} --eval_file: give one, or as many"
+    for found in single(options):
+        for n, one in enumerate(found):
+            if one in found[:n]:
+                yield f"{' '.join(filter(None, vars(one).values()))} is given twice"
+    for name in ("report", "save_features") if options.several else ():
+        if vars(options)[name]:
+            yield f"--{name} takes one model and one data set at a time"
+    if options.report and not options.eval_file:
+        yield "--report shows images: add --eval_file"
+    report = Path(options.report or "")
+    if report.is_file() and report.suffix.lower() not in (".html", ".htm", ".png"):
+        yield f"--report takes a folder, or a name that ends in .html or .png: {options.report} is a file"
+    for name in options.table or ():
+        if Path(name).suffix.lower() not in TABLES:
+            yield f"--table {name}: its ending says how to write it: {', '.join(TABLES)}"
+    output = Path(options.output_file or "")
+    if options.output_file and output.exists() and not (_is_empty(output) or _read_result(output)):
+        yield f"--output_file {output} exists and is no result of evaluate.py: choose another name"
+
+
+def single(options: Namespace) -> tuple[list[Namespace], list[Namespace]]:
+    """The models or embeddings, and the data sets, each with the values of the options that are its own."""
+    models, files = options.model or [None], options.eval_file or [None]
+    pretrained = [None if name == "none" else name for name in options.pretrained or [None] * len(models)]
+    sources = [Namespace(model=None, pretrained=None, features=name) for name in options.features or ()]
+    sources = sources or [Namespace(model=m, pretrained=p, features=None) for m, p in zip(models, pretrained)]
+    roots = cycle(options.image_root or [None])
+    return sources, [Namespace(eval_file=file, image_root=root) for file, root in zip(files, roots)]
+
+
+def merged(options: Namespace, *parts: Namespace) -> Namespace:
+    """The options of one evaluation: those of `parts`, from `single`, instead of the lists."""
+    return Namespace(**{name: value for one in (options, *parts) for name, value in vars(one).items()})
+
+
+def result_file(options: Namespace) -> tuple[Path, str]:
+    """The JSON file to write, whose folder is created, and what there is to say about it. Without --output_file, no
+    result of another model, data set or setting is replaced: the name gets a number."""
+    options = options if options.several else merged(options, *(part for found in single(options) for part in found))
+    folder, name = _default_name(options)
+    path, number, said = Path(options.output_file or folder / f"{name}.json"), 1, ""
+    while path.exists() and not _is_empty(path):
+        before, about = _read_result(path), "something else"
+        if before:
+            if _defining(before["options"], before["folder"]) == _defining(vars(options), ""):
+                break
+            about = " ".join(str(before["options"][key]) for key in SOURCES if before["options"].get(key))
+        if options.output_file:
+            said = f", instead of the result for {about}"
+            break
+        number, said = number + 1, f" ({path} is the result for {about})"
+        path = folder / f"{name}_{number}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return path, said
+
+
+def _default_name(options: Namespace) -> tuple[Path, str]:
+    if options.several:
+        return Path(), "retrieval_comparison"
+    folder = Path(options.model) if options.model and Path(options.model).is_dir() else None
+    parts = [Path(options.eval_file or options.features).stem, "first" if options.captions == "first" else ""]
+    if folder is None and options.eval_file:  # here, where the results of other models may lie
+        parts += [
+            Path(options.model or options.features).name.removesuffix(".json"),
+            Path(options.pretrained or "").stem,
+        ]
+    return folder or Path(), re.sub(r"[{}*?:]+", "_", "_".join(["retrieval", *filter(None, parts)]))
+
+
+def _defining(options: dict, folder: str) -> dict:
+    """The options that make one evaluation another than the next, with absolute paths."""
+
+    def absolute(value):
+        if isinstance(value, list):
+            return [absolute(one) for one in value]
+        path = os.path.join(folder, value) if isinstance(value, str) else ""
+        return os.path.abspath(path) if os.path.exists(path) else value
+
+    return {name: absolute(options[name]) for name in DEFINING if options.get(name)}
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
+
+
+def _read_result(path: Path) -> dict | None:
+    """The metadata in a file that evaluate.py wrote; None for another one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))["record"]
+        return record if isinstance(record["options"], dict) and isinstance(record["folder"], str) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None

@@ -75,14 +75,13 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
     }
 
 
-def evaluation_metadata(argv: Sequence[str], options, records, device) -> dict:
-    """Returns the metadata of an evaluation, with the sha256 of the weights or features and the data it used."""
+def evaluation_metadata(argv: Sequence[str], options, records, device, files: Sequence = ()) -> dict:
+    """Returns the metadata of an evaluation, with the sha256 of the weights or feature files and the data it used."""
     metadata = run_metadata(["evaluate.py", *argv], device) | {"options": vars(options)}
     if options.eval_file:
         metadata["data"] = fingerprint(options.eval_file, records)
     weights = options.pretrained or options.model and os.path.join(options.model, "model.safetensors")
-    features = [os.path.join(options.features, f"{kind}.npy") for kind in ("image", "text")] if options.features else []
-    files = [path for path in (weights, *features) if path and os.path.isfile(path)]
+    files = [str(path) for path in (weights, *files) if path and os.path.isfile(path)]
     return metadata | {"sha256": {path: sha256(path) for path in files}}
 
 

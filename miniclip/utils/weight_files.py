@@ -36,6 +36,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return read_checkpoint(path)[0]
 
 
+def read_tensors(path: str | Path):
+    """Returns all that a file of the same kinds holds, as it is: a tensor, or tensors in plain containers. Their views
+    may be larger than the file. Raises as `read_state_dict` does."""
+    return _read(Path(path), 2 * Path(path).stat().st_size + (16 << 20))
+
+
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """Like `read_state_dict`; also returns the name of the run, which OpenCLIP's training stores with the weights."""
     path = Path(path)

@@ -1,0 +1,169 @@
+"""Embeddings made elsewhere: found under their usual names, and read without running any code in their files.
+
+A folder holds one array for the images and one for the texts: `image.npy`, `text_embeds.npy`, `image_features.pt`, or
+the parts that clip-retrieval writes, `img_emb/img_emb_0.npy`. One .npz, .safetensors or .pt may also hold both.
+"""
+
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+from miniclip.datasets.records import one_per_image
+from miniclip.utils.errors import InputError
+from miniclip.utils.files import check_manifest
+from miniclip.utils.weight_files import read_tensors, shorten
+
+KINDS = {"image": "image|img|vision|visual|picture|photo", "text": "text|txt|caption|sentence|query"}
+WORDS = r"(?:emb|embed|embedding|feat|feature|vec|vector|encoding)s?"  # that may follow the kind
+BOTH = (".npz", ".safetensors", ".pt", ".pth")  # files that can hold several arrays
+NUMPY = "save it as plain numbers: np.save(path, embeddings.astype(np.float32))"
+NAMES = "image.npy and text.npy (or image_embeds, text_features, img_emb/img_emb_0, ..; .npy, .npz, .safetensors, .pt)"
+Features = tuple[np.ndarray, np.ndarray, list[dict]]
+
+
+def is_kind(name: str, kind: str) -> bool:
+    """Whether a file without its ending, or a key, is called as embeddings of this kind usually are."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return bool(re.fullmatch(rf"(.*[_.-])?(?:{KINDS[kind]})s?([_.-]?{WORDS})?([_.-]?\d+)?", name))
+
+
+def find_features(path: str | Path) -> dict[str, list[Path]]:
+    """Returns the files of the images and of the texts: {"image": [paths], "text": [paths]}, several for an array in
+    parts, and twice the same for a file that holds both. Raises InputError where they are missing or ambiguous."""
+    path, found = Path(path), {}
+    if path.is_file():
+        return dict.fromkeys(KINDS, [path])
+    files = [file for file in sorted(path.glob("*")) if file.is_file()]
+    usable = [file for file in files if file.suffix.lower() in (".npy", *BOTH)]
+    for kind in KINDS:
+        inner = [file for part in sorted(path.glob("*/")) if is_kind(part.name, kind) for file in part.glob("*.npy")]
+        named = [file for file in usable + inner if is_kind(file.stem, kind)]
+        exact = [file for file in named if file.name == f"{kind}.npy"]
+        found[kind] = exact or _parts(named)
+    if not any(found.values()) and len(both := [file for file in usable if file.suffix.lower() in BOTH]) == 1:
+        return dict.fromkeys(KINDS, both)
+    for kind, there in found.items():
+        if not there:
+            listed = f"; in it: {shorten(file.name for file in files)}" if files else ""
+            raise InputError(f"there is no {kind}.npy in {path}: --features needs {NAMES}{listed}")
+    return found
+
+
+def _parts(files: list[Path]) -> list[Path]:
+    """One file, or the numbered parts of one array in order."""
+    numbers = {file: int(re.search(r"(\d*)$", file.stem)[1] or -1) for file in files}
+    if len({(file.parent, file.stem.rstrip("0123456789"), file.suffix) for file in files}) > 1:
+        raise InputError(f"which of {shorten(files)} is meant? Leave one of them in the folder")
+    files = sorted(files, key=numbers.get)
+    if len(files) > 1 and [numbers[file] - numbers[files[0]] for file in files] != list(range(len(files))):
+        raise InputError(f"{files[0].parent}: a part is missing among {shorten(file.name for file in files)}")
+    return files
+
+
+def read_embeds(files: Iterable[Path], kind: str, normalize: bool) -> np.ndarray:
+    """Returns the embeddings (N, E) float32 in the files of a kind. Raises InputError."""
+    parts = [_pick(file, _arrays(file), kind) for file in files]
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise InputError(f"{shorten(files)}: parts of different widths: {shorten(part.shape for part in parts)}")
+    embeds = np.concatenate(parts).astype(np.float32, copy=False) if len(parts) > 1 else parts[0].astype(np.float32)
+    if embeds.ndim == 3 and (kind == "text" or embeds.shape[1] == 1):  # (images, captions of each, E)
+        embeds = embeds.reshape(-1, embeds.shape[2])
+    norms = np.sqrt(np.einsum("...d,...d->...", embeds, embeds))
+    if embeds.ndim != 2 or not embeds.size:
+        raise InputError(f"{shorten(files)}: expected one row for each {kind}, found an array of shape {embeds.shape}")
+    if normalize:
+        if not norms.all():
+            raise InputError(
+                f"{shorten(files)}: row {norms.argmin()} is zero and cannot be normalized: compute it anew"
+            )
+        return embeds / norms[:, None]
+    if (off := np.abs(norms - 1)).max() > 1e-3:  # not for NaN, which `check_embeds` reports
+        row = off.argmax()
+        where = f"{shorten(files)}: row {row} has the length {norms[row]:.4g}, not 1"
+        raise InputError(f"{where}: add --normalize to divide each row by its length")
+    return embeds
+
+
+def _pick(file: Path, arrays: dict[str, np.ndarray], kind: str) -> np.ndarray:
+    named = [name for name in arrays if is_kind(name, kind)] if len(arrays) > 1 else list(arrays)
+    if len(named) != 1:
+        which = f"{shorten(named)} could be" if named else "none is called as"
+        raise InputError(f"{file} holds {shorten(arrays)}: {which} the {kind} embeddings. Save {kind}.npy instead")
+    array = arrays[named[0]]
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"{file} holds {array.dtype}, not real numbers: {NUMPY}")
+    return array
+
+
+def _arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays in a file, by name."""
+    suffix, size = file.suffix.lower(), file.stat().st_size
+    if suffix not in (".npy", ".npz"):
+        content = read_tensors(file)
+        content = content if isinstance(content, dict) else {file.stem: content}
+        tensors = {str(name): t.detach() for name, t in content.items() if isinstance(t, Tensor)}
+        if not tensors or any(t.numel() * t.element_size() > 2 * size for t in tensors.values()):
+            raise InputError(f"{file} is refused: it holds no tensors, or larger ones than the file itself")
+        return {name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in tensors.items()}
+    check_manifest(file.parent, [file.name])
+    try:
+        with file.open("rb") as opened:
+            if suffix == ".npy":
+                return {file.stem: _npy(opened, size)}
+            with zipfile.ZipFile(opened) as archive:
+                members = archive.infolist()
+                if sum(member.file_size for member in members) > 16 * size + (1 << 24):
+                    raise InputError("refused: unpacked it would be far larger")
+                found = {}
+                for member in members:
+                    with archive.open(member) as packed:
+                        found[member.filename.removesuffix(".npy")] = _npy(packed, member.file_size)
+                return found
+    except InputError as error:
+        raise InputError(f"{file} is {error}") from None
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{file} is damaged, or no {suffix} file ({str(error)[:120]}): write it again") from None
+
+
+def _npy(file: BinaryIO, size: int) -> np.ndarray:
+    """An array in NumPy's format, from a file of `size` bytes. `np.load` would allocate what its header declares."""
+    form = np.lib.format
+    if (start := file.read(8))[:1] == b"\x80":
+        raise InputError(f"a pickle, which could run any program: {NUMPY}")
+    readers = {b"\x93NUMPY\1\0": form.read_array_header_1_0, b"\x93NUMPY\2\0": form.read_array_header_2_0}
+    if start not in readers:
+        raise ValueError(f"it begins with {start!r}")
+    shape, fortran, dtype = readers[start](file)
+    if dtype.hasobject:
+        raise InputError(f"a pickled array, which could run any program: {NUMPY}")
+    if math.prod(shape) * dtype.itemsize != size - file.tell() or min(shape, default=0) < 0:
+        raise ValueError(f"{size - file.tell()} bytes for the shape {shape} of {dtype}")
+    flat = np.frombuffer(bytearray(file.read()), dtype)
+    return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+
+
+def read_features(
+    path: str | Path, records: list[dict] | None, first_caption_only: bool = False, normalize: bool = False
+) -> Features:
+    """Returns embeddings made elsewhere, images (N, E) and texts (M, E), and their records. Without `records` each
+    image has M / N captions. If only first captions count, those of the others are dropped. Raises InputError."""
+    images, texts = (read_embeds(files, kind, normalize) for kind, files in find_features(path).items())
+    if records is None:
+        records = [{"image": row, "caption": [""] * (len(texts) // len(images))} for row in range(len(images))]
+    elif len(records) != len(images):  # made from one row for each image file, as evaluate.py makes them
+        merged = one_per_image(list(records), path) if isinstance(records, list) else records
+        records = merged if len(merged) == len(images) else records
+    counts = [len(record["caption"]) for record in records]
+    if len(records) != len(images):
+        hint = ": that is one for each caption, save one for each image" if len(images) == sum(counts) else ""
+        raise InputError(f"{path}: {len(images)} image embeddings for {len(records)} images{hint}")
+    if first_caption_only and len(texts) == sum(counts):
+        texts = texts[np.cumsum([0, *counts[:-1]])]
+    return images, texts, records
