@@ -22,6 +22,7 @@ from miniclip.utils.weight_files import read_tensors, shorten
 
 KINDS = {"image": "image|img|vision|visual|picture|photo", "text": "text|txt|caption|sentence|query"}
 WORDS = r"(?:emb|embed|embedding|feat|feature|vec|vector|encoding)s?"  # that may follow the kind
+SPLITS = "(train|val|valid|validation|dev|test|eval)"  # and these
 BOTH = (".npz", ".safetensors", ".pt", ".pth")  # files that can hold several arrays
 NUMPY = "save it as plain numbers: np.save(path, embeddings.astype(np.float32))"
 NAMES = "image.npy and text.npy (or image_embeds, text_features, img_emb/img_emb_0, ..; .npy, .npz, .safetensors, .pt)"
@@ -31,7 +32,7 @@ Features = tuple[np.ndarray, np.ndarray, list[dict]]
 def is_kind(name: str, kind: str) -> bool:
     """Whether a file without its ending, or a key, is called as embeddings of this kind usually are."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-    return bool(re.fullmatch(rf"(.*[_.-])?(?:{KINDS[kind]})s?([_.-]?{WORDS})?([_.-]?\d+)?", name))
+    return bool(re.fullmatch(rf"(.*[_.-])?({KINDS[kind]})s?([_.-]?{WORDS})?([_.-]{SPLITS})?([_.-]?\d+)?", name))
 
 
 def find_features(path: str | Path) -> dict[str, list[Path]]:
@@ -69,10 +70,10 @@ def _parts(files: list[Path]) -> list[Path]:
 
 def read_embeds(files: Iterable[Path], kind: str, normalize: bool) -> np.ndarray:
     """Returns the embeddings (N, E) float32 in the files of a kind. Raises InputError."""
-    parts = [_pick(file, _arrays(file), kind) for file in files]
+    parts = [_read(file, kind) for file in files]
     if len({part.shape[1:] for part in parts}) > 1:
         raise InputError(f"{shorten(files)}: parts of different widths: {shorten(part.shape for part in parts)}")
-    embeds = np.concatenate(parts).astype(np.float32, copy=False) if len(parts) > 1 else parts[0].astype(np.float32)
+    embeds = (np.concatenate(parts) if len(parts) > 1 else parts[0]).astype(np.float32, copy=False)
     if embeds.ndim == 3 and (kind == "text" or embeds.shape[1] == 1):  # (images, captions of each, E)
         embeds = embeds.reshape(-1, embeds.shape[2])
     norms = np.sqrt(np.einsum("...d,...d->...", embeds, embeds))
@@ -80,9 +81,7 @@ def read_embeds(files: Iterable[Path], kind: str, normalize: bool) -> np.ndarray
         raise InputError(f"{shorten(files)}: expected one row for each {kind}, found an array of shape {embeds.shape}")
     if normalize:
         if not norms.all():
-            raise InputError(
-                f"{shorten(files)}: row {norms.argmin()} is zero and cannot be normalized: compute it anew"
-            )
+            raise InputError(f"{shorten(files)}: row {norms.argmin()} is zero, which has no direction: compute it anew")
         return embeds / norms[:, None]
     if (off := np.abs(norms - 1)).max() > 1e-3:  # not for NaN, which `check_embeds` reports
         row = off.argmax()
@@ -91,61 +90,68 @@ def read_embeds(files: Iterable[Path], kind: str, normalize: bool) -> np.ndarray
     return embeds
 
 
-def _pick(file: Path, arrays: dict[str, np.ndarray], kind: str) -> np.ndarray:
-    named = [name for name in arrays if is_kind(name, kind)] if len(arrays) > 1 else list(arrays)
-    if len(named) != 1:
-        which = f"{shorten(named)} could be" if named else "none is called as"
-        raise InputError(f"{file} holds {shorten(arrays)}: {which} the {kind} embeddings. Save {kind}.npy instead")
-    array = arrays[named[0]]
+def _read(file: Path, kind: str) -> np.ndarray:
+    """The only array in a file, or the one of a kind."""
+    suffix, size = file.suffix.lower(), file.stat().st_size
+    if suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        content = read_tensors(file)
+        content = content if isinstance(content, dict) else {file.stem: content}
+        tensor = content[_choose(file, [name for name, value in content.items() if isinstance(value, Tensor)], kind)]
+        if tensor.numel() * tensor.element_size() > 2 * size:  # a view that repeats its numbers
+            raise InputError(f"{file} is refused: its {kind} embeddings are larger than the file")
+        array = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().numpy()
+    else:
+        check_manifest(file.parent, [file.name])
+        try:
+            array = _read_numpy(file, size, kind)
+        except InputError:
+            raise
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+            raise InputError(f"{file} is damaged, or no NumPy file ({str(error)[:120]}): write it again") from None
     if array.dtype.kind not in "fiu":
         raise InputError(f"{file} holds {array.dtype}, not real numbers: {NUMPY}")
     return array
 
 
-def _arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays in a file, by name."""
-    suffix, size = file.suffix.lower(), file.stat().st_size
-    if suffix not in (".npy", ".npz"):
-        content = read_tensors(file)
-        content = content if isinstance(content, dict) else {file.stem: content}
-        tensors = {str(name): t.detach() for name, t in content.items() if isinstance(t, Tensor)}
-        if not tensors or any(t.numel() * t.element_size() > 2 * size for t in tensors.values()):
-            raise InputError(f"{file} is refused: it holds no tensors, or larger ones than the file itself")
-        return {name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in tensors.items()}
-    check_manifest(file.parent, [file.name])
-    try:
-        with file.open("rb") as opened:
-            if suffix == ".npy":
-                return {file.stem: _npy(opened, size)}
-            with zipfile.ZipFile(opened) as archive:
-                members = archive.infolist()
-                if sum(member.file_size for member in members) > 16 * size + (1 << 24):
-                    raise InputError("refused: unpacked it would be far larger")
-                found = {}
-                for member in members:
-                    with archive.open(member) as packed:
-                        found[member.filename.removesuffix(".npy")] = _npy(packed, member.file_size)
-                return found
-    except InputError as error:
-        raise InputError(f"{file} is {error}") from None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{file} is damaged, or no {suffix} file ({str(error)[:120]}): write it again") from None
+def _choose(file: Path, names: list[str], kind: str) -> str:
+    named = [name for name in names if is_kind(str(name), kind)] if len(names) > 1 else names
+    if len(named) != 1:
+        which = f"{shorten(named)} could be" if named else "none has a usual name of"
+        raise InputError(f"{file} holds {shorten(names)}: {which} the {kind} embeddings. Save {kind}.npy instead")
+    return named[0]
 
 
-def _npy(file: BinaryIO, size: int) -> np.ndarray:
+def _read_numpy(file: Path, size: int, kind: str) -> np.ndarray:
+    with file.open("rb") as opened:
+        if not zipfile.is_zipfile(opened):
+            opened.seek(0)
+            return _npy(opened, size, file)
+        with zipfile.ZipFile(opened) as archive:
+            names = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            member = archive.getinfo(names[_choose(file, list(names), kind)])
+            if member.file_size > 16 * size + (1 << 24):
+                raise InputError(f"{file} is refused: unpacked it would be far larger")
+            with archive.open(member) as packed:
+                return _npy(packed, member.file_size, file)
+
+
+def _npy(file: BinaryIO, size: int, path: Path) -> np.ndarray:
     """An array in NumPy's format, from a file of `size` bytes. `np.load` would allocate what its header declares."""
     form = np.lib.format
     if (start := file.read(8))[:1] == b"\x80":
-        raise InputError(f"a pickle, which could run any program: {NUMPY}")
+        raise InputError(f"{path} is a pickle, which could run any program: {NUMPY}")
     readers = {b"\x93NUMPY\1\0": form.read_array_header_1_0, b"\x93NUMPY\2\0": form.read_array_header_2_0}
     if start not in readers:
         raise ValueError(f"it begins with {start!r}")
     shape, fortran, dtype = readers[start](file)
     if dtype.hasobject:
-        raise InputError(f"a pickled array, which could run any program: {NUMPY}")
+        raise InputError(f"{path} is a pickled array, which could run any program: {NUMPY}")
     if math.prod(shape) * dtype.itemsize != size - file.tell() or min(shape, default=0) < 0:
         raise ValueError(f"{size - file.tell()} bytes for the shape {shape} of {dtype}")
-    flat = np.frombuffer(bytearray(file.read()), dtype)
+    data = bytearray(size - file.tell())
+    if file.readinto(data) < len(data):
+        raise ValueError("it is cut off")
+    flat = np.frombuffer(data, dtype)
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
 
@@ -157,10 +163,12 @@ def read_features(
     images, texts = (read_embeds(files, kind, normalize) for kind, files in find_features(path).items())
     if records is None:
         records = [{"image": row, "caption": [""] * (len(texts) // len(images))} for row in range(len(images))]
-    elif len(records) != len(images):  # made from one row for each image file, as evaluate.py makes them
-        merged = one_per_image(list(records), path) if isinstance(records, list) else records
-        records = merged if len(merged) == len(images) else records
     counts = [len(record["caption"]) for record in records]
+    if (len(images), len(texts)) != (len(records), sum(counts)):  # perhaps as evaluate.py merges and saves them
+        merged = one_per_image(records, path)
+        again = [len(record["caption"]) for record in merged]
+        if len(images) == len(merged) and len(texts) in (sum(again), len(merged) if first_caption_only else 0):
+            records, counts = merged, again
     if len(records) != len(images):
         hint = ": that is one for each caption, save one for each image" if len(images) == sum(counts) else ""
         raise InputError(f"{path}: {len(images)} image embeddings for {len(records)} images{hint}")
