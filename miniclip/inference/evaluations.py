@@ -44,7 +44,8 @@ def evaluations(options: Namespace, bad_samples: BadSamples) -> Iterator[Measure
     # The images are decoded first only to skip bad ones: the encoding finds all that is wrong.
     skip, need = options.on_bad_sample == "skip", not options.features or bool(options.report)
     check = {"check_images": skip and need, "check_handles": need, "image_files": need, "bad_samples": bad_samples}
-    read = [d.eval_file and read_source(d.eval_file, ReadOptions.from_args(d, **check)) for d in datasets]
+    each = [merged(options, dataset) for dataset in datasets]
+    read = [one.eval_file and read_source(one.eval_file, ReadOptions.from_args(one, **check)) for one in each]
     for source in sources:
         if source.features:
             find_features(source.features)

@@ -135,6 +135,21 @@ def models(caption_set, tiny_config):
     return caption_set
 
 
+def test_each_data_set_is_read_with_all_options(features, monkeypatch, capsys):
+    """Its own image root, and the columns and the rest that hold for all."""
+    monkeypatch.chdir(features)
+    rows = [f"{i}.png,wrong,caption {i} {k}" for i in range(6) for k in "ab"]
+    for name in ("one", "two"):
+        Path(name).mkdir()
+        (features / f"{name}.csv").write_text("\n".join(["pic,caption,title", *rows]))
+    argv = ["--features", ".", "--eval_file", "one.csv", "two.csv", "--columns", "pic", "title", "--image_root"]
+    evaluate.main([*argv, "one", "two"])
+    said = capsys.readouterr().out
+    assert said.count("6 images, 12 captions") == 2 and "are also those of another image" not in said
+    records = [e["record"]["options"] for e in json.loads(Path("retrieval_comparison.json").read_text())["evaluations"]]
+    assert [(r["eval_file"], r["image_root"]) for r in records] == [("one.csv", "one"), ("two.csv", "two")]
+
+
 def test_several_models_and_data_sets_in_one_table(models, monkeypatch, capsys):
     monkeypatch.chdir(models)
     more = ["--device", "cpu", "--image_root", "."]
