@@ -39,7 +39,8 @@ def main(argv: list[str]):
 
     # The results: a table, a JSON file, and a page
     source = options.model or options.features
-    dataset = (options.eval_file or options.features) + (" (first captions)" if first_only else "")
+    dataset = (options.eval_file or options.features) + (f":{options.split}" if options.split else "")
+    dataset += " (first captions)" if first_only else ""
     print(f"{source} on {dataset}: {len(evaluator.images)} images, {len(evaluator.texts)} captions")
     print(format_table(metrics, evaluator.ks))
     output, metadata = result_file(options), evaluation_metadata(argv, options, records, device)

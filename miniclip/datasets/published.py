@@ -43,8 +43,10 @@ def _karpathy(record):
 
 def _coco(images: list, annotations: list, path: Path, key: str | None) -> Raw:
     captions, rows, known = {}, [], set()
-    if annotations and not any(isinstance(a, dict) and a.keys() & {key, *CAPTION_KEYS} for a in annotations):
-        raise CaptionFileError(f"{path}: its annotations have no captions: take COCO's captions_*.json")
+    keys = {key} if key else set(CAPTION_KEYS)
+    if annotations and not any(isinstance(annotation, dict) and annotation.keys() & keys for annotation in annotations):
+        where = f" under {key!r}" if key else ": take COCO's captions_*.json"
+        raise CaptionFileError(f"{path}: its annotations have no captions{where}")
     for number, annotation in enumerate(annotations):
         if isinstance(annotation, dict) and isinstance(annotation.get("image_id"), (int, str)):
             captions.setdefault(str(annotation["image_id"]), []).append((number, captions_in(annotation, key)))

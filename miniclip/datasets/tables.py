@@ -75,7 +75,10 @@ def load_table(source: str, part: str | None = None, streaming: bool = False) ->
         else:
             found = datasets.load_from_disk(str(path))
     except Exception as error:  # the network, the hub, the file: the library names it
-        raise InputError(f"{source}: {type(error).__name__}: {str(error)[:500]}") from None
+        reason = error.__cause__ or error
+        if twice := re.search(r'(?:matches for FieldRef.Name\(|Field ")(.*?)(?:\) in|" exists \d)', str(reason)):
+            raise InputError(f"{source}: two columns are named {twice[1]!r}: rename or remove one") from None
+        raise InputError(f"{source}: {type(reason).__name__}: {str(reason)[:500]}") from None
     splits = found if isinstance(found, dict) else {}
     if saved and part and part not in splits and len(splits) > 1:
         raise InputError(f"{source}: there is no split {part!r} in it, only {', '.join(splits)}")

@@ -84,7 +84,7 @@ def _record(row: dict, columns: list[str]) -> dict | InputError:
     try:
         return {"image": row[columns[0]], "caption": captions_in(row[columns[1]])}
     except InputError as error:
-        return InputError(f"{short(row[columns[0]])}: {error}")
+        return InputError(f"{row[columns[0]]}: caption is {error}")
 
 
 def _grouped(path: Path, rows: Iterable[tuple]) -> Raw:
@@ -192,12 +192,16 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
                 first = beside.setdefault(stem, {}).setdefault(kind, file)
                 if first != file:
                     raw.append((file, InputError(f"it differs from {first} only in letter case: rename one")))
-    found = [row for file in tables for row in _read_metadata(root, file, options)]
-    raw += found
+    found = [(file, *row) for file in tables for row in _read_metadata(root, file, options)]
+    raw += [row[1:] for row in found]
     if options.split and not tables:
         raise InputError(f"{path}: it has no folder {options.split!r}, and no metadata.csv with a column 'split'")
-    choose_split([file.split(os.sep)[0] for file in tables if os.sep in file], None, path)  # says if there are several
-    named = {os.path.normpath(record["image"]) for _, record in found if not isinstance(record, InputError)}
+    choose_split([file.split(os.sep)[0] for file, *_ in found if os.sep in file], None, path)  # says if it has several
+    named = set()  # the images that a table has, with sound captions or not
+    for file, _, record in found:
+        bad = isinstance(record, InputError)
+        image = os.path.join(os.path.dirname(file), str(record).partition(": caption ")[0]) if bad else record["image"]
+        named.add(os.path.normpath(str(image)))
     if options.split:  # the other images belong to other splits
         beside = {}
     twice = 0

@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from miniclip.datasets.splits import at_split
 from miniclip.utils.command_line import HELP, Parser
 
 
@@ -13,7 +14,7 @@ def parse_evaluate(argv: list[str]) -> Namespace:
     about = "Measures a model, or embeddings made elsewhere, by retrieval. Prints Recall@K as a table and writes JSON."
     example = "python evaluate.py --model runs/mine --eval_file data/eval.json --report runs/mine"
     parser = Parser("evaluate.py", description=about, example=example)
-    parser.share("model", "pretrained", "eval_file", "image_root", "columns")
+    parser.share("model", "pretrained", "eval_file", "split", "image_root", "columns")
     parser.share("on_bad_sample", "allow_outside_image_root")
     add = parser.add_argument
     add("--captions", choices=["all", "first"], default="all", help="captions of each image that count")
@@ -39,6 +40,8 @@ def parse_evaluate(argv: list[str]) -> Namespace:
     for kind in ("image", "text") if options.features else ():
         if not (Path(options.features) / f"{kind}.npy").is_file():
             parser.error(f"there is no {kind}.npy in {options.features}")
+    if options.split and not options.eval_file:
+        parser.error("--split chooses a part of --eval_file: add that")
     if options.report and not options.eval_file:
         parser.error("--report shows images: add --eval_file")
     report = Path(options.report or "")
@@ -50,7 +53,9 @@ def parse_evaluate(argv: list[str]) -> Namespace:
 def result_file(options: Namespace) -> Path:
     """The JSON file to write; its folder is created."""
     beside = Path(options.model if options.model and Path(options.model).is_dir() else "")
-    name = re.sub(r"[{}*?:]+", "_", Path(options.eval_file or options.features).stem)
+    source, part = at_split(options.eval_file or options.features)
+    part = part or options.split
+    name = re.sub(r"[{}*?:]+", "_", Path(source).stem) + (f"_{part}" if part else "")
     name += "_first" if options.captions == "first" else ""
     path = Path(options.output_file or beside / f"retrieval_{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
