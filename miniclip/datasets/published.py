@@ -37,8 +37,8 @@ def _karpathy(record):
     """Joins the folder and the name of an image: of two known columns only the first would be read."""
     if not isinstance(record, dict) or not {"filepath", "filename"} <= record.keys():
         return record
-    rest = {name: value for name, value in record.items() if name != "filepath"}
-    return rest | {"filename": f"{record['filepath']}/{record['filename']}"}
+    record["filename"] = f"{record.pop('filepath')}/{record['filename']}"
+    return record
 
 
 def _coco(images: list, annotations: list, path: Path, key: str | None) -> Raw:

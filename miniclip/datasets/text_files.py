@@ -192,7 +192,14 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
                 first = beside.setdefault(stem, {}).setdefault(kind, file)
                 if first != file:
                     raw.append((file, InputError(f"it differs from {first} only in letter case: rename one")))
-    found = [(file, *row) for file in tables for row in _read_metadata(root, file, options)]
+    found = []
+    for file in tables:
+        try:
+            found += [(file, *row) for row in _read_metadata(root, file, options)]
+        except InputError as error:  # a table of something else
+            if options.split or not any(caption_kind(files, options.caption_column) for files in beside.values()):
+                raise
+            logger.warning("%s: not used, because %s", path, error)
     raw += [row[1:] for row in found]
     if options.split and not tables:
         raise InputError(f"{path}: it has no folder {options.split!r}, and no metadata.csv with a column 'split'")

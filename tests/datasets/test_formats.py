@@ -382,8 +382,9 @@ def test_published_json_that_is_incomplete(place):
     value["images"].append(None)
     with pytest.raises(InputError) as caught:
         read_source(str(saved(place / "a.json", value)))
-    for reason in ("5 of 8 records", "annotation 0: there is no image with the id 99", "annotation 1: expected an image_id",
-                   "annotation 2: expected", "image 0: no annotation has its id", "image 4: expected an object"):  # fmt: skip
+    for reason in ("5 of 8 records", "annotation 0: there is no image with the id 99", "image 4: expected an object",
+                   "annotation 1: expected an image_id", "annotation 2: expected",
+                   "image 0: no annotation has its id"):  # fmt: skip
         assert reason in str(caught.value)
     value["annotations"] = [{"image_id": 7, "segmentation": [], "category_id": 3}]
     with pytest.raises(InputError, match="no captions: take COCO's captions_"):
@@ -397,24 +398,28 @@ def test_published_json_that_is_incomplete(place):
 
 
 def test_an_imagefolder_names_what_its_table_lacks(place, caplog):
-    table(
-        place / "metadata.csv",
-        ["file_name", "text", "split"],
-        [("0.png", "a", "x"), ("gone.png", "b", "x"), ("1.png", "c", "y")],
-    )
+    rows = [("0.png", "a", "x"), ("gone.png", "b", "x"), ("1.png", "c", "y")]
+    table(place / "metadata.csv", ["file_name", "text", "split"], rows)
     (place / "1.txt").write_text("not used")
     (place / "2.txt").write_text("beside it")
     with pytest.raises(InputError, match="2 of 5 records") as caught:
         read_source(str(place))
-    assert "metadata.csv, line 3: 'gone.png': no such file" in str(caught.value)
-    assert "3.png: there is no caption file (.txt, .caption or .json) beside it and no line of metadata" in str(
-        caught.value
-    )
+    said = str(caught.value)
+    assert "metadata.csv, line 3: 'gone.png': no such file" in said
+    assert "3.png: there is no caption file (.txt, .caption or .json) beside it and no line of metadata" in said
     with pytest.warns(UserWarning, match="The other 3 are used"):
         records = read_source(str(place), ReadOptions(on_bad_sample="skip"))
     assert [record["caption"] for record in records] == [["a"], ["c"], ["beside it"]]
     assert "metadata.csv: 1 images have a caption file beside them too" in caplog.text
     assert [record["caption"] for record in read_source(f"{place}:y")] == [["c"]]
+    (place / "metadata.csv").write_text("file_name,licence\n0.png,CC0\n")
+    with pytest.warns(UserWarning, match="2 of 4 records"):
+        assert len(read_source(str(place), ReadOptions(on_bad_sample="skip"))) == 2
+    assert "metadata.csv: which column has the caption? Name both with --columns" in caplog.text
+    (place / "1.txt").unlink()
+    (place / "2.txt").unlink()
+    with pytest.raises(InputError, match="metadata.csv: which column has the caption"):
+        read_source(str(place))
 
 
 def test_columns_of_published_json_can_be_named(place):
