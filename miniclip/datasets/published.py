@@ -20,7 +20,7 @@ def published_records(raw, path: Path, caption_key: str | None = None) -> Raw:
         lists = [value for value in (images, annotations, raw.get("data")) if _is_records(value)]
         if lists:
             raw = [_karpathy(record) for record in lists[0]]
-        elif all(isinstance(value, (str, list)) for value in raw.values()):
+        elif any(raw.values()) and all(isinstance(value, (str, list, type(None))) for value in raw.values()):
             raw = [{"image": image, "caption": captions} for image, captions in raw.items()]
         elif all(isinstance(value, dict) for value in raw.values()):
             raw = [{"image": image} | record for image, record in raw.items()]
@@ -35,9 +35,9 @@ def _is_records(value) -> bool:
 
 def _karpathy(record):
     """Joins the folder and the name of an image: of two known columns only the first would be read."""
-    if not isinstance(record, dict) or not {"filepath", "filename"} <= record.keys():
-        return record
-    record["filename"] = f"{record.pop('filepath')}/{record['filename']}"
+    if isinstance(record, dict) and {"filepath", "filename"} <= record.keys():
+        folder = record.pop("filepath")
+        record["filename"] = f"{folder}/{record['filename']}" if folder else record["filename"]
     return record
 
 

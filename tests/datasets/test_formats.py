@@ -392,6 +392,8 @@ def test_published_json_that_is_incomplete(place):
     (place / "a.json").write_text('{"0.png": ["a"], "0.png": ["b"]}')
     with pytest.raises(InputError, match="a.json: '0.png' occurs twice"):
         read_source(str(place / "a.json"))
+    with pytest.raises(InputError, match="1 of 2 records(.|\n)*record 1: 1.png: caption 0 is not text: None"):
+        read_source(str(saved(place / "a.json", {"0.png": ["a"], "1.png": None})))
     (place / "a.token").write_text("0.png#0\ta dog\n1.png a dog\n")
     with pytest.raises(InputError, match="line 2: expected image.jpg#0, a tab and a caption"):
         read_source(str(place / "a.token"))
