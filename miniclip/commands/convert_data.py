@@ -15,7 +15,7 @@ def main(argv: list[str]):
     forms = "output: x.json, .jsonl, .csv, .tsv, x/{000..009}.tar, x/000000.tar"
     parser.add_argument("target", metavar="TO", help=forms)
     parser.add_argument("--samples_per_shard", type=at_least(1), default=10_000, metavar="N", help="for x/000000.tar")
-    parser.share("image_root", "columns", "on_bad_sample", "allow_outside_image_root")
+    parser.share("split", "image_root", "columns", "on_bad_sample", "allow_outside_image_root")
     options = parser.parse_args(argv)
 
     from miniclip.datasets.convert import convert

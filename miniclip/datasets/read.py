@@ -1,6 +1,6 @@
 """Reading a source in any form (docs/datasets.md) to records {"image": path or ImageFile, "caption": [strings]}.
 
-A::B stands for several sources, and A[:300] for the first 300 records of one.
+A::B stands for several sources, A:val for the split `val` of one, and A[:300] for its first 300 records.
 """
 
 import hashlib
@@ -14,7 +14,8 @@ from pathlib import Path
 from miniclip.datasets.mixture import Mixture, parse_factors
 from miniclip.datasets.records import ReadOptions, check_records, image_faults
 from miniclip.datasets.shards import Shards, expand
-from miniclip.datasets.tables import Table, is_table, load_table
+from miniclip.datasets.splits import at_split
+from miniclip.datasets.tables import Table, is_saved, is_table, load_table
 from miniclip.datasets.text_files import READERS, read_folder
 from miniclip.utils.bad_samples import CaptionFileError
 from miniclip.utils.errors import InputError
@@ -59,16 +60,23 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
             return records[:n]
         records.rows = records.rows[:n]
         return records
-    path = Path(source)
+    source, name = at_split(source)
+    path, options = Path(source), replace(options, split=name or options.split)
+    if options.split and (path / options.split).is_dir() and not is_saved(path):
+        path, options = path / options.split, replace(options, split=None)
+        source = str(path)
     suffix = path.suffix.lower()
     table = suffix not in READERS and is_table(source)
     shards = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else []
     if suffix in READERS or path.is_dir() and not table and not shards:
         return check_records(path, READERS.get(suffix, read_folder)(path, options), options)
     if suffix in (".tar", ".tgz") or re.search(r"\.tar\.\w+$", source) or shards:
+        if options.split:
+            raise InputError(f"{source}: shards have no splits: name the shards of {options.split!r}")
         records = Shards(shards or expand(source), options)
     elif table:
-        records = Table(load_table(source), source, options)
+        dataset, part, strict = load_table(source, options.split)
+        records = Table(dataset, source, replace(options, split=part), strict)
     else:
         missing = f"no such file or folder (a data set of the Hugging Face hub is hf:{source})"
         known = ", ".join((*READERS, ".tar", ".parquet", ".arrow", "a folder", "hf:NAME"))
@@ -107,7 +115,7 @@ def fingerprint(source: str, records: Sequence[dict] | None = None) -> dict:
 
 
 def _digest(source: str) -> str | None:
-    source = re.sub(r"\[:\d+\]$", "", source)  # for a part: the sha256 of the whole, and the number of records
+    source, _ = at_split(re.sub(r"\[:\d+\]$", "", source))  # of a part: the whole, and the number of records
     path = Path(source)
     if path.is_file():
         size = path.stat().st_size

@@ -18,6 +18,7 @@ from miniclip.utils.parallel import read_ahead
 
 logger = logging.getLogger(__name__)
 NO_FILE = "no such file"
+MISSING = {"nan", "none", "null", "na", "n/a", "#n/a", "<na>"}  # as pandas and others write an empty cell
 Raw = list[tuple]  # (name in messages, record that is not checked yet, or InputError)
 
 
@@ -28,6 +29,7 @@ class ReadOptions:
     image_root: str | Path | None = None  # where image paths start; the source's own folder by default; A::B for two
     image_column: str | None = None  # names of columns, keys or JSON fields; guessed by default
     caption_column: str | None = None
+    split: str | None = None  # the part to read of a source that has several, as SOURCE:SPLIT does; "train+val" for two
     on_bad_sample: str = "stop"  # "stop": raise an error that names all bad samples; "skip": warn, and read the others
     bad_samples: BadSamples | None = None  # where skipped samples are listed
     allow_outside_image_root: bool = False  # image paths may lead out of their folder: .., absolute ones, links
@@ -204,6 +206,8 @@ def check_captions(captions, image) -> list[str]:
     for number, caption in enumerate(captions):
         if not isinstance(caption, str) or not caption.strip():
             raise InputError(f"{image}: caption {number} is not text: {short(caption)}")
+        if caption.strip().lower() in MISSING:
+            raise InputError(f"{image}: caption {number} is missing: {caption!r} stands for an empty cell")
         try:
             caption.encode()
         except UnicodeEncodeError:  # half an emoji: Arrow cannot hold it

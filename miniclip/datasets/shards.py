@@ -21,15 +21,14 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from miniclip.datasets.records import NO_FILE, ReadOptions, check_captions, parse_json
+from miniclip.datasets.captions import caption_kind, parse_caption
+from miniclip.datasets.records import NO_FILE, ReadOptions
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, user_cache
 from miniclip.utils.image_files import HEIC, ImageError, ImageFile
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "ico", "tga")
-CAPTIONS = ("txt", "caption", "json")  # the first that a sample has is used
-CAPTION_KEYS = ("caption", "captions", "text", "texts", "title", "sentences", "sentence", "raw", "description")
-VERSION = 2  # of the index: raise it when old ones must be rebuilt
+VERSION = 3  # of the index: raise it when old ones must be rebuilt
 ROW = np.dtype([("shard", "<i4"), ("header", "<i8"), ("offset", "<i8"), ("size", "<i8"),
                 ("text_offset", "<i8"), ("text_size", "<i8"), ("json", "?")])  # fmt: skip
 COMPRESSED = "a compressed shard has no random access: decompress it (gunzip)"
@@ -53,30 +52,6 @@ def expand(pattern: str) -> list[str]:
     if not (paths := sorted(glob.glob(pattern))):
         raise InputError(f"{pattern}: no file matches this pattern")
     return paths
-
-
-def captions_in(value, key: str | None = None, depth: int = 0) -> list:
-    """Returns the captions in a caption file or column, for `check_captions`: a string, a list, an object that has them
-    under `key`, by default the first of CAPTION_KEYS, or a list of those."""
-    if isinstance(value, dict):
-        value = next((value[known] for known in ([key] if key else CAPTION_KEYS) if known in value), None)
-    if not isinstance(value, list) or depth > 20:  # none lies so deep, and at 300 the stack is full
-        return [value]
-    return [caption for part in value for caption in captions_in(part, key, depth + 1)]
-
-
-def parse_caption(data: bytes, is_json: bool, name: str, key: str | None = None) -> list[str]:
-    """Returns the captions in a file beside an image: one in a text, `captions_in` JSON. Raises InputError."""
-    try:
-        text = data.decode("utf-8-sig")
-        return check_captions(captions_in(parse_json(text, name), key) if is_json else [text.strip()], name)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: the caption is not UTF-8 ({error})") from None
-
-
-def caption_kind(kinds, key: str | None) -> str | None:
-    """Returns which extension of a sample holds its caption: with a `key`, only JSON."""
-    return next((kind for kind in (["json"] if key else CAPTIONS) if kind in kinds), None)
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:
@@ -227,7 +202,7 @@ def _sort_in(samples: dict[str, dict], member: tarfile.TarInfo) -> str | None:
 
 def add_sample(tar: tarfile.TarFile, key: str, image: bytes, kind: str, captions: list[str]):
     """Packs a sample into a shard, `kind` being the image's extension: one caption as a .txt, several as a .json."""
-    single = len(captions) == 1 and captions[0] == captions[0].strip()
+    single = len(captions) == 1 and not re.search(r"^\s|\s$|[\r\n]|^[\[(]", captions[0])  # read back as it is
     text = captions[0] if single else json.dumps({"caption": captions}, ensure_ascii=False)
     for name, data in ((f"{key}.{kind}", image), (f"{key}.{'txt' if single else 'json'}", text.encode())):
         member = tarfile.TarInfo(name)

@@ -3,14 +3,16 @@
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from miniclip.datasets.captions import captions_in
 from miniclip.datasets.records import NO_FILE, ImageRoot, ReadOptions, check_captions
-from miniclip.datasets.shards import captions_in, expand
+from miniclip.datasets.shards import expand
+from miniclip.datasets.splits import choose_split, split_column, split_of
 from miniclip.datasets.text_files import find_columns
 from miniclip.utils.bad_samples import short
 from miniclip.utils.errors import InputError
@@ -19,14 +21,9 @@ from miniclip.utils.image_files import ImageError, ImageFile
 FILES = (".parquet", ".arrow")
 
 
-def _at_split(source: str) -> tuple[Path, str | None]:
-    path, _, name = source.rpartition(":")
-    has_split = path and os.path.exists(path) and not os.path.exists(source)
-    return (Path(path), name) if has_split else (Path(source), None)
-
-
-def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))  # by `save_to_disk`
+def is_saved(path: Path) -> bool:
+    """Returns whether a folder was written by `save_to_disk`."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _files(path: Path) -> list[str]:
@@ -37,16 +34,17 @@ def _files(path: Path) -> list[str]:
 
 def is_table(source: str) -> bool:
     """Returns whether a source is read by Hugging Face datasets."""
-    path, _ = _at_split(source)
-    return source.startswith("hf:") or path.suffix.lower() in FILES or _is_saved(path) or bool(_files(path))
+    path = Path(source)
+    return source.startswith("hf:") or path.suffix.lower() in FILES or is_saved(path) or bool(_files(path))
 
 
-def load_table(source: str, streaming: bool = False):
-    """Loads hf:NAME, a folder, .parquet or .arrow as a Hugging Face Dataset, or with `streaming` an IterableDataset."""
+def load_table(source: str, part: str | None = None, streaming: bool = False) -> tuple:
+    """Loads a split of hf:NAME, a folder, .parquet or .arrow as a Hugging Face Dataset, or with `streaming` as an
+    IterableDataset. Returns it, the split that was asked for, and whether only its column `split` can have that."""
     import datasets  # slow to import
 
-    (path, part), hub = _at_split(source), source.startswith("hf:")
-    saved = not hub and _is_saved(path)
+    path, hub, strict = Path(source), source.startswith("hf:"), False
+    saved = not hub and is_saved(path)
     files = [] if hub or saved else _files(path)
     if missing := [file for file in files if not os.path.isfile(file)]:
         raise InputError(f"{missing[0]}: {NO_FILE} ({len(missing)} of {len(files)} are missing)")
@@ -60,8 +58,16 @@ def load_table(source: str, streaming: bool = False):
         raise InputError(f"{source}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
     try:
         if hub:
-            config, split = [None, None, *rest][-2:]
-            found = datasets.load_dataset(name, config, split=split, streaming=streaming)
+            config, named = [None, None, *rest][-2:]
+            part = named or part
+            try:
+                found = datasets.load_dataset(name, config, split=part, streaming=streaming)
+            except ValueError as error:
+                found = {} if "Unknown split" not in str(error) and "Bad split" not in str(error) else (
+                    datasets.load_dataset(name, config, streaming=streaming))  # fmt: skip
+                if len(found) != 1:
+                    raise
+                strict = True
         elif kinds == {"arrow"} and not streaming:
             found = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
         elif files:
@@ -69,18 +75,25 @@ def load_table(source: str, streaming: bool = False):
         else:
             found = datasets.load_from_disk(str(path))
     except Exception as error:  # the network, the hub, the file: the library names it
-        raise InputError(f"{source}: {type(error).__name__}: {str(error)[:500]}") from None
+        reason = error.__cause__ or error
+        if twice := re.search(r'(?:matches for FieldRef.Name\(|Field ")(.*?)(?:\) in|" exists \d)', str(reason)):
+            raise InputError(f"{source}: two columns are named {twice[1]!r}: rename or remove one") from None
+        raise InputError(f"{source}: {type(reason).__name__}: {str(reason)[:500]}") from None
     splits = found if isinstance(found, dict) else {}
-    if saved and part and part not in splits:
-        raise InputError(f"{source}: there is no split {part!r} in it")
+    if saved and part and part not in splits and len(splits) > 1:
+        raise InputError(f"{source}: there is no split {part!r} in it, only {', '.join(splits)}")
     if len(splits) > 1 and "train" not in splits and not part:
         raise InputError(f"{source}: which split? Name one: {', '.join(f'{source}:{name}' for name in splits)}")
-    return splits[part or ("train" if "train" in splits else next(iter(splits)))] if splits else found
+    if not splits:
+        return found, part, strict or not hub
+    only = next(iter(splits))
+    name = part if part in splits else "train" if "train" in splits else only
+    return splits[name], part, name != part
 
 
 def table_root(source: str, options: ReadOptions) -> ImageRoot:
     """Returns where image paths in a table start. Those in a table of the hub lead into the library's cache."""
-    (path, _), hub = _at_split(source), source.startswith("hf:")
+    path, hub = Path(source), source.startswith("hf:")
     folder = options.image_root or ("" if hub else path if path.is_dir() else path.parent)
     return ImageRoot(folder, options.allow_outside_image_root or hub and not options.image_root)
 
@@ -113,27 +126,34 @@ class Cell(ImageFile):
 
 
 class Table(Sequence):
-    """The rows of a Hugging Face Dataset as records. Rows without a caption raise InputError or are skipped."""
+    """The rows of a Hugging Face Dataset as records, those of one image path as one. Rows without a caption raise
+    InputError or are skipped. With `strict` the split that the options name must be in the column `split`."""
 
-    def __init__(self, dataset, source: str, options: ReadOptions = ReadOptions()):
+    def __init__(self, dataset, source: str, options: ReadOptions = ReadOptions(), strict: bool = True):
         import datasets
 
         self.source, self.root = source, table_root(source, options)
         self.columns = find_columns(dataset.column_names, options, source)
-        if isinstance(dataset.features[self.columns[0]], datasets.Image):
-            dataset = dataset.cast_column(self.columns[0], datasets.Image(decode=False))
+        image, text = self.columns
+        if isinstance(dataset.features[image], datasets.Image):
+            dataset = dataset.cast_column(image, datasets.Image(decode=False))
         self.images, self.texts = (dataset.select_columns([column]) for column in self.columns)
-        good, problems = [], []
-        texts = (batch[self.columns[1]] for batch in self.texts.iter(1000))
-        for row, value in enumerate(itertools.chain.from_iterable(texts)):
+        problems, groups = [], {}
+        chosen = choose_split(_splits(dataset), options.split, source, strict)
+        is_path = getattr(dataset.features[image], "dtype", None) in ("string", "large_string")
+        paths = _column(dataset, image) if is_path else itertools.repeat(None)
+        for row, (value, path) in enumerate(zip(_column(dataset, text), paths)):
+            if not chosen[row]:
+                continue
             try:
-                check_captions(captions_in(value), "text")
-                good.append(row)
+                check_captions(captions_in(value), path or "text")
+                groups.setdefault(path or row, []).append(row)
             except InputError as error:
                 problems.append((f"row {row}", str(error)))
-        self.rows = np.array(good, np.int64)
-        options.report(source, f"{len(problems)} of {len(self.texts)} rows cannot be used", problems, len(good))
-        if not good:
+        self.rows = np.array([rows[0] for rows in groups.values()], np.int64)
+        self.groups = {rows[0]: rows for rows in groups.values() if len(rows) > 1}
+        options.report(source, f"{len(problems)} of {sum(chosen)} rows cannot be used", problems, len(groups))
+        if not groups:
             raise InputError(f"{source}: it has no rows")
 
     def __len__(self) -> int:
@@ -142,4 +162,20 @@ class Table(Sequence):
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index].item()
         image = Cell(self.images, row, self.columns[0], f"{self.source}: row {row}", self.root)
-        return {"image": image, "caption": captions_in(self.texts[row][self.columns[1]])}
+        texts = (self.texts[same][self.columns[1]] for same in self.groups.get(row, [row]))
+        return {"image": image, "caption": [caption for text in texts for caption in captions_in(text)]}
+
+
+def _column(dataset, column: str) -> Iterator:
+    """Yields the values of a column without keeping them all."""
+    batches = (batch[column] for batch in dataset.select_columns([column]).iter(1000))
+    return itertools.chain.from_iterable(batches)
+
+
+def _splits(dataset) -> list[str]:
+    """Returns the split that each row names; a ClassLabel numbers them."""
+    if (column := split_column(dataset.column_names)) is None:
+        return [""] * len(dataset)
+    names = getattr(dataset.features[column], "names", None)
+    return [split_of({"split": names[value] if names and value is not None else value})
+            for value in _column(dataset, column)]  # fmt: skip

@@ -1,15 +1,20 @@
-"""Caption files with a record or a caption a line (.jsonl, .csv, .tsv), JSON with other keys, and folders of images."""
+"""Caption files with a record or a caption a line (.jsonl, .csv, .tsv, .txt), JSON, and folders of images."""
 
 import csv
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from miniclip.datasets.records import ImageRoot, Raw, ReadOptions, check_captions, parse_json, read_list, read_text
-from miniclip.datasets.shards import CAPTION_KEYS, CAPTIONS, IMAGES, NO_HEIC, caption_kind, captions_in, parse_caption
+from miniclip.datasets.captions import CAPTION_KEYS, CAPTIONS, caption_kind, captions_in, parse_caption
+from miniclip.datasets.published import published_records
+from miniclip.datasets.records import ImageRoot, Raw, ReadOptions, check_captions, parse_json, read_text
+from miniclip.datasets.shards import IMAGES, NO_HEIC
+from miniclip.datasets.splits import choose_split, split_column, split_of
 from miniclip.utils.bad_samples import CaptionFileError, short
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import HEIC
@@ -17,8 +22,10 @@ from miniclip.utils.image_files import HEIC
 logger = logging.getLogger(__name__)
 # Names of columns, compared without case; the first that is there is used.
 IMAGE_KEYS = ("image", "filepath", "image_path", "img", "img_path", "file_name", "filename", "path", "file",
-              "image_file", "jpg", "jpeg", "png", "webp")  # fmt: skip
-TEXT_KEYS = (*CAPTION_KEYS, "txt", "sentences_raw", "alt_text", "alt")
+              "image_file", "jpg", "jpeg", "png", "webp", "image_name")  # fmt: skip
+TEXT_KEYS = (*CAPTION_KEYS, "txt", "sentences_raw", "alt_text", "alt", "comment")
+TOKEN = re.compile(r"([^\t]+)#\d+\t(.*)")  # a line of Flickr's .token files: image.jpg#0, a tab, a caption
+METADATA = ("metadata.csv", "metadata.jsonl")  # of a Hugging Face imagefolder
 
 
 class ColumnError(CaptionFileError):
@@ -28,15 +35,18 @@ class ColumnError(CaptionFileError):
 def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list[str]:
     """Returns the columns of the image and of the caption among those that are there: as named, or else the first with
     a known name. Raises InputError, `where` in front."""
-    columns = []
+    columns, there = [], list(there)
+    twice = [name for name, count in Counter(there).items() if count > 1 and str(name).strip()]
+    if twice:
+        raise InputError(f"{where}: two columns are named {twice[0]!r}: rename or remove one")
     wanted = ("image", options.image_column, IMAGE_KEYS), ("caption", options.caption_column, TEXT_KEYS)
     for what, name, known in wanted:
         there = [column for column in there if column not in columns]
         listed = ", ".join(map(repr, there))
         if name is not None and name not in there:
             raise ColumnError(f"{where}: there is no column {name!r}, only {listed}")
-        folded = {str(column).strip().lower(): column for column in reversed(there)}
-        found = [folded[key] for key in known if key in folded] if name is None else [name]
+        found = [column for key in known for column in there if str(column).strip().lower() == key]
+        found = found if name is None else [name]
         if not found:
             raise InputError(f"{where}: which column has the {what}? Name both with --columns. There are {listed}")
         if len(found) > 1:
@@ -45,19 +55,36 @@ def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list
     return columns
 
 
-def _renamed(path: Path, rows: Iterable[tuple], options: ReadOptions) -> Iterator[tuple]:
-    """Yields (name, record) with the keys `image` and `caption`, or with an InputError in the place of a record."""
-    columns = None
-    for name, record in rows:
-        if isinstance(record, dict):
-            columns = columns or find_columns(record, options, f"{path}, {name}")
-            if missing := [column for column in columns if column not in record]:
-                record = InputError(f"there is no {missing[0]!r} in it: {short(record)}")
-            else:
-                record = {"image": record[columns[0]], "caption": captions_in(record[columns[1]])}
-        elif not isinstance(record, InputError):
-            record = InputError(f"expected an object, found {short(record)}")
-        yield name, record
+def _records(path: Path, rows: Iterable[tuple], options: ReadOptions, columns: list[str] | None = None) -> Raw:
+    """Returns, of (name, object or InputError) each, those of the chosen split as records, one for each image. Columns
+    are found in the first object that has them."""
+    found, splits, first = [], [], None
+    for name, row in rows:
+        split = None
+        if isinstance(row, dict):
+            try:
+                columns = columns or find_columns(row, options, f"{path}, {name}")
+                split, row = split_of(row), _record(row, columns)
+            except InputError as error:
+                first = first or error
+                row = InputError(f"expected an object with image and caption, found {short(row)}")
+        elif not isinstance(row, InputError):
+            row = InputError(f"expected an object, found {short(row)}")
+        found.append((name, row))
+        splits.append(split)
+    if first and not columns:
+        raise first
+    chosen = choose_split(splits, options.split, path)
+    return _grouped(path, (row for row, wanted in zip(found, chosen) if wanted))
+
+
+def _record(row: dict, columns: list[str]) -> dict | InputError:
+    if missing := [column for column in columns if column not in row]:
+        return InputError(f"there is no {missing[0]!r} in it: expected an object with both, found {short(row)}")
+    try:
+        return {"image": row[columns[0]], "caption": captions_in(row[columns[1]])}
+    except InputError as error:
+        return InputError(f"{row[columns[0]]}: caption is {error}")
 
 
 def _grouped(path: Path, rows: Iterable[tuple]) -> Raw:
@@ -85,33 +112,46 @@ def _read_jsonl(path: Path, options: ReadOptions) -> Raw:
                 rows.append((f"line {number}", parse_json(line)))
             except InputError as error:
                 rows.append((f"line {number}", error))
-    return _grouped(path, _renamed(path, rows, options))
+    return _records(path, rows, options)
 
 
 def _read_json(path: Path, options: ReadOptions) -> Raw:
-    raw = read_list(path)
-    return list(_renamed(path, raw, options)) if options.image_column or options.caption_column else raw
+    text = read_text(path)
+    try:
+        raw = parse_json(text, path)
+    except CaptionFileError as error:
+        if "Extra data" in str(error) and text.lstrip().startswith("{"):  # JSON Lines, which Hugging Face calls .json
+            return _read_jsonl(path, options)
+        raise
+    return _records(path, published_records(raw, path, options.caption_column), options)
 
 
 def _read_table_text(path: Path, options: ReadOptions) -> Raw:
     header, *lines = io.StringIO(read_text(path), newline="").readlines() or [""]
+    if TOKEN.match(header):
+        return _records(path, map(_token, range(1, len(lines) + 2), [header, *lines]), options)
     csv.field_size_limit(1 << 24)
     faults = []
-    for delimiter in sorted("\t,;", key=header.count, reverse=True):
+    for delimiter in sorted("\t,;|", key=header.count, reverse=True):
         # Strictly: otherwise a lone quote at the start of a cell would swallow all up to the next one.
         cells = partial(csv.reader, delimiter=delimiter, strict=True)
         try:  # OpenCLIP's .csv files have tabs: the separator is the one that gives both columns
             head = next(cells([header.strip("\r\n")]))
-            places = [head.index(column) for column in find_columns(head, options, str(path))]
+            columns = find_columns(head, options, str(path))
             break
         except (InputError, csv.Error) as error:
             faults.append(error if isinstance(error, InputError) else f"{path}: {error}")
     else:
-        raise CaptionFileError(f"{faults[0]} (the first line names the columns, separated by tab, comma or semicolon)")
+        raise CaptionFileError(f"{faults[0]} (the first line names the columns, separated by tab, comma, ; or |)")
+    used = {column: head.index(column) for column in (*columns, split_column(head)) if column is not None}
 
     def record(row: list[str]) -> dict | InputError:
+        if delimiter == "|":  # Flickr30k's results.csv: blanks around the cells, and a line without its second |
+            if len(row) == 2 and len(head) == 3 and (number := re.fullmatch(r"\s*(\d+)\s+(.+)", row[1], re.DOTALL)):
+                row = [row[0], *number.groups()]
+            row = [cell.strip() for cell in row]
         if len(row) == len(head):
-            return {"image": row[places[0]], "caption": [row[places[1]]]}
+            return {column: row[place] for column, place in used.items()}
         fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} within a cell needs quotes)"
         return InputError(f"{fault}: {delimiter.join(row)[:60]}")
 
@@ -128,21 +168,50 @@ def _read_table_text(path: Path, options: ReadOptions) -> Raw:
             except csv.Error as error:
                 fault = f'an unmatched quote ({error}): write "..." around the cell, "" for each quote within'
                 rows.append((f"line {number}", InputError(f"{fault}: {line.strip()[:60]}")))
-    return _grouped(path, rows)
+    return _records(path, rows, options, columns)
+
+
+def _token(number: int, line: str) -> tuple:
+    found = TOKEN.fullmatch(line.strip("\r\n"))
+    fault = InputError(f"expected image.jpg#0, a tab and a caption, found {short(line)}")
+    return f"line {number}", {"image": found[1], "caption": found[2].strip()} if found else fault
 
 
 def read_folder(path: Path, options: ReadOptions) -> Raw:
-    """Reads images with a caption file beside each, in folders at any depth, in order of their names."""
+    """Reads images with a caption file beside each, in folders at any depth, in order of their names, or with lines in
+    a metadata.csv or .jsonl of their folder, as in Hugging Face's imagefolder."""
     root = ImageRoot(path, options.allow_outside_image_root)
-    raw, beside = [], {}  # beside: path without its extension -> {extension: path}
+    raw, beside, tables = [], {}, []  # beside: path without its extension -> {extension: path}
     for here, files in root.walk(lambda name, reason: raw.append((name, InputError(reason)))):
         for name in files:
             stem, extension = os.path.splitext(os.path.normpath(os.path.join(here, name)))
             file, kind = stem + extension, extension.lower()[1:]
-            if kind in (*IMAGES, *CAPTIONS, *HEIC):
+            if name in METADATA:
+                tables.append(file)
+            elif kind in (*IMAGES, *CAPTIONS, *HEIC):
                 first = beside.setdefault(stem, {}).setdefault(kind, file)
                 if first != file:
                     raw.append((file, InputError(f"it differs from {first} only in letter case: rename one")))
+    found = []
+    for file in tables:
+        try:
+            found += [(file, *row) for row in _read_metadata(root, file, options)]
+        except InputError as error:  # a table of something else
+            if options.split or not any(caption_kind(files, options.caption_column) for files in beside.values()):
+                raise
+            logger.warning("%s: not used, because %s", path, error)
+    raw += [row[1:] for row in found]
+    if options.split and not tables:
+        raise InputError(f"{path}: it has no folder {options.split!r}, and no metadata.csv with a column 'split'")
+    choose_split([file.split(os.sep)[0] for file, *_ in found if os.sep in file], None, path)  # says if it has several
+    named = set()  # the images that a table has, with sound captions or not
+    for file, _, record in found:
+        bad = isinstance(record, InputError)
+        image = os.path.join(os.path.dirname(file), str(record).partition(": caption ")[0]) if bad else record["image"]
+        named.add(os.path.normpath(str(image)))
+    if options.split:  # the other images belong to other splits
+        beside = {}
+    twice = 0
     for _, files in sorted(beside.items()):
         text = caption_kind(files, options.caption_column)
         images = [files[kind] for kind in IMAGES if kind in files]
@@ -152,14 +221,20 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
         elif not images and not heic:
             raw.append((next(iter(files.values())), InputError("there is no image beside it")))
         for image in images:
+            if image in named:
+                twice += text is not None
+                continue
             try:
                 if text is None:
-                    raise InputError("there is no caption file (.txt, .caption or .json) beside it")
+                    line = f" and no line of {tables[0]} names it" if tables else ""
+                    raise InputError(f"there is no caption file (.txt, .caption or .json) beside it{line}")
                 data = Path(root.file(files[text])).read_bytes()
                 captions = parse_caption(data, text == "json", files[text], options.caption_column)
                 raw.append((image, {"image": image, "caption": captions}))
             except (InputError, OSError) as error:
                 raw.append((image, InputError(str(error))))
+    if twice:
+        logger.warning("%s: %d images have a caption file beside them too, which is not used", tables[0], twice)
     if all(isinstance(record, InputError) for _, record in raw):
         listed = "".join(f"\n  {name}: {error}" for name, error in raw[:10])
         what = "no image in it has a caption file beside it, and it has no tar shards or tables"
@@ -167,5 +242,19 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
     return raw
 
 
-READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl,
-           ".csv": _read_table_text, ".tsv": _read_table_text}  # fmt: skip
+def _read_metadata(root: ImageRoot, file: str, options: ReadOptions) -> Raw:
+    """Reads a table of a folder whose image paths start at its own place."""
+    place = Path(root.file(file))
+    rows = []
+    for name, record in READERS[place.suffix](place, options):
+        if not isinstance(record, InputError) and isinstance(record["image"], str) and record["image"]:
+            image = record["image"]
+            if "\\" in image and not (place.parent / image).exists():  # Windows' separator
+                image = image.replace("\\", "/")
+            record = record | {"image": os.path.join(os.path.dirname(file), image)}
+        rows.append((f"{file}, {name}", record))
+    return rows
+
+
+READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".csv": _read_table_text,
+           ".tsv": _read_table_text, ".txt": _read_table_text, ".token": _read_table_text}  # fmt: skip

@@ -66,7 +66,8 @@ def evaluations(options: Namespace, bad_samples: BadSamples) -> Iterator[Measure
                 print(notes[-1])
             name = one.features or one.model
             name += f" {one.pretrained}" if len(sources) > 1 and one.pretrained else ""
-            dataset_name = (one.eval_file or one.features) + first
+            part = f":{one.split}" if one.split else ""
+            dataset_name = (one.eval_file or one.features) + part + first
             yield Measured(one, name, dataset_name, notes=tuple(notes), repeated=repeated, **about)
 
 

@@ -8,6 +8,7 @@ from argparse import Namespace
 from itertools import cycle
 from pathlib import Path
 
+from miniclip.datasets.splits import at_split
 from miniclip.utils.command_line import FLAGS, HELP, Parser
 
 TABLES = (".txt", ".csv", ".md", ".tex")
@@ -32,7 +33,7 @@ def parse_evaluate(argv: list[str]) -> Namespace:
         ("eval_file", "; several data sets, one after the other"), ("image_root", "; one, or one for each eval_file"),
     ):  # fmt: skip
         parser.share(name, **several, metavar=name.upper(), help=FLAGS[name]["help"] + more)
-    parser.share("columns", "on_bad_sample", "allow_outside_image_root")
+    parser.share("split", "columns", "on_bad_sample", "allow_outside_image_root")
     add("--captions", choices=["all", "first"], default="all", help="captions of each image that count")
     parser.share("batch_size", help=HELP["batch_size"] + " (default: 32 and 64 on a CPU, 256 elsewhere)")
     parser.share("num_workers", "precision")
@@ -75,7 +76,7 @@ def _problems(options: Namespace, default):
     if options.features and not options.eval_file:
         if len(options.features) > 1:
             yield "several --features: add --eval_file, which says that they are of the same images and captions"
-        for name in ("image_root", "columns"):
+        for name in ("image_root", "columns", "split"):
             if vars(options)[name]:
                 yield f"--{name} is for --eval_file: add it"
     if options.pretrained and len(options.pretrained) != len(options.model):
@@ -143,7 +144,8 @@ def _default_name(options: Namespace) -> tuple[Path, str]:
     if options.several:
         return Path(), "retrieval_comparison"
     folder = Path(options.model) if options.model and Path(options.model).is_dir() else None
-    parts = [Path(options.eval_file or options.features).stem, "first" if options.captions == "first" else ""]
+    source, part = at_split(options.eval_file or options.features)
+    parts = [Path(source).stem, part or options.split, "first" if options.captions == "first" else ""]
     if folder is None and options.eval_file:  # here, where the results of other models may lie
         parts += [
             Path(options.model or options.features).name.removesuffix(".json"),

@@ -21,7 +21,8 @@ FINE_TUNE = dict(zip(FROM_SCRATCH, (1e-5, 0.1, 5.0, 64, 0.1)))
 # Between two frozen encoders only projections learn: an epoch takes a second, and a high rate cannot damage anything.
 PROJECTIONS = FROM_SCRATCH | {"weight_decay": 0.1}
 
-ALIASES = {  # OpenCLIP's names
+ALIASES = {  # OpenCLIP's names, and --split of other commands
+    "split": "train_file FILE:SPLIT",
     "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "columns", "csv-caption-key": "columns",
     "batch-size": "per_device_train_batch_size", "epochs": "num_train_epochs", "lr": "learning_rate",
     "wd": "weight_decay", "warmup": "warmup_steps", "workers": "dataloader_num_workers", "logs": "output_dir",

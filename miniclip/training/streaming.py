@@ -6,19 +6,22 @@ be looked up, drawn with replacement or evaluated on.
 
 import inspect
 import itertools
+import logging
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset
 
+from miniclip.datasets.captions import captions_in
 from miniclip.datasets.records import ReadOptions, check_captions
-from miniclip.datasets.shards import captions_in
+from miniclip.datasets.splits import at_split, split_column
 from miniclip.datasets.tables import Cell, load_table, table_root
 from miniclip.datasets.text_files import find_columns
 from miniclip.training.dataset import MAX_BAD, RunDataset
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError
 
+logger = logging.getLogger(__name__)
 BUFFER = 1000  # samples to draw from, in each worker
 
 
@@ -47,12 +50,20 @@ class StreamDataset(RunDataset):
             raise InputError(f"{source}: one source can be streamed, not several")
         if num_samples is None and args.max_steps <= 0:
             raise InputError(f"{source}: a stream has no end: give --max_steps, or --train_num_samples per epoch")
-        stream = load_table(source, streaming=True)
-        columns = find_columns(stream.column_names or list(next(iter(stream), {})), options, source)
+        source, part = at_split(source)
+        stream, part, strict = load_table(source, part or options.split, streaming=True)
+        there = stream.column_names or list(next(iter(stream), {}))
+        columns, column = find_columns(there, options, source), split_column(there)
         import datasets
 
         if stream.features is None or isinstance(stream.features.get(columns[0]), datasets.Image):
             stream = stream.cast_column(columns[0], datasets.Image(decode=False))
+        if part and strict:
+            if column is None:
+                raise InputError(f"{source}: there is no split {part!r} in it: it has no column 'split'")
+            stream = stream.filter(lambda split: str(split).strip() in part.split("+"), input_columns=[column])
+        elif column is not None:
+            logger.warning("%s: all rows are read, whatever their column %r names", source, column)
         stream, root = stream.select_columns(columns), table_root(source, options)
         return lambda records, *more, **kwargs: cls(stream, columns, num_samples, source, root, *more, **kwargs)
 

@@ -31,8 +31,10 @@ def at_least(lowest: int) -> Callable[[str], int]:
 FLAGS = {  # flags that mean the same in every command, as arguments of add_argument
     "model": {"help": "a folder saved by MiniCLIP, the name of a config, or a config .json"},
     "pretrained": {"help": "weights for a config: OpenCLIP, OpenAI, TinyCLIP, Hugging Face or MiniCLIP"},
-    "eval_file": {"help": "captions: .json, .jsonl, .csv, .tsv, shards/{000..123}.tar, a folder of images with texts, "
-                  "hf:NAME[:SPLIT], .parquet; several with ::, the first N records with [:N] (docs/datasets.md)"},
+    "eval_file": {"help": "captions: .json, .jsonl, .csv, .tsv, .txt, shards/{000..123}.tar, a folder of images with "
+                  "texts, hf:NAME, .parquet; FILE:SPLIT for one split, several with ::, the first N records with [:N] "
+                  "(docs/datasets.md)"},
+    "split": {"help": "the split to read, as in FILE:SPLIT; two with train+val"},
     "image_root": {"help": "folder that image paths are relative to (default: the caption file's folder)"},
     "columns": {"nargs": 2, "metavar": ("IMAGE", "CAPTION"), "help": "names of the image and the caption column, if "
                 "they cannot be guessed (OpenCLIP: --csv-img-key and --csv-caption-key)"},
