@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from miniclip.classify.prompts import OBJECTS
 from miniclip.datasets.records import ImageRoot
 from miniclip.utils.errors import InputError
-from miniclip.utils.image_files import endings
+from miniclip.utils.image_files import ENDINGS
 
 
 def find_images(paths: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -30,13 +30,13 @@ def _images_in(path: str) -> list[tuple[str, str | None]]:
     def fault(name: str, reason: str):
         raise InputError(f"{os.path.join(path, name)}: {reason}")
 
-    known, names, counts = endings(), [], Counter()
+    names, counts = [], Counter()
     for here, files in ImageRoot(path, allow_outside=True).walk(fault):
-        files = [name for name in files if os.path.splitext(name)[1].lower() in known]
+        files = [name for name in files if os.path.splitext(name)[1].lower() in ENDINGS]
         names += [os.path.normpath(os.path.join(here, name)) for name in files]
         counts[here.split(os.sep)[0]] += len(files)
     if not names:
-        raise InputError(f"{path}: contains no image ({', '.join(sorted(known))})")
+        raise InputError(f"{path}: contains no image ({', '.join(sorted(ENDINGS))})")
     flat = counts.pop(".") > 0
     if empty := [name for name, n in counts.items() if not n and not flat]:
         warnings.warn(f"{path}: no image in {', '.join(sorted(empty))}", stacklevel=3)
