@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from miniclip.classify.names import spell_out
 from miniclip.classify.prompts import tokenizer_coverage
 from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
 from miniclip.index.search import split_minus
@@ -176,10 +177,11 @@ def read_classes(say: Words, text: str) -> dict[str, str]:
             raise InputError(say("half", name=part))
         if name in classes:
             raise InputError(say("twice", name=name))
-        classes[name] = words or name
+        classes[name] = words
     if len(classes) < 2:
         raise InputError(say("no_classes"))
-    return classes
+    spelled = spell_out(name for name, words in classes.items() if not words)
+    return {name: words or spelled[name] for name, words in classes.items()}
 
 
 def note(text: str, kind: str = "mc-note") -> str:
