@@ -5,7 +5,7 @@ from pathlib import Path
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-EXTRAS = {"test": "requirements-test.txt", "ui": "requirements-ui.txt"}
+EXTRAS = {"test": "requirements-test.txt", "ui": "requirements-ui.txt", "heic": "requirements-heic.txt"}
 INCLUDED = {"model_configs": "miniclip/model_configs", "train.py": "miniclip/commands/train.py",
             "evaluate.py": "miniclip/commands/evaluate.py"}  # fmt: skip
 

@@ -5,10 +5,11 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 
+from miniclip.classify.names import ID, find_words, spell, spell_out
 from miniclip.classify.prompts import OBJECTS
 from miniclip.datasets.records import ImageRoot
 from miniclip.utils.errors import InputError
-from miniclip.utils.image_files import endings
+from miniclip.utils.image_files import ENDINGS
 
 
 def find_images(paths: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -30,30 +31,34 @@ def _images_in(path: str) -> list[tuple[str, str | None]]:
     def fault(name: str, reason: str):
         raise InputError(f"{os.path.join(path, name)}: {reason}")
 
-    known, names, counts = endings(), [], Counter()
+    names, counts = [], Counter()
     for here, files in ImageRoot(path, allow_outside=True).walk(fault):
-        files = [name for name in files if os.path.splitext(name)[1].lower() in known]
+        files = [name for name in files if os.path.splitext(name)[1].lower() in ENDINGS]
         names += [os.path.normpath(os.path.join(here, name)) for name in files]
         counts[here.split(os.sep)[0]] += len(files)
     if not names:
-        raise InputError(f"{path}: contains no image ({', '.join(sorted(known))})")
+        raise InputError(f"{path}: contains no image ({', '.join(sorted(ENDINGS))})")
     flat = counts.pop(".") > 0
     if empty := [name for name, n in counts.items() if not n and not flat]:
         warnings.warn(f"{path}: no image in {', '.join(sorted(empty))}", stacklevel=3)
     return [(os.path.join(path, name), None if flat else name.split(os.sep)[0]) for name in sorted(names)]
 
 
-def choose_classes(given: dict[str, str] | None, folders: list[str | None], language: str) -> tuple[dict, list | None]:
+def choose_classes(
+    given: dict[str, str] | None, folders: list[str | None], language: str, paths: Sequence[str] = ()
+) -> tuple[dict, list | None]:  # fmt: skip
     """Returns the classes, {name: words}, and the number of each image's class if its folder determines it.
 
-    Default classes: the folders (the words of "hot_dog" are "hot dog") or else the ten OBJECTS. A folder is named after
-    a given class or after its words. Raises InputError if only some of the folders are.
+    Default classes: the folders (the words of "hot_dog" are "hot dog"; those of ids may lie beside `paths`) or else the
+    ten OBJECTS. A folder is named after a given class or after its words. Raises InputError if only some of them are.
     """
     there = list(dict.fromkeys(folders))
     if given is None:
         if None in there:
             return {name: name for name in OBJECTS[language]}, None
-        given = {name: name.replace("_", " ") for name in there}
+        given = spell_out(there)
+        if all(map(ID.fullmatch, there)) and (found := find_words(there, paths)):
+            given = {name: spell(words) for name, words in found.items()}
     row = {key: i for keys in (given.values(), given) for i, key in enumerate(keys)}  # names go before words
     unknown = [name for name in there if name not in row]
     if unknown and len(unknown) < len(there) and None not in there:

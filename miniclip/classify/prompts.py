@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from miniclip.classify.names import spell_out, warn_of_ids
 from miniclip.datasets.records import parse_json, read_text
 from miniclip.utils.errors import InputError
 
@@ -48,15 +49,17 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
     """Parses the classes of a command line: {name: words in the prompts}.
 
     `text` is "dog,cat" or "chien=dog,chat=cat", or a file: one class per line in either form; a JSON list of names; or
-    a JSON object of name: words, where the words may be an object by language, {"en": "dog", "zh": "狗"}. Raises
-    InputError for anything else and for a repeated name.
+    a JSON object of name: words, where the words may be an object by language, {"en": "dog", "zh": "狗"}. A name
+    alone is spelled out: hot_dog. Raises InputError for anything else and for a repeated name.
     """
     suffix, classes = Path(text).suffix, {}
     if suffix not in ("", ".json", ".txt") and os.path.isfile(text):
         raise InputError(f"{text}: classes are read from .txt and .json")
     found = _read(text) if suffix in (".json", ".txt") else [part.strip() for part in text.split(",")]
     if isinstance(found, list) and all(isinstance(item, str) for item in found):
+        names = spell_out(item.strip() for item in found if "=" not in item)
         found = [(item.split("=")[0].strip(), item.split("=", 1)[-1].strip()) for item in found]
+        found = [(name, names.get(words, words) if name == words else words) for name, words in found]
     elif not isinstance(found, dict):
         found = []
     if not found:
@@ -106,7 +109,8 @@ def describe_coverage(coverage: dict) -> str:
 
 
 def warn_of_poor_coverage(tokenizer, names: Sequence[str]):
-    """Warns, with the numbers, of class names that the text tower cannot read."""
+    """Warns, with the numbers, of class names that the text tower cannot read, and of ids."""
+    warn_of_ids(names)
     coverage = tokenizer_coverage(tokenizer, names)
     if bad := list(dict.fromkeys([*coverage["unreadable"], *coverage["identical"]])):
         same = f"; {', '.join(coverage['identical'][:6])} are identical to it" if coverage["identical"] else ""

@@ -28,7 +28,7 @@ def main(argv: list[str]):
 
     given, templates = common.read_class_flags(options)
     examples, images = find_images([options.examples]), find_images(options.images)
-    classes, labels = choose_classes(given, [folder for _, folder in examples], options.language)
+    classes, labels = choose_classes(given, [folder for _, folder in examples], options.language, [options.examples])
     _, truth = choose_classes(classes, [folder for _, folder in images], options.language)
     for what, found in (("--examples", labels), ("--images", truth)):
         if found is None:

@@ -4,6 +4,7 @@ Reads a model, a search index or both, and serves the page until it is stopped; 
 """
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -11,6 +12,10 @@ from pathlib import Path
 
 from miniclip.utils.command_line import Parser, find_device
 from miniclip.utils.errors import InputError
+
+# Gradio's own settings, and those of connections to elsewhere, which the page does not make: on import Gradio would
+# fail for a SOCKS proxy, which needs one more package, for a proxy of unknown scheme and for a missing certificate.
+OUTSIDE = re.compile(r"(all|https?|ftp|no)_proxy|ssl_cert_(file|dir)|gradio_\w+", re.IGNORECASE)
 
 
 def main(argv: list[str]):
@@ -31,10 +36,15 @@ def main(argv: list[str]):
     from miniclip.page.requests import listen, stay_inside
     from miniclip.page.server import serve
 
-    with tempfile.TemporaryDirectory(prefix="miniclip-page-") as uploads:
+    # An upload under way may still be written while the folder is removed.
+    with tempfile.TemporaryDirectory(prefix="miniclip-page-", ignore_cleanup_errors=True) as uploads:
+        for name in [name for name in os.environ if OUTSIDE.fullmatch(name)]:
+            del os.environ[name]
         os.environ.update(GRADIO_TEMP_DIR=uploads, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1",
                           HF_HUB_OFFLINE="1")  # fmt: skip
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder is removed
+        # A shell's background job starts with it ignored; uvicorn stops for it all the same, and would seem to succeed.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with listen(options.host, options.port) as sock:
             stay_inside()
             try:

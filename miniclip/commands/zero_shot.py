@@ -52,7 +52,7 @@ def main(argv: list[str]):
 
     given, templates = common.read_class_flags(options)
     images = find_images(options.images)
-    classes, truth = choose_classes(given, [folder for _, folder in images], options.language)
+    classes, truth = choose_classes(given, [folder for _, folder in images], options.language, options.images)
     if len(classes) == 1:
         raise InputError("one class alone fits every image. Name more classes, or use miniclip moderate --ask")
 

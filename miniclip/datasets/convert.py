@@ -13,14 +13,13 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from PIL import Image
 from tqdm.auto import tqdm
 
 from miniclip.datasets.records import ReadOptions
 from miniclip.datasets.shards import add_sample, expand
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
-from miniclip.utils.image_files import FORMATS, ImageError, ImageFile
+from miniclip.utils.image_files import ImageError, ImageFile, identify
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +111,12 @@ def _readable(source: Sequence[dict], rows: Iterable[int], faults: list, read_fi
             if read_files or isinstance(image, ImageFile):
                 data = image.read() if isinstance(image, ImageFile) else Path(image).read_bytes()
                 try:
-                    kind = Image.open(io.BytesIO(data), formats=FORMATS).format.lower()
+                    kind = identify(io.BytesIO(data), str(image)).format.lower()
+                except ImageError:
+                    raise
                 except Exception as error:
                     raise ImageError(f"not an image ({error})") from None
-                kind = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(kind, kind)
+                kind = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "heif": "heic"}.get(kind, kind)
         except (ImageError, OSError) as error:
             name = str(record["image"]) if record else f"sample {row}"
             faults.append((name, str(error).removeprefix(f"{name}: ")))

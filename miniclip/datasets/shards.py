@@ -25,14 +25,12 @@ from miniclip.datasets.captions import caption_kind, parse_caption
 from miniclip.datasets.records import NO_FILE, ReadOptions
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, user_cache
-from miniclip.utils.image_files import HEIC, ImageError, ImageFile
+from miniclip.utils.image_files import EXTENSIONS, ImageError, ImageFile
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "ico", "tga")
 VERSION = 3  # of the index: raise it when old ones must be rebuilt
 ROW = np.dtype([("shard", "<i4"), ("header", "<i8"), ("offset", "<i8"), ("size", "<i8"),
                 ("text_offset", "<i8"), ("text_size", "<i8"), ("json", "?")])  # fmt: skip
 COMPRESSED = "a compressed shard has no random access: decompress it (gunzip)"
-NO_HEIC = "HEIC cannot be read: convert it to JPEG or PNG"
 
 
 def expand(pattern: str) -> list[str]:
@@ -169,12 +167,11 @@ def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.nd
     except (tarfile.TarError, OSError) as error:
         problems.append((path, f"damaged or cut off ({error}): the rest is lost"))
     for key, members in samples.items():
-        image = next((members[kind] for kind in IMAGES if kind in members), None)
+        image = next((members[kind] for kind in EXTENSIONS if kind in members), None)
         kind = caption_kind(members, caption_key)
         if image is None or kind is None:
             reason = f"no {'image' if image is None else 'caption'} in a known format among .{', .'.join(members)}"
-            heic = image is None and not members.keys().isdisjoint(HEIC)
-            problems.append((f"{path}: {key}", f"{reason}; {NO_HEIC}" if heic else reason))
+            problems.append((f"{path}: {key}", reason))
             continue
         text = members[kind]
         row = number, image.offset, image.offset_data, image.size, text.offset_data, text.size, kind == "json"

@@ -13,11 +13,10 @@ from pathlib import Path
 from miniclip.datasets.captions import CAPTION_KEYS, CAPTIONS, caption_kind, captions_in, parse_caption
 from miniclip.datasets.published import published_records
 from miniclip.datasets.records import ImageRoot, Raw, ReadOptions, check_captions, parse_json, read_text
-from miniclip.datasets.shards import IMAGES, NO_HEIC
 from miniclip.datasets.splits import choose_split, split_column, split_of
 from miniclip.utils.bad_samples import CaptionFileError, short
 from miniclip.utils.errors import InputError
-from miniclip.utils.image_files import HEIC
+from miniclip.utils.image_files import EXTENSIONS, HEIC
 
 logger = logging.getLogger(__name__)
 # Names of columns, compared without case; the first that is there is used.
@@ -188,7 +187,7 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
             file, kind = stem + extension, extension.lower()[1:]
             if name in METADATA:
                 tables.append(file)
-            elif kind in (*IMAGES, *CAPTIONS, *HEIC):
+            elif kind in (*EXTENSIONS, *CAPTIONS):
                 first = beside.setdefault(stem, {}).setdefault(kind, file)
                 if first != file:
                     raw.append((file, InputError(f"it differs from {first} only in letter case: rename one")))
@@ -214,11 +213,10 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
     twice = 0
     for _, files in sorted(beside.items()):
         text = caption_kind(files, options.caption_column)
-        images = [files[kind] for kind in IMAGES if kind in files]
-        heic = [files[kind] for kind in HEIC if kind in files]
-        if heic and text and not images:
-            raw.append((heic[0], InputError(NO_HEIC)))
-        elif not images and not heic:
+        kinds = [kind for kind in EXTENSIONS if kind in files]
+        # A phone's HEIC beside the JPEG that was made of it is not a second image.
+        images = [files[kind] for kind in [kind for kind in kinds if kind not in HEIC] or kinds[:1]]
+        if not images:
             raw.append((next(iter(files.values())), InputError("there is no image beside it")))
         for image in images:
             if image in named:

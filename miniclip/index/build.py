@@ -23,7 +23,7 @@ from miniclip.inference.feature_cache import FeatureCache
 from miniclip.utils import bad_samples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import delete, lock, remove_scratch, sha256, sync, write_json, write_npy
-from miniclip.utils.image_files import ImageError, ImageFile, endings
+from miniclip.utils.image_files import ENDINGS, ImageError, ImageFile
 from miniclip.utils.parallel import read_ahead
 
 NEW = "under-way"
@@ -142,12 +142,12 @@ def no_images(problem: str, broken: dict[str, str]) -> ImageIndexError:
 
 def find_images(root: ImageRoot, shard: tuple[int, int]) -> tuple[list[str], dict[str, str]]:
     """Returns the sorted names of a shard's images, and why folders and links cannot be used, by name."""
-    names, broken, (i, n), known = [], {}, shard, endings()
+    names, broken, (i, n) = [], {}, shard
     for here, files in root.walk(broken.__setitem__):
         for file in files:
             name = os.path.normpath(os.path.join(here, file)).replace(os.sep, "/")
             digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-            if os.path.splitext(file)[1].lower() in known and int.from_bytes(digest[:8], "big") % n == i - 1:
+            if os.path.splitext(file)[1].lower() in ENDINGS and int.from_bytes(digest[:8], "big") % n == i - 1:
                 names.append(name)
     return sorted(names), {name.replace(os.sep, "/"): reason for name, reason in broken.items()}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from miniclip.classify.names import spell_out
 from miniclip.classify.prompts import tokenizer_coverage
 from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
 from miniclip.index.search import split_minus
@@ -16,7 +16,7 @@ from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.page.labels import Words
 from miniclip.reports.contact_sheet import thumbnail
 from miniclip.utils.errors import InputError
-from miniclip.utils.image_files import FORMATS, ImageError, ImageFile
+from miniclip.utils.image_files import ImageError, ImageFile, identify
 from miniclip.utils.parallel import read_ahead
 
 IMAGES, CAPTIONS, CLASSES, MOST, LETTERS = 16, 32, 200, 100, 20_000  # limits of a single request
@@ -133,7 +133,7 @@ class Page:
         if not image.path.is_file():
             raise InputError(say("deleted", name=image))
         pixels = 0
-        with suppress(Exception), Image.open(path, formats=FORMATS) as opened:  # broken files are reported below
+        with suppress(Exception), identify(path) as opened:  # broken files are reported below
             pixels = opened.width * opened.height / 1e6
         if pixels > PIXELS:
             raise InputError(say("too_many_pixels", name=image, n=pixels, most=PIXELS))
@@ -177,10 +177,11 @@ def read_classes(say: Words, text: str) -> dict[str, str]:
             raise InputError(say("half", name=part))
         if name in classes:
             raise InputError(say("twice", name=name))
-        classes[name] = words or name
+        classes[name] = words
     if len(classes) < 2:
         raise InputError(say("no_classes"))
-    return classes
+    spelled = spell_out(name for name, words in classes.items() if not words)
+    return {name: words or spelled[name] for name, words in classes.items()}
 
 
 def note(text: str, kind: str = "mc-note") -> str:

@@ -14,7 +14,7 @@ from html import escape
 from miniclip.classify.prompts import OBJECTS, TEMPLATES
 from miniclip.page.answers import CAPTIONS, IMAGES, MOST, Page, note
 from miniclip.page.labels import CSS, LANGUAGES, SAYINGS, SCRIPT, Words
-from miniclip.page.requests import HOUR, OFTEN, Guard, is_here, keep_sweeping
+from miniclip.page.requests import Guard, is_here, keep_sweeping
 from miniclip.utils.errors import InputError
 
 
@@ -89,7 +89,7 @@ def build(page: Page):
         command = f"python -m miniclip search index photos --model {shlex.quote(page.name)} --index products.mc"
         gr.HTML(f'<pre class="mc-code">{escape(command)}\npython -m miniclip page --index products.mc</pre>')
 
-    with gr.Blocks(title="MiniCLIP", analytics_enabled=False, delete_cache=(OFTEN, HOUR)) as blocks:
+    with gr.Blocks(title="MiniCLIP", analytics_enabled=False) as blocks:
         top = gr.HTML(elem_classes="mc-head")
         with gr.Tabs():
             with gr.Tab(say("words")):
@@ -151,4 +151,7 @@ def serve(page: Page, host: str, sock: socket.socket):
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}   (Ctrl-C stops it)", flush=True)
     if not here:
         print("warning: everyone who can reach this machine can search and see the results", flush=True)
-    uvicorn.Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1)).run([sock])
+    server = uvicorn.Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1))
+    server.run([sock])  # until a signal, which it raises again
+    if not server.started:
+        raise InputError("the page did not start, for the reason above")

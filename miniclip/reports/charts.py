@@ -152,7 +152,7 @@ def draw_image(axes, path, label: str, correct: bool):
 
 @styled()
 def recall_svg(curves: dict[str, np.ndarray], chance: list[np.ndarray], description: str) -> str:
-    """Recall@K over K as SVG: {name: (K,) recalls from K = 1}, and likewise by chance."""
+    """R@K over K as SVG: {name: (K,) recalls from K = 1}, and likewise by chance."""
     axes = new_figure(*style.SVG_SIZE).subplots()
     for name, values in curves.items():
         marked = [k for k in (1, 5, 10) if k <= len(values)]
@@ -165,7 +165,7 @@ def recall_svg(curves: dict[str, np.ndarray], chance: list[np.ndarray], descript
     axes.xaxis.set_major_formatter("{x:,.0f}")
     percent_axis(axes.yaxis)
     axes.figure.legend(loc="outside upper left", ncols=3)
-    return to_svg(axes.figure, "Recall@K for every K, in percent", description)
+    return to_svg(axes.figure, "R@K for every K, in percent", description)
 
 
 @styled()

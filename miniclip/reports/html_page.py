@@ -143,8 +143,17 @@ def metrics_section(e: Evaluation) -> str:
     columns = ["", *(key.replace("_", " ") for key in keys)]
     shown = table(columns, rows, "R@K: share of queries with a correct result among the first K, in percent")
     n, m = len(e.images), len(e.texts)
+    rows = []
+    for way, gallery in zip(WAYS, (n, m)):
+        correct = np.mean([len(right) for right in e.results[way].relevant])
+        by_chance = [min(k, gallery) / gallery for k in ks]
+        rows.append([WAYS[way], *(e.metrics[f"{way}_{kind}@{k}"] for kind in ("recall", "precision") for k in ks)])
+        rows.append(["by chance", *by_chance, *(share * correct / k for share, k in zip(by_chance, ks))])
+    counted = "Correct results among the first K, in percent of all correct ones (recall@K) and of K (precision@K)"
+    columns = ["", *(f"{kind}@{k}" for kind in ("recall", "precision") for k in ks)]
+    counts = table(columns, [[name, *map(percent, shares)] for name, *shares in rows], counted)
     several = fill("several", each=m / n) if m > n else ""
-    return fill("metrics", table=shown, images=n, texts=m, several=several, tie=TIE)
+    return fill("metrics", table=shown, counts=counts, images=n, texts=m, several=several, tie=TIE)
 
 
 def depths(longest: int) -> list[int]:
@@ -161,7 +170,7 @@ def recall_section(e: Evaluation) -> str:
     columns = [recalls[0], chances[0], recalls[1], chances[1]]
     ks = depths(max(map(len, columns)))
     rows = [[f"{k:,}", *(percent(column[min(k, len(column)) - 1]) for column in columns)] for k in ks]
-    shown = table(["K", "text to image", "chance", "image to text", "chance"], rows, "Recall@K in percent")
+    shown = table(["K", "text to image", "chance", "image to text", "chance"], rows, "R@K in percent")
     return fill("recall", chart=chart, table=shown)
 
 
@@ -210,7 +219,7 @@ def temperature_section(e: Evaluation) -> str:
 def training_section(log_history: list[dict]) -> str:
     recalls = {name: curve(log_history, f"eval_{way}_R@1") for way, name in WAYS.items()}
     loss, figures = {"loss": curve(log_history, "loss")}, ""
-    for title, curves, share in ("Training loss", loss, False), ("Recall@1 over training", recalls, True):
+    for title, curves, share in ("Training loss", loss, False), ("R@1 over training", recalls, True):
         if curves := {name: points for name, points in curves.items() if len(points) > 1}:
             figures += f"<figure><h3>{title}</h3>{training_svg(title, curves, share)}</figure>"
     note = fill("note") if max(map(len, recalls.values())) > 1 else ""

@@ -103,7 +103,7 @@ def test_every_tar_format_is_read(tmp_path, format):
 
 def test_what_is_wrong_in_shards_is_named_and_the_rest_used(tmp_path):
     members = {
-        "0.jpg": b"0", "0.txt": b"sound", "1.jpg": b"1", "2.txt": b"no image", "3.heic": b"3", "3.txt": b"unknown",
+        "0.jpg": b"0", "0.txt": b"sound", "1.jpg": b"1", "2.txt": b"no image", "3.psd": b"3", "3.txt": b"unknown",
         "4.png": b"4", "4.json": b"{broken", "5.png": b"5", "5.txt": b" \n", "6.webp": b"6", "6.txt": b"\xff\xfe",
         "7.jpg": b"7", "7.txt": b"also sound", "8.png": b"8", "8.json": b'{"id": 8}',
     }  # fmt: skip
@@ -118,7 +118,7 @@ def test_what_is_wrong_in_shards_is_named_and_the_rest_used(tmp_path):
     paths = [str(tmp_path / f"{n}.tar") for n in range(4)]
     expected = [
         "0.tar: 1: no caption in a known format among .jpg", "0.tar: 2: no image in a known format among .txt",
-        "0.tar: 3: no image in a known format among .heic, .txt; HEIC cannot be read: convert it",
+        "0.tar: 3: no image in a known format among .psd, .txt",
         "0.tar: 4.json: invalid JSON", "0.tar: 5.txt: caption 0 is not",
         "0.tar: 6.txt: the caption is not UTF-8", "0.tar: 8.json: caption 0 is not text", "1.tar: a.jpg: the shard is",
         "1.tar: a: no image", "2.tar: damaged or cut off", "3.tar: damaged or cut off at byte 2048",

@@ -146,17 +146,6 @@ def test_files_that_differ_in_letter_case_alone(tmp_path, caption_set):
         read_source(str(tmp_path / "f"))
 
 
-def test_heic_is_named_as_what_cannot_be_read(caption_set):
-    (caption_set / "captions.json").unlink()
-    for i in range(24):
-        (caption_set / f"{i}.txt").write_text("a sheet")
-    (caption_set / "3.png").rename(caption_set / "3.HEIC")
-    (caption_set / "alone.heic").write_bytes(b"without a caption")
-    (caption_set / "4.heic").write_bytes(b"converted")
-    with pytest.raises(CaptionFileError, match="1 of 24 records .*\n  3.HEIC: HEIC cannot be read: convert it to"):
-        read_source(str(caption_set))
-
-
 def test_paths_in_tables_stay_in_their_folder(caption_set):
     inside = datasets.Dataset.from_dict({"image": ["0.png", "../0.png"], "caption": ["one", "two"]})
     inside.to_parquet(caption_set / "t.parquet")

@@ -61,16 +61,22 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+PROXIES = {"ALL_PROXY": "socks5://127.0.0.1:9", "https_proxy": "nonsense://[", "no_proxy": "[::1", "FTP_PROXY": ":"}
+
+
 def command(folder, *words):
-    """The command as a process; what it writes goes to a file, what it wants from outside to another."""
+    """The command as a process; what it writes goes to a file, what it wants from outside to another. It is started as
+    a script's background job, amid settings that concern connections to elsewhere."""
     (folder / "watch").mkdir(exist_ok=True)
     (folder / "watch" / "sitecustomize.py").write_text(WATCH)
     (folder / "temporary").mkdir(exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / "watch"), "TMPDIR": f"{folder}/temporary"}
-    env |= {"MINICLIP_TEST_LOG": str(folder / "connections.txt")}
+    env |= {"MINICLIP_TEST_LOG": str(folder / "connections.txt"), **PROXIES, "SSL_CERT_FILE": "missing.pem",
+            "GRADIO_ALLOWED_PATHS": "/", "GRADIO_ROOT_PATH": "/elsewhere", "GRADIO_DEBUG": "1"}  # fmt: skip
     with open(folder / "output.txt", "wb") as output:
         words = [sys.executable, "-m", "miniclip", "page", *map(str, words)]
-        return subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output, env=env)
+        ignored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+        return subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output, env=env, **ignored)
 
 
 def ready(process, folder, seconds=90) -> str:
@@ -132,7 +138,11 @@ def site(tmp_path_factory):
             search=search, name=lambda saying, **values: Words("en")(saying, **values),
         )  # fmt: skip
     finally:
-        code = stop(process)
+        with socket.create_connection(("127.0.0.1", port), 20) as sock:  # an upload that is under way at the end
+            head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Length: 900000\r\n"
+            part = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+            sock.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n{part}".encode() + bytes(400_000))
+            code = stop(process)
     output = (folder / "output.txt").read_text()
     assert code == 128 + signal.SIGINT and output.splitlines()[-1].startswith("miniclip page:"), output[-3000:]
     assert not list((folder / "temporary").iterdir()), "its temporary folder is to go with it"

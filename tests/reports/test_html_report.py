@@ -226,6 +226,11 @@ def test_metrics_counts_and_temperature_are_on_the_page(tmp_path):
     # Among 30, one of them right: 15.5 on average, the mean of 1 / rank 3.995 / 30. Among 60, two: 61 / 3.
     assert "by chance 3.3 16.7 33.3 15 15.5 0.133" in page.text
     assert re.search(r"by chance 3\.3 16\.1 30\.8 \d+ 20\.3 ", page.text)
+    for way in ("text_to_image", "image_to_text"):
+        cells = [f"{100 * metrics[f'{way}_{kind}@{k}']:.1f}" for kind in ("recall", "precision") for k in KS]
+        assert " ".join([way.replace("_", " "), *cells]) in page.text
+    # Among 30, one right: 1/30, 5/30, 10/30 of them found, and always 1/30 of those shown. Among 60, two.
+    assert "by chance 3.3 16.7 33.3 3.3 3.3 3.3" in page.text and "by chance 1.7 8.3 16.7 3.3 3.3 3.3" in page.text
     first, right = 100 * alike.p_first.mean(), 100 * metrics["text_to_image_R@1"]
     assert f"ranks first gets {first:.1f}% on average and is correct in {right:.1f}%" in page.text
     assert (
@@ -237,6 +242,33 @@ def test_metrics_counts_and_temperature_are_on_the_page(tmp_path):
     assert "21 November 2026, 19:43 UTC" in page.text and RECORD["command"] in page.text
     assert "Training loss" in page.text
     assert "options num_workers 0" in page.text, "a zero is a value too"
+
+
+def test_what_was_not_logged_is_neither_drawn_nor_explained(tmp_path):
+    losses = [{"step": step, "loss": 3 / step} for step in (10, 20)]
+    recalls = [{"step": step, "eval_text_to_image_R@1": step / 100} for step in (10, 20)]
+    for log, drawn in (losses, "l"), (recalls, "r"), (losses + recalls[:1], "l"), (losses + recalls, "lr"):
+        page, _ = written(tmp_path, *vectors(6, 1), log_history=log)
+        assert ("Training loss" in page.text) == ("l" in drawn)
+        assert ("R@1 over training" in page.text) == ("r" in drawn)
+        assert ("evaluation set used in training" in page.text) == ("r" in drawn)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+def test_a_lone_chart_is_no_larger_than_others(tmp_path):
+    written(tmp_path, *vectors(6, 1), log_history=[{"step": step, "loss": 3 / step} for step in (10, 20)])
+    path = tmp_path / "new" / "report.html"
+    measure = "document.title = [...document.querySelectorAll('.chart')].map(x => Math.round(x.clientWidth)).join()"
+    html = path.read_text(encoding="utf-8").replace("default-src 'none'", "script-src 'unsafe-inline'")
+    path.write_text(html.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1280,900",
+         f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom",
+         path.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    widths = re.search(r"<title>([\d,]+)</title>", done.stdout)[1].split(",")
+    assert len(widths) == 3 and len(set(widths)) == 1 and 400 < int(widths[0]) < 560, widths
 
 
 def test_a_siglip_model_has_a_bias(tmp_path):
