@@ -281,7 +281,8 @@ class _Tensors(pickle._Unpickler):
             return self.DTYPES[name]
         if found := self.KNOWN.get(f"{module}.{name}"):
             return found
-        if name.startswith("_rebuild_") or name.endswith("Storage"):
+        other_type = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        if name.startswith("_rebuild_") or name.endswith("Storage") or other_type:
             kind = f"quantised, sparse, on the meta device or the like ({module}.{name})"
             raise CheckpointError(f"refused: it contains tensors that are {kind}; save plain ones")
         raise CheckpointError(f"refused: it asks for {module}.{name}, and a pickle that may do so can run any program."
