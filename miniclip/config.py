@@ -9,15 +9,21 @@ import dataclasses
 import difflib
 import json
 import math
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+from miniclip.utils.config_files import check, fill, in_range, parse_json
 from miniclip.utils.errors import InputError
 
 # In the package where it is installed, beside it in a clone.
 MODEL_CONFIGS = next(filter(Path.is_dir, (folder / "model_configs" for folder in Path(__file__).resolve().parents[:2])))
+# Larger values are mistakes, or meant to exhaust the memory.
+LARGEST = {
+    "embed_dim": 1 << 16, "width": 1 << 16, "head_width": 1 << 16, "heads": 1 << 16, "mlp_ratio": 64, "layers": 1000,
+    "image_size": 4096, "patch_size": 4096, "context_length": 1 << 14, "vocab_size": 1 << 20,
+}  # fmt: skip
 
 
 @dataclass
@@ -34,6 +40,7 @@ class VisionConfig:
     pretrained = False  # not a field: whether the section names weights to start from
 
     def problems(self):  # (whether a condition on the values holds, what to say if it does not)
+        yield from in_range("vision_cfg.", self, LARGEST)
         yield self.image_size % self.patch_size == 0, "vision_cfg.image_size is not a multiple of patch_size"
         yield self.width % self.head_width == 0, "vision_cfg.width is not a multiple of head_width"
         yield 0 <= self.patch_dropout < 1, "vision_cfg.patch_dropout is not in [0, 1)"
@@ -56,6 +63,7 @@ class TextConfig:
     pretrained = False
 
     def problems(self):
+        yield from in_range("text_cfg.", self, LARGEST)
         yield self.width % self.heads == 0, "text_cfg.width is not a multiple of heads"
 
 
@@ -64,14 +72,23 @@ class PreprocessConfig:
     """From an image to the model's input. The default mean and deviation (RGB, 0 to 1) are OpenAI's."""
 
     size: int | None = None  # pixels; the model's image_size unless given
-    mode: str = "RGB"
+    mode: Literal["RGB"] = "RGB"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    interpolation: str = "bicubic"  # bicubic | bilinear
-    resize_mode: str = "shortest"  # shortest (then centre crop) | longest (then pad) | squash
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"  # then centre crop; longest: then pad
     crop_pct: float = 1.0  # of resize_mode "shortest": size over the shortest side when it is cropped
-    center_crop: str = "torchvision"  # an odd margin / 2: torchvision (half to even, as OpenAI's) | transformers (down)
+    center_crop: Literal["torchvision", "transformers"] = "torchvision"  # odd margin / 2: half to even, or down
     fill_color: int = 0  # grey level of the padding of resize_mode "longest"
+
+    def __post_init__(self):
+        check(self.problems())
+
+    def problems(self):
+        yield from in_range("", self, LARGEST)
+        yield 0.1 <= self.crop_pct <= 1, f"crop_pct is {self.crop_pct}, not from 0.1 to 1"
+        yield min(self.std) > 0, f"std is {self.std}, not above 0"
+        yield 0 <= self.fill_color <= 255, f"fill_color is {self.fill_color}, not from 0 to 255"
 
 
 @dataclass
@@ -90,32 +107,32 @@ class MiniClipConfig:
         vision, text, preprocess = self.vision_cfg, self.text_cfg, self.preprocess_cfg
         preprocess.size = preprocess.size or vision.image_size
         vision.image_size = vision.image_size or preprocess.size
-        sizes = (preprocess.size == vision.image_size, "preprocess_cfg.size differs from vision_cfg.image_size")
-        for fits, problem in (*vision.problems(), *text.problems(), sizes):
-            if not fits:
-                raise InputError(f"{problem} in {self.to_dict()}")
+        check(vision.problems(), text.problems(), self.problems())
+
+    def problems(self):
+        yield from in_range("", self, LARGEST)
+        yield abs(self.init_logit_scale) <= 20, f"init_logit_scale is {self.init_logit_scale}, not from -20 to 20"
+        fits = self.preprocess_cfg.size == self.vision_cfg.image_size
+        yield fits, "preprocess_cfg.size differs from vision_cfg.image_size"
 
     @classmethod
     def from_dict(cls, values: dict, source: str = "the model config") -> "MiniClipConfig":
         """Builds a config from OpenCLIP's JSON form; `source` is what error messages call it."""
         if isinstance(values, dict) and isinstance(values.get("vision_cfg"), dict):
-            vision = _fill(VisionConfig, values["vision_cfg"], f"{source}, vision_cfg")
+            vision = fill(VisionConfig, values["vision_cfg"], f"{source}, vision_cfg", SECTIONS)
             given = values.get("preprocess_cfg", {})
             if isinstance(given, dict) and {f.name for f in dataclasses.fields(PreprocessConfig)} - set(given):
                 given = vision.preprocess() | given
             values = values | {"vision_cfg": vision, "preprocess_cfg": given}
-        return _fill(cls, values, source)
+        return fill(cls, values, source, SECTIONS)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "MiniClipConfig":
         """Reads a config file. Raises InputError, naming it, for one that cannot be read."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            values = parse_json(Path(path))
         except (OSError, ValueError) as error:
             raise InputError(f"the model config {path} cannot be read: {error}") from None
-        if isinstance(values, dict) and values.get("model_type") == "clip":
-            command = f"python -m miniclip convert {Path(path).parent} NEW_FOLDER --to miniclip"
-            raise InputError(f"{path} is a Hugging Face config: make a MiniCLIP folder of it with `{command}`")
         return cls.from_dict(values, str(path))
 
     @classmethod
@@ -142,26 +159,3 @@ def list_models() -> list[str]:
 
 # Other towers: (base section, what tells it from the values, the section: a dataclass or "module:name" of one).
 SECTIONS: list[tuple[type, Callable[[dict], bool], type | str]] = []
-
-
-def _fill(cls, values: dict, where: str):
-    """Makes a dataclass from a dict, section by section. Raises InputError for an unknown field."""
-    if dataclasses.is_dataclass(values):
-        return values  # made already
-    for base, tells, section in SECTIONS:
-        if base is cls and isinstance(values, dict) and tells(values):
-            cls = pkgutil.resolve_name(section) if isinstance(section, str) else section
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: expected an object with the fields {', '.join(fields)}, found {values!r}")
-    for name in values:
-        if name not in fields:
-            raise InputError(f"{where}: unknown field {name!r}; the fields are {', '.join(fields)}")
-        kind, value = fields[name].type, values[name]
-        if kind in (int, float, bool, str) and type(value) not in ((int, float) if kind is float else (kind,)):
-            raise InputError(f"{where}: {name} is {value!r}, not of type {kind.__name__}")
-    return cls(**{
-        name: _fill(fields[name].type, value, f"{where}, {name}") if dataclasses.is_dataclass(fields[name].type)
-        else tuple(value) if isinstance(value, list) else value
-        for name, value in values.items()
-    })  # fmt: skip

@@ -23,7 +23,7 @@ from miniclip.checkpoint import IMAGE_ROWS, TEXT_ROWS
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
 from miniclip.tokenizer import BaseTokenizer, Tokenizer
 from miniclip.utils.errors import InputError
-from miniclip.utils.weight_files import read_model_folder, write_model_folder
+from miniclip.utils.model_folder import read_model_folder, write_model_folder
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper keeps the scale at 100 or less, "to prevent training instability"
 

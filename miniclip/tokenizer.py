@@ -97,7 +97,7 @@ class BaseTokenizer:
     encode(text)         token ids of one caption, without special tokens and never cut
     rows(texts, length)  the same with special tokens, cut to `length` and counted in `truncated`
     lengths(ids)         number of tokens in each row (n, L), special ones included and padding not: (n,)
-    decode(ids)          the text of one row of ids
+    text_of(ids)         the text of one caption's ids
     vocabulary()         what the ids stand for; equal for two tokenizers whose ids mean the same
     fingerprint()        a hash of everything that decides the ids of a caption
     """
@@ -122,6 +122,12 @@ class BaseTokenizer:
         ids = chain.from_iterable(row + [self.pad_token_id] * (width - len(row)) for row in rows)
         return torch.tensor(list(ids), dtype=torch.long).view(len(rows), width)
 
+    def decode(self, ids: list | torch.Tensor) -> str | list[str]:
+        """The text of one row of ids; of a tensor (n, L) or a list of rows, a list of n texts."""
+        if getattr(ids, "ndim", 1) == 2 or isinstance(ids, list) and ids and hasattr(ids[0], "__len__"):
+            return [self.decode(row) for row in ids]
+        return self.text_of(ids.tolist() if hasattr(ids, "tolist") else ids)
+
 
 class Tokenizer(BaseTokenizer):
     """CLIP's tokenizer: `Tokenizer()(["a dog", "two cats"])` is a LongTensor (2, 77)."""
@@ -145,11 +151,10 @@ class Tokenizer(BaseTokenizer):
     def lengths(self, ids: torch.Tensor) -> torch.Tensor:
         return ids.argmax(dim=1) + 1  # the end token has the highest id; padding (0) may be the id of "!" too
 
-    def decode(self, ids: list[int] | torch.Tensor) -> str:
-        """Text of one row of ids up to its end token, a space after each word ("dog 's"). Bytes that are not UTF-8
-        become U+FFFD. Raises ValueError for an unknown id."""
+    def text_of(self, ids: list[int]) -> str:
+        """Text up to the end token, a space after each word ("dog 's"). Bytes that are not UTF-8 become U+FFFD."""
         pieces, text = self.vocabulary(), []
-        for i in ids.tolist() if hasattr(ids, "tolist") else ids:
+        for i in ids:
             if i == self.eot_token_id:
                 break
             if i != self.sot_token_id:

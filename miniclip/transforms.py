@@ -10,26 +10,18 @@ from torch import Tensor
 from miniclip.config import PreprocessConfig
 from miniclip.utils.image_files import check_aspect, open_image, to_rgb
 
-KNOWN = {
-    "interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash"), "mode": ("RGB",),
-    "center_crop": ("torchvision", "transformers"),
-}  # fmt: skip
-
 
 class Preprocess:
     """The evaluation pipeline: a PIL image to a float32 tensor (3, size, size).
 
     Resize and crop, then (level / 255 - mean) / std for each channel: bit-equal to OpenCLIP's transform, and with
-    center_crop "transformers" to CLIPImageProcessorPil. Raises ValueError for unknown settings. `load` starts from a
-    file. `decode`: "full"; "fast" decodes large JPEGs at a half, a quarter or an eighth of their size, but at no less
-    than twice the target size, which is 0.2 of 255 levels off on average; "openclip" reads files as OpenCLIP and
-    OpenAI do: not turned by EXIF, transparent pixels in their hidden colour, converted to RGB only when resized.
+    center_crop "transformers" to CLIPImageProcessorPil. `load` starts from a file. `decode`: "full"; "fast" decodes
+    large JPEGs at a half, a quarter or an eighth of their size, but at no less than twice the target size, which is 0.2
+    of 255 levels off on average; "openclip" reads files as OpenCLIP and OpenAI do: not turned by EXIF, transparent
+    pixels in their hidden colour, converted to RGB only when resized.
     """
 
     def __init__(self, cfg: PreprocessConfig, decode: str = "fast"):
-        for name, known in KNOWN.items():
-            if getattr(cfg, name) not in known:
-                raise ValueError(f"{name} {getattr(cfg, name)!r} is not one of {', '.join(known)}")
         self.cfg, self.interpolation = cfg, Image.Resampling[cfg.interpolation.upper()]
         self.stored = decode == "openclip"
         self.mean, self.std = torch.tensor([cfg.mean, cfg.std], dtype=torch.float32).view(2, 3, 1, 1)

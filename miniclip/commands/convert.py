@@ -11,7 +11,7 @@ from miniclip.utils.errors import InputError
 def main(argv: list[str]):
     parser = Parser.command("convert", __doc__, "runs/mine mine.pt --to openclip")
     parser.add_argument("SRC", help="a weight file (.pt, .bin, .safetensors), or a folder of MiniCLIP or Hugging Face")
-    parser.add_argument("DST", help="output: a .safetensors or .pt file for openclip, a folder for hf and miniclip")
+    parser.add_argument("DST", help="output: a folder, or for openclip also a .safetensors or .pt file")
     parser.add_argument("--to", required=True, metavar="FORM", help="openclip, hf (Hugging Face) or miniclip")
     parser.share("model", help="config name or .json file, if SRC does not determine the activation")
     parser.add_argument("--force", action="store_true", help="replace files at DST")

@@ -9,6 +9,8 @@ from miniclip.config import MiniClipConfig
 from miniclip.inference.fast import inference_copy
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
+from miniclip.utils.model_folder import limited_by
+from miniclip.utils.weight_files import find_weights
 from miniclip.weights.load import load_weights
 
 
@@ -19,14 +21,17 @@ def load(
     """Returns `(model, preprocess, tokenizer)`, the model in evaluation mode.
 
     `name_or_path` is the name of a config (`miniclip.list_models()`), a config file, or a folder that MiniCLIP saved.
-    `pretrained` is a weight file in any layout that `miniclip.checkpoint` knows; without one a config's weights are
-    random, with a warning. `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer` a list of n strings into
-    (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is a faster copy for inference
-    only. Raises InputError for an unknown name, and what `load_weights` raises."""
+    `pretrained` is a weight file in any layout that `miniclip.checkpoint` knows, or a folder with one; without one a
+    config's weights are random, with a warning. Weights in half precision are loaded as float32. `preprocess` turns a
+    PIL image into a (3, S, S) tensor, `tokenizer` a list of n strings into (n, context_length) ids. With a `precision`,
+    "fp32", "bf16" or "int8", the model is a faster copy for inference only. Raises InputError for an unknown name, and
+    what `load_weights` raises."""
     if Path(name_or_path).is_dir():
         model = MiniClip.from_pretrained(name_or_path)
     else:
-        model = MiniClip(config := MiniClipConfig.from_name(str(name_or_path)))
+        config = MiniClipConfig.from_name(str(name_or_path))
+        with limited_by(None if pretrained is None else find_weights(pretrained)):
+            model = MiniClip(config)
         if pretrained is None:
             model.visual.load_pretrained()
             model.text.load_pretrained()

@@ -1,15 +1,20 @@
 """Config sections of transformers' encoders, and their preprocessing."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from miniclip.config import PreprocessConfig
+from miniclip.config import LARGEST, PreprocessConfig
 from miniclip.towers.packages import packaged, source
+from miniclip.utils.config_files import check, in_range
 from miniclip.utils.errors import InputError
 from miniclip.utils.weight_files import read_json
 
 POOLERS = ("cls", "cls_last_hidden_state", "mean", "max")
 IMAGENET = PreprocessConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+FOREIGN = ("auto_map", "quantization_config", "compression_config", "use_pretrained_backbone")
+IMPLEMENTATIONS = (None, "eager", "sdpa", "grouped_mm", "batched_mm")  # transformers' own, which need nothing else
+COUNT = 1 << 24  # transformers makes lists as long as some numbers in a config say
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -26,6 +31,7 @@ class HfConfig:
     width: int | None = None  # channels of the features; filled in
 
     def problems(self):
+        yield from in_range("", self, LARGEST)
         yield self.hf_model_name or self.hf_model_config, "hf_model_name or hf_model_config has to name the encoder"
         yield self.pooler in (None, *POOLERS), f"hf_pooler_type is none of {', '.join(POOLERS)}"
         yield self.hf_proj_type in (None, "none", "linear", "mlp"), "hf_proj_type is none of linear, mlp, none"
@@ -78,17 +84,62 @@ class HfTextConfig(HfConfig):
         yield self.context_length > 2, "context_length leaves no room for words"
 
 
+def check_encoder(config: dict, name: str):
+    """Raises InputError for an encoder's config that asks for more than a model of transformers itself: for code or
+    weights from elsewhere, quantised weights, or numbers that no encoder has."""
+    inside = [("", config)]
+    for key, value in inside:  # the list grows
+        if isinstance(value, dict | list):
+            inside += value.items() if isinstance(value, dict) else ((key, item) for item in value)
+        problem = f"the encoder {name!r} cannot be used: its config has {key} {value!r:.100}"
+        if key in FOREIGN and value:
+            raise InputError(f"{problem}, and only transformers' own code and plain weights are; save it without")
+        chosen = value.values() if isinstance(value, dict) else [value]  # a dict names one for each part
+        if str(key).endswith("_implementation") and any(one not in IMPLEMENTATIONS for one in chosen):
+            raise InputError(f"{problem}, and code from the hub is never run; remove it, or set it to eager or sdpa")
+        if type(value) is int and abs(value) > COUNT and "theta" not in key:
+            raise InputError(f"{problem}, more than any encoder's")
+
+
+@contextmanager
+def offline():
+    """Inside, nothing is asked of the hub, whatever a config names."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def read_preprocessing(path: Path, maker: str = "") -> dict:
-    """The fields of a PreprocessConfig from transformers' preprocessor_config.json. `maker` is the image processor's
-    class if the file does not name one. Raises InputError for preprocessing that MiniCLIP cannot do."""
+    """The fields of a PreprocessConfig from transformers' preprocessor_config.json or processor_config.json. `maker` is
+    the image processor's class if the file does not name one. Raises InputError for preprocessing that MiniCLIP cannot
+    do, and for a file of another form."""
     theirs = read_json(path)
+    if isinstance(theirs.get("image_processor"), dict):  # of a processor_config.json
+        theirs = theirs["image_processor"]
+    try:
+        ours = _from_transformers(theirs, path, maker)
+        check(PreprocessConfig(**ours).problems())
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path} is not the preprocessing of an encoder: {error}") from None
+    return ours
+
+
+def _from_transformers(theirs: dict, path: Path, maker: str) -> dict:
     maker = str(theirs.get("image_processor_type") or theirs.get("feature_extractor_type") or maker)
     clip = "CLIP" in maker  # whose defaults are others
     size, crop, resample = theirs.get("size", 224), theirs.get("crop_size"), theirs.get("resample", 3 if clip else 2)
+    crop = 224 if clip and crop is None else crop
     if isinstance(size, int):  # old files: some makers mean the shorter side, ViT's and most others a square
         shorter = "crop_pct" in theirs or any(name in maker for name in ("CLIP", "ConvNext", "Bit"))
         size = {"shortest_edge": size} if shorter else {"height": size, "width": size}
     cropped = theirs.get("do_center_crop", True)
+    square = not isinstance(crop, dict) or crop.get("width") == crop.get("height")
     crop = None if not cropped else crop.get("height") if isinstance(crop, dict) else crop
     side = size.get("shortest_edge") or size.get("height")
     ours = {"resize_mode": "shortest" if "shortest_edge" in size else "squash", "center_crop": "transformers"}
@@ -101,7 +152,9 @@ def read_preprocessing(path: Path, maker: str = "") -> dict:
     factor, squash = theirs.get("rescale_factor", 1 / 255), ours["resize_mode"] == "squash"
     for supported, problem in (
         (resample in RESAMPLE, f"resample {resample} is neither 2 (bilinear) nor 3 (bicubic)"),
-        (side, f"size {size} has neither a shortest_edge nor a height"),
+        (type(side) is int and side > 0, f"size {size} has neither a shortest_edge nor a height"),
+        ("longest_edge" not in size, f"size {size} limits the longest_edge too"),
+        (square or not cropped, f"crop_size {theirs.get('crop_size')} is not a square"),
         (squash or cropped, "images that are neither cropped nor squashed have no fixed size"),
         (squash or crop is None or side and crop <= side, f"crop_size {crop} is larger than size {side}"),
         (not squash or crop in (None, side) and size.get("width", side) == side, "images do not become squares"),

@@ -34,7 +34,7 @@ class HfTokenizer(BaseTokenizer):
     def lengths(self, ids: Tensor) -> Tensor:
         return (ids != self.pad_token_id).sum(dim=1)
 
-    def decode(self, ids: list[int] | Tensor) -> str:
+    def text_of(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def vocabulary(self) -> dict[str, int]:

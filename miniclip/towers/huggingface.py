@@ -14,6 +14,7 @@ is complete: nothing is downloaded again. Code that comes with weights never run
 import copy
 import json
 from collections import OrderedDict
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from miniclip.model import TOWERS, Tower
-from miniclip.towers.hf_config import HfConfig, HfTextConfig, HfVisionConfig, ask
+from miniclip.towers.hf_config import HfConfig, HfTextConfig, HfVisionConfig, ask, check_encoder, offline
 from miniclip.towers.hf_tokenizer import HfTokenizer
 from miniclip.towers.packages import PackagedEncoder, packaged, source
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
+from miniclip.utils.model_folder import limited_by
 
 
 class HfTower(Tower):
@@ -42,24 +44,36 @@ class HfTower(Tower):
             self.trunk = entry() if isinstance(entry, type) else self._transformers_model()
 
     def _transformers_model(self) -> nn.Module:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
 
-        cfg, name = self.cfg, self.cfg.hf_model_name
+        with offline() if self.cfg.hf_model_config else nullcontext():  # which says all there is to know
+            name = self.cfg.hf_model_name if self.cfg.hf_model_config is None else "hf_model_config"
+            self.trunk_config = ask(name, self._encoder_config)
+            # First without memory: that it is not far larger than its weights is found before anything is filled.
+            with torch.device("meta"), limited_by(None):
+                ask(name, AutoModel.from_config, copy.deepcopy(self.trunk_config))
+            return ask(name, lambda: self._pruned(AutoModel.from_config(self.trunk_config, dtype=torch.float32)))
+
+    def _encoder_config(self):
+        """Transformers' config of the encoder, which also becomes hf_model_config."""
+        from transformers import AutoConfig, PreTrainedConfig
+
+        cfg = self.cfg
         if cfg.hf_model_config is None:
-            config = ask(name, AutoConfig.from_pretrained, source(name), trust_remote_code=False)
+            folder = source(cfg.hf_model_name)
+            check_encoder(PreTrainedConfig.get_config_dict(folder)[0], cfg.hf_model_name)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         else:
-            config = ask("hf_model_config", AutoConfig.for_model, **cfg.hf_model_config)
+            check_encoder(cfg.hf_model_config, "hf_model_config")
+            config = AutoConfig.for_model(**cfg.hf_model_config)
         config = getattr(config, f"{'vision' if self.kind == 'image' else 'text'}_config", config)  # our half of a pair
         config.use_cache = False  # a decoder's, for generating text
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = 0.0  # a masked autoencoder has to see whole images
-        if "/" in str(config._attn_implementation):  # code from the hub
-            config._attn_implementation = "eager"
         cfg.hf_model_config = json.loads(config.to_json_string(use_diff=False))
         for field in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "attn_implementation"):
             cfg.hf_model_config.pop(field, None)
-        self.trunk_config = config
-        return self._pruned(ask("hf_model_config", AutoModel.from_config, config, dtype=torch.float32))
+        return config
 
     def _pruned(self, trunk: nn.Module) -> nn.Module:
         """Removes layers whose results are not used: their gradients would be missing in a distributed run."""
@@ -198,7 +212,7 @@ class HfTextTower(HfTower):
             longest = torch.full((1, cfg.context_length), self.pad_token_id ^ 1)
             try:
                 self.width = cfg.width = self.eval().features(longest).shape[1]
-            except (IndexError, RuntimeError, ValueError) as error:
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
                 room = f"{getattr(config, 'max_position_embeddings', 'fewer')} positions, some maybe for its own use"
                 raise InputError(f"context_length is {cfg.context_length}, and {name} has {room}: {error}") from None
         self.train()
@@ -254,7 +268,8 @@ class HfTextTower(HfTower):
     def load_files(self, directory: Path):
         if not (directory / "tokenizer").is_dir():
             raise InputError(f"{directory}: the folder tokenizer, which the text tower needs, is missing")
-        self.own_tokenizer = self.read_tokenizer(directory / "tokenizer")
+        with offline():
+            self.own_tokenizer = self.read_tokenizer(directory / "tokenizer")
 
 
 TOWERS.update({HfVisionConfig: HfVisionTower, HfTextConfig: HfTextTower})

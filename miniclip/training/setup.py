@@ -60,7 +60,6 @@ def load_model(options, args, records):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*random weights")  # they may be what is wanted; the line below says so
         model, preprocess, tokenizer = load(options.model, options.pretrained)
-    model.float()  # small steps would be lost on weights in half precision
     if options.fixed_logit_scale is not None:
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)

@@ -18,15 +18,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
-from miniclip.utils.errors import CheckpointError, InputError
-from miniclip.utils.files import MANIFEST, check_manifest, replacing, write_manifest
+from miniclip.utils.config_files import parse_json
+from miniclip.utils.errors import CheckpointError
+from miniclip.utils.files import check_manifest
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys of the weights in training checkpoints
 HEADER = 4 << 20  # bytes: no model's list of tensors is longer
 NAME, MODULES = 1000, 10_000  # maximum characters of a tensor's name, modules of an archive
+WEIGHT_FILES = "model.safetensors pytorch_model.bin open_clip_model.safetensors open_clip_pytorch_model.bin".split()
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.safetensors|\.bin)")  # as transformers names them
+FLOAT8 = [dtype for name, dtype in vars(torch).items() if name.startswith("float8_")]
+PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}
 TORCH = (0x1950A86A20F9469CFC6C, 1001)  # the first two values of torch files in the old format
 
 
@@ -44,7 +49,54 @@ def read_tensors(path: str | Path):
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """Like `read_state_dict`; also returns the name of the run, which OpenCLIP's training stores with the weights."""
+    path, weights = Path(path), {}
+    if (shards := find_shards(path)) is None:
+        return _read_one(path)
+    for shard, names in shards.items():
+        part, _ = _read_one(shard)
+        if odd := (weights.keys() & part.keys()) | ((names or part.keys()) ^ part.keys()):
+            raise CheckpointError(f"{shard} does not belong to {path}, in {shorten(sorted(odd))}: download both again")
+        weights |= part
+    return weights, ""
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weight file that a path means: itself, or of a folder the one with a usual name, the index of its shards or
+    the first of them. Raises CheckpointError if there is none."""
     path = Path(path)
+    if not path.exists():
+        forms = "the path of a weight file (.safetensors, .pt, .bin) or of a folder with one"
+        raise CheckpointError(f"there is no file {str(path)!r}: give {forms}; weights are not found by a name")
+    if not path.is_dir():
+        return path
+    names = [name + end for end in ("", ".index.json") for name in WEIGHT_FILES]
+    found = [path / name for name in names if (path / name).is_file()] + sorted(path.glob("*-of-*"))
+    return next((file for file in found if not file.name.endswith(".json") or find_shards(file)), path)
+
+
+def find_shards(path: Path) -> dict[Path, set[str] | None] | None:
+    """The files of weights that were split into several, given the index (`*.index.json`) or any of them: {file: the
+    names of its tensors, None without an index}; None for another file. Raises CheckpointError for missing ones."""
+    if path.name.endswith(".index.json") and path.is_file():
+        table, files = read_json(path).get("weight_map"), {}
+        if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+            raise CheckpointError(f"{path} has no weight_map, from tensors to files: download it again")
+        for tensor, name in table.items():
+            files.setdefault(path.with_name(Path(name).name), set()).add(tensor)
+        if outside := {name for name in table.values() if name != Path(name).name}:
+            raise CheckpointError(f"{path} is refused: it names files outside its folder: {shorten(sorted(outside))}")
+    elif part := SHARD.fullmatch(path.name):
+        start, count, end = part.groups()
+        files = {path.with_name(f"{start}-{i:05}-of-{count}{end}"): None for i in range(1, int(count) + 1)}
+    else:
+        return None
+    if missing := [file.name for file in files if not file.is_file()]:
+        whole = f"{len(missing)} of the {len(files)} files that the weights are split into are missing"
+        raise CheckpointError(f"{path.parent}: {whole}: {shorten(missing)}. Download them again")
+    return files
+
+
+def _read_one(path: Path) -> tuple[dict[str, Tensor], str]:
     room = 2 * path.stat().st_size + (16 << 20)  # unpacked: tied weights are stored once, and code is compressed
     content = _read(path, room)
     run = content.get("name") if isinstance(content, dict) else None
@@ -59,7 +111,11 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
     # Views of one storage can make a thousand tensors, each as large as the file, or a huge one with equal rows.
     if sum(math.prod(t.shape) * t.element_size() for t in content.values()) > room:
         raise CheckpointError(f"{path} is refused: its tensors together are far larger than the file")
-    return content, run if isinstance(run, str) else ""
+    if packed := [name for name, t in content.items() if t.dtype in PACKED]:
+        raise CheckpointError(f"{path} holds numbers of 4 bits, which need scales to read: {shorten(packed)}")
+    # Numbers of 8 bits can only be stored: torch does not compute with them.
+    floats = {name: t.float() for name, t in content.items() if t.is_floating_point() and t.itemsize == 1}
+    return content | floats, run if isinstance(run, str) else ""
 
 
 def _read(path: Path, room: int):
@@ -80,7 +136,7 @@ def _read(path: Path, room: int):
         check_manifest(path.parent, [path.name])
         try:
             if head[6:9] == b"\0\0{":  # safetensors: the length of the header in eight bytes, then its JSON
-                _check_header(file, size)
+                check_header(file, size)
                 return load_file(path)
             if head.startswith(b"PK\3\4"):
                 return _read_zip(zipfile.ZipFile(file), room)
@@ -95,8 +151,8 @@ def _read(path: Path, room: int):
     raise CheckpointError(f"{path} is {kind} (it begins with {head[:24]!r})")
 
 
-def _check_header(file: BinaryIO, size: int):
-    """Checks that each tensor of a safetensors file has its own name and bytes, and that they fill the file."""
+def check_header(file: BinaryIO, size: int) -> dict[str, dict]:
+    """The header of a safetensors file, of which each tensor has its own name and bytes, and all fill the file."""
     length = int.from_bytes(file.read(8), "little")
     if length > min(size - 8, HEADER):
         raise CheckpointError(f"damaged: a header of {length} bytes in a file of {size}; download it again")
@@ -114,6 +170,7 @@ def _check_header(file: BinaryIO, size: int):
         end = stop
     if 8 + length + end != size:
         raise CheckpointError(f"damaged, probably truncated: {size} bytes instead of {8 + length + end}")
+    return entries
 
 
 def _read_zip(archive: zipfile.ZipFile, room: int):
@@ -185,6 +242,13 @@ def _rebuild(storage, offset: int, size: tuple, stride: tuple, requires_grad=Fal
     return None if isinstance(storage, torch.dtype) else torch.as_strided(storage, size, stride, offset)
 
 
+def _rebuild_view(storage, offset, size, stride, requires_grad, hooks, dtype: torch.dtype, metadata=None):
+    """A tensor whose storage has no type of its own, as those of 8-bit floats."""
+    if metadata or not isinstance(dtype, torch.dtype):
+        raise CheckpointError("refused: it contains tensors of an unknown kind; save plain ones")
+    return _rebuild(storage if isinstance(storage, torch.dtype) else storage.view(dtype), offset, size, stride)
+
+
 class _Module:
     """Stands for any module of a TorchScript archive, whose classes exist only in its program."""
 
@@ -197,10 +261,11 @@ class _Tensors(pickle._Unpickler):
     DTYPES = {name: dtype for name, dtype in types.items() if not name.startswith("Q")}  # without quantised numbers
     KNOWN = {
         "torch._utils._rebuild_tensor": _rebuild, "torch._utils._rebuild_tensor_v2": _rebuild,
+        "torch._utils._rebuild_tensor_v3": _rebuild_view, "torch.storage.UntypedStorage": torch.uint8,
         "torch._utils._rebuild_parameter": _first, "torch._utils._rebuild_parameter_with_state": _first,
         "torch.Size": _first, "torch.device": _first, "collections.Counter": _first, "__builtin__.set": _first,
         "_codecs.encode": _first, "collections.OrderedDict": lambda: OrderedDict(),
-        **{str(dtype): dtype for dtype in DTYPES.values()},
+        **{str(dtype): dtype for dtype in (*DTYPES.values(), *FLOAT8)},
     }  # fmt: skip
     OPCODES = (
         "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE"
@@ -222,7 +287,8 @@ class _Tensors(pickle._Unpickler):
             return self.DTYPES[name]
         if found := self.KNOWN.get(f"{module}.{name}"):
             return found
-        if name.startswith("_rebuild_") or name.endswith("Storage"):
+        other_type = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        if name.startswith("_rebuild_") or name.endswith("Storage") or other_type:
             kind = f"quantised, sparse, on the meta device or the like ({module}.{name})"
             raise CheckpointError(f"refused: it contains tensors that are {kind}; save plain ones")
         raise CheckpointError(f"refused: it asks for {module}.{name}, and a pickle that may do so can run any program."
@@ -279,8 +345,8 @@ def read_json(path: Path) -> dict:
     """Reads a JSON object; {} for no file or other content. Raises CheckpointError for no JSON, and DamagedFile."""
     check_manifest(path.parent, [path.name])
     try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
+        values = parse_json(path) if path.is_file() else {}
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     return values if isinstance(values, dict) else {}
 
@@ -289,43 +355,6 @@ def shorten(names: Iterable) -> str:
     """Returns the first few names, for a message."""
     names = [str(name)[:200] for name in names]
     return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "") or "none"
-
-
-def write_model_folder(directory: Path, config: dict, weights: dict[str, Tensor], others: Iterable[Callable]):
-    """Writes `config.json`, `model.safetensors`, what `others` write into the folder (a tokenizer, below `tokenizer/`)
-    and `manifest.json`. The first two replace the old ones together, once everything is written."""
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
-    with replacing(directory / "config.json") as file, replacing(directory / "model.safetensors") as tensors:
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(weights, tensors, metadata={"format": "pt"})
-        (directory / MANIFEST).unlink(missing_ok=True)  # from here on it would not be true
-        for write in others:
-            write(directory)
-    write_manifest(directory, ["config.json", "model.safetensors", "tokenizer/**/*"])
-
-
-def read_model_folder(directory: Path, make: Callable[[Path], nn.Module]) -> nn.Module:
-    """The model in a folder that `write_model_folder` wrote. `make` builds it from the path of its config. Raises
-    InputError for another folder, DamagedFile for a changed file, and what `load_state_dict` raises."""
-    for name in ("config.json", "model.safetensors"):
-        if not (directory / name).is_file():
-            raise InputError(f"{directory} was not saved by MiniCLIP: it has no {name}")
-    check_manifest(directory, ["config.json", "tokenizer"])
-    with torch.device("meta"):  # shapes alone; the numbers, and their precision, are the file's
-        model = make(directory / "config.json")
-    load_state_dict(model, read_state_dict(directory / "model.safetensors"), directory)
-    return model
-
-
-def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str | Path):
-    """Makes weights, in their own precision, a model's parameters. Raises CheckpointError for integers in the place of
-    floating point numbers, or the reverse, and RuntimeError for missing, unexpected and misshapen ones."""
-    expected = model.state_dict()
-    for name in weights.keys() & expected.keys():
-        if weights[name].is_floating_point() != expected[name].is_floating_point():
-            raise CheckpointError(f"{source}: {name} is {weights[name].dtype}, not {expected[name].dtype}")
-    model.load_state_dict(weights, strict=True, assign=True)
 
 
 HINTS = {  # how an unknown key begins -> what that means; the first that applies is reported

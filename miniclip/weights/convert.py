@@ -1,5 +1,6 @@
 """Conversion of weights into the form of another library."""
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -9,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from miniclip.checkpoint import from_miniclip
-from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
+from miniclip.config import MiniClipConfig, PreprocessConfig, TextConfig, VisionConfig
 from miniclip.model import MiniClip
 from miniclip.towers.hf_config import RESAMPLE, read_preprocessing
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.files import replacing, write_json, write_manifest
-from miniclip.utils.weight_files import load_state_dict, read_json
+from miniclip.utils.model_folder import limited_by, load_state_dict
+from miniclip.utils.weight_files import find_weights, read_json
 from miniclip.weights.load import (
     ACTIVATION_NAMES,
     empty_model,
@@ -24,29 +26,32 @@ from miniclip.weights.load import (
     open_checkpoint,
 )
 
-WEIGHT_FILES = "model.safetensors pytorch_model.bin open_clip_model.safetensors open_clip_pytorch_model.bin".split()
+SUFFIXES = {".safetensors", ".pt"}  # of OpenCLIP's single files that can be written
+FOLDER = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}  # what OpenCLIP knows of images
 
 
 def convert(source: str | Path, target: str | Path, to: str, model: str | None = None, force: bool = False) -> str:
     """Writes weights in another library's form, atomically, and returns a sentence on what it did.
 
     `source` is a weight file of any known layout or a folder of MiniCLIP, transformers or OpenCLIP; `to` is a key of
-    EXPORTERS. The model config, which folders need for the activation, is `model` (a name or a .json file), the one in
-    the folder of `source`, or the only shipped one that fits. Raises CheckpointError for weights that cannot be used or
-    an unclear config, and FileExistsError if `target` exists, unless `force`.
+    EXPORTERS, each of which warns of what its form cannot hold. The model config, which folders need for the
+    activation, is `model` (a name or a .json file), the one in the folder of `source`, or the only shipped one that
+    fits. Raises CheckpointError for weights that cannot be used or an unclear config, and FileExistsError if `target`
+    exists, unless `force`.
     """
     source, target = Path(source), Path(target)
     if to not in EXPORTERS:
         raise InputError(f"cannot convert to {to!r}, only to {', '.join(EXPORTERS)}")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists already: choose another name, or add --force")
-    if source.is_dir():
-        source = next((source / name for name in WEIGHT_FILES if (source / name).is_file()), source)
+    source = find_weights(source)
     config, reason = named_config(source.parent, model)
-    checkpoint = open_checkpoint(source, config and empty_model(config))
+    with limited_by(source):
+        towers = config and empty_model(config)
+    checkpoint = open_checkpoint(source, towers)
     if config is None:
         config, reason = guess_config(checkpoint.weights, checkpoint.quick_gelu, source.parent)
-    if config is None and to != "openclip":  # whose files do not contain the config
+    if config is None and (to != "openclip" or target.suffix not in SUFFIXES):  # such files do not contain the config
         raise CheckpointError(f"{source}: {reason}: name one with --model")
     name = "" if config is None else f", {ACTIVATION_NAMES[config.quick_gelu]}"
     sizes = config or MiniClipConfig.from_dict(infer_config(checkpoint.weights))
@@ -74,30 +79,54 @@ def convert(source: str | Path, target: str | Path, to: str, model: str | None =
 def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None, str]:
     """The config with a name or in a folder of MiniCLIP or OpenCLIP, if there is one, and where it comes from."""
     if name:
-        return MiniClipConfig.from_name(name), f"config {name}, as asked"
+        config = MiniClipConfig.from_name(name)
+        theirs = preprocessing_of(folder) or dataclasses.asdict(config.preprocess_cfg)
+        if differing := [k for k, v in dataclasses.asdict(config.preprocess_cfg).items() if theirs.get(k, v) != v]:
+            problem = f"the config {name} prepares images otherwise than {folder}, in {', '.join(differing)}"
+            warnings.warn(f"{problem}; {name} is followed", stacklevel=3)
+        return config, f"config {name}, as asked"
     values = read_json(folder / "config.json")
     if "vision_cfg" not in values and (theirs := read_json(folder / "open_clip_config.json")):
-        images = {k: v for k, v in theirs.get("preprocess_cfg", {}).items() if k != "size"}  # the model's image size
+        images = theirs.get("preprocess_cfg", {})
+        if not isinstance(images, dict) or not isinstance(theirs.get("model_cfg"), dict):
+            raise InputError(f"{folder / 'open_clip_config.json'} has no objects model_cfg and preprocess_cfg")
+        images = {k: v for k, v in images.items() if k != "size"}  # the model's image size
         values = theirs["model_cfg"] | {"preprocess_cfg": images}
     if "vision_cfg" not in values:
         return None, ""
     return MiniClipConfig.from_dict(values, f"the config in {folder}"), f"config of {folder}"
 
 
+def preprocessing_of(folder: Path) -> dict:
+    """The preprocessing in a folder of transformers: in a file of its own, or in its processor's."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (file := folder / name).is_file():
+            return read_preprocessing(file, "CLIPImageProcessor")
+    return {}
+
+
 def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[MiniClipConfig | None, str]:
     """The config that fits the weights and the reason; None and what is in doubt, if there is not exactly one."""
     config, sizes = read_json(folder / "config.json"), infer_config(weights)
     if config.get("model_type") == "clip":  # transformers omits its defaults
-        vision, text = config.get("vision_config", {}), config.get("text_config", {})
-        activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
+        vision, text = (config.get(name) or {} for name in ("vision_config", "text_config"))
+        if not (isinstance(vision, dict) and isinstance(text, dict)):
+            raise CheckpointError(f"{folder / 'config.json'}: vision_config and text_config are not both objects")
+        activations = {str(tower.get("hidden_act", "quick_gelu")) for tower in (vision, text)}
         if activations not in ({"gelu"}, {"quick_gelu"}):
             raise CheckpointError(f"{folder}: hidden_act is {activations}; only gelu and quick_gelu can be converted")
         sizes["quick_gelu"] = activations == {"quick_gelu"}
-        sizes["vision_cfg"]["head_width"] = sizes["vision_cfg"]["width"] // vision.get("num_attention_heads", 12)
+        heads = vision.get("num_attention_heads", 12)
+        if type(heads) is not int or heads < 1 or sizes["vision_cfg"]["width"] % heads:
+            raise CheckpointError(f"{folder / 'config.json'}: num_attention_heads is {heads!r:.100}, not a divisor of"
+                                  f" the width {sizes['vision_cfg']['width']}")  # fmt: skip
+        sizes["vision_cfg"]["head_width"] = sizes["vision_cfg"]["width"] // heads
         sizes["text_cfg"]["heads"] = text.get("num_attention_heads", 8)
-        if (file := folder / "preprocessor_config.json").is_file():
-            sizes["preprocess_cfg"] = read_preprocessing(file, "CLIPImageProcessor")
-            del sizes["preprocess_cfg"]["size"]  # the model's image size
+        if images := preprocessing_of(folder):
+            if (size := images["size"]) != sizes["vision_cfg"]["image_size"]:
+                model_size = f"the model's images are of {sizes['vision_cfg']['image_size']}"
+                warnings.warn(f"{folder}: images are cropped to {size}, but {model_size}, which is kept", stacklevel=3)
+            sizes["preprocess_cfg"] = images | {"size": sizes["vision_cfg"]["image_size"]}
         return MiniClipConfig.from_dict(sizes, f"the config in {folder}"), f"config of {folder}"
     fitting = fitting_configs(weights, quick_gelu)
     if len(fitting) == 1:
@@ -107,12 +136,43 @@ def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[
 
 
 def write_openclip(path: Path, model: MiniClip):
-    """A .safetensors or .pt file for OpenCLIP, of CLIP or, with another text tower, of CustomTextCLIP."""
-    if path.suffix not in (".safetensors", ".pt"):
-        raise CheckpointError("OpenCLIP reads single files: end the name of the target in .safetensors or .pt")
+    """A .safetensors or .pt file for OpenCLIP, of CLIP or, with another text tower, of CustomTextCLIP; or with another
+    name a folder, for its `local-dir:`."""
+    if path.suffix in (".bin", ".pth", ".ckpt"):
+        raise CheckpointError("OpenCLIP: end the target in .safetensors or .pt for a file, in neither for a folder")
+    is_file, images = path.suffix in SUFFIXES, dataclasses.asdict(model.config.preprocess_cfg)
+    own = isinstance(model.config.vision_cfg, VisionConfig) and isinstance(model.config.text_cfg, TextConfig)
+    if not is_file and not own:
+        raise CheckpointError("OpenCLIP's folder cannot describe these towers: end the target in .safetensors")
+    held = {"size", "center_crop"} if is_file else FOLDER | {"center_crop"}
+    usual = dataclasses.asdict(PreprocessConfig())
+    if lost := [f"{name} {images[name]}" for name in usual if name not in held and images[name] != usual[name]]:
+        how = "whose files hold weights only" if is_file else "which does not know it"
+        warnings.warn(f"not written for OpenCLIP, {how}: {', '.join(lost)}; prepare images so there", stacklevel=3)
+    warn_of_center_crop(model.config, "torchvision", "OpenCLIP")
     layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) else "custom_text"
     weights = from_miniclip(model.state_dict(), layout, (model.visual.key_rows(), model.text.key_rows()))
-    save_file(weights, path, {"format": "pt"}) if path.suffix == ".safetensors" else torch.save(weights, path)
+    if not is_file:
+        model_cfg = {
+            name: v for name, v in model.config.to_dict().items() if name != "preprocess_cfg" and v is not None
+        }
+        config = {"model_cfg": model_cfg, "preprocess_cfg": {name: images[name] for name in sorted(FOLDER)}}
+        path.mkdir()
+        write_json(path / "open_clip_config.json", config)
+        save_file(weights, path / "open_clip_model.safetensors", {"format": "pt"})
+        write_manifest(path)
+    elif path.suffix == ".safetensors":
+        save_file(weights, path, {"format": "pt"})
+    else:
+        torch.save(weights, path)
+
+
+def warn_of_center_crop(config: MiniClipConfig, theirs: str, library: str):
+    """Warns where another library rounds the margins of a centre crop in another way."""
+    images = config.preprocess_cfg
+    if images.resize_mode == "shortest" and images.center_crop != theirs:
+        problem = f"{library} crops images with odd margins one pixel elsewhere"
+        warnings.warn(f"{problem} than this model expects (center_crop {images.center_crop!r})", stacklevel=4)
 
 
 def write_hf(path: Path, model: MiniClip):
@@ -121,6 +181,7 @@ def write_hf(path: Path, model: MiniClip):
     if not (isinstance(config.vision_cfg, VisionConfig) and isinstance(config.text_cfg, TextConfig)):
         raise CheckpointError("transformers' CLIPModel has no other towers than CLIP's own: convert to another form")
     files = {"config": hf_config(config) | {"dtype": precision}, "preprocessor_config": hf_preprocessor(config)}
+    warn_of_center_crop(config, "transformers", "transformers")
     path.mkdir()
     for name, values in files.items():
         write_json(path / f"{name}.json", values)

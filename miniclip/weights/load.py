@@ -15,7 +15,7 @@ from miniclip.checkpoint import to_miniclip
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig, list_models
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
 from miniclip.utils.errors import CheckpointError
-from miniclip.utils.weight_files import read_checkpoint, read_json, shorten
+from miniclip.utils.weight_files import find_weights, read_checkpoint, read_json, shorten
 
 # The activation of well-known weights, by a word in their names (OpenCLIP's list of pretrained models; TinyCLIP's code)
 ACTIVATIONS = {
@@ -46,9 +46,10 @@ def load_weights(model: MiniClip, path: str | Path) -> None:
     """Loads a weight file of any known layout into a model, strictly; half precision becomes the model's own.
 
     Warns when it interpolates position embeddings, and when the weights are known to be for the other activation.
-    Raises CheckpointError as `open_checkpoint` does, and for other sizes, naming the configs that fit.
+    `path` may be a folder with such a file or with its shards. Raises CheckpointError as `open_checkpoint` does, for a
+    path that does not exist, and for other sizes, naming the configs that fit.
     """
-    checkpoint = open_checkpoint(path, model)
+    checkpoint = open_checkpoint(path := find_weights(path), model)
     if "logit_bias" in checkpoint.weights and model.logit_bias is None:  # trained with SigLIP's loss
         model.config.init_logit_bias = checkpoint.weights["logit_bias"].item()
         model.logit_bias = nn.Parameter(torch.zeros_like(model.logit_scale))
@@ -132,9 +133,12 @@ def known_activation(path: Path, keys: Iterable[str], run: str = "") -> tuple[bo
     for file in (path.with_name("config.json"), path.with_name("open_clip_config.json")):
         config = read_json(file)
         if "vision_cfg" in config or "model_cfg" in config:  # MiniCLIP's or OpenCLIP's
-            return config.get("model_cfg", config).get("quick_gelu", False), f"{file} says so"
+            ours = config.get("model_cfg", config)
+            return isinstance(ours, dict) and ours.get("quick_gelu") is True, f"{file} says so"
         if config.get("model_type") == "clip":  # transformers', which omits its defaults
-            return config.get("vision_config", {}).get("hidden_act", "quick_gelu") == "quick_gelu", f"{file} says so"
+            vision = config.get("vision_config")
+            theirs = vision.get("hidden_act", "quick_gelu") if isinstance(vision, dict) else "quick_gelu"
+            return theirs == "quick_gelu", f"{file} says so"
     for name in (path.name, run):
         for word, quick_gelu in ACTIVATIONS.items():
             if word in name.lower():

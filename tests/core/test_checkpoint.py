@@ -473,11 +473,13 @@ def test_the_name_of_a_training_run_tells_the_activation(tmp_path):
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_convert_there_and_back(tmp_path, quick_gelu):
-    model = tiny(quick_gelu=quick_gelu, preprocess_cfg={"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]})
+    images = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "center_crop": "transformers"}
+    model = tiny(quick_gelu=quick_gelu, preprocess_cfg=images)
     model.save_pretrained(tmp_path / "a")
     (tmp_path / "tiny.json").write_text(json.dumps(model.config.to_dict()))
     convert(tmp_path / "a", tmp_path / "b", "hf")
-    convert(tmp_path / "b", tmp_path / "c.safetensors", "openclip")
+    with pytest.warns(UserWarning, match=r"weights only: mean .*std|one pixel elsewhere"):
+        convert(tmp_path / "b", tmp_path / "c.safetensors", "openclip")
     convert(tmp_path / "c.safetensors", tmp_path / "d.pt", "openclip")
     convert(tmp_path / "d.pt", tmp_path / "e", "miniclip", model=str(tmp_path / "tiny.json"))
     convert(tmp_path / "b", tmp_path / "f", "miniclip")
@@ -507,7 +509,8 @@ def test_transformers_loads_what_is_converted(tmp_path, quick_gelu):
 
     model = tiny(quick_gelu=quick_gelu)
     model.save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "hf", "hf")
+    with pytest.warns(UserWarning, match="transformers crops images with odd margins one pixel elsewhere"):
+        convert(tmp_path / "ours", tmp_path / "hf", "hf")
     theirs, report = CLIPModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(report.values()), report
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -585,7 +588,7 @@ def test_convert_to_another_image_size(tmp_path, capsys):
 def test_convert_overwrites_only_when_told_and_never_half(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path / "a")
     with pytest.raises(CheckpointError, match="safetensors or .pt"):
-        convert(tmp_path / "a", tmp_path / "out", "openclip")
+        convert(tmp_path / "a", tmp_path / "out.bin", "openclip")
     (tmp_path / "out.pt").write_text("mine")
     with pytest.raises(FileExistsError, match="--force"):
         convert(tmp_path / "a", tmp_path / "out.pt", "openclip")
@@ -632,6 +635,7 @@ def test_preprocessing_survives_the_way_through_transformers(resize_mode, interp
     from miniclip.weights.convert import hf_preprocessor
 
     pictures = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0), "resize_mode": resize_mode}
+    pictures["center_crop"] = "transformers"
     config = MiniClipConfig.from_dict({"preprocess_cfg": pictures | {"interpolation": interpolation}})
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(hf_preprocessor(config)))
     again = read_preprocessing(tmp_path / "preprocessor_config.json")

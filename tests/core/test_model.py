@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
@@ -106,10 +107,13 @@ def test_save_and_load_are_bit_equal_and_strict(tiny_model, tmp_path):
         MiniClip.from_pretrained(tmp_path)
 
 
-def test_half_precision_is_kept(tiny_model, tmp_path):
-    tiny_model.to(torch.bfloat16).save_pretrained(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_kept_in_the_file_and_loaded_as_float32(dtype, tiny_model, tmp_path):
+    tiny_model.to(dtype).save_pretrained(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {dtype}
     again = MiniClip.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tiny_model.parameters(), again.parameters()))
+    assert all(torch.equal(a.float(), b) for a, b in zip(tiny_model.parameters(), again.parameters()))
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in again.parameters())
 
 

@@ -114,6 +114,9 @@ def test_decode(tok):
     assert tok.decode(row) == tok.decode(row.tolist()) == "two dogs run , it 's 2 \u72d7 \U0001f415 1 2"
     assert tok.decode([SOT, 320, EOT, 1929, 0, 0]) == "a"
     assert tok.decode([]) == ""
+    both = tok(["two dogs", "a cat"])
+    assert tok.decode(both) == tok.decode(both.tolist()) == tok.decode(list(both)) == ["two dogs", "a cat"]
+    assert tok.decode(both[:0]) == [] and tok.decode(both[:1]) == ["two dogs"] and tok.decode(both[1]) == "a cat"
     assert tok.decode(tok.encode("\U0001f9ff")[:1]).endswith("\ufffd")  # half a character
     for unknown in (-1, 49408):
         with pytest.raises(ValueError, match=f"token id {unknown} "):

@@ -187,7 +187,7 @@ def test_captions_are_cut_and_counted_and_keep_their_last_token(tmp_path):
     assert ids[1].tolist() == own("the tall green shape", truncation=True, max_length=6)["input_ids"]
     assert ids[2].tolist() == own("the tall & wide")["input_ids"]
     assert tokenizer.lengths(ids).tolist() == [5, 6, 6] and tokenizer(["a red shape"], trim=True).shape == (1, 5)
-    assert tokenizer.decode(ids[0]) == "a red shape"
+    assert tokenizer.decode(ids[0]) == "a red shape" and tokenizer.decode(ids[::2]) == ["a red shape", "the tall wide"]
     with pytest.raises(TypeError, match=r"texts\[1\] is int"):
         tokenizer(["a", 3])
 
