@@ -111,7 +111,8 @@ class StreamDataset(RunDataset):
         workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         if args.dataloader_num_workers:
             workers |= {"persistent_workers": args.dataloader_persistent_workers,
-                        "prefetch_factor": args.dataloader_prefetch_factor}  # fmt: skip
+                        "prefetch_factor": args.dataloader_prefetch_factor,
+                        "multiprocessing_context": args.dataloader_multiprocessing_context}  # fmt: skip
         loader = DataLoader(share, args.per_device_train_batch_size, collate_fn=collate, drop_last=True, **workers)
         # accelerate would read the whole stream in process 0 and send the batches around, or in each process and drop
         # the others' batches. It only needs to know that this is the loader.
