@@ -80,6 +80,7 @@ NEEDS = {
     "dataloader_prefetch_factor": "dataloader_num_workers", "dataloader_persistent_workers": "dataloader_num_workers",
     "dataloader_multiprocessing_context": "dataloader_num_workers",
 }  # fmt: skip
+LAUNCHED = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}  # one of several processes
 CHECKPOINTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state"}
 NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 NO_KWARGS = ("constant", "constant_with_warmup")
@@ -118,6 +119,8 @@ def check_before(args: TrainingArguments):
             raise InputError(f"{f.name} is {value}. It must be {allowed}")
         if (other := NEEDS.get(f.name)) and value and not getattr(args, other):
             raise InputError(f"{f.name} has no effect without {other}. Add --{other} or remove it")
+    if args.ddp_backend and not LAUNCHED & os.environ.keys():
+        raise InputError("ddp_backend needs several processes. Use torchrun, or remove it")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise InputError(f"deepspeed is not supported: {REFUSED['deepspeed']}")
 
