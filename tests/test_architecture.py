@@ -138,6 +138,8 @@ PRIVATE = {
 IN_RUNS = {
     "_get_train_sampler": ["self", "train_dataset"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_init_training_state": None,
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_maybe_log_save_evaluate": None,
     "_run_epoch": None,

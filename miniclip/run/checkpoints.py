@@ -1,9 +1,8 @@
-"""Checkpoints: atomic saving, validation, deletion of old ones, and whether a run may resume from one.
+"""Checkpoints: atomic saving, validation, and deletion of old ones.
 
 A checkpoint gets its name when all of it is on the disk; its manifest (`utils/files.py`) detects later damage.
 """
 
-import json
 import logging
 import shutil
 from contextlib import nullcontext
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from transformers.trainer_callback import ExportableState
 
-from miniclip.run.metadata import RECORD, differences
+from miniclip.run.metadata import RECORD
 from miniclip.utils import files
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import MANIFEST
@@ -86,8 +85,6 @@ def save_checkpoint(trainer):
         newest = (checkpoints(folder.parent) or ["none"])[-1]
         fix = f"The newest checkpoint is {newest}, untouched: free space and continue from it with --resume"
         raise InputError(f"{folder} could not be saved, with {free:.0f} MB free on that disk ({why}). {fix}") from error
-    if args.push_to_hub:
-        trainer._push_from_checkpoint(str(folder))
     if args.should_save:
         keep_newest(args.output_dir, folder, args.save_total_limit, state.best_model_checkpoint)
 
@@ -113,28 +110,3 @@ def clean(output_dir: str | Path, anew: bool):
                 path.unlink()
         for old in reversed(checkpoints(output_dir)):
             files.remove_folder(old)
-
-
-# What must be the same for a run to resume, and why.
-SAME = {
-    "data": "the order of the pairs, and which have been seen, would change",
-    "seed": "the random draws for the rest of the epoch would change",
-    "pairs_per_step": "the position in the epoch is counted in steps of the old size",
-    "model": "the checkpoint has the weights of another model",
-    "readers": "each worker of each process reads a share of the stream, and the shares would change",
-}
-
-
-def check_same_run(checkpoint: str | Path, metadata: dict):
-    """Warns if a run differs from its checkpoint in its metadata; raises InputError for differences in SAME."""
-    path = Path(checkpoint) / RECORD
-    if not path.is_file():
-        logger.warning("%s has no %s: data and options cannot be compared with those of this run", checkpoint, RECORD)
-        return
-    found = differences(json.loads(path.read_text(encoding="utf-8")), metadata)
-    whys = {name: SAME.get(name.partition(".")[0]) for name in found}
-    if wrong := [f"  {line}: {whys[name]}" for name, line in found.items() if whys[name]]:
-        fix = f"Use its options, or start a new run from its weights: --model {checkpoint} --output_dir ..."
-        raise InputError("\n".join([f"{checkpoint} is from a different run:", *wrong, fix]))
-    if found:
-        logger.warning("changed since %s:\n  %s", checkpoint, "\n  ".join(found.values()))

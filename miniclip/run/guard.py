@@ -23,7 +23,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
-from miniclip.run.checkpoints import check_checkpoint, check_same_run, checkpoints, last_checkpoint, save_checkpoint
+from miniclip.run.checkpoints import check_checkpoint, checkpoints, last_checkpoint, save_checkpoint
+from miniclip.run.resume import check_same_run, use_arguments
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import DamagedFile, check_manifest, write_text
 from miniclip.utils.machine import return_freed_memory
@@ -226,6 +227,7 @@ class GuardedTrainer(Trainer):
     def __init__(self, *args, run_metadata: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.run_metadata, self.guard, self.resumed_from = run_metadata, Guard(self), None
+        self.changed: dict[str, str] = {}  # what differs from the run of the checkpoint
         self.log_extras: list[Callable[[dict], None]] = []  # each adds to an entry of the log before it is written
         self.add_callback(self.guard)
 
@@ -249,7 +251,7 @@ class GuardedTrainer(Trainer):
         if len(set(gather_object([folder]))) > 1:
             raise InputError(f"the processes see different checkpoints. Put {self.args.output_dir} on a shared disk")
         if folder and self.run_metadata:
-            check_same_run(folder, self.run_metadata)
+            self.changed = check_same_run(folder, self.run_metadata)
         self.resumed_from = folder
         with self.guard.handle_signals():
             try:
@@ -263,7 +265,7 @@ class GuardedTrainer(Trainer):
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or self.args.auto_find_batch_size:
+            if not out_of_memory(error):
                 raise
             cause = first_line(error)
         # Outside the except block: the exception held on to everything that the failed pass had allocated.
@@ -295,8 +297,16 @@ class GuardedTrainer(Trainer):
             self._save_and_stop()
 
     def _run_epoch(self, *args, **kwargs):
-        if not self.control.should_training_stop:  # early stopping ended this run before it was resumed
+        # A finished run that is resumed has no step left, and early stopping may have ended it before.
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        fresh = [dict(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            use_arguments(self, fresh, self.changed)
 
     def _save_checkpoint(self, model, trial):
         save_checkpoint(self)

@@ -59,7 +59,7 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
     """Returns the metadata of a training run. `arithmetic` is how fp32 products are computed with `args.fast`."""
     # Which samples of a stream have been read depends on the number of readers.
     readers = {"readers": args.world_size * max(1, args.dataloader_num_workers)} if options.streaming else {}
-    plain = (str, int, float, bool, list)
+    plain = (str, int, float, bool, list, dict)
     return {
         **run_metadata(["train.py", *argv], args.device),
         **readers,
@@ -89,7 +89,7 @@ def evaluation_metadata(argv: Sequence[str], options, records, device, files: Se
 IGNORED = ("command", "folder", "started", "options.overwrite_output_dir", "options.train_file", "options.resume",
            "arguments.output_dir", "arguments.resume_from_checkpoint", "arguments.run_name", "arguments.disable_tqdm",
            "arguments.log", "arguments.report_to", "arguments.local_rank",
-           "arguments.seed", "arguments.data_seed")  # fmt: skip
+           "arguments.seed", "arguments.do_")  # fmt: skip
 
 
 def differences(before: dict, now: dict, path: str = "") -> dict[str, str]:

@@ -3,7 +3,6 @@
 python -m miniclip progress runs/mine     # draws curves.png from log.jsonl, also while the run is going
 """
 
-import importlib.util
 import json
 import logging
 import math
@@ -12,11 +11,13 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from miniclip.reports.charts import draw_curves
 from miniclip.run.diagnose import recall_falls, scale_at_limit, scale_collapses, stays_at_chance
@@ -27,11 +28,20 @@ logger = logging.getLogger(__name__)
 LOG, CURVES = "log.jsonl", "curves.png"
 
 
+REPORTERS = {  # services of transformers whose package has another name
+    "azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit",
+}  # fmt: skip
+
+
 def check_reporters(args: TrainingArguments):
-    """Raises InputError if `--report_to` names a service whose package is not installed."""
-    for name, packages in (("tensorboard", ("tensorboard", "tensorboardX")), ("wandb", ("wandb",))):
-        if name in args.report_to and not any(map(importlib.util.find_spec, packages)):
-            raise InputError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+    """Raises InputError if `--report_to` names an unknown service, or one whose package is not installed."""
+    installed = {*get_available_reporting_integrations(), *(["flyte"] if find_spec("flytekit") else [])}
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(f"report_to {name!r} is not one of {', '.join(INTEGRATION_TO_CALLBACK)}, all or none")
+        if name not in installed:
+            package = REPORTERS.get(name, name)
+            raise InputError(f"--report_to {name} needs a package that is not installed: pip install {package}")
 
 
 class Progress(TrainerCallback):

@@ -51,13 +51,18 @@ def parse_train(argv: list[str]):
         sys.exit()
 
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     from miniclip.training.arguments import RunArguments
+    from miniclip.training.check_arguments import check_given
 
     class TrainParser(Parser, HfArgumentParser):
         aliases = ALIASES
 
     parser = TrainParser((TrainOptions, RunArguments), prog="train.py")
+    for action in parser._actions:
+        if action.type is string_to_bool:  # --bf16 alone means true, also where the default is not false
+            action.nargs, action.const = "?", True
     if "--help_all" in argv:
         parser.print_help()
         sys.exit()
@@ -68,7 +73,9 @@ def parse_train(argv: list[str]):
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
     parser.set_defaults(**defaults(given) | recipe)
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    options, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    check_given(options, args, given, named)
+    return options, args
 
 
 def train_help() -> str:
@@ -106,10 +113,11 @@ def defaults(given: dict) -> dict:
         usual = PROJECTIONS
     elif not all(frozen) or given.get("pretrained") or os.path.isdir(given.get("model") or ""):
         usual = FINE_TUNE
-    evaluation = {"eval_strategy": "epoch"} if given.get("eval_file") else {}
+    usually = "steps" if given.get("eval_steps") else "epoch"
+    evaluation = {"eval_strategy": usually} if given.get("eval_file") else {}
     if given.get("early_stopping_patience") or given.get("load_best_model_at_end"):
         # The best model can be restored if there is a checkpoint at each evaluation.
-        when = given.get("eval_strategy", "epoch")
+        when = given.get("eval_strategy", usually)
         save = given.get("save_strategy", when)
         steps = given.get("eval_steps") or given.get("logging_steps", 10)  # the interval of Trainer's evaluations
         every = given.get("save_steps", steps)

@@ -34,13 +34,15 @@ class StreamDataset(RunDataset):
     all processes together, and starts a new pass. Bad samples are skipped, unless `on_bad` is "stop".
     """
 
-    def __init__(self, stream, columns: list[str], num_samples, spec, root, preprocess, seed=0, **kwargs):
-        super().__init__((), preprocess, seed, **kwargs)
+    def __init__(self, stream, columns: list[str], num_samples, spec, root, *args, **kwargs):
+        super().__init__((), *args, **kwargs)
         self.columns, self.num_samples, self.spec, self.root = columns, num_samples, spec, root
         # One file at a time: newer versions would read ten in threads, and wait for those at the end of each pass.
         single = {"max_buffer_input_shards": 1}
         known = inspect.signature(stream.shuffle).parameters
-        self.stream = stream.shuffle(seed=seed, buffer_size=BUFFER, **single if single.keys() <= known.keys() else {})
+        self.stream = stream.shuffle(
+            seed=self.seed, buffer_size=BUFFER, **single if single.keys() <= known.keys() else {}
+        )
 
     @classmethod
     def opened(cls, source: str, args, options: ReadOptions = ReadOptions(), *, num_samples: int | None = None):
@@ -122,7 +124,8 @@ class StreamDataset(RunDataset):
         workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         if args.dataloader_num_workers:
             workers |= {"persistent_workers": args.dataloader_persistent_workers,
-                        "prefetch_factor": args.dataloader_prefetch_factor}  # fmt: skip
+                        "prefetch_factor": args.dataloader_prefetch_factor,
+                        "multiprocessing_context": args.dataloader_multiprocessing_context}  # fmt: skip
         loader = DataLoader(share, args.per_device_train_batch_size, collate_fn=collate, drop_last=True, **workers)
         # accelerate would read the whole stream in process 0 and send the batches around, or in each process and drop
         # the others' batches. It only needs to know that this is the loader.

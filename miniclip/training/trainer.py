@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,6 +20,7 @@ from miniclip.trainer import ClipTrainer
 from miniclip.training import fsdp
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
+from miniclip.training.freeze import FrozenDataset
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.utils.errors import InputError
 from miniclip.utils.machine import keep_freed_memory
@@ -91,6 +93,14 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
             self.optimizer.param_groups = [groups[key] for key in sorted(groups)]
         return self.optimizer
 
+    def _init_training_state(self, max_steps, *args):
+        """Trainer's, in which a resumed run would log, evaluate and save as often as the run before."""
+        if self.args.logs_by_length:
+            self.args.logging_steps = min(10, max(1, max_steps // 20))
+        place = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return place
+
     def measure(self, model: MiniClip) -> dict[str, float]:
         """The evaluator that ClipTrainer calls: on the average of the weights, or on a sharded model made whole."""
         model = self.ema or model
@@ -113,6 +123,9 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.sharded:
             return fsdp.load_whole_weights(self.model, load_file(Path(resume_from_checkpoint, "model.safetensors")))
+        if isinstance(self.train_dataset, FrozenDataset):
+            weights = load_file(Path(resume_from_checkpoint, "model.safetensors"))
+            check_features(self.train_dataset, self.model, weights, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         average = Path(resume_from_checkpoint) / "ema.safetensors"
         if average.is_file() != (self.ema is not None):
@@ -125,6 +138,18 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.sharded and self.args.should_save:
             Path(output_dir, "pytorch_model_fsdp.bin").unlink()  # a copy of model.safetensors
+
+
+def check_features(dataset: FrozenDataset, model: MiniClip, weights: dict, checkpoint):
+    """Raises InputError if the precomputed features are those of other weights than a checkpoint has."""
+    kinds = {"visual.": dataset.image_features, "text.": dataset.text_features}
+    for name, p in model.named_parameters():
+        computed = any(name.startswith(kind) and features is not None for kind, features in kinds.items())
+        if computed and not p.requires_grad and not torch.equal(p.cpu(), weights.get(name, p.cpu())):
+            wrong = (
+                f"{checkpoint} has other weights in its frozen towers than those that the features are from ({name})"
+            )
+            raise InputError(f"{wrong}. Name the weights that its run began with: --model, --pretrained")
 
 
 def check_metric(args: RunArguments, evaluator: Evaluator):
