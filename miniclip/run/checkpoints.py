@@ -118,6 +118,7 @@ def clean(output_dir: str | Path, anew: bool):
 # What must be the same for a run to resume, and why.
 SAME = {
     "data": "the order of the pairs, and which have been seen, would change",
+    "holdout": "images would move between training and evaluation",
     "seed": "the random draws for the rest of the epoch would change",
     "pairs_per_step": "the position in the epoch is counted in steps of the old size",
     "model": "the checkpoint has the weights of another model",

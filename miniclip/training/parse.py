@@ -1,5 +1,6 @@
 """The command line of `train.py`: recipes, the options given, and the defaults that follow from them."""
 
+import argparse
 import json
 import os
 import sys
@@ -29,8 +30,10 @@ ALIASES = {  # OpenCLIP's names
     "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
     "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
 }  # fmt: skip
-MORE_HELP = """\
+RESUME = "resume from the newest complete checkpoint in output_dir, if there is one"
+MORE_HELP = f"""\
   --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint FOLDER, ...
+  --resume                        {RESUME}
 
 No CLIP weights? Two public encoders, joined by two projections, learn from a few hundred captioned images
 in a minute, without a GPU (docs/towers.md; EfficientNet-Lite0-E5 for languages other than English):
@@ -50,6 +53,7 @@ def parse_train(argv: list[str]):
         sys.exit()
 
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     from miniclip.training.arguments import RunArguments
 
@@ -57,6 +61,10 @@ def parse_train(argv: list[str]):
         aliases = ALIASES
 
     parser = TrainParser((TrainOptions, RunArguments), prog="train.py")
+    parser.add_argument(  # short for an argument of Hugging Face's
+        "--resume", dest="resume_from_checkpoint", nargs="?", const="latest", default=argparse.SUPPRESS,
+        type=lambda text: "latest" if text == "latest" or string_to_bool(text) else None, help=RESUME,
+    )  # fmt: skip
     if "--help_all" in argv:
         parser.print_help()
         sys.exit()
@@ -67,7 +75,11 @@ def parse_train(argv: list[str]):
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
     parser.set_defaults(**defaults(given) | recipe)
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    options, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    options.given = frozenset(given)
+    if args.resume_from_checkpoint and options.overwrite_output_dir:
+        raise InputError("resume continues the run that overwrite_output_dir deletes. Remove one of them")
+    return options, args
 
 
 def train_help() -> str:
@@ -91,6 +103,8 @@ def read_recipe(path: str, parser: Parser) -> dict:
     if not isinstance(recipe, dict):
         parser.error(f"the recipe {path} is not a JSON object of options")
     recipe = {name: value for name, value in recipe.items() if not name.startswith("_")}
+    if recipe.pop("resume", False):
+        recipe["resume_from_checkpoint"] = "latest"
     for name in recipe.keys() - {action.dest for action in parser._actions}:
         parser.error(f"{path}: {parser.nearest(name)}")
     return recipe
@@ -105,7 +119,8 @@ def defaults(given: dict) -> dict:
         usual = PROJECTIONS
     elif not all(frozen) or given.get("pretrained") or os.path.isdir(given.get("model") or ""):
         usual = FINE_TUNE
-    evaluation = {"eval_strategy": "epoch"} if given.get("eval_file") else {}
+    measured = given.get("eval_file") or given.get("holdout") != 0 and not given.get("streaming")
+    evaluation = {"eval_strategy": "epoch"} if measured else {}
     if given.get("early_stopping_patience") or given.get("load_best_model_at_end"):
         # The best model can be restored if there is a checkpoint at each evaluation.
         when = given.get("eval_strategy", "epoch")

@@ -26,13 +26,12 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 SAVE = ["--save_strategy", "steps", "--save_steps", "1"]
 
 
-def survive(*argv) -> dict:
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "survival_worker.py", *map(str, argv)],
-        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def survive(run_script):
+    def run(*argv) -> dict:
+        return json.loads(run_script("tests/survival_worker.py", *argv).stdout.splitlines()[-1])
+
+    return run
 
 
 def options(recipe, **more) -> list[str]:  # noqa: F811
@@ -50,22 +49,23 @@ def options(recipe, **more) -> list[str]:  # noqa: F811
     return [word for option in words for word in option]
 
 
-def test_twenty_kills_at_random_moments(recipe, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(kills, recipe, tmp_path, survive):  # noqa: F811
     """SIGKILL, half of the times within the saving of a checkpoint; what comes out in the end is bit for bit what an
     undisturbed run gives, and the log has each step once."""
     out = tmp_path / "killed"
-    found = survive("chain", out, 1, 20, 1, "--", *options(recipe))
-    assert found["killed"] == 20 and found["inside"] >= 5 and found["codes"] == [0, 0], found
+    found = survive("chain", out, 1, kills, 1, "--", *options(recipe))
+    assert found["killed"] == kills and found["inside"] >= kills // 4 and found["codes"] == [0, 0], found
     assert largest_difference(out / "whole", out / "cut") == 0
-    assert found["log"].count("resuming from") >= 15, "some were killed before they came so far"
-    assert found["log"].count("which was being written when the run was stopped") >= 2
+    assert found["log"].count("resuming from") >= kills * 3 // 4, "some were killed before they came so far"
+    assert found["log"].count("which was being written when the run was stopped") >= kills // 10 + (kills < 10)
     log = [json.loads(line) for line in (out / "cut" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 41)), "each step once"
     check_manifest(out / "cut")
 
 
 @pytest.mark.slow
-def test_kills_of_two_processes_with_chunks_and_accumulation(recipe, tmp_path):  # noqa: F811
+def test_kills_of_two_processes_with_chunks_and_accumulation(recipe, tmp_path, survive):  # noqa: F811
     more = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "grad_cache_chunk_size": 3}
     out = tmp_path / "killed"
     found = survive("chain", out, 2, 8, 2, "--", *options(recipe, **more))
@@ -73,7 +73,7 @@ def test_kills_of_two_processes_with_chunks_and_accumulation(recipe, tmp_path): 
     assert largest_difference(out / "whole", out / "cut") == 0
 
 
-def test_a_kill_at_each_file_of_a_checkpoint(tmp_path):
+def test_a_kill_at_each_file_of_a_checkpoint(tmp_path, survive):
     """Before and after each file is opened, written, renamed, deleted: afterwards the newest checkpoint is complete,
     and it is the new one only from the moment when the folder got its name."""
     found = survive("boundaries", tmp_path / "out")
@@ -172,8 +172,9 @@ def test_a_signal_saves_first(number, processes, recipe, caption_set, run_script
         os.killpg(process.pid, number)  # as clusters do; it is not a second time
     else:
         os.kill(children(process.pid)[-1], number)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == (128 + number if processes == 1 else 1), output[-2000:]
+    assert "terminate called" not in output
     (folder,) = checkpoints(run)
     check_manifest(folder)
     step = int(folder.name.split("-")[1])
