@@ -12,6 +12,7 @@ from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
 from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.inference.load import load
+from miniclip.inference.matmul import suggest_bf16
 from miniclip.model import MiniClip
 from miniclip.retrieval import KS, metrics_of, retrieval_metrics, search_both
 from miniclip.transforms import Preprocess
@@ -82,6 +83,7 @@ class RetrievalEvaluator(Evaluator):
 def evaluate_model(options, records: list[dict], device) -> tuple[RetrievalEvaluator, dict, dict, list[str]]:
     """Measures the model that evaluate.py's options name. Returns the evaluator, the metrics, the temperature (scale,
     bias and initial scale), and notes on what was truncated."""
+    suggest_bf16(options.precision, device)
     model, preprocess, tokenizer = load(options.model, options.pretrained, device)
     preprocess, cache = Preprocess(model.config.preprocess_cfg, options.decode), None
     if options.feature_cache:
