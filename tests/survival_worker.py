@@ -3,6 +3,7 @@ begins in a moment. Prints what came of it as JSON.
 
     python tests/survival_worker.py chain OUT PROCESSES KILLS SEED -- train.py's options
     python tests/survival_worker.py boundaries OUT
+    python tests/survival_worker.py memory OUT BATCH
 """
 
 import json
@@ -116,6 +117,24 @@ def boundaries(out: Path) -> dict:
     return {"moments": fatal - 1, "newest": found, "left": left}
 
 
+def memory(out: Path, batch: int) -> str:
+    """Trains with a batch in an address space too small for 2,048; gives the error, if there is one."""
+    import resource
+
+    from miniclip.utils.errors import InputError
+    from tests.survival_trainer import make_trainer
+
+    make_trainer(out, 1, 4, 256, 2048, save_strategy="no").train()  # then all that is loaded late is there
+    trainer = make_trainer(out, 1, batch, 256, 2048, save_strategy="no")
+    room = 4096 * int(Path("/proc/self/statm").read_text().split()[0]) + 450_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (room, room))
+    try:
+        trainer.train()
+        return "trained"
+    except InputError as error:
+        return str(error)
+
+
 def main(argv: list[str]):
     prepare()
     answer = os.fdopen(os.dup(1), "w")
@@ -124,6 +143,8 @@ def main(argv: list[str]):
     if what == "chain":
         number = rest.index("--")
         result = chain(Path(out), *map(int, rest[:number]), rest[number + 1 :])
+    elif what == "memory":
+        result = memory(Path(out), int(rest[0]))
     else:
         result = boundaries(Path(out))
     print(json.dumps(result), file=answer, flush=True)
