@@ -147,6 +147,8 @@ class Study:
         start = ["--model", base, "--train_file", self.file("cn", "train")]
         if "--early_stopping_patience" in given:
             start += ["--eval_file", self.file("cn", "val")]
+        else:
+            start += ["--holdout", "0"]
         options = {f"--{option}": str(value) for option, value in FINE_TUNE.items()}
         if "--early_stopping_patience" in given:
             options["--save_strategy"] = "epoch"
@@ -173,7 +175,13 @@ class Study:
         if not (heir / "model.safetensors").is_file():
             command = ["-m", "miniclip", "inherit", "--from", base, "--to", config, "--output_dir", heir]
             subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-        options = {**FINE_TUNE, "learning_rate": 1e-3, "weight_decay": 0.2, "train_file": self.file("en", "train")}
+        options = {
+            **FINE_TUNE,
+            "learning_rate": 1e-3,
+            "weight_decay": 0.2,
+            "holdout": 0,
+            "train_file": self.file("en", "train"),
+        }
         words = [str(word) for option, value in options.items() for word in (f"--{option}", value)]
         return {
             "from slices of the base": self.train("heir", "--model", heir, *words),

@@ -72,14 +72,14 @@ def forge():
 
     server = None
 
-    def run(argv: list[str], timeout: float):
+    def run(argv: list[str], timeout: float, processes: int = 1):
         nonlocal server
         if server is None or server.poll() is not None:
             server = subprocess.Popen(
                 [sys.executable, ROOT / "tests" / "forge.py"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
-        server.stdin.write(json.dumps([argv, timeout]) + "\n")
+        server.stdin.write(json.dumps([argv, timeout, processes]) + "\n")
         server.stdin.flush()
         code, out, err = json.loads(server.stdout.readline())
         assert code is not None, f"{argv} took more than {timeout} seconds\n{out[-3000:]}\n{err[-3000:]}"
@@ -93,15 +93,16 @@ def forge():
 
 @pytest.fixture
 def run_script(forge):
-    """Runs a script of the project as a user would, in a process of its own; gives the finished process."""
+    """Runs a script of the project as a user would, in a process of its own; gives the finished process. Several
+    `processes` are one run, as if torchrun had started them."""
     import subprocess
 
-    def run(*argv, check=True, timeout=300, env=None):
+    def run(*argv, check=True, timeout=600, env=None, processes=1):
         argv = list(map(str, argv))
         if argv[:2] == ["-m", "miniclip"] and not env:
             done = forge(["miniclip/__main__.py", *argv[2:]], timeout)
-        elif argv[0] in ("train.py", "evaluate.py") and not env:
-            done = forge(argv, timeout)
+        elif argv[0] in ("train.py", "evaluate.py") and not env or argv[0].startswith("tests/"):
+            done = forge(argv, timeout, processes)
         else:
             done = subprocess.run(
                 [sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=timeout,

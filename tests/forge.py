@@ -1,7 +1,8 @@
 """Runs the project's scripts in processes that are forked from this one, which has imported everything: each is a
 process of its own, as if a user had started it, and begins in a moment.
 
-Reads a line of JSON for each run, ["train.py", "recipe.json", ...], and answers with [exit status, stdout, stderr].
+Reads a line of JSON for each run, [["train.py", "recipe.json", ...], seconds, processes], and answers with
+[exit status, stdout, stderr]. Several processes are started as torchrun would start them.
 """
 
 import atexit
@@ -9,6 +10,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -73,6 +75,19 @@ def fork(argv: list[str], out: int, err: int, env: dict | None = None) -> int:
         os._exit(code)
 
 
+def launch(argv: list[str], processes: int, out: int, err: int) -> list[int]:
+    """Starts a run of so many processes, as torchrun would; gives their ids."""
+    if processes == 1:
+        return [fork(argv, out, err)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        fork(argv, out, err, several | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)
+    ]  # fmt: skip
+
+
 class KilledAt:
     """Ends this process by SIGKILL at the `fatal`-th thing that it does with files below a folder; counts them."""
 
@@ -103,17 +118,25 @@ class KilledAt:
         return wrapped
 
 
-def status(pid: int, timeout: float) -> int:
-    """Waits for a process; one that takes too long is killed with its group."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        found, code = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(code)
+def status(pids: list[int], timeout: float) -> int:
+    """Waits for all processes of a run and gives the first exit status that is not 0. Where one failed the others get
+    SIGTERM, as from torchrun. Those that take too long are killed with their groups."""
+    end, left, codes = time.monotonic() + timeout, set(pids), []
+    while left and time.monotonic() < end:
+        for pid in [pid for pid in pids if pid in left]:
+            found, code = os.waitpid(pid, os.WNOHANG)
+            if found:
+                left.remove(pid)
+                codes.append(os.waitstatus_to_exitcode(code))
+                for other in left if codes[-1] else ():
+                    os.kill(other, signal.SIGTERM)
         time.sleep(0.01)
-    os.killpg(pid, 9)
-    os.waitpid(pid, 0)
-    raise TimeoutError
+    for pid in left:
+        os.killpg(pid, 9)
+        os.waitpid(pid, 0)
+    if left:
+        raise TimeoutError
+    return next(filter(None, codes), 0)
 
 
 def main():
@@ -121,10 +144,10 @@ def main():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        argv, timeout = json.loads(line)
+        argv, timeout, processes = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             try:
-                code = status(fork(argv, out.fileno(), err.fileno()), timeout)
+                code = status(launch(argv, processes, out.fileno(), err.fileno()), timeout)
             except TimeoutError:
                 code = None
             texts = []

@@ -1,8 +1,7 @@
-"""Started by torchrun from test_fsdp.py: what several processes compute, written by the first of them."""
+"""Started, in several processes, from test_fsdp.py: what several processes compute, written by the first of them."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from miniclip.loss import clip_loss
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.trainer import RunTrainer
+from miniclip.utils.command_line import run
 
 
 def make_trainer(folder: Path, output: str, per_device: int, model=None, **more) -> RunTrainer:
@@ -93,8 +93,7 @@ def main(folder: Path, what: str):
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    run(lambda argv: main(Path(argv[0]), argv[1]))

@@ -1,6 +1,4 @@
-"""Started by torchrun from test_training.py: the gradients of one step under DDP, to a file."""
-
-import sys
+"""Started, in several processes, from test_training.py: the gradients of one step under DDP, to a file."""
 
 import torch
 import torch.distributed as dist
@@ -10,6 +8,7 @@ from miniclip.config import MiniClipConfig
 from miniclip.loss import clip_loss
 from miniclip.model import MiniClip
 from miniclip.training.grad_cache import wrap_towers
+from miniclip.utils.command_line import run
 
 
 def main(batch_file: str, output: str):
@@ -29,8 +28,7 @@ def main(batch_file: str, output: str):
         grads = {name: p.grad for name, p in model.named_parameters()}
         torch.save({"loss": torch.stack(losses).mean(), "grads": grads}, output)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda argv: main(*argv))

@@ -1,6 +1,6 @@
-"""Started by torchrun from test_losses.py: the gradients of one step under DDP, for each loss, to a file."""
+"""Started from test_losses.py: the gradients of one step under DDP, for each loss, to a file."""
 
-import sys
+import os
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +13,7 @@ from miniclip.training.distill import Distillation
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.losses import make_loss
 from miniclip.transforms import Preprocess
+from miniclip.utils.command_line import run
 
 
 class Normalized(Preprocess):
@@ -23,8 +24,10 @@ class Normalized(Preprocess):
 
 
 def main(batch_file: str, output: str):
-    dist.init_process_group("gloo")
-    rank, n = dist.get_rank(), dist.get_world_size()
+    rank, n = 0, 1
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        rank, n = dist.get_rank(), dist.get_world_size()
     saved = torch.load(batch_file, weights_only=True)
     teacher = MiniClip(MiniClipConfig.from_dict(saved["teacher_config"]))
     teacher.load_state_dict(saved["teacher"])
@@ -45,18 +48,20 @@ def main(batch_file: str, output: str):
             contrast = make_loss(model, options, None) if case["loss"] == "distill" else None
             objective = Distillation(teacher, preprocess, model, contrast)
         wrap_towers(model, None, case["chunk_size"], fast=False)
-        ddp = DistributedDataParallel(model)
+        ddp = DistributedDataParallel(model) if n > 1 else model
         loss = objective(ddp(**batch), batch | {"pair_ids": ids})
         loss.backward()
-        losses = [torch.zeros_like(loss) for _ in range(n)]
-        dist.all_gather(losses, loss.detach())
+        losses = [loss.detach()]
+        if n > 1:
+            losses = [torch.zeros_like(loss) for _ in range(n)]
+            dist.all_gather(losses, loss.detach())
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append({"loss": torch.stack(losses).mean(), "grads": grads})
     if rank == 0:
         torch.save(results, output)
-    dist.barrier()
-    dist.destroy_process_group()
+    if n > 1:
+        dist.barrier()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda argv: main(*argv))

@@ -1,8 +1,7 @@
-"""Started by torchrun from test_sources.py: which samples each process gets, to a file of each."""
+"""Started, in several processes, from test_sources.py: which samples each process gets, to a file of each."""
 
 import json
 import os
-import sys
 
 import torch
 from accelerate import skip_first_batches
@@ -15,6 +14,7 @@ from miniclip.training.dataset import RunDataset
 from miniclip.training.streaming import StreamDataset
 from miniclip.training.trainer import RunTrainer
 from miniclip.transforms import Preprocess
+from miniclip.utils.command_line import run
 
 
 def collate(items: list[dict]) -> dict:
@@ -57,9 +57,7 @@ def main(cases_file: str, output: str):
         results[name] = epochs
     with open(f"{output}.{os.environ.get('RANK', 0)}", "w") as file:
         json.dump(results, file)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda argv: main(*argv))

@@ -3,34 +3,26 @@ begins in a moment. Prints what came of it as JSON.
 
     python tests/survival_worker.py chain OUT PROCESSES KILLS SEED -- train.py's options
     python tests/survival_worker.py boundaries OUT
+    python tests/survival_worker.py memory OUT BATCH
 """
 
 import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.forge import KilledAt, fork, prepare  # noqa: E402
+from tests.forge import KilledAt, launch, prepare  # noqa: E402
 
 
-def launch(argv: list[str], processes: int, log: Path) -> list[int]:
+def start(argv: list[str], processes: int, log: Path) -> list[int]:
     """Starts a run of so many processes; gives their ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with open(log, "ab") as file:
-        return [
-            fork(["train.py", *argv], file.fileno(), file.fileno(),
-                 several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else None)
-            for rank in range(processes)
-        ]  # fmt: skip
+        return launch(["train.py", *argv], processes, file.fileno(), file.fileno())
 
 
 def wait(pids: list[int]) -> list[int]:
@@ -53,7 +45,7 @@ def chain(out: Path, processes: int, kills: int, seed: int, argv: list[str]) -> 
     out.mkdir()
     run = [*argv, "--output_dir", str(out / "cut"), "--resume"]
     while killed < kills:
-        pids = launch(run, processes, log)
+        pids = start(run, processes, log)
         before, saves = state(out / "cut"), draw.randrange(3)  # so many checkpoints are made first
         in_save = killed % 2 == 0
         while not over(pids):
@@ -69,8 +61,8 @@ def chain(out: Path, processes: int, kills: int, seed: int, argv: list[str]) -> 
         wait(pids)
         killed += 1
         inside += bool(state(out / "cut")[1])
-    last = wait(launch(run, processes, log))
-    whole = wait(launch([*argv, "--output_dir", str(out / "whole")], processes, log))
+    last = wait(start(run, processes, log))
+    whole = wait(start([*argv, "--output_dir", str(out / "whole")], processes, log))
     return {"killed": killed, "inside": inside, "codes": last + whole, "log": log.read_text()}
 
 
@@ -125,6 +117,24 @@ def boundaries(out: Path) -> dict:
     return {"moments": fatal - 1, "newest": found, "left": left}
 
 
+def memory(out: Path, batch: int) -> str:
+    """Trains with a batch in an address space too small for 2,048; gives the error, if there is one."""
+    import resource
+
+    from miniclip.utils.errors import InputError
+    from tests.survival_trainer import make_trainer
+
+    make_trainer(out, 1, 4, 256, 2048, save_strategy="no").train()  # then all that is loaded late is there
+    trainer = make_trainer(out, 1, batch, 256, 2048, save_strategy="no")
+    room = 4096 * int(Path("/proc/self/statm").read_text().split()[0]) + 450_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (room, room))
+    try:
+        trainer.train()
+        return "trained"
+    except InputError as error:
+        return str(error)
+
+
 def main(argv: list[str]):
     prepare()
     answer = os.fdopen(os.dup(1), "w")
@@ -133,6 +143,8 @@ def main(argv: list[str]):
     if what == "chain":
         number = rest.index("--")
         result = chain(Path(out), *map(int, rest[:number]), rest[number + 1 :])
+    elif what == "memory":
+        result = memory(Path(out), int(rest[0]))
     else:
         result = boundaries(Path(out))
     print(json.dumps(result), file=answer, flush=True)

@@ -42,9 +42,12 @@ def read_class_flags(options) -> tuple[dict[str, str] | None, list[str]]:
 def open_model(options):
     """Returns `(model, preprocess, tokenizer)` with an inference copy of the model."""
     from miniclip.inference.load import load
+    from miniclip.inference.matmul import suggest_bf16
 
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
-    return load(options.model, options.pretrained, find_device(options.device), options.precision)
+    device = find_device(options.device)
+    suggest_bf16(options.precision, device)
+    return load(options.model, options.pretrained, device, options.precision)
 
 
 def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):

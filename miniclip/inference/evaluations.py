@@ -13,6 +13,7 @@ from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.inference.feature_files import find_features, read_features
 from miniclip.inference.load import load
+from miniclip.inference.matmul import suggest_bf16
 from miniclip.inference.options import merged, single
 from miniclip.retrieval import KS
 from miniclip.transforms import Preprocess
@@ -97,6 +98,7 @@ class Model:
 
     def __init__(self, options: Namespace):
         self.device = find_device(options.device)
+        suggest_bf16(options.precision, self.device)
         self.model, self.preprocess, self.tokenizer = load(options.model, options.pretrained, self.device)
         self.preprocess, self.cache = Preprocess(self.model.config.preprocess_cfg, options.decode), None
         if options.feature_cache:

@@ -1,7 +1,9 @@
 """Matrix products in fp32, bf16 and int8: oneDNN where it is faster and as exact, and the layers that use it."""
 
+import copy
 import hashlib
 import json
+import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
@@ -25,7 +27,7 @@ class Route(NamedTuple):
 @cache
 def cpu_routes() -> dict[str, Route]:
     """What `measure_routes` found here the first time: another result would change the last bits of a training run."""
-    about = f"{processor()} {torch.__version__} {torch.get_num_threads()}"
+    about = f"{processor()} {torch.__version__} {torch.get_num_threads()} with bf16"
     path = user_cache() / f"products-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
     def kept() -> dict[str, Route]:
@@ -53,7 +55,7 @@ def measure_routes() -> dict[str, Route]:
     "default" is torch's own. "medium" makes torch use oneDNN, in training too, but permits rounding to bf16, which
     processors with matrix units do. "packed" is oneDNN in strict fp32 with weights laid out for it, for inference. A
     way is used if it is at least 1.2 times as fast as the default and its error at most four times as large: rounding
-    to bf16 makes it a thousand times as large."""
+    to bf16 makes it a thousand times as large. "bf16" is measured only to be suggested (`suggest_bf16`)."""
     draw = torch.Generator().manual_seed(0)
     linear = nn.Linear(512, 2048)
     linear.weight.data, x = (torch.randn(rows, 512, generator=draw) for rows in (2048, 256))
@@ -61,6 +63,9 @@ def measure_routes() -> dict[str, Route]:
     ways = {"default": linear}
     if torch.backends.mkldnn.is_available():
         ways |= {"medium": linear, "packed": OneDnnLinear(linear)}
+    if packs("bf16"):
+        rounded = OneDnnLinear(copy.deepcopy(linear).bfloat16())
+        ways["bf16"] = lambda x: rounded(x.bfloat16())
     seconds, errors = {way: [] for way in ways}, {}
     with torch.inference_mode():
         exact = x.double() @ linear.weight.double().T
@@ -86,6 +91,19 @@ def packs(precision: str) -> bool:
     if precision == "bf16":
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return precision == "fp32" and pays("packed")
+
+
+@cache
+def suggest_bf16(precision: str, device: str | torch.device):
+    """Prints a line, once, if fp32 was asked for and bf16 is at least twice as fast on this processor: one with matrix
+    units for bf16 (AMX), or whose bf16 instructions are that fast."""
+    if precision != "fp32" or torch.device(device).type != "cpu":
+        return
+    routes = cpu_routes()
+    best = max(route.speedup for way, route in routes.items() if way == "default" or route.used)
+    if "bf16" in routes and routes["bf16"].speedup >= 2 * best:
+        times = f"{routes['bf16'].speedup / best:.1f} times as fast as fp32 on this processor ({processor()})"
+        print(f"matrix products in bf16 are {times}: try --precision bf16", file=sys.stderr)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ class Run(ExitStack):
         check_reporters(args)
         self.options, self.args, self.folder = options, args, Path(args.output_dir)
         given = args.resume_from_checkpoint
-        self.resume = options.resume or given in ("latest", "True", "true") or given
+        self.resume = given in ("latest", "True", "true") or given
         self.bad_samples = BadSamples()
         earlier = [*checkpoints(self.folder), *self.folder.glob("model.safetensors")]
         if earlier and not self.resume and not options.overwrite_output_dir:
@@ -55,4 +55,4 @@ class Run(ExitStack):
             if len(self.bad_samples):
                 print(f"bad samples were skipped {len(self.bad_samples)} times: {self.bad_samples.path}")
         trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()  # threads of an open process group can abort the process at its exit
+        trainer.accelerator.end_training()  # destroys the process group

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -66,6 +67,7 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
         "model": json.loads(json.dumps(model.config.to_dict())),
         "data": fingerprint(options.train_file, records),
         "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,
+        "holdout": None if options.eval_file or not eval_records else _drawn(eval_records),
         "seed": args.seed,
         "pairs_per_step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "processes": args.world_size,
@@ -73,6 +75,12 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
         "options": dataclasses.asdict(options),
         "arguments": {name: value for name, value in args.to_dict().items() if isinstance(value, plain)},
     }
+
+
+def _drawn(records: Sequence[dict]) -> dict:
+    """What was held out of the training data: how many images, and a digest of their captions."""
+    captions = [record["caption"] for record in records]
+    return {"images": len(captions), "sha256": hashlib.sha256(json.dumps(captions).encode()).hexdigest()}
 
 
 def evaluation_metadata(argv: Sequence[str], options, records, device, files: Sequence = ()) -> dict:

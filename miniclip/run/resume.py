@@ -20,7 +20,8 @@ _SCHEDULE = "the learning rate would jump from one schedule into the middle of a
 _BEST = "the best checkpoint so far was chosen by it"
 # What must be the same for a run to resume, by its name in the metadata, and why.
 SAME = {
-    "data": _ORDER, "seed": _DRAWS, "arguments.data_seed": _ORDER, "arguments.train_sampling_strategy": _ORDER,
+    "data": _ORDER, "holdout": "images would move between training and evaluation",
+    "seed": _DRAWS, "arguments.data_seed": _ORDER, "arguments.train_sampling_strategy": _ORDER,
     "options.streaming": _ORDER, "options.train_num_samples": _ORDER, "options.train_data_upsampling_factors": _ORDER,
     "arguments.dataloader_drop_last": "an epoch would have another number of steps",
     "pairs_per_step": "the position in the epoch is counted in steps of the old size",

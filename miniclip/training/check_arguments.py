@@ -211,7 +211,7 @@ def check_given(options, args: TrainingArguments, given: dict, named: Collection
     for name, others, why in without_effect(options, args):
         if name in given and (name in named or not set(others) & set(named)):
             raise InputError(f"{name} has no effect {why}. Remove it")
-    if not options.eval_file:
+    if not (options.eval_file or options.holdout != 0 and not options.streaming):
         for name, wanted in (
             ("eval_strategy", args.eval_strategy != "no"), ("save_strategy best", args.save_strategy == "best"),
             ("load_best_model_at_end", args.load_best_model_at_end), ("eval_on_start", args.eval_on_start),
@@ -221,11 +221,14 @@ def check_given(options, args: TrainingArguments, given: dict, named: Collection
             if wanted:
                 raise InputError(f"{name} needs something to measure. Add --eval_file")
     elif given.get("do_eval", True) is False:
-        raise InputError("do_eval is false, but eval_file is measured at the end. Remove one of them")
-    if folder := args.resume_from_checkpoint:
-        if options.overwrite_output_dir or options.resume:
-            other = "resume" if options.resume else "overwrite_output_dir"
-            raise InputError(f"resume_from_checkpoint {folder} and {other} contradict each other. Remove one of them")
+        what, fix = "a held-out part", "Replace it by --holdout 0"
+        if options.eval_file:
+            what, fix = "eval_file", "Remove one of them"
+        raise InputError(f"do_eval is false, but {what} is measured at the end. {fix}")
+    if {"resume", "resume_from_checkpoint"} <= set(named):
+        raise InputError("resume and resume_from_checkpoint contradict each other. Remove one of them")
+    if args.resume_from_checkpoint and options.overwrite_output_dir:
+        raise InputError("resume continues the run that overwrite_output_dir deletes. Remove one of them")
 
 
 def without_effect(options, args: TrainingArguments):

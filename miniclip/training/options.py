@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from miniclip.training import losses
 from miniclip.utils.command_line import HELP, option
@@ -19,7 +20,10 @@ class TrainOptions:
     model: str | None = option(None, HELP["model"] + "; a folder's weights are loaded too")
     pretrained: str | None = option(None, HELP["pretrained"])
     train_file: str | None = option(None, HELP["eval_file"])
-    eval_file: str | None = option(None, "evaluation data, in the same forms; without it nothing is measured")
+    eval_file: str | None = option(None, "evaluation data, in the same forms; without it, see holdout")
+    holdout: float | None = option(
+        None, "without eval_file: share of the training images held out to measure (default: 0.1); 0: train on all"
+    )
     image_root: list[str] | None = option(None, HELP["image_root"] + "; a second one is for eval_file")
     columns: list[str] | None = option(None, HELP["columns"])
     train_num_samples: int | None = option(None, "samples per epoch, drawn with replacement")
@@ -52,8 +56,9 @@ class TrainOptions:
         choices=["positive", "exclude", "ignore"],
     )  # fmt: skip
     fixed_logit_scale: float | None = option(None, "keep the logit scale at this value, from 1 to 100")
-    resume: bool = option(False, "resume from the newest complete checkpoint in output_dir, if there is one")
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir and delete its checkpoints")
+
+    given: ClassVar[frozenset[str]] = frozenset()  # names set by the command line or the recipe, also arguments
 
     def __post_init__(self):
         for f in fields(self):
@@ -100,10 +105,12 @@ class TrainOptions:
             yield f"a teacher needs images and captions, but a tower is {frozen} and only its features are kept"
         if self.loss == "affinity" and self.duplicates != "positive":
             yield "duplicates has no effect with the affinity loss, which has only the teacher's scores. Remove it"
-        if self.early_stopping_patience and not self.eval_file:
+        if self.holdout and self.eval_file:
+            yield "holdout has no effect with eval_file, which has images of its own. Remove one of them"
+        if self.holdout and self.streaming:
+            yield "holdout cannot be drawn from a stream, which is read once. Use --eval_file"
+        if self.early_stopping_patience and not self.eval_file and (self.streaming or self.holdout == 0):
             yield "early_stopping_patience needs recall to watch. Add --eval_file"
-        if self.resume and self.overwrite_output_dir:
-            yield "resume continues the run that overwrite_output_dir deletes. Remove one of them"
         if len(self.image_root or ()) == 2 and not self.eval_file:
             yield "the second folder of image_root is for eval_file. Add --eval_file or remove the folder"
 
@@ -120,7 +127,7 @@ RANGES = {  # the values that are allowed, as words and as a test
     "tower_lr_scales": ("two numbers above 0 (0 is freeze_image or freeze_text)", lambda x: len(x) == 2 and min(x) > 0),
     "patch_dropout": ("a fraction below 1 and, if it is above 0, the last fraction of the steps without it",
                       lambda x: len(x) < 3 and 0 <= x[0] < 1 and (len(x) == 1 or x[0] and 0 <= x[1] <= 1)),
-    "ema": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "ema": ("at least 0 and below 1", lambda x: 0 <= x < 1), "holdout": ("from 0 to 0.9", lambda x: 0 <= x <= 0.9),
     "teacher": ("a folder, or a config and its weights", lambda x: len(x) < 3),
     "fixed_logit_scale": ("from 1 to 100", lambda x: 1 <= x <= 100),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """The command line of `train.py`: recipes, the options given, and the defaults that follow from them."""
 
+import argparse
 import json
 import os
 import sys
@@ -30,8 +31,10 @@ ALIASES = {  # OpenCLIP's names, and --split of other commands
     "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
     "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
 }  # fmt: skip
-MORE_HELP = """\
+RESUME = "resume from the newest complete checkpoint in output_dir, if there is one"
+MORE_HELP = f"""\
   --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint FOLDER, ...
+  --resume                        {RESUME}
 
 No CLIP weights? Two public encoders, joined by two projections, learn from a few hundred captioned images
 in a minute, without a GPU (docs/towers.md; EfficientNet-Lite0-E5 for languages other than English):
@@ -60,6 +63,10 @@ def parse_train(argv: list[str]):
         aliases = ALIASES
 
     parser = TrainParser((TrainOptions, RunArguments), prog="train.py")
+    parser.add_argument(  # short for an argument of Hugging Face's
+        "--resume", dest="resume_from_checkpoint", nargs="?", const="latest", default=argparse.SUPPRESS,
+        type=lambda text: "latest" if text == "latest" or string_to_bool(text) else None, help=RESUME,
+    )  # fmt: skip
     for action in parser._actions:
         if action.type is string_to_bool:  # --bf16 alone means true, also where the default is not false
             action.nargs, action.const = "?", True
@@ -74,6 +81,7 @@ def parse_train(argv: list[str]):
     given = recipe | {name: value for name, value in first.items() if name in named}
     parser.set_defaults(**defaults(given) | recipe)
     options, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    options.given = frozenset(given)
     check_given(options, args, given, named)
     return options, args
 
@@ -99,6 +107,8 @@ def read_recipe(path: str, parser: Parser) -> dict:
     if not isinstance(recipe, dict):
         parser.error(f"the recipe {path} is not a JSON object of options")
     recipe = {name: value for name, value in recipe.items() if not name.startswith("_")}
+    if recipe.pop("resume", False):
+        recipe["resume_from_checkpoint"] = "latest"
     for name in recipe.keys() - {action.dest for action in parser._actions}:
         parser.error(f"{path}: {parser.nearest(name)}")
     return recipe
@@ -114,7 +124,8 @@ def defaults(given: dict) -> dict:
     elif not all(frozen) or given.get("pretrained") or os.path.isdir(given.get("model") or ""):
         usual = FINE_TUNE
     usually = "steps" if given.get("eval_steps") else "epoch"
-    evaluation = {"eval_strategy": usually} if given.get("eval_file") else {}
+    measured = given.get("eval_file") or given.get("holdout") != 0 and not given.get("streaming")
+    evaluation = {"eval_strategy": usually} if measured else {}
     if given.get("early_stopping_patience") or given.get("load_best_model_at_end"):
         # The best model can be restored if there is a checkpoint at each evaluation.
         when = given.get("eval_strategy", usually)

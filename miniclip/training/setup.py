@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from transformers import set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from miniclip.datasets.read import describe, read_source
 from miniclip.datasets.records import ReadOptions, one_per_image
@@ -15,6 +16,7 @@ from miniclip.inference import matmul
 from miniclip.inference.load import load
 from miniclip.training.augment import TrainTransform
 from miniclip.training.dataset import RunDataset
+from miniclip.training.holdout import epoch_length, fit_batch, hold_out
 from miniclip.training.streaming import StreamDataset
 from miniclip.utils.bad_samples import BadSamples, CaptionFileError
 from miniclip.utils.errors import InputError
@@ -22,7 +24,8 @@ from miniclip.utils.errors import InputError
 
 def read_data(options, args, bad_samples: BadSamples):
     """Reads both caption files: training records (None for a stream), evaluation records or None, and the dataset class
-    for the former. Raises CaptionFileError with all that is wrong with either."""
+    for the former. Without an evaluation file a share of the training images is held out. Lowers a batch that was not
+    asked for to the number of images. Raises CaptionFileError with all that is wrong with either."""
     for name in ("model", "train_file"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing (see --help)")
@@ -51,6 +54,19 @@ def read_data(options, args, bad_samples: BadSamples):
         problems.append(str(error))
     if problems:
         raise CaptionFileError("\n".join(problems))
+    lines = []
+    if not options.eval_file and not options.streaming and options.holdout != 0:
+        records, eval_records, line = hold_out(records, options.holdout, args.seed, options.train_file)
+        lines.append(line)
+        if eval_records is None and args.load_best_model_at_end:
+            raise InputError(f"the best model cannot be found: {line}")
+        if eval_records is None and "eval_strategy" not in options.given:
+            args.eval_strategy = IntervalStrategy.NO  # it was on because there should have been something to measure
+    number = num_samples if options.streaming else records and epoch_length(records)
+    if number is not None:
+        lines.append(fit_batch(args, number, "per_device_train_batch_size" in options.given))
+    if args.process_index == 0:
+        print(*filter(None, lines), sep="\n", end="\n" * any(lines), flush=True)
     return records, eval_records, make_dataset
 
 

@@ -1,6 +1,7 @@
 """Command lines: the parser of all commands, the flags that they share, and how errors end a command."""
 
 import argparse
+import atexit
 import dataclasses
 import difflib
 import errno
@@ -141,6 +142,37 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, 
 def run(main: Callable[[list[str]], None]):
     """Runs a command. Wrong input ends it with one line instead of a traceback, and an interruption with the exit
     status that shells expect. Unexpected errors keep their traceback."""
+    try:
+        _run(main)
+    finally:
+        if "RANK" in os.environ and "torch.distributed" in sys.modules:  # torchrun and its like set it
+            leave()
+
+
+def leave():
+    """Ends a process of several, with the exit status of the exception that is being handled, if there is one.
+
+    The threads of a process group may still be releasing tensors, in Python, and where the interpreter goes first they
+    abort the process ("terminate called without an active exception", status 134). So this does what the interpreter
+    does at its end, without taking it apart. The group is not destroyed here: after an error or a second Ctrl-C that
+    would wait for processes that still wait for this one; as it is, they see its connections close."""
+    kind, error, trace = sys.exc_info()
+    status = 0 if error is None else 1
+    try:
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+        elif error is not None:
+            sys.excepthook(kind, error, trace)
+        atexit._run_exitfuncs()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    finally:
+        os._exit(status)
+
+
+def _run(main: Callable[[list[str]], None]):
     name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):  # file names may contain characters that cannot be printed
         if hasattr(stream, "reconfigure"):

@@ -351,12 +351,8 @@ def numbered(folder: Path, n: int, files: int) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def shares(tmp_path_factory):
+def shares(tmp_path_factory, forge):
     """What two processes got, and what one got: {case: epochs} of each process."""
-    import os
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("shares")
     shards, tables = numbered(folder, 23, 3)
     one_table = str(folder / "n0.parquet")
@@ -377,10 +373,7 @@ def shares(tmp_path_factory):
         "stream, one file": {"source": one_table, "streaming": True, "batch": 2, "workers": 0, "max_steps": 2},
     }
     (folder / "cases.json").write_text(json.dumps({**cases, "config": config}))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = ["tests/sources_worker.py", str(folder / "cases.json"), str(folder / "got")]
-    done = subprocess.run([*start, *worker], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = forge(["tests/sources_worker.py", str(folder / "cases.json"), str(folder / "got")], 600, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"got.{rank}").read_text()) for rank in (0, 1)]
 

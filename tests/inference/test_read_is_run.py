@@ -288,8 +288,22 @@ EDITS = {
     "activation": {"self.c_proj(self.act(self.c_fc(x)))": "self.c_proj(F.silu(self.c_fc(x)))"},
 }
 SCRIPT = """
-import json, runpy, sys
+import json, os, runpy, sys
+import datasets, faiss, torch, transformers.trainer, matplotlib.font_manager  # what all copies of the package import
+torch.set_num_threads(1)
+children = []
+for edit in sys.argv[2:]:
+    if not (pid := os.fork()):
+        break
+    children.append(pid)
+else:
+    sys.exit(any([os.waitpid(pid, 0)[1] for pid in children]))
+os.chdir(edit)
+sys.path[0] = os.getcwd()
+for stream, name in ((1, "out.txt"), (2, "err.txt")):
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
 import miniclip
+assert miniclip.__file__.startswith(os.getcwd())
 for argv in json.loads(sys.argv[1]):
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
@@ -304,7 +318,6 @@ for precision in (None, "fp32", "bf16", "int8"):
 
 def test_an_edit_of_model_py_has_its_effect_everywhere(tiny_model, caption_set):
     """Copies of the package are edited, and train.py, evaluate.py and the library run from there."""
-    runs = {}
     for edit, lines in EDITS.items():
         folder = caption_set / edit
         shutil.copytree(ROOT / "miniclip", folder / "miniclip", ignore=shutil.ignore_patterns("__pycache__"))
@@ -322,14 +335,12 @@ def test_an_edit_of_model_py_has_its_effect_everywhere(tiny_model, caption_set):
         data += ["--logging_steps", "1", "--per_device_train_batch_size", "12", "--disable_tqdm", "true"]
         argvs = [["train.py", "--model", "start", "--save_strategy", "no", "--train_file", *data],
                  ["evaluate.py", "--model", "start", "--eval_file", "captions.json"]]  # fmt: skip
-        runs[edit] = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, json.dumps(argvs)], cwd=folder, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+    command = [sys.executable, "-c", SCRIPT, json.dumps(argvs), *EDITS]
+    done = subprocess.run(command, cwd=caption_set, text=True, capture_output=True, timeout=600)
     found = {}
-    for edit, run in runs.items():
-        out, err = run.communicate(timeout=600)
-        assert run.returncode == 0, err[-3000:]
+    for edit in EDITS:
+        out, err = ((caption_set / edit / name).read_text() for name in ("out.txt", "err.txt"))
+        assert done.returncode == 0, done.stderr + err[-3000:]
         assert (out + err).count("the plain model runs") == (1 if EDITS[edit] else 0), err[-3000:]
         parts = out.split("=====\n")
         state = json.loads((caption_set / edit / "run" / "trainer_state.json").read_text())

@@ -428,7 +428,7 @@ def test_it_prints_and_asks_for_nothing(tmp_path):
          f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--no-pdf-header-footer",
          "--enable-logging=stderr", f"--log-net-log={tmp_path / 'net.json'}", f"--print-to-pdf={tmp_path / 'page.pdf'}",
          (tmp_path / "new" / "report.html").as_uri()],
-        capture_output=True, timeout=60, check=True,
+        capture_output=True, timeout=600, check=True,
     )  # fmt: skip
     pdf = (tmp_path / "page.pdf").read_bytes()
     assert pdf.startswith(b"%PDF") and len(pdf) > 30_000

@@ -26,13 +26,12 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 SAVE = ["--save_strategy", "steps", "--save_steps", "1"]
 
 
-def survive(*argv) -> dict:
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "survival_worker.py", *map(str, argv)],
-        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def survive(run_script):
+    def run(*argv) -> dict:
+        return json.loads(run_script("tests/survival_worker.py", *argv).stdout.splitlines()[-1])
+
+    return run
 
 
 def options(recipe, **more) -> list[str]:  # noqa: F811
@@ -50,22 +49,23 @@ def options(recipe, **more) -> list[str]:  # noqa: F811
     return [word for option in words for word in option]
 
 
-def test_twenty_kills_at_random_moments(recipe, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(kills, recipe, tmp_path, survive):  # noqa: F811
     """SIGKILL, half of the times within the saving of a checkpoint; what comes out in the end is bit for bit what an
     undisturbed run gives, and the log has each step once."""
     out = tmp_path / "killed"
-    found = survive("chain", out, 1, 20, 1, "--", *options(recipe))
-    assert found["killed"] == 20 and found["inside"] >= 5 and found["codes"] == [0, 0], found
+    found = survive("chain", out, 1, kills, 1, "--", *options(recipe))
+    assert found["killed"] == kills and found["inside"] >= kills // 4 and found["codes"] == [0, 0], found
     assert largest_difference(out / "whole", out / "cut") == 0
-    assert found["log"].count("resuming from") >= 15, "some were killed before they came so far"
-    assert found["log"].count("which was being written when the run was stopped") >= 2
+    assert found["log"].count("resuming from") >= kills * 3 // 4, "some were killed before they came so far"
+    assert found["log"].count("which was being written when the run was stopped") >= kills // 10 + (kills < 10)
     log = [json.loads(line) for line in (out / "cut" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 41)), "each step once"
     check_manifest(out / "cut")
 
 
 @pytest.mark.slow
-def test_kills_of_two_processes_with_chunks_and_accumulation(recipe, tmp_path):  # noqa: F811
+def test_kills_of_two_processes_with_chunks_and_accumulation(recipe, tmp_path, survive):  # noqa: F811
     more = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "grad_cache_chunk_size": 3}
     out = tmp_path / "killed"
     found = survive("chain", out, 2, 8, 2, "--", *options(recipe, **more))
@@ -73,7 +73,7 @@ def test_kills_of_two_processes_with_chunks_and_accumulation(recipe, tmp_path): 
     assert largest_difference(out / "whole", out / "cut") == 0
 
 
-def test_a_kill_at_each_file_of_a_checkpoint(tmp_path):
+def test_a_kill_at_each_file_of_a_checkpoint(tmp_path, survive):
     """Before and after each file is opened, written, renamed, deleted: afterwards the newest checkpoint is complete,
     and it is the new one only from the moment when the folder got its name."""
     found = survive("boundaries", tmp_path / "out")
@@ -138,7 +138,7 @@ def start(*argv, stderr=subprocess.STDOUT) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def until(condition, process, seconds: float = 200):
+def until(condition, process, seconds: float = 600):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()[-3000:]
@@ -172,8 +172,9 @@ def test_a_signal_saves_first(number, processes, recipe, caption_set, run_script
         os.killpg(process.pid, number)  # as clusters do; it is not a second time
     else:
         os.kill(children(process.pid)[-1], number)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == (128 + number if processes == 1 else 1), output[-2000:]
+    assert "terminate called" not in output
     (folder,) = checkpoints(run)
     check_manifest(folder)
     step = int(folder.name.split("-")[1])
@@ -200,7 +201,7 @@ def test_a_signal_without_a_reader_and_where_only_the_best_is_saved(recipe, capt
     process.stdout.close()
     process.stderr.close()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 128 + signal.SIGINT
+    assert process.wait(600) == 128 + signal.SIGINT
     (folder,) = [path for path in checkpoints(run) if path.name not in before]
     check_manifest(folder)
 
@@ -290,7 +291,7 @@ def test_a_data_worker_that_dies_names_its_sample(recipe, caption_set):  # noqa:
     process = start("train.py", recipe, *more, *SAVE)
     until(lambda: logged(run) >= 3, process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 1 and "a data worker died" in output, output[-2000:]
     assert "'record': " in output and ".png" in output and "'caption': " in output and "Traceback" not in output
     assert last_checkpoint(run) is not None
@@ -400,33 +401,9 @@ def test_equal_runs_are_equal_and_leave_their_record(recipe, caption_set, run_sc
     assert record["machine"]["threads"] == 1 and record["pairs_per_step"] == 12
 
 
-def test_out_of_memory_says_which_batch_fits(tmp_path):
+def test_out_of_memory_says_which_batch_fits(tmp_path, run_script):
     """In an address space too small for a batch of 2,048; the batch size that the message names then fits."""
-    script = f"""
-import resource, sys
-sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-import torch
-from miniclip.utils.errors import InputError
-from tests.survival_trainer import make_trainer
-
-torch.set_num_threads(1)
-folder, batch = Path({str(tmp_path)!r}), int(sys.argv[1])
-make_trainer(folder, 1, 4, 256, 2048, save_strategy="no").train()  # then all that is loaded late is there
-trainer = make_trainer(folder, 1, batch, 256, 2048, save_strategy="no")
-room = 4096 * int(Path("/proc/self/statm").read_text().split()[0]) + 450_000_000
-resource.setrlimit(resource.RLIMIT_AS, (room, room))
-try:
-    trainer.train()
-    print("trained")
-except InputError as error:
-    print(error)
-"""
-    output = ""
-    for batch in (2048, None):
-        batch = batch or re.search(r"(\d+) fit \(tried\)\. Use --per_device_train_batch_size \1, or --grad", output)[1]
-        how = {"env": ONE_THREAD, "capture_output": True, "text": True}
-        done = subprocess.run([sys.executable, "-c", script, str(batch)], **how)
-        assert done.returncode == 0, done.stderr[-2000:]
-        output = done.stdout.splitlines()[-1]
-    assert int(batch) < 2048 and output == "trained"
+    output = run_script("tests/survival_worker.py", "memory", tmp_path, 2048).stdout.splitlines()[-1]
+    fits = re.search(r"(\d+) fit \(tried\)\. Use --per_device_train_batch_size \1, or --grad", output)[1]
+    output = run_script("tests/survival_worker.py", "memory", tmp_path, fits).stdout.splitlines()[-1]
+    assert int(fits) < 2048 and output == '"trained"'

@@ -228,10 +228,8 @@ def test_two_processes_with_every_remedy_equal_one(recipe, caption_set, run_scri
     steps = ["--ema", "0.95", "--tower_lr_scales", "0.5", "1", "--layer_decay", "0.7", "--freeze_text", "all_but_1"]
     steps += ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "6", "--adam_epsilon", "1e-3"]
     run_script("train.py", recipe, *steps, "--output_dir", caption_set / "one")
-    run_script(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", recipe, *steps,
-        "--per_device_train_batch_size", "6", "--output_dir", caption_set / "two",
-    )  # fmt: skip
+    half = ["--per_device_train_batch_size", "6", "--output_dir", caption_set / "two"]
+    run_script("train.py", recipe, *steps, *half, processes=2)
     assert largest_difference(caption_set / "one", caption_set / "two") < 1e-4
 
 
@@ -245,7 +243,10 @@ def test_two_processes_with_every_remedy_equal_one(recipe, caption_set, run_scri
     (["--patch_dropout", "1"], "patch_dropout"),
     (["--patch_dropout", "0.5", "--freeze_image", "tower"], "patch_dropout has no effect"),
     (["--patch_dropout", "0.5", "--freeze_image", "all_but_0"], "patch_dropout has no effect"),
-    (["--early_stopping_patience", "2"], "Add --eval_file"),
+    (["--early_stopping_patience", "2", "--holdout", "0"], "Add --eval_file"),
+    (["--holdout", "0.2", "--eval_file", "x.json"], "holdout has no effect with eval_file"),
+    (["--holdout", "0.2", "--streaming", "true"], "holdout cannot be drawn from a stream"),
+    (["--holdout", "1"], "holdout is 1.0. It must be from 0 to 0.9"),
     (["--early_stopping_patience", "0", "--eval_file", "x.json"], "1 or more"),
     (["--early_stopping_patience", "2", "--eval_file", "x.json", "--save_strategy", "no"], "save_strategy is 'no'"),
     (["--early_stopping_patience", "2", "--eval_file", "x.json", "--eval_strategy", "no"], "eval_strategy is 'no'"),

@@ -36,8 +36,7 @@ def folder(caption_set, tiny_model):
 
 
 def start_worker(run_script, processes: int, folder, what: str) -> dict:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "tests/fsdp_worker.py"]
-    run_script(*start, folder, what, env={"PYTHONPATH": str(ROOT)})
+    run_script("tests/fsdp_worker.py", folder, what, processes=processes)
     return json.loads((folder / "found.json").read_text())
 
 
@@ -107,6 +106,7 @@ def test_accelerate_launch_on_two_processes(folder, recipe, run_script):  # noqa
         "train.py", recipe, "--model", folder / "model_dir", "--eval_file", folder / "odd.json",
         "--per_device_train_batch_size", "6", "--learning_rate", "0", "--weight_decay", "0", "--num_train_epochs", "1",
     )  # fmt: skip
+    assert "terminate called" not in done.stderr
     logged = eval_entry(folder / "run")
     metrics = make_trainer(folder, "one", 12).evaluate()
     assert logged == {name: metrics[name] for name in logged} and len(logged) > 6

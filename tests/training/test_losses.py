@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -248,7 +246,7 @@ def test_a_batch_knows_its_duplicates(caption_set, tiny_config):
 
 
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_gradients_equal_those_of_one_process(tiny_config, tmp_path, processes):
+def test_gradients_equal_those_of_one_process(tiny_config, tmp_path, run_script, processes):
     """Of every loss, with duplicates within and across processes, whole and in chunks: within 1e-6."""
     torch.manual_seed(0)
     model, teacher = MiniClip(tiny_config), MiniClip(tiny_config)
@@ -275,11 +273,7 @@ def test_gradients_equal_those_of_one_process(tiny_config, tmp_path, processes):
     results = []
     for n in (1, processes):
         output = tmp_path / f"{n}.pt"
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        subprocess.run(
-            [sys.executable, *launch, "-m", "tests.losses_worker", tmp_path / "batch.pt", output],
-            cwd=ROOT, check=True, timeout=240, capture_output=True, env=quiet_environment(),
-        )  # fmt: skip
+        run_script("tests/losses_worker.py", tmp_path / "batch.pt", output, processes=n)
         results.append(torch.load(output, weights_only=True))
     for case, one, many in zip(cases, *results):
         assert many["loss"].item() == pytest.approx(one["loss"].item(), abs=2e-6), case
@@ -288,12 +282,6 @@ def test_gradients_equal_those_of_one_process(tiny_config, tmp_path, processes):
             assert (one["grads"][name] - many["grads"][name]).abs().max() < 2e-6 * max(1, largest), (case, name)
     by_case = {json.dumps(case, sort_keys=True): one["loss"].item() for case, one in zip(cases, results[0])}
     assert len({round(loss, 4) for loss in by_case.values()}) == len(cases) / 2  # chunks change nothing, the rest does
-
-
-def quiet_environment() -> dict:
-    import os
-
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,9 @@ def test_values_out_of_range_are_refused_on_the_command_line_and_in_recipes(opti
 
 def test_an_eval_file_is_used_each_epoch_unless_told(tmp_path):
     common = ["--output_dir", str(tmp_path), "--use_cpu", "--model", "ViT-B-32"]
-    assert parse_train(common)[1].eval_strategy == "no"
+    assert parse_train(common)[1].eval_strategy == "epoch", "a tenth is held out"
+    for more in (["--holdout", "0"], ["--streaming"]):
+        assert parse_train([*common, *more])[1].eval_strategy == "no"
     assert parse_train([*common, "--eval_file", "x.json"])[1].eval_strategy == "epoch"
     assert parse_train([*common, "--eval_file", "x.json", "--eval_strategy", "no"])[1].eval_strategy == "no"
 

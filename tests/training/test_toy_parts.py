@@ -74,7 +74,7 @@ def test_a_loss_is_named_on_the_command_line(parts, caption_set, monkeypatch, ca
             "--model", str(caption_set / "model"), "--train_file", str(caption_set / "captions.json"), "--loss", name,
             "--output_dir", str(caption_set / name), "--max_steps", "1", "--per_device_train_batch_size", "24",
             "--logging_steps", "1", "--warmup_steps", "0", "--use_cpu", "--duplicates", "ignore",
-            "--disable_tqdm", "true",
+            "--disable_tqdm", "true", "--holdout", "0",
         ])  # fmt: skip
         log = json.loads((caption_set / name / "trainer_state.json").read_text())["log_history"]
         losses[name] = log[0]["loss"]

@@ -30,7 +30,7 @@ def recipe(caption_set, tiny_config):
         "output_dir": str(caption_set / "run"),
         "per_device_train_batch_size": 12, "num_train_epochs": 8, "learning_rate": 3e-3, "hflip": 0.5,
         "color_jitter": 0.1, "logging_steps": 1, "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 3,
-        "disable_tqdm": True,
+        "disable_tqdm": True, "holdout": 0,
     }  # fmt: skip
     (caption_set / "recipe.json").write_text(json.dumps(values))
     return caption_set / "recipe.json"
@@ -107,18 +107,16 @@ def test_an_earlier_run_is_not_mixed_in(recipe, caption_set, run_script):
 
 
 def test_two_processes_equal_one_with_the_whole_batch(recipe, caption_set, run_script):
-    """torchrun with 2 x 6 pairs ends at the weights of one process with 12: the negatives and gradients of both; with
-    images that come twice, in chunks, and over two batches a step."""
+    """2 x 6 pairs end at the weights of one process with 12: the negatives and gradients of both; with images that come
+    twice, in chunks, and over two batches a step."""
     records = json.loads((caption_set / "captions.json").read_text())
     (caption_set / "twice.json").write_text(json.dumps(records + records[:12]))
     steps = ["--max_steps", "4", "--train_file", caption_set / "twice.json"]
     steps += ["--gradient_accumulation_steps", "2", "--grad_cache_chunk_size", "4"]
     steps += ["--eval_file", caption_set / "captions.json"]
     run_script("train.py", recipe, *steps, "--output_dir", caption_set / "one")
-    run_script(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", recipe, *steps,
-        "--per_device_train_batch_size", "6", "--output_dir", caption_set / "two",
-    )  # fmt: skip
+    half = ["--per_device_train_batch_size", "6", "--output_dir", caption_set / "two"]
+    run_script("train.py", recipe, *steps, *half, processes=2)
     one, two = (json.loads((caption_set / run / "trainer_state.json").read_text()) for run in ("one", "two"))
     losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
@@ -138,10 +136,7 @@ def test_gradients_of_two_processes_equal_those_of_one(
     loss.backward()
     saved = {"config": tiny_config.to_dict(), "weights": tiny_model.state_dict(), "chunk_size": chunk_size}
     torch.save({**saved, "pixel_values": pixel_values, "input_ids": input_ids}, tmp_path / "batch.pt")
-    run_script(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "tests/gradients_worker.py", tmp_path / "batch.pt", tmp_path / "grads.pt", env={"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    run_script("tests/gradients_worker.py", tmp_path / "batch.pt", tmp_path / "grads.pt", processes=2)
     two = torch.load(tmp_path / "grads.pt", weights_only=True)
     assert two["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
     for name, p in tiny_model.named_parameters():
