@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from miniclip.training import losses
 from miniclip.utils.command_line import HELP, option
@@ -54,6 +55,8 @@ class TrainOptions:
     fixed_logit_scale: float | None = option(None, "keep the logit scale at this value, from 1 to 100")
     resume: bool = option(False, "resume from the newest complete checkpoint in output_dir, if there is one")
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir and delete its checkpoints")
+
+    check_gradients: ClassVar[bool] = False  # set by `parse_train`: it checks a run, and is no option of one
 
     def __post_init__(self):
         for f in fields(self):

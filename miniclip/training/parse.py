@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from miniclip.config import MiniClipConfig
@@ -29,8 +30,15 @@ ALIASES = {  # OpenCLIP's names
     "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
     "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
 }  # fmt: skip
+CHECK = (  # what a check of the gradients leaves out: evaluating, logging and saving
+    "--eval_strategy no --eval_on_start false --save_strategy no --load_best_model_at_end false --report_to none "
+    "--push_to_hub false --disable_tqdm true --output_dir"
+).split()
 MORE_HELP = """\
   --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint FOLDER, ...
+
+To check the gradients of a run instead of starting it (also: miniclip check; docs/training.md):
+  --check_gradients   compare the first step with one big fp32 batch on one process, and name what differs
 
 No CLIP weights? Two public encoders, joined by two projections, learn from a few hundred captioned images
 in a minute, without a GPU (docs/towers.md; EfficientNet-Lite0-E5 for languages other than English):
@@ -60,14 +68,23 @@ def parse_train(argv: list[str]):
     if "--help_all" in argv:
         parser.print_help()
         sys.exit()
-    recipe = {}
+    recipe, check = {}, "--check_gradients" in argv
+    argv = [word for word in argv if word != "--check_gradients"]
     if argv and not argv[0].startswith("-"):
         recipe, *argv = read_recipe(argv[0], parser), *argv[1:]
     first = vars(parser.parse_args(argv))
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
     parser.set_defaults(**defaults(given) | recipe)
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if not check:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if given.get("resume") or given.get("resume_from_checkpoint"):
+        raise InputError("check_gradients checks the first step. To check a checkpoint name it: --model CHECKPOINT")
+    folder = tempfile.TemporaryDirectory()  # in place of output_dir, which may hold a run
+    options, args = parser.parse_args_into_dataclasses([*argv, *CHECK, folder.name], look_for_args_file=False)
+    options.check_gradients = folder  # deleted with it
+    options.eval_file = options.early_stopping_patience = options.ema = options.feature_cache = None
+    return options, args
 
 
 def train_help() -> str:
