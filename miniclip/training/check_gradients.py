@@ -11,22 +11,22 @@ middle have to be equal, up to the rounding of fp32: what differs there is a mis
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
-from miniclip.inference.matmul import matmul_precision
-from miniclip.model import ClipOutput, MiniClip
+from miniclip.inference.matmul import full_precision
+from miniclip.model import ClipOutput, MiniClip, Tower
+from miniclip.training.finetune import drop_rates, no_dropout
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import open_image
@@ -43,7 +43,7 @@ class Pass:
 
     grads: dict[str, Tensor]
     loss: float
-    embed_grads: list[list[Tensor]] = field(default_factory=list)
+    embed_grads: list[list[Tensor | None]]
     agree: bool = True  # whether all processes have the same gradient
 
 
@@ -57,8 +57,7 @@ class Probe(TrainerCallback):
     def __init__(self, trainer):
         args, self.trainer, self.loss = trainer.args, trainer, trainer.loss
         self.batches, self.passes, self.losses, self.embed_grads, self.dropout = [], {}, [], [], False
-        tf32 = torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
-        tf32 = tf32 and args.device.type == "cuda"
+        tf32 = args.device.type == "cuda" and torch.backends.cudnn.allow_tf32  # torch's default for convolutions
         self.precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "tf32" if tf32 else None
         self.batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in trainer.model.modules())
 
@@ -81,22 +80,22 @@ class Probe(TrainerCallback):
         self.recording, model = [], self.trainer.model
         self.dropout = bool(list(drop_rates(model)))
         if self.dropout:
-            with exactly(model, args, drop=True):
+            with exactly(model, args):
                 self.repeat(self.batches)
-                self.slopes = self.slope()
+                towers = (tower for tower in (model.visual, model.text) if list(drop_rates(tower)))
+                self.slopes = [self.slope(tower) for tower in towers]
             if self.precision:
                 with no_dropout(model):
                     self.passes["without dropout"] = self.repeat(self.batches)
         self.passes["exact"] = self.passes["run"]
         if self.dropout or self.precision or args.torch_compile:
-            with exactly(model, args):
+            with exactly(model, args), no_dropout(model):
                 self.passes["exact"] = self.repeat(self.batches)
-        small = [first_rows(batch) for batch in self.batches]
         wrappers = model.visual.wrappers, model.text.wrappers
-        with exactly(model, args):
+        with exactly(model, args), no_dropout(model):
             for name, fast in (("small", args.fast and not self.trainer.sharded), ("small plain", False)):
                 wrap_towers(model, self.trainer.normalize, 0, fast)
-                self.passes[name] = self.repeat(small)
+                self.passes[name] = self.repeat([first_rows(batch) for batch in self.batches])
         model.visual.wrappers, model.text.wrappers = wrappers
         model.zero_grad()
         raise _Measured
@@ -130,36 +129,33 @@ class Probe(TrainerCallback):
         return Pass(grads, sum(losses) / len(losses), rows, agree)
 
     @torch.no_grad()
-    def slope(self) -> float:
-        """The slope of the loss along its gradient, by moving the weights a little, over what the gradient says: 1, or
-        the backward pass has not drawn the random numbers of the forward pass."""
-        params = [p for p in self.trainer.model.parameters() if p.grad is not None]
-        grads = [p.grad.clone() for p in params]
-        square = sum(float(whole(grad).square().sum()) for grad in grads)
-        losses, far, before = [], 1e-3 / square, [p.clone() for p in params]  # far enough to change it by 0.001
+    def slope(self, tower: Tower) -> float:
+        """The slope of the loss along the gradient of a tower, by moving its weights, over what the gradient says: 1,
+        or the backward pass has not repeated the random numbers of the forward pass."""
+        moved = [(p, p.clone(), p.grad.clone()) for p in tower.parameters() if p.grad is not None]
+        square, losses = sum(float(whole(grad).square().sum()) for _, _, grad in moved), []
+        far = 1e-3 / max(square, 1e-12)  # enough to change the loss by 0.001
         for distance in (far, -far):
-            for p, grad, start in zip(params, grads, before):
-                p.copy_(start.add(grad, alpha=distance))
+            for p, before, grad in moved:
+                p.copy_(before.add(grad, alpha=distance))
             torch.manual_seed(self.seed)
             values = [self.trainer.compute_loss(self.trainer.model_wrapped, dict(batch)) for batch in self.batches]
             losses.append(sum(gather_object([float(sum(values)) / len(values)])) / self.trainer.args.world_size)
-        for p, start in zip(params, before):
-            p.copy_(start)
-        return (losses[0] - losses[1]) / (2 * far * square)
+        for p, before, _ in moved:
+            p.copy_(before)
+        return (losses[0] - losses[1]) / 2e-3 if square > 1e-12 else 1.0
 
     def inputs(self) -> list[list[dict[str, Tensor]]]:
         """The batches of all processes, [accumulation step][process], with images and token ids for features."""
         dataset, tokenize = self.trainer.train_dataset, self.trainer.data_collator.tokenize
-        found = []
-        for batch in self.batches:
-            batch = {name: value.cpu() for name, value in batch.items()}
+        found = [{name: value.cpu() for name, value in batch.items()} for batch in self.batches]
+        for batch in found:
             if "image_features" in batch:
                 images = (dataset.records[int(row[0]) % len(dataset)]["image"] for row in batch["row"])
                 pixels = [dataset.preprocess.levels(open_image(image, dataset.preprocess.scale)) for image in images]
                 batch["pixel_values"] = torch.stack(pixels)
             if "text_features" in batch:
                 batch["input_ids"] = tokenize([dataset.label(row)["caption"] for row in batch["row"]], trim=True)
-            found.append(batch)
         return [list(step) for step in zip(*gather_object([found]))]
 
 
@@ -168,10 +164,8 @@ class Reference:
     and their gradients are added up by the chain rule, so that it needs no more memory than the run."""
 
     def __init__(self, model: MiniClip, loss: Callable, normalize: Callable, device: torch.device, piece: int):
-        self.model, self.loss, self.normalize = model.to(device).train(), loss, normalize
-        self.device, self.piece = device, piece
-        for tower in (model.visual, model.text):
-            tower.wrappers = ()
+        self.model = wrap_towers(model.to(device).train(), normalize, 0, fast=False)
+        self.loss, self.device, self.piece = loss, device, piece
 
     def __call__(self, losses: list[dict[str, Tensor]], precision: str | None = None, piece: int | None = None) -> Pass:
         """The mean gradient of the losses of these batches, of any number of pairs."""
@@ -185,12 +179,11 @@ class Reference:
 
     def add(self, batch: dict[str, Tensor], steps: int, piece: int) -> tuple[float, list[Tensor | None]]:
         """Adds the gradient of one loss, divided by their number. Returns the loss and its embeddings' gradients."""
-        batch, embeds = {name: value.to(self.device) for name, value in batch.items()}, []
-        sides = (self.images, batch["pixel_values"]), (self.model.encode_text, batch["input_ids"])
+        batch, model = {name: value.to(self.device) for name, value in batch.items()}, self.model
+        sides = (model.encode_image, batch["pixel_values"]), (model.encode_text, batch["input_ids"])
         with torch.no_grad():
-            for encode, inputs in sides:
-                embeds.append(torch.cat([encode(part, normalize=True).float() for part in inputs.split(piece)]))
-        leaves, model = [e.requires_grad_() for e in embeds], self.model
+            embeds = [torch.cat([f(part, normalize=True).float() for part in x.split(piece)]) for f, x in sides]
+        leaves = [e.requires_grad_() for e in embeds]
         bias = None if model.logit_bias is None else model.logit_bias.sum()
         loss = self.loss(ClipOutput(*leaves, model.logit_scale.exp().sum(), bias), batch)
         (loss / steps).backward()
@@ -200,18 +193,15 @@ class Reference:
                     embedded.backward(grad.to(embedded.dtype))
         return loss.item(), [leaf.grad.cpu() for leaf in leaves]
 
-    def images(self, levels: Tensor, normalize: bool) -> Tensor:
-        return self.model.encode_image(self.normalize(levels) if levels.dtype == torch.uint8 else levels, normalize)
-
 
 def check_gradients(trainer):
     """Compares the gradients of a trainer's first step with those of one big fp32 batch, prints a table, and raises
     InputError if they differ by more than accumulation, rounding and dropout make. Weights and random numbers stay as
     they are; a process group is ended. No optimizer step is made, and nothing is written."""
     args, model, first = trainer.args, trainer.model, trainer.is_world_process_zero()
-    plain = copy.deepcopy(model) if first else None
     if trainer.is_deepspeed_enabled:
         raise InputError("check_gradients does not work with DeepSpeed. Remove one of them")
+    plain = copy.deepcopy(model) if first else None
     probe, clip = Probe(trainer), args.max_grad_norm
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     trainer.loss, args.max_grad_norm = probe.recorded_loss, 0  # clipping would hide a wrong factor
@@ -259,8 +249,8 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
         columns["dropout"] = run, passes.get("without dropout", exact)
         rates = {f"{name} {rate:g}" for _, name, rate in drop_rates(probe.trainer.model)}
         causes.append(f"the one batch is computed without it ({', '.join(sorted(rates))})")
-        if not abs(probe.slopes - 1) < 0.1:
-            how = f"along the gradient the loss changes {probe.slopes:.2f} times as much as it should"
+        if not all(abs(slope - 1) < 0.03 for slope in probe.slopes):
+            how = f"along the gradient the loss changes {min(probe.slopes):.2f} times as much as it should"
             faults.append(f"The backward pass does not repeat the random numbers of the forward pass: {how}")
     if probe.precision:
         judged = passes.get("without dropout", run)
@@ -276,9 +266,8 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
         alone = reference([batch for step in inputs for batch in step])
         small = reference([concatenate([first_rows(batch) for batch in step], pad) for step in inputs])
         faults.append(explain(passes, expected, alone, small, args, len(steps)))
-    ways = [f"batches of {args.per_device_train_batch_size}"]
-    ways += [f"{len(steps)} accumulation steps"] * (len(steps) > 1)
-    ways += [f"{args.world_size} processes"] * (args.world_size > 1)
+    counts = (len(steps), "accumulation steps"), (args.world_size, "processes")
+    ways = [f"batches of {args.per_device_train_batch_size}", *(f"{n} {what}" for n, what in counts if n > 1)]
     ways += [f"chunks of {args.grad_cache_chunk_size}"] * (args.grad_cache_chunk_size > 0)
     print(f"{', '.join(ways)}, {probe.precision or 'fp32'}, against one fp32 batch of {pairs} pairs on one process")
     print(table(run, one, columns | {"unexplained": (exact, expected)}))
@@ -329,8 +318,9 @@ def wrong_factor(cosine: float, factor: float, counts: dict[str, int]) -> str | 
 
 def vectors(a: Pass, b: Pass, names) -> tuple[Tensor, Tensor]:
     """Two gradients of these parameters as vectors; what has none in one of them counts as 0 there."""
-    either = {name: torch.zeros_like((a.grads | b.grads)[name]) for name in names if name in a.grads | b.grads}
-    return tuple(torch.cat([p.grads.get(n, zero).flatten() for n, zero in either.items()]).double() for p in (a, b))
+    either = {name: torch.zeros_like(g).flatten() for name, g in (a.grads | b.grads).items() if name in names}
+    found = ([p.grads[n].flatten() if n in p.grads else zero for n, zero in either.items()] for p in (a, b))
+    return tuple(torch.cat([torch.zeros(0), *grads]).double() for grads in found)
 
 
 def compare(a: Tensor, b: Tensor) -> tuple[float, float, float]:
@@ -384,11 +374,9 @@ def first_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def concatenate(batches: list[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
     """One batch of several, whose token ids are padded to the same length."""
-    length = max(batch["input_ids"].shape[1] for batch in batches)
-    padded = [
-        b | {"input_ids": F.pad(b["input_ids"], (0, length - b["input_ids"].shape[1]), value=pad)} for b in batches
-    ]
-    return {name: torch.cat([batch[name] for batch in padded]) for name in batches[0]}
+    ids = pad_sequence([row for batch in batches for row in batch["input_ids"]], batch_first=True, padding_value=pad)
+    names = batches[0].keys() - {"input_ids"}
+    return {name: torch.cat([batch[name] for batch in batches]) for name in names} | {"input_ids": ids}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -396,31 +384,9 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def drop_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
-    """All that drops something at random in training: (module, attribute, rate above 0)."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            drops = "drop" in name or name == "p" and isinstance(module, _DropoutNd)
-            if drops and isinstance(value, float) and value > 0:
-                yield module, name, value
-
-
 @contextmanager
-def no_dropout(model: nn.Module):
-    """A context without dropout and patch dropout."""
-    found = list(drop_rates(model))
-    for module, name, _ in found:
-        setattr(module, name, 0.0)
-    try:
-        yield
-    finally:
-        for module, name, rate in found:
-            setattr(module, name, rate)
-
-
-@contextmanager
-def exactly(model: MiniClip, args, drop: bool = False):
-    """A context in which a trainer's towers compute in fp32, uncompiled, and without dropout unless `drop`."""
+def exactly(model: MiniClip, args):
+    """A context in which a trainer's towers compute in fp32 and uncompiled."""
     calls, bf16 = ExitStack(), args.bf16
 
     def enter(*_):
@@ -432,15 +398,6 @@ def exactly(model: MiniClip, args, drop: bool = False):
             stack.enter_context(tower.register_forward_hook(lambda *_: calls.close(), always_call=True))
         stack.enter_context(full_precision())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if not drop:
-            stack.enter_context(no_dropout(model))
         args.bf16 = False  # read by the wrapper of FSDP
         stack.callback(setattr, args, "bf16", bf16)
-        yield
-
-
-@contextmanager
-def full_precision():
-    """A context in which fp32 products are not rounded to TF32 or bf16."""
-    with matmul_precision("highest"), torch.backends.cudnn.flags(allow_tf32=False):
         yield
