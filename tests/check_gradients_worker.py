@@ -78,7 +78,6 @@ class Hook(TrainerCallback):
 
 
 CASES = {  # options, what is replaced, whether the averaging is
-    "plain": ({}, {}, None),
     "all": ({"loss": "siglip", "grad_cache_chunk_size": 2, "gradient_accumulation_steps": 2, "bf16": True}, {}, None),
     "dropout": ({"loss": "distill", "patch_dropout": 0.5, "grad_cache_chunk_size": 4}, {}, None),
     "gather": ({"grad_cache_chunk_size": 2}, {"miniclip.loss.gather": gather_without_gradients}, None),
@@ -103,10 +102,10 @@ def work(folder: Path, name: str, rank: int, port: int):
         (folder / f"{name}.json").write_text(json.dumps(found))
 
 
-def main(folder: Path):
+def main(folder: Path, names: list[str]):
     torch.set_num_threads(1)
     fork = multiprocessing.get_context("fork")  # each case begins with all imports done
-    for name in CASES:
+    for name in names:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -119,4 +118,4 @@ def main(folder: Path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -5,8 +5,8 @@
     expected   the plain model on one process, with one loss for each accumulation step
     one batch  the plain model on one process, with one loss for all pairs of the step
 
-Dropout and rounding make the difference between the first two, accumulation that between the last two. The two in the
-middle have to be equal, up to the rounding of fp32: what differs there is a mistake, whose cause `explain` looks for.
+Dropout and low precision make the first two differ, accumulation the last two. Those in the middle have to be equal, up
+to the rounding of fp32: a difference there is a mistake, whose cause `explain` looks for.
 """
 
 import copy
@@ -95,13 +95,13 @@ class Probe(TrainerCallback):
         with exactly(model, args), no_dropout(model):
             for name, fast in (("small", args.fast and not self.trainer.sharded), ("small plain", False)):
                 wrap_towers(model, self.trainer.normalize, 0, fast)
-                self.passes[name] = self.repeat([first_rows(batch) for batch in self.batches])
+                self.passes[name] = self.repeat(self.batches, SMALL)
         model.visual.wrappers, model.text.wrappers = wrappers
         model.zero_grad()
         raise _Measured
 
-    def repeat(self, batches: list[dict[str, Tensor]]) -> Pass:
-        """The step once more, on these batches, as `Trainer` takes it and with the same random numbers."""
+    def repeat(self, batches: list[dict[str, Tensor]], rows: int | None = None) -> Pass:
+        """The step again, on the first rows of these batches, as `Trainer` takes it, with the same random numbers."""
         self.trainer.model.zero_grad()
         self.losses, self.embed_grads, accelerator = [], [], self.trainer.accelerator
         torch.manual_seed(self.seed)
@@ -109,14 +109,14 @@ class Probe(TrainerCallback):
             last = number == len(batches)
             accelerator.gradient_state._set_sync_gradients(last)
             with nullcontext() if last else accelerator.no_sync(self.trainer.model_wrapped):
-                self.trainer.training_step(self.trainer.model_wrapped, dict(batch))
+                inputs = {name: value[:rows] for name, value in batch.items()}
+                self.trainer.training_step(self.trainer.model_wrapped, inputs)
         self.trainer.guard.batches.clear()
         return self.collect()
 
     def collect(self) -> Pass:
         """What the last step left in the model, as all processes see it."""
-        scaler = self.trainer.accelerator.scaler  # of fp16
-        scale = scaler.get_scale() if scaler else 1
+        scale = scaler.get_scale() if (scaler := self.trainer.accelerator.scaler) else 1  # of fp16
         grads = {
             re.sub(r"_\w+_wrapped_module\.", "", name): whole(p.grad).float().cpu() / scale
             for name, p in self.trainer.model.named_parameters() if p.grad is not None
@@ -235,8 +235,7 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
     expected = reference(steps)
     piece = pairs if probe.batch_norm else reference.piece
     one = expected if len(steps) == 1 and piece == reference.piece else reference([everything], piece=piece)
-    exact, run = passes["exact"], passes["run"]
-    columns, causes, faults = {}, [], []
+    exact, run, columns, causes, faults = passes["exact"], passes["run"], {}, [], []
     if len(steps) > 1:
         fix = f"--per_device_train_batch_size {pairs // args.world_size} --grad_cache_chunk_size {reference.piece}"
         n = pairs // len(steps)
@@ -264,7 +263,7 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
         faults.append("All processes read the same pairs")
     if not same(exact, expected):
         alone = reference([batch for step in inputs for batch in step])
-        small = reference([concatenate([first_rows(batch) for batch in step], pad) for step in inputs])
+        small = reference([concatenate(step, pad, SMALL) for step in inputs])
         faults.append(explain(passes, expected, alone, small, args, len(steps)))
     counts = (len(steps), "accumulation steps"), (args.world_size, "processes")
     ways = [f"batches of {args.per_device_train_batch_size}", *(f"{n} {what}" for n, what in counts if n > 1)]
@@ -368,15 +367,13 @@ def table(run: Pass, one: Pass, columns: dict[str, tuple[Pass, Pass]]) -> str:
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
-def first_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value[:SMALL] for name, value in batch.items()}
-
-
-def concatenate(batches: list[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
-    """One batch of several, whose token ids are padded to the same length."""
-    ids = pad_sequence([row for batch in batches for row in batch["input_ids"]], batch_first=True, padding_value=pad)
+def concatenate(batches: list[dict[str, Tensor]], pad: int, rows: int | None = None) -> dict[str, Tensor]:
+    """One batch of the first rows of several, whose token ids are padded to the same length."""
+    ids = pad_sequence(
+        [row for batch in batches for row in batch["input_ids"][:rows]], batch_first=True, padding_value=pad
+    )
     names = batches[0].keys() - {"input_ids"}
-    return {name: torch.cat([batch[name] for batch in batches]) for name in names} | {"input_ids": ids}
+    return {name: torch.cat([batch[name][:rows] for batch in batches]) for name in names} | {"input_ids": ids}
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -65,23 +65,23 @@ def parse_train(argv: list[str]):
         aliases = ALIASES
 
     parser = TrainParser((TrainOptions, RunArguments), prog="train.py")
+    parser.add_argument("--check_gradients", action="store_true", help="check the first step instead of training")
     if "--help_all" in argv:
         parser.print_help()
         sys.exit()
-    recipe, check = {}, "--check_gradients" in argv
-    argv = [word for word in argv if word != "--check_gradients"]
+    recipe = {}
     if argv and not argv[0].startswith("-"):
         recipe, *argv = read_recipe(argv[0], parser), *argv[1:]
     first = vars(parser.parse_args(argv))
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
     parser.set_defaults(**defaults(given) | recipe)
-    if not check:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if not given.get("check_gradients"):
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[:2]
     if given.get("resume") or given.get("resume_from_checkpoint"):
         raise InputError("check_gradients checks the first step. To check a checkpoint name it: --model CHECKPOINT")
     folder = tempfile.TemporaryDirectory()  # in place of output_dir, which may hold a run
-    options, args = parser.parse_args_into_dataclasses([*argv, *CHECK, folder.name], look_for_args_file=False)
+    options, args, _ = parser.parse_args_into_dataclasses([*argv, *CHECK, folder.name], look_for_args_file=False)
     options.check_gradients = folder  # deleted with it
     options.eval_file = options.early_stopping_patience = options.ema = options.feature_cache = None
     return options, args
