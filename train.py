@@ -23,7 +23,6 @@ def main(argv: list[str]):
     from miniclip.training.trainer import RunTrainer
 
     with Run(options, args) as run:
-        # The data
         train, held_out, dataset_class = read_data(options, args, run.bad_samples)
         run.hold()
 
@@ -33,7 +32,6 @@ def main(argv: list[str]):
         dataset_class, caches = freeze_towers(model, options, args, train, preprocess, tokenizer, dataset_class)
         callbacks, extras = fine_tuning(model, options, args)
 
-        # The trainer
         transform = make_transform(options, model)
         dataset = dataset_class(train, preprocess, args.seed, transform, options.on_bad_sample, run.bad_samples)
         precision = "bf16" if args.bf16 and caches == (None, None) else "fp32"  # later runs read what is in a cache
@@ -48,6 +46,8 @@ def main(argv: list[str]):
         )  # fmt: skip
 
         # Train, save, measure
+        if options.check_gradients:
+            return trainer.check_gradients()
         trainer.train(run.start(trainer))
         trainer.save_model()  # with config.json: a folder for miniclip.load
         metrics = trainer.evaluate() if evaluator else {}

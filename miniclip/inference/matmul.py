@@ -116,6 +116,13 @@ def matmul_precision(precision: str):
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def full_precision():
+    """A context in which fp32 products are not rounded to TF32 or bf16."""
+    with matmul_precision("highest"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def describe(device: str | torch.device) -> str:
     """One line on how fp32 matrices are multiplied in training."""
     routes = cpu_routes() if torch.device(device).type == "cpu" else {}

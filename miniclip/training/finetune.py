@@ -3,10 +3,12 @@
 Freezing is in freeze.py, mixing with the old weights afterwards in wise_ft.py. When to use what: docs/finetuning.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import AveragedModel
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -75,6 +77,25 @@ class PatchDropout(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.tower.patch_dropout = self.own
+
+
+def drop_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """All that drops something at random in training: (module, attribute, rate above 0)."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            drops = "drop" in name or name == "p" and isinstance(module, _DropoutNd)
+            if drops and isinstance(value, float) and value > 0:
+                yield module, name, value
+
+
+@contextmanager
+def no_dropout(model: nn.Module):
+    """A context without dropout and patch dropout."""
+    with ExitStack() as stack:
+        for module, name, rate in list(drop_rates(model)):
+            setattr(module, name, 0.0)
+            stack.callback(setattr, module, name, rate)
+        yield
 
 
 class EarlyStopping(EarlyStoppingCallback):

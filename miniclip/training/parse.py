@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from miniclip.config import MiniClipConfig
@@ -32,9 +33,16 @@ ALIASES = {  # OpenCLIP's names, and --split of other commands
     "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
 }  # fmt: skip
 RESUME = "resume from the newest complete checkpoint in output_dir, if there is one"
+CHECK = (  # what a check of the gradients leaves out: evaluating, logging and saving
+    "--eval_strategy no --eval_on_start false --save_strategy no --load_best_model_at_end false --report_to none "
+    "--push_to_hub false --disable_tqdm true --output_dir"
+).split()
 MORE_HELP = f"""\
   --output_dir, --bf16, --eval_strategy, --save_strategy, --seed, --resume_from_checkpoint FOLDER, ...
   --resume                        {RESUME}
+
+To check the gradients of a run instead of starting it (also: miniclip check; docs/training.md):
+  --check_gradients   compare the first step with one big fp32 batch on one process, and name what differs
 
 No CLIP weights? Two public encoders, joined by two projections, learn from a few hundred captioned images
 in a minute, without a GPU (docs/towers.md; EfficientNet-Lite0-E5 for languages other than English):
@@ -70,6 +78,7 @@ def parse_train(argv: list[str]):
     for action in parser._actions:
         if action.type is string_to_bool:  # --bf16 alone means true, also where the default is not false
             action.nargs, action.const = "?", True
+    parser.add_argument("--check_gradients", action="store_true", help="check the first step instead of training")
     if "--help_all" in argv:
         parser.print_help()
         sys.exit()
@@ -80,9 +89,18 @@ def parse_train(argv: list[str]):
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
     parser.set_defaults(**defaults(given) | recipe)
-    options, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    folder = tempfile.TemporaryDirectory() if given.get("check_gradients") else None  # in place of output_dir
+    more = [*CHECK, folder.name] if folder else []
+    options, args, *_ = parser.parse_args_into_dataclasses([*argv, *more], look_for_args_file=False)
     options.given = frozenset(given)
-    check_given(options, args, given, named)
+    if folder is None:
+        check_given(options, args, given, named)
+        return options, args
+    if args.resume_from_checkpoint:
+        raise InputError("check_gradients checks the first step. To check a checkpoint name it: --model CHECKPOINT")
+    options.check_gradients = folder  # deleted with it
+    options.eval_file = options.early_stopping_patience = options.ema = options.feature_cache = None
+    options.holdout = 0
     return options, args
 
 

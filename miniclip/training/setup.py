@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,8 @@ def read_data(options, args, bad_samples: BadSamples):
             raise InputError(f"--{name} is missing (see --help)")
     records, eval_records, make_dataset, problems = None, None, RunDataset, []
     roots, num_samples = options.image_root or [None], options.train_num_samples
-    reading = ReadOptions.from_args(options, image_root=roots[0], bad_samples=bad_samples)
+    check = {"check_images": not options.check_gradients}  # that is for one step
+    reading = ReadOptions.from_args(options, image_root=roots[0], bad_samples=bad_samples, **check)
     try:
         if options.streaming:
             make_dataset = StreamDataset.opened(options.train_file, args, reading, num_samples=num_samples)
@@ -67,6 +69,9 @@ def read_data(options, args, bad_samples: BadSamples):
         lines.append(fit_batch(args, number, "per_device_train_batch_size" in options.given))
     if args.process_index == 0:
         print(*filter(None, lines), sep="\n", end="\n" * any(lines), flush=True)
+    if options.check_gradients and any(options.frozen):  # all of their features would be computed
+        n = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        records = random.Random(args.seed).sample(list(records), min(n, len(records)))
     return records, eval_records, make_dataset
 
 

@@ -19,6 +19,7 @@ from miniclip.run.guard import GuardedTrainer, spare_workers
 from miniclip.trainer import ClipTrainer
 from miniclip.training import fsdp
 from miniclip.training.arguments import RunArguments
+from miniclip.training.check_gradients import check_gradients
 from miniclip.training.dataset import RunDataset
 from miniclip.training.freeze import FrozenDataset
 from miniclip.training.grad_cache import wrap_towers
@@ -48,7 +49,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         if args.grad_cache_chunk_size and any(learning):
             wrong = "grad_cache_chunk_size: a BatchNorm would compute its statistics from a chunk, not the batch"
             raise InputError(f"{wrong}. Remove it or freeze the image tower (--freeze_image tower or all_but_N)")
-        self.lr_scale, self.ema, self.measured_by = lr_scale, ema, evaluator
+        self.lr_scale, self.ema, self.measured_by, self.normalize = lr_scale, ema, evaluator, preprocess.normalize
         if evaluator:
             check_metric(args, evaluator)
         super().__init__(model, args, train_dataset, evaluator=evaluator and self.measure, **kwargs)
@@ -112,6 +113,10 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
             keep_freed_memory()
         with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
             return super().train(resume_from_checkpoint, **kwargs)
+
+    def check_gradients(self):
+        """See `training/check_gradients.py`."""
+        check_gradients(self)
 
     def _save(self, output_dir=None, state_dict=None):
         # The weights that FSDP gathers have a scale of shape (1,).
