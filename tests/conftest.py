@@ -101,7 +101,7 @@ def run_script(forge):
         argv = list(map(str, argv))
         if argv[:2] == ["-m", "miniclip"] and not env:
             done = forge(["miniclip/__main__.py", *argv[2:]], timeout)
-        elif argv[0] in ("train.py", "evaluate.py") and not env or argv[0].startswith("tests/"):
+        elif (argv[0] in ("train.py", "evaluate.py") or argv[0].startswith("tests/")) and not env:
             done = forge(argv, timeout, processes)
         else:
             done = subprocess.run(

@@ -70,10 +70,17 @@ def parse_train(argv: list[str]):
     class TrainParser(Parser, HfArgumentParser):
         aliases = ALIASES
 
+    def checkpoint(text: str) -> str | None:
+        """Of --resume: true (the newest), false, or a folder; also of a default, which a recipe may have set."""
+        try:
+            return "latest" if string_to_bool(text) else None
+        except argparse.ArgumentTypeError:
+            return text
+
     parser = TrainParser((TrainOptions, RunArguments), prog="train.py")
     parser.add_argument(  # short for an argument of Hugging Face's
         "--resume", dest="resume_from_checkpoint", nargs="?", const="latest", default=argparse.SUPPRESS,
-        type=lambda text: "latest" if text == "latest" or string_to_bool(text) else None, help=RESUME,
+        type=checkpoint, help=RESUME,
     )  # fmt: skip
     for action in parser._actions:
         if action.type is string_to_bool:  # --bf16 alone means true, also where the default is not false

@@ -137,12 +137,13 @@ def site(tmp_path_factory):
             url=f"http://127.0.0.1:{port}", port=port, folder=folder, pictures=pictures, outside=outside, said=said,
             search=search, name=lambda saying, **values: Words("en")(saying, **values),
         )  # fmt: skip
-    finally:
         with socket.create_connection(("127.0.0.1", port), 20) as sock:  # an upload that is under way at the end
             head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Length: 900000\r\n"
             part = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
             sock.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n{part}".encode() + bytes(400_000))
             code = stop(process)
+    finally:
+        process.kill()
     output = (folder / "output.txt").read_text()
     assert code == 128 + signal.SIGINT and output.splitlines()[-1].startswith("miniclip page:"), output[-3000:]
     assert not list((folder / "temporary").iterdir()), "its temporary folder is to go with it"

@@ -115,7 +115,7 @@ def test_every_option_says_what_it_does_on_resuming(tmp_path, caplog):
     """Those in no table apply from the next step on, or only to what is logged, saved, read or measured."""
     later = {
         "options": "image_root columns on_bad_sample allow_outside_image_root crop_scale hflip color_jitter "
-        "patch_dropout early_stopping_patience feature_cache train_file eval_file resume overwrite_output_dir",
+        "patch_dropout early_stopping_patience feature_cache train_file eval_file holdout overwrite_output_dir",
         "arguments": "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed torch_empty_cache_steps",
     }
     for part, cls in (("options", TrainOptions), ("arguments", RunArguments)):

@@ -13,7 +13,7 @@ from miniclip.utils.errors import InputError
 from tests.training.test_training import recipe  # noqa: F401
 
 # Each argument with a value that works on a CPU, and the options that it needs beside it.
-EVAL = ("--eval_file", "x.json")
+EVAL, NOTHING = ("--eval_file", "x.json"), ("--holdout", "0")  # to measure
 WORKERS = ("--dataloader_num_workers", "1")
 WORKS = {
     "output_dir": "out", "per_device_train_batch_size": 7, "num_train_epochs": 2.5, "max_steps": 3,
@@ -111,11 +111,14 @@ def test_what_does_nothing_is_refused_by_name(name, tmp_path, capsys):
     (["--lr_scheduler_kwargs", "x"], "not a JSON object"),
     (["--lr_scheduler_type", "constant", "--warmup_steps", "9"], "warmup_steps has no effect"),
     (["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", '{"a": 1}'], "lr_scheduler_kwargs has no effect"),
-    (["--lr_scheduler_type", "reduce_lr_on_plateau"], "eval"), (["--lr_scheduler_type", "greedy", *EVAL], "max_lr"),
-    (["--train_sampling_strategy", "group_by_length"], "train_sampling_strategy"), (["--do_eval"], "Add --eval_file"),
-    (["--do_eval", "false", *EVAL], "do_eval is false"), (["--eval_strategy", "epoch"], "Add --eval_file"),
-    (["--load_best_model_at_end"], "Add --eval_file"), (["--save_strategy", "best"], "Add --eval_file"),
-    (["--eval_on_start"], "Add --eval_file"), (["--eval_steps", "3"], "eval_steps has no effect"),
+    (["--lr_scheduler_type", "reduce_lr_on_plateau", *NOTHING], "eval"),
+    (["--lr_scheduler_type", "greedy", *EVAL], "max_lr"),
+    (["--train_sampling_strategy", "group_by_length"], "train_sampling_strategy"),
+    (["--do_eval", *NOTHING], "Add --eval_file"),
+    (["--do_eval", "false", *EVAL], "do_eval is false"), (["--eval_strategy", "epoch", *NOTHING], "Add --eval_file"),
+    (["--load_best_model_at_end", *NOTHING], "Add --eval_file"),
+    (["--save_strategy", "best", *NOTHING], "Add --eval_file"),
+    (["--eval_on_start", *NOTHING], "Add --eval_file"), (["--eval_steps", "3", *NOTHING], "eval_steps has no effect"),
     (["--eval_steps", "3", "--eval_strategy", "epoch", *EVAL], "eval_steps has no effect with eval_strategy epoch"),
     (["--save_steps", "3", "--save_strategy", "no"], "save_steps has no effect"), (["--save_steps", "0"], "save_steps"),
     (["--logging_steps", "0"], "logging_steps"), (["--max_steps", "0"], "max_steps is 0"),
@@ -133,7 +136,8 @@ def test_what_does_nothing_is_refused_by_name(name, tmp_path, capsys):
     (["--gradient_checkpointing", "--gradient_checkpointing_kwargs", '{"offload": true}'], "offload"),
     (["--resume_from_checkpoint", "x", "--resume"], "contradict"),
     (["--data_seed", "1", "--train_file", "a::b"], "data_seed"),
-    (["--resume_from_checkpoint", "x", "--overwrite_output_dir"], "contradict"),
+    (["--resume_from_checkpoint", "x", "--overwrite_output_dir"], "resume continues the run"),
+    (["--resume_from_checkpoint", "x", "--resume"], "contradict"),
 ])  # fmt: skip
 def test_what_needs_something_else_says_so(argv, words, tmp_path):
     with pytest.raises(InputError) as refused:
