@@ -55,7 +55,8 @@ def prepare_fsdp(trainer: Trainer):
     def without_cache(tower: Tower, features, inputs: Tensor) -> Tensor:
         # autocast would keep rounded weights for the rest of the forward pass: a copy of them all.
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
-            return features(inputs)
+            x = features(inputs)
+        return x.float()  # the projection may run without autocast, and on a CPU a norm's result is bf16
 
     for tower in (model.visual, model.text):
         tower.wrappers += (without_cache,)

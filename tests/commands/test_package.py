@@ -41,7 +41,7 @@ def test_it_requires_what_the_requirements_files_say(installed):
     lines = [line for path in ROOT.glob("requirements*.txt") for line in path.read_text().splitlines()]
     encoders = (ROOT / "requirements-encoders.txt").read_text()  # those are installed with --no-deps
     assert sorted(required) == sorted(line for line in lines if line[:1] not in ("", "#") and line not in encoders)
-    assert set(about.get_all("Provides-Extra")) == {"test", "ui"}
+    assert set(about.get_all("Provides-Extra")) == {"test", "ui", "heic"}
     entry = next(installed.glob("*.dist-info/entry_points.txt")).read_text()
     assert "miniclip = miniclip.__main__:main" in entry
 

@@ -137,6 +137,17 @@ def test_torchrun_on_any_number_of_processes(processes, folder, recipe, run_scri
     assert logged == {name: metrics[name] for name in logged}
 
 
+def test_train_py_in_bf16(folder, recipe, run_script):  # noqa: F811
+    """The launcher's environment decides what autocast covers: the same losses as without FSDP, within rounding."""
+    common = [recipe, "--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no", "--bf16", "true"]
+    run_script("train.py", *common, "--output_dir", folder / "one")
+    common += ["--per_device_train_batch_size", "6", "--fsdp", "full_shard", "--output_dir", folder / "two"]
+    run_script("train.py", *common, processes=2)
+    logs = [map(json.loads, (folder / run / "log.jsonl").read_text().splitlines()) for run in ("one", "two")]
+    one, two = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
+    assert len(one) == 2 and one == pytest.approx(two, rel=5e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp", "accelerate"])
 def test_train_py_with_fsdp(how, folder, recipe, run_script):  # noqa: F811
