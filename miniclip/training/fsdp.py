@@ -4,6 +4,7 @@ Each process keeps a shard of every weight, gradient and optimizer state; a bloc
 """
 
 import os
+from contextlib import AbstractContextManager
 
 import torch
 from accelerate import PartialState
@@ -11,7 +12,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from miniclip.model import ClipOutput, MiniClip, Tower
+from miniclip.model import ClipOutput, MiniClip
 from miniclip.utils.errors import InputError
 
 SCALARS = ("logit_scale", "logit_bias")
@@ -52,14 +53,11 @@ def prepare_fsdp(trainer: Trainer):
         if (scalar := getattr(model, name)) is not None:
             setattr(model, name, nn.Parameter(scalar.detach().reshape(1), scalar.requires_grad))
 
-    def without_cache(tower: Tower, features, inputs: Tensor) -> Tensor:
-        # autocast would keep rounded weights for the rest of the forward pass: a copy of them all.
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
-            x = features(inputs)
-        return x.float()  # the projection may run without autocast, and on a CPU a norm's result is bf16
 
-    for tower in (model.visual, model.text):
-        tower.wrappers += (without_cache,)
+def autocast(args: TrainingArguments) -> AbstractContextManager:
+    """What the forward pass of a sharded model runs in. A cache would keep rounded copies of all gathered weights for
+    the rest of the pass."""
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
 
 
 def scalar_outputs(outputs: ClipOutput) -> ClipOutput:

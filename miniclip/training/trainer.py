@@ -66,7 +66,8 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As ClipTrainer's; the precomputed features of a frozen tower replace its inputs."""
         images = inputs.get("image_features", inputs.get("pixel_values"))
-        outputs = model(images, inputs.get("text_features", inputs.get("input_ids")))
+        with fsdp.autocast(self.args) if self.sharded else nullcontext():
+            outputs = model(images, inputs.get("text_features", inputs.get("input_ids")))
         outputs = fsdp.scalar_outputs(outputs) if self.sharded else outputs
         loss = self.loss(outputs, inputs)
         self.guard.batches.append((loss.detach(), inputs.get("row"), inputs.get("input_ids")))
