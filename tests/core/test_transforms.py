@@ -96,6 +96,8 @@ def test_bilinear_differs_and_unknown_settings_raise():
         Preprocess(PreprocessConfig(size=32, interpolation="lanczos"))
     with pytest.raises(ValueError, match="'stretch'"):
         Preprocess(PreprocessConfig(size=32, resize_mode="stretch"))
+    with pytest.raises(ValueError, match="decode 'exact' is not one of fast, full, openclip"):
+        Preprocess(PreprocessConfig(size=32), "exact")
 
 
 def test_resize_modes_by_hand():
