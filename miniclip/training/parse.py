@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from miniclip.config import MiniClipConfig
 from miniclip.training.options import TrainOptions
 from miniclip.utils.command_line import Parser, dataclass_help
 from miniclip.utils.errors import InputError
+from miniclip.weights.pretrained import find_folder, is_folder
 
 # From scratch, as in ClipTrainingArguments (importing them takes seconds): every negative counts, and little data calls
 # for a high rate and weight decay.
@@ -146,7 +146,7 @@ def defaults(given: dict) -> dict:
     usual = FROM_SCRATCH
     if len(frozen) == 2 and all(frozen):
         usual = PROJECTIONS
-    elif not all(frozen) or given.get("pretrained") or os.path.isdir(given.get("model") or ""):
+    elif not all(frozen) or given.get("pretrained") or is_folder(given.get("model")):
         usual = FINE_TUNE
     usually = "steps" if given.get("eval_steps") else "epoch"
     measured = given.get("eval_file") or given.get("holdout") != 0 and not given.get("streaming")
@@ -171,7 +171,8 @@ def default_freeze(given: dict) -> dict[str, str]:
     """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher."""
     name = given.get("model") or ""
     try:
-        config = MiniClipConfig.from_name(os.path.join(name, "config.json") if os.path.isdir(name) else name)
+        folder = find_folder(name)
+        config = MiniClipConfig.from_name(str(folder / "config.json") if folder else name)
     except InputError:
         return {}  # reported when the model is made
     default = "tower" if given.get("teacher") is None else "none"  # a student must see images and captions itself

@@ -90,9 +90,9 @@ def download_repo(repo: str, revision: str | None = None, cache_dir: str | Path 
     found = [path for name in (*CONFIGS, *weight_names(False)) if (path := cached(name))]
     folder = Path(found[0]).parent if found else None
     if folder is None or find_weights(folder) == folder:
-        what = f"{repo}@{revision}" if revision else repo
-        state = "is not in the cache" if folder is None else "is in the cache without its weights"
-        raise InputError(f"{what} {state} ({cache}), and {problem}")
+        copy = "no copy of it" if folder is None else "a copy without its weights"
+        at = f" at revision {revision}" if revision else ""
+        raise InputError(f"repository {repo}{at}: {problem} (the cache {cache} has {copy})")
     if not offline():
         logger.warning("%s is taken from the cache: %s", repo, problem)
     return folder

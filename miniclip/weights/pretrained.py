@@ -141,11 +141,25 @@ def find_tag(model: str | Path, pretrained: str | Path | None) -> dict | None:
     tags = list_pretrained_tags_by_model(str(model))
     if clean(pretrained) in tags:
         return get_pretrained_cfg(str(model), str(pretrained))
-    problem = f"{str(pretrained)!r} is not a file or folder"
+    problem = f"there is no file or folder {str(pretrained)!r}"
     if is_folder(model) or str(model).endswith(".json") or not tags:
         raise CheckpointError(f"{problem}, and {model} has no tags; {WHERE}")
     near = closest(clean(pretrained), tags)
-    raise CheckpointError(f"{problem}, nor a tag of {model}; nearest: {near} (`miniclip pretrained {model}` lists all)")
+    raise CheckpointError(
+        f"{problem}, and it is not a tag of {model}; nearest: {near} (`miniclip pretrained {model}` lists all)"
+    )
+
+
+def prefetch(
+    model: str | Path, pretrained: str | Path | None = None, cache_dir: str | Path | None = None
+) -> Path | None:
+    """Downloads what `miniclip.load` would download, and returns the weight file; None if all of it is here anyway."""
+    if facts := find_tag(model, pretrained):
+        return download_pretrained(facts, cache_dir=cache_dir)
+    files = [
+        find_weights(find_folder(name, cache_dir)) for name in (pretrained, model) if str(name or "").startswith(HUB)
+    ]
+    return files[0] if files else None
 
 
 def follow(config: MiniClipConfig, facts: dict, name: str):
