@@ -80,7 +80,7 @@ def worker(server, tmp_path_factory):
     """Runs an expression in a process that has the local server for a hub: gives (result, error, messages)."""
     home = tmp_path_factory.mktemp("home")
     environment = {**os.environ, **ONLINE, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_TOKEN": ""}
+    environment |= {"HF_TOKEN": ""}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.weights.hub_worker"], cwd=ROOT, text=True, env=environment,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -179,12 +179,13 @@ def test_content_that_is_not_what_the_hub_announced_is_deleted(hub, worker, tmp_
     ("org/gated", "hf_other", "it is gated: ask for access at URL/org/gated"),
     ("org/empty", "", "org/empty has no weights named model.safetensors, pytorch_model.bin"),
     ("org/siglip", "", "holds a model of type 'siglip', and MiniCLIP has no such towers"),
+    ("org/broken", "", "a file is missing there"),
     ("a/b/c", "", "'a/b/c' is not the name of a repository: write org/name"),
 ])  # fmt: skip
 def test_a_repository_that_cannot_be_had(name, token, message, hub, worker, repos, tmp_path):
-    hub.private, hub.gated = {"org/private"}, {"org/gated"}
+    hub.private, hub.gated, hub.extra_names = {"org/private"}, {"org/gated"}, {"org/broken": ["processor_config.json"]}
     load = f"load('hf-hub:{name}', cache_dir={str(tmp_path)!r})"
-    for closed in ("private", "gated"):
+    for closed in ("private", "gated", "broken"):
         if not (repos / "org" / closed).exists():
             shutil.copytree(repos / "org" / "ours", repos / "org" / closed)
     found, error, _ = worker(load, HF_TOKEN=token)
