@@ -26,6 +26,7 @@ class HubServer:
     def __init__(self, folder: Path, token: str = "hf_test"):
         self.folder, self.token = Path(folder), token
         self.gated, self.private, self.faults, self.log = set(), set(), {}, []
+        self.status = None  # a status with which everything is refused
         self.stalled = threading.Event()
         self.extra_names, self.wrong_sha256 = {}, set()  # files that a repository lists; files with another ETag
         hub = self
@@ -80,6 +81,8 @@ class Answers(BaseHTTPRequestHandler):
     def answer(self, send_body: bool):
         path, hub = self.path.partition("?")[0], self.server_hub
         hub.log.append((self.command, path, self.headers.get("Range")))
+        if hub.status:
+            return self.refuse(hub.status)
         if match := re.fullmatch(r"/plain/(.+)", path):
             file = hub.folder / match[1]
             return self.file(file, {}, send_body) if file.is_file() else self.refuse(404)

@@ -102,6 +102,7 @@ def hub(server, worker):
     """The server, with no faults and an empty log."""
     server.gated.clear(), server.private.clear(), server.wrong_sha256.clear(), server.extra_names.clear()
     server.faults.clear(), server.log.clear()
+    server.status = None
     return server
 
 
@@ -212,6 +213,10 @@ def test_without_a_connection(hub, worker, tmp_path):
     )
     again, error, said = worker(load, **nowhere)
     assert again == found and not error and said == [f"org/ours is taken from the cache: {problem} to a mirror"]
+    hub.status = 503
+    again, error, said = worker(load)
+    assert again == found and said == [f"org/ours is taken from the cache: {hub.url} answered 503: try again later"]
+    hub.status = None
     convert = ["miniclip/__main__.py", "convert", "hf-hub:org/ours", str(tmp_path / "x.pt"), "--to", "openclip"]
     (code, out), _, _ = worker(f"script(*{convert!r})", **nowhere)
     line = f"miniclip convert: repository org/ours: {problem} to a mirror (the cache HUB has no copy of it)"
