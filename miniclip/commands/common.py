@@ -85,7 +85,9 @@ def finish(options, name: str, results: dict, table: str, bad_samples, summary: 
 
 def check_folder_or_weights(flag: str, model: str, pretrained: str | None):
     """Raises InputError for a model that is a config without weights."""
-    if not Path(model).is_dir() and pretrained is None:
+    from miniclip.weights.pretrained import is_folder
+
+    if not is_folder(model) and pretrained is None:
         raise InputError(f"{flag} {model} is not a folder. If it is the name of a config, add --pretrained")
 
 

@@ -35,6 +35,10 @@ def main(argv: list[str]):
 
     from miniclip.page.requests import listen, stay_inside
     from miniclip.page.server import serve
+    from miniclip.weights.pretrained import prefetch
+
+    if options.model:
+        prefetch(options.model, options.pretrained)  # before the page is cut off from the network
 
     # An upload under way may still be written while the folder is removed.
     with tempfile.TemporaryDirectory(prefix="miniclip-page-", ignore_cleanup_errors=True) as uploads:

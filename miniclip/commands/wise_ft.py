@@ -32,7 +32,7 @@ def main(argv: list[str]):
     except ValueError:
         raise InputError(f"--save_alpha {save!r} is neither a number nor best") from None
     check_folder_or_weights("--before", options.before, options.pretrained)
-    if not Path(options.after).is_dir():
+    if not options.after.startswith("hf-hub:") and not Path(options.after).is_dir():
         raise InputError(f"--after {options.after} is not a folder")
 
     from miniclip.datasets.read import read_source

@@ -113,9 +113,13 @@ class ImageSearch:
 
 
 def model_name(model: str | Path, pretrained: str | Path | None) -> dict[str, str | None]:
-    """Returns how an index names its model: the absolute paths of files and folders, names of configs as they are."""
-    name = str(Path(model).resolve()) if Path(model).exists() else str(model)
-    return {"name": name, "pretrained": str(Path(pretrained).resolve()) if pretrained else None}
+    """Returns how an index names its model: the absolute paths of files and folders, names and tags as they are."""
+
+    def whole(name: str | Path | None) -> str | None:
+        path = Path(str(name or "").removeprefix("local-dir:") or "?")
+        return str(path.resolve()) if path.exists() else None if name is None else str(name)
+
+    return {"name": whole(model), "pretrained": whole(pretrained)}
 
 
 def split_minus(texts: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from miniclip.config import MiniClipConfig
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import ReadOptions, one_per_image
 from miniclip.inference.evaluator import RetrievalEvaluator
@@ -19,6 +18,7 @@ from miniclip.retrieval import KS
 from miniclip.transforms import Preprocess
 from miniclip.utils.bad_samples import BadSamples
 from miniclip.utils.command_line import find_device
+from miniclip.weights.pretrained import check_model, find_tag, prefetch
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Measured:
     evaluator: RetrievalEvaluator
     metrics: dict[str, float]
     device: object = "cpu"
-    files: tuple[Path, ...] = ()  # those of the embeddings
+    files: tuple[Path, ...] = ()  # those of the embeddings, or downloaded weights
     temperature: dict | None = None  # {"scale", "bias" (or None), "start"}; None: measured without a model
     notes: tuple[str, ...] = ()  # on truncated and on repeated captions
     repeated: dict | None = None  # from `RetrievalEvaluator.repeated_captions`
@@ -50,8 +50,9 @@ def evaluations(options: Namespace, bad_samples: BadSamples) -> Iterator[Measure
     for source in sources:
         if source.features:
             find_features(source.features)
-        elif not Path(source.model).is_dir():
-            MiniClipConfig.from_name(source.model)
+        else:
+            check_model(source.model)
+            find_tag(source.model, source.pretrained)
     for source in sources:
         model = None if source.features else Model(merged(options, source))
         for dataset, records in zip(datasets, read):
@@ -99,6 +100,7 @@ class Model:
     def __init__(self, options: Namespace):
         self.device = find_device(options.device)
         suggest_bf16(options.precision, self.device)
+        self.files = tuple(filter(None, [prefetch(options.model, options.pretrained)]))
         self.model, self.preprocess, self.tokenizer = load(options.model, options.pretrained, self.device)
         self.preprocess, self.cache = Preprocess(self.model.config.preprocess_cfg, options.decode), None
         if options.feature_cache:
@@ -129,5 +131,5 @@ class Model:
         temperature = {"scale": scale, "bias": None if bias is None else bias.item(), "start": start}
         return {
             "records": records, "evaluator": evaluator, "metrics": metrics, "device": self.device,
-            "temperature": temperature, "notes": notes,
+            "temperature": temperature, "notes": notes, "files": self.files,
         }  # fmt: skip

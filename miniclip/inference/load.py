@@ -11,34 +11,48 @@ from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
 from miniclip.utils.model_folder import limited_by
 from miniclip.utils.weight_files import find_weights
-from miniclip.weights.load import load_weights
+from miniclip.weights.layouts import load_folder
+from miniclip.weights.load import fill, load_weights, open_checkpoint
+from miniclip.weights.pretrained import check_model, download_pretrained, find_folder, find_tag, follow
 
 
 def load(
     name_or_path: str | Path, pretrained: str | Path | None = None, device: str | torch.device = "cpu",
-    precision: str | None = None,
+    precision: str | None = None, cache_dir: str | Path | None = None,
 ):  # fmt: skip
     """Returns `(model, preprocess, tokenizer)`, the model in evaluation mode.
 
-    `name_or_path` is the name of a config (`miniclip.list_models()`), a config file, or a folder that MiniCLIP saved.
-    `pretrained` is a weight file in any layout that `miniclip.checkpoint` knows, or a folder with one; without one a
-    config's weights are random, with a warning. Weights in half precision are loaded as float32. `preprocess` turns a
-    PIL image into a (3, S, S) tensor, `tokenizer` a list of n strings into (n, context_length) ids. With a `precision`,
-    "fp32", "bf16" or "int8", the model is a faster copy for inference only. Raises InputError for an unknown name, and
-    what `load_weights` raises."""
-    if Path(name_or_path).is_dir():
-        model = MiniClip.from_pretrained(name_or_path)
+    `name_or_path` is the name of a config (`miniclip.list_models()`), a config file, `hf-hub:org/repo` (also with
+    `@revision`), or a folder (also as `local-dir:FOLDER`) in the layout of MiniCLIP, OpenCLIP or transformers'
+    CLIPModel. `pretrained` is a tag of the config (`miniclip.list_pretrained()`), whose activation and preprocessing
+    are followed, or a weight file in any layout that `miniclip.checkpoint` knows, or a folder with one; without one a
+    config's weights are random, with a warning. Downloads are kept in `cache_dir`, by default the Hugging Face cache.
+    Weights in half precision are loaded as float32. `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer`
+    a list of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is a
+    faster copy for inference only. Raises InputError for an unknown name, for what cannot be downloaded, and what
+    `load_weights` raises."""
+    check_model(name_or_path)
+    tag = find_tag(name_or_path, pretrained)
+    weights = find_folder(pretrained or "", cache_dir) or pretrained
+    if tag is not None:
+        weights = download_pretrained(tag, cache_dir=cache_dir)
+    if folder := find_folder(name_or_path, cache_dir):
+        model = load_folder(folder)
     else:
         config = MiniClipConfig.from_name(str(name_or_path))
-        with limited_by(None if pretrained is None else find_weights(pretrained)):
+        if tag is not None:
+            follow(config, tag, f"{name_or_path} {pretrained}")
+        with limited_by(None if weights is None else find_weights(weights)):
             model = MiniClip(config)
-        if pretrained is None:
+        if weights is None:
             model.visual.load_pretrained()
             model.text.load_pretrained()
             if not (config.vision_cfg.pretrained or config.text_cfg.pretrained):
                 warnings.warn(f"{name_or_path} has random weights: no pretrained file was named", stacklevel=2)
-    if pretrained is not None:
-        load_weights(model, pretrained)
+    if tag is not None:  # what is published is better evidence of the activation than the names of files
+        fill(model, open_checkpoint(weights, model), weights, check_activation=False)
+    elif weights is not None:
+        load_weights(model, weights)
     model = model.to(device).eval()
     model = model if precision is None else inference_copy(model, precision)
     return model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer

@@ -1,7 +1,6 @@
 """Distillation: a small model learns to score the pairs of a batch as a larger one does."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from miniclip.loss import gather
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.training.losses import clip
 from miniclip.utils.errors import InputError
+from miniclip.weights.pretrained import is_folder
 
 CHUNK = 256  # pairs that the teacher embeds at once
 
@@ -72,7 +72,7 @@ def distill(model: MiniClip, options, args) -> Distillation:
 def affinity(model: MiniClip, options, args, contrast: Callable | None = None) -> Distillation:
     """The teacher's scores alone, unless there is a contrastive loss to add."""
     name, *weights = options.teacher
-    if not weights and not Path(name).is_dir():
+    if not weights and not is_folder(name):
         raise InputError(f"the teacher {name} has no weights. Name a folder, or add them: --teacher {name} WEIGHTS")
     teacher, preprocess, _ = load(name, *weights)
     return Distillation(teacher, preprocess, model, contrast, args.bf16)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -141,12 +140,14 @@ def read_recipe(path: str, parser: Parser) -> dict:
 
 def defaults(given: dict) -> dict:
     """The defaults that follow from the options given. Raises InputError for those that do not go together."""
+    from miniclip.weights.pretrained import is_folder  # takes a second: torch
+
     freeze = default_freeze(given)
     frozen = [how in ("tower", "all", "all_but_0") for how in freeze.values()]
     usual = FROM_SCRATCH
     if len(frozen) == 2 and all(frozen):
         usual = PROJECTIONS
-    elif not all(frozen) or given.get("pretrained") or os.path.isdir(given.get("model") or ""):
+    elif not all(frozen) or given.get("pretrained") or is_folder(given.get("model")):
         usual = FINE_TUNE
     usually = "steps" if given.get("eval_steps") else "epoch"
     measured = given.get("eval_file") or given.get("holdout") != 0 and not given.get("streaming")
@@ -169,9 +170,12 @@ def defaults(given: dict) -> dict:
 
 def default_freeze(given: dict) -> dict[str, str]:
     """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher."""
+    from miniclip.weights.pretrained import find_folder
+
     name = given.get("model") or ""
     try:
-        config = MiniClipConfig.from_name(os.path.join(name, "config.json") if os.path.isdir(name) else name)
+        folder = find_folder(name)
+        config = MiniClipConfig.from_name(str(folder / "config.json") if folder else name)
     except InputError:
         return {}  # reported when the model is made
     default = "tower" if given.get("teacher") is None else "none"  # a student must see images and captions itself

@@ -5,7 +5,6 @@ import math
 import random
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
@@ -21,6 +20,7 @@ from miniclip.training.holdout import epoch_length, fit_batch, hold_out
 from miniclip.training.streaming import StreamDataset
 from miniclip.utils.bad_samples import BadSamples, CaptionFileError
 from miniclip.utils.errors import InputError
+from miniclip.weights.pretrained import is_folder
 
 
 def read_data(options, args, bad_samples: BadSamples):
@@ -85,7 +85,7 @@ def load_model(options, args, records):
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)
     if args.process_index == 0:
-        given = options.pretrained or Path(options.model).is_dir()
+        given = options.pretrained or is_folder(options.model)
         encoders = model.config.vision_cfg.pretrained or model.config.text_cfg.pretrained
         start = "" if given else ", from pretrained encoders" if encoders else ", from scratch"
         data = f"a stream of {options.train_file}" if options.streaming else describe(records, tokenizer)

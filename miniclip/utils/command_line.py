@@ -30,8 +30,9 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 FLAGS = {  # flags that mean the same in every command, as arguments of add_argument
-    "model": {"help": "a folder saved by MiniCLIP, the name of a config, or a config .json"},
-    "pretrained": {"help": "weights for a config: OpenCLIP, OpenAI, TinyCLIP, Hugging Face or MiniCLIP"},
+    "model": {"help": "a folder of MiniCLIP, OpenCLIP or transformers, hf-hub:org/repo, a config's name or .json"},
+    "pretrained": {"help": "weights for a config: a tag (miniclip pretrained MODEL lists them), or a file or folder of"
+                   " OpenCLIP, OpenAI, TinyCLIP, Hugging Face or MiniCLIP"},
     "eval_file": {"help": "captions: .json, .jsonl, .csv, .tsv, .txt, shards/{000..123}.tar, a folder of images with "
                   "texts, hf:NAME, .parquet; FILE:SPLIT for one split, several with ::, the first N records with [:N] "
                   "(docs/datasets.md)"},

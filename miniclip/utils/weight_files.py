@@ -66,12 +66,18 @@ def find_weights(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         forms = "the path of a weight file (.safetensors, .pt, .bin) or of a folder with one"
-        raise CheckpointError(f"there is no file {str(path)!r}: give {forms}; weights are not found by a name")
+        raise CheckpointError(f"there is no file {str(path)!r}: give {forms}")
     if not path.is_dir():
         return path
-    names = [name + end for end in ("", ".index.json") for name in WEIGHT_FILES]
+    kinds = weight_names((path / "open_clip_config.json").is_file())
+    names = [name + end for name in kinds for end in ("", ".index.json")]
     found = [path / name for name in names if (path / name).is_file()] + sorted(path.glob("*-of-*"))
     return next((file for file in found if not file.name.endswith(".json") or find_shards(file)), path)
+
+
+def weight_names(openclip_first: bool) -> list[str]:
+    """The usual names of weight files, best first. With OpenCLIP's config, `model.safetensors` may be one tower's."""
+    return sorted(WEIGHT_FILES, key=lambda name: openclip_first and not name.startswith("open_clip"))
 
 
 def find_shards(path: Path) -> dict[Path, set[str] | None] | None:

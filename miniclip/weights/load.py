@@ -49,17 +49,22 @@ def load_weights(model: MiniClip, path: str | Path) -> None:
     `path` may be a folder with such a file or with its shards. Raises CheckpointError as `open_checkpoint` does, for a
     path that does not exist, and for other sizes, naming the configs that fit.
     """
-    checkpoint = open_checkpoint(path := find_weights(path), model)
+    fill(model, open_checkpoint(path := find_weights(path), model), path)
+
+
+def fill(model: MiniClip, checkpoint: Checkpoint, path: Path, check_activation: bool = True):
+    """Makes opened weights a model's; `path` is what messages call them. Warns and raises as `load_weights` does."""
     if "logit_bias" in checkpoint.weights and model.logit_bias is None:  # trained with SigLIP's loss
         model.config.init_logit_bias = checkpoint.weights["logit_bias"].item()
         model.logit_bias = nn.Parameter(torch.zeros_like(model.logit_scale))
     model.load_state_dict(fit_weights(checkpoint.weights, model.state_dict(), path), strict=True)
     ours, quick_gelu = model.config.quick_gelu, checkpoint.quick_gelu
-    if quick_gelu not in (None, ours) and any(type(tower) in OWN for tower in (model.visual, model.text)):
+    own = any(type(tower) in OWN for tower in (model.visual, model.text))
+    if check_activation and own and quick_gelu not in (None, ours):
         fix = " or ".join(fitting_configs(checkpoint.weights, quick_gelu)) or "one that differs in quick_gelu only"
         trained = f"{path} was trained with {ACTIVATION_NAMES[quick_gelu]} ({checkpoint.evidence})"
         problem = f"the model computes {ACTIVATION_NAMES[ours]}: it will be worse than it could be"
-        warnings.warn(f"{trained} and {problem}. Use another config: {fix}", stacklevel=2)
+        warnings.warn(f"{trained} and {problem}. Use another config: {fix}", stacklevel=3)
 
 
 def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoint:

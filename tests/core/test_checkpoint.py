@@ -556,7 +556,7 @@ def test_both_activations_ship_for_some_sizes(tmp_path, monkeypatch):
     """As for ViT-B-32: without another sign the choice is the user's, except where it does not go into the file."""
     path = saved(tmp_path, tiny())
     monkeypatch.setattr(
-        "miniclip.weights.convert.fitting_configs", lambda weights, quick_gelu=None: ["X", "X-quickgelu"]
+        "miniclip.weights.layouts.fitting_configs", lambda weights, quick_gelu=None: ["X", "X-quickgelu"]
     )
     for to in ("hf", "miniclip"):
         with pytest.raises(CheckpointError, match="fits X and X-quickgelu: name one with --model"):

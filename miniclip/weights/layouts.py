@@ -1,0 +1,116 @@
+"""Model folders of MiniCLIP, OpenCLIP and transformers: which config is in them, and which weights."""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+from miniclip.config import MiniClipConfig, TextConfig
+from miniclip.model import MiniClip
+from miniclip.tokenizer import Tokenizer
+from miniclip.towers.hf_config import read_preprocessing
+from miniclip.utils.errors import CheckpointError, InputError
+from miniclip.utils.model_folder import limited_by
+from miniclip.utils.weight_files import find_weights, read_json
+from miniclip.weights.load import (
+    Checkpoint,
+    empty_model,
+    fill,
+    fitting_configs,
+    infer_config,
+    open_checkpoint,
+)
+
+
+def load_folder(folder: Path) -> MiniClip:
+    """Returns the model in a folder of MiniCLIP, OpenCLIP (`open_clip_config.json`) or transformers' CLIPModel, in
+    evaluation mode. Raises InputError for another folder, a missing or damaged file and towers that MiniCLIP lacks."""
+    values, theirs = read_json(folder / "config.json"), (folder / "open_clip_config.json").is_file()
+    if "vision_cfg" in values or not theirs and "model_type" not in values:
+        return MiniClip.from_pretrained(folder)
+    if not theirs and values["model_type"] != "clip":
+        kind = f"{folder} holds a model of type {str(values['model_type'])[:50]!r}"
+        raise InputError(f"{kind}, and MiniCLIP has no such towers: of transformers' models it loads CLIPModel")
+    if (source := find_weights(folder)) == folder:
+        raise CheckpointError(f"{folder} has a config but no weights beside it: copy or download it again")
+    config, reason, checkpoint = open_layout(source)
+    if config is None:
+        raise CheckpointError(f"{source}: {reason}")
+    if isinstance(config.text_cfg, TextConfig) and (size := config.text_cfg.vocab_size) < Tokenizer.vocab_size:
+        raise InputError(f"{folder} has another tokenizer, with a vocabulary of {size}: MiniCLIP has CLIP's alone")
+    with limited_by(source):
+        model = MiniClip(config)
+    fill(model, checkpoint, source)
+    return model.eval()
+
+
+def open_layout(source: Path, model: str | None = None) -> tuple[MiniClipConfig | None, str, Checkpoint]:
+    """Returns the config of a weight file (the one with the name `model`, that beside it, or the only shipped one that
+    fits), the reason, and the weights. Without exactly one, the config is None and the reason says what is in doubt."""
+    config, reason = named_config(source.parent, model)
+    with limited_by(source):
+        towers = config and empty_model(config)
+    checkpoint = open_checkpoint(source, towers)
+    if config is None:
+        config, reason = guess_config(checkpoint.weights, checkpoint.quick_gelu, source.parent)
+    return config, reason, checkpoint
+
+
+def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None, str]:
+    """The config with a name or in a folder of MiniCLIP or OpenCLIP, if there is one, and where it comes from."""
+    if name:
+        config = MiniClipConfig.from_name(name)
+        theirs = preprocessing_of(folder) or dataclasses.asdict(config.preprocess_cfg)
+        if differing := [k for k, v in dataclasses.asdict(config.preprocess_cfg).items() if theirs.get(k, v) != v]:
+            problem = f"the config {name} prepares images otherwise than {folder}, in {', '.join(differing)}"
+            warnings.warn(f"{problem}; {name} is followed", stacklevel=3)
+        return config, f"config {name}, as asked"
+    values = read_json(folder / "config.json")
+    if "vision_cfg" not in values and (theirs := read_json(folder / "open_clip_config.json")):
+        images = theirs.get("preprocess_cfg", {})
+        if not isinstance(images, dict) or not isinstance(theirs.get("model_cfg"), dict):
+            raise InputError(f"{folder / 'open_clip_config.json'} has no objects model_cfg and preprocess_cfg")
+        images = {k: v for k, v in images.items() if k != "size"}  # the model's image size
+        values = {k: v for k, v in theirs["model_cfg"].items() if k != "custom_text"}  # only how the weights are named
+        values |= {"preprocess_cfg": images}
+    if "vision_cfg" not in values:
+        return None, ""
+    return MiniClipConfig.from_dict(values, f"the config in {folder}"), f"config of {folder}"
+
+
+def preprocessing_of(folder: Path) -> dict:
+    """The preprocessing in a folder of transformers: in a file of its own, or in its processor's."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (file := folder / name).is_file():
+            return read_preprocessing(file, "CLIPImageProcessor")
+    return {}
+
+
+def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[MiniClipConfig | None, str]:
+    """The config that fits the weights and the reason; None and what is in doubt, if there is not exactly one."""
+    config, sizes = read_json(folder / "config.json"), infer_config(weights)
+    if config.get("model_type") == "clip":  # transformers omits its defaults
+        vision, text = (config.get(name) or {} for name in ("vision_config", "text_config"))
+        if not (isinstance(vision, dict) and isinstance(text, dict)):
+            raise CheckpointError(f"{folder / 'config.json'}: vision_config and text_config are not both objects")
+        activations = {str(tower.get("hidden_act", "quick_gelu")) for tower in (vision, text)}
+        if activations not in ({"gelu"}, {"quick_gelu"}):
+            raise CheckpointError(f"{folder}: hidden_act is {activations}; only gelu and quick_gelu can be converted")
+        sizes["quick_gelu"] = activations == {"quick_gelu"}
+        heads = vision.get("num_attention_heads", 12)
+        if type(heads) is not int or heads < 1 or sizes["vision_cfg"]["width"] % heads:
+            raise CheckpointError(f"{folder / 'config.json'}: num_attention_heads is {heads!r:.100}, not a divisor of"
+                                  f" the width {sizes['vision_cfg']['width']}")  # fmt: skip
+        sizes["vision_cfg"]["head_width"] = sizes["vision_cfg"]["width"] // heads
+        sizes["text_cfg"]["heads"] = text.get("num_attention_heads", 8)
+        if images := preprocessing_of(folder):
+            if (size := images["size"]) != sizes["vision_cfg"]["image_size"]:
+                model_size = f"the model's images are of {sizes['vision_cfg']['image_size']}"
+                warnings.warn(f"{folder}: images are cropped to {size}, but {model_size}, which is kept", stacklevel=3)
+            sizes["preprocess_cfg"] = images | {"size": sizes["vision_cfg"]["image_size"]}
+        return MiniClipConfig.from_dict(sizes, f"the config in {folder}"), f"config of {folder}"
+    fitting = fitting_configs(weights, quick_gelu)
+    if len(fitting) == 1:
+        return MiniClipConfig.from_name(fitting[0]), f"config {fitting[0]}, the only one shipped that fits"
+    sizes = json.dumps(sizes)
+    return None, f"it fits {' and '.join(fitting)}" if fitting else f"no shipped config has its sizes, {sizes}"
