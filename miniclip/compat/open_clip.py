@@ -31,7 +31,7 @@ from miniclip.training.siglip import siglip_loss
 from miniclip.utils.config_files import parse_json
 from miniclip.utils.errors import InputError
 from miniclip.utils.weight_files import find_weights, mismatch, read_state_dict
-from miniclip.weights.layouts import load_folder
+from miniclip.weights.layouts import load_folder, named_config
 from miniclip.weights.load import fill, fit_weights, open_checkpoint
 from miniclip.weights.load import load_weights as load_file
 from miniclip.weights.pretrained import (  # noqa: F401
@@ -105,7 +105,7 @@ def add_model_config(path: str | Path):
 def get_model_config(model_name: str) -> dict | None:
     """Returns the config of a name, `hf-hub:org/repo` or `local-dir:/path`; None for an unknown name."""
     if folder := find_folder(model_name):
-        return load_folder(folder).config.to_dict()
+        return (named_config(folder, None)[0] or load_folder(folder).config).to_dict()
     if model_name in ADDED:
         return copy.deepcopy(ADDED[model_name])
     return parse_json(MODEL_CONFIGS / f"{model_name}.json") if model_name in configs.list_models() else None
@@ -291,18 +291,16 @@ def get_tokenizer(
     model_name: str = "", context_length: int | None = None, cache_dir: str | None = None, **kwargs
 ) -> BaseTokenizer:  # fmt: skip
     """Returns the tokenizer of a model, called with one text or several and, if need be, `context_length`."""
-    values = {}
-    if folder := find_folder(model_name, cache_dir):
-        model = load_folder(folder)
-        values = model.config.to_dict()
-    elif model_name:
-        values = get_model_config(model_name.replace("/", "-"))
-        if values is None:
-            check_model(model_name.replace("/", "-"))
+    folder = find_folder(model_name, cache_dir)
+    name = f"local-dir:{folder}" if folder else model_name.replace("/", "-")
+    values = get_model_config(name) if name else {}
+    if values is None:
+        check_model(name)  # which raises, with the nearest names
     text = values.get("text_cfg", {})
-    if "hf_model_name" in text or "hf_model_config" in text:
+    if {"hf_model_name", "hf_model_config"} & text.keys():
         refuse(", ".join(kwargs), kwargs, "the text tower's own tokenizer has no options")
-        tokenizer = (model if folder else MiniClip(MiniClipConfig.from_dict(values, model_name))).text.tokenizer
+        model = load_folder(folder) if folder else MiniClip(MiniClipConfig.from_dict(values, name))
+        tokenizer = model.text.tokenizer
         tokenizer.context_length = context_length or tokenizer.context_length
         return tokenizer
     return SimpleTokenizer(context_length=context_length or text.get("context_length"), **kwargs)
@@ -373,4 +371,5 @@ def trace_model(model: CLIP, batch_size: int = 256, device: str | torch.device =
     model.eval()
     image = torch.ones(batch_size, 3, model.visual.image_size, model.visual.image_size, device=device)
     text = torch.zeros(batch_size, model.context_length, dtype=torch.int, device=device)
-    return torch.jit.trace_module(model, {"forward": (image, text), "encode_text": (text,), "encode_image": (image,)})
+    inputs = {"forward": (image, text), "encode_text": (text,), "encode_image": (image,)}
+    return torch.jit.trace_module(model, inputs, check_trace=False)

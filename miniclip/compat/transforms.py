@@ -84,7 +84,7 @@ class Resize:
     preprocess: Preprocess = field(repr=False)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        return self.preprocess.resize(image)
+        return self.preprocess.resize(pil(image))
 
 
 @dataclass
@@ -96,7 +96,7 @@ class RandomResizedCrop:
     transform: TrainTransform = field(repr=False)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        box = self.transform.crop_box(*image.size, torch_random())
+        box = self.transform.crop_box(*pil(image).size, torch_random())
         return image.crop(box).resize((self.size, self.size), Image.Resampling.BICUBIC)
 
 
@@ -148,6 +148,13 @@ class Normalize:
     def __call__(self, x: Tensor) -> Tensor:
         mean, std = torch.tensor([self.mean, self.std], dtype=x.dtype, device=x.device).view(2, 3, 1, 1)
         return (x - mean).div_(std)
+
+
+def pil(image) -> Image.Image:
+    """The image. Raises TypeError for anything else."""
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"expected a PIL image, found {type(image).__name__}: open it with PIL.Image.open")
+    return image
 
 
 def torch_random() -> random.Random:

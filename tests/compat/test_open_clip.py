@@ -260,6 +260,8 @@ def test_transforms(names):
     assert open_clip.PreprocessCfg((64, 64)).input_size == (3, 64, 64)
     with pytest.raises(InputError, match="square"):
         open_clip.PreprocessCfg((64, 32))
+    with pytest.raises(TypeError, match="expected a PIL image, found Tensor"):
+        full(torch.zeros(3, 8, 8))
 
 
 def test_training_transform():
@@ -361,7 +363,7 @@ def test_openai_files(file, small, names):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_trace():
     model, ids = create(), open_clip.tokenize(["a dog", "a cat"])
-    traced = open_clip.trace_model(model, batch_size=3)
+    traced = open_clip.trace_model(model, batch_size=1)
     torch.testing.assert_close(traced(IMAGE, ids), model(IMAGE, ids))
     torch.testing.assert_close(traced.encode_text(ids), model.encode_text(ids))
 
@@ -385,6 +387,17 @@ class TestParity:
         assert torch.equal(ids, real_open_clip().tokenize(["a photo of a cat", "猫", "x " * 100]))
         for ours, reals in zip(*(model.eval()(pixels[0], ids) for model, _, _ in both)):
             torch.testing.assert_close(ours, reals, atol=1e-5, rtol=0)
+
+    def test_openai(self, file):
+        if (spec := importlib.util.find_spec("clip")) is None:
+            pytest.skip("needs OpenAI's package: see benchmarks/peers.md")
+        spec = importlib.util.spec_from_file_location("theirs", f"{spec.submodule_search_locations[0]}/model.py")
+        theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+        theirs.convert_weights = lambda model: None  # to half precision
+        ids, (model, _) = clip.tokenize(["a photo of a cat", "two dogs"]), clip.load(file, device="cpu")
+        for ours, real in zip(model(IMAGE, ids), theirs.build_model(torch.load(file))(IMAGE, ids)):
+            torch.testing.assert_close(ours, real, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
     def test_low_precision(self, file, both, precision):
