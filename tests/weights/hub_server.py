@@ -19,12 +19,14 @@ LARGE = (".safetensors", ".bin", ".pt")  # kept by Git LFS: their ETag is the sh
 
 class HubServer:
     """`gated` and `private` are names of repositories, `token` opens them. `faults` maps a file's name to a list: "cut"
-    (the connection breaks in the middle), "whole" (Range is ignored), "changed" (another content of the same size), a
-    status code, or None for a request without one; each request takes one."""
+    (the connection breaks in the middle), "stall" (it stays silent there until `stalled` is set), "whole" (Range is
+    ignored), "changed" (another content of the same size), a status code, or None for a request without one; each
+    request takes one."""
 
     def __init__(self, folder: Path, token: str = "hf_test"):
         self.folder, self.token = Path(folder), token
         self.gated, self.private, self.faults, self.log = set(), set(), {}, []
+        self.stalled = threading.Event()
         self.extra_names, self.wrong_sha256 = {}, set()  # files that a repository lists; files with another ETag
         hub = self
 
@@ -141,18 +143,21 @@ class Answers(BaseHTTPRequestHandler):
             if start >= len(content):
                 return self.refuse(416)
             headers = headers | {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        self.send(content[start:], headers, status, send_body, cut=fault == "cut")
+        self.send(content[start:], headers, status, send_body, fault)
 
-    def send(self, content: bytes, headers: dict, status: int = 200, send_body: bool = True, cut: bool = False):
+    def send(self, content: bytes, headers: dict, status: int = 200, send_body: bool = True, fault: str | None = None):
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        if send_body:
-            self.wfile.write(content[: len(content) // 2] if cut else content)
-        if cut:
+        if not send_body:
+            return
+        broken = fault in ("cut", "stall")
+        self.wfile.write(content[: len(content) // 2] if broken else content)
+        self.close_connection = self.close_connection or broken
+        if fault == "stall":
             self.wfile.flush()
-            self.close_connection = True
+            self.server_hub.stalled.wait(60)
 
     def refuse(self, status: int, code: str = "", headers: dict | None = None):
         self.send(b"", (headers or {}) | ({"X-Error-Code": code, "X-Error-Message": code} if code else {}), status)
