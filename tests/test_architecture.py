@@ -22,6 +22,7 @@ MAY_IMPORT = {  # part -> the parts that it may import, besides itself; a new fo
     "classify": "utils core datasets reports inference",
     "index": "utils core datasets reports inference",
     "page": "utils classify index inference reports",
+    "compat": "utils core towers weights inference training classify",
     "commands": "utils core datasets towers weights reports run inference training classify index page",
 }
 FACADE = {"miniclip", "miniclip.__main__"}  # may import anything, and nothing imports them
@@ -82,6 +83,10 @@ def floors() -> dict[str, int]:
         return depth[name]
 
     return {name: floor(name) for name in GRAPH}
+
+
+def test_nothing_leans_on_the_faces_of_other_libraries():
+    assert not [n for n, others in GRAPH.items() if part(n + ".") != "compat" and any(".compat" in o for o in others)]
 
 
 def test_no_circles():

@@ -1,5 +1,6 @@
 """Class names as data sets write them: words run together, numbers in front, ids whose words are in another file."""
 
+import json
 import logging
 import os
 import re
@@ -19,6 +20,8 @@ FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt", "map_clsloc.
          "classes.json", "class_names.json", "labels.json")  # fmt: skip
 ID = re.compile(r"n?\d+|(c|cls|class|category|id|label)[ _-]?\d+", re.IGNORECASE)  # n: WordNet's, as n01440764
 NUMBERED = re.compile(r"(n\d{8}|\d+)[-_.]+(?=[^\W\d])")  # 001.Black_footed_Albatross, n02085620-Chihuahua
+# ImageNet's classes, {WordNet's id: words} in the order of their numbers, and prompts: see imagenet.LICENSE
+IMAGENET = json.loads(Path(__file__).with_name("imagenet.json").read_text(encoding="utf-8"))
 logger = logging.getLogger(__name__)
 
 
@@ -51,7 +54,8 @@ def warn_of_ids(names: Sequence[str]):
 
 
 def find_words(ids: Sequence[str], folders: Iterable[str]) -> dict[str, str] | None:
-    """Returns {id: words} from the first of FILES, in the folders or those around them, that has words for all ids."""
+    """Returns {id: words} from the first of FILES, in the folders or those around them, that has words for all ids, or
+    from ImageNet's own classes; None if there are none."""
     places = [place for folder in folders if os.path.isdir(folder) for place in (Path(folder), Path(folder, ".."))]
     for path in (place / name for place in places for name in FILES):
         with suppress(InputError, OSError):  # any file may have such a name
@@ -59,7 +63,8 @@ def find_words(ids: Sequence[str], folders: Iterable[str]) -> dict[str, str] | N
             if found.keys() >= set(ids):
                 logger.warning("%s: it has the words for the classes", os.path.normpath(path))
                 return {name: found[name] for name in ids}
-    return None
+    shipped = IMAGENET["classes"]
+    return {name: shipped[name] for name in ids} if shipped.keys() >= set(ids) else None
 
 
 def _read(path: Path, ids: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from miniclip.classify.names import spell_out, warn_of_ids
+from miniclip.classify.names import IMAGENET, spell_out, warn_of_ids
 from miniclip.datasets.records import parse_json, read_text
 from miniclip.utils.errors import InputError
 
@@ -22,8 +22,9 @@ OBJECTS = TEXTS["objects"]  # the default classes, the same in each language
 
 
 def read_templates(path: str | Path) -> list[str]:
-    """Reads templates from a file, one per line or a JSON list. Raises InputError, which names the file."""
-    templates = _read(path)
+    """Reads templates from a file, one per line or a JSON list; "imagenet": OpenAI's 80. Raises InputError, which names
+    the file."""
+    templates = IMAGENET["templates"] if path == "imagenet" else _read(path)
     if not isinstance(templates, list) or not templates or not all(isinstance(t, str) for t in templates):
         raise InputError(f"{path}: expected templates such as: a photo of a {{}}, one per line or as a JSON list")
     for template in templates:
@@ -50,8 +51,11 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
 
     `text` is "dog,cat" or "chien=dog,chat=cat", or a file: one class per line in either form; a JSON list of names; or
     a JSON object of name: words, where the words may be an object by language, {"en": "dog", "zh": "狗"}. A name
-    alone is spelled out: hot_dog. Raises InputError for anything else and for a repeated name.
+    alone is spelled out: hot_dog. "imagenet": its 1,000 classes, by their WordNet ids. Raises InputError for anything
+    else and for a repeated name.
     """
+    if text == "imagenet":
+        return dict(IMAGENET["classes"])
     suffix, classes = Path(text).suffix, {}
     if suffix not in ("", ".json", ".txt") and os.path.isfile(text):
         raise InputError(f"{text}: classes are read from .txt and .json")

@@ -30,6 +30,15 @@ ALIASES = {  # OpenCLIP's names, and --split of other commands
     "distill-model": "teacher", "distill-pretrained": "teacher", "lock-image": "freeze_image",
     "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
     "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
+    "accum-freq": "grad_cache_chunk_size", "grad-clip-norm": "max_grad_norm", "log-every-n-steps": "logging_steps",
+    "opt": "optim", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon", "siglip": "loss siglip",
+    "lr-scheduler": "lr_scheduler_type", "lr-cooldown-end": "lr_scheduler_kwargs", "name": "output_dir",
+    "lr-cooldown-power": "lr_scheduler_kwargs", "skip-scheduler": "lr_scheduler_type constant", "precision": "bf16",
+    "save-frequency": "save_strategy, save_steps", "val-frequency": "eval_strategy, eval_steps",
+    "save-most-recent": "save_total_limit 1", "delete-previous-checkpoint": "save_total_limit 1",
+    "torchcompile": "torch_compile", "dist-backend": "ddp_backend", "ddp-static-graph": "ddp_static_graph",
+    "force-patch-dropout": "patch_dropout", "force-quick-gelu": "model NAME-quickgelu",
+    "dataset-resampled": "train_num_samples", "dataset-type": "train_file",
 }  # fmt: skip
 RESUME = "resume from the newest complete checkpoint in output_dir, if there is one"
 CHECK = (  # what a check of the gradients leaves out: evaluating, logging and saving

@@ -9,7 +9,7 @@ import pytest
 import miniclip
 from miniclip.classify import prompts
 from miniclip.classify.images import choose_classes
-from miniclip.classify.names import spell_out
+from miniclip.classify.names import IMAGENET, spell_out
 from miniclip.classify.zero_shot import build_zero_shot_classifier
 from miniclip.commands import zero_shot
 
@@ -60,7 +60,16 @@ def test_words_of_ids_are_found_beside_the_folders(tmp_path, caplog, ids, name, 
         (place / name).unlink()
     for bad in ("", "tench", "a\nb\nc", "{", "\udcff"):  # of other classes, or anything
         (tmp_path / name).write_bytes(bad.encode(errors="surrogateescape"))
-        assert choose_classes(None, folders, "en", [str(tmp_path / "val")]) == (dict(zip(ids, ids)), [0, 1, 0])
+        own = {key: IMAGENET["classes"].get(key, key) for key in ids}  # ImageNet's words are known
+        assert choose_classes(None, folders, "en", [str(tmp_path / "val")]) == (own, [0, 1, 0])
+
+
+def test_imagenet():
+    classes = prompts.read_classes("imagenet")
+    assert len(classes) == 1000 and classes["n01440764"] == "tench" and list(classes) == sorted(classes)
+    assert len(prompts.read_templates("imagenet")) == 80
+    for template in (*IMAGENET["templates"], *IMAGENET["simple_templates"]):
+        assert prompts.fill(template, "tench").count("tench") == 1
 
 
 def test_ids_are_told_of_where_no_words_are_found(tiny_model):

@@ -11,7 +11,7 @@ from miniclip.trainer import ClipTrainingArguments
 from miniclip.training.arguments import RunArguments
 from miniclip.training.losses import HELP, LOSSES, make_loss
 from miniclip.training.options import TrainOptions
-from miniclip.training.parse import FINE_TUNE, FROM_SCRATCH, parse_train, train_help
+from miniclip.training.parse import ALIASES, FINE_TUNE, FROM_SCRATCH, parse_train, train_help
 from miniclip.utils.command_line import at_least, find_device, printable, run
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import write_text
@@ -29,6 +29,14 @@ def test_help_and_no_arguments_need_neither_torch_nor_transformers(script, run_s
     texts = [run_script("-c", code, script, *argv).stdout for argv in (["--help"], ["-h"], [])]
     assert texts[0] == texts[1] == texts[2]
     assert "--image_root" in texts[0]
+
+
+def test_flags_of_openclip_are_answered_with_ours(capsys):
+    with pytest.raises(SystemExit):
+        parse_train(["--accum_freq", "2"])
+    assert "unknown option 'accum_freq'; nearest: grad_cache_chunk_size" in capsys.readouterr().err
+    known = {field.name for options in (TrainOptions, RunArguments) for field in fields(options)}
+    assert not {part.split()[0] for ours in ALIASES.values() for part in ours.split(", ")} - known
 
 
 def test_defaults_follow_the_start(tmp_path):

@@ -1,0 +1,157 @@
+"""A MiniClip behind the calls, results and weight names of OpenCLIP's and OpenAI's models."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miniclip.checkpoint import rename, to_miniclip
+from miniclip.config import TextConfig
+from miniclip.model import MiniClip, TextTransformer, VisionTransformer
+from miniclip.training.freeze import freeze
+from miniclip.utils.errors import CheckpointError, InputError
+
+AS_IS = "fp32", "amp", "amp_bf16", "amp_bfloat16"  # in fp32; with amp the caller's autocast decides
+LOW = {"fp16": torch.float16, "bf16": torch.bfloat16, "pure_fp16": torch.float16, "pure_bf16": torch.bfloat16}
+
+
+class CLIP(nn.Module):
+    """OpenCLIP's model. `miniclip` is the model inside, for all that MiniCLIP does: saving, training, search.
+
+    `state_dict` has OpenCLIP's names (those of its CustomTextCLIP with `custom_text` or a text tower from elsewhere);
+    `load_state_dict` takes those of any layout that `miniclip.checkpoint` knows."""
+
+    def __init__(self, model: MiniClip, output_dict: bool = False, custom_text: bool = False):
+        super().__init__()
+        self.miniclip, self.output_dict = model, output_dict
+        own_text = isinstance(model.config.text_cfg, TextConfig) and not custom_text
+        self.layout = "openclip" if own_text else "custom_text"
+        for tower in (model.visual, model.text):
+            if type(tower) in (VisionTransformer, TextTransformer):  # stored as OpenCLIP does: no copy to rename it
+                tower.projection.weight.data = tower.projection.weight.data.mT.contiguous().mT
+        self.visual.output_dim, self.visual.preprocess_cfg = model.config.embed_dim, self.config["preprocess_cfg"]
+        self.register_state_dict_post_hook(_to_openclip)
+        self.register_load_state_dict_pre_hook(_from_any)
+
+    visual = property(lambda self: self.miniclip.visual)
+    text = property(lambda self: self.miniclip.text)
+    logit_scale = property(lambda self: self.miniclip.logit_scale)
+    logit_bias = property(lambda self: self.miniclip.logit_bias)
+    context_length = property(lambda self: self.text.tokenizer.context_length)
+    vocab_size = property(lambda self: self.config["text_cfg"]["vocab_size"])
+    config = property(lambda self: self.miniclip.config.to_dict(), doc="plain values, which every torch.load takes")
+    dtype = property(lambda self: next(self.visual.parameters()).dtype)
+    token_embedding = property(lambda self: self.text.token_embedding)
+    positional_embedding = property(lambda self: self.text.positional_embedding)
+    ln_final = property(lambda self: self.text.ln_final)
+    text_projection = property(lambda self: self.text.text_projection.weight.mT)
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        return self.miniclip.encode_image(image.to(self.dtype), normalize)
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        return self.miniclip.encode_text(text, normalize)
+
+    def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logit_scale.exp() * self.encode_image(image, True) @ self.encode_text(text, True).T
+        logits = logits if self.logit_bias is None else logits + self.logit_bias
+        return logits, logits.T
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None):
+        """(image_features, text_features, logit_scale), and logit_bias if there is one; a dict with `output_dict`."""
+        outputs = {
+            "image_features": None if image is None else self.encode_image(image, normalize=True),
+            "text_features": None if text is None else self.encode_text(text, normalize=True),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if self.logit_bias is not None:
+            outputs["logit_bias"] = self.logit_bias
+        return outputs if self.output_dict else tuple(outputs.values())
+
+    def set_grad_checkpointing(self, enable: bool = True):
+        self.miniclip.activation_checkpointing_enable(every_n_layers=int(enable))
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = True):
+        freeze(self.miniclip, image=_locked(unlocked_groups))
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True):
+        freeze(self.miniclip, text=_locked(unlocked_layers))
+
+
+class OpenAIClip(CLIP):
+    """OpenAI's model: called with images and token ids it returns the logits of both directions."""
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.get_logits(image, text)
+
+    def transformer(self, x: Tensor) -> Tensor:
+        """The text tower's blocks, on a sequence (L, B, W) as OpenAI's code arranges it."""
+        return self.text.run_blocks(x.transpose(0, 1), is_causal=True).transpose(0, 1)
+
+
+class LayerNormFp32(nn.LayerNorm):
+    """A LayerNorm with float32 parameters, for activations in half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+def convert_weights_to_lp(model: nn.Module, dtype: torch.dtype = torch.float16):
+    """Converts a model's towers to half precision, but for the parameters of LayerNorm, as OpenAI's models are."""
+    for tower in (model.visual, model.text):
+        if type(tower) not in (VisionTransformer, TextTransformer):
+            tower.to(dtype)
+            continue
+        for module in tower.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.__class__ = LayerNormFp32
+            else:
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+
+
+def set_precision(model: CLIP, precision: str):
+    """Gives a model one of OpenCLIP's precisions. Raises InputError for another one."""
+    if precision not in (*AS_IS, *LOW):
+        raise InputError(f"precision {precision!r} is not one of {', '.join((*AS_IS, *LOW))}")
+    if precision.startswith("pure_"):
+        model.to(LOW[precision])
+    elif precision in LOW:
+        convert_weights_to_lp(model, LOW[precision])
+
+
+def full_precision(model: CLIP | MiniClip) -> MiniClip:
+    """The model inside; of one in half precision a copy in float32."""
+    inner = model.miniclip if isinstance(model, CLIP) else model
+    if all(p.dtype == torch.float32 for p in inner.parameters()):
+        return inner
+    copy = MiniClip(inner.config).to(inner.logit_scale.device).eval()
+    copy.load_state_dict(inner.state_dict())
+    return copy
+
+
+def _locked(groups: int) -> str:  # OpenCLIP's groups count the projection too
+    return ("all", "tower")[groups] if groups < 2 else f"all_but_{groups - 1}"
+
+
+def _rows(model: CLIP) -> tuple[list, list]:
+    return model.visual.key_rows(), model.text.key_rows()
+
+
+def _to_openclip(model: CLIP, state_dict: dict, prefix: str, metadata):
+    inner = prefix + "miniclip."
+    ours = {key[len(inner) :]: state_dict.pop(key) for key in [key for key in state_dict if key.startswith(inner)]}
+    for key, tensor in rename(ours, model.layout, _rows(model), export=True).items():
+        state_dict[prefix + key] = tensor
+
+
+def _from_any(model: CLIP, state_dict: dict, prefix: str, metadata, strict, missing: list, unexpected: list, errors):
+    given = {key[len(prefix) :]: state_dict.pop(key) for key in [key for key in state_dict if key.startswith(prefix)]}
+    try:
+        ours, _ = to_miniclip(given, _rows(model))
+    except CheckpointError:  # torch names what is missing and unexpected, and ignores it unless strict
+        full = rename(model.miniclip.state_dict(), model.layout, _rows(model), export=True)
+        missing += [key for key in full if key not in given]
+        unexpected += [key for key in given if key not in full]
+        ours = rename(full | {key: given[key] for key in given if key in full}, model.layout, _rows(model), False)
+    for key, tensor in ours.items():
+        state_dict[f"{prefix}miniclip.{key}"] = tensor
