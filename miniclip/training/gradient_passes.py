@@ -29,7 +29,6 @@ from miniclip.utils.image_files import open_image
 
 TOLERANCE = 1e-3  # of fp32: many times its rounding, and far below what a lost gradient makes
 SMALL = 8  # pairs of a batch that tells which part is wrong
-LOSS_SCALE = 2.0**16  # of fp16 in a Reference, as Trainer begins with
 
 
 @dataclass
@@ -101,7 +100,7 @@ class Probe(TrainerCallback):
         model.visual.wrappers, model.text.wrappers = wrappers
         model.zero_grad()
         if self.scaler:
-            self.scaler.update(before)  # and forget that the gradient was unscaled
+            self.scaler.update(before)
         raise Measured
 
     def repeat(self, batches: list[dict[str, Tensor]], rows: int | None = None) -> Pass:
@@ -116,9 +115,9 @@ class Probe(TrainerCallback):
                 inputs = {name: value[:rows] for name, value in batch.items()}
                 self.trainer.training_step(self.trainer.model_wrapped, inputs)
         self.trainer.guard.batches.clear()
-        for p in self.trainer.model.parameters() if self.scaler else ():
-            if p.grad is not None:
-                p.grad /= self.scaler.get_scale()
+        if self.scaler:
+            self.scaler.update(self.scaler.get_scale())  # forgets that the gradient was unscaled before
+            accelerator.unscale_gradients()
         return self.collect()
 
     def collect(self) -> Pass:
@@ -174,10 +173,10 @@ class Reference:
         self.model = wrap_towers(model.to(device).train(), normalize, 0, fast=False)
         self.loss, self.device, self.piece = loss, device, piece
 
-    def __call__(self, losses: list[dict[str, Tensor]], precision: str | None = None, piece: int | None = None) -> Pass:
-        """The mean gradient of the losses of these batches, of any number of pairs."""
+    def __call__(self, losses: list[dict], precision: str | None = None, scale=1.0, piece: int | None = None) -> Pass:
+        """The mean gradient of the losses of these batches, of any number of pairs; in fp16 with a loss scale."""
+        self.scale = scale
         self.model.zero_grad()
-        self.scale = LOSS_SCALE if precision == "fp16" else 1.0
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         autocast = torch.autocast(self.device.type, kind) if kind else nullcontext()
         with autocast, nullcontext() if precision == "tf32" else full_precision(), no_dropout(self.model):
