@@ -51,7 +51,7 @@ def check_gradients(trainer):
         if dist.is_initialized():
             dist.destroy_process_group()  # from here on the loss is that of one process
         if first:
-            piece = args.grad_cache_chunk_size or args.per_device_train_batch_size
+            piece = (not probe.batch_norm and args.grad_cache_chunk_size) or args.per_device_train_batch_size
             reference = Reference(plain, probe.loss, trainer.normalize, args.device, piece)
             report(probe, reference, inputs, args)
 
@@ -67,7 +67,8 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
     one = expected if len(steps) == 1 and piece == reference.piece else reference([everything], piece=piece)
     exact, run, columns, causes, faults = passes["exact"], passes["run"], {}, [], []
     if len(steps) > 1:
-        fix = f"--per_device_train_batch_size {count // args.world_size} --grad_cache_chunk_size {reference.piece}"
+        fix = f"--per_device_train_batch_size {count // args.world_size}"
+        fix += f" --grad_cache_chunk_size {reference.piece}" * (not probe.batch_norm)
         n = count // len(steps)
         causes.append(f"each loss has {n - 1} negatives for a pair, not {count - 1} ({fix} has them)")
         columns["accumulation"] = expected, one
@@ -98,7 +99,7 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
     if not same(exact, expected):
         alone = reference([batch for step in inputs for batch in step])
         small = reference([concatenate(step, pad, SMALL) for step in inputs])
-        faults.append(explain(passes, expected, alone, small, args, len(steps), scale))
+        faults.append(explain(probe, expected, alone, small, args, len(steps)))
     counts = (len(steps), "accumulation steps"), (args.world_size, "processes")
     ways = [f"batches of {args.per_device_train_batch_size}", *(f"{n} {what}" for n, what in counts if n > 1)]
     ways += [f"chunks of {args.grad_cache_chunk_size}"] * (args.grad_cache_chunk_size > 0)
@@ -111,13 +112,15 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
     print(f"the gradients are right: {'the rest' if columns else 'what differs'} is the rounding of fp32")
 
 
-def explain(passes: dict[str, Pass], expected: Pass, alone: Pass, small: Pass, args, steps: int, scale) -> str:
+def explain(probe: Probe, expected: Pass, alone: Pass, small: Pass, args, steps: int) -> str:
     """Names the most likely mistake that makes a step differ from what is expected."""
-    exact, world = passes["exact"], args.world_size
+    passes, exact, world = probe.passes, probe.passes["exact"], args.world_size
     if not exact.agree:
         return "The processes end with different gradients: they are not averaged (DistributedDataParallel does that)"
     if args.grad_cache_chunk_size and same(passes["small"], small):
-        return "GradCache (--grad_cache_chunk_size) is wrong: without chunks the gradients are right"
+        why = "a BatchNorm has the statistics of a chunk"
+        why = why if probe.batch_norm else "without chunks the gradients are right"
+        return f"GradCache (--grad_cache_chunk_size) is wrong: {why}"
     if args.fast and not same(passes["small"], small) and same(passes["small plain"], small):
         return "The fast path is wrong: with --fast false the gradients are right"
     # The gradients of the embeddings tell whether the loss or the towers are wrong. A process has those of its rows.
@@ -133,7 +136,8 @@ def explain(passes: dict[str, Pass], expected: Pass, alone: Pass, small: Pass, a
             why = "gathers the others' embeddings without gradients (torch.distributed.all_gather passes none)"
             return f"The loss is right but its gradient is not: it {why}. Use miniclip.loss.gather"
     cosine, _, factor, *_ = compare(pairs_of(exact, expected, expected.grads))
-    if scaled := wrong_factor(cosine, factor, {"processes": world, "accumulation steps": steps, LOSS_SCALE: scale}):
+    counts = {"processes": world, "accumulation steps": steps, LOSS_SCALE: probe.scales[1]}
+    if scaled := wrong_factor(cosine, factor, counts):
         return f"The gradient {scaled}"
     return f"No known cause explains it (loss {exact.loss:.6f}, expected {expected.loss:.6f})"
 
