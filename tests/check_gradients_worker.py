@@ -16,30 +16,59 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 import miniclip
+import miniclip.towers
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.losses import make_loss
+from miniclip.training.streaming import Share, StreamDataset
 from miniclip.training.trainer import RunTrainer
 from miniclip.utils.errors import InputError
 
+RESNET = {"image_size": 32, "hf_model_config": {
+    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
+}}  # fmt: skip
 
-def make_trainer(folder: Path, loss="clip", patch_dropout=0.0, pairs=6, **more) -> RunTrainer:
-    """A trainer of a tiny model with `pairs` pairs in a batch."""
+
+def make_trainer(
+    folder: Path, loss="clip", patch_dropout=0.0, pairs=6, batch_norm=False, fp16=False, stream=False, **more
+) -> RunTrainer:
+    """A trainer of a tiny model, with a transformer or a ResNet for images, with `pairs` pairs in a batch."""
     torch.manual_seed(1)  # not the teacher
-    config = MiniClipConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_cfg"] = RESNET if batch_norm else config["vision_cfg"]
+    config = MiniClipConfig.from_dict(config)
     model = MiniClip(config)
-    model.visual.patch_dropout = patch_dropout
+    if patch_dropout:
+        model.visual.patch_dropout = patch_dropout
     args = RunArguments(
         str(folder / "run"), use_cpu=True, per_device_train_batch_size=pairs, max_steps=2, disable_tqdm=True,
         report_to="none", bf16=more.pop("bf16", False), save_strategy="no", **more,
     )  # fmt: skip
     options = SimpleNamespace(loss=loss, duplicates="positive", teacher=[str(folder / "teacher")])
     preprocess, tokenizer = miniclip.Preprocess(config.preprocess_cfg), miniclip.Tokenizer(16)
-    dataset = RunDataset(miniclip.read_captions(folder / "captions.json"), preprocess, seed=args.seed)
+    if stream:
+        dataset = StreamDataset.opened(str(folder / "captions.parquet"), args)(None, preprocess, seed=args.seed)
+    else:
+        dataset = RunDataset(miniclip.read_captions(folder / "captions.json"), preprocess, seed=args.seed)
     how = {"preprocess": preprocess, "tokenizer": tokenizer, "loss": make_loss(model, options, args)}
-    return RunTrainer(model, args, dataset, **how)
+    trainer = RunTrainer(model, args, dataset, **how)
+    if fp16:  # accelerate allows it on GPUs only; torch's scaler and autocast work here too
+        accelerator, args.fp16 = trainer.accelerator, True
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu")  # of 65536, at which the tiny model's first step overflows
+    return trainer
+
+
+def write_stream(folder: Path):
+    """The caption file as a table to stream."""
+    import datasets
+
+    records = json.loads((folder / "captions.json").read_text())
+    columns = {"image": [str(folder / r["image"]) for r in records], "caption": [r["caption"] for r in records]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    table.to_parquet(folder / "captions.parquet")
 
 
 def check(trainer: RunTrainer) -> tuple[str, str]:
@@ -77,6 +106,15 @@ class Hook(TrainerCallback):
         self.trainer.model_wrapped.register_comm_hook(None, exchange)
 
 
+def all_pairs_for_each(self, loader, *args, **kwargs):
+    """In place of accelerate's division of the batches among the processes."""
+    return loader
+
+
+def first_share(dataset, rank, ranks, batch_size):
+    return Share(dataset, 0, ranks, batch_size)
+
+
 CASES = {  # options, what is replaced, whether the averaging is
     "all": ({"loss": "siglip", "grad_cache_chunk_size": 2, "gradient_accumulation_steps": 2, "bf16": True}, {}, None),
     "dropout": ({"loss": "distill", "patch_dropout": 0.5, "grad_cache_chunk_size": 4}, {}, None),
@@ -84,6 +122,10 @@ CASES = {  # options, what is replaced, whether the averaging is
     "own": ({}, {"miniclip.loss.gather": lambda x: x, "miniclip.loss.process_index": lambda: 0}, None),
     "sum": ({}, {}, True),
     "apart": ({}, {}, False),
+    "same": ({}, {"accelerate.Accelerator.prepare_data_loader": all_pairs_for_each}, None),
+    "same stream": ({"stream": True}, {"miniclip.training.streaming.Share": first_share}, None),
+    "stream": ({"stream": True, "gradient_accumulation_steps": 2}, {}, None),
+    "norm": ({"batch_norm": True}, {}, None),
 }
 
 

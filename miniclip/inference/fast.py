@@ -28,7 +28,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from miniclip.inference.matmul import Int8Linear, OneDnnLinear, PatchLinear, matmul_precision, packs, patch_product
+from miniclip.inference.matmul import (
+    Int8Linear,
+    OneDnnLinear,
+    PatchLinear,
+    matmul_precision,
+    packs,
+    patch_product,
+    rounds,
+)
 from miniclip.model import MLP, Attention, Block, MiniClip, QuickGELU, TextTransformer, Tower, VisionTransformer
 from miniclip.utils.errors import InputError
 
@@ -227,7 +235,7 @@ def _linear(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, re
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
     # While torch's products use oneDNN, its fused attention is slower than attention written out.
-    plain = q.device.type == "cpu" and torch.get_float32_matmul_precision() != "highest"
+    plain = q.device.type == "cpu" and rounds("cpu")
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, **kwargs)
 

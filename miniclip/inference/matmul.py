@@ -108,19 +108,45 @@ def suggest_bf16(precision: str, device: str | torch.device):
 
 @contextmanager
 def matmul_precision(precision: str):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    """A context with the precision of fp32 products that torch.set_float32_matmul_precision gives. Trainer sets it by
+    the newer of torch's two ways (--tf32, --torch_compile), after which reading it by the older one raises an error."""
+    with kept(torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) as (_, before):
+        try:
+            torch.set_float32_matmul_precision(precision)
+            yield
+        finally:
+            torch.set_float32_matmul_precision({"tf32": "high", "bf16": "medium"}.get(before, "highest"))
 
 
 @contextmanager
 def full_precision():
-    """A context in which fp32 products are not rounded to TF32 or bf16."""
-    with matmul_precision("highest"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
+    """A context in which fp32 products, also those of convolutions, are not rounded to TF32 or bf16."""
+    layers = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    with matmul_precision("highest"), kept(*layers) as (before, _):
+        try:
+            torch.backends.cudnn.allow_tf32 = False
+            for layer in layers:
+                layer.fp32_precision = "ieee"  # not what torch.backends.fp32_precision says
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = before == "tf32"
+
+
+@contextmanager
+def kept(*settings):
+    """Gives the fp32_precision of parts of torch.backends, and restores it."""
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        yield before
+    finally:
+        for setting, precision in zip(settings, before):  # "none": as torch.backends.fp32_precision says
+            setting.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
+
+
+def rounds(device_type: str) -> bool:
+    """Whether fp32 products of matrices may be rounded, to TF32 or bf16."""
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("tf32", "bf16")
 
 
 def describe(device: str | torch.device) -> str:
