@@ -3,6 +3,7 @@
 import importlib
 
 from miniclip import towers  # noqa: F401  (makes the fields known that describe other towers)
+from miniclip.utils.push import PushToHub
 
 _PUBLIC = {  # where the public names live; imported when first used, so that `import miniclip` takes no time
     "config": "MiniClipConfig list_models", "model": "MiniClip", "loss": "clip_loss", "tokenizer": "Tokenizer",
@@ -23,6 +24,13 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'miniclip' has no attribute {name!r}")
     return getattr(importlib.import_module(f"miniclip.{_HOMES[name]}"), name)
+
+
+def _push(*args, **kwargs) -> str:  # the core does not know the hub
+    return importlib.import_module("miniclip.weights.push").push_to_hub(*args, **kwargs)
+
+
+PushToHub.push = staticmethod(_push)
 
 
 def __dir__():

@@ -24,6 +24,7 @@ from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
 from miniclip.tokenizer import BaseTokenizer, Tokenizer
 from miniclip.utils.errors import InputError
 from miniclip.utils.model_folder import read_model_folder, write_model_folder
+from miniclip.utils.push import PushToHub
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper keeps the scale at 100 or less, "to prevent training instability"
 
@@ -238,7 +239,7 @@ class TextTransformer(Tower):
 TOWERS: dict[type, type[Tower]] = {VisionConfig: VisionTransformer, TextConfig: TextTransformer}
 
 
-class MiniClip(nn.Module):
+class MiniClip(nn.Module, PushToHub):
     """A CLIP model: an image tower, a text tower and the learned scale of their similarities."""
 
     def __init__(self, config: MiniClipConfig):
@@ -263,8 +264,7 @@ class MiniClip(nn.Module):
 
     def forward(self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None) -> ClipOutput:
         """Embeds images, texts or both; None for what is missing."""
-        # The scale is read here, not by the loss: DistributedDataParallel wants every parameter used in `forward`. The
-        # trainer clamps it after each step: a clamp here would have no gradient, and so no way back, above 100.
+        # The scale is read here, not by the loss: DDP wants every parameter used in `forward`. The trainer clamps it.
         image_embeds = None if pixel_values is None else self.encode_image(pixel_values, normalize=True)
         text_embeds = None if input_ids is None else self.encode_text(input_ids, normalize=True)
         return ClipOutput(image_embeds, text_embeds, self.logit_scale.exp(), self.logit_bias)

@@ -1,0 +1,27 @@
+"""`push_to_hub` as a method of a model: what it does is set from above, by `miniclip/__init__.py`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+
+class PushToHub:
+    """Base class of a model that can be uploaded to the Hugging Face hub."""
+
+    push: ClassVar[Callable[..., str]]
+
+    def push_to_hub(
+        self, repo_id: str, *, license: str | None = None, private: bool | None = None,
+        token: str | bool | None = None, revision: str | None = None, run: str | Path | None = None,
+        commit_message: str = "Upload a CLIP model",
+    ) -> str:  # fmt: skip
+        """Uploads the model to the repository `repo_id` ("org/name"), which is made if it does not exist, in one commit
+        of files that MiniCLIP, OpenCLIP and transformers load, with a model card. Returns the commit's address.
+
+        `license` is required ("mit", "apache-2.0", ...); `run` is the output folder of its training, whose data, recipe
+        and results the card tells; `private`, `token` and `revision` (a branch) as for huggingface_hub. Raises
+        InputError for a missing licence, and if the hub cannot be reached or refuses, with nothing changed there."""
+        return PushToHub.push(
+            self, repo_id, license=license, private=private, token=token, revision=revision, run=run,
+            commit_message=commit_message,
+        )  # fmt: skip

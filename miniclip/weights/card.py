@@ -1,0 +1,137 @@
+"""The model card (README.md with its YAML header) of a model on the Hugging Face hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from miniclip.model import MiniClip
+from miniclip.utils.files import sha256
+from miniclip.utils.weight_files import read_json
+
+MARK = "<!-- written by `miniclip push`: without this line the card is yours, and later uploads keep it -->"
+SHOWN = ("R@1", "R@5", "R@10", "mean_recall", "top1", "top5", "mean_per_class_recall")  # how shown metrics end
+RECIPE = (  # options and arguments of run.json that say how a model was trained; what is None or off is left out
+    "loss", "freeze_image", "freeze_text", "learning_rate", "weight_decay", "num_train_epochs", "max_steps",
+    "warmup_steps", "lr_scheduler_type", "optim", "bf16", "fp16", "crop_scale", "hflip", "color_jitter",
+    "patch_dropout", "layer_decay", "tower_lr_scales", "ema", "duplicates", "fixed_logit_scale", "seed",
+)  # fmt: skip
+USES = {
+    "miniclip": """import miniclip
+
+model, preprocess, tokenizer = miniclip.load("hf-hub:{repo}")""",
+    "openclip": """import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repo}")
+tokenizer = open_clip.get_tokenizer("hf-hub:{repo}")""",
+    "hf": """from transformers import CLIPModel, CLIPProcessor, pipeline
+
+model, processor = CLIPModel.from_pretrained("{repo}"), CLIPProcessor.from_pretrained("{repo}")
+classify = pipeline("zero-shot-image-classification", model="{repo}")
+print(classify("photo.jpg", candidate_labels=["a dog", "a cat"]))""",
+}
+NAMES = {"miniclip": "MiniCLIP", "openclip": "OpenCLIP", "hf": "transformers"}
+
+
+def write_card(model: MiniClip, repo: str, license: str, notes: dict[str, list[str] | str], run: Path | None) -> str:
+    """Returns the text of a card. `notes` has, for each library, a list of what its form cannot hold, or the reason why
+    it has no form of this model; `run` is the folder with run.json and the results of evaluate.py, if there is one."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    record = read_json(run / "run.json") if run else {}
+    results = read_results(run, record) if run else []
+    found = [
+        EvalResult(
+            task_type="zero-shot-image-classification" if name.startswith("zero_shot") else "image-text-retrieval",
+            dataset_type="custom", dataset_name=dataset, metric_type=name, metric_name=name.replace("_", " "),
+            metric_value=round(value, 4),
+        )
+        for dataset, metrics in results for name, value in metrics.items()
+    ]  # fmt: skip
+    forms = [form for form, note in notes.items() if isinstance(note, list)]
+    library = "transformers" if "hf" in forms else "open_clip" if "openclip" in forms else "miniclip"
+    name = repo.rpartition("/")[2]
+    header = ModelCardData(
+        license=license, library_name=library, pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "miniclip", *(["open_clip"] if "openclip" in forms else [])],
+        metrics=sorted({one.metric_type for one in found}) or None, eval_results=found or None, model_name=name,
+    )  # fmt: skip
+    parts = [f"---\n{header.to_yaml()}\n---\n{MARK}", f"# {name}", describe(model)]
+    parts += ["## Use", *(use(form, note, repo) for form, note in notes.items())]
+    parts += ["## Training", describe_training(record), "## Results", table(results), f"## Licence\n\n{license}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe(model: MiniClip) -> str:
+    """A sentence on what the model is."""
+    config, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
+    size, kinds = config.preprocess_cfg.size, [type(tower).__name__ for tower in (model.visual, model.text)]
+    activation = "QuickGELU" if config.quick_gelu else "GELU"
+    about = f"A CLIP model of {millions:.1f}M parameters ({kinds[0]} and {kinds[1]}, {activation})"
+    return (
+        f"{about} that embeds images of {size} x {size} pixels and captions of up to"
+        f" {model.text.tokenizer.context_length} tokens as unit vectors of {config.embed_dim} numbers: an image and its"
+        " caption point the same way. It searches images by text and classifies them by the names of classes. Made"
+        " with MiniCLIP."
+    )
+
+
+def use(form: str, note: list[str] | str, repo: str) -> str:
+    if isinstance(note, str):
+        return f"{NAMES[form]} cannot load this model: {note}."
+    code = f"{NAMES[form]}:\n\n```python\n{USES[form].format(repo=repo)}\n```"
+    return "\n\n".join([code, *(f"Note: {one}." for one in note)])
+
+
+def describe_training(record: dict) -> str:
+    """Data and recipe, from a run's run.json. Of paths only the last part is told."""
+    options, arguments = record.get("options") or {}, record.get("arguments") or {}
+    if not options:
+        return "How this model was trained is not recorded."
+    rows = [("data", data(options.get("train_file"), record.get("data")))]
+    rows += [("measured on", data(options.get("eval_file"), record.get("eval_data") or record.get("holdout")))]
+    rows += [("start", " ".join(Path(options[k]).name for k in ("model", "pretrained") if options.get(k)))]
+    rows += [("pairs per step", record.get("pairs_per_step"))]
+    values = options | arguments
+    rows += [(name, values.get(name)) for name in RECIPE]
+    versions = record.get("versions") or {}
+    rows += [
+        ("versions", ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions))
+    ]
+    lines = [f"| {name} | {value} |" for name, value in rows if value not in (None, "", False, -1, "none")]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def data(source: str | None, about: dict | None) -> str:
+    about = about or {}
+    name = "::".join(Path(part).name for part in (source or "").split("::")) or ("a held-out part" if about else "")
+    counts = [f"{about[kind]} {kind}" for kind in ("records", "images", "captions") if kind in about]
+    return ": ".join(filter(None, [name, ", ".join(counts)]))
+
+
+def read_results(run: Path, record: dict) -> list[tuple[str, dict[str, float]]]:
+    """The metrics of the weights in a run's folder, by data set: those that evaluate.py wrote for these very weights,
+    or else those of the last evaluation in the run."""
+    found, weights = [], run / "model.safetensors"
+    digest = sha256(weights) if weights.is_file() else None
+    for path in sorted(run.glob("retrieval_*.json")):
+        result = read_json(path)
+        if digest in ((result.get("record") or {}).get("sha256") or {}).values() and result.get("metrics"):
+            found.append((Path(str(result.get("dataset"))).name, shown(result["metrics"])))
+    if not found and (history := read_json(run / "trainer_state.json").get("log_history")):
+        last = [e for e in history if any(name.startswith("eval_") for name in e)][-1:]
+        name = data((record.get("options") or {}).get("eval_file"), None) or "a held-out part of the training data"
+        found = [(name, shown({k.removeprefix("eval_"): v for k, v in entry.items()})) for entry in last]
+    return found
+
+
+def shown(metrics: dict) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name.endswith(SHOWN) and isinstance(value, float)}
+
+
+def table(results: Sequence[tuple[str, dict[str, float]]]) -> str:
+    if not results:
+        return "Not measured."
+    lines = [f"| {dataset} | {name.replace('_', ' ')} | {100 * value:.1f} |"
+             for dataset, metrics in results for name, value in metrics.items()]  # fmt: skip
+    return "\n".join(
+        ["In percent, over the whole evaluation set.", "", "| data | metric | % |", "|---|---|---|", *lines]
+    )
