@@ -27,8 +27,9 @@ class HubServer:
         self.folder, self.token = Path(folder), token
         self.gated, self.private, self.faults, self.log = set(), set(), {}, []
         self.status = None  # a status with which everything is refused
+        self.digests = {}
         self.stalled = threading.Event()
-        self.extra_names, self.wrong_sha256 = {}, set()  # files that a repository lists; files with another ETag
+        self.extra_names = {}  # files that a repository lists and does not have
         hub = self
 
         class Handler(Answers):
@@ -54,11 +55,17 @@ class HubServer:
 
     def commit(self, repo: str) -> str:
         """The commit of a repository's present content."""
-        digest = hashlib.sha1()
-        for name in self.files(repo):
-            path = self.folder / repo / name
-            digest.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
-        return digest.hexdigest()
+        digests = [name + self.digest(self.folder / repo / name, "sha1") for name in self.files(repo)]
+        return hashlib.sha1("".join(digests).encode()).hexdigest()
+
+    def digest(self, path: Path, kind: str) -> str:
+        """A hash of a file's content, computed again only where it has changed."""
+        if not path.is_file():
+            return hashlib.new(kind).hexdigest()
+        key = path, kind, path.stat().st_mtime_ns, path.stat().st_size
+        if key not in self.digests:
+            self.digests[key] = hashlib.new(kind, path.read_bytes()).hexdigest()
+        return self.digests[key]
 
     def requests(self, word: str, method: str = "GET") -> list[tuple]:
         """The requests whose path contains a word."""
@@ -109,11 +116,10 @@ class Answers(BaseHTTPRequestHandler):
     def entry(self, repo: str, name: str) -> dict:
         """A line of the list of files."""
         path = self.server_hub.folder / repo / name
-        content = path.read_bytes() if path.is_file() else b""
-        entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        size, digest = path.stat().st_size if path.is_file() else 0, self.server_hub.digest
+        entry = {"type": "file", "path": name, "size": size, "oid": digest(path, "sha1")}
         if name.endswith(LARGE):
-            digest = hashlib.sha256(content + b"!" * (name in self.server_hub.wrong_sha256)).hexdigest()
-            entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
+            entry["lfs"] = {"oid": digest(path, "sha256"), "size": size, "pointerSize": 134}
         return entry
 
     def allowed(self, repo: str, revision: str | None) -> bool:

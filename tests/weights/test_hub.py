@@ -100,7 +100,7 @@ def worker(server, tmp_path_factory):
 @pytest.fixture
 def hub(server, worker):
     """The server, with no faults and an empty log."""
-    server.gated.clear(), server.private.clear(), server.wrong_sha256.clear(), server.extra_names.clear()
+    server.gated.clear(), server.private.clear(), server.extra_names.clear()
     server.faults.clear(), server.log.clear()
     server.status = None
     return server
