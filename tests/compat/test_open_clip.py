@@ -194,6 +194,11 @@ def test_from_pretrained_and_overridden_preprocessing(small, names):
     )
     assert "mean=(0.5, 0.5, 0.5)" in str(preprocess) and "resize_mode='squash'" in str(preprocess)
     assert isinstance(open_clip.create_model_from_pretrained("ViT-B-32", "openai", return_transform=False), CLIP)
+    repo = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    model, preprocess = open_clip.create_model_from_pretrained(repo, cache_dir=str(names.parent / "cache"))
+    assert model.context_length == open_clip.get_tokenizer(repo).context_length and "std=(0.5, 0.5, 0.5)" in str(
+        preprocess
+    )
     small["ViT-B-32"].save_pretrained(names / "mine")
     with pytest.warns(UserWarning, match="pretrained 'openai' is ignored"):
         model, _ = open_clip.create_model_from_pretrained(f"local-dir:{names / 'mine'}", "openai")
