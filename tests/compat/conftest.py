@@ -47,6 +47,11 @@ def names(small, tmp_path, monkeypatch):
         (folder / "snapshots" / commit).mkdir(parents=True)
         weights = from_miniclip(model.state_dict(), "openclip")
         save_file(weights, folder / "snapshots" / commit / "open_clip_model.safetensors", {"format": "pt"})
+        about = {
+            "model_cfg": SMALL | {"quick_gelu": model.config.quick_gelu},
+            "preprocess_cfg": {"std": [0.5, 0.5, 0.5]},
+        }
+        (folder / "snapshots" / commit / "open_clip_config.json").write_text(json.dumps(about))
     open_clip.add_model_config(tmp_path / "configs")
     (tmp_path / "pictures").mkdir()
     for name, color, size in (("CLIP.png", "red", (300, 200)), ("test_image.jpg", "blue", (131, 224))):
