@@ -22,6 +22,7 @@ MAY_IMPORT = {  # part -> the parts that it may import, besides itself; a new fo
     "classify": "utils core datasets reports inference",
     "index": "utils core datasets reports inference",
     "page": "utils classify index inference reports",
+    "compat": "utils core towers weights inference training classify",
     "commands": "utils core datasets towers weights reports run inference training classify index page",
 }
 FACADE = {"miniclip", "miniclip.__main__"}  # may import anything, and nothing imports them
