@@ -7,6 +7,7 @@ import torch
 
 from miniclip.config import MiniClipConfig
 from miniclip.inference.fast import inference_copy
+from miniclip.inference.onnx import is_onnx, load_onnx
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
 from miniclip.utils.model_folder import limited_by
@@ -20,12 +21,15 @@ def load(
 ):  # fmt: skip
     """Returns `(model, preprocess, tokenizer)`, the model in evaluation mode.
 
-    `name_or_path` is the name of a config (`miniclip.list_models()`), a config file, or a folder that MiniCLIP saved.
-    `pretrained` is a weight file in any layout that `miniclip.checkpoint` knows, or a folder with one; without one a
-    config's weights are random, with a warning. Weights in half precision are loaded as float32. `preprocess` turns a
-    PIL image into a (3, S, S) tensor, `tokenizer` a list of n strings into (n, context_length) ids. With a `precision`,
-    "fp32", "bf16" or "int8", the model is a faster copy for inference only. Raises InputError for an unknown name, and
-    what `load_weights` raises."""
+    `name_or_path` is the name of a config (`miniclip.list_models()`), a config file, or a folder that MiniCLIP saved
+    or exported to ONNX. `pretrained` is a weight file in any layout that `miniclip.checkpoint` knows, or a folder with
+    one; without one a config's weights are random, with a warning. Weights in half precision are loaded as float32.
+    `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer` a list of n strings into (n, context_length)
+    ids. With a `precision`, "fp32", "bf16" or "int8", the model is a faster copy for inference only. Raises InputError
+    for an unknown name, and what `load_weights` raises."""
+    if is_onnx(name_or_path):
+        model = load_onnx(name_or_path, pretrained, device, precision)
+        return model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer
     if Path(name_or_path).is_dir():
         model = MiniClip.from_pretrained(name_or_path)
     else:
