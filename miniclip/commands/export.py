@@ -30,6 +30,7 @@ def main(argv: list[str]):
     if options.output_dir is None:
         parser.error("the following arguments are required: --output_dir")
 
+    from miniclip.inference.onnx import is_onnx
     from miniclip.weights.convert import EXPORTERS, convert
     from miniclip.weights.onnx import FORMS
 
@@ -40,6 +41,8 @@ def main(argv: list[str]):
         raise InputError(f"--{given[0]} has no effect on {form}: remove it")
     if options.image_root and not options.eval_file:
         raise InputError("--image_root is for --eval_file: add it")
+    if is_onnx(options.model):
+        raise InputError(f"{options.model} is an export itself: name the model it was made from")
     with plain_warnings():
         try:
             if form in FORMS:
@@ -53,13 +56,10 @@ def main(argv: list[str]):
 
 def write(options):
     """Writes a folder of graphs, and prints how far they are from the model."""
-    from miniclip.inference.fast import InferenceClip
     from miniclip.inference.load import load
     from miniclip.weights.onnx import export
 
     model, preprocess, tokenizer = load(options.model, options.pretrained)
-    if isinstance(model, InferenceClip):
-        raise InputError(f"{options.model} is an export itself: name the model it was made from")
     measure, what = None, f"{options.FORM} {options.precision}"
     if options.eval_file:
         measure = measuring(options, model, preprocess, tokenizer, what)

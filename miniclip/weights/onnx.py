@@ -179,8 +179,9 @@ def write_onnx(file: Path, module: nn.Module, example: tuple, shapes: tuple, pre
     if precision == "int8":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        # Products of weights only, each output channel with its own scale. Activations get theirs as they are computed.
-        how = {"per_channel": True, "weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul"]}
+        # Weights, each output channel with its own scale, and the token embeddings. Activations get their scales as
+        # they are computed. Not convolutions: EfficientNet-Lite0 would end at a cosine of 0.89 on average.
+        how = {"per_channel": True, "weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul", "Gather"]}
         quantize_dynamic(file, file, use_external_data_format=large, **how)
 
 
@@ -226,9 +227,7 @@ def compare(file: Path, precision: str, pairs: list[tuple[Tensor, Tensor]]) -> d
     difference = max((ours - exact).abs().max().item() for ours, exact in pairs)
     cosines = torch.cat([(ours * exact).sum(dim=1) for ours, exact in pairs])
     if precision == "fp32" and not difference <= TOLERANCE:  # NaN is no such difference
-        raise InputError(
-            f"{file.name} would be {difference:.1e} off PyTorch, more than {TOLERANCE}: nothing is written"
-        )
+        raise InputError(f"{file.name} is {difference:.1e} off PyTorch, more than {TOLERANCE}: nothing is written")
     if not cosines.isfinite().all():
         raise InputError(f"{file.name} returns NaN in {precision}: export in fp32; nothing is written")
     return {"max_difference": difference, "min_cosine": cosines.min().item(), "mean_cosine": cosines.mean().item()}
