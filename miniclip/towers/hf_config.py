@@ -16,6 +16,7 @@ FOREIGN = ("auto_map", "quantization_config", "compression_config", "use_pretrai
 IMPLEMENTATIONS = (None, "eager", "sdpa", "grouped_mm", "batched_mm")  # transformers' own, which need nothing else
 COUNT = 1 << 24  # transformers makes lists as long as some numbers in a config say
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+CENTER_CROP_FILE = "image_processing_torchvision_crop"  # the code that weights/to_huggingface.py puts into folders
 
 
 @dataclass
@@ -142,7 +143,8 @@ def _from_transformers(theirs: dict, path: Path, maker: str) -> dict:
     square = not isinstance(crop, dict) or crop.get("width") == crop.get("height")
     crop = None if not cropped else crop.get("height") if isinstance(crop, dict) else crop
     side = size.get("shortest_edge") or size.get("height")
-    ours = {"resize_mode": "shortest" if "shortest_edge" in size else "squash", "center_crop": "transformers"}
+    rounding = "torchvision" if CENTER_CROP_FILE in str(theirs.get("auto_map")) else "transformers"
+    ours = {"resize_mode": "shortest" if "shortest_edge" in size else "squash", "center_crop": rounding}
     if theirs.get("crop_pct") and side and side < 384:  # ConvNeXt's and ResNet's: enlarged, then cropped
         ours["crop_pct"], cropped = theirs["crop_pct"], True
     elif theirs.get("crop_pct"):

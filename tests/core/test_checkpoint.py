@@ -96,7 +96,7 @@ def test_names_of_each_layout():
 def test_transformers_names_are_these():
     from transformers import CLIPConfig, CLIPModel
 
-    from miniclip.weights.convert import hf_config
+    from miniclip.weights.to_huggingface import hf_config
 
     model = tiny()
     theirs = CLIPModel(CLIPConfig(**hf_config(model.config))).state_dict()
@@ -632,7 +632,7 @@ def test_command_line(tmp_path, run_script, capsys):
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_preprocessing_survives_the_way_through_transformers(resize_mode, interpolation, tmp_path):
     from miniclip.towers.hf_config import read_preprocessing
-    from miniclip.weights.convert import hf_preprocessor
+    from miniclip.weights.to_huggingface import hf_preprocessor
 
     pictures = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0), "resize_mode": resize_mode}
     pictures["center_crop"] = "transformers"

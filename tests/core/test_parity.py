@@ -22,8 +22,8 @@ from benchmarks.make_parity_golden import (
 from miniclip.checkpoint import from_miniclip, to_miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
-from miniclip.weights.convert import hf_config
 from miniclip.weights.load import resize_positions
+from miniclip.weights.to_huggingface import hf_config
 
 RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))
 ACTIVATIONS = pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])

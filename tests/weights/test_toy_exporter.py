@@ -37,7 +37,7 @@ def test_an_exporter_is_one_function(tiny_model, tmp_path, monkeypatch):
 
 def test_an_unknown_form_lists_the_known_ones(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "a")
-    with pytest.raises(InputError, match="'onnx', only to openclip, hf, miniclip"):
+    with pytest.raises(InputError, match="'onnx', only to openclip, hf, sentence-transformers, miniclip"):
         convert(tmp_path / "a", tmp_path / "b", "onnx")
     with pytest.raises(InputError, match="cannot convert to 'onnx'"):
         main([str(tmp_path / "a"), str(tmp_path / "b"), "--to", "onnx"])

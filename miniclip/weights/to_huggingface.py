@@ -1,0 +1,111 @@
+"""Hugging Face's forms: a folder for transformers' CLIPModel, and one for sentence-transformers."""
+
+import warnings
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from miniclip.checkpoint import from_miniclip
+from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
+from miniclip.model import MiniClip
+from miniclip.tokenizer import Tokenizer
+from miniclip.towers.hf_config import CENTER_CROP_FILE, RESAMPLE
+from miniclip.utils.errors import CheckpointError
+from miniclip.utils.files import write_json, write_manifest, write_text
+from miniclip.weights.clip_tokenizer import write_tokenizer
+
+# Nothing in a preprocessor_config.json makes transformers round like torchvision: that takes code, which runs only for
+# who asks for it with trust_remote_code.
+CENTER_CROP = '''\
+"""CLIP's image processor, with the margins of a centre crop rounded half to even, as in torchvision."""
+
+from transformers import CLIPImageProcessorPil
+
+
+class TorchvisionCropImageProcessor(CLIPImageProcessorPil):
+    def center_crop(self, image, size, **kwargs):
+        (height, width), (down, across) = image.shape[-2:], (size.height, size.width)
+        top, left = round((height - down) / 2), round((width - across) / 2)
+        return image[..., top : top + down, left : left + across]
+'''
+
+
+def write_hf(path: Path, model: MiniClip):
+    """A folder for transformers: CLIPModel, AutoProcessor, AutoTokenizer and the zero-shot pipeline."""
+    _write(path, model)
+    write_manifest(path)
+
+
+def write_sentence_transformers(path: Path, model: MiniClip):
+    """A folder for `SentenceTransformer(path)`, whose `encode` takes texts and images and returns unit vectors; also
+    all that `write_hf` writes."""
+    _write(path, model)
+    modules = {"CLIPModel": "", "Normalize": "1_Normalize"}
+    write_json(path / "modules.json", [
+        {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{module}"}
+        for i, (module, folder) in enumerate(modules.items())
+    ])  # fmt: skip
+    write_json(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+    write_manifest(path)
+
+
+def _write(path: Path, model: MiniClip):
+    config, precision = model.config, str(model.logit_scale.dtype).removeprefix("torch.")
+    if not (isinstance(config.vision_cfg, VisionConfig) and isinstance(config.text_cfg, TextConfig)):
+        raise CheckpointError("transformers' CLIPModel has no other towers than CLIP's own: convert to another form")
+    files = {"config": hf_config(config) | {"dtype": precision}, "preprocessor_config": hf_preprocessor(config)}
+    weights = from_miniclip(model.state_dict(), "hf")
+    path.mkdir()
+    for name, values in files.items():
+        write_json(path / f"{name}.json", values)
+    if "auto_map" in files["preprocessor_config"]:
+        write_text(path / f"{CENTER_CROP_FILE}.py", CENTER_CROP)
+        problem = "transformers crops images with odd margins one pixel elsewhere than this model expects"
+        warnings.warn(f"{problem}, unless its processor is loaded with trust_remote_code=True", stacklevel=4)
+    if config.text_cfg.vocab_size >= Tokenizer.vocab_size:
+        write_tokenizer(path, config.text_cfg.context_length)
+    else:
+        problem = f"the text tower has {config.text_cfg.vocab_size} tokens, CLIP's tokenizer {Tokenizer.vocab_size}"
+        warnings.warn(f"no tokenizer is written: {problem}", stacklevel=4)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+def hf_config(config: MiniClipConfig) -> dict:
+    """The config of the transformers CLIPModel that computes the same."""
+    vision, text = config.vision_cfg, config.text_cfg
+    # transformers reads a text out at the first eos_token_id, MiniCLIP at the highest id: in CLIP's vocabulary both are
+    # the last one. (2, in its older configs, was a mistake, which it still reads as "the highest".)
+    size = min(text.vocab_size, Tokenizer.vocab_size)  # beyond it a table may be padded
+    ids = {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": 0}
+
+    def tower(cfg, heads: int) -> dict:
+        return {
+            "hidden_size": cfg.width, "intermediate_size": int(cfg.width * cfg.mlp_ratio),
+            "num_hidden_layers": cfg.layers, "num_attention_heads": heads, "projection_dim": config.embed_dim,
+            "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
+        }  # fmt: skip
+
+    images = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    texts = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length} | ids
+    return {
+        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim,
+        "vision_config": tower(vision, vision.width // vision.head_width) | images,
+        "text_config": tower(text, text.heads) | texts,
+    }  # fmt: skip
+
+
+def hf_preprocessor(config: MiniClipConfig) -> dict:
+    """The settings of the transformers CLIPImageProcessor that prepares images alike."""
+    images = config.preprocess_cfg
+    square = {"height": images.size, "width": images.size}
+    sizes = {"shortest": {"shortest_edge": int(images.size / images.crop_pct + 1e-6)}, "squash": square}  # cannot pad
+    if images.resize_mode not in sizes:
+        raise CheckpointError(f"transformers cannot prepare images by resize_mode {images.resize_mode!r}")
+    rounded = images.resize_mode == "shortest" and images.center_crop == "torchvision"
+    code = {"auto_map": {"AutoImageProcessor": f"{CENTER_CROP_FILE}.TorchvisionCropImageProcessor"}}
+    return (code if rounded else {}) | {
+        "processor_class": "CLIPProcessor", "image_processor_type": "CLIPImageProcessor",
+        "image_mean": images.mean, "image_std": images.std,
+        "size": sizes[images.resize_mode], "crop_size": square, "do_center_crop": images.resize_mode == "shortest",
+        "resample": next(number for number, name in RESAMPLE.items() if name == images.interpolation),
+    }  # fmt: skip

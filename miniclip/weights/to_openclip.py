@@ -1,0 +1,51 @@
+"""OpenCLIP's forms: a weight file for its `pretrained=`, or a folder for its `local-dir:`."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from miniclip.checkpoint import from_miniclip
+from miniclip.config import PreprocessConfig, TextConfig, VisionConfig
+from miniclip.model import MiniClip
+from miniclip.utils.errors import CheckpointError
+from miniclip.utils.files import write_json, write_manifest
+
+SUFFIXES = {".safetensors", ".pt"}  # of single files that can be written
+FOLDER = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}  # what OpenCLIP knows of images
+
+
+def write_openclip(path: Path, model: MiniClip):
+    """A .safetensors or .pt file for OpenCLIP, of CLIP or, with another text tower, of CustomTextCLIP; or with another
+    name a folder, for its `local-dir:`."""
+    if path.suffix in (".bin", ".pth", ".ckpt"):
+        raise CheckpointError("OpenCLIP: end the target in .safetensors or .pt for a file, in neither for a folder")
+    is_file, images = path.suffix in SUFFIXES, dataclasses.asdict(model.config.preprocess_cfg)
+    own = isinstance(model.config.vision_cfg, VisionConfig) and isinstance(model.config.text_cfg, TextConfig)
+    if not is_file and not own:
+        raise CheckpointError("OpenCLIP's folder cannot describe these towers: end the target in .safetensors")
+    held = {"size", "center_crop"} if is_file else FOLDER | {"center_crop"}
+    usual = dataclasses.asdict(PreprocessConfig())
+    if lost := [f"{name} {images[name]}" for name in usual if name not in held and images[name] != usual[name]]:
+        how = "whose files hold weights only" if is_file else "which does not know it"
+        warnings.warn(f"not written for OpenCLIP, {how}: {', '.join(lost)}; prepare images so there", stacklevel=3)
+    if images["resize_mode"] == "shortest" and images["center_crop"] != "torchvision":
+        problem = "OpenCLIP crops images with odd margins one pixel elsewhere than this model expects"
+        warnings.warn(f"{problem} (center_crop {images['center_crop']!r})", stacklevel=3)
+    layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) else "custom_text"
+    weights = from_miniclip(model.state_dict(), layout, (model.visual.key_rows(), model.text.key_rows()))
+    if not is_file:
+        model_cfg = {
+            name: v for name, v in model.config.to_dict().items() if name != "preprocess_cfg" and v is not None
+        }
+        config = {"model_cfg": model_cfg, "preprocess_cfg": {name: images[name] for name in sorted(FOLDER)}}
+        path.mkdir()
+        write_json(path / "open_clip_config.json", config)
+        save_file(weights, path / "open_clip_model.safetensors", {"format": "pt"})
+        write_manifest(path)
+    elif path.suffix == ".safetensors":
+        save_file(weights, path, {"format": "pt"})
+    else:
+        torch.save(weights, path)
