@@ -9,6 +9,7 @@ from pathlib import Path
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import ReadOptions, one_per_image
 from miniclip.inference.evaluator import RetrievalEvaluator
+from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.inference.feature_files import find_features, read_features
 from miniclip.inference.load import load
@@ -99,9 +100,12 @@ class Model:
 
     def __init__(self, options: Namespace):
         self.device = find_device(options.device)
-        suggest_bf16(options.precision, self.device)
         self.files = tuple(filter(None, [prefetch(options.model, options.pretrained)]))
         self.model, self.preprocess, self.tokenizer = load(options.model, options.pretrained, self.device)
+        if isinstance(self.model, InferenceClip):
+            inference_copy(self.model, options.precision)  # refuses another one
+        else:
+            suggest_bf16(options.precision, self.device)
         self.preprocess, self.cache = Preprocess(self.model.config.preprocess_cfg, options.decode), None
         if options.feature_cache:
             about = options.feature_cache, self.model, self.preprocess, options.precision

@@ -52,7 +52,7 @@ class RetrievalEvaluator(Evaluator):
         return set(retrieval_metrics(one, one, [0], self.ks))
 
     def __call__(self, model: MiniClip) -> dict[str, float]:
-        model = model if isinstance(model, InferenceClip) else inference_copy(model, self.precision)
+        model = inference_copy(model, self.precision)
         images = partial(embed_images, model, self.preprocess, **self.for_images)
         texts = partial(embed_texts, model, self.tokenizer, **self.for_texts)
         return self.measure(on_all_processes(self.images, images), on_all_processes(self.texts, texts))
@@ -84,6 +84,8 @@ class RetrievalEvaluator(Evaluator):
 
     def check_precision(self, model: MiniClip) -> str:
         """One line on how close the embeddings are to those of the plain model in fp32, of the first few."""
+        if isinstance(model, InferenceClip):
+            return model.about
         n, device = 8 if self.precision == "fp32" else 64, model.logit_scale.device
         pixel_values = torch.stack([self.preprocess.load(path) for path in self.images[:n]]).to(device)
         input_ids = self.tokenizer(self.texts[:n], trim=True).to(device)

@@ -243,6 +243,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
 class InferenceClip(MiniClip):
     """A copy of a MiniClip for inference, made by `inference_copy`; it can be neither trained nor saved."""
 
+    weights_as_loaded = False  # whether `state_dict` of a tower tells its features from those of any other
+    about = ""  # how close it is to the model in fp32, where that is known
+
     def __init__(self, model: MiniClip, precision: str, pack: bool):
         nn.Module.__init__(self)
         self.config, self.precision, self.training = model.config, precision, False
@@ -293,7 +296,12 @@ class InferenceClip(MiniClip):
 def inference_copy(model: MiniClip, precision: str = "fp32", pack: bool = True) -> InferenceClip:
     """A faster copy of a model for inference on its device. Its embeddings, float32, are the same (fp32) or nearly
     so (bf16, int8); later changes of the weights do not reach it. `pack` lays them out for oneDNN: half a second for a
-    large model on the CPU. Raises InputError for an unknown precision, and for int8 not on the CPU."""
+    large model on the CPU. A copy is returned as it is. Raises InputError for an unknown precision, for int8 not on the
+    CPU, and for another precision than a copy has."""
+    if isinstance(model, InferenceClip) and precision in ("fp32", model.precision):
+        return model
+    if isinstance(model, InferenceClip):
+        raise InputError(f"the model computes in {model.precision}, as it was loaded or exported: remove {precision}")
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     if precision == "int8" and model.logit_scale.device.type != "cpu":

@@ -105,7 +105,7 @@ def text_key(text: str) -> bytes:
 
 def fingerprint(model: MiniClip, tower: Tower, about: dict) -> str:
     """sha256 of a tower's weights, without its projection, and of everything else that its features depend on."""
-    if isinstance(model, InferenceClip):
+    if isinstance(model, InferenceClip) and not model.weights_as_loaded:
         raise InputError("a feature cache needs the weights as they were loaded: load the model without a precision")
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):

@@ -7,6 +7,7 @@ import torch
 
 from miniclip.config import MiniClipConfig
 from miniclip.inference.fast import inference_copy
+from miniclip.inference.onnx import is_onnx, load_onnx
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
 from miniclip.utils.model_folder import limited_by
@@ -24,13 +25,16 @@ def load(
 
     `name_or_path` is the name of a config (`miniclip.list_models()`), a config file, `hf-hub:org/repo` (also with
     `@revision`), or a folder (also as `local-dir:FOLDER`) in the layout of MiniCLIP, OpenCLIP or transformers'
-    CLIPModel. `pretrained` is a tag of the config (`miniclip.list_pretrained()`), whose activation and preprocessing
-    are followed, or a weight file in any layout that `miniclip.checkpoint` knows, or a folder with one; without one a
-    config's weights are random, with a warning. Downloads are kept in `cache_dir`, by default the Hugging Face cache.
-    Weights in half precision are loaded as float32. `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer`
-    a list of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is a
-    faster copy for inference only. Raises InputError for an unknown name, for what cannot be downloaded, and what
-    `load_weights` raises."""
+    CLIPModel, or of an export to ONNX. `pretrained` is a tag of the config (`miniclip.list_pretrained()`), whose
+    activation and preprocessing are followed, or a weight file in any layout that `miniclip.checkpoint` knows, or a
+    folder with one; without one a config's weights are random, with a warning. Downloads are kept in `cache_dir`, by
+    default the Hugging Face cache. Weights in half precision are loaded as float32. `preprocess` turns a PIL image into
+    a (3, S, S) tensor, `tokenizer` a list of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16"
+    or "int8", the model is a faster copy for inference only. Raises InputError for an unknown name, for what cannot be
+    downloaded, and what `load_weights` raises."""
+    if is_onnx(name_or_path):
+        model = load_onnx(name_or_path, pretrained, device, precision)
+        return model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer
     check_model(name_or_path)
     tag = find_tag(name_or_path, pretrained)
     weights = find_folder(pretrained or "", cache_dir) or pretrained

@@ -13,6 +13,7 @@ from miniclip.datasets.read import describe, read_source
 from miniclip.datasets.records import ReadOptions, one_per_image
 from miniclip.datasets.text_files import ColumnError
 from miniclip.inference import matmul
+from miniclip.inference.fast import InferenceClip
 from miniclip.inference.load import load
 from miniclip.training.augment import TrainTransform
 from miniclip.training.dataset import RunDataset
@@ -81,6 +82,8 @@ def load_model(options, args, records):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*random weights")  # they may be what is wanted; the line below says so
         model, preprocess, tokenizer = load(options.model, options.pretrained)
+    if isinstance(model, InferenceClip):
+        raise InputError(f"{options.model}: an export to ONNX cannot be trained: name the model it was made from")
     if options.fixed_logit_scale is not None:
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)

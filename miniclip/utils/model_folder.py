@@ -40,6 +40,8 @@ def read_model_folder(directory: Path, make: Callable[[Path], nn.Module]) -> nn.
     it from the path of its config. Raises InputError for another folder, for a config of a far larger model than the
     weights are, DamagedFile for a changed file, and what `load_state_dict` raises."""
     missing = [name for name in ("config.json", "model.safetensors") if not (directory / name).is_file()]
+    if missing and (directory / "image.onnx").is_file():
+        raise InputError(f"{directory} is an export to ONNX, without weights: name the model it was made from")
     if missing or "model_type" in read_json(directory / "config.json"):
         problem = f"it has no {missing[0]}" if missing else "its config.json is transformers'"
         advice = f"run `python -m miniclip convert {directory} NEW_FOLDER --to miniclip`"

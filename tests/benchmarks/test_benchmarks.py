@@ -70,6 +70,16 @@ def test_retrieval_writes_its_table(tmp_path, run_script):
 
 
 @pytest.mark.slow
+def test_runtimes_writes_its_table(tmp_path, run_script):
+    for name in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"needs pip install {name}")
+    argv = ["--config", "shapes-demo", "--rounds", 1, "--batches", 1, 4, "--results", tmp_path / "RESULTS.md"]
+    run_script("benchmarks/runtimes.py", *argv)
+    rows = [line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if "32 (" in line]
+    assert len(rows) >= 4 and any("ONNX Runtime, fp32 (1.00000, 1.00000)" in row for row in rows), rows
+
+
+@pytest.mark.slow
 def test_search_writes_its_tables(tiny_model, tmp_path, run_script):
     tiny_model.save_pretrained(tmp_path / "model")
     (tmp_path / "pictures").mkdir()
