@@ -6,7 +6,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before NumPy and faiss: threa
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # a power of 2, in cycles
 
 from miniclip.inference.options import parse_evaluate, result_file  # noqa: E402
-from miniclip.utils.command_line import run  # noqa: E402
+from miniclip.utils.command_line import print_json, run  # noqa: E402
 
 
 def main(argv: list[str]):
@@ -53,6 +53,7 @@ def main(argv: list[str]):
             evaluator.image_of_text, evaluator.result, e.metrics, metadata, e.temperature, notes,
         )  # fmt: skip
         print(f"the report is {write_report(options.report, Evaluation(*about))}")
+    print_json(options, results[0])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from miniclip.utils.command_line import run  # noqa: E402
 def main(argv: list[str]):
     options, args = parse_train(argv)
 
-    from miniclip.inference.evaluator import RetrievalEvaluator
+    from miniclip.classify.evaluator import make_evaluator
     from miniclip.inference.matmul import arithmetic
     from miniclip.reports.html_page import format_table
     from miniclip.run.folder import Run
@@ -35,8 +35,8 @@ def main(argv: list[str]):
         transform = make_transform(options, model)
         dataset = dataset_class(train, preprocess, args.seed, transform, options.on_bad_sample, run.bad_samples)
         precision = "bf16" if args.bf16 and caches == (None, None) else "fp32"  # later runs read what is in a cache
-        evaluator = held_out and RetrievalEvaluator(
-            held_out, preprocess, tokenizer, precision=precision, caches=caches,
+        evaluator = make_evaluator(
+            held_out, options.eval_classes, preprocess, tokenizer, precision=precision, caches=caches,
             batch_size=args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers or None,
         )  # fmt: skip
         metadata = training_metadata(argv, options, args, model, train, held_out, arithmetic(args.device))

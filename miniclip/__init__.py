@@ -14,7 +14,7 @@ _PUBLIC = {  # where the public names live; imported when first used, so that `i
     "weights.load": "load_weights", "training.trainer": "RunTrainer", "training.arguments": "RunArguments",
     "training.dataset": "RunDataset", "inference.evaluator": "RetrievalEvaluator", "inference.load": "load",
     "inference.embed": "embed_images embed_texts", "index.search": "ImageSearch",
-    "classify.zero_shot": "build_zero_shot_classifier zero_shot_classify",
+    "classify.evaluator": "ZeroShotEvaluator", "classify.zero_shot": "build_zero_shot_classifier zero_shot_classify",
 }  # fmt: skip
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = list(_HOMES)

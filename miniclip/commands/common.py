@@ -5,7 +5,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from miniclip.utils.command_line import Parser, find_device, printable
+from miniclip.utils.command_line import Parser, find_device, print_json, printable
 from miniclip.utils.errors import InputError
 
 
@@ -17,7 +17,7 @@ def share_image_flags(parser: Parser, output_dir: str):
     parser.share("on_bad_sample")
     parser.share("output_dir", default=output_dir)
     parser.share("batch_size", default=32, help="images encoded at once")
-    parser.share("num_workers", "precision", "device")
+    parser.share("num_workers", "precision", "device", "json")
 
 
 def share_class_flags(parser: Parser):
@@ -83,6 +83,7 @@ def finish(options, name: str, results: dict, table: str, bad_samples, summary: 
     write_text(folder / f"{name}.md", table + "\n")
     print(f"{summary}. Written: {', '.join([f'{name}.json', f'{name}.md', *more_files])} in {folder}")
     bad_samples.report(folder / NAME)
+    print_json(options, results)
 
 
 def check_folder_or_weights(flag: str, model: str, pretrained: str | None):

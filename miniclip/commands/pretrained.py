@@ -3,10 +3,8 @@
 With a model and a tag, downloads the weights into the cache and prints their path: for machines without a network.
 """
 
-import json
-
 from miniclip.commands.common import plain_warnings
-from miniclip.utils.command_line import Parser
+from miniclip.utils.command_line import Parser, print_json
 
 
 def main(argv: list[str]):
@@ -14,7 +12,7 @@ def main(argv: list[str]):
     parser.add_argument("MODEL", nargs="?", help="list the tags of this model only")
     parser.add_argument("TAG", nargs="?", help="download these weights")
     parser.add_argument("--cache_dir", help="folder to download to (default: the Hugging Face cache)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.share("json")
     options = parser.parse_args(argv)
 
     from miniclip.weights import pretrained
@@ -24,13 +22,12 @@ def main(argv: list[str]):
     if options.TAG:
         facts = pretrained.get_pretrained_cfg(options.MODEL, options.TAG)
         with plain_warnings():
-            print(pretrained.download_pretrained(facts, cache_dir=options.cache_dir))
-        return
+            path = str(pretrained.download_pretrained(facts, cache_dir=options.cache_dir))
+        print(path)
+        return print_json(options, {"path": path})
     pairs = [pair for pair in pretrained.list_pretrained() if options.MODEL in (None, pair[0])]
     rows = [{"model": m, "tag": t} | pretrained.get_pretrained_cfg(m, t) for m, t in pairs]
-    if options.json:
-        print(json.dumps(rows, indent=2))
-        return
+    print_json(options, rows)
     if not rows:
         print(f"no published weights of {options.MODEL} are known: train it, or name a file of weights")
     for row in rows:

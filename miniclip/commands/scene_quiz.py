@@ -5,7 +5,7 @@ Reads a model that was trained on that data set, prints its zero-shot accuracy a
 
 from pathlib import Path
 
-from miniclip.utils.command_line import Parser, at_least
+from miniclip.utils.command_line import Parser, at_least, print_json
 from miniclip.utils.errors import InputError
 
 
@@ -15,6 +15,7 @@ def main(argv: list[str]):
     parser.add_argument("--eval", type=at_least(1), default=600, help="number of scenes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training data set")
     parser.add_argument("--output_file", help="JSON file to write (default: scene_quiz.json in the model's folder)")
+    parser.share("json")
     options = parser.parse_args(argv)
     if not Path(options.model).is_dir():
         raise InputError(f"--model {options.model}: there is no such folder. `make demo` makes runs/demo")
@@ -36,6 +37,7 @@ def main(argv: list[str]):
     for name, classes in CLASSES.items():
         print(f"| {name} | {100 * given[name]:.1f} | {100 * alone[name]:.1f} | {100 / len(classes):.1f} |")
     output = Path(options.output_file or Path(options.model) / "scene_quiz.json")
-    about = {"model": str(options.model), "scenes": len(scenes), "seed": options.seed}
-    write_json(output, {**about, "told": given, "alone": alone})
+    about = {"model": str(options.model), "scenes": len(scenes), "seed": options.seed, "told": given, "alone": alone}
+    write_json(output, about)
     print(f"written to {output}")
+    print_json(options, about)

@@ -24,7 +24,7 @@ def main(argv: list[str]):
     parser.add_argument("--save_alpha", help="save the model of this alpha, or of the best one, in output_dir/model")
     parser.share("precision", choices=["fp32", "bf16"])
     parser.share("batch_size", default=64)
-    parser.share("num_workers", "device")
+    parser.share("num_workers", "device", "json")
     options = parser.parse_args(argv)
     save = options.save_alpha
     try:

@@ -25,6 +25,19 @@ class Evaluator:
         return set()
 
 
+class Evaluators(Evaluator):
+    """Several evaluators as one, with the metrics of all and the `primary_metric` of the first."""
+
+    def __init__(self, parts: list[Evaluator]):
+        self.parts, self.primary_metric = parts, parts[0].primary_metric
+
+    def metric_names(self) -> set[str]:
+        return set().union(*(part.metric_names() for part in self.parts))
+
+    def __call__(self, model: MiniClip) -> dict[str, float]:
+        return {name: value for part in self.parts for name, value in part(model).items()}
+
+
 class RetrievalEvaluator(Evaluator):
     """Evaluates models, or inference copies of them, on `records` as `read_captions` returns them, on all processes.
 

@@ -40,7 +40,7 @@ def parse_evaluate(argv: list[str]) -> Namespace:
     add("--decode", choices=["fast", "full", "openclip"], default="fast", help="fast: large JPEGs at no less than twice"
         " the model's input size; full: whole; openclip: files as OpenCLIP reads them")  # fmt: skip
     add("--feature_cache", help="folder that keeps image features, so that no image is encoded twice")
-    parser.share("device")
+    parser.share("device", "json")
     add("--save_features", help="folder to write image.npy and text.npy to")
     add("--features", **several, help="embeddings to measure instead of a model: a folder with image.npy and text.npy,"
         " or others (docs/reports.md); several are compared")  # fmt: skip

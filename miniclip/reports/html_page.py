@@ -50,14 +50,17 @@ class Evaluation:
 
 
 def format_table(metrics: dict[str, float], ks=KS) -> str:
-    """The Recall@K table that train.py and evaluate.py print, in percent."""
+    """The Recall@K table that train.py and evaluate.py print, in percent, and zero-shot accuracy if it was measured."""
     rows = [("", *(f"R@{k}" for k in ks), "median rank", "mean rank", "MRR")]
-    for direction in ("image_to_text", "text_to_image"):
+    for direction in ("image_to_text", "text_to_image") if "text_to_image_MRR" in metrics else ():
         shares = [f"{100 * metrics[f'{direction}_R@{k}']:.1f}" for k in ks]
         ranks = [f"{metrics[f'{direction}_median_rank']:.0f}", f"{metrics[f'{direction}_mean_rank']:.1f}"]
         rows.append((direction.replace("_", " "), *shares, *ranks, f"{metrics[f'{direction}_MRR']:.3f}"))
-    return "\n".join("  ".join(cell.rjust(max(7, len(head))) if i else cell.ljust(14)
-                               for i, (cell, head) in enumerate(zip(row, rows[0]))) for row in rows)  # fmt: skip
+    rows, heads = rows if len(rows) > 1 else [], rows[0]
+    lines = ["  ".join(cell.rjust(max(7, len(head))) if i else cell.ljust(14)
+                       for i, (cell, head) in enumerate(zip(row, heads))) for row in rows]  # fmt: skip
+    lines += [f"{name.replace('_', ' ')} {100 * v:.1f}" for name, v in metrics.items() if name.startswith("zero_shot")]
+    return "\n".join(lines)
 
 
 def report_file(name: str | Path) -> Path:

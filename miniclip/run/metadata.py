@@ -67,6 +67,7 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
         "model": json.loads(json.dumps(model.config.to_dict())),
         "data": fingerprint(options.train_file, records),
         "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,
+        "eval_classes": fingerprint(options.eval_classes) if options.eval_classes else None,
         "holdout": None if options.eval_file or not eval_records else _drawn(eval_records),
         "seed": args.seed,
         "pairs_per_step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,

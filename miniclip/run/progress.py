@@ -178,6 +178,8 @@ class Progress(TrainerCallback):
             for way in ("text_to_image", "image_to_text"):
                 recalls = {k.split("@")[1]: f"{100 * v:.1f}" for k, v in logs.items() if k.startswith(f"eval_{way}_R@")}
                 text += f", {way.replace('_', ' ')} R@{' / '.join(recalls)}: {' / '.join(recalls.values())}%"
+            if "eval_zero_shot_top1" in logs:
+                text += f", zero-shot top1 {100 * logs['eval_zero_shot_top1']:.1f}%"
             return text
         if "train_runtime" in logs:
             return f"{head}: trained for {tqdm.format_interval(logs['train_runtime'])}"

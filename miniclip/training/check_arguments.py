@@ -214,7 +214,7 @@ def check_given(options, args: TrainingArguments, given: dict, named: Collection
     for name, others, why in without_effect(options, args):
         if name in given and (name in named or not set(others) & set(named)):
             raise InputError(f"{name} has no effect {why}. Remove it")
-    if not (options.eval_file or options.holdout != 0 and not options.streaming):
+    if not (options.eval_file or options.eval_classes or options.holdout != 0 and not options.streaming):
         for name, wanted in (
             ("eval_strategy", args.eval_strategy != "no"), ("save_strategy best", args.save_strategy == "best"),
             ("load_best_model_at_end", args.load_best_model_at_end), ("eval_on_start", args.eval_on_start),

@@ -20,7 +20,10 @@ class TrainOptions:
     model: str | None = option(None, HELP["model"] + "; a folder's weights are loaded too")
     pretrained: str | None = option(None, HELP["pretrained"])
     train_file: str | None = option(None, HELP["eval_file"])
-    eval_file: str | None = option(None, "evaluation data, in the same forms; without it, see holdout")
+    eval_file: list[str] | None = option(
+        None, "evaluation data, in the same forms (none or without it: see holdout); a second one is a folder of class "
+        "folders, for zero-shot accuracy"
+    )  # fmt: skip
     holdout: float | None = option(
         None, "without eval_file: share of the training images held out to measure (default: 0.1); 0: train on all"
     )
@@ -58,6 +61,7 @@ class TrainOptions:
     fixed_logit_scale: float | None = option(None, "keep the logit scale at this value, from 1 to 100")
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir and delete its checkpoints")
 
+    eval_classes: ClassVar[str | None] = None  # the second eval_file; the first is in `eval_file` by itself
     given: ClassVar[frozenset[str]] = frozenset()  # names set by the command line or the recipe, also arguments
     check_gradients: ClassVar[bool] = False  # set by `parse_train`: it checks a run, and is no option of one
 
@@ -68,6 +72,9 @@ class TrainOptions:
                 setattr(self, f.name, [value])
             if value == "all_but_0":
                 setattr(self, f.name, "tower")
+        if isinstance(self.eval_file, list) and len(self.eval_file) < 3:
+            first, self.eval_classes = (*self.eval_file, None)[:2]
+            self.eval_file = None if first == "none" else first
         for problem in self.problems():
             raise InputError(problem)
 
@@ -110,7 +117,8 @@ class TrainOptions:
             yield "holdout has no effect with eval_file, which has images of its own. Remove one of them"
         if self.holdout and self.streaming:
             yield "holdout cannot be drawn from a stream, which is read once. Use --eval_file"
-        if self.early_stopping_patience and not self.eval_file and (self.streaming or self.holdout == 0):
+        measured = self.eval_file or self.eval_classes
+        if self.early_stopping_patience and not measured and (self.streaming or self.holdout == 0):
             yield "early_stopping_patience needs recall to watch. Add --eval_file"
         if len(self.image_root or ()) == 2 and not self.eval_file:
             yield "the second folder of image_root is for eval_file. Add --eval_file or remove the folder"
@@ -122,6 +130,7 @@ _COUNT = "1 or more", lambda x: x > 0
 _FREEZE = "none, tower, all or all_but_N", re.compile(r"none|tower|all|all_but_\d+").fullmatch
 RANGES = {  # the values that are allowed, as words and as a test
     "image_root": ("one folder, or one for train_file and one for eval_file", lambda x: len(x) < 3),
+    "eval_file": ("one data set, and perhaps a folder of class folders", lambda x: isinstance(x, str) or len(x) < 3),
     "columns": ("two names: the image column and the caption column", lambda x: len(x) == 2),
     "train_num_samples": _COUNT, "early_stopping_patience": _COUNT, "crop_scale": _SHARE, "layer_decay": _SHARE,
     "hflip": _FRACTION, "color_jitter": _FRACTION, "freeze_image": _FREEZE, "freeze_text": _FREEZE,

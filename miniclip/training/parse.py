@@ -28,6 +28,8 @@ ALIASES = {  # OpenCLIP's names, and --split of other commands
     "batch-size": "per_device_train_batch_size", "epochs": "num_train_epochs", "lr": "learning_rate",
     "wd": "weight_decay", "warmup": "warmup_steps", "workers": "dataloader_num_workers", "logs": "output_dir",
     "distill-model": "teacher", "distill-pretrained": "teacher", "lock-image": "freeze_image",
+    "imagenet-val": "eval_file CAPTIONS CLASS_FOLDER", "imagenet-v2": "eval_file CAPTIONS CLASS_FOLDER",
+    "zeroshot-frequency": "eval_strategy and eval_steps", "val-frequency": "eval_strategy and eval_steps",
     "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
     "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
     "accum-freq": "grad_cache_chunk_size", "grad-clip-norm": "max_grad_norm", "log-every-n-steps": "logging_steps",
@@ -114,7 +116,9 @@ def parse_train(argv: list[str]):
     if args.resume_from_checkpoint:
         raise InputError("check_gradients checks the first step. To check a checkpoint name it: --model CHECKPOINT")
     options.check_gradients = folder  # deleted with it
-    options.eval_file = options.early_stopping_patience = options.ema = options.feature_cache = None
+    options.eval_file = options.eval_classes = options.early_stopping_patience = options.ema = options.feature_cache = (
+        None
+    )
     options.holdout = 0
     return options, args
 

@@ -61,9 +61,10 @@ def read_data(options, args, bad_samples: BadSamples):
     if not options.eval_file and not options.streaming and options.holdout != 0:
         records, eval_records, line = hold_out(records, options.holdout, args.seed, options.train_file)
         lines.append(line)
-        if eval_records is None and args.load_best_model_at_end:
+        measured = eval_records or options.eval_classes
+        if not measured and args.load_best_model_at_end:
             raise InputError(f"the best model cannot be found: {line}")
-        if eval_records is None and "eval_strategy" not in options.given:
+        if not measured and "eval_strategy" not in options.given:
             args.eval_strategy = IntervalStrategy.NO  # it was on because there should have been something to measure
     number = num_samples if options.streaming else records and epoch_length(records)
     if number is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import json
 import os
 import re
 import signal
@@ -48,6 +49,8 @@ FLAGS = {  # flags that mean the same in every command, as arguments of add_argu
     "batch_size": {"type": at_least(1), "help": "images or captions encoded at once"},
     "num_workers": {"type": at_least(0), "help": "threads that read images (default: one per core)"},
     "precision": {"choices": ["fp32", "bf16", "int8"], "default": "fp32", "help": "of the matrix products"},
+    "json": {"action": "store_true",
+             "help": "print one JSON document with all figures on stdout, and everything else on stderr"},
     "device": {"help": "cpu, cuda, cuda:1, mps (default: a GPU if there is one)"},
 }  # fmt: skip
 HELP = {name: flag["help"] for name, flag in FLAGS.items()}
@@ -83,6 +86,13 @@ class Parser(argparse.ArgumentParser):
         """Adds flags of FLAGS; `more` replaces some of their arguments."""
         for name in names:
             self.add_argument(f"--{name}", **FLAGS[name] | more)
+
+    def parse_args(self, *args, **kwargs):
+        """argparse's. With --json, only `print_json` writes to stdout from here on."""
+        options = super().parse_args(*args, **kwargs)
+        if vars(options).get("json"):
+            OUT[:], sys.stdout = [sys.stdout], sys.stderr
+        return options
 
     def nearest(self, word: str) -> str:
         """Returns a message about an option that does not exist."""
@@ -133,6 +143,23 @@ def find_device(name: str | None):
 def printable(text: str) -> str:
     """Returns text with line ends and control characters escaped: a file name may contain any character."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+OUT = []  # stdout, while --json keeps it for `print_json`
+
+
+def print_json(options, value):
+    """With --json, prints a command's result as the only thing on stdout. NaN and infinity become null."""
+    if options.json:
+        print(json.dumps(_finite(value)), file=OUT[0], flush=True)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {str(name): _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 # System errors that the user can fix by another file name or other permissions; any other one keeps its traceback.
