@@ -10,6 +10,7 @@ from miniclip.inference.fast import inference_copy
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
 from miniclip.utils.model_folder import limited_by
+from miniclip.utils.remote import localised
 from miniclip.utils.weight_files import find_weights
 from miniclip.weights.load import load_weights
 
@@ -22,10 +23,12 @@ def load(
 
     `name_or_path` is the name of a config (`miniclip.list_models()`), a config file, or a folder that MiniCLIP saved.
     `pretrained` is a weight file in any layout that `miniclip.checkpoint` knows, or a folder with one; without one a
-    config's weights are random, with a warning. Weights in half precision are loaded as float32. `preprocess` turns a
-    PIL image into a (3, S, S) tensor, `tokenizer` a list of n strings into (n, context_length) ids. With a `precision`,
-    "fp32", "bf16" or "int8", the model is a faster copy for inference only. Raises InputError for an unknown name, and
-    what `load_weights` raises."""
+    config's weights are random, with a warning. Both may lie on a store (s3://bucket/run), of which a copy is kept.
+    Weights in half precision are loaded as float32. `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer`
+    a list of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is a
+    faster copy for inference only. Raises InputError for an unknown name, StoreError for an address that cannot be
+    read, and what `load_weights` raises."""
+    name_or_path, pretrained = localised(name_or_path), localised(pretrained)
     if Path(name_or_path).is_dir():
         model = MiniClip.from_pretrained(name_or_path)
     else:

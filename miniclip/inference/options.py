@@ -10,6 +10,8 @@ from pathlib import Path
 
 from miniclip.datasets.splits import at_split
 from miniclip.utils.command_line import FLAGS, HELP, Parser
+from miniclip.utils.files import user_cache
+from miniclip.utils.remote import localised
 
 TABLES = (".txt", ".csv", ".md", ".tex")
 WITHOUT_EFFECT = (  # on --features
@@ -57,6 +59,7 @@ def parse_evaluate(argv: list[str]) -> Namespace:
     options.several = any(len(names or ()) > 1 for names in (options.model, options.features, options.eval_file))
     for problem in _problems(options, parser.get_default):
         parser.error(problem)
+    options.model, options.pretrained = localised(options.model), localised(options.pretrained)
     return options
 
 
@@ -144,6 +147,8 @@ def _default_name(options: Namespace) -> tuple[Path, str]:
     if options.several:
         return Path(), "retrieval_comparison"
     folder = Path(options.model) if options.model and Path(options.model).is_dir() else None
+    if folder and folder.is_relative_to(user_cache()):  # a copy of one on a store
+        folder = None
     source, part = at_split(options.eval_file or options.features)
     parts = [Path(source).stem, part or options.split, "first" if options.captions == "first" else ""]
     if folder is None and options.eval_file:  # here, where the results of other models may lie

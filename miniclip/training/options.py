@@ -59,6 +59,7 @@ class TrainOptions:
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir and delete its checkpoints")
 
     given: ClassVar[frozenset[str]] = frozenset()  # names set by the command line or the recipe, also arguments
+    store: ClassVar[str | None] = None  # the address of output_dir, if it is on a store
     check_gradients: ClassVar[bool] = False  # set by `parse_train`: it checks a run, and is no option of one
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ from miniclip.config import MiniClipConfig
 from miniclip.training.options import TrainOptions
 from miniclip.utils.command_line import Parser, dataclass_help
 from miniclip.utils.errors import InputError
+from miniclip.utils.remote import is_remote, localised
 
 # From scratch, as in ClipTrainingArguments (importing them takes seconds): every negative counts, and little data calls
 # for a high rate and weight decay.
@@ -31,6 +32,8 @@ ALIASES = {  # OpenCLIP's names, and --split of other commands
     "distill-model": "teacher", "distill-pretrained": "teacher", "lock-image": "freeze_image",
     "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
     "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
+    "remote-sync": "output_dir s3://BUCKET/RUN", "remote-sync-frequency": "output_dir s3://BUCKET/RUN",
+    "remote-sync-protocol": "output_dir s3://BUCKET/RUN",
 }  # fmt: skip
 RESUME = "resume from the newest complete checkpoint in output_dir, if there is one"
 CHECK = (  # what a check of the gradients leaves out: evaluating, logging and saving
@@ -95,11 +98,16 @@ def parse_train(argv: list[str]):
     first = vars(parser.parse_args(argv))
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
-    parser.set_defaults(**defaults(given) | recipe)
+    parser.set_defaults(**defaults(given | fetched(given)) | recipe)
     folder = tempfile.TemporaryDirectory() if given.get("check_gradients") else None  # in place of output_dir
     more = [*CHECK, folder.name] if folder else []
     options, args, *_ = parser.parse_args_into_dataclasses([*argv, *more], look_for_args_file=False)
+    vars(options).update(fetched(vars(options)))
     options.given = frozenset(given)
+    if is_remote(args.output_dir):
+        from miniclip.run.store import local_folder
+
+        options.store, args.output_dir = args.output_dir.rstrip("/"), str(local_folder(args.output_dir))
     if folder is None:
         check_given(options, args, given, named)
         return options, args
@@ -109,6 +117,11 @@ def parse_train(argv: list[str]):
     options.eval_file = options.early_stopping_patience = options.ema = options.feature_cache = None
     options.holdout = 0
     return options, args
+
+
+def fetched(values: dict) -> dict:
+    """Returns those options that may be addresses on a store of model folders and weights, as local copies."""
+    return {name: localised(values[name]) for name in ("model", "pretrained", "teacher") if values.get(name)}
 
 
 def train_help() -> str:
