@@ -10,7 +10,6 @@ from pathlib import Path
 
 from miniclip.datasets.splits import at_split
 from miniclip.utils.command_line import FLAGS, HELP, Parser
-from miniclip.utils.files import user_cache
 from miniclip.utils.remote import localised
 
 TABLES = (".txt", ".csv", ".md", ".tex")
@@ -147,7 +146,7 @@ def _default_name(options: Namespace) -> tuple[Path, str]:
     if options.several:
         return Path(), "retrieval_comparison"
     folder = Path(options.model) if options.model and Path(options.model).is_dir() else None
-    if folder and folder.is_relative_to(user_cache()):  # a copy of one on a store
+    if folder and re.fullmatch(r"[0-9a-f]{16}", folder.parent.name):  # a copy of one on a store, in the user's cache
         folder = None
     source, part = at_split(options.eval_file or options.features)
     parts = [Path(source).stem, part or options.split, "first" if options.captions == "first" else ""]

@@ -7,6 +7,7 @@ from typing import ClassVar
 from miniclip.training import losses
 from miniclip.utils.command_line import HELP, option
 from miniclip.utils.errors import InputError
+from miniclip.utils.remote import is_remote
 
 
 @dataclass
@@ -96,6 +97,8 @@ class TrainOptions:
             yield "train_data_upsampling_factors weight several sources, but streaming reads one. Remove one of them"
         if self.streaming and re.search(r"\[:\d+\]$", self.train_file or ""):
             yield f"train_file {self.train_file}: [:N] does not work with streaming. Use max_steps"
+        if is_remote(self.feature_cache):
+            yield f"feature_cache {self.feature_cache} is an address. Give a folder on this machine"
         if self.feature_cache and not any(self.frozen):
             yield "feature_cache stores features of frozen towers, but both learn. Add --freeze_image or --freeze_text"
         for tower, scale in zip(("image", "text"), self.tower_lr_scales or ()):

@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import replacing, user_cache
 
 logger = logging.getLogger(__name__)
 WAITS = (0.5, 1, 2, 4, 8)  # seconds between attempts, after those that a store's own package makes
@@ -175,6 +174,8 @@ def download(url: str, target: Path, size: int):
 def local_copy(url: str, wanted: Callable[[str], bool] = lambda name: True) -> Path:
     """Returns a copy of a file, or of the files of a folder whose relative names are `wanted`, in the user's cache. It
     is made once for each version of the content, and is complete or absent. Raises StoreError."""
+    from miniclip.utils.files import replacing, user_cache  # NumPy takes its time, and --help needs none
+
     url = normal(url)
     about = info(url)
     files = {"": about} if about["type"] == "file" else {n: a for n, a in list_files(url).items() if wanted(n)}
