@@ -21,7 +21,8 @@ from miniclip.datasets.text_files import READERS, read_folder
 from miniclip.utils.bad_samples import CaptionFileError
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
-from miniclip.utils.remote import info, is_remote, list_files, local_copy
+from miniclip.utils.local_copy import local_copy
+from miniclip.utils.remote import info, is_remote, list_files
 
 
 def read_source(source: str, options: ReadOptions = ReadOptions(), *, factors: str | None = None,

@@ -4,7 +4,6 @@ import posixpath
 import re
 from dataclasses import dataclass
 
-from miniclip.utils.bad_samples import short
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError, ImageFile
 from miniclip.utils.remote import StoreError, is_remote, join, normal, read_range, retrying
@@ -57,7 +56,7 @@ def remote_image(image: str, allow_outside: bool) -> RemoteImage:
     if not allow_outside:
         root = "/".join(image.split("/")[:3])
         fix = f"allow it with --image_root {root}, or any address with --allow_outside_image_root"
-        raise InputError(f"{short(image)}: an image on another store: {fix}")
+        raise InputError(f"{image[:60]!r}: an image on another store: {fix}")
     return RemoteImage(normal(image))
 
 

@@ -9,8 +9,8 @@ from miniclip.config import MiniClipConfig
 from miniclip.inference.fast import inference_copy
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
+from miniclip.utils.local_copy import localised
 from miniclip.utils.model_folder import limited_by
-from miniclip.utils.remote import localised
 from miniclip.utils.weight_files import find_weights
 from miniclip.weights.load import load_weights
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from miniclip.datasets.splits import at_split
 from miniclip.utils.command_line import FLAGS, HELP, Parser
-from miniclip.utils.remote import localised
 
 TABLES = (".txt", ".csv", ".md", ".tex")
 WITHOUT_EFFECT = (  # on --features
@@ -58,7 +57,10 @@ def parse_evaluate(argv: list[str]) -> Namespace:
     options.several = any(len(names or ()) > 1 for names in (options.model, options.features, options.eval_file))
     for problem in _problems(options, parser.get_default):
         parser.error(problem)
-    options.model, options.pretrained = localised(options.model), localised(options.pretrained)
+    if "://" in str((options.model, options.pretrained)):
+        from miniclip.utils.local_copy import localised  # imports NumPy, which takes its time
+
+        options.model, options.pretrained = localised(options.model), localised(options.pretrained)
     return options
 
 

@@ -11,7 +11,7 @@ from miniclip.config import MiniClipConfig
 from miniclip.training.options import TrainOptions
 from miniclip.utils.command_line import Parser, dataclass_help
 from miniclip.utils.errors import InputError
-from miniclip.utils.remote import is_remote, localised
+from miniclip.utils.remote import is_remote
 
 # From scratch, as in ClipTrainingArguments (importing them takes seconds): every negative counts, and little data calls
 # for a high rate and weight decay.
@@ -121,6 +121,8 @@ def parse_train(argv: list[str]):
 
 def fetched(values: dict) -> dict:
     """Returns those options that may be addresses on a store of model folders and weights, as local copies."""
+    from miniclip.utils.local_copy import localised
+
     return {name: localised(values[name]) for name in ("model", "pretrained", "teacher") if values.get(name)}
 
 

@@ -4,10 +4,7 @@ Credentials and addresses of servers are those that the store's own package find
 AWS_ENDPOINT_URL; fsspec's FSSPEC_S3_ENDPOINT_URL and its like work too.
 """
 
-import hashlib
 import io
-import json
-import logging
 import os
 import posixpath
 import re
@@ -18,7 +15,6 @@ from pathlib import Path
 
 from miniclip.utils.errors import InputError
 
-logger = logging.getLogger(__name__)
 WAITS = (0.5, 1, 2, 4, 8)  # seconds between attempts, after those that a store's own package makes
 CHUNK = 16 << 20  # bytes of one request: what is lost when a connection breaks
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs",
@@ -171,28 +167,6 @@ def download(url: str, target: Path, size: int):
             file.write(data)
 
 
-def local_copy(url: str, wanted: Callable[[str], bool] = lambda name: True) -> Path:
-    """Returns a copy of a file, or of the files of a folder whose relative names are `wanted`, in the user's cache. It
-    is made once for each version of the content, and is complete or absent. Raises StoreError."""
-    from miniclip.utils.files import replacing, user_cache  # NumPy takes its time, and --help needs none
-
-    url = normal(url)
-    about = info(url)
-    files = {"": about} if about["type"] == "file" else {n: a for n, a in list_files(url).items() if wanted(n)}
-    if not files:
-        raise StoreError(f"{url}: there is no file in it that could be used")
-    state = json.dumps([url, sorted((name, version(about)) for name, about in files.items())])
-    place = user_cache() / "stores" / hashlib.sha256(state.encode()).hexdigest()[:16] / posixpath.basename(url)
-    if not place.exists():
-        if (size := sum(about["size"] for about in files.values()) / 1e6) > 10:
-            logger.warning("copying %s (%.0f MB) to %s", url, size, place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(place, first_wins=True) as scratch:
-            for name, about in files.items():
-                download(join(url, name), scratch / name if name else scratch, about["size"])
-    return place
-
-
 def upload(path: Path, url: str, moved: Callable[[], None] = lambda: None, waits: tuple = WAITS):
     """Copies a file to a store. `moved` is called when a part of it is there."""
     from fsspec.callbacks import Callback
@@ -212,15 +186,3 @@ def remove(url: str, waits: tuple = WAITS):
             fs.rm_file(path)
 
     retrying(url, delete, waits)
-
-
-def localised(value):
-    """Returns an option, or a list of them, with addresses replaced by local copies: weight files, or model folders
-    without their checkpoints."""
-    if isinstance(value, list):
-        return [localised(one) for one in value]
-
-    def wanted(name: str) -> bool:
-        return not re.match(r"checkpoint-\d+/|optimizer\.|\.", name)
-
-    return str(local_copy(value, wanted)) if is_remote(value) and not value.startswith("http") else value

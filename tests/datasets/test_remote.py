@@ -22,7 +22,8 @@ from miniclip.transforms import Preprocess
 from miniclip.utils import remote
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError
-from miniclip.utils.remote import StoreError, localised, read_range
+from miniclip.utils.local_copy import localised
+from miniclip.utils.remote import StoreError, read_range
 from tests.store_server import s3  # noqa: F401
 
 
