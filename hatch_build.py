@@ -6,6 +6,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 EXTRAS = {"test": "requirements-test.txt", "ui": "requirements-ui.txt", "heic": "requirements-heic.txt"}
+PACKAGES = {"stores": ["s3fs", "gcsfs"]}  # extras without a file
 INCLUDED = {"model_configs": "miniclip/model_configs", "train.py": "miniclip/commands/train.py",
             "evaluate.py": "miniclip/commands/evaluate.py"}  # fmt: skip
 
@@ -13,7 +14,7 @@ INCLUDED = {"model_configs": "miniclip/model_configs", "train.py": "miniclip/com
 class Metadata(MetadataHookInterface):
     def update(self, metadata: dict):
         metadata["dependencies"] = self.read("requirements.txt")
-        metadata["optional-dependencies"] = {name: self.read(file) for name, file in EXTRAS.items()}
+        metadata["optional-dependencies"] = {name: self.read(file) for name, file in EXTRAS.items()} | PACKAGES
 
     def read(self, name: str) -> list[str]:
         lines = (Path(self.root) / name).read_text(encoding="utf-8").splitlines()

@@ -17,6 +17,7 @@ from miniclip.datasets.text_files import find_columns
 from miniclip.utils.bad_samples import short
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError, ImageFile
+from miniclip.utils.remote import is_remote
 
 FILES = (".parquet", ".arrow")
 
@@ -45,8 +46,8 @@ def load_table(source: str, part: str | None = None, streaming: bool = False) ->
 
     path, hub, strict = Path(source), is_hub(source), False
     saved = not hub and is_saved(path)
-    files = [] if hub or saved else _files(path)
-    if missing := [file for file in files if not os.path.isfile(file)]:
+    files = [] if hub or saved else _files(path) if not is_remote(source) else expand(source)  # those are streamed
+    if missing := [file for file in files if not (is_remote(file) or os.path.isfile(file))]:
         raise InputError(f"{missing[0]}: {NO_FILE} ({len(missing)} of {len(files)} are missing)")
     kinds = {Path(file).suffix.lower()[1:] for file in files}
     if len(kinds) > 1:
@@ -94,7 +95,8 @@ def load_table(source: str, part: str | None = None, streaming: bool = False) ->
 def table_root(source: str, options: ReadOptions) -> ImageRoot:
     """Returns where image paths in a table start. Those in a table of the hub lead into the library's cache."""
     path, hub = Path(source), is_hub(source)
-    folder = options.image_root or ("" if hub else path if path.is_dir() else path.parent)
+    here = source.rpartition("/")[0] if is_remote(source) else path if path.is_dir() else path.parent
+    folder = options.image_root or ("" if hub else here)
     return image_root(folder, options.allow_outside_image_root or hub and not options.image_root)
 
 
