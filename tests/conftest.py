@@ -72,14 +72,14 @@ def forge():
 
     server = None
 
-    def run(argv: list[str], timeout: float, processes: int = 1):
+    def run(argv: list[str], timeout: float, processes: int = 1, env: dict | None = None):
         nonlocal server
         if server is None or server.poll() is not None:
             server = subprocess.Popen(
                 [sys.executable, ROOT / "tests" / "forge.py"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
-        server.stdin.write(json.dumps([argv, timeout, processes]) + "\n")
+        server.stdin.write(json.dumps([argv, timeout, processes, env or {}]) + "\n")
         server.stdin.flush()
         code, out, err = json.loads(server.stdout.readline())
         assert code is not None, f"{argv} took more than {timeout} seconds\n{out[-3000:]}\n{err[-3000:]}"

@@ -1,7 +1,7 @@
 """Runs the project's scripts in processes that are forked from this one, which has imported everything: each is a
 process of its own, as if a user had started it, and begins in a moment.
 
-Reads a line of JSON for each run, [["train.py", "recipe.json", ...], seconds, processes], and answers with
+Reads a line of JSON for each run, [["train.py", "recipe.json", ...], seconds, processes, environment], and answers with
 [exit status, stdout, stderr]. Several processes are started as torchrun would start them.
 """
 
@@ -75,14 +75,14 @@ def fork(argv: list[str], out: int, err: int, env: dict | None = None) -> int:
         os._exit(code)
 
 
-def launch(argv: list[str], processes: int, out: int, err: int) -> list[int]:
+def launch(argv: list[str], processes: int, out: int, err: int, env: dict) -> list[int]:
     """Starts a run of so many processes, as torchrun would; gives their ids."""
     if processes == 1:
-        return [fork(argv, out, err)]
+        return [fork(argv, out, err, env)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    several = env | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         fork(argv, out, err, several | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)
     ]  # fmt: skip
@@ -144,10 +144,10 @@ def main():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        argv, timeout, processes = json.loads(line)
+        argv, timeout, processes, env = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             try:
-                code = status(launch(argv, processes, out.fileno(), err.fileno()), timeout)
+                code = status(launch(argv, processes, out.fileno(), err.fileno(), env), timeout)
             except TimeoutError:
                 code = None
             texts = []

@@ -9,17 +9,20 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from miniclip.datasets.mixture import Mixture, parse_factors
 from miniclip.datasets.records import ReadOptions, check_records, image_faults
+from miniclip.datasets.remote import list_folder
 from miniclip.datasets.shards import Shards, expand
-from miniclip.datasets.splits import at_split
-from miniclip.datasets.tables import Table, is_saved, is_table, load_table
+from miniclip.datasets.splits import at_split, is_hub
+from miniclip.datasets.tables import FILES, Table, is_saved, is_table, load_table
 from miniclip.datasets.text_files import READERS, read_folder
 from miniclip.utils.bad_samples import CaptionFileError
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
+from miniclip.utils.local_copy import local_copy
+from miniclip.utils.remote import info, is_remote, list_files
 
 
 def read_source(source: str, options: ReadOptions = ReadOptions(), *, factors: str | None = None,
@@ -54,7 +57,7 @@ def split(source: str | Path) -> list[str]:
 
 
 def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
-    if not source.startswith("hf:") and (first := re.fullmatch(r"(.+)\[:(\d+)\]", source)):
+    if not is_hub(source) and (first := re.fullmatch(r"(.+)\[:(\d+)\]", source)):
         records, n = _read_one(first[1], options), int(first[2])
         if isinstance(records, list):
             return records[:n]
@@ -62,6 +65,8 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
         return records
     source, name = at_split(source)
     path, options = Path(source), replace(options, split=name or options.split)
+    if is_remote(source) and not re.search(r"\.(tgz|tar(\.\w+)?)$", source):
+        return _read_remote(source.rstrip("/"), options)
     if options.split and (path / options.split).is_dir() and not is_saved(path):
         path, options = path / options.split, replace(options, split=None)
         source = str(path)
@@ -90,6 +95,34 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     return records
 
 
+def _read_remote(source: str, options: ReadOptions) -> Sequence[dict]:
+    """Reads a source on a store, except shards, from a copy. Its image paths start at its place on the store."""
+    suffix, names = PurePosixPath(source).suffix.lower(), []
+    if suffix in FILES:
+        copies = [str(local_copy(url))[: -len(suffix)] for url in expand(source)]
+        local = f"{{{','.join(copies)}}}{suffix}"
+    elif suffix in READERS:
+        local = str(local_copy(source))
+    else:
+        names = [PurePosixPath(name).name for name in list_folder(source)]
+        local = "" if {"dataset_info.json", "dataset_dict.json"}.isdisjoint(names) else str(local_copy(source))
+        for kind in (".tar", *FILES) if not local else ():
+            if any(name.lower().endswith(kind) for name in names):
+                return _read_one(f"{source}/*{kind}", options)
+        if not local:
+            fix = "name a caption file, or pack the folder: miniclip convert_data FOLDER shards/{000..009}.tar"
+            what = f"images with texts beside them are not read from a store: {fix}"
+            raise InputError(f"{source}: {what if names else 'no such file or folder on the store'}")
+    root = options.image_root or (source if names else source.rpartition("/")[0])
+    try:
+        records = _read_one(local, replace(options, image_root=root))
+        if isinstance(records, Table):
+            records.source = source
+        return records
+    except InputError as error:  # name what the user named
+        raise type(error)(str(error).replace(local, source)) from None
+
+
 def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
     """Returns a line on the training data. It counts the captions of the first `most` images, which takes a minute."""
     texts = [text for record in itertools.islice(records, most) for text in record["caption"]]
@@ -116,6 +149,14 @@ def fingerprint(source: str, records: Sequence[dict] | None = None) -> dict:
 
 def _digest(source: str) -> str | None:
     source, _ = at_split(re.sub(r"\[:\d+\]$", "", source))  # of a part: the whole, and the number of records
+    if is_remote(source):
+        if Path(source).suffix.lower() in READERS:
+            return sha256(local_copy(source))
+        urls = [] if list_folder(source) else expand(source)
+        sizes = {PurePosixPath(url).name: info(url)["size"] for url in urls}
+        sizes |= {name: about["size"] for name, about in list_files(source).items()} if not urls else {}
+        listing = "\n".join(f"{name} {sizes[name]}" for name in sorted(sizes))
+        return f"names and sizes {hashlib.sha256(listing.encode()).hexdigest()}"
     path = Path(source)
     if path.is_file():
         size = path.stat().st_size

@@ -11,13 +11,16 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from miniclip.datasets.remote import RemoteRoot, remote_image
 from miniclip.utils.bad_samples import BadSamples, CaptionFileError, raise_or_skip, short
 from miniclip.utils.errors import InputError
-from miniclip.utils.image_files import ImageError, open_image
+from miniclip.utils.image_files import ImageError, ImageFile, open_image
 from miniclip.utils.parallel import read_ahead
+from miniclip.utils.remote import is_remote
 
 logger = logging.getLogger(__name__)
 NO_FILE = "no such file"
+FIRST = 16  # of many images on a store, those that are read before the start
 MISSING = {"nan", "none", "null", "na", "n/a", "#n/a", "<na>"}  # as pandas and others write an empty cell
 Raw = list[tuple]  # (name in messages, record that is not checked yet, or InputError)
 
@@ -104,7 +107,7 @@ def _object(pairs: list[tuple]) -> dict | InputError:
 
 def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
     """Checks the records of any text form, of which some may have turned out to be an InputError."""
-    root = ImageRoot(path if path.is_dir() else options.image_root or path.parent, options.allow_outside_image_root)
+    root = image_root(path if path.is_dir() else options.image_root or path.parent, options.allow_outside_image_root)
     records, faults = {}, {}
     for index, (_, record) in enumerate(raw):
         try:
@@ -115,13 +118,17 @@ def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
             image = record["image"]
             if not isinstance(image, str) or not image:
                 raise InputError(f"image is not a path: {short(image)}")
-            file = root.file(image) if options.image_files else os.path.abspath(os.path.join(root.folder, image))
+            file = root.file(image) if options.image_files else root.path(image)
             records[index] = {"image": file, "caption": check_captions(record["caption"], image)}
         except ValueError as error:
             faults[index] = str(error)
     if options.check_images:
-        found = image_faults(list(records.values()), path.name)
-        faults |= {index: fault for index, fault in zip(records, found) if fault}
+        checked = dict(records)
+        if not options.check_handles:  # those on a store are found when they are reached, as in shards
+            distant = [index for index, record in records.items() if isinstance(record["image"], ImageFile)]
+            checked = {index: records[index] for index in records.keys() - set(distant[FIRST:])}
+        found = image_faults(list(checked.values()), path.name)
+        faults |= {index: fault for index, fault in zip(checked, found) if fault}
     if sum(NO_FILE in fault for fault in faults.values()) == len(raw) > 1:
         hint = f"none of its {len(raw)} records has an image in {root.folder}: is --image_root right?"
         raise CaptionFileError(f"{path}: {hint} The first:\n  {raw[0][0]}: {faults[0]}")
@@ -129,6 +136,11 @@ def check_records(path: Path, raw: Raw, options: ReadOptions) -> list[dict]:
     problems = [(raw[index][0], faults[index]) for index in sorted(faults)]
     options.report(path, f"{len(faults)} of {len(raw)} records cannot be used", problems, len(good))
     return good
+
+
+def image_root(folder: str | Path, allow_outside: bool = False) -> "ImageRoot | RemoteRoot":
+    """Returns the folder where image paths start, on this machine or on a store."""
+    return RemoteRoot(str(folder), allow_outside) if is_remote(folder) else ImageRoot(folder, allow_outside)
 
 
 class ImageRoot:
@@ -141,8 +153,14 @@ class ImageRoot:
         self.inside = {}  # folder -> whether it lies in this one: each is resolved once, not for a million images
         self.leads_out = f"leads out of the image folder {self.folder} (--allow_outside_image_root allows it)"
 
-    def file(self, image: str) -> str:
+    def path(self, image: str) -> str:
+        """Returns the absolute path of an image that need not exist."""
+        return image if is_remote(image) else os.path.abspath(os.path.join(self.folder, image))
+
+    def file(self, image: str) -> str | ImageFile:
         """Returns the absolute path of an image. Raises InputError if it leads out, is missing or is not a file."""
+        if is_remote(image):
+            return remote_image(image, self.allow_outside)
         if "\0" in image:
             raise InputError(f"{image[:60]!r}: a path cannot contain a NUL character")
         if "\\" in image and not os.path.lexists(os.path.join(self.folder, image)):  # Windows' separator

@@ -21,11 +21,13 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from miniclip.datasets.captions import caption_kind, parse_caption
+from miniclip.datasets.captions import CAPTIONS, caption_kind, parse_caption
 from miniclip.datasets.records import NO_FILE, ReadOptions
+from miniclip.datasets.remote import expand_remote
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, user_cache
 from miniclip.utils.image_files import EXTENSIONS, ImageError, ImageFile
+from miniclip.utils.remote import StoreError, exists, info, is_remote, open_remote, read_range, version
 
 VERSION = 3  # of the index: raise it when old ones must be rebuilt
 ROW = np.dtype([("shard", "<i4"), ("header", "<i8"), ("offset", "<i8"), ("size", "<i8"),
@@ -34,8 +36,8 @@ COMPRESSED = "a compressed shard has no random access: decompress it (gunzip)"
 
 
 def expand(pattern: str) -> list[str]:
-    """Returns the paths that a pattern stands for, in order: `{000..123}` numbers, `{a,b}` alternatives, `*` and `?`
-    files. Raises InputError for a glob that matches no file."""
+    """Returns the paths or addresses that a pattern stands for, in order: `{000..123}` numbers, `{a,b}`
+    alternatives, `*` and `?` files. Raises InputError for a glob that matches no file."""
     if found := re.search(r"\{([^{}]*)\}", pattern):
         choices = found[1].split(",")
         if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
@@ -45,6 +47,8 @@ def expand(pattern: str) -> list[str]:
         if not choices:
             raise InputError(f"{pattern}: {found[0]} counts down")
         return [path for c in choices for path in expand(f"{pattern[: found.start()]}{c}{pattern[found.end() :]}")]
+    if is_remote(pattern):
+        return expand_remote(pattern)
     if not glob.has_magic(pattern) or os.path.exists(pattern):
         return [pattern]
     if not (paths := sorted(glob.glob(pattern))):
@@ -54,9 +58,12 @@ def expand(pattern: str) -> list[str]:
 
 def read_at(path: str, offset: int, size: int) -> bytes:
     """Reads bytes of a file, opened each time: a shuffled run would hardly meet an open shard again."""
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        data = file.read(size)
+    if is_remote(path):
+        data = read_range(path, offset, offset + size)
+    else:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(size)
     if len(data) < size:
         raise OSError(f"it ends after {len(data)} of {size} bytes")
     return data
@@ -74,17 +81,17 @@ class ShardImage(ImageFile):
     def read(self) -> bytes:
         try:
             return read_at(self.path, self.offset, self.size)
-        except OSError as error:
+        except (OSError, StoreError) as error:
             raise ImageError(f"{self}: cannot be read ({error})") from None
 
     def __str__(self) -> str:
         """Returns its shard and its name, which is looked up there: names of millions would fill the memory."""
         try:
-            with open(self.path, "rb") as file:
+            with open_remote(self.path, self.offset, 1024) if is_remote(self.path) else open(self.path, "rb") as file:
                 file.seek(self.header)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     return f"{self.path}: {tar.next().name}"
-        except (OSError, tarfile.TarError, AttributeError):
+        except (OSError, tarfile.TarError, AttributeError, StoreError):
             return f"{self.path}: byte {self.offset}"
 
 
@@ -93,14 +100,17 @@ class Shards(Sequence):
     shards and bad samples raise InputError or are skipped; compressed shards, and no sample at all, always raise it."""
 
     def __init__(self, paths: list[str], options: ReadOptions = ReadOptions()):
-        paths, self.caption_key = [os.path.abspath(path) for path in paths], options.caption_column
+        paths = [path if is_remote(path) else os.path.abspath(path) for path in paths]
+        self.caption_key = options.caption_column
         if packed := [path for path in paths if re.search(r"\.(tgz|tar\.\w+)$", path)]:
             raise InputError(f"{packed[0]}: {COMPRESSED}")
         source = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-        missing = [(path, NO_FILE) for path in paths if not os.path.isfile(path)]
-        self.paths, what = [path for path in paths if os.path.isfile(path)], f"{len(missing)} of {len(paths)} shards"
+        with ThreadPoolExecutor(16) as pool:
+            states = dict(zip(paths, pool.map(_state, paths)))
+        missing = [(path, NO_FILE) for path, state in states.items() if state is None]
+        self.paths, what = [path for path in paths if states[path]], f"{len(missing)} of {len(paths)} shards"
         options.report(source, f"{what} are missing", missing, len(self.paths), "", "no shards")
-        self.rows, problems = _index(self.paths, self.caption_key)
+        self.rows, problems, self.texts = _index(self.paths, [states[path] for path in self.paths], self.caption_key)
         what, example = f"{len(problems)} problems in the shards", "a sample is 000.jpg with 000.txt or 000.json"
         options.report(source, what, problems, len(self.rows), "", f"no samples: {example}")
         if not len(self.rows):
@@ -113,41 +123,58 @@ class Shards(Sequence):
         shard, header, offset, size, text_offset, text_size, is_json = self.rows[index].item()
         image = ShardImage(self.paths[shard], header, offset, size)
         try:
-            caption = parse_caption(read_at(image.path, text_offset, text_size), is_json, "", self.caption_key)
+            text = read_at(str(self.texts) if is_remote(image.path) else image.path, text_offset, text_size)
+            caption = parse_caption(text, is_json, "", self.caption_key)
         except (OSError, InputError) as error:  # it was good when the index was built
             raise ImageError(f"{image}: its caption cannot be read ({error})") from None
         return {"image": image, "caption": caption}
 
 
-def _index(paths: list[str], caption_key: str | None) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Returns the rows of all shards and their problems, from the index of an earlier run if it is up to date."""
-    stats = [os.stat(path) for path in paths]
-    about = json.dumps([VERSION, caption_key, [(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]])
+def _state(path: str) -> tuple | None:
+    """Returns the size of a shard and what tells that it changed; None if it is missing."""
+    if is_remote(path):
+        about = info(path) if exists(path) else {"type": None}
+        return (about["size"], version(about)) if about["type"] == "file" else None
+    return (os.path.getsize(path), os.stat(path).st_mtime_ns) if os.path.isfile(path) else None
+
+
+def _index(paths: list[str], states: list[tuple], caption_key: str | None):
+    """Returns the rows of all shards and their problems, from the index of an earlier run if it is up to date, and the
+    file to which the captions of shards on a store were copied."""
+    about = json.dumps([VERSION, caption_key, [(path, *state) for path, state in zip(paths, states)]])
     state = hashlib.sha256(about.encode()).hexdigest()
     name = f".miniclip-{hashlib.sha256(json.dumps([caption_key, paths]).encode()).hexdigest()[:16]}.npz"
     places = [Path(paths[0]).parent / name, user_cache() / name]  # the folder of the shards may be read-only
+    places, texts = places[is_remote(paths[0]) :], user_cache() / f".miniclip-{state[:16]}.captions"
     for place in places:
         with suppress(Exception), np.load(place, allow_pickle=False) as saved:  # missing, or half of one
-            if str(saved["state"]) == state:
-                return saved["rows"], [tuple(json.loads(problem)) for problem in saved["problems"].tolist()]
+            if str(saved["state"]) == state and (texts.exists() or not is_remote(paths[0])):
+                return saved["rows"], [tuple(json.loads(problem)) for problem in saved["problems"].tolist()], texts
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # which mostly wait for the disk
-        work = pool.map(partial(_index_shard, caption_key), itertools.count(), paths)
-        parts = list(tqdm(work, "reading the shards' headers", len(paths), disable=len(paths) < 100))
-    rows, problems = np.concatenate([rows for rows, _ in parts]), list(itertools.chain(*(found for _, found in parts)))
+        work = pool.map(partial(_index_shard, caption_key), itertools.count(), paths, (size for size, _ in states))
+        few = len(paths) < 100 and not is_remote(paths[0])
+        parts = list(tqdm(work, "reading the shards' headers", len(paths), disable=few))
+    rows, problems = np.concatenate([rows for rows, *_ in parts]), [fault for _, found, _ in parts for fault in found]
+    if is_remote(paths[0]):  # each would be a request to the store
+        captions = [text for *_, found in parts for text in found]
+        rows["text_offset"] = np.cumsum([0, *map(len, captions)], dtype=np.int64)[:-1]
+        texts.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(texts) as scratch:
+            scratch.write_bytes(b"".join(captions))
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             with replacing(place) as scratch:
                 np.savez(scratch, state=state, rows=rows, problems=np.array([*map(json.dumps, problems)], dtype=str))
             break
-    return rows, problems
+    return rows, problems, texts
 
 
-def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Returns the rows of one shard and its problems."""
-    samples, rows, problems, end = {}, [], [], os.path.getsize(path)
+def _index_shard(caption_key: str | None, number: int, path: str, end: int) -> tuple[np.ndarray, list, list[bytes]]:
+    """Returns the rows of one shard of `end` bytes, its problems, and the rows' captions."""
+    samples, rows, problems, texts, captions = {}, [], [], {}, []
     try:
-        with open(path, "rb") as file:
+        with open_remote(path, end) if is_remote(path) else open(path, "rb") as file:
             if file.read(2) == b"\x1f\x8b":
                 raise InputError(f"{path}: {COMPRESSED}")
             file.seek(0)
@@ -156,6 +183,9 @@ def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.nd
                     tar.members = []  # which would grow with each one
                     cut = member.isfile() and member.offset_data + member.size > end
                     fault = "the shard is cut off in the middle of it" if cut else _sort_in(samples, member)
+                    if not cut and member.name.lower().endswith(CAPTIONS):  # here, where the data around it is at hand
+                        file.seek(member.offset_data)
+                        texts[member.offset_data] = file.read(member.size)
                     if fault:
                         problems.append((f"{path}: {member.name}", fault))
                     if cut:
@@ -176,11 +206,12 @@ def _index_shard(caption_key: str | None, number: int, path: str) -> tuple[np.nd
         text = members[kind]
         row = number, image.offset, image.offset_data, image.size, text.offset_data, text.size, kind == "json"
         try:
-            parse_caption(read_at(path, text.offset_data, text.size), kind == "json", text.name, caption_key)
+            parse_caption(texts[text.offset_data], kind == "json", text.name, caption_key)
             rows.append(row)
-        except (InputError, OSError) as error:
+            captions.append(texts[text.offset_data])
+        except InputError as error:
             problems.append((path, str(error)))
-    return np.array(rows, ROW), problems
+    return np.array(rows, ROW), problems, captions
 
 
 def _sort_in(samples: dict[str, dict], member: tarfile.TarInfo) -> str | None:

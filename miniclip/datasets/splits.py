@@ -7,14 +7,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from miniclip.utils.errors import InputError
+from miniclip.utils.remote import is_remote
 
 logger = logging.getLogger(__name__)
+
+
+def is_hub(source: str) -> bool:
+    """Returns whether a source is hf:NAME, a data set that its library loads: hf://PATH is a file."""
+    return source.startswith("hf:") and not is_remote(source)
 
 
 def at_split(source: str) -> tuple[str, str | None]:
     """Returns the parts of SOURCE:SPLIT. `hf:NAME:SPLIT` is left to the library, a Windows drive is no source."""
     path, _, name = source.rpartition(":")
-    if source.startswith("hf:") or len(path) < 2 or not re.fullmatch(r"\w[\w.+-]*", name) or os.path.exists(source):
+    if is_hub(source) or len(path) < 2 or not re.fullmatch(r"\w[\w.+-]*", name) or os.path.exists(source):
         return source, None
     return path, name
 

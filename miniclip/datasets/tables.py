@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from miniclip.datasets.captions import captions_in
-from miniclip.datasets.records import NO_FILE, ImageRoot, ReadOptions, check_captions
+from miniclip.datasets.records import NO_FILE, ImageRoot, ReadOptions, check_captions, image_root
 from miniclip.datasets.shards import expand
-from miniclip.datasets.splits import choose_split, split_column, split_of
+from miniclip.datasets.splits import choose_split, is_hub, split_column, split_of
 from miniclip.datasets.text_files import find_columns
 from miniclip.utils.bad_samples import short
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError, ImageFile
+from miniclip.utils.remote import is_remote
 
 FILES = (".parquet", ".arrow")
 
@@ -35,7 +36,7 @@ def _files(path: Path) -> list[str]:
 def is_table(source: str) -> bool:
     """Returns whether a source is read by Hugging Face datasets."""
     path = Path(source)
-    return source.startswith("hf:") or path.suffix.lower() in FILES or is_saved(path) or bool(_files(path))
+    return is_hub(source) or path.suffix.lower() in FILES or is_saved(path) or bool(_files(path))
 
 
 def load_table(source: str, part: str | None = None, streaming: bool = False) -> tuple:
@@ -43,10 +44,10 @@ def load_table(source: str, part: str | None = None, streaming: bool = False) ->
     IterableDataset. Returns it, the split that was asked for, and whether only its column `split` can have that."""
     import datasets  # slow to import
 
-    path, hub, strict = Path(source), source.startswith("hf:"), False
+    path, hub, strict = Path(source), is_hub(source), False
     saved = not hub and is_saved(path)
-    files = [] if hub or saved else _files(path)
-    if missing := [file for file in files if not os.path.isfile(file)]:
+    files = [] if hub or saved else _files(path) if not is_remote(source) else expand(source)  # those are streamed
+    if missing := [file for file in files if not (is_remote(file) or os.path.isfile(file))]:
         raise InputError(f"{missing[0]}: {NO_FILE} ({len(missing)} of {len(files)} are missing)")
     kinds = {Path(file).suffix.lower()[1:] for file in files}
     if len(kinds) > 1:
@@ -93,9 +94,10 @@ def load_table(source: str, part: str | None = None, streaming: bool = False) ->
 
 def table_root(source: str, options: ReadOptions) -> ImageRoot:
     """Returns where image paths in a table start. Those in a table of the hub lead into the library's cache."""
-    path, hub = Path(source), source.startswith("hf:")
-    folder = options.image_root or ("" if hub else path if path.is_dir() else path.parent)
-    return ImageRoot(folder, options.allow_outside_image_root or hub and not options.image_root)
+    path, hub = Path(source), is_hub(source)
+    here = source.rpartition("/")[0] if is_remote(source) else path if path.is_dir() else path.parent
+    folder = options.image_root or ("" if hub else here)
+    return image_root(folder, options.allow_outside_image_root or hub and not options.image_root)
 
 
 @dataclass(eq=False)
@@ -117,7 +119,8 @@ class Cell(ImageFile):
         if not isinstance(value, str) or not value:
             raise ImageError(f"{self}: expected an image, found {short(value)}")
         try:
-            return Path(self.root.file(value)).read_bytes()
+            file = self.root.file(value)
+            return file.read() if isinstance(file, ImageFile) else Path(file).read_bytes()
         except (InputError, OSError) as error:
             raise ImageError(f"{self}: {error}") from None
 

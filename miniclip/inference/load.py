@@ -10,6 +10,7 @@ from miniclip.inference.fast import inference_copy
 from miniclip.inference.onnx import is_onnx, load_onnx
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
+from miniclip.utils.local_copy import localised
 from miniclip.utils.model_folder import limited_by
 from miniclip.utils.weight_files import find_weights
 from miniclip.weights.layouts import load_folder
@@ -27,11 +28,13 @@ def load(
     `@revision`), or a folder (also as `local-dir:FOLDER`) in the layout of MiniCLIP, OpenCLIP or transformers'
     CLIPModel, or of an export to ONNX. `pretrained` is a tag of the config (`miniclip.list_pretrained()`), whose
     activation and preprocessing are followed, or a weight file in any layout that `miniclip.checkpoint` knows, or a
-    folder with one; without one a config's weights are random, with a warning. Downloads are kept in `cache_dir`, by
-    default the Hugging Face cache. Weights in half precision are loaded as float32. `preprocess` turns a PIL image into
-    a (3, S, S) tensor, `tokenizer` a list of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16"
-    or "int8", the model is a faster copy for inference only. Raises InputError for an unknown name, for what cannot be
-    downloaded, and what `load_weights` raises."""
+    folder with one; without one a config's weights are random, with a warning. Both may lie on a store
+    (s3://bucket/run), of which a copy is kept. Downloads are kept in `cache_dir`, by default the Hugging Face cache.
+    Weights in half precision are loaded as float32. `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer`
+    a list of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is a
+    faster copy for inference only. Raises InputError for an unknown name, for what cannot be downloaded, StoreError for
+    an address that cannot be read, and what `load_weights` raises."""
+    name_or_path, pretrained = localised(name_or_path), localised(pretrained)
     if is_onnx(name_or_path):
         model = load_onnx(name_or_path, pretrained, device, precision)
         return model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer

@@ -57,6 +57,10 @@ def parse_evaluate(argv: list[str]) -> Namespace:
     options.several = any(len(names or ()) > 1 for names in (options.model, options.features, options.eval_file))
     for problem in _problems(options, parser.get_default):
         parser.error(problem)
+    if "://" in str((options.model, options.pretrained)):
+        from miniclip.utils.local_copy import localised  # imports NumPy, which takes its time
+
+        options.model, options.pretrained = localised(options.model), localised(options.pretrained)
     return options
 
 
@@ -144,6 +148,8 @@ def _default_name(options: Namespace) -> tuple[Path, str]:
     if options.several:
         return Path(), "retrieval_comparison"
     folder = Path(options.model) if options.model and Path(options.model).is_dir() else None
+    if folder and re.fullmatch(r"[0-9a-f]{16}", folder.parent.name):  # a copy of one on a store, in the user's cache
+        folder = None
     source, part = at_split(options.eval_file or options.features)
     parts = [Path(source).stem, part or options.split, "first" if options.captions == "first" else ""]
     if folder is None and options.eval_file:  # here, where the results of other models may lie

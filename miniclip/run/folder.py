@@ -1,15 +1,19 @@
 """The output folder of a run: locked while the run lasts, cleared or resumed, with its metadata, log and curves."""
 
 import logging
+import posixpath
 from contextlib import ExitStack
 from pathlib import Path
 
 from miniclip.run.checkpoints import checkpoints, clean
 from miniclip.run.metadata import RECORD
 from miniclip.run.progress import CURVES, LOG, Progress, check_reporters
+from miniclip.run.store import Sync, holds_run, restore
+from miniclip.run.sync import CHECKPOINT, CLEAR
 from miniclip.utils.bad_samples import NAME, BadSamples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import lock, write_json
+from miniclip.utils.remote import is_remote
 
 
 class Run(ExitStack):
@@ -23,23 +27,35 @@ class Run(ExitStack):
         self.options, self.args, self.folder = options, args, Path(args.output_dir)
         given = args.resume_from_checkpoint
         self.resume = given in ("latest", "True", "true") or given
-        self.bad_samples = BadSamples()
-        earlier = [*checkpoints(self.folder), *self.folder.glob("model.safetensors")]
-        if earlier and not self.resume and not options.overwrite_output_dir:
-            fix = "resume it with --resume, replace it with --overwrite_output_dir, or name another --output_dir"
-            raise InputError(f"{self.folder} holds an earlier run: {fix}")
+        self.bad_samples, self.remote = BadSamples(), is_remote(given)
+        if not self.resume and not options.overwrite_output_dir:
+            earlier = [*checkpoints(self.folder), *self.folder.glob("model.safetensors")]
+            if earlier or options.store and args.process_index == 0 and holds_run(options.store):
+                fix = "resume it with --resume, replace it with --overwrite_output_dir, or name another --output_dir"
+                raise InputError(f"{self.folder if earlier else options.store} holds an earlier run: {fix}")
 
     def hold(self):
         """Locks the folder, once all that was named is known to be there, until the end of the `with` block."""
         if self.args.process_index == 0:
             self.enter_context(lock(self.folder))
+            if self.options.store:
+                print(f"the run works in {self.folder}, which is copied to {self.options.store} in the background")
 
     def start(self, trainer):
         """Clears the folder and begins to log. Returns the checkpoint to resume from (True: the newest), if any."""
         first = trainer.is_world_process_zero()
         if first:
             clean(self.folder, anew=not self.resume)  # all is well so far: now the earlier run may go
+            ours = self.options.store and not (self.folder / CLEAR).exists()  # else it has another run
+            if self.remote or self.resume is True and ours:
+                restore(self.resume if self.remote else self.options.store, self.folder)
             write_json(self.folder / RECORD, trainer.run_metadata)
+            if self.options.store:
+                limit = self.args.save_total_limit
+                self.enter_context(Sync(self.options.store, self.folder, limit, anew=not self.resume))
+        if self.remote:  # now it is here
+            name = posixpath.basename(self.resume.rstrip("/"))
+            self.resume = str(self.folder / name) if CHECKPOINT.fullmatch(name) else True
         self.bad_samples.open(self.folder / NAME, first, go_on=bool(self.resume))
         trainer.accelerator.wait_for_everyone()  # no other process may look for checkpoints before
         # Ended by `finish`, or by the error that ends the run: it draws curves.png in either case.

@@ -10,6 +10,7 @@ import numpy as np
 
 from miniclip.datasets.mixture import Mixture
 from miniclip.datasets.records import image_faults, one_per_image
+from miniclip.datasets.remote import RemoteImage
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
 from miniclip.utils.image_files import ImageError, ImageFile
@@ -52,8 +53,9 @@ def hold_out(records: Sequence[dict], share: float | None, seed: int, name: str)
 
 
 def _identify(images: Iterable) -> list:
-    """Something equal for equal images: an ImageFile's key; a file's path, or its sha256 where sizes are equal."""
-    found = list(images)
+    """Something equal for equal images: an ImageFile's key; a file's path, or its sha256 where sizes are equal; on a
+    store an image's address, because to compare the contents would be to read them all."""
+    found = [image.url if isinstance(image, RemoteImage) else image for image in images]
     sizes = {image: _size(image) for image in found if not isinstance(image, ImageFile)}
     files = Counter(sizes.values())
     content = {image: sha256(image) for image, size in sizes.items() if size is not None and files[size] > 1}

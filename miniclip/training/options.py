@@ -7,6 +7,7 @@ from typing import ClassVar
 from miniclip.training import losses
 from miniclip.utils.command_line import HELP, option
 from miniclip.utils.errors import InputError
+from miniclip.utils.remote import is_remote
 
 
 @dataclass
@@ -63,6 +64,7 @@ class TrainOptions:
 
     eval_classes: ClassVar[str | None] = None  # the second eval_file; the first is in `eval_file` by itself
     given: ClassVar[frozenset[str]] = frozenset()  # names set by the command line or the recipe, also arguments
+    store: ClassVar[str | None] = None  # the address of output_dir, if it is on a store
     check_gradients: ClassVar[bool] = False  # set by `parse_train`: it checks a run, and is no option of one
 
     def __post_init__(self):
@@ -102,6 +104,8 @@ class TrainOptions:
             yield "train_data_upsampling_factors weight several sources, but streaming reads one. Remove one of them"
         if self.streaming and re.search(r"\[:\d+\]$", self.train_file or ""):
             yield f"train_file {self.train_file}: [:N] does not work with streaming. Use max_steps"
+        if is_remote(self.feature_cache):
+            yield f"feature_cache {self.feature_cache} is an address. Give a folder on this machine"
         if self.feature_cache and not any(self.frozen):
             yield "feature_cache stores features of frozen towers, but both learn. Add --freeze_image or --freeze_text"
         for tower, scale in zip(("image", "text"), self.tower_lr_scales or ()):

@@ -10,6 +10,7 @@ from miniclip.config import MiniClipConfig
 from miniclip.training.options import TrainOptions
 from miniclip.utils.command_line import Parser, dataclass_help
 from miniclip.utils.errors import InputError
+from miniclip.utils.remote import is_remote
 
 # From scratch, as in ClipTrainingArguments (importing them takes seconds): every negative counts, and little data calls
 # for a high rate and weight decay.
@@ -36,11 +37,13 @@ ALIASES = {  # OpenCLIP's names, and --split of other commands
     "opt": "optim", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon", "siglip": "loss siglip",
     "lr-scheduler": "lr_scheduler_type", "lr-cooldown-end": "lr_scheduler_kwargs", "name": "output_dir",
     "lr-cooldown-power": "lr_scheduler_kwargs", "skip-scheduler": "lr_scheduler_type constant", "precision": "bf16",
-    "save-frequency": "save_strategy, save_steps", "val-frequency": "eval_strategy, eval_steps",
+    "save-frequency": "save_strategy, save_steps",
     "save-most-recent": "save_total_limit 1", "delete-previous-checkpoint": "save_total_limit 1",
     "torchcompile": "torch_compile", "dist-backend": "ddp_backend", "ddp-static-graph": "ddp_static_graph",
     "force-patch-dropout": "patch_dropout", "force-quick-gelu": "model NAME-quickgelu",
     "dataset-resampled": "train_num_samples", "dataset-type": "train_file",
+    "remote-sync": "output_dir s3://BUCKET/RUN", "remote-sync-frequency": "output_dir s3://BUCKET/RUN",
+    "remote-sync-protocol": "output_dir s3://BUCKET/RUN",
 }  # fmt: skip
 RESUME = "resume from the newest complete checkpoint in output_dir, if there is one"
 CHECK = (  # what a check of the gradients leaves out: evaluating, logging and saving
@@ -105,11 +108,16 @@ def parse_train(argv: list[str]):
     first = vars(parser.parse_args(argv))
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
-    parser.set_defaults(**defaults(given) | recipe)
+    parser.set_defaults(**defaults(given | fetched(given)) | recipe)
     folder = tempfile.TemporaryDirectory() if given.get("check_gradients") else None  # in place of output_dir
     more = [*CHECK, folder.name] if folder else []
     options, args, *_ = parser.parse_args_into_dataclasses([*argv, *more], look_for_args_file=False)
+    vars(options).update(fetched(vars(options)))
     options.given = frozenset(given)
+    if is_remote(args.output_dir):
+        from miniclip.run.store import local_folder
+
+        options.store, args.output_dir = args.output_dir.rstrip("/"), str(local_folder(args.output_dir))
     if folder is None:
         check_given(options, args, given, named)
         return options, args
@@ -121,6 +129,13 @@ def parse_train(argv: list[str]):
     )
     options.holdout = 0
     return options, args
+
+
+def fetched(values: dict) -> dict:
+    """Returns those options that may be addresses on a store of model folders and weights, as local copies."""
+    from miniclip.utils.local_copy import localised
+
+    return {name: localised(values[name]) for name in ("model", "pretrained", "teacher") if values.get(name)}
 
 
 def train_help() -> str:

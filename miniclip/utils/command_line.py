@@ -206,7 +206,14 @@ def _run(main: Callable[[list[str]], None]):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main(sys.argv[1:])
+        itself = name in ("train.py", "miniclip train", "miniclip sync")  # which know addresses
+        if itself or not any("://" in word for word in sys.argv[1:]):
+            main(sys.argv[1:])
+        else:
+            from miniclip.utils.outputs import local_outputs
+
+            with local_outputs(sys.argv[1:]) as argv:
+                main(argv)
     except InputError as error:
         message = str(error)
         if "\nOriginal Traceback" in message:  # a data-loader process puts its traceback before the message
