@@ -30,7 +30,7 @@ def load(
         model = MiniClip.from_pretrained(name_or_path)
     else:
         config = MiniClipConfig.from_name(str(name_or_path))
-        with limited_by(None if pretrained is None else find_weights(pretrained)):
+        with limited_by(None if pretrained is None else find_weights(pretrained), name_or_path):
             model = MiniClip(config)
         if pretrained is None:
             model.visual.load_pretrained()
