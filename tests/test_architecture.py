@@ -144,9 +144,9 @@ IN_RUNS = {
     "_get_train_sampler": ["self", "train_dataset"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
-    "_init_training_state": None,
+    "_init_training_state": ["self", "max_steps", ...],
     "_get_grad_norm": ["self", "model", "grad_norm"],
-    "_maybe_log_save_evaluate": None,
+    "_maybe_log_save_evaluate": None,  # all arguments are passed on, unseen
     "_run_epoch": None,
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_callback_state": ["self"],
@@ -171,7 +171,9 @@ def test_the_private_methods_of_trainer_that_are_overridden():
     assert (overridden(GuardedTrainer) | overridden(RunTrainer)) - set(PRIVATE) == set(IN_RUNS)
     for name, parameters in (PRIVATE | IN_RUNS).items():
         if parameters is not None:
-            assert list(inspect.signature(getattr(Trainer, name)).parameters) == parameters, name
+            found = list(inspect.signature(getattr(Trainer, name)).parameters)
+            known = parameters.index(...) if ... in parameters else None
+            assert found[:known] == parameters[:known], name
 
 
 @pytest.mark.parametrize("name", sorted(set(map(part, set(FILES) - FACADE)) - {"core", "commands"}))

@@ -4,7 +4,7 @@ import ast
 import json
 import re
 
-from miniclip.datasets.records import check_captions, parse_json
+from miniclip.datasets.records import MISSING, check_captions, parse_json
 from miniclip.utils.errors import InputError
 
 CAPTIONS = ("txt", "caption", "json")  # extensions; the first that a sample has is used
@@ -25,6 +25,14 @@ def captions_in(value, key: str | None = None, depth: int = 0) -> list:
     if not isinstance(value, list) or depth > 20:  # none lies so deep, and at 300 the stack is full
         return [value]
     return [caption for part in value for caption in captions_in(part, key, depth + 1)]
+
+
+def captions_of(row: dict, columns: list[str]) -> list:
+    """Returns the captions in a column of a row (`captions_in`), or in several, of which some may be empty."""
+    cells = [row.get(column) for column in columns]
+    if len(cells) > 1:
+        cells = [cell for cell in cells if str(cell or "").strip().lower() not in ("", *MISSING)] or cells[:1]
+    return [caption for cell in cells for caption in captions_in(cell)]
 
 
 def parse_list(text: str) -> str | list:

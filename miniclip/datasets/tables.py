@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from miniclip.datasets.captions import captions_in
+from miniclip.datasets.captions import captions_of
 from miniclip.datasets.records import NO_FILE, ImageRoot, ReadOptions, check_captions, image_root
 from miniclip.datasets.shards import expand
 from miniclip.datasets.splits import choose_split, is_hub, split_column, split_of
@@ -137,19 +137,20 @@ class Table(Sequence):
 
         self.source, self.root = source, table_root(source, options)
         self.columns = find_columns(dataset.column_names, options, source)
-        image, text = self.columns
+        image, *texts = self.columns
         if isinstance(dataset.features[image], datasets.Image):
             dataset = dataset.cast_column(image, datasets.Image(decode=False))
-        self.images, self.texts = (dataset.select_columns([column]) for column in self.columns)
+        self.images, self.texts = (dataset.select_columns(columns) for columns in ([image], texts))
         problems, groups = [], {}
         chosen = choose_split(_splits(dataset), options.split, source, strict)
         is_path = getattr(dataset.features[image], "dtype", None) in ("string", "large_string")
         paths = _column(dataset, image) if is_path else itertools.repeat(None)
-        for row, (value, path) in enumerate(zip(_column(dataset, text), paths)):
+        cells = zip(*(_column(dataset, text) for text in texts))
+        for row, (values, path) in enumerate(zip(cells, paths)):
             if not chosen[row]:
                 continue
             try:
-                check_captions(captions_in(value), path or "text")
+                check_captions(captions_of(dict(zip(texts, values)), texts), path or "text")
                 groups.setdefault(path or row, []).append(row)
             except InputError as error:
                 problems.append((f"row {row}", str(error)))
@@ -165,8 +166,8 @@ class Table(Sequence):
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index].item()
         image = Cell(self.images, row, self.columns[0], f"{self.source}: row {row}", self.root)
-        texts = (self.texts[same][self.columns[1]] for same in self.groups.get(row, [row]))
-        return {"image": image, "caption": [caption for text in texts for caption in captions_in(text)]}
+        texts = (captions_of(self.texts[same], self.columns[1:]) for same in self.groups.get(row, [row]))
+        return {"image": image, "caption": list(itertools.chain.from_iterable(texts))}
 
 
 def _column(dataset, column: str) -> Iterator:

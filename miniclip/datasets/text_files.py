@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from miniclip.datasets.captions import CAPTION_KEYS, CAPTIONS, caption_kind, captions_in, parse_caption
+from miniclip.datasets.captions import CAPTION_KEYS, CAPTIONS, caption_kind, captions_of, parse_caption
 from miniclip.datasets.published import published_records
 from miniclip.datasets.records import ImageRoot, Raw, ReadOptions, check_captions, parse_json, read_text
 from miniclip.datasets.splits import choose_split, split_column, split_of
@@ -33,7 +33,8 @@ class ColumnError(CaptionFileError):
 
 def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list[str]:
     """Returns the columns of the image and of the caption among those that are there: as named, or else the first with
-    a known name. Raises InputError, `where` in front."""
+    a known name, or for captions all that have it with a number: caption_0, caption_1. Raises InputError, `where` in
+    front."""
     columns, there = [], list(there)
     twice = [name for name, count in Counter(there).items() if count > 1 and str(name).strip()]
     if twice:
@@ -46,12 +47,28 @@ def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list
             raise ColumnError(f"{where}: there is no column {name!r}, only {listed}")
         found = [column for key in known for column in there if str(column).strip().lower() == key]
         found = found if name is None else [name]
+        numbered = _numbered(there) if what == "caption" and name is None else []
+        if numbered and not found:
+            if len(numbered) > 1:
+                said = len(numbered), numbered[0], numbered[-1]
+                logger.warning("%s: captions are in %d columns, %r to %r", where, *said)
+            return columns + numbered
         if not found:
             raise InputError(f"{where}: which column has the {what}? Name both with --columns. There are {listed}")
-        if len(found) > 1:
+        if len(found := found + numbered) > 1:
             logger.warning("%s: using column %r for the %s, not %r", where, found[0], what, found[1])
         columns.append(found[0])
     return columns
+
+
+def _numbered(columns: list[str]) -> list[str]:
+    """The columns of a known caption name and a number each, in the order of these, if there is one such name."""
+    found = {}
+    for column in columns:
+        name, number = re.fullmatch(r"(.*?)[ _-]?(\d*)", str(column).strip().lower()).groups()
+        if number and name in TEXT_KEYS:
+            found.setdefault(name, []).append((int(number), column))
+    return [column for _, column in sorted(*found.values())] if len(found) == 1 else []
 
 
 def _records(path: Path, rows: Iterable[tuple], options: ReadOptions, columns: list[str] | None = None) -> Raw:
@@ -78,10 +95,10 @@ def _records(path: Path, rows: Iterable[tuple], options: ReadOptions, columns: l
 
 
 def _record(row: dict, columns: list[str]) -> dict | InputError:
-    if missing := [column for column in columns if column not in row]:
+    if missing := [names[0] for names in (columns[:1], columns[1:]) if not row.keys() & set(names)]:
         return InputError(f"there is no {missing[0]!r} in it: expected an object with both, found {short(row)}")
     try:
-        return {"image": row[columns[0]], "caption": captions_in(row[columns[1]])}
+        return {"image": row[columns[0]], "caption": captions_of(row, columns[1:])}
     except InputError as error:
         return InputError(f"{row[columns[0]]}: caption is {error}")
 

@@ -49,7 +49,7 @@ def load(
         config = MiniClipConfig.from_name(str(name_or_path))
         if tag is not None:
             follow(config, tag, f"{name_or_path} {pretrained}")
-        with limited_by(None if weights is None else find_weights(weights)):
+        with limited_by(None if weights is None else find_weights(weights), name_or_path):
             model = MiniClip(config)
         if weights is None:
             model.visual.load_pretrained()

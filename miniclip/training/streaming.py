@@ -12,7 +12,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset
 
-from miniclip.datasets.captions import captions_in
+from miniclip.datasets.captions import captions_of
 from miniclip.datasets.records import ReadOptions, check_captions
 from miniclip.datasets.splits import at_split, split_column
 from miniclip.datasets.tables import Cell, load_table, table_root
@@ -100,7 +100,7 @@ class StreamDataset(RunDataset):
             row = self.note(turn, reader, number)
             name = self.label(row)["record"]
             try:
-                captions = check_captions(captions_in(sample[self.columns[1]]), name)
+                captions = check_captions(captions_of(sample, self.columns[1:]), name)
                 record = {"image": Cell([sample], 0, self.columns[0], name, self.root), "caption": captions}
                 item = self.draw(record, self.rng(f"{turn} {reader} {number}"))
             except (ImageError, InputError) as error:

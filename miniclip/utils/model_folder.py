@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import init
 from torch.nn.modules import module as modules
+from torch.overrides import TorchFunctionMode
 
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.files import MANIFEST, check_manifest, replacing, write_manifest
@@ -49,7 +51,8 @@ def read_model_folder(directory: Path, make: Callable[[Path], nn.Module]) -> nn.
     check_manifest(directory, ["config.json", "tokenizer"])
     token = READING.set(directory)
     try:
-        with torch.device("meta"), limited_by(directory / "model.safetensors"):  # shapes; the numbers are the file's
+        limited = limited_by(directory / "model.safetensors", directory / "config.json")
+        with _Undrawn(), torch.device("meta"), limited:  # shapes; the numbers are the file's
             model = make(directory / "config.json")
     finally:
         READING.reset(token)
@@ -59,8 +62,18 @@ def read_model_folder(directory: Path, make: Callable[[Path], nn.Module]) -> nn.
     return model
 
 
+class _Undrawn(TorchFunctionMode):
+    """No random numbers are drawn for new parameters: for those without memory torch would import its compiler first,
+    which takes longer than all the rest."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        draws = function in (Tensor.normal_, Tensor.uniform_) or getattr(function, "__module__", "") == init.__name__
+        kwargs = kwargs or {}
+        return (args[0] if args else kwargs["tensor"]) if draws else function(*args, **kwargs)
+
+
 @contextmanager
-def limited_by(path: Path | None):
+def limited_by(path: Path | None, config: Path | str | None = None):
     """Inside, this thread builds no far larger model than a weight file holds, or without one than fits the memory.
     Raises InputError at the first parameter too many, before it is filled: a config can ask for any size."""
     tensors, numbers, thread = 1 << 17, 1 << 34, threading.get_ident()
@@ -71,7 +84,8 @@ def limited_by(path: Path | None):
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         numbers = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
-    problem = f"the config is that of a far larger model than {reason}: its sizes must be wrong"
+    name = f"the config {config}" if config else "the config"
+    problem = f"{name} is that of a far larger model than {reason}: its sizes must be wrong"
 
     def count(module, name, tensor):
         nonlocal tensors, numbers

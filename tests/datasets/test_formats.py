@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -333,6 +334,36 @@ def test_missing_captions_are_bad_samples(form, place):
     with pytest.warns(UserWarning, match="The other 1 are used"):
         (record,) = read_source(str(path), skip)
     assert record["caption"][-1] == "a green field" and len(skip.bad_samples) == len(NONE)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+@pytest.mark.parametrize("columns", [["caption_0", "caption_1", "caption_10"], ["Comment2", "Comment1", "Comment 3"]])
+def test_captions_in_numbered_columns(columns, name, place, caplog):
+    rows = [["0.png", "x", "y", "z"], ["1.png", "p", "", None], ["0.png", "last", "nan", " "]]
+    table = [dict(zip(["image_name", *columns], row)) for row in rows]
+    if name == "t.csv":
+        cells = [["image_name", *columns], *([cell or "" for cell in row] for row in rows)]
+        (place / name).write_text("".join(f"{','.join(row)}\n" for row in cells))
+    elif name == "t.jsonl":
+        (place / name).write_text("".join(f"{json.dumps(row)}\n" for row in table))
+    else:
+        datasets.Dataset.from_list(table).to_parquet(place / name)
+    records = list(read_source(str(place / name)))
+    first = ["x", "y", "z"] if columns[0] == "caption_0" else ["y", "x", "z"]
+    assert [record["caption"] for record in records] == [[*first, "last"], ["p"]]
+    by_number = sorted(columns, key=lambda column: int(re.search(r"\d+", column)[0]))
+    assert f"captions are in 3 columns, {by_number[0]!r} to {by_number[-1]!r}" in caplog.text
+
+
+def test_numbered_columns_that_may_mean_anything(place, caplog):
+    (place / "t.csv").write_text("image,text1,text2,title1\n0.png,a,b,c\n")
+    with pytest.raises(InputError, match="which column has the caption"):
+        read_source(str(place / "t.csv"))
+    chosen = read_source(str(place / "t.csv"), ReadOptions(image_column="image", caption_column="text2"))
+    assert chosen[0]["caption"] == ["b"] and not caplog.records
+    (place / "t.csv").write_text("image,caption,caption_2\n0.png,a,b\n")
+    assert read_source(str(place / "t.csv"))[0]["caption"] == ["a"]
+    assert "using column 'caption' for the caption, not 'caption_2'" in caplog.text
 
 
 def test_columns_that_share_a_name_are_refused(place, caplog):
