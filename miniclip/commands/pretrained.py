@@ -32,6 +32,5 @@ def main(argv: list[str]):
         print(f"no published weights of {options.MODEL} are known: train it, or name a file of weights")
     for row in rows:
         activation = "QuickGELU" if row["quick_gelu"] else "GELU"
-        size = f"{row['size'] / 1e6:,.0f} MB" if row["size"] else ""
         source = f"hf-hub:{row['hf_hub'].rstrip('/')}" if row["hf_hub"] else row["url"]
-        print(f"{row['model']:<29} {row['tag']:<29} {activation:<10} {size:>8} {source}".rstrip())
+        print(f"{row['model']:<29} {row['tag']:<29} {activation:<10} {source}")

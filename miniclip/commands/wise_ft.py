@@ -31,8 +31,10 @@ def main(argv: list[str]):
         save = save if save in (None, "best") else float(save)
     except ValueError:
         raise InputError(f"--save_alpha {save!r} is neither a number nor best") from None
+    from miniclip.weights.pretrained import is_folder
+
     check_folder_or_weights("--before", options.before, options.pretrained)
-    if not options.after.startswith("hf-hub:") and not Path(options.after).is_dir():
+    if not is_folder(options.after):
         raise InputError(f"--after {options.after} is not a folder")
 
     from miniclip.datasets.read import read_source

@@ -10,7 +10,6 @@ from miniclip.config import MiniClipConfig
 from miniclip.training.options import TrainOptions
 from miniclip.utils.command_line import Parser, dataclass_help
 from miniclip.utils.errors import InputError
-from miniclip.weights.pretrained import find_folder, is_folder
 
 # From scratch, as in ClipTrainingArguments (importing them takes seconds): every negative counts, and little data calls
 # for a high rate and weight decay.
@@ -145,6 +144,8 @@ def read_recipe(path: str, parser: Parser) -> dict:
 
 def defaults(given: dict) -> dict:
     """The defaults that follow from the options given. Raises InputError for those that do not go together."""
+    from miniclip.weights.pretrained import is_folder  # takes a second: torch
+
     freeze = default_freeze(given)
     frozen = [how in ("tower", "all", "all_but_0") for how in freeze.values()]
     usual = FROM_SCRATCH
@@ -173,6 +174,8 @@ def defaults(given: dict) -> dict:
 
 def default_freeze(given: dict) -> dict[str, str]:
     """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher."""
+    from miniclip.weights.pretrained import find_folder
+
     name = given.get("model") or ""
     try:
         folder = find_folder(name)

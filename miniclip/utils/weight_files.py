@@ -70,7 +70,7 @@ def find_weights(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     kinds = weight_names((path / "open_clip_config.json").is_file())
-    names = [name + end for end in ("", ".index.json") for name in kinds]
+    names = [name + end for name in kinds for end in ("", ".index.json")]
     found = [path / name for name in names if (path / name).is_file()] + sorted(path.glob("*-of-*"))
     return next((file for file in found if not file.name.endswith(".json") or find_shards(file)), path)
 

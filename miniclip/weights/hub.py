@@ -26,6 +26,7 @@ from miniclip.utils.weight_files import SHARD, find_weights, shorten, weight_nam
 
 CONFIGS = {"config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json", "manifest.json"}
 TRIES, WAIT, TIMEOUT = 5, 1.0, 30.0  # in a row without a byte; seconds before the second try, doubled; of silence
+COMMIT = re.compile(r"[0-9a-f]{40}")
 CONTENT = re.compile(r"[0-9a-f]{64}")  # the hub names large files by their sha256
 logger = logging.getLogger(__name__)
 
@@ -44,17 +45,17 @@ def offline() -> bool:
     return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
 
 
-def chosen(names: Iterable[str], repo: str) -> list[str]:
-    """Returns the files of a repository that a model needs: configs, a tokenizer, and the weights in one form, with
+def chosen(names: Iterable[str], repo: str) -> tuple[list[str], list[str]]:
+    """Returns the files of a repository that a model needs: configs and a tokenizer; and the weights in one form, with
     OpenCLIP's first where its config is, and safetensors before torch's. Raises InputError if there are no weights."""
     names = set(names)
     known = names & CONFIGS | {name for name in names if re.fullmatch(r"tokenizer/[\w-][\w.-]*", name)}
     for weights in weight_names("open_clip_config.json" in names):
         if weights in names:
-            return sorted(known | {weights})
+            return sorted(known), [weights]
         shards = {name for name in names if (part := SHARD.fullmatch(name)) and part[1] + part[3] == weights}
         if shards:
-            return sorted(known | shards | names & {weights + ".index.json"})
+            return sorted(known), sorted(shards | names & {weights + ".index.json"})
     listed = ", ".join(weight_names(False))
     raise InputError(f"the repository {repo} has no weights named {listed}, but {shorten(sorted(names))}")
 
@@ -64,22 +65,33 @@ def download_repo(repo: str, revision: str | None = None, cache_dir: str | Path 
     if they are not there or not the newest. Without a connection a cached copy is taken, with a warning. `revision` is
     a branch, a tag or a commit. Raises InputError, naming the repository and what to do, if it cannot be had."""
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     cache = cache_folder(cache_dir)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise InputError(f"{repo!r} is not the name of a repository: write org/name") from None
 
     def cached(name: str, revision: str | None = revision) -> str | None:
         path = try_to_load_from_cache(repo, name, cache, revision)
         return path if isinstance(path, str) else None
 
+    def copy() -> Path | None:
+        found = [path for name in (*CONFIGS, *weight_names(False)) if (path := cached(name))]
+        return Path(found[0]).parent if found else None
+
+    if COMMIT.fullmatch(revision or "") and (folder := copy()) and find_weights(folder) != folder:
+        return folder  # a commit does not change
     try:
         if not offline():
             info = HfApi().model_info(repo, revision=revision)
-            names = chosen((file.rfilename for file in info.siblings or ()), repo)
-            new = [name for name in names if not cached(name, info.sha)]
-            patterns = [escape(name) for name in names]
-            folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache, allow_patterns=patterns))
-            for name in new:
-                check_content(folder / name, repo)
+            # Weights come last: where they are, also after an interruption, the rest is.
+            for names in chosen((file.rfilename for file in info.siblings or ()), repo):
+                new, patterns = [name for name in names if not cached(name, info.sha)], list(map(escape, names))
+                folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache, allow_patterns=patterns))
+                for name in new:
+                    check_content(folder / name, repo)
             return folder
         problem = "HF_HUB_OFFLINE is set, so nothing is downloaded: unset it, or copy the cache from another machine"
     except InputError:
@@ -87,12 +99,10 @@ def download_repo(repo: str, revision: str | None = None, cache_dir: str | Path 
     except Exception as error:  # of huggingface_hub, and of whichever HTTP library it uses
         if not (problem := explain(error, repo, revision)):
             raise
-    found = [path for name in (*CONFIGS, *weight_names(False)) if (path := cached(name))]
-    folder = Path(found[0]).parent if found else None
-    if folder is None or find_weights(folder) == folder:
-        copy = "no copy of it" if folder is None else "a copy without its weights"
+    if (folder := copy()) is None or find_weights(folder) == folder:
+        state = "no copy of it" if folder is None else "a copy without its weights"
         at = f" at revision {revision}" if revision else ""
-        raise InputError(f"repository {repo}{at}: {problem} (the cache {cache} has {copy})")
+        raise InputError(f"repository {repo}{at}: {problem} (the cache {cache} has {state})")
     if not offline():
         logger.warning("%s is taken from the cache: %s", repo, problem)
     return folder
@@ -110,8 +120,6 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
         return f"{hub} has no such repository, or it is private: check the name, or {token}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{hub}/{repo} has no branch, tag or commit {revision!r}"
-    if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is not the name of a repository: write org/name"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, FileNotFoundError):
         return f"a file is missing there ({first_line(error)}): try again, or tell its owner"
     if isinstance(error, errors.HfHubHTTPError):
@@ -160,14 +168,14 @@ def download_url(url: str, digest: str = "", size: int | None = None, cache_dir:
         partial = path.with_name(f"{name}.incomplete")
         fetch(url, partial, size)
         if not (found := sha256(partial)).startswith(digest.lower()):
-            delete(partial)
+            forget(partial)
             wrong = f"its sha256 is {found[:16]}..., not {digest[:16]}..."
             raise InputError(
                 f"{url} is not the published file ({wrong}), and was deleted: try again, or another source"
             )
         sync(partial)
         os.replace(partial, path)
-        delete(version_file(partial))
+        forget(partial)
         sync(folder)
     return path
 
@@ -175,6 +183,12 @@ def download_url(url: str, digest: str = "", size: int | None = None, cache_dir:
 def version_file(partial: Path) -> Path:
     """The file that says which version of the server's file an incomplete one is of."""
     return partial.with_name(f"{partial.name}.etag")
+
+
+def forget(partial: Path):
+    """Deletes what there is of an incomplete file."""
+    delete(partial)
+    delete(version_file(partial))
 
 
 def fetch(url: str, partial: Path, size: int | None = None):
@@ -194,7 +208,7 @@ def fetch(url: str, partial: Path, size: int | None = None):
                 problem = "the connection ended early"
             except urllib.error.HTTPError as error:
                 if error.code == 416:  # nothing comes after what is there: it belongs to another file
-                    delete(partial)
+                    forget(partial)
                 elif error.code not in (408, 429, 500, 502, 503, 504):
                     raise InputError(f"{url} cannot be downloaded: the server answered {error.code}") from None
                 problem = f"the server answered {error.code}"
@@ -207,7 +221,7 @@ def fetch(url: str, partial: Path, size: int | None = None):
             kept = f"; {now} bytes are kept, and the next try continues there" if now else ""
             raise InputError(f"{url} cannot be downloaded ({problem}): check the network and try again{kept}")
     if size is not None and (found := partial.stat().st_size) != size:
-        delete(partial)
+        forget(partial)
         raise InputError(
             f"{url} is not the published file: it has {found} bytes, not {size}. It was deleted: try again"
         )
@@ -226,7 +240,7 @@ def receive(url: str, partial: Path, bar) -> int | None:
         version = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
         if response.status != 206 or span is None or int(span[1]) != start or version not in ("", known):
             if response.status == 206:  # of another file, or another part: ask for all of it
-                delete(partial)
+                forget(partial)
                 raise ConnectionError("the file on the server has changed")
             start = 0
             version_file(partial).write_text(version, encoding="utf-8")

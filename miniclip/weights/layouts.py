@@ -5,8 +5,9 @@ import json
 import warnings
 from pathlib import Path
 
-from miniclip.config import MiniClipConfig
+from miniclip.config import MiniClipConfig, TextConfig
 from miniclip.model import MiniClip
+from miniclip.tokenizer import Tokenizer
 from miniclip.towers.hf_config import read_preprocessing
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.model_folder import limited_by
@@ -35,6 +36,8 @@ def load_folder(folder: Path) -> MiniClip:
     config, reason, checkpoint = open_layout(source)
     if config is None:
         raise CheckpointError(f"{source}: {reason}")
+    if isinstance(config.text_cfg, TextConfig) and (size := config.text_cfg.vocab_size) < Tokenizer.vocab_size:
+        raise InputError(f"{folder} has another tokenizer, with a vocabulary of {size}: MiniCLIP has CLIP's alone")
     with limited_by(source):
         model = MiniClip(config)
     fill(model, checkpoint, source)

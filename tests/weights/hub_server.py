@@ -19,13 +19,17 @@ LARGE = (".safetensors", ".bin", ".pt")  # kept by Git LFS: their ETag is the sh
 
 class HubServer:
     """`gated` and `private` are names of repositories, `token` opens them. `faults` maps a file's name to a list: "cut"
-    (the connection breaks in the middle), "whole" (Range is ignored), "changed" (another content of the same size), a
-    status code, or None for a request without one; each request takes one."""
+    (the connection breaks in the middle), "stall" (it stays silent there until `stalled` is set), "whole" (Range is
+    ignored), "changed" (another content of the same size), a status code, or None for a request without one; each
+    request takes one."""
 
     def __init__(self, folder: Path, token: str = "hf_test"):
         self.folder, self.token = Path(folder), token
         self.gated, self.private, self.faults, self.log = set(), set(), {}, []
-        self.extra_names, self.wrong_sha256 = {}, set()  # files that a repository lists; files with another ETag
+        self.status = None  # a status with which everything is refused
+        self.digests = {}
+        self.stalled = threading.Event()
+        self.extra_names = {}  # files that a repository lists and does not have
         hub = self
 
         class Handler(Answers):
@@ -51,11 +55,17 @@ class HubServer:
 
     def commit(self, repo: str) -> str:
         """The commit of a repository's present content."""
-        digest = hashlib.sha1()
-        for name in self.files(repo):
-            path = self.folder / repo / name
-            digest.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
-        return digest.hexdigest()
+        digests = [name + self.digest(self.folder / repo / name, "sha1") for name in self.files(repo)]
+        return hashlib.sha1("".join(digests).encode()).hexdigest()
+
+    def digest(self, path: Path, kind: str) -> str:
+        """A hash of a file's content, computed again only where it has changed."""
+        if not path.is_file():
+            return hashlib.new(kind).hexdigest()
+        key = path, kind, path.stat().st_mtime_ns, path.stat().st_size
+        if key not in self.digests:
+            self.digests[key] = hashlib.new(kind, path.read_bytes()).hexdigest()
+        return self.digests[key]
 
     def requests(self, word: str, method: str = "GET") -> list[tuple]:
         """The requests whose path contains a word."""
@@ -78,6 +88,8 @@ class Answers(BaseHTTPRequestHandler):
     def answer(self, send_body: bool):
         path, hub = self.path.partition("?")[0], self.server_hub
         hub.log.append((self.command, path, self.headers.get("Range")))
+        if hub.status:
+            return self.refuse(hub.status)
         if match := re.fullmatch(r"/plain/(.+)", path):
             file = hub.folder / match[1]
             return self.file(file, {}, send_body) if file.is_file() else self.refuse(404)
@@ -104,11 +116,10 @@ class Answers(BaseHTTPRequestHandler):
     def entry(self, repo: str, name: str) -> dict:
         """A line of the list of files."""
         path = self.server_hub.folder / repo / name
-        content = path.read_bytes() if path.is_file() else b""
-        entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        size, digest = path.stat().st_size if path.is_file() else 0, self.server_hub.digest
+        entry = {"type": "file", "path": name, "size": size, "oid": digest(path, "sha1")}
         if name.endswith(LARGE):
-            digest = hashlib.sha256(content + b"!" * (name in self.server_hub.wrong_sha256)).hexdigest()
-            entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
+            entry["lfs"] = {"oid": digest(path, "sha256"), "size": size, "pointerSize": 134}
         return entry
 
     def allowed(self, repo: str, revision: str | None) -> bool:
@@ -141,18 +152,21 @@ class Answers(BaseHTTPRequestHandler):
             if start >= len(content):
                 return self.refuse(416)
             headers = headers | {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        self.send(content[start:], headers, status, send_body, cut=fault == "cut")
+        self.send(content[start:], headers, status, send_body, fault)
 
-    def send(self, content: bytes, headers: dict, status: int = 200, send_body: bool = True, cut: bool = False):
+    def send(self, content: bytes, headers: dict, status: int = 200, send_body: bool = True, fault: str | None = None):
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        if send_body:
-            self.wfile.write(content[: len(content) // 2] if cut else content)
-        if cut:
+        if not send_body:
+            return
+        broken = fault in ("cut", "stall")
+        self.wfile.write(content[: len(content) // 2] if broken else content)
+        self.close_connection = self.close_connection or broken
+        if fault == "stall":
             self.wfile.flush()
-            self.close_connection = True
+            self.server_hub.stalled.wait(60)
 
     def refuse(self, status: int, code: str = "", headers: dict | None = None):
         self.send(b"", (headers or {}) | ({"X-Error-Code": code, "X-Error-Message": code} if code else {}), status)

@@ -1,0 +1,128 @@
+"""The registry of published weights, and the names that models are loaded by."""
+
+import json
+import re
+
+import pytest
+
+import miniclip
+from miniclip.commands.pretrained import main as command
+from miniclip.config import MiniClipConfig, list_models
+from miniclip.utils.errors import InputError
+from miniclip.weights import pretrained
+from miniclip.weights.convert import write_openclip
+from miniclip.weights.load import empty_model
+from tests.conftest import ROOT
+
+PAIRS = miniclip.list_pretrained()
+
+
+@pytest.mark.parametrize("name", sorted({model for model, _ in PAIRS}))
+def test_what_is_known_about_a_model_is_whole(name):
+    assert name in list_models()
+    tags = miniclip.list_pretrained_tags_by_model(name)
+    assert tags == [tag for model, tag in PAIRS if model == name] and tags
+    for tag in tags:
+        facts = miniclip.get_pretrained_cfg(name, tag)
+        assert facts == miniclip.get_pretrained_cfg(name, tag.upper().replace("_", "-"))  # as OpenCLIP takes them
+        assert name in miniclip.list_pretrained_models_by_tag(tag)
+        assert facts["hf_hub"] or facts["url"]
+        assert re.fullmatch(r"([\w-]+/[\w.-]+/)?", facts["hf_hub"])
+        assert re.fullmatch(r"(https://[\w./-]+\.pth?)?", facts["url"])
+        assert re.fullmatch(r"([0-9a-f]{8}|[0-9a-f]{64})?", facts["sha256"])
+        published = re.search(r"/([0-9a-f]{64})/|-([0-9a-f]{8})\.pth?$", facts["url"])
+        assert facts["sha256"] == (published[1] or published[2] if published else "")
+        assert type(facts["quick_gelu"]) is bool and len(facts["mean"]) == len(facts["std"]) == 3
+        if name.endswith("-quickgelu"):
+            assert facts == miniclip.get_pretrained_cfg(name.removesuffix("-quickgelu"), tag)
+            assert facts["quick_gelu"] and MiniClipConfig.from_name(name).quick_gelu
+
+
+def test_the_lists_have_openclips_names_and_tinyclips():
+    assert len(PAIRS) == len(set(PAIRS)) == 84
+    assert miniclip.list_pretrained(as_str=True)[0] == "ViT-B-32:openai"
+    assert {tag for _, tag in PAIRS} >= {
+        "openai",
+        "laion2b_s34b_b79k",
+        "datacomp_xl_s13b_b90k",
+        "metaclip_fullcc",
+        "dfn2b",
+    }
+    assert miniclip.list_pretrained_tags_by_model("TinyCLIP-ViT-8M-16-Text-3M") == ["yfcc15m"]
+    assert miniclip.list_pretrained_tags_by_model("RN50") == []
+    assert miniclip.get_pretrained_cfg("ViT-L-14", "laion2b_s32b_b82k")["mean"] == [0.5, 0.5, 0.5]
+    assert miniclip.get_pretrained_cfg("ViT-H-14-378", "dfn5b")["resize_mode"] == "squash"
+
+
+@pytest.mark.parametrize("name, millions", [  # by OpenCLIP's model_profile.csv
+    ("ViT-B-32-256", 151.29), ("ViT-B-16-plus-240", 208.38), ("ViT-H-14", 986.11), ("ViT-H-14-quickgelu", 986.11),
+    ("ViT-H-14-378-quickgelu", 986.71), ("ViT-g-14", 1366.68), ("ViT-bigG-14", 2539.57),
+])  # fmt: skip
+def test_large_configs_have_as_many_parameters_as_published(name, millions):
+    model = empty_model(MiniClipConfig.from_name(name))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+@pytest.mark.parametrize("name, tag, message", [
+    ("ViT-B/32", None, "'ViT-B/32' is neither a folder nor .* nearest: ViT-B-32.* list published weights"),
+    ("ViT-B-23", "openai", "nearest: ViT-B-32"),
+    ("RN50", "openai", "RN50 cannot be built: MiniCLIP does not have CLIP's ResNet image tower"),
+    ("ViT-B-16-SigLIP", "webli", "does not have SigLIP's image tower and tokenizer"),
+    ("coca_ViT-B-32", None, "CoCa"), ("convnext_base_w", None, "ConvNeXt"), ("EVA02-L-14", None, "EVA"),
+    ("xlm-roberta-base-ViT-B-32", None, "text tower"), ("ViT-H-14-worldwide", None, "MetaCLIP 2"),
+    ("TinyCLIP-auto-ViT-63M-32-Text-31M", None, "blocks differ in size"),
+    ("openai/clip-vit-base-patch32", None, "name it hf-hub:openai/clip-vit-base-patch32"),
+    ("local-dir:nowhere", None, "local-dir:nowhere: there is no such folder"), ("local-dir:", None, "no such folder"),
+    ("hf-hub:", None, "'' is not the name of a repository"),
+    ("ViT-B-32", "laion2b_s34b", "no file or folder 'laion2b_s34b', and it is not a tag of ViT-B-32; nearest: "
+                                 "laion2b_s34b_b79k.*`miniclip pretrained ViT-B-32` lists all"),
+    ("ViT-B-32", "hf-hub:x", "HF_HUB_OFFLINE is set"),
+    ("ViT-S-16-112", "openai", "no file or folder 'openai', and ViT-S-16-112 has no tags"),
+])  # fmt: skip
+def test_a_wrong_name_is_answered_with_the_nearest_or_the_reason(name, tag, message):
+    with pytest.raises(InputError, match=message) as error:
+        miniclip.load(name, tag)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_goes_before_a_tag_of_the_same_name(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model.save_pretrained("openai")
+    assert pretrained.find_tag("ViT-B-32", "openai") is None
+    assert pretrained.find_tag("ViT-B-32", "metaclip_400m")["quick_gelu"] is True
+    assert pretrained.find_folder("local-dir:openai") == pretrained.find_folder("openai")
+
+
+def test_a_vocabulary_that_is_not_clips_is_refused(tiny_config, tmp_path):
+    (tmp_path / "x").mkdir()
+    values = tiny_config.to_dict() | {"text_cfg": tiny_config.to_dict()["text_cfg"] | {"vocab_size": 1000}}
+    model = miniclip.MiniClip(MiniClipConfig.from_dict(values))
+    write_openclip(tmp_path / "open", model)
+    with pytest.raises(InputError, match="another tokenizer, with a vocabulary of 1000"):
+        miniclip.load(tmp_path / "open")
+
+
+def test_commands_take_a_folder_of_another_library(tiny_model, caption_set, tmp_path, run_script):
+    write_openclip(tmp_path / "open", tiny_model)
+    name, image = f"local-dir:{tmp_path / 'open'}", caption_set / "0.png"
+    zero = ["--images", image, "--classes", "red,blue", "--output_dir", tmp_path / "zero"]
+    run_script("-m", "miniclip", "zero_shot", "--model", name, *zero)
+    run_script("-m", "miniclip", "search", "index", caption_set, "--model", name, "--index", tmp_path / "i.mc")
+    found = run_script("-m", "miniclip", "search", "query", tmp_path / "i.mc", "a red sheet", "-k", 2)
+    assert ".png" in found.stdout  # the index names the folder, wherever it is asked from
+    inherit = ["--from", name, "--to", ROOT / "model_configs" / "shapes-demo.json", "--output_dir", tmp_path / "small"]
+    refused = run_script("-m", "miniclip", "inherit", *inherit, check=False)
+    assert "is not a folder" not in refused.stderr
+
+
+def test_the_command_lists_names_and_sources(capsys):
+    def run(*words) -> str:
+        command(list(words))
+        return capsys.readouterr().out
+
+    assert [(row["model"], row["tag"]) for row in json.loads(run("--json"))] == PAIRS
+    line = next(line for line in run("ViT-B-32").splitlines() if "laion2b_s34b_b79k" in line)
+    assert line.split() == ["ViT-B-32", "laion2b_s34b_b79k", "GELU", "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"]
+    assert "no published weights of ViT-S-16-112 are known" in run("ViT-S-16-112")
+    with pytest.raises(InputError, match="'openia' is not a tag of ViT-B-32; nearest: openai"):
+        run("ViT-B-32", "openia")
