@@ -1,6 +1,6 @@
 """Upload of a model to the Hugging Face hub, with a model card.
 
-Reads a model and what its folder records of training and results, and uploads files that MiniCLIP, OpenCLIP and
+Reads a model and what its folder records of training and results, and writes to the hub what MiniCLIP, OpenCLIP and
 transformers load. Checkpoints, logs and paths of your data are never uploaded.
 """
 

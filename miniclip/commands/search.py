@@ -60,7 +60,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     query.add_argument("--image_weight", type=float, help="weight of the images beside a text: 0 to 1 (default: 0.5)")
     query.add_argument("--minus_weight", type=float, default=0.5, help="weight of what to avoid")
     query.share("image_root", help="folder of the indexed images, if it was moved")
-    query.add_argument("--json", action="store_true", help="print JSON instead of a table: one object per query")
+    query.share("json", help="print JSON instead of a table: one object per query")
     query.add_argument("--html", metavar="FILE", help="also write the images found to a self-contained HTML file")
 
     merge.add_argument("parts", nargs="+", metavar="PART")

@@ -35,12 +35,8 @@ SAME = {
     "arguments.optim": _OPTIMIZER, "arguments.optim_args": _OPTIMIZER,
     "arguments.lr_scheduler_type": _SCHEDULE, "arguments.lr_scheduler_kwargs": _SCHEDULE,
 }  # fmt: skip
-BEST = (
-    "eval_data",
-    "eval_classes",
-    "arguments.metric_for_best_model",
-    "arguments.greater_is_better",
-)  # if both runs choose a best one
+# The same, if both runs choose a best checkpoint.
+BEST = ("eval_data", "eval_classes", "arguments.metric_for_best_model", "arguments.greater_is_better")
 _LENGTH = "the schedule is computed anew, so the learning rate may jump (see below)"
 _ROUNDING = "the rest is rounded differently, so the weights will not equal those of an uninterrupted run bit for bit"
 _START = "without effect: the weights come from the checkpoint"
