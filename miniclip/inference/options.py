@@ -57,10 +57,6 @@ def parse_evaluate(argv: list[str]) -> Namespace:
     options.several = any(len(names or ()) > 1 for names in (options.model, options.features, options.eval_file))
     for problem in _problems(options, parser.get_default):
         parser.error(problem)
-    if "://" in str((options.model, options.pretrained)):
-        from miniclip.utils.local_copy import localised  # imports NumPy, which takes its time
-
-        options.model, options.pretrained = localised(options.model), localised(options.pretrained)
     return options
 
 

@@ -40,7 +40,8 @@ def hold_out(records: Sequence[dict], share: float | None, seed: int, name: str)
     drawn = set(random.Random(f"holdout {seed}").sample(range(len(unique)), number))
     chosen = {image for place, image in enumerate(unique) if place in drawn}
     held = [row for row, image in enumerate(images) if image in chosen]
-    if handles:  # a damaged one stays in training, which replaces and lists it
+    if handles or any(isinstance(images[row], RemoteImage) for row in held):
+        # Not checked yet; a damaged one stays in training, which replaces and lists it.
         faults = image_faults(take(records, held, evaluate=True), name)
         chosen -= {images[row] for row, fault in zip(held, faults) if fault}
         held = [row for row, image in enumerate(images) if image in chosen]
@@ -55,11 +56,12 @@ def hold_out(records: Sequence[dict], share: float | None, seed: int, name: str)
 def _identify(images: Iterable) -> list:
     """Something equal for equal images: an ImageFile's key; a file's path, or its sha256 where sizes are equal; on a
     store an image's address, because to compare the contents would be to read them all."""
-    found = [image.url if isinstance(image, RemoteImage) else image for image in images]
+    found = list(images)
     sizes = {image: _size(image) for image in found if not isinstance(image, ImageFile)}
     files = Counter(sizes.values())
     content = {image: sha256(image) for image, size in sizes.items() if size is not None and files[size] > 1}
-    return [_key(image) if isinstance(image, ImageFile) else content.get(image, image) for image in found]
+    known = content | {image: image for image in found if isinstance(image, RemoteImage)}
+    return [known.get(image) or (_key(image) if isinstance(image, ImageFile) else image) for image in found]
 
 
 def _size(image) -> int | None:

@@ -8,17 +8,19 @@ from pathlib import Path
 
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import delete, user_cache
+from miniclip.utils.local_copy import localised
 from miniclip.utils.remote import StoreError, is_remote, join, normal, store, upload
 
 WRITTEN = ("output_dir", "output_file", "report", "save_features", "table")
-READ = ("model", "pretrained", "teacher", "train_file", "eval_file", "image_root")
+MODELS = ("model", "pretrained", "teacher")
+READ = ("train_file", "eval_file", "image_root")
 
 
 @contextmanager
 def local_outputs(argv: list[str]) -> Iterator[list[str]]:
-    """Yields a command line in which the addresses of outputs are paths on this machine, and copies what is there to
-    the addresses in the end. Raises InputError for an address in a place where only a path can be, so that no folder
-    is made that is called "s3:"."""
+    """Yields a command line in which models on a store are copies, and the addresses of outputs paths on this machine,
+    from which they are copied to the addresses in the end. Raises InputError for an address in a place where only a
+    path can be, so that no folder is made that is called "s3:"."""
     words, flag, copies = [], None, {}
     for number, word in enumerate(argv):
         start, value = "", word
@@ -28,6 +30,8 @@ def local_outputs(argv: list[str]) -> Iterator[list[str]]:
         if is_remote(value) and flag in WRITTEN:
             copies[value] = _place(value)
             value = str(copies[value])
+        elif is_remote(value) and flag in MODELS:
+            value = localised(value)
         elif is_remote(value) and flag not in READ and not value.startswith("http"):
             # Without a flag: what a conversion reads, before what it writes.
             if flag or number or len(argv) < 2 or argv[1].startswith("-"):

@@ -1,7 +1,7 @@
 """A run whose output folder is on another store: copied in the background, found there again, whatever breaks.
 
 With a real S3-compatible server behind a proxy that breaks connections: pip install "moto[server]" s3fs, then
-python -m pytest tests/run/test_remote.py tests/datasets/test_remote.py -m "slow or not slow"
+python -m pytest tests/run/test_remote_run.py tests/datasets/test_stores.py -m "slow or not slow"
 """
 
 import json
