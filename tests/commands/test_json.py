@@ -23,7 +23,8 @@ def files(tmp_path, caption_set, tiny_model):
 
 COMMANDS = [  # the command, and a figure of its document by name, with the table's decimals
     ("evaluate.py --model {d}/m --eval_file {d}/c.json --device cpu", "metrics text_to_image_R@1"),
-    ("evaluate.py --model {d}/m {d}/m2 --eval_file {d}/c.json --output_file {d}/b.json", "evaluations 0 metrics text_to_image_R@1"),
+    ("evaluate.py --model {d}/m {d}/m2 --eval_file {d}/c.json --output_file {d}/b.json",
+     "evaluations 0 metrics text_to_image_R@1"),
     ("-m miniclip zero_shot --model {d}/m --images {d}/classes --output_dir {d}/o", "metrics top1"),
     ("-m miniclip moderate --model {d}/m --images {d}/classes --ask dog --output_dir {d}/o", "pictures 0 score"),
     ("-m miniclip linear_probe --model {d}/m --examples {d}/classes --images {d}/held --shots 1 --seeds 1"
