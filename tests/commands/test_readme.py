@@ -18,11 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README, RESULTS = PAGES[0].read_text(encoding="utf-8"), ROOT / "benchmarks" / "RESULTS.md"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-FOREIGN = set(  # options of other programs that the pages name: pip, torchrun, accelerate, clip-retrieval, OpenCLIP
+FOREIGN = set(  # options of other programs that the pages name: of pip, torchrun, accelerate, CLIP_benchmark and others
     "--no-deps --nproc_per_node --nnodes --node_rank --master_addr --master_port --multi_gpu --num_processes"
     " --num_machines --machine_rank --main_process_ip --main_process_port --mixed_precision --use_fsdp --fsdp_version"
     " --fsdp_auto_wrap_policy --embeddings_folder --index_folder --csv-img-key --csv-caption-key"
-    " --lock-image-unlocked-groups".split()
+    " --lock-image-unlocked-groups"
+    " --annotation_file --clip_model --dataset --dataset_root --help_all --imagenet-val --input_format"
+    " --maxShapes --minShapes --no_amp --onnx --optShapes --output --recall_k --remote-sync --saveEngine --task"
+    " --zeroshot-frequency".split()
 )
 
 
