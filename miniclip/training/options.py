@@ -59,6 +59,7 @@ class TrainOptions:
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir and delete its checkpoints")
 
     given: ClassVar[frozenset[str]] = frozenset()  # names set by the command line or the recipe, also arguments
+    note: ClassVar[str] = ""  # of `parse_train`, about a model that it chose
     check_gradients: ClassVar[bool] = False  # set by `parse_train`: it checks a run, and is no option of one
 
     def __post_init__(self):

