@@ -244,9 +244,10 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable):
         train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
         trained.append(mean_recall(heads, held))
     before, after, where = measure(*best), sum(trained) / len(trained), sum(len(held.images) for _, held in parts)
+    times = "1 fold" if len(parts) == 1 else f"{len(parts)} folds"
     line = (
         f"projections: regularised CCA (images {strengths[0]:g}, captions {strengths[1]:g}), mean recall {before:.1f}"
-        f" on {where} images held out for a moment in {len(parts)} folds, after training {after:.1f}: "
+        f" on {where} images held out for a moment in {times}, after training {after:.1f}: "
         + ("training goes on from there" if after > before else "nothing more is trained (one epoch at rate 0)")
     )
     return ClosedForm(total, centred).solve(*strengths, dim), sum(scales) / len(scales), after > before, line
