@@ -35,7 +35,6 @@ from miniclip.training.losses import make_loss
 CHUNK = 4096  # images whose features are float64 at a time
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of regularisation
 FOLDS, SCORED, ENOUGH = 5, 1500, 6000  # folds; images that are held out in all, and those trained on, at most
-MIX = 0.5  # parameter of the Dirichlet distribution of captions
 FEW = 10  # images, below which nothing is held out
 
 
@@ -134,13 +133,6 @@ def pairs_of(records: Sequence[dict], images: np.ndarray, texts: np.ndarray) -> 
     return Pairs(torch.from_numpy(images)[rows], torch.from_numpy(texts)[owner.argsort(stable=True)], starts)
 
 
-def mixed(pairs: Pairs, generator: np.random.Generator) -> Tensor:
-    """A random mixture of each image's captions, (n, Y): their shares are Dirichlet-distributed."""
-    owner, shares = pairs.owner(), torch.from_numpy(generator.standard_gamma(MIX, len(pairs.texts))).float() + 1e-12
-    shares = shares / torch.zeros(len(pairs.images)).index_add_(0, owner, shares)[owner]
-    return torch.zeros(len(pairs.images), pairs.texts.shape[1]).index_add_(0, owner, pairs.texts * shares[:, None])
-
-
 def embed(heads: Sequence[nn.Module], images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     return F.normalize(heads[0](images), dim=1), F.normalize(heads[1](texts), dim=1)
 
@@ -194,7 +186,8 @@ def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: 
             order = torch.from_numpy(generator.permutation(n))
         rows = order[step % (n // batch) * batch :][:batch]
         part = pairs.take(rows)
-        outputs = ClipOutput(*embed(heads, part.images, mixed(part, generator)), scale.exp(), bias)
+        drawn = part.starts[:-1] + torch.from_numpy(generator.integers(part.starts.diff().numpy()))
+        outputs = ClipOutput(*embed(heads, part.images, part.texts[drawn]), scale.exp(), bias)
         loss(outputs, {"pair_ids": rows[:, None].expand(-1, 2)}).backward()
         nn.utils.clip_grad_norm_([*heads.parameters(), scale], args.max_grad_norm)
         optimizer.step()

@@ -13,7 +13,7 @@ from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MiniClip, Tower
-from miniclip.training.closed_form import MIX, start_in_closed_form
+from miniclip.training.closed_form import start_in_closed_form
 from miniclip.training.dataset import RunDataset
 from miniclip.utils.errors import InputError
 
@@ -68,13 +68,10 @@ def hold_statistics(tower: Tower):
 
 class FrozenDataset(RunDataset):
     """A RunDataset, with the same draws, whose items have precomputed features (W,) of frozen towers: a row of
-    `image_features` (images, W) for `pixel_values`, one of `text_features` (all captions, W) for `caption`. With
-    `mix` the drawn caption's are mixed with those of the image's others; it has the largest of their random shares."""
+    `image_features` (images, W) for `pixel_values`, one of `text_features` (all captions, W) for `caption`."""
 
-    def __init__(self, *args, image_features: np.ndarray | None, text_features: np.ndarray | None,
-                 mix: bool = False, **kwargs):  # fmt: skip
+    def __init__(self, *args, image_features: np.ndarray | None, text_features: np.ndarray | None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.mix = mix
         both = [x if x is None else torch.from_numpy(x).share_memory_() for x in (image_features, text_features)]
         self.image_features, self.text_features = both  # in shared memory: worker processes need no copies
         self.first_caption = np.cumsum([0, *(len(record["caption"]) for record in self.records)]).tolist()
@@ -86,8 +83,7 @@ class FrozenDataset(RunDataset):
     def item(self, index: int) -> dict:
         row = index % len(self)
         first, end = self.first_caption[row : row + 2]
-        rng = self.rng(index)
-        number = rng.randrange(end - first)
+        number = self.rng(index).randrange(end - first)
         if self.image_features is None:
             item = super().item(index)
         else:
@@ -96,13 +92,6 @@ class FrozenDataset(RunDataset):
         if self.text_features is not None:
             item.pop("caption", None)
             item["text_features"] = self.text_features[first + number]
-            if self.mix and end - first > 1:
-                shares = torch.tensor(
-                    [rng.gammavariate(MIX, 1) for _ in range(first, end)]
-                )  # Dirichlet's, less a factor
-                largest = shares.argmax().item()
-                shares[[largest, number]] = shares[[number, largest]]
-                item["text_features"] = shares / shares.sum() @ self.text_features[first:end]
         elif self.image_features is not None:
             item["caption"] = self.records[row]["caption"][number]
         return item
@@ -129,8 +118,6 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
         counts.append(f"{caches[1].reused} of {len(texts)} captions")
     if args.process_index == 0:
         print(f"frozen towers: features computed once, without random crops; {', '.join(counts)} were cached")
-    encoders = model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained
-    if projections := encoders and options.frozen == (True, True):
+    if options.frozen == (True, True) and model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained:
         start_in_closed_form(model, options, args, records, *features)
-    make = partial(FrozenDataset, image_features=features[0], text_features=features[1], mix=projections)
-    return make, tuple(caches)
+    return partial(FrozenDataset, image_features=features[0], text_features=features[1]), tuple(caches)
