@@ -224,10 +224,10 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable):
         return sum(found) / len(found)
 
     best, tried = (3, 1), None
-    while best != tried:  # uphill, one strength at a time
+    while best != tried:  # uphill, one strength at a time; where few images show no difference, to the stronger one
         tried = best
         for axis in (0, 1):
-            nearby = [(best[0] + d * (axis == 0), best[1] + d * (axis == 1)) for d in (-1, 0, 1)]
+            nearby = [(best[0] + d * (axis == 0), best[1] + d * (axis == 1)) for d in (1, 0, -1)]
             best = max((p for p in nearby if 0 <= p[axis] < len(STRENGTHS)), key=lambda p: measure(*p))
     strengths = STRENGTHS[best[0]], STRENGTHS[best[1]]
     scales, trained = [], []
