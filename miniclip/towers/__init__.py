@@ -7,8 +7,13 @@ from miniclip.config import SECTIONS, TextConfig, VisionConfig
 
 
 def _hf(values: dict) -> bool:
-    return any(str(name).startswith("hf_") for name in values)
+    return any(str(name).startswith("hf_") for name in values) and not _joint(values)
 
 
+def _joint(values: dict) -> bool:
+    return "towers" in values
+
+
+SECTIONS.append((VisionConfig, _joint, "miniclip.towers.joint:JointVisionConfig"))
 SECTIONS.append((VisionConfig, _hf, "miniclip.towers.huggingface:HfVisionConfig"))
 SECTIONS.append((TextConfig, _hf, "miniclip.towers.huggingface:HfTextConfig"))

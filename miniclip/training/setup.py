@@ -89,6 +89,8 @@ def load_model(options, args, records):
         model.logit_scale.data.fill_(math.log(options.fixed_logit_scale))
         model.logit_scale.requires_grad_(False)
     if args.process_index == 0:
+        if options.note:
+            print(options.note)
         given = options.pretrained or is_folder(options.model)
         encoders = model.config.vision_cfg.pretrained or model.config.text_cfg.pretrained
         start = "" if given else ", from pretrained encoders" if encoders else ", from scratch"

