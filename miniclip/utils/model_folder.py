@@ -68,8 +68,9 @@ class _Undrawn(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         draws = function in (Tensor.normal_, Tensor.uniform_) or getattr(function, "__module__", "") == init.__name__
-        kwargs = kwargs or {}
-        return (args[0] if args else kwargs["tensor"]) if draws else function(*args, **kwargs)
+        tensor = args[0] if args else (kwargs or {}).get("tensor")
+        # Others are drawn: transformers builds on the CPU, and its truncated normal numbers repeat until they fit.
+        return tensor if draws and tensor.is_meta else function(*args, **kwargs or {})
 
 
 @contextmanager
