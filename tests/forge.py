@@ -75,14 +75,14 @@ def fork(argv: list[str], out: int, err: int, env: dict | None = None) -> int:
         os._exit(code)
 
 
-def launch(argv: list[str], processes: int, out: int, err: int, env: dict) -> list[int]:
+def launch(argv: list[str], processes: int, out: int, err: int, env: dict | None = None) -> list[int]:
     """Starts a run of so many processes, as torchrun would; gives their ids."""
     if processes == 1:
         return [fork(argv, out, err, env)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    several = env | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    several = (env or {}) | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         fork(argv, out, err, several | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from miniclip.utils.errors import InputError
 def main(argv: list[str]):
     parser = Parser.command("sync", __doc__, "runs/mine s3://bucket/mine")
     parser.add_argument("source", help="a folder or file")
-    parser.add_argument("target", help="its address on a store")
+    parser.add_argument("target", help="output: its address on a store")
     parser.add_argument("--save_total_limit", type=at_least(1), help="complete checkpoints to keep on the store")
     parser.add_argument("--follow", type=int, metavar="PID", help="go on until this process ends, or standard input")
     options = parser.parse_args(argv)
