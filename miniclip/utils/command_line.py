@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(f"--{name}", **FLAGS[name] | more)
 
     def parse_args(self, *args, **kwargs):
-        """argparse's. With --json, stdout is kept for `print_json` from here on: the rest goes to stderr."""
+        """argparse's. With --json, only `print_json` writes to stdout from here on."""
         options = super().parse_args(*args, **kwargs)
         if vars(options).get("json"):
             OUT[:], sys.stdout = [sys.stdout], sys.stderr
@@ -149,10 +149,9 @@ OUT = []  # stdout, while --json keeps it for `print_json`
 
 
 def print_json(options, value):
-    """With --json, prints a command's result, the last thing it does, alone on stdout. NaN and infinity become null."""
+    """With --json, prints a command's result as the only thing on stdout. NaN and infinity become null."""
     if options.json:
-        sys.stdout = OUT[0]
-        print(json.dumps(_finite(value)), flush=True)
+        print(json.dumps(_finite(value)), file=OUT[0], flush=True)
 
 
 def _finite(value):

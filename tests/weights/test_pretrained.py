@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -115,14 +116,16 @@ def test_commands_take_a_folder_of_another_library(tiny_model, caption_set, tmp_
     assert "is not a folder" not in refused.stderr
 
 
-def test_the_command_lists_names_and_sources(capsys):
+def test_the_command_lists_names_and_sources(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", sys.stdout)  # which --json replaces
+
     def run(*words) -> str:
         command(list(words))
         return capsys.readouterr().out
 
-    assert [(row["model"], row["tag"]) for row in json.loads(run("--json"))] == PAIRS
     line = next(line for line in run("ViT-B-32").splitlines() if "laion2b_s34b_b79k" in line)
     assert line.split() == ["ViT-B-32", "laion2b_s34b_b79k", "GELU", "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"]
     assert "no published weights of ViT-S-16-112 are known" in run("ViT-S-16-112")
     with pytest.raises(InputError, match="'openia' is not a tag of ViT-B-32; nearest: openai"):
         run("ViT-B-32", "openia")
+    assert [(row["model"], row["tag"]) for row in json.loads(run("--json"))] == PAIRS
