@@ -184,11 +184,11 @@ def upload(path: Path, url: str, moved: Callable[[], None] = lambda: None, waits
     retrying(url, lambda fs, place: fs.put_file(str(path), place, callback=Moved()), waits)
 
 
-def remove(url: str, waits: tuple = WAITS):
-    """Deletes a file on a store, if it is there."""
+def remove(url: str, waits: tuple = WAITS, folder: bool = False):
+    """Deletes a file or folder on a store, if it is there."""
 
     def delete(fs, path):
         with suppress(FileNotFoundError):
-            fs.rm_file(path)
+            fs.rm(path, recursive=True) if folder else fs.rm_file(path)
 
     retrying(url, delete, waits)
