@@ -11,6 +11,7 @@ from pathlib import Path
 from miniclip.utils.files import lock, replacing, user_cache
 from miniclip.utils.remote import StoreError, download, info, is_remote, join, list_files, normal, version
 
+ADDRESSES = {}  # path of a copy -> its address, which tables name
 logger = logging.getLogger(__name__)
 
 
@@ -24,6 +25,7 @@ def local_copy(url: str, wanted: Callable[[str], bool] = lambda name: True) -> P
         raise StoreError(f"{url}: there is no file in it that could be used")
     state = json.dumps([url, sorted((name, version(about)) for name, about in files.items())])
     place = user_cache() / "stores" / hashlib.sha256(state.encode()).hexdigest()[:16] / posixpath.basename(url)
+    ADDRESSES[str(place)] = url
     if not place.exists():
         with lock(place.parent, wait=True):  # the processes of one run make one copy
             if place.exists():

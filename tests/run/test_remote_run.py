@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from miniclip.run.checkpoints import check_checkpoint, checkpoints
 from miniclip.run.store import Sync, local_folder, restore
 from miniclip.run.sync import Copier, TakenError, clear
+from miniclip.training.parse import parse_train
 from miniclip.utils import files, remote
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import MANIFEST, write_manifest
@@ -207,6 +208,11 @@ def test_two_machines_and_one_store(memory, tmp_path):
 def test_addresses_that_cannot_hold_a_run(url):
     with pytest.raises(InputError, match="expected a folder on a store"):
         local_folder(url)
+
+
+def test_an_address_with_one_slash_makes_no_folder():
+    with pytest.raises(StoreError, match="s3:/bucket/run: an address begins with two slashes: s3://"):
+        parse_train(["--model", "x", "--train_file", "a.json", "--output_dir", "s3:/bucket/run"])
 
 
 def largest_difference(a, b) -> float:
