@@ -165,11 +165,11 @@ def follow(copier: Copier, ended: Callable[[], bool]):
     this process with status 1 if after the end nothing could be copied for PATIENCE seconds."""
     finished, wait, broken = threading.Event(), 1.0, False
 
-    def give_up(why: str = "not copied"):
+    def give_up(why: str = "", url: str = copier.url):
         names = [name.removesuffix(f"/{MANIFEST}") for name in copier.missing()]
         say(
-            f"{why} to {copier.url}: {', '.join(names[:10]) or 'some files'}. All of the run is in {copier.folder}; to "
-            f"copy it:\n  {Path(sys.executable).name} -m miniclip sync {copier.folder} {copier.url}"
+            f"{why}not copied to {copier.url}: {', '.join(names[:10]) or 'some files'}. All of the run is in "
+            f"{copier.folder}; to copy it:\n  {Path(sys.executable).name} -m miniclip sync {copier.folder} {url}"
         )
         os._exit(1)
 
@@ -192,7 +192,7 @@ def follow(copier: Copier, ended: Callable[[], bool]):
                 finished.set()
                 return
         except TakenError:
-            give_up("another machine has begun a run in this place. Not copied")
+            give_up("another machine has begun a run in this place: ", f"{copier.url}-2")
         except (StoreError, OSError) as error:
             if not broken:
                 say(f"copying does not work, the run goes on and it is tried again: {error}")
