@@ -21,7 +21,8 @@ def main(argv: list[str]):
     parser.add_argument("--follow", type=int, metavar="PID", help="go on until this process ends, or standard input")
     options = parser.parse_args(argv)
 
-    from miniclip.run.sync import Copier, follow, hold, say
+    from miniclip.run.sync import Copier, follow, say
+    from miniclip.utils.files import lock
     from miniclip.utils.remote import is_remote, upload
 
     source, parent, closed = Path(options.source), options.follow, threading.Event()
@@ -36,7 +37,7 @@ def main(argv: list[str]):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=lambda: (sys.stdin.readline(), closed.set()), daemon=True).start()
-    copier = Copier(source, options.target, options.save_total_limit)
-    with hold(source):
+    copier = Copier(source, options.target, options.save_total_limit, alone=parent is not None)
+    with lock(source / ".sync", wait=True):  # an earlier process that copies this folder
         follow(copier, lambda: closed.is_set() or parent is None or os.getppid() != parent)
         say(f"everything is copied to {options.target}")

@@ -19,6 +19,7 @@ from miniclip.retrieval import KS
 from miniclip.transforms import Preprocess
 from miniclip.utils.bad_samples import BadSamples
 from miniclip.utils.command_line import find_device
+from miniclip.utils.local_copy import ADDRESSES
 from miniclip.weights.pretrained import check_model, find_tag, prefetch
 
 
@@ -67,7 +68,7 @@ def evaluations(options: Namespace, bad_samples: BadSamples) -> Iterator[Measure
             if repeated:
                 notes.append(describe_repeated(repeated, len(about["evaluator"].texts)))
                 print(notes[-1])
-            name = one.features or one.model
+            name = one.features or ADDRESSES.get(one.model, one.model)
             name += f" {one.pretrained}" if len(sources) > 1 and one.pretrained else ""
             part = f":{one.split}" if one.split else ""
             dataset_name = (one.eval_file or one.features) + part + first

@@ -9,7 +9,7 @@ from miniclip.run.checkpoints import checkpoints, clean
 from miniclip.run.metadata import RECORD
 from miniclip.run.progress import CURVES, LOG, Progress, check_reporters
 from miniclip.run.store import Sync, holds_run, restore
-from miniclip.run.sync import CHECKPOINT, CLEAR
+from miniclip.run.sync import CHECKPOINT, clear
 from miniclip.utils.bad_samples import NAME, BadSamples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import lock, write_json
@@ -46,13 +46,13 @@ class Run(ExitStack):
         first = trainer.is_world_process_zero()
         if first:
             clean(self.folder, anew=not self.resume)  # all is well so far: now the earlier run may go
-            ours = self.options.store and not (self.folder / CLEAR).exists()  # else it has another run
-            if self.remote or self.resume is True and ours:
+            if self.remote or self.resume is True and self.options.store:
                 restore(self.resume if self.remote else self.options.store, self.folder)
             write_json(self.folder / RECORD, trainer.run_metadata)
             if self.options.store:
-                limit = self.args.save_total_limit
-                self.enter_context(Sync(self.options.store, self.folder, limit, anew=not self.resume))
+                if not self.resume:
+                    clear(self.options.store)
+                self.enter_context(Sync(self.options.store, self.folder, self.args.save_total_limit))
         if self.remote:  # now it is here
             name = posixpath.basename(self.resume.rstrip("/"))
             self.resume = str(self.folder / name) if CHECKPOINT.fullmatch(name) else True

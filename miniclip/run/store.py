@@ -1,5 +1,6 @@
 """A run whose --output_dir or --resume is on another store: its local folder, its checkpoints, and what copies it."""
 
+import hashlib
 import json
 import logging
 import os
@@ -11,11 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from miniclip.run.checkpoints import check_checkpoint, last_checkpoint
-from miniclip.run.sync import CHECKPOINT, CLEAR, step
+from miniclip.run.metadata import RECORD
+from miniclip.run.sync import CHECKPOINT, step
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import MANIFEST, remove_folder, replacing, user_cache
+from miniclip.utils.files import MANIFEST, remove_folder, replacing, user_cache, write_text
 from miniclip.utils.remote import StoreError, download, join, list_files, normal, read_range, store
 
+KNOWN = ".runs_on_store"  # sha256 of each run.json on the store that this folder wrote, or went on from
 logger = logging.getLogger(__name__)
 
 
@@ -36,57 +39,78 @@ def holds_run(url: str) -> bool:
 
 def restore(url: str, folder: Path):
     """Copies the newest complete checkpoint of a run on a store into its folder, if the folder has none as new, with
-    the best one and the log. `url` may also be one checkpoint, which raises InputError if it is not complete."""
+    the best one and the log. `url` may also be one checkpoint, which raises InputError if it is not complete. So does
+    a folder that has a newer one, where another machine has gone on with the run since."""
     if CHECKPOINT.fullmatch(posixpath.basename(url := normal(url))):
-        _fetch(url, folder / posixpath.basename(url), list_files(url))
+        _fetch(url, folder / posixpath.basename(url))
         return
     here = last_checkpoint(folder)
     try:
         files = list_files(url)
+        record = read_range(join(url, RECORD)) if RECORD in files else None
     except StoreError as error:
         if not here:
             raise
         logger.warning("%s; resuming from the folder %s", error, folder)
         return
-    found = {name.split("/")[0] for name in files if CHECKPOINT.match(name) and "/" in name}
-    newest = None
-    for name in sorted(found, key=step, reverse=True):
+    known = record is None or _digest(record) in _known(folder)
+    found = sorted({name.split("/")[0] for name in files if CHECKPOINT.match(name) and "/" in name}, key=step)
+    for name in reversed(found):
         if here and step(name) <= step(here):
-            break
+            if known or f"{name}/{MANIFEST}" in files and _same(join(url, name), folder / name):
+                return
+            fix = f"delete {folder} to go on from {join(url, name)}, or keep it and name another --output_dir"
+            raise InputError(f"{here} is not from the run in {url}, with which another machine went on: {fix}")
         try:
-            newest = _fetch(join(url, name), folder / name, _below(files, name))
+            newest = _fetch(join(url, name), folder / name)
             break
         except InputError as error:
             logger.warning("skipping %s: %s", join(url, name), error)
-    if newest is None:
+    else:
         if found and not here:
             raise InputError(f"none of the {len(found)} checkpoints in {url} is usable, for the reasons above")
         return
     state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
     best = f"checkpoint-{state.get('best_global_step')}"
-    if best in found and not (folder / best).exists():
+    if best in found and best != newest.name:
         try:
-            _fetch(join(url, best), folder / best, _below(files, best))
+            _fetch(join(url, best), folder / best)
         except InputError as error:
             logger.warning("the best checkpoint is not there: %s", error)
     for name in ("log.jsonl", "bad_samples.jsonl"):
         if name in files:
             with replacing(folder / name) as scratch:
                 download(join(url, name), scratch, files[name]["size"])
+    if record is not None:
+        _know(folder, record)
 
 
-def _below(files: dict, name: str) -> dict:
-    return {part.removeprefix(f"{name}/"): about for part, about in files.items() if part.startswith(f"{name}/")}
+def _digest(record: bytes) -> str:
+    return hashlib.sha256(record).hexdigest()
 
 
-def _fetch(url: str, folder: Path, files: dict) -> Path:
+def _known(folder: Path) -> list[str]:
+    return (folder / KNOWN).read_text().split() if (folder / KNOWN).exists() else []
+
+
+def _know(folder: Path, record: bytes):
+    write_text(folder / KNOWN, "\n".join([*_known(folder), _digest(record)]))
+
+
+def _same(url: str, folder: Path) -> bool:
+    manifest = folder / MANIFEST
+    return manifest.is_file() and manifest.read_bytes() == read_range(join(url, MANIFEST))
+
+
+def _fetch(url: str, folder: Path) -> Path:
     """Copies a checkpoint, whole or not at all. Raises InputError for one that is incomplete, damaged or not there."""
+    files = list_files(url)
     if not files:
         raise InputError(f"the checkpoint {url} does not exist")
     if MANIFEST not in files:
         raise InputError(f"the checkpoint {url} is incomplete: it has no {MANIFEST}, which is copied last")
-    if folder.is_dir() and (folder / MANIFEST).is_file():
-        if (folder / MANIFEST).read_bytes() == read_range(join(url, MANIFEST)):
+    if _same(url, folder):
+        with suppress(InputError):
             check_checkpoint(folder)
             return folder
     logger.warning("copying %s (%.0f MB)", url, sum(about["size"] for about in files.values()) / 1e6)
@@ -100,13 +124,12 @@ def _fetch(url: str, folder: Path, files: dict) -> Path:
 
 
 class Sync:
-    """Copies a run's folder to a store in a process of its own, inside its `with` block; waits for the rest at the end.
-    With `anew` an earlier run is deleted there."""
+    """Copies a run's folder to a store in a process of its own, inside its `with` block; waits for the rest at the
+    end."""
 
-    def __init__(self, url: str, folder: Path, limit: int | None, anew: bool):
+    def __init__(self, url: str, folder: Path, limit: int | None):
         self.url, self.folder = url, folder
-        if anew:
-            (folder / CLEAR).touch()  # until it is done, also if this process is killed before
+        _know(folder, (folder / RECORD).read_bytes())
         command = [sys.executable, "-m", "miniclip", "sync", str(folder), url, "--follow", str(os.getpid())]
         self.command = command + (["--save_total_limit", str(limit)] if limit and limit > 0 else [])
 

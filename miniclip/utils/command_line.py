@@ -207,7 +207,7 @@ def _run(main: Callable[[list[str]], None]):
             stream.reconfigure(errors="backslashreplace")
     try:
         itself = name in ("train.py", "miniclip train", "miniclip sync")  # which know addresses
-        if itself or not any("://" in word for word in sys.argv[1:]):
+        if itself or not any(":/" in word for word in sys.argv[1:]):
             main(sys.argv[1:])
         else:
             from miniclip.utils.outputs import local_outputs

@@ -99,9 +99,9 @@ def write_json(path: str | Path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def lock(output_dir: str | Path, option: str = "--output_dir"):
+def lock(output_dir: str | Path, option: str = "--output_dir", wait: bool = False):
     """Locks an output folder, which an option names, for this process, until the object returned is closed or the
-    process ends. Raises InputError if another process holds the lock."""
+    process ends. Raises InputError if another process holds the lock, unless it is to `wait` for that."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         file = open(Path(output_dir) / ".lock", "a+", encoding="utf-8")
@@ -112,12 +112,12 @@ def lock(output_dir: str | Path, option: str = "--output_dir"):
             import fcntl
 
             # POSIX locks are not inherited by forked workers, which may outlive the run for a while.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except ImportError:  # Windows
             import msvcrt
 
             file.seek(1 << 30)  # beyond the process id, so that others can read it
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # some network disks have no locks
             logger.warning("%s cannot be locked (%s): make sure that no other run writes to it", output_dir, error)

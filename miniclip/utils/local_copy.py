@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from miniclip.utils.files import replacing, user_cache
+from miniclip.utils.files import lock, replacing, user_cache
 from miniclip.utils.remote import StoreError, download, info, is_remote, join, list_files, normal, version
 
+ADDRESSES = {}  # path of a copy -> its address, which tables name
 logger = logging.getLogger(__name__)
 
 
@@ -24,13 +25,16 @@ def local_copy(url: str, wanted: Callable[[str], bool] = lambda name: True) -> P
         raise StoreError(f"{url}: there is no file in it that could be used")
     state = json.dumps([url, sorted((name, version(about)) for name, about in files.items())])
     place = user_cache() / "stores" / hashlib.sha256(state.encode()).hexdigest()[:16] / posixpath.basename(url)
+    ADDRESSES[str(place)] = url
     if not place.exists():
-        if (size := sum(about["size"] for about in files.values()) / 1e6) > 10:
-            logger.warning("copying %s (%.0f MB) to %s", url, size, place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(place, first_wins=True) as scratch:
-            for name, about in files.items():
-                download(join(url, name), scratch / name if name else scratch, about["size"])
+        with lock(place.parent, wait=True):  # the processes of one run make one copy
+            if place.exists():
+                return place
+            if (size := sum(about["size"] for about in files.values()) / 1e6) > 10:
+                logger.warning("copying %s (%.0f MB) to %s", url, size, place)
+            with replacing(place, first_wins=True) as scratch:
+                for name, about in files.items():
+                    download(join(url, name), scratch / name if name else scratch, about["size"])
     return place
 
 

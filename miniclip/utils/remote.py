@@ -4,7 +4,6 @@ Credentials and addresses of servers are those that the store's own package find
 AWS_ENDPOINT_URL; fsspec's FSSPEC_S3_ENDPOINT_URL and its like work too.
 """
 
-import errno
 import io
 import os
 import posixpath
@@ -31,8 +30,11 @@ class StoreError(InputError):
 
 
 def is_remote(path) -> bool:
-    """Returns whether a path is an address such as s3://bucket/file."""
-    return re.match(r"[A-Za-z][\w+.-]+://", str(path)) is not None
+    """Returns whether a path is an address such as s3://bucket/file. Raises StoreError for s3:/bucket/file."""
+    found = re.match(r"([A-Za-z][\w+.-]+):/(/?)", str(path))
+    if found and not found[2] and found[1] in PACKAGES:
+        raise StoreError(f"{path}: an address begins with two slashes: {found[1]}://")
+    return found is not None and bool(found[2])
 
 
 def store(url: str) -> tuple:
@@ -63,7 +65,7 @@ def retrying(url: str, action: Callable, waits: tuple = WAITS):
         except StoreError:
             raise
         except FileNotFoundError:
-            raise StoreError(f"{url}: no such file or folder on the store") from None
+            raise StoreError(f"{url}: no such file or folder on the store, or no such bucket") from None
         except Exception as error:  # every package has its own
             reason = describe(error)
             final = isinstance(error, FINAL) or "redentials" in type(error).__name__
@@ -122,12 +124,7 @@ def read_range(url: str, start: int = 0, end: int | None = None) -> bytes:
     """Returns the bytes of a file from `start`, up to `end` or its end."""
 
     def read(fs, path):
-        try:
-            data = fs.cat_file(path, start=start, end=end)
-        except OSError as error:
-            if error.errno != errno.EINVAL or start:
-                raise
-            return b""  # an empty file has no ranges
+        data = fs.cat_file(path, start=start or None, end=end)  # an empty file has no ranges
         if end is not None and len(data) > end - start:
             raise OSError(f"got {len(data)} bytes of {end - start}")  # a server without ranges
         return data
@@ -184,11 +181,11 @@ def upload(path: Path, url: str, moved: Callable[[], None] = lambda: None, waits
     retrying(url, lambda fs, place: fs.put_file(str(path), place, callback=Moved()), waits)
 
 
-def remove(url: str, waits: tuple = WAITS):
-    """Deletes a file on a store, if it is there."""
+def remove(url: str, waits: tuple = WAITS, folder: bool = False):
+    """Deletes a file or folder on a store, if it is there."""
 
     def delete(fs, path):
         with suppress(FileNotFoundError):
-            fs.rm_file(path)
+            fs.rm(path, recursive=True) if folder else fs.rm_file(path)
 
     retrying(url, delete, waits)

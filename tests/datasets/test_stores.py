@@ -223,5 +223,5 @@ def test_training_and_measuring_on_a_real_server(s3, caption_set, tiny_config, r
     s3.fs.put(str(tmp_path / "a1"), "bucket/run", recursive=True)
     argv = ["--model", "s3://bucket/run", "--eval_file", sources[0], "--output_file", "s3://bucket/out/result.json"]
     done = run_script("evaluate.py", *argv, env=s3.env)
-    assert "24 images, 48 captions" in done.stdout
+    assert "s3://bucket/run on s3://bucket/data/captions.json: 24 images, 48 captions" in done.stdout
     assert json.loads(s3.fs.cat_file("bucket/out/result.json"))["metrics"]

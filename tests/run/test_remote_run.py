@@ -17,8 +17,9 @@ import pytest
 from safetensors.torch import load_file
 
 from miniclip.run.checkpoints import check_checkpoint, checkpoints
-from miniclip.run.store import local_folder, restore
-from miniclip.run.sync import Copier
+from miniclip.run.store import Sync, local_folder, restore
+from miniclip.run.sync import Copier, TakenError, clear
+from miniclip.training.parse import parse_train
 from miniclip.utils import files, remote
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import MANIFEST, write_manifest
@@ -173,10 +174,45 @@ def test_a_store_that_is_gone_stops_only_a_run_without_checkpoints(memory, tmp_p
         restore("memory://bucket/run", tmp_path / "new")
 
 
+def test_two_machines_and_one_store(memory, tmp_path):
+    """The one that began last writes; the other stops, and does not mistake its own checkpoints for the run's."""
+    url, a, b = "memory://bucket/run", tmp_path / "a", tmp_path / "b"
+    make_checkpoint(a, 2)
+    (a / "run.json").write_text("of a")
+    Sync(url, a, None)  # which would copy
+    first = Copier(a, url, alone=True)
+    first.copy_new()
+    make_checkpoint(a, 4)
+    restore(url, a)  # its own
+    restore(url, b)
+    assert [path.name for path in checkpoints(b)] == ["checkpoint-2"]
+    (b / "run.json").write_text("of b")
+    Sync(url, b, None)
+    Copier(b, url, alone=True).copy_new()
+    with pytest.raises(TakenError):
+        first.copy_new()
+    restore(url, a)  # the newest there is one of its own
+    make_checkpoint(b, 3)
+    Copier(b, url, alone=True).copy_new()
+    with pytest.raises(InputError, match="checkpoint-4 is not from the run in memory://bucket/run, .*delete"):
+        restore(url, a)
+    make_checkpoint(b, 6)
+    Copier(b, url, alone=True).copy_new()
+    restore(url, a)
+    assert checkpoints(a)[-1].name == "checkpoint-6"
+    clear(url)
+    assert complete_on(url, tmp_path) == [] and memory.exists("/bucket/run/run.json")
+
+
 @pytest.mark.parametrize("url", ["s3://bucket", "memory://a/b", "https://a/b/c", "s3://", "s3://b/../../x"])
 def test_addresses_that_cannot_hold_a_run(url):
     with pytest.raises(InputError, match="expected a folder on a store"):
         local_folder(url)
+
+
+def test_an_address_with_one_slash_makes_no_folder():
+    with pytest.raises(StoreError, match="s3:/bucket/run: an address begins with two slashes: s3://"):
+        parse_train(["--model", "x", "--train_file", "a.json", "--output_dir", "s3:/bucket/run"])
 
 
 def largest_difference(a, b) -> float:
@@ -185,14 +221,9 @@ def largest_difference(a, b) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def test_a_run_in_a_folder_on_a_store(recipe, tmp_path, run_script, forge):  # noqa: F811
+def test_a_run_in_a_folder_on_a_store(recipe, local, tmp_path, forge):  # noqa: F811
     """Real processes. The store has what the run's folder has, and the run goes on from it on another machine."""
-    run_script("train.py", recipe, *SAVE)
-    whole, there, url = (
-        tmp_path / "run" / "model.safetensors",
-        tmp_path / "store" / "run",
-        f"file://{tmp_path}/store/run",
-    )
+    there, url = tmp_path / "store" / "run", f"file://{tmp_path}/store/run"
     machine, patience = {"XDG_CACHE_HOME": str(tmp_path / "one")}, {"MINICLIP_SYNC_PATIENCE": "10"}
     train = ["train.py", str(recipe), *SAVE, "--output_dir", url]
     done = forge(train, 300, env=machine | patience)
@@ -200,7 +231,7 @@ def test_a_run_in_a_folder_on_a_store(recipe, tmp_path, run_script, forge):  # n
     assert f"everything is copied to {url}" in done.stderr
     assert [path.name for path in checkpoints(there)] == ["checkpoint-6", "checkpoint-8"]
     assert {"log.jsonl", "run.json", "curves.png", "config.json", MANIFEST} <= {path.name for path in there.iterdir()}
-    assert not list(there.glob(".*")) and largest_difference(whole, there / "model.safetensors") == 0
+    assert not list(there.glob(".*")) and largest_difference(local, there / "model.safetensors") == 0
     other = {"XDG_CACHE_HOME": str(tmp_path / "other")} | patience
     done = forge(train, 300, env=other)
     assert done.returncode == 1 and f"{url} holds an earlier run" in done.stderr
@@ -208,7 +239,7 @@ def test_a_run_in_a_folder_on_a_store(recipe, tmp_path, run_script, forge):  # n
     (there / "model.safetensors").unlink()
     done = forge([*train, "--resume"], 300, env=other)
     assert "checkpoint-8 is incomplete" in done.stderr and "checkpoint-6" in done.stderr.split("resuming from")[1]
-    assert largest_difference(whole, there / "model.safetensors") == 0
+    assert largest_difference(local, there / "model.safetensors") == 0
     assert [path.name for path in checkpoints(there)] == ["checkpoint-6", "checkpoint-8"]
     check_checkpoint(there / "checkpoint-8")
     assert not list(ROOT.glob("file:*"))
@@ -229,14 +260,16 @@ def until(condition, process, seconds: float = 120):
 
 
 @pytest.fixture
-def wide(recipe):  # noqa: F811
-    """The recipe with a model of some megabytes, so that there is a middle of an upload."""
-    config = json.loads((recipe.parent / "tiny.json").read_text())
-    config["text_cfg"]["width"] = 64
-    (recipe.parent / "tiny.json").write_text(json.dumps(config))
-    return recipe
+def local(recipe, tmp_path, run_script):  # noqa: F811
+    """The weights of the same run without a store."""
+    if not WEIGHTS:
+        run_script("train.py", recipe, *SAVE)
+        WEIGHTS.append((tmp_path / "run" / "model.safetensors").read_bytes())
+    (tmp_path / "local.safetensors").write_bytes(WEIGHTS[0])
+    return tmp_path / "local.safetensors"
 
 
+WEIGHTS = []
 FAULTS = {
     "dropped": lambda proxy: proxy.set("drop", "PUT .*(model|optimizer)", 4),
     "refused for a while": lambda proxy: proxy.set("refuse", "", 150),
@@ -248,10 +281,9 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_broken_connections(fault, s3, wide, tmp_path, run_script):  # noqa: F811
+def test_broken_connections(fault, s3, recipe, local, tmp_path):  # noqa: F811
     """The run ends with the weights of a local one, and in the end everything is on the store."""
-    run_script("train.py", wide, *SAVE)
-    process = start(s3, "train.py", wide, *SAVE, "--output_dir", "s3://bucket/runs/a")
+    process = start(s3, "train.py", recipe, *SAVE, "--output_dir", "s3://bucket/runs/a")
     until(lambda: any("run.json" in request for request in s3.requests), process)
     FAULTS[fault](s3)
     output = process.communicate(timeout=300)[0]
@@ -264,15 +296,14 @@ def test_broken_connections(fault, s3, wide, tmp_path, run_script):  # noqa: F81
     for folder in checkpoints(tmp_path / "got"):
         check_checkpoint(folder)
     assert [path.name for path in checkpoints(tmp_path / "got")] == ["checkpoint-6", "checkpoint-8"]
-    assert largest_difference(tmp_path / "run" / "model.safetensors", tmp_path / "got" / "model.safetensors") == 0
+    assert largest_difference(local, tmp_path / "got" / "model.safetensors") == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["refuse", "hang"])
-def test_a_server_that_is_gone_until_the_end(fault, s3, wide, tmp_path, run_script):  # noqa: F811
-    run_script("train.py", wide, *SAVE)
-    argv = ["train.py", wide, *SAVE, "--output_dir", "s3://bucket/runs/a"]
-    process = start(s3, *argv, MINICLIP_SYNC_PATIENCE="4")
+def test_a_server_that_is_gone_until_the_end(fault, s3, recipe, local, tmp_path):  # noqa: F811
+    argv = ["train.py", recipe, *SAVE, "--output_dir", "s3://bucket/runs/a"]
+    process = start(s3, *argv, MINICLIP_SYNC_PATIENCE="3")
     until(lambda: any("PUT" in request for request in s3.requests), process)
     s3.set(fault)
     output = process.communicate(timeout=300)[0]
@@ -281,7 +312,7 @@ def test_a_server_that_is_gone_until_the_end(fault, s3, wide, tmp_path, run_scri
     assert output.count("copying does not work") <= 1
     s3.set(None)
     folder = tmp_path / "cache" / "miniclip" / "runs" / "s3" / "bucket" / "runs" / "a"
-    assert largest_difference(tmp_path / "run" / "model.safetensors", folder / "model.safetensors") == 0
+    assert largest_difference(local, folder / "model.safetensors") == 0
     done = start(s3, *command[1:])
     assert "everything is copied" in done.communicate(timeout=120)[0]
     shutil.rmtree(tmp_path / "cache")
@@ -290,15 +321,14 @@ def test_a_server_that_is_gone_until_the_end(fault, s3, wide, tmp_path, run_scri
 
 
 @pytest.mark.slow
-def test_a_kill_in_the_middle_of_a_copy(s3, wide, tmp_path, run_script):  # noqa: F811
+def test_a_kill_in_the_middle_of_a_copy(s3, recipe, local, tmp_path):  # noqa: F811
     """SIGKILL of the training and of what copies, within the upload of a checkpoint: the store has the older one."""
-    run_script("train.py", wide, *SAVE)
-    argv = ["train.py", wide, *SAVE, "--output_dir", "s3://bucket/runs/a"]
-    for _ in range(3):
+    argv = ["train.py", recipe, *SAVE, "--output_dir", "s3://bucket/runs/a"]
+    for _ in range(2):
         s3.requests.clear()
         process = start(s3, *argv, "--resume")
         until(lambda: any("run.json" in request for request in s3.requests), process)
-        s3.set("slow", "PUT .*(model|optimizer)")
+        s3.set("slow", "PUT .*optimizer")
         try:
             until(lambda: sum("PUT" in r and "optimizer" in r for r in s3.requests) >= 1, process)
         except AssertionError:
@@ -315,6 +345,6 @@ def test_a_kill_in_the_middle_of_a_copy(s3, wide, tmp_path, run_script):  # noqa
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "everything is copied" in output, output[-3000:]
     s3.fs.get("bucket/runs/a", str(tmp_path / "got"), recursive=True)
-    assert largest_difference(tmp_path / "run" / "model.safetensors", tmp_path / "got" / "model.safetensors") == 0
+    assert largest_difference(local, tmp_path / "got" / "model.safetensors") == 0
     for folder in checkpoints(tmp_path / "got"):
         check_checkpoint(folder)

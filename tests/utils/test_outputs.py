@@ -52,6 +52,7 @@ def test_what_cannot_be_copied_is_said(tmp_path, monkeypatch):
     ["s3://bucket/shapes"], ["a.json", "s3://bucket/0.tar"], ["index", "photos", "--index", "s3://bucket/i.mc"],
     ["--images", "s3://bucket/photos"], ["s3://bucket/run", "--seed", "1"], ["--feature_cache=s3://bucket/cache"],
     ["--output_dir", "https://host/a"], ["--output_dir", "memory://bucket/a"], ["--output_dir", "zz://bucket/a"],
+    ["--output_dir", "s3:/bucket/a"],
 ])  # fmt: skip
 def test_no_folder_is_called_s3(words, tmp_path):
     with pytest.raises(InputError, match="://"):
