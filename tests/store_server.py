@@ -79,6 +79,7 @@ class Proxy:
                 if fault == "drop" and state[0] > self.drop_at:
                     for one in (source, target):
                         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                        one.shutdown(socket.SHUT_RDWR)  # else it stays open while the other thread reads from it
                         one.close()
                     return
                 target.sendall(data)

@@ -67,7 +67,7 @@ def restore(url: str, folder: Path):
         except InputError as error:
             logger.warning("skipping %s: %s", join(url, name), error)
     else:
-        if found and not here:
+        if not here and any(f"{name}/{MANIFEST}" in files for name in found):  # not just parts of the first
             raise InputError(f"none of the {len(found)} checkpoints in {url} is usable, for the reasons above")
         return
     state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))

@@ -208,7 +208,7 @@ def test_training_and_measuring_on_a_real_server(s3, caption_set, tiny_config, r
     for file in caption_set.iterdir():
         if file.suffix in (".png", ".json", ".tar"):
             s3.fs.put_file(str(file), f"bucket/{'shards' if file.suffix == '.tar' else 'data'}/{file.name}")
-    more = ["--model", tmp_path / "tiny.json", "--per_device_train_batch_size", "6", "--max_steps", "6", "--use_cpu"]
+    more = ["--model", tmp_path / "tiny.json", "--per_device_train_batch_size", "6", "--max_steps", "4", "--use_cpu"]
     more += ["--save_strategy", "no", "--fast", "false", "--dataloader_num_workers", "2", "--report_to", "none"]
     sources = ("s3://bucket/data/captions.json", "s3://bucket/shards/{0..2}.tar")
     for name, source, here in zip("ab", sources, (caption_set / "captions.json", tmp_path / "{0..2}.tar")):
