@@ -51,12 +51,16 @@ IMAGENET_CLASSNAMES = tuple(IMAGENET["classes"].values())
 OPENAI_IMAGENET_TEMPLATES = tuple(text.format for text in IMAGENET["templates"])  # functions of a name, as OpenCLIP's
 SIMPLE_IMAGENET_TEMPLATES = tuple(text.format for text in IMAGENET["simple_templates"])
 DEFAULT_CONTEXT_LENGTH = 77
+__version__ = "3.3.0"  # of OpenCLIP, whose names, arguments and results these are
 CODE = "code in weight files never runs here, and weights do not need it"
 convert_weights_to_fp16 = convert_weights_to_lp
-get_cast_dtype = get_input_dtype = LOW.get  # by a precision
+get_input_dtype = LOW.get  # by a precision
+get_cast_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get
 ADDED: dict[str, dict] = {}  # configs that `add_model_config` read
 
+MODULES = "factory loss model pretrained tokenizer transform zero_shot_classifier zero_shot_metadata".split()
 ABSENT = {  # what OpenCLIP exports and MiniCLIP does not have, and why
+    **dict.fromkeys(MODULES, "it is one file, without modules: take the names in it from open_clip itself"),
     "CoCa": "CoCa models, which write captions, have no tower here",
     "CoCaLoss": "CoCa models, which write captions, have no tower here",
     "CustomTextCLIP": "create_model(..., force_custom_text=True) makes such a model",
@@ -190,7 +194,7 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
     custom_text = values.pop("custom_text", False)
     config, tag = MiniClipConfig.from_dict(values, name), find_tag(name, pretrained)
     if tag is None:
-        return config, custom_text, None if pretrained is None else lambda model: load_file(model, pretrained)
+        return config, custom_text, (lambda model: load_file(model, pretrained)) if pretrained else None
     follow(config, tag, f"{name} {pretrained}")
 
     def load_tag(model: MiniClip):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+import miniclip
 from miniclip.model import MiniClip
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
@@ -176,3 +177,20 @@ def test_trainers_own_upload_is_refused_by_name(tmp_path):
 
     with pytest.raises(InputError, match="push_to_hub is not supported.*python -m miniclip push --model OUTPUT_DIR"):
         RunArguments(str(tmp_path), push_to_hub=True)
+
+
+def test_trainers_own_upload_is_refused_before_training(tmp_path, tiny_model):
+    args = {"use_cpu": True, "report_to": []}
+    with pytest.raises(InputError, match=r"Trainer's push_to_hub .* trainer.model.push_to_hub\(repo, license"):
+        miniclip.ClipTrainer(tiny_model, miniclip.ClipTrainingArguments(str(tmp_path), push_to_hub=True, **args),
+                             tokenizer=tiny_model.text.tokenizer)  # fmt: skip
+    trainer = miniclip.ClipTrainer(
+        tiny_model, miniclip.ClipTrainingArguments(str(tmp_path), **args), tokenizer=tiny_model.text.tokenizer
+    )
+    with pytest.raises(InputError, match="Trainer's push_to_hub"):
+        trainer.push_to_hub()
+
+
+def test_a_run_that_is_not_there_is_an_error(tiny_model, tmp_path):
+    with pytest.raises(InputError, match="run .*gone is not a folder"):
+        tiny_model.push_to_hub("org/mine", license="mit", run=tmp_path / "gone")
