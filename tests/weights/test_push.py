@@ -84,6 +84,7 @@ def test_a_pushed_model_loads_from_the_hub(hub, run, tmp_path, tiny_model):
     assert [one["dataset"]["name"] for one in found] == ["val.json"], "not of other weights, nor twice"
     assert {m["type"]: m["value"] for m in found[0]["metrics"]} == {"text_to_image_R@1": 0.25, "mean_recall": 0.5}
     assert "| val.json | mean recall | 50.0 |" in body and "train.json: 20 records, 40 captions" in body
+    assert 'AutoProcessor.from_pretrained("org/mine", trust_remote_code=True)' in body  # or it asks
     assert all('"hf-hub:org/mine"' in body or name in body for name in ("miniclip.load", "open_clip", "CLIPModel"))
 
     code = "import sys, torch, miniclip; m, p, _ = miniclip.load('hf-hub:org/mine'); print(p.cfg if hasattr(p, 'cfg') "
