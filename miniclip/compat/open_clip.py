@@ -95,8 +95,7 @@ def list_models() -> list[str]:
 
 def add_model_config(path: str | Path):
     """Makes a config file, or those of a folder, known to this module by their names. Raises InputError."""
-    path = Path(path)
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
     if not files:
         raise InputError(f"{path}: contains no model config (.json)")
     for file in files:
@@ -328,11 +327,8 @@ def build_zero_shot_classifier(
     num_classes_per_batch: int | None = 10, device: str | torch.device = "cpu", use_tqdm: bool = False,
 ) -> Tensor:  # fmt: skip
     """Returns the unit vectors of classes as columns, (embed_dim, num_classes), in the model's precision."""
-    inner = full_precision(model)
-    weights = zero_shot.build_zero_shot_classifier(
-        inner, tokenizer, classnames, templates, num_classes_per_batch, device, use_tqdm
-    )
-    return weights.to(model.dtype)
+    how = classnames, templates, num_classes_per_batch, device, use_tqdm
+    return zero_shot.build_zero_shot_classifier(full_precision(model), tokenizer, *how).to(model.dtype)
 
 
 class ClipLoss(nn.Module):
@@ -346,9 +342,8 @@ class ClipLoss(nn.Module):
         super().__init__()
         refuse("use_horovod", use_horovod, "processes talk through torch.distributed")
         if world_size > 1 and not (local_loss and gather_with_grad):
-            refuse(
-                "local_loss or gather_with_grad False", True, "only with both are gradients those of the whole batch"
-            )
+            why = "only with both are gradients those of the whole batch"
+            refuse("local_loss or gather_with_grad False", True, why)
 
     def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict: bool = False):
         loss = clip_loss(image_features, text_features, logit_scale)  # a bias would change no softmax

@@ -180,8 +180,7 @@ def follow(config: MiniClipConfig, facts: dict, name: str):
         value = tuple(facts[field]) if isinstance(facts[field], list) else facts[field]
         if getattr(images, field) != value:
             setattr(images, field, value)
-            changed.append(f"{field} {facts[field]}")
+            changed.append(f"{field} {value}")
     if changed:
-        logger.warning(
-            "%s: as these weights were trained, with %s, other than the config says", name, ", ".join(changed)
-        )
+        said = ", ".join(changed)
+        logger.warning("%s: as these weights were trained, with %s, other than the config says", name, said)
