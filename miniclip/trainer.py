@@ -1,6 +1,5 @@
 """How is CLIP trained? By the Hugging Face Trainer, with the few hooks that a contrastive model needs changed."""
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from miniclip.data import CaptionDataset, Collator
 from miniclip.loss import clip_loss, clip_loss_with_duplicates
 from miniclip.model import MAX_LOGIT_SCALE, ClipOutput, MiniClip
+from miniclip.utils.push import NoFolderUpload
 
 
 @dataclass
@@ -40,7 +40,7 @@ class ClipTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class ClipTrainer(Trainer):
+class ClipTrainer(NoFolderUpload, Trainer):
     """Trains a MiniClip on a CaptionDataset.
 
     `loss(outputs, batch)` is CLIP's unless given: every other pair of the batch, on any process, is a negative.
@@ -83,7 +83,7 @@ class ClipTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Strictly: Trainer's own goes on with random numbers where a weight is missing."""
-        weights = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
+        weights = load_file(f"{resume_from_checkpoint}/model.safetensors")
         self.accelerator.unwrap_model(model or self.model).load_state_dict(weights, strict=True)
 
 
@@ -107,4 +107,4 @@ class ContrastiveCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.model.logit_scale.requires_grad:
-            self.model.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
+            self.model.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)  # in `forward`: no gradient above, no way back

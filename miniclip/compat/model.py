@@ -29,6 +29,7 @@ class CLIP(nn.Module):
             if type(tower) in (VisionTransformer, TextTransformer):  # stored as OpenCLIP does: no copy to rename it
                 tower.projection.weight.data = tower.projection.weight.data.mT.contiguous().mT
         self.visual.output_dim, self.visual.preprocess_cfg = model.config.embed_dim, self.config["preprocess_cfg"]
+        self.visual.image_mean, self.visual.image_std = (self.visual.preprocess_cfg[name] for name in ("mean", "std"))
         self.register_state_dict_post_hook(_to_openclip)
         self.register_load_state_dict_pre_hook(_from_any)
 
@@ -70,10 +71,12 @@ class CLIP(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True):
         self.miniclip.activation_checkpointing_enable(every_n_layers=int(enable))
 
-    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = True):
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False):
         freeze(self.miniclip, image=_locked(unlocked_groups))
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True):
+        if not freeze_layer_norm:
+            raise InputError("freeze_layer_norm=False cannot be honoured: a layer is frozen with its norms, as there")
         freeze(self.miniclip, text=_locked(unlocked_layers))
 
 

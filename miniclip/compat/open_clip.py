@@ -51,12 +51,16 @@ IMAGENET_CLASSNAMES = tuple(IMAGENET["classes"].values())
 OPENAI_IMAGENET_TEMPLATES = tuple(text.format for text in IMAGENET["templates"])  # functions of a name, as OpenCLIP's
 SIMPLE_IMAGENET_TEMPLATES = tuple(text.format for text in IMAGENET["simple_templates"])
 DEFAULT_CONTEXT_LENGTH = 77
+__version__ = "3.3.0"  # of OpenCLIP, whose names, arguments and results these are
 CODE = "code in weight files never runs here, and weights do not need it"
 convert_weights_to_fp16 = convert_weights_to_lp
-get_cast_dtype = get_input_dtype = LOW.get  # by a precision
+get_input_dtype = LOW.get  # by a precision
+get_cast_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get
 ADDED: dict[str, dict] = {}  # configs that `add_model_config` read
 
+MODULES = "factory loss model pretrained tokenizer transform zero_shot_classifier zero_shot_metadata".split()
 ABSENT = {  # what OpenCLIP exports and MiniCLIP does not have, and why
+    **dict.fromkeys(MODULES, "it is one file, without modules: take the names in it from open_clip itself"),
     "CoCa": "CoCa models, which write captions, have no tower here",
     "CoCaLoss": "CoCa models, which write captions, have no tower here",
     "CustomTextCLIP": "create_model(..., force_custom_text=True) makes such a model",
@@ -91,8 +95,7 @@ def list_models() -> list[str]:
 
 def add_model_config(path: str | Path):
     """Makes a config file, or those of a folder, known to this module by their names. Raises InputError."""
-    path = Path(path)
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
     if not files:
         raise InputError(f"{path}: contains no model config (.json)")
     for file in files:
@@ -190,7 +193,7 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
     custom_text = values.pop("custom_text", False)
     config, tag = MiniClipConfig.from_dict(values, name), find_tag(name, pretrained)
     if tag is None:
-        return config, custom_text, None if pretrained is None else lambda model: load_file(model, pretrained)
+        return config, custom_text, (lambda model: load_file(model, pretrained)) if pretrained else None
     follow(config, tag, f"{name} {pretrained}")
 
     def load_tag(model: MiniClip):
@@ -324,11 +327,8 @@ def build_zero_shot_classifier(
     num_classes_per_batch: int | None = 10, device: str | torch.device = "cpu", use_tqdm: bool = False,
 ) -> Tensor:  # fmt: skip
     """Returns the unit vectors of classes as columns, (embed_dim, num_classes), in the model's precision."""
-    inner = full_precision(model)
-    weights = zero_shot.build_zero_shot_classifier(
-        inner, tokenizer, classnames, templates, num_classes_per_batch, device, use_tqdm
-    )
-    return weights.to(model.dtype)
+    how = classnames, templates, num_classes_per_batch, device, use_tqdm
+    return zero_shot.build_zero_shot_classifier(full_precision(model), tokenizer, *how).to(model.dtype)
 
 
 class ClipLoss(nn.Module):
@@ -342,9 +342,8 @@ class ClipLoss(nn.Module):
         super().__init__()
         refuse("use_horovod", use_horovod, "processes talk through torch.distributed")
         if world_size > 1 and not (local_loss and gather_with_grad):
-            refuse(
-                "local_loss or gather_with_grad False", True, "only with both are gradients those of the whole batch"
-            )
+            why = "only with both are gradients those of the whole batch"
+            refuse("local_loss or gather_with_grad False", True, why)
 
     def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict: bool = False):
         loss = clip_loss(image_features, text_features, logit_scale)  # a bias would change no softmax

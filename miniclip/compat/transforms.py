@@ -55,7 +55,10 @@ class AugmentationCfg:
         for name in ("use_timm", "ratio", "re_prob", "re_count"):
             if getattr(self, name):
                 raise InputError(f"aug_cfg: {name} {getattr(self, name)}: {TIMM}")
-        if bool(self.color_jitter) != bool(self.color_jitter_prob):
+        jitter = self.color_jitter
+        if jitter and not (isinstance(jitter, list | tuple) and len(jitter) == 4):
+            raise InputError(f"aug_cfg: color_jitter {jitter}: give brightness, contrast, saturation and hue")
+        if bool(jitter) != bool(self.color_jitter_prob):
             raise InputError("aug_cfg: color_jitter and color_jitter_prob have no effect without each other: give both")
 
 

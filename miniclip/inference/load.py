@@ -34,7 +34,7 @@ def load(
     a list of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is a
     faster copy for inference only. Raises InputError for an unknown name, for what cannot be downloaded, StoreError for
     an address that cannot be read, and what `load_weights` raises."""
-    name_or_path, pretrained = localised(name_or_path), localised(pretrained)
+    name_or_path, pretrained = localised(name_or_path), localised(pretrained or None)
     if is_onnx(name_or_path):
         model = load_onnx(name_or_path, pretrained, device, precision)
         return model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer

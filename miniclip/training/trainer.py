@@ -119,10 +119,6 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         """See `training/check_gradients.py`."""
         check_gradients(self)
 
-    def push_to_hub(self, *args, **kwargs):
-        fix = "Use trainer.model.push_to_hub(repo, license=..., run=args.output_dir)"
-        raise InputError(f"Trainer's push_to_hub would upload the run's folder, with paths and a wrong card. {fix}")
-
     def _save(self, output_dir=None, state_dict=None):
         # The weights that FSDP gathers have a scale of shape (1,).
         super()._save(output_dir, fsdp.with_scalars(state_dict, ()) if state_dict else None)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+from miniclip.utils.errors import InputError
+
 
 class PushToHub:
     """Base class of a model that can be uploaded to the Hugging Face hub."""
@@ -25,3 +27,12 @@ class PushToHub:
             self, repo_id, license=license, private=private, token=token, revision=revision, run=run,
             commit_message=commit_message,
         )  # fmt: skip
+
+
+class NoFolderUpload:
+    """Refuses Trainer's own upload before any training: `push_to_hub=True` and `trainer.push_to_hub()` start here.
+    It would upload the output folder as it is, with paths of the data, and a card that is not true."""
+
+    def init_hf_repo(self, *args, **kwargs):
+        fix = "Use trainer.model.push_to_hub(repo, license=..., run=args.output_dir)"
+        raise InputError(f"Trainer's push_to_hub would upload the run's folder, with paths and a wrong card. {fix}")

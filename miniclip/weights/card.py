@@ -22,10 +22,10 @@ model, preprocess, tokenizer = miniclip.load("hf-hub:{repo}")""",
 
 model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repo}")
 tokenizer = open_clip.get_tokenizer("hf-hub:{repo}")""",
-    "hf": """from transformers import CLIPModel, CLIPProcessor, pipeline
+    "hf": """from transformers import AutoProcessor, CLIPModel, pipeline
 
-model, processor = CLIPModel.from_pretrained("{repo}"), CLIPProcessor.from_pretrained("{repo}")
-classify = pipeline("zero-shot-image-classification", model="{repo}")
+model, processor = CLIPModel.from_pretrained("{repo}"), AutoProcessor.from_pretrained("{repo}"{code})
+classify = pipeline("zero-shot-image-classification", model="{repo}"{code})
 print(classify("photo.jpg", candidate_labels=["a dog", "a cat"]))""",
 }
 NAMES = {"miniclip": "MiniCLIP", "openclip": "OpenCLIP", "hf": "transformers"}
@@ -77,7 +77,8 @@ def describe(model: MiniClip) -> str:
 def use(form: str, note: list[str] | str, repo: str) -> str:
     if isinstance(note, str):
         return f"{NAMES[form]} cannot load this model: {note}."
-    code = f"{NAMES[form]}:\n\n```python\n{USES[form].format(repo=repo)}\n```"
+    code = ", trust_remote_code=True" if any("trust_remote_code" in one for one in note) else ""  # else it asks
+    code = f"{NAMES[form]}:\n\n```python\n{USES[form].format(repo=repo, code=code)}\n```"
     return "\n\n".join([code, *(f"Note: {one}." for one in note)])
 
 

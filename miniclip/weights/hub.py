@@ -170,9 +170,7 @@ def download_url(url: str, digest: str = "", size: int | None = None, cache_dir:
         if not (found := sha256(partial)).startswith(digest.lower()):
             forget(partial)
             wrong = f"its sha256 is {found[:16]}..., not {digest[:16]}..."
-            raise InputError(
-                f"{url} is not the published file ({wrong}), and was deleted: try again, or another source"
-            )
+            raise InputError(f"{url} is not the published file ({wrong}), and was deleted: try again, or elsewhere")
         sync(partial)
         os.replace(partial, path)
         forget(partial)
@@ -180,9 +178,12 @@ def download_url(url: str, digest: str = "", size: int | None = None, cache_dir:
     return path
 
 
-def version_file(partial: Path) -> Path:
-    """The file that says which version of the server's file an incomplete one is of."""
+def version_file(partial: Path) -> Path:  # says which version of the server's file an incomplete one is of
     return partial.with_name(f"{partial.name}.etag")
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def forget(partial: Path):
@@ -200,10 +201,10 @@ def fetch(url: str, partial: Path, size: int | None = None):
         while failures < TRIES:
             if failures:
                 time.sleep(WAIT * 2 ** (failures - 1))
-            before = partial.stat().st_size if partial.is_file() else 0
+            before = size_of(partial)
             try:
                 total = receive(url, partial, bar)
-                if total is None or partial.stat().st_size >= total:
+                if total is None or size_of(partial) >= total:
                     break
                 problem = "the connection ended early"
             except urllib.error.HTTPError as error:
@@ -214,22 +215,19 @@ def fetch(url: str, partial: Path, size: int | None = None):
                 problem = f"the server answered {error.code}"
             except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
                 problem = first_line(getattr(error, "reason", None) or error)
-            now = partial.stat().st_size if partial.is_file() else 0
-            failures = 1 if now > before else failures + 1
+            failures = 1 if size_of(partial) > before else failures + 1
         else:
-            now = partial.stat().st_size if partial.is_file() else 0
-            kept = f"; {now} bytes are kept, and the next try continues there" if now else ""
+            kept = f"; {now} bytes are kept, and the next try continues there" if (now := size_of(partial)) else ""
             raise InputError(f"{url} cannot be downloaded ({problem}): check the network and try again{kept}")
-    if size is not None and (found := partial.stat().st_size) != size:
+    if size is not None and (found := size_of(partial)) != size:
         forget(partial)
-        raise InputError(
-            f"{url} is not the published file: it has {found} bytes, not {size}. It was deleted: try again"
-        )
+        wrong = f"it has {found} bytes, not {size}"
+        raise InputError(f"{url} is not the published file: {wrong}. It was deleted: try again")
 
 
 def receive(url: str, partial: Path, bar) -> int | None:
     """Appends what one request brings, from the start if the server has another version. Returns the file's size."""
-    start = partial.stat().st_size if partial.is_file() else 0
+    start = size_of(partial)
     known = version_file(partial).read_text(encoding="utf-8") if version_file(partial).is_file() else ""
     headers = {"User-Agent": "miniclip", "Accept-Encoding": "identity"}
     if start and known:  # without a version nobody knows that both halves are of one file

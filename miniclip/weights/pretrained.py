@@ -68,12 +68,19 @@ def get_pretrained_cfg(model: str, tag: str) -> dict:
     or the first digits, "" if it is not published), `size` (bytes, None if not published), `quick_gelu`, `mean`, `std`,
     `interpolation` and `resize_mode`. Raises InputError for an unknown model or tag, with the nearest."""
     check_model(model)
-    if not (tags := registry()[0].get(model)):
-        raise InputError(f"no published weights of {model} are known, so none {tag!r}; {WHERE}")
+    tags = registry()[0].get(model, {})
     if clean(tag) not in tags:
-        near = closest(clean(tag), tags)
-        raise InputError(f"{tag!r} is not a tag of {model}; nearest: {near} (`miniclip pretrained {model}` lists all)")
+        raise InputError(f"{tag!r} is not known: {why_no_tag(model, tag)}")
     return dict(tags[clean(tag)])
+
+
+def why_no_tag(model: str, tag: str) -> str:
+    """Says that a tag is not one of a model, and which models have it or which tags are the nearest."""
+    if not (tags := list_pretrained_tags_by_model(model)):
+        return f"{model} has no tags; {WHERE}"
+    models = ", ".join(list_pretrained_models_by_tag(tag))
+    near = f"it is one of {models}" if models else f"nearest: {closest(clean(tag), tags)}"
+    return f"it is not a tag of {model}; {near} (`miniclip pretrained {model}` lists all)"
 
 
 def download_pretrained(cfg: dict, prefer_hf_hub: bool = True, cache_dir: str | Path | None = None) -> Path:
@@ -122,6 +129,10 @@ def check_model(name: str | Path):
     name = str(name)
     if is_folder(name) or name.endswith(".json") or name in list_models():
         return
+    if not name:
+        raise InputError("the name of the model is empty: name a folder, hf-hub:org/repo or one of list_models()")
+    if Path(name).is_file():
+        raise InputError(f"{name} is a file of weights: name the model's config first, and the file as `pretrained`")
     for pattern, towers in registry()[1].items():
         if re.match(pattern, name):
             raise InputError(f"{name} cannot be built: MiniCLIP does not have {towers}; {WHERE}")
@@ -135,19 +146,16 @@ def check_model(name: str | Path):
 
 def find_tag(model: str | Path, pretrained: str | Path | None) -> dict | None:
     """Returns the registry's entry if `pretrained` is a tag of the model; None for the path of existing weights, for a
-    folder's name and for None. Raises InputError, with the nearest tag, for anything else."""
-    if pretrained is None or is_folder(pretrained) or Path(pretrained).exists():
+    folder's name, and for None or "". Raises InputError, with the nearest tag, for anything else."""
+    model, name = str(model), str(pretrained or "")
+    if not name or is_folder(name) or Path(name).exists():
         return None
-    tags = list_pretrained_tags_by_model(str(model))
-    if clean(pretrained) in tags:
-        return get_pretrained_cfg(str(model), str(pretrained))
-    problem = f"there is no file or folder {str(pretrained)!r}"
-    if is_folder(model) or str(model).endswith(".json") or not tags:
-        raise CheckpointError(f"{problem}, and {model} has no tags; {WHERE}")
-    near = closest(clean(pretrained), tags)
-    raise CheckpointError(
-        f"{problem}, and it is not a tag of {model}; nearest: {near} (`miniclip pretrained {model}` lists all)"
-    )
+    if clean(name) in list_pretrained_tags_by_model(model):
+        return get_pretrained_cfg(model, name)
+    problem = f"there is no file or folder {name!r}"
+    if "/" in name or name.endswith((".pt", ".bin", ".safetensors")):  # a path, and no misspelt tag
+        raise CheckpointError(problem)
+    raise CheckpointError(f"{problem}, and {why_no_tag(model, name)}")
 
 
 def prefetch(
@@ -172,8 +180,7 @@ def follow(config: MiniClipConfig, facts: dict, name: str):
         value = tuple(facts[field]) if isinstance(facts[field], list) else facts[field]
         if getattr(images, field) != value:
             setattr(images, field, value)
-            changed.append(f"{field} {facts[field]}")
+            changed.append(f"{field} {value}")
     if changed:
-        logger.warning(
-            "%s: as these weights were trained, with %s, other than the config says", name, ", ".join(changed)
-        )
+        said = ", ".join(changed)
+        logger.warning("%s: as these weights were trained, with %s, other than the config says", name, said)

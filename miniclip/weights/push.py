@@ -33,6 +33,8 @@ def push_to_hub(
 ) -> str:  # fmt: skip
     """Uploads a model to `repo_id` ("org/name") and returns the address of the commit. See `MiniClip.push_to_hub`."""
     check_license(license)
+    if run and not Path(run).is_dir():
+        raise InputError(f"run {run} is not a folder: name the output folder of the model's training")
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

@@ -109,7 +109,7 @@ LIBRARY = []  # kept, or the operators would go
 
 
 def test_every_name_is_there_or_refused_with_a_reason():
-    for name in NAMES:
+    for name in [*NAMES, "tokenizer", "transform"]:
         if name not in vars(open_clip):
             with pytest.raises(AttributeError, match=f"no {name}: .*docs/compat.md"):
                 getattr(open_clip, name)
@@ -149,6 +149,7 @@ def test_arguments_that_are_refused(given, reason):
     ({"output_dict": True}, lambda m: set(m(IMAGE)) == {"image_features", "text_features", "logit_scale"}),
     ({"precision": "pure_bf16"}, lambda m: {p.dtype for p in m.parameters()} == {torch.bfloat16}),
     ({"precision": "bf16"}, lambda m: m.logit_scale.dtype == m.ln_final.weight.dtype == torch.float32),
+    ({"pretrained": ""}, lambda m: m.visual.image_mean == miniclip.compat.open_clip.OPENAI_DATASET_MEAN),
     ({"precision": "amp"}, lambda m: {p.dtype for p in m.parameters()} == {torch.float32}),
     ({"device": "meta"}, lambda m: m.logit_scale.is_meta),
     ({"pretrained_hf": False, "require_pretrained": True}, lambda m: True),
@@ -243,6 +244,8 @@ def test_outputs(small):
     add_logit_bias(model.miniclip)
     assert len(model(IMAGE, ids)) == 4 and model(IMAGE, ids)[3] is model.logit_bias
     model.lock_image_tower(1), model.lock_text_tower(0)
+    with pytest.raises(InputError, match="freeze_layer_norm=False cannot be honoured"):
+        model.lock_text_tower(1, freeze_layer_norm=False)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"miniclip.visual.proj.weight", "miniclip.logit_scale", "miniclip.logit_bias"}
 
@@ -281,6 +284,9 @@ def test_training_transform():
     assert torch.equal(train(image), first) and not torch.equal(first, second)
     gray = open_clip.Compose(train.transforms[:-1])(image)
     assert gray.shape == (3, 224, 224) and torch.equal(gray[0], gray[1])
+    for strengths in (0.4, (0.4, 0.4, 0.4)):  # the third would be the hue's
+        with pytest.raises(InputError, match="color_jitter .*: give brightness, contrast, saturation and hue"):
+            open_clip.AugmentationCfg(color_jitter=strengths, color_jitter_prob=0.8)
     for name, value in (("use_timm", True), ("ratio", (1.0, 1.0)), ("re_prob", 0.1), ("re_count", 2)):
         with pytest.raises(InputError, match=f"aug_cfg: {name} .* timm"):
             open_clip.image_transform(224, True, aug_cfg={name: value})

@@ -78,6 +78,10 @@ def test_large_configs_have_as_many_parameters_as_published(name, millions):
     ("ViT-B-32", "laion2b_s34b", "no file or folder 'laion2b_s34b', and it is not a tag of ViT-B-32; nearest: "
                                  "laion2b_s34b_b79k.*`miniclip pretrained ViT-B-32` lists all"),
     ("ViT-B-32", "hf-hub:x", "HF_HUB_OFFLINE is set"),
+    ("ViT-B-32", "dfn2b", "it is not a tag of ViT-B-32; it is one of ViT-B-16, "),
+    ("ViT-B-32", "gone/x.pt", "^there is no file or folder 'gone/x.pt'$"),
+    (__file__, None, "test_pretrained.py is a file of weights: name the model's config first"),
+    ("", None, "the name of the model is empty"),
     ("ViT-S-16-112", "openai", "no file or folder 'openai', and ViT-S-16-112 has no tags"),
 ])  # fmt: skip
 def test_a_wrong_name_is_answered_with_the_nearest_or_the_reason(name, tag, message):
@@ -126,6 +130,6 @@ def test_the_command_lists_names_and_sources(capsys, monkeypatch):
     line = next(line for line in run("ViT-B-32").splitlines() if "laion2b_s34b_b79k" in line)
     assert line.split() == ["ViT-B-32", "laion2b_s34b_b79k", "GELU", "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"]
     assert "no published weights of ViT-S-16-112 are known" in run("ViT-S-16-112")
-    with pytest.raises(InputError, match="'openia' is not a tag of ViT-B-32; nearest: openai"):
+    with pytest.raises(InputError, match="'openia' is not known: it is not a tag of ViT-B-32; nearest: openai"):
         run("ViT-B-32", "openia")
     assert [(row["model"], row["tag"]) for row in json.loads(run("--json"))] == PAIRS

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+import miniclip
 from miniclip.model import MiniClip
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
@@ -83,6 +84,7 @@ def test_a_pushed_model_loads_from_the_hub(hub, run, tmp_path, tiny_model):
     assert [one["dataset"]["name"] for one in found] == ["val.json"], "not of other weights, nor twice"
     assert {m["type"]: m["value"] for m in found[0]["metrics"]} == {"text_to_image_R@1": 0.25, "mean_recall": 0.5}
     assert "| val.json | mean recall | 50.0 |" in body and "train.json: 20 records, 40 captions" in body
+    assert 'AutoProcessor.from_pretrained("org/mine", trust_remote_code=True)' in body  # or it asks
     assert all('"hf-hub:org/mine"' in body or name in body for name in ("miniclip.load", "open_clip", "CLIPModel"))
 
     code = "import sys, torch, miniclip; m, p, _ = miniclip.load('hf-hub:org/mine'); print(p.cfg if hasattr(p, 'cfg') "
@@ -176,3 +178,20 @@ def test_trainers_own_upload_is_refused_by_name(tmp_path):
 
     with pytest.raises(InputError, match="push_to_hub is not supported.*python -m miniclip push --model OUTPUT_DIR"):
         RunArguments(str(tmp_path), push_to_hub=True)
+
+
+def test_trainers_own_upload_is_refused_before_training(tmp_path, tiny_model):
+    args = {"use_cpu": True, "report_to": []}
+    with pytest.raises(InputError, match=r"Trainer's push_to_hub .* trainer.model.push_to_hub\(repo, license"):
+        miniclip.ClipTrainer(tiny_model, miniclip.ClipTrainingArguments(str(tmp_path), push_to_hub=True, **args),
+                             tokenizer=tiny_model.text.tokenizer)  # fmt: skip
+    trainer = miniclip.ClipTrainer(
+        tiny_model, miniclip.ClipTrainingArguments(str(tmp_path), **args), tokenizer=tiny_model.text.tokenizer
+    )
+    with pytest.raises(InputError, match="Trainer's push_to_hub"):
+        trainer.push_to_hub()
+
+
+def test_a_run_that_is_not_there_is_an_error(tiny_model, tmp_path):
+    with pytest.raises(InputError, match="run .*gone is not a folder"):
+        tiny_model.push_to_hub("org/mine", license="mit", run=tmp_path / "gone")

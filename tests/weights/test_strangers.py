@@ -133,7 +133,9 @@ def test_weights_in_several_files(kind, tmp_path):
 
 @pytest.mark.parametrize("name", ["openai", "laion2b_s34b_b79k", "none/model.safetensors"])
 def test_weights_that_are_no_file_say_what_is_needed(name):
-    with pytest.raises(InputError, match=f"no file or folder '{name}', and shapes-demo has no tags"):
+    with pytest.raises(
+        InputError, match=f"no file or folder '{name}'" + ("" if "/" in name else ", and shapes-demo has no tags")
+    ):
         miniclip.load("shapes-demo", pretrained=name)
     with pytest.raises(InputError, match="no file"):
         convert(name, "out", "miniclip")
