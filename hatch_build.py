@@ -6,7 +6,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 EXTRAS = {"test": "requirements-test.txt", "ui": "requirements-ui.txt", "heic": "requirements-heic.txt"}
-PACKAGES = {"onnx": ["onnx", "onnxscript", "onnxruntime>=1.24"], "stores": ["s3fs", "gcsfs"]}  # extras without a file
+PACKAGES = {  # extras without a file
+    "onnx": ["onnx", "onnxscript", "onnxruntime>=1.24"], "stores": ["s3fs", "gcsfs"],
+    "peers": ["open-clip-torch", "sentence-transformers", "mteb>=2", "clip-benchmark"],
+}  # fmt: skip
 INCLUDED = {"model_configs": "miniclip/model_configs", "train.py": "miniclip/commands/train.py",
             "evaluate.py": "miniclip/commands/evaluate.py"}  # fmt: skip
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import miniclip  # noqa: E402
 from miniclip.weights.onnx import export, runner  # noqa: E402
 
-KINDS = ("image", "text")
+KINDS, OURS = ("image", "text"), "MiniCLIP, fp32"
 
 
 def contestants(config: str, folder: Path, threads: int) -> dict:
@@ -48,9 +48,9 @@ def contestants(config: str, folder: Path, threads: int) -> dict:
     for precision in ("fp32", "fp16", "int8"):
         found[f"ONNX Runtime, {precision}"] = graphs(folder / f"onnx-{precision}", ".onnx")
     if importlib.util.find_spec("openvino"):
-        for precision in ("fp32", "bf16"):
-            hint = {"INFERENCE_PRECISION_HINT": precision.replace("fp", "f"), "INFERENCE_NUM_THREADS": threads}
-            found[f"OpenVINO, {precision}"] = [openvino(folder / "onnx-fp32" / f"{kind}.onnx", hint) for kind in KINDS]
+        for precision, file, computed in (("fp32", "fp32", "f32"), ("bf16", "fp32", "bf16"), ("int8", "int8", "f32")):
+            hint = {"INFERENCE_PRECISION_HINT": computed, "INFERENCE_NUM_THREADS": threads}
+            found[f"OpenVINO, {precision}"] = [openvino(folder / f"onnx-{file}/{kind}.onnx", hint) for kind in KINDS]
     return found
 
 
@@ -96,14 +96,15 @@ def main(argv: list[str]):
         f"{options.config} with random weights, from pixel values and token ids to embeddings of unit length; captions"
         f" as long as the longest of their batch, {tokens} tokens. Milliseconds for a batch: the median of"
         f" {options.rounds} rounds in which all take turns (smallest to largest), on a machine that was running other"
-        " jobs too: compare within this table. In brackets after the name: the lowest cosine to the model in PyTorch,"
-        " of images and captions.\n",
+        " jobs too: compare within this table. In bold: times as fast as MiniCLIP in fp32. In brackets after the name:"
+        " the lowest cosine to the model in PyTorch, of images and captions.\n",
         f"| runtime, precision (cosines) | {' | '.join(head)} |\n|---|{'---|' * len(head)}",
     ]
     for name, both in cosines.items():
         cells = [
             f"{1e3 * statistics.median(s):.1f} ({1e3 * min(s):.1f} to {1e3 * max(s):.1f})"
-            for s in seconds[name].values()
+            f" **{statistics.median(seconds[OURS][case]) / statistics.median(s):.2f}**"
+            for case, s in seconds[name].items()
         ]
         lines.append(f"| {name} ({both[0]:.5f}, {both[1]:.5f}) | {' | '.join(cells)} |")
     write_section("runtimes", "\n".join(lines), options.results)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import miniclip
+from miniclip.classify.evaluator import make_evaluator
 from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.loss import clip_loss
 from miniclip.training.arguments import RunArguments
@@ -27,7 +28,7 @@ def make_trainer(folder: Path, output: str, per_device: int, model=None, **more)
     preprocess, tokenizer = miniclip.Preprocess(model.config.preprocess_cfg), miniclip.Tokenizer(16)
     dataset = RunDataset(records, preprocess, seed=args.seed)
     eval_records = miniclip.read_captions(folder / "odd.json")
-    evaluator = RetrievalEvaluator(eval_records, preprocess, tokenizer)
+    evaluator = make_evaluator(eval_records, folder / "classes", preprocess, tokenizer)
     return RunTrainer(model, args, dataset, preprocess=preprocess, tokenizer=tokenizer, evaluator=evaluator)
 
 
@@ -48,7 +49,7 @@ def bytes_kept_by_the_loss(batch: int) -> int:
 def evaluate_two(trainer: RunTrainer, folder: Path) -> dict:
     """Metrics of fewer images than there are processes."""
     records = miniclip.read_captions(folder / "odd.json")[:2]
-    evaluator = trainer.measured_by
+    evaluator = trainer.measured_by.parts[0]
     trainer.measured_by = RetrievalEvaluator(records, evaluator.preprocess, evaluator.tokenizer)
     return trainer.evaluate()
 

@@ -15,11 +15,13 @@ from miniclip.utils.errors import InputError
 from miniclip.utils.files import check_manifest, sha256
 from miniclip.utils.weight_files import read_json
 from miniclip.weights.onnx import ABOUT, NAMES, need, open_session
+from miniclip.weights.pretrained import LOCAL
 
 
 def is_onnx(folder: str | Path) -> bool:
     """Whether a folder is an export to ONNX."""
-    return (Path(folder) / "image.onnx").is_file() and not (Path(folder) / "model.safetensors").exists()
+    folder = Path(str(folder).removeprefix(LOCAL))
+    return (folder / "image.onnx").is_file() and not (folder / "model.safetensors").exists()
 
 
 class OnnxTower(Tower):
@@ -52,7 +54,7 @@ class OnnxClip(InferenceClip):
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
         nn.Module.__init__(self)
-        folder = Path(folder)
+        folder = Path(str(folder).removeprefix(LOCAL))
         check_manifest(folder)
         about, self.config = read_json(folder / ABOUT), MiniClipConfig.from_json(folder / "config.json")
         try:

@@ -61,15 +61,17 @@ def plot_curves(axes, title: str, curves: dict[str, Points], share=False, steps=
 
 
 def plot_loss_and_recall(loss_axes, recall_axes, log_history: list[dict], reference=None) -> float:
-    """Plots the loss and the text to image recall of a log. Returns the last step."""
+    """Plots the loss, and the text to image recall and the zero-shot accuracy of a log. Returns the last step."""
     names = " ".join(name for entry in log_history for name in entry)
     ks = sorted({int(k) for k in re.findall(r"eval_text_to_image_R@(\d+)\b", names)})
     loss, recall = curve(log_history, "loss"), {f"R@{k}": curve(log_history, f"eval_text_to_image_R@{k}") for k in ks}
-    steps = max([step for points in [loss, *recall.values()] for step, _ in points if step > 0], default=1)
+    zero_shot = curve(log_history, "eval_zero_shot_top1")
+    steps = max([step for points in [loss, zero_shot, *recall.values()] for step, _ in points if step > 0], default=1)
     broken = sum("loss" in entry and not is_finite(entry["loss"]) for entry in log_history)
     note = f"not finite, skipped: {broken}" if broken else ""
     plot_curves(loss_axes, "Training loss", {"loss": loss}, False, steps, reference, note)
-    plot_curves(recall_axes, "Text to image recall on the evaluation set", recall, True, steps)
+    title = "Text to image recall" + (", zero-shot accuracy" if zero_shot else " on the evaluation set")
+    plot_curves(recall_axes, title, recall | {"zero-shot": zero_shot}, True, steps)
     recall_axes.set_ylim(0, 1.03)
     return steps
 

@@ -8,11 +8,12 @@ from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.files import replacing
+from miniclip.utils.local_copy import localised
 from miniclip.utils.model_folder import load_state_dict
 from miniclip.utils.weight_files import find_weights
 from miniclip.weights.layouts import open_layout
 from miniclip.weights.load import ACTIVATION_NAMES, empty_model, fit_weights, infer_config
-from miniclip.weights.pretrained import find_folder
+from miniclip.weights.pretrained import download_pretrained, find_folder, find_tag, follow
 from miniclip.weights.to_huggingface import write_hf, write_sentence_transformers
 from miniclip.weights.to_openclip import SUFFIXES, write_openclip
 
@@ -20,19 +21,23 @@ from miniclip.weights.to_openclip import SUFFIXES, write_openclip
 def convert(source: str | Path, target: str | Path, to: str, model: str | None = None, force: bool = False) -> str:
     """Writes weights in another library's form, atomically, and returns a sentence on what it did.
 
-    `source` is a weight file of any known layout, a folder of MiniCLIP, transformers or OpenCLIP, or the name of one
-    (`hf-hub:org/repo`); `to` is a key of EXPORTERS, each of which warns of what its form cannot hold. The model config,
-    which folders need for the activation, is `model` (a name or a .json file), the one in the folder of `source`, or
-    the only shipped one that fits. Raises CheckpointError for weights that cannot be used or an unclear config, and
-    FileExistsError if `target` exists, unless `force`.
+    `source` is a weight file of any known layout, a folder of MiniCLIP, transformers or OpenCLIP, the name of one
+    (`hf-hub:org/repo`), or a tag of `model`; `to` is a key of EXPORTERS, each of which warns of what its form cannot
+    hold. The model config, which folders need for the activation, is `model` (a name or a .json file), the one in the
+    folder of `source`, or the only shipped one that fits. Raises CheckpointError for weights that cannot be used or an
+    unclear config, InputError for what cannot be downloaded, and FileExistsError if `target` exists, unless `force`.
     """
     target = Path(target)
     if to not in EXPORTERS:
         raise InputError(f"cannot convert to {to!r}, only to {', '.join(EXPORTERS)}")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists already: choose another name, or add --force")
-    source = find_weights(find_folder(source) or source)
+    source = localised(source)
+    tag = find_tag(model, source) if model else None
+    source = download_pretrained(tag) if tag else find_weights(find_folder(source) or source)
     config, reason, checkpoint = open_layout(source, model)
+    if tag:
+        follow(config, tag, model)
     if config is None and (to != "openclip" or target.suffix not in SUFFIXES):  # such files do not contain the config
         raise CheckpointError(f"{source}: {reason}: name one with --model")
     name = "" if config is None else f", {ACTIVATION_NAMES[config.quick_gelu]}"

@@ -130,6 +130,13 @@ def test_curves_are_drawn_where_their_values_are(tmp_path):
     assert ticks[:6] == ["0%", "20%", "40%", "60%", "80%", "100%"]
 
 
+def test_zero_shot_accuracy_is_drawn_beside_recall(tmp_path):
+    log = [{"step": step, "eval_text_to_image_R@1": 0.5, "eval_zero_shot_top1": step / 400} for step in (100, 200)]
+    recall = drawn(tmp_path / "report.png", log, [])[0].axes[1]
+    assert [line.get_label() for line in recall.lines] == ["R@1  50.0%", "zero-shot  50.0%"]
+    assert recall.lines[1].get_ydata().tolist() == [0.25, 0.5] and "zero-shot" in recall.get_title("left")
+
+
 def test_noisy_losses_have_a_running_mean(tmp_path):
     log = [{"step": step, "loss": 3.0 + step % 2} for step in range(1, 201)]
     figure, _ = drawn(tmp_path / "report.png", log + [{"step": 201, "loss": math.nan}], [])

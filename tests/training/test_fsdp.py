@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -31,6 +32,9 @@ def folder(caption_set, tiny_model):
         record["caption"] = record["caption"][: 1 + 3 * i % 5]
     assert sum(len(record["caption"]) for record in records[:23]) == 67
     (caption_set / "odd.json").write_text(json.dumps(records[:23]))
+    for i, record in enumerate(records[:7]):
+        (caption_set / "classes" / ("dog", "cat")[i % 2]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(caption_set / record["image"], caption_set / "classes" / ("dog", "cat")[i % 2] / f"{i}.png")
     tiny_model.save_pretrained(caption_set / "model_dir")
     return caption_set
 
@@ -52,7 +56,7 @@ def test_three_processes_evaluate_and_shard(folder, run_script):
     """One start of torchrun for what three processes have to show."""
     found = start_worker(run_script, 3, folder, "quick")
     trainer = make_trainer(folder, "one", 12)
-    assert found["metrics"] == trainer.evaluate()
+    assert found["metrics"] == trainer.evaluate() and "eval_zero_shot_top1" in found["metrics"]
     assert found["of_two"] == evaluate_two(trainer, folder)
     # the logits of 1,200 pairs: each of three processes keeps a third of what one keeps
     assert found["kept"] == pytest.approx(bytes_kept_by_the_loss(1200) / 3, rel=0.05)

@@ -91,7 +91,7 @@ def test_a_program_without_torch_gets_the_same_embeddings(saved, photo):
 def test_an_export_is_used_like_any_model(saved, photo, caption_set, run_script, tmp_path):
     model, _, tokenizer = miniclip.load(saved / "onnx")
     exact = miniclip.load(saved / "model")[0]
-    for ours, theirs in zip(embed(saved / "model", photo), embed(saved / "onnx", photo)):
+    for ours, theirs in zip(embed(saved / "model", photo), embed(f"local-dir:{saved}/onnx", photo)):
         np.testing.assert_allclose(theirs, ours, atol=1e-5)
     assert model.logit_scale.item() == pytest.approx(exact.logit_scale.item()) and model.logit_bias.item() == -10
     tables = []
@@ -225,9 +225,15 @@ def test_what_is_missing_or_has_no_effect_is_said(saved, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_forms_are_those_of_convert(saved, tmp_path, capsys):
-    main(["openclip", "--model", str(saved / "model"), "--output_dir", str(tmp_path / "mine.pt")])
-    assert "(openclip)" in capsys.readouterr().out and (tmp_path / "mine.pt").is_file()
+@pytest.mark.parametrize("form, file", [
+    ("openclip", "open_clip_config.json"), ("hf", "config.json"), ("sentence-transformers", "modules.json"),
+])  # fmt: skip
+def test_other_forms_are_those_of_convert(form, file, tiny_model, tmp_path, capsys):
+    tiny_model.save_pretrained(tmp_path / "model")
+    main([form, "--model", f"local-dir:{tmp_path / 'model'}", "--output_dir", str(tmp_path / "out")])
+    assert f"({form})" in capsys.readouterr().out and (tmp_path / "out" / file).is_file()
+    image, model = torch.randn(1, 3, 32, 32), miniclip.load(tmp_path / "out")[0]
+    torch.testing.assert_close(model.encode_image(image), tiny_model.eval().encode_image(image))
 
 
 @needs_onnx

@@ -7,9 +7,11 @@ import sys
 import pytest
 
 import miniclip
+from miniclip.commands.export import main as export
 from miniclip.commands.pretrained import main as command
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.utils.errors import InputError
+from miniclip.weights import convert as conversion
 from miniclip.weights import pretrained
 from miniclip.weights.convert import write_openclip
 from miniclip.weights.load import empty_model
@@ -96,6 +98,20 @@ def test_a_file_goes_before_a_tag_of_the_same_name(tiny_model, tmp_path, monkeyp
     assert pretrained.find_tag("ViT-B-32", "openai") is None
     assert pretrained.find_tag("ViT-B-32", "metaclip_400m")["quick_gelu"] is True
     assert pretrained.find_folder("local-dir:openai") == pretrained.find_folder("openai")
+
+
+def test_a_tag_is_converted_with_its_activation_and_preprocessing(tmp_path, monkeypatch):
+    """`miniclip export hf --model NAME --pretrained TAG` hands both to `convert`."""
+    facts = pretrained.get_pretrained_cfg("ViT-B-32", "openai") | {"mean": [0.5] * 3}
+    monkeypatch.setitem(pretrained.registry()[0], "shapes-demo", {"some_tag": facts})
+    model = miniclip.MiniClip(MiniClipConfig.from_name("shapes-demo"))
+    write_openclip(tmp_path / "published.pt", model)
+    monkeypatch.setattr(conversion, "download_pretrained", lambda facts: tmp_path / "published.pt")
+    export(["hf", "--model", "shapes-demo", "--pretrained", "some-tag", "--output_dir", str(tmp_path / "hf")])
+    config = miniclip.load(tmp_path / "hf")[0].config
+    assert config.quick_gelu and config.preprocess_cfg.mean == (0.5, 0.5, 0.5)
+    with pytest.raises(InputError, match="not a tag of shapes-demo; nearest: some_tag"):
+        export(["hf", "--model", "shapes-demo", "--pretrained", "sometag", "--output_dir", str(tmp_path / "x")])
 
 
 def test_a_vocabulary_that_is_not_clips_is_refused(tiny_config, tmp_path):
