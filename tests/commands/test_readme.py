@@ -25,7 +25,9 @@ FOREIGN = set(  # options of other programs that the pages name: of pip, torchru
     " --lock-image-unlocked-groups"
     " --annotation_file --clip_model --dataset --dataset_root --help_all --imagenet-val --input_format"
     " --maxShapes --minShapes --no_amp --onnx --optShapes --output --recall_k --remote-sync --saveEngine --task"
-    " --zeroshot-frequency".split()
+    " --zeroshot-frequency"
+    " --cache_path --enable_wandb --input_dataset --num_prepro_workers --output_folder --output_partition_count"
+    " --use_jit".split()
 )
 
 
