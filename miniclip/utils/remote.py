@@ -32,7 +32,7 @@ class StoreError(InputError):
 def is_remote(path) -> bool:
     """Returns whether a path is an address such as s3://bucket/file. Raises StoreError for s3:/bucket/file."""
     found = re.match(r"([A-Za-z][\w+.-]+):/(/?)", str(path))
-    if found and not found[2] and found[1] in PACKAGES:
+    if found and not found[2] and found[1] in PACKAGES and found[1] != "hf":  # hf:/folder is a data set saved there
         raise StoreError(f"{path}: an address begins with two slashes: {found[1]}://")
     return found is not None and bool(found[2])
 

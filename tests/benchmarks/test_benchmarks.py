@@ -53,6 +53,7 @@ def test_recall_is_counted_against_the_exact_result(benchmarks):
     assert recalls(same, queries, 2 * exact, 2 * exact + 1) == (1, 1)
 
 
+@pytest.mark.slow
 def test_retrieval_writes_its_table(tmp_path, run_script):
     path = tmp_path / "RESULTS.md"
     path.write_text("# Results\n\n<!-- other -->\nstays\n<!-- /other -->\n")

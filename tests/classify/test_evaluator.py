@@ -31,6 +31,7 @@ def train(run_script, caption_set, class_folder, *more, captions="captions.json"
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_zero_shot_accuracy_is_logged_and_chooses_the_best_checkpoint(
     run_script, caption_set, class_folder, tiny_model
 ):

@@ -224,6 +224,7 @@ def largest_difference(a, b) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_on_a_store(recipe, local, tmp_path, forge):  # noqa: F811
     """Real processes. The store has what the run's folder has, and the run goes on from it on another machine."""
     there, url = tmp_path / "store" / "run", f"file://{tmp_path}/store/run"
