@@ -95,9 +95,8 @@ def main(argv: list[str]):
         f" {options.threads}. `python benchmarks/runtimes.py --rounds {options.rounds}`.\n",
         f"{options.config} with random weights, from pixel values and token ids to embeddings of unit length; captions"
         f" as long as the longest of their batch, {tokens} tokens. Milliseconds for a batch: the median of"
-        f" {options.rounds} rounds in which all take turns (smallest to largest), on a machine that was running other"
-        " jobs too: compare within this table. In bold: times as fast as MiniCLIP in fp32. In brackets after the name:"
-        " the lowest cosine to the model in PyTorch, of images and captions.\n",
+        f" {options.rounds} rounds in which all take turns (smallest to largest). In bold: times as fast as MiniCLIP in"
+        " fp32. In brackets after the name: the lowest cosine to the model in PyTorch, of images and captions.\n",
         f"| runtime, precision (cosines) | {' | '.join(head)} |\n|---|{'---|' * len(head)}",
     ]
     for name, both in cosines.items():
