@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm.auto import tqdm
 
 from miniclip.inference.fast import InferenceClip, inference_copy
@@ -55,26 +56,28 @@ def embed_images(
     progress: bool = False, cache: FeatureCache | None = None, project: bool = True,
     faults: dict[int, str] | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Embeds n image files, by path or as an ImageFile: (n, E) float32, of unit length, in their order. Without
-    `project`: their features (n, W).
+    """Embeds n images, by path, as an ImageFile or opened by Pillow: (n, E) float32, of unit length, in their order.
+    Without `project`: their features (n, W).
 
     `num_workers` threads read files while others are encoded (None: as many as suit the machine). Images in the `cache`
     are neither decoded nor encoded. Raises an ImageError that names every unreadable file; with `faults`, a dict, their
     row numbers and errors go there instead, and these rows are NaN."""
-    paths = [paths] if isinstance(paths, (str, Path, ImageFile)) else list(paths)
+    paths = [paths] if isinstance(paths, (str, Path, ImageFile, Image.Image)) else list(paths)
     fast, device = for_inference(model, len(paths)), model.logit_scale.device
     features = np.empty((len(paths), model.visual.width), np.float32)
     pending, stop = [], faults is None  # (row, key, levels) of the next batch
     faults = {} if stop else faults
 
-    def read(path: str | Path | ImageFile):
+    def read(path: str | Path | ImageFile | Image.Image):
         """The file's key, and its levels, features or error."""
+        if isinstance(path, Image.Image):
+            return None, preprocess.levels(path)
         try:
             hashed = cache is not None and (isinstance(path, ImageFile) or os.path.isfile(path))
             key = file_key(path) if hashed else None
             if hashed and key in cache:
                 return key, cache[key]
-            return key, preprocess.levels(open_image(path, preprocess.scale))
+            return key, preprocess.levels(open_image(path, preprocess.scale, preprocess.stored))
         except ImageError as error:
             return None, error
         except OSError as error:  # from its key
@@ -85,7 +88,7 @@ def embed_images(
         pixel_values = preprocess.normalize(torch.stack(levels).to(device, non_blocking=True))
         features[list(rows)] = fast.features(fast.visual, pixel_values).cpu().numpy()
         if cache is not None:
-            cache.update((key, features[row]) for key, row in zip(keys, rows))
+            cache.update((key, features[row]) for key, row in zip(keys, rows) if key)
         pending.clear()
 
     files = read_ahead(read, paths, num_workers, 2 * batch_size)

@@ -51,6 +51,7 @@ class FeatureCache(dict):
     @classmethod
     def for_images(cls, folder: str | Path | None, model: MiniClip, preprocess: Preprocess, precision: str = "fp32"):
         about = {"preprocess": vars(preprocess.cfg), "scale": preprocess.scale}
+        about |= {"decode": "openclip"} if preprocess.stored else {}
         return cls._of(folder, model, model.visual, model.config.vision_cfg, precision, about)
 
     @classmethod

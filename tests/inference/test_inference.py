@@ -4,7 +4,10 @@ import torch
 from PIL import Image
 
 import miniclip
+from miniclip.inference.embed import embed_images
+from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MiniClip
+from miniclip.transforms import Preprocess
 
 
 def test_load_by_name_by_file_and_by_folder(tiny_config, tmp_path):
@@ -117,3 +120,23 @@ def test_public_names_are_all_there():
         assert getattr(miniclip, name) is not None
     with pytest.raises(AttributeError, match="lod"):
         miniclip.lod  # noqa: B018
+
+
+@pytest.mark.parametrize("decode", ["full", "openclip"])
+def test_files_are_read_as_the_preprocessing_says(decode, tiny_model, tmp_path):
+    """A photo turned by EXIF and a picture with transparent colours, from the file and opened by Pillow, cached."""
+    config, exif = tiny_model.config.preprocess_cfg, Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    noise = np.random.default_rng(0).integers(0, 256, (60, 40, 4), dtype=np.uint8)
+    Image.fromarray(noise[..., :3]).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(noise).save(tmp_path / "clear.png")
+    paths, preprocess = [tmp_path / "turned.png", tmp_path / "clear.png"], Preprocess(config, decode)
+    with torch.no_grad():
+        expected = tiny_model.encode_image(torch.stack([preprocess.load(path) for path in paths]), True).numpy()
+    for other in ("full", "openclip"):  # whose features are not taken for these
+        cache = FeatureCache.for_images(tmp_path / "cache", tiny_model, Preprocess(config, other))
+        embeds = embed_images(tiny_model, Preprocess(config, other), paths, cache=cache)
+        assert (abs(embeds - expected).max() < 1e-5) == (other == decode)
+    if decode == "openclip":  # with Pillow's images, which are as they are in the file
+        opened = embed_images(tiny_model, preprocess, [Image.open(path) for path in paths])
+        np.testing.assert_allclose(opened, expected, atol=1e-5)
