@@ -182,7 +182,7 @@ def test_results_equal_those_of_the_full_tables():
         for way, cell in (("text_to_image", text_to_image), ("image_to_text", image_to_text)):
             assert measured.setdefault((command, way), figures(cell)) == figures(cell), command
     rows = table(README, "what")
-    assert len(rows) >= 5
+    assert len(rows) >= 6
     for _, text_to_image, image_to_text, command in rows:
         command = command.partition(" (")[0]
         assert figures(text_to_image) == measured[command, "text_to_image"], command
