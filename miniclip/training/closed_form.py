@@ -16,7 +16,6 @@ the same), and the first pair of directions, which then is the means' and tells 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, ClipOutput, MiniClip
 from miniclip.retrieval import retrieval_metrics
 from miniclip.training.losses import make_loss
+from miniclip.weights.pretrained import is_folder
 
 CHUNK = 4096  # images whose features are float64 at a time
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of regularisation
@@ -250,7 +250,7 @@ def start_in_closed_form(model: MiniClip, options, args, records, images: np.nda
     """Sets both projections of a model with frozen towers, from the features of its records, to their closed form, and
     the logit scale to what suits held-out pairs. Sets the learning rate to 0, for one epoch, if training does not help.
     Does nothing where the projections have been trained already, or are not one linear layer each."""
-    if options.pretrained or Path(options.model).is_dir() or options.check_gradients:
+    if options.pretrained or is_folder(options.model) or options.check_gradients:
         return
     if not all(linear(tower.projection) for tower in (model.visual, model.text)):
         return

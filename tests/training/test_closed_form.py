@@ -92,8 +92,9 @@ def test_a_run_starts_there_and_says_what_held_out_images_chose(encoders, captio
         assert cosines.abs().min() > 0.999, cosines
     assert 0 < model.logit_scale.item() < math.log(100)
     # Projections that have been trained go on from where they are.
-    train(tmp_path / "run", caption_set, tmp_path / "more", "--num_train_epochs", "1")
-    assert "projections:" not in capsys.readouterr().out
+    for number, saved in enumerate((tmp_path / "run", f"local-dir:{tmp_path / 'run'}")):
+        train(saved, caption_set, tmp_path / f"more{number}", "--num_train_epochs", "1")
+        assert "projections:" not in capsys.readouterr().out, saved
 
 
 def test_without_a_model_the_best_encoders_installed_are_taken(monkeypatch, tmp_path):
