@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import struct
+import sys
 import warnings
 import zlib
 from abc import ABC, abstractmethod
@@ -34,6 +35,8 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # by orientation  # fmt: skip
 WHITE = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits, stored in 16, 32 or as floats
+# Of 16 bits a colour Pillow keeps the upper 8. In the other byte order, from each of these, it keeps the lower 8.
+OTHER_BYTE = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
 PNG, JPEG, END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 # Pillow warns above 89 million pixels, which good cameras reach, and raises above 179 million: that is limit enough.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -80,8 +83,8 @@ class BufferedImage(ImageFile):
 
 
 def open_image(path: str | Path | ImageFile, scale: int | None = None, as_stored: bool = False) -> Image.Image:
-    """Reads an image as a person would see it: RGB, upright, transparency shown on white, 16-bit and float greyscale
-    scaled to 8 bits; the first frame of an animation. Metadata that Pillow cannot read is ignored. With `scale` the
+    """Reads an image as a person would see it: RGB, upright, transparency shown on white, 16 bits and floats scaled
+    to 8 bits; the first frame of an animation. Metadata that Pillow cannot read is ignored. With `scale` the
     JPEG decoder may shrink an image to no less than that many pixels a side, which is fast and lossy; `as_stored`
     leaves mode and orientation alone. Raises ImageError for a file that is not in one of FORMATS or HEIC, is damaged,
     has more than 179 million pixels, or an aspect ratio above 100:1.
@@ -96,9 +99,12 @@ def open_image(path: str | Path | ImageFile, scale: int | None = None, as_stored
                 image.draft("RGB", (scale, scale))
             if image.size != size:
                 image.info["drafted"] = True
+            deep = image.tile and all(_layout(tile)[0][-4:] in OTHER_BYTE for tile in image.tile)
             image.load()
             if as_stored:
                 return image
+            if deep and _is_dark(image):
+                image = _scaled(image, _identify(file, path))
             image = upright(image)
             check_aspect(image, path)  # again: the image within an icon may have another size than its header says
             return to_rgb(image)
@@ -174,7 +180,8 @@ def _bytes(file, most: int = -1) -> bytes:
 def _repairs(data: bytes) -> Iterator[bytes]:
     """Yields a PNG or JPEG without metadata, and a JPEG of which only the end mark is missing with one."""
     if data.startswith(PNG):
-        yield _bare_png(data)
+        yield _bare_png(data, (b"tRNS", b"eXIf"))
+        yield _bare_png(data, ())
     elif data.startswith(JPEG):
         header, scans = _bare_jpeg(data)
         yield header + scans
@@ -186,15 +193,15 @@ def _repairs(data: bytes) -> Iterator[bytes]:
                 yield ended
 
 
-def _bare_png(data: bytes) -> bytes:
-    """Returns a PNG's critical chunks, transparency and EXIF: texts and profiles may be large, or have wrong checksums,
-    and libpng ignores any other chunk with one (PNG specification, section 13)."""
+def _bare_png(data: bytes, others: tuple[bytes, ...]) -> bytes:
+    """Returns a PNG's critical chunks and `others`: texts and profiles may be large, or have wrong checksums, and
+    libpng ignores any other chunk with one (PNG specification, section 13)."""
     kept, at = PNG, len(PNG)
     while at < len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         chunk, kind, checksum = data[at:end], data[at + 4 : at + 8], data[end - 4 : end]
         sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(checksum, "big")
-        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") and sound:
+        if kind[:1].isupper() or kind in others and sound:
             kept += chunk
         at = end
     return kept
@@ -256,8 +263,35 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _layout(tile) -> tuple:
+    """How the pixels lie in a file, and what else Pillow's decoder is told."""
+    layout, *more = tile.args if isinstance(tile.args, tuple) and tile.args else [tile.args]
+    return str(layout), *more
+
+
+def _is_dark(image: Image.Image) -> bool:
+    return image.mode in ("RGB", "RGBA") and max(high for _, high in image.getextrema()[:3]) <= WHITE[-2] >> 8
+
+
+def _scaled(image: Image.Image, again: Image.Image) -> Image.Image:
+    """Scales colours of 16 bits, of which `image` has the upper halves, to 8 bits. `again` is the image unread."""
+    with again:
+        grey, tiles = False, []
+        for tile in again.tile:
+            layout, *more = _layout(tile)
+            grey = layout.startswith("LA")  # four bytes a pixel, which pass for four channels
+            layout = "RGBA" if grey else layout[:-4] + OTHER_BYTE[layout[-4:]]
+            tiles.append(tile._replace(args=(layout, *more)))
+        again.tile = tiles
+        lower = np.asarray(again)
+    levels = np.asarray(image) * 256.0 + (lower[..., [1, 1, 1, 3]] if grey else lower)
+    for channels in (levels[..., :3], levels[..., 3:]):  # colours, alpha
+        channels *= 255 / white_level(image, channels)
+    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+
+
 def white_level(image: Image.Image, levels: np.ndarray) -> float:
-    """The level of white in greyscale of more than 8 bits: files do not say it, and the narrowest usual range that
+    """The level of white in an image of more than 8 bits: files do not say it, and the narrowest usual range that
     holds the image is meant. Floats may exceed theirs by a tenth, as after sharpening."""
     brightest, is_float = levels.max(initial=0), image.mode == "F"
     reach = brightest / 1.1 if is_float else brightest

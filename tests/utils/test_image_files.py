@@ -78,6 +78,7 @@ def test_a_png_is_as_sound_as_its_pixels(tmp_path):
             files[f"wrong {kind} {name}"] = sound[:place] + chunk(kind, content, wrong=1) + sound[place:]
             files[f"{kind} {name}"] = sound[:place] + chunk(kind, content) + sound[place:]
     files["no end mark"] = sound[:end]
+    files["short transparency"] = sound[:at] + chunk(b"tRNS", b"\0") + sound[at:]
     for name, data in files.items():
         (tmp_path / "a.png").write_bytes(data)
         assert open_image(tmp_path / "a.png").tobytes() == PHOTO.tobytes(), name
@@ -144,12 +145,51 @@ def test_greyscale_of_any_depth_goes_from_black_to_white(tmp_path, kind, white):
         assert np.abs(levels - np.linspace(0, 255, 64)).max() < (2 if white != 1.05 else 14)
 
 
+def png16(pixels: np.ndarray) -> bytes:
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff16(pixels: np.ndarray, compression: int) -> bytes:
+    height, width, channels = pixels.shape
+    data = pixels.astype("<u2").tobytes()
+    data = zlib.compress(data) if compression == 8 else data
+    values = {256: width, 257: height, 259: compression, 262: 2, 277: channels, 278: height}
+    entries = [(tag, 3, 1, struct.pack("<H", value)) for tag, value in values.items()]
+    entries += [(258, 3, channels, struct.pack("<H", 16) * channels), (279, 4, 1, struct.pack("<I", len(data)))]
+    entries += [(338, 3, 1, struct.pack("<H", 2))] if channels == 4 else []
+    start = len(exif(*entries, (273, 4, 1, bytes(4)))) - 6
+    return exif(*entries, (273, 4, 1, struct.pack("<I", start)))[6:] + data
+
+
+@pytest.mark.parametrize("white", [255, 1023, 4095, 16383, 65535])
+@pytest.mark.parametrize("channels", [2, 3, 4])  # grey with alpha, colours, both
+def test_colours_of_any_depth_go_from_black_to_white(tmp_path, channels, white):
+    ramp = np.linspace(0, white, 64)
+    colours = [ramp, white - ramp, ramp / 2][: 1 if channels == 2 else 3]
+    expected = np.stack((colours * 3)[:3], -1) * (255 / white)
+    for opaque in (white, 65535)[: 2 if channels % 2 == 0 else 1]:
+        channel = [*colours, np.full(64, opaque)][:channels]
+        pixels = np.tile(np.stack(channel, -1).round().astype(np.uint16), (8, 1, 1))
+        files = [png16(pixels), *(tiff16(pixels, how) for how in (1, 8) if channels > 2)]
+        for file in files:
+            (tmp_path / "a").write_bytes(file)
+            assert np.abs(np.asarray(open_image(tmp_path / "a"))[0] - expected).max() < 1.5
+            with Image.open(tmp_path / "a") as stored:  # as other libraries read it
+                assert open_image(tmp_path / "a", as_stored=True).tobytes() == stored.tobytes()
+
+
 def test_dark_greyscale_that_is_known_to_have_16_bits_stays_dark(tmp_path):
     eight = np.tile(np.arange(0, 20, dtype=np.uint16), (8, 1))
     (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(eight * 257), "PNG"))
     (tmp_path / "a.pgm").write_bytes(b"P5\n20 8\n65535\n" + (eight * 250).astype(">u2").tobytes())
     for name in ("a.png", "a.pgm"):
         assert np.abs(np.asarray(open_image(tmp_path / name))[0, :, 0].astype(int) - np.arange(20)).max() <= 1
+    (tmp_path / "b.png").write_bytes(png16(np.stack([eight * 257] * 3, -1)))
+    assert np.asarray(open_image(tmp_path / "b.png"))[0, :, 0].tolist() == list(range(20))
     image = Image.fromarray(np.array([[0, 4095]], np.uint16))
     (tmp_path / "a.tif").write_bytes(encoded(image, "TIFF", tiffinfo={262: 0}))  # white is zero
     assert np.asarray(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [255, 0]
