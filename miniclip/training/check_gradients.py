@@ -24,10 +24,19 @@ NEGLIGIBLE = 1e-5, 1e-6  # of the whole gradient, and of a loss of about 1: smal
 PROJECTION = re.compile(r"visual\.proj\b|text\.(text_projection|proj)\b")
 
 
-def check_gradients(trainer):
-    """Compares the gradients of a trainer's first step with those of one big fp32 batch, prints a table, and raises
-    InputError if they differ by more than accumulation, rounding and dropout make. Weights and random numbers stay as
-    they are; a process group is ended. No optimizer step is made, and nothing is written."""
+class WrongGradients(InputError):
+    """Gradients that differ for another reason than accumulation, rounding and dropout; `figures` say by how much."""
+
+    def __init__(self, message: str, figures: dict[str, dict[str, float]]):
+        super().__init__(message)
+        self.figures = figures
+
+
+def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
+    """Compares the gradients of a trainer's first step with those of one big fp32 batch, prints a table, and returns
+    its `figures` in the first process. Raises WrongGradients if they differ by more than accumulation, rounding and
+    dropout make, and InputError for a loss that is not finite. Weights and random numbers stay as they are; a process
+    group is ended. No optimizer step is made, and nothing is written."""
     args, model, first = trainer.args, trainer.model, trainer.is_world_process_zero()
     if trainer.is_deepspeed_enabled:
         raise InputError("check_gradients does not work with DeepSpeed. Remove one of them")
@@ -53,11 +62,12 @@ def check_gradients(trainer):
         if first:
             piece = (not probe.batch_norm and args.grad_cache_chunk_size) or args.per_device_train_batch_size
             reference = Reference(plain, probe.loss, trainer.normalize, args.device, piece)
-            report(probe, reference, inputs, args)
+            return report(probe, reference, inputs, args)
 
 
-def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tensor]]], args):
-    """Prints the table and the causes. Raises InputError for a difference without a known cause."""
+def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tensor]]], args) -> dict:
+    """Prints the table and the causes. Returns the figures of the table. Raises WrongGradients for a difference without
+    a known cause."""
     passes, pad = probe.passes, probe.trainer.data_collator.tokenize.pad_token_id
     steps = [concatenate(step, pad) for step in inputs]
     everything = concatenate(steps, pad)
@@ -104,12 +114,14 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
     ways = [f"batches of {args.per_device_train_batch_size}", *(f"{n} {what}" for n, what in counts if n > 1)]
     ways += [f"chunks of {args.grad_cache_chunk_size}"] * (args.grad_cache_chunk_size > 0)
     print(f"{', '.join(ways)}, {low or 'fp32'}, against one fp32 batch of {count} pairs on one process")
-    print(table(run, one, columns | {"unexplained": (exact, expected)}))
+    shown = figures(run, one, columns | {"unexplained": (exact, expected)})
+    print(table(shown))
     for name, cause in zip(columns, causes):
         print(f"{name}: {cause}")
     if faults:
-        raise InputError(f"the gradients of this run are wrong. {'. '.join(faults)}")
+        raise WrongGradients(f"the gradients of this run are wrong. {'. '.join(faults)}", shown)
     print(f"the gradients are right: {'the rest' if columns else 'what differs'} is the rounding of fp32")
+    return shown
 
 
 def explain(probe: Probe, expected: Pass, alone: Pass, small: Pass, args, steps: int) -> str:
@@ -208,12 +220,20 @@ def rounding(a: Pass, b: Pass) -> float:
     return max(error for part, error in errors(a, b).items() if part != "logit scale")
 
 
-def table(run: Pass, one: Pass, columns: dict[str, tuple[Pass, Pass]]) -> str:
+def figures(run: Pass, one: Pass, columns: dict[str, tuple[Pass, Pass]]) -> dict[str, dict[str, float]]:
     """The gradients by part of the model: cosine and relative error, and what each cause contributes to the error."""
-    rows = [["", "cosine", "error", *columns]]
+    found = {}
     for part, names in parts(run, one).items():
         cosine, error, _, size, _ = compare(pairs_of(run, one, names))
         shares = (compare(pairs_of(*passes, names)).distance / max(size, 1e-300) for passes in columns.values())
-        rows.append([part, f"{cosine:.6f}", *(f"{share:.1e}" for share in (error, *shares))])
+        found[part] = {"cosine": cosine, "error": error} | dict(zip(columns, shares))
+    return found
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """The figures as text, a line for each part of the model."""
+    rows = [["", *next(iter(found.values()))]]
+    for part, (cosine, *errors) in ((part, row.values()) for part, row in found.items()):
+        rows.append([part, f"{cosine:.6f}", *(f"{error:.1e}" for error in errors)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)

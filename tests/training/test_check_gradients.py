@@ -249,8 +249,12 @@ def test_the_commands(folder, run_script):
     done = run_script("train.py", *common, *more, "--check_gradients")
     assert "the gradients are right" in done.stdout and "image tower  " not in done.stdout
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = run_script(*start, "-m", "miniclip", "check", *common, env={"PYTHONPATH": str(ROOT)})
-    assert "2 processes" in done.stdout and done.stdout.count("the gradients are right") == 1
+    done = run_script(*start, "-m", "miniclip", "check", *common, "--json", env={"PYTHONPATH": str(ROOT)})
+    assert "2 processes" in done.stderr and done.stderr.count("the gradients are right") == 1
+    found, shown = json.loads(done.stdout), rows(done.stderr)  # of both processes one document
+    assert found["right"] and found["error"] is None and list(found["parts"]) == PARTS
+    for part, figures in found["parts"].items():
+        assert figures == pytest.approx(shown[part], rel=0.06, abs=1e-6)
     assert sorted(path.name for path in run.rglob("*")) == ["checkpoint-1", "model.safetensors"]
     assert not (folder / "cache").exists()
     refused = run_script("-m", "miniclip", "check", *common, "--resume", check=False)
