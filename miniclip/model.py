@@ -303,7 +303,7 @@ class MiniClip(nn.Module, PushToHub):
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
         """Reads a folder that `save_pretrained` wrote, in evaluation mode. Raises InputError for a missing or damaged
-        file and RuntimeError for missing, unexpected or misshapen weights."""
+        file and for missing, unexpected or misshapen weights."""
         model = read_model_folder(Path(directory), lambda config: cls(MiniClipConfig.from_json(config)))
         model.visual.load_files(Path(directory))
         model.text.load_files(Path(directory))

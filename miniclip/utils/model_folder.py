@@ -122,10 +122,14 @@ def _declared(path: Path) -> tuple[int, int]:
 
 
 def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str | Path):
-    """Makes weights, in their own precision, a model's parameters. Raises CheckpointError for integers in the place of
-    floating point numbers, or the reverse, and RuntimeError for missing, unexpected and misshapen ones."""
+    """Makes weights, in their own precision, a model's parameters. Raises CheckpointError for missing, unexpected and
+    misshapen ones, and for integers in the place of floating point numbers, or the reverse."""
     expected = model.state_dict()
     for name in weights.keys() & expected.keys():
         if weights[name].is_floating_point() != expected[name].is_floating_point():
             raise CheckpointError(f"{source}: {name} is {weights[name].dtype}, not {expected[name].dtype}")
-    model.load_state_dict(weights, strict=True, assign=True)
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        _, *faults = str(error).split("\n\t")
+        raise CheckpointError(f"{source}: the weights do not fit the config. {faults[0]:.300}") from None

@@ -38,7 +38,7 @@ def load_folder(folder: Path) -> MiniClip:
         raise CheckpointError(f"{source}: {reason}")
     if isinstance(config.text_cfg, TextConfig) and (size := config.text_cfg.vocab_size) < Tokenizer.vocab_size:
         raise InputError(f"{folder} has another tokenizer, with a vocabulary of {size}: MiniCLIP has CLIP's alone")
-    with limited_by(source):
+    with limited_by(source, config_file(folder)):
         model = MiniClip(config)
     fill(model, checkpoint, source)
     return model.eval()
@@ -48,12 +48,18 @@ def open_layout(source: Path, model: str | None = None) -> tuple[MiniClipConfig 
     """Returns the config of a weight file (the one with the name `model`, that beside it, or the only shipped one that
     fits), the reason, and the weights. Without exactly one, the config is None and the reason says what is in doubt."""
     config, reason = named_config(source.parent, model)
-    with limited_by(source):
+    with limited_by(source, model or config_file(source.parent)):
         towers = config and empty_model(config)
     checkpoint = open_checkpoint(source, towers)
     if config is None:
         config, reason = guess_config(checkpoint.weights, checkpoint.quick_gelu, source.parent)
     return config, reason, checkpoint
+
+
+def config_file(folder: Path) -> Path:
+    """The config in a folder: OpenCLIP's where config.json is none of MiniCLIP."""
+    ours, theirs = folder / "config.json", folder / "open_clip_config.json"
+    return theirs if theirs.is_file() and "vision_cfg" not in read_json(ours) else ours
 
 
 def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None, str]:
@@ -65,11 +71,13 @@ def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None,
             problem = f"the config {name} prepares images otherwise than {folder}, in {', '.join(differing)}"
             warnings.warn(f"{problem}; {name} is followed", stacklevel=3)
         return config, f"config {name}, as asked"
-    values = read_json(folder / "config.json")
-    if "vision_cfg" not in values and (theirs := read_json(folder / "open_clip_config.json")):
+    file = config_file(folder)
+    values = read_json(file)
+    if file.name == "open_clip_config.json":
+        theirs = values
         images = theirs.get("preprocess_cfg", {})
         if not isinstance(images, dict) or not isinstance(theirs.get("model_cfg"), dict):
-            raise InputError(f"{folder / 'open_clip_config.json'} has no objects model_cfg and preprocess_cfg")
+            raise InputError(f"{file} has no objects model_cfg and preprocess_cfg")
         images = {k: v for k, v in images.items() if k != "size"}  # the model's image size
         values = {k: v for k, v in theirs["model_cfg"].items() if k != "custom_text"}  # only how the weights are named
         values |= {"preprocess_cfg": images}
@@ -97,6 +105,10 @@ def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[
         if activations not in ({"gelu"}, {"quick_gelu"}):
             raise CheckpointError(f"{folder}: hidden_act is {activations}; only gelu and quick_gelu can be converted")
         sizes["quick_gelu"] = activations == {"quick_gelu"}
+        for tower in (vision, text):
+            if tower.get("layer_norm_eps", 1e-5) != 1e-5:
+                raise CheckpointError(f"{folder / 'config.json'}: layer_norm_eps is {tower['layer_norm_eps']!r:.100};"
+                                      " only CLIP's 1e-05 can be converted")  # fmt: skip
         heads = vision.get("num_attention_heads", 12)
         if type(heads) is not int or heads < 1 or sizes["vision_cfg"]["width"] % heads:
             raise CheckpointError(f"{folder / 'config.json'}: num_attention_heads is {heads!r:.100}, not a divisor of"

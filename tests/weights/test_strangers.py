@@ -214,11 +214,13 @@ def test_a_config_asks_for_no_more_than_its_weights_hold(what, tiny_model, tmp_p
         assert f"{tmp_path / 'a' / 'config.json'} is" in str(caught.value) and "c.json is" in str(again.value)
     assert time.monotonic() - start < 10 and len(str(caught.value)) < 1500
     assert str(tmp_path / "a") in str(caught.value)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as converting:
         convert(tmp_path / "a", tmp_path / "b", "hf")
+    assert "far larger" not in reason or str(converting.value) == str(caught.value)
 
 
 @pytest.mark.parametrize("values", [
+    {"vision_config": {"layer_norm_eps": 1e-6}}, {"text_config": {"layer_norm_eps": "small"}},
     {"vision_config": [1]}, {"vision_config": {"num_attention_heads": 0}}, {"vision_config": {"hidden_act": ["gelu"]}},
     {"text_config": {"num_attention_heads": "many"}}, {"vision_config": {"num_attention_heads": 5}},
 ])  # fmt: skip
