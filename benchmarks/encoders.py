@@ -36,7 +36,8 @@ COLUMNS = [
 
 def cost(name: str, data: Path) -> dict:
     """What the encoders of a model cost in this process."""
-    from miniclip.datasets.records import flatten_captions, read_captions
+    from miniclip.datasets.read import read_captions
+    from miniclip.datasets.records import flatten_captions
     from miniclip.inference.embed import embed_images, embed_texts
     from miniclip.inference.load import load
 

@@ -121,7 +121,7 @@ class Study:
         }
 
     def records(self) -> dict[str, list[dict]]:
-        from miniclip.datasets.records import read_captions
+        from miniclip.datasets.read import read_captions
 
         files = {task: self.file(language, "val") for task, language in LANGUAGES.items()}
         return {task: read_captions(file, self.image_root, check_images=False) for task, file in files.items()}

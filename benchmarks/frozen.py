@@ -21,7 +21,7 @@ from results import machine, write_section  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from miniclip.config import MiniClipConfig  # noqa: E402
-from miniclip.datasets.records import read_captions  # noqa: E402
+from miniclip.datasets.read import read_captions  # noqa: E402
 from miniclip.model import MiniClip  # noqa: E402
 from miniclip.tokenizer import Tokenizer  # noqa: E402
 from miniclip.training.arguments import RunArguments  # noqa: E402

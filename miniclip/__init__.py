@@ -8,7 +8,7 @@ from miniclip.utils.push import PushToHub
 _PUBLIC = {  # where the public names live; imported when first used, so that `import miniclip` takes no time
     "config": "MiniClipConfig list_models", "model": "MiniClip", "loss": "clip_loss", "tokenizer": "Tokenizer",
     "transforms": "Preprocess", "data": "CaptionDataset", "trainer": "ClipTrainer ClipTrainingArguments",
-    "retrieval": "retrieval_metrics search", "utils.image_files": "open_image", "datasets.records": "read_captions",
+    "retrieval": "retrieval_metrics search", "utils.image_files": "open_image", "datasets.read": "read_captions",
     "weights.pretrained": "list_pretrained list_pretrained_tags_by_model list_pretrained_models_by_tag"
     " get_pretrained_cfg download_pretrained",
     "weights.load": "load_weights", "training.trainer": "RunTrainer", "training.arguments": "RunArguments",

@@ -8,6 +8,9 @@ from miniclip.datasets.records import MISSING, check_captions, parse_json
 from miniclip.utils.errors import InputError
 
 CAPTIONS = ("txt", "caption", "json")  # extensions; the first that a sample has is used
+# Names of columns, compared without case; the first that is there is used.
+IMAGE_KEYS = ("image", "filepath", "image_path", "img", "img_path", "file_name", "filename", "path", "file",
+              "image_file", "jpg", "jpeg", "png", "webp", "image_name")  # fmt: skip
 CAPTION_KEYS = ("caption", "captions", "text", "texts", "title", "sentences", "sentence", "raw", "description")
 # A string or a missing value, as Python and NumPy print them. NumPy prints no commas between its strings.
 _ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|nan"""

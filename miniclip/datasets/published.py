@@ -1,8 +1,9 @@
-"""JSON as data sets are published: Karpathy's splits, COCO's images and annotations, {"image": [captions]}."""
+"""JSON as data sets are published (Karpathy's splits, COCO's images and annotations, {"image": [captions]}), and as
+pandas writes a table."""
 
 from pathlib import Path
 
-from miniclip.datasets.captions import CAPTION_KEYS, captions_in
+from miniclip.datasets.captions import CAPTION_KEYS, IMAGE_KEYS, captions_in
 from miniclip.datasets.records import Raw
 from miniclip.utils.bad_samples import CaptionFileError, short
 from miniclip.utils.errors import InputError
@@ -22,6 +23,9 @@ def published_records(raw, path: Path, caption_key: str | None = None) -> Raw:
             raw = [_karpathy(record) for record in lists[0]]
         elif any(raw.values()) and all(isinstance(value, (str, list, type(None))) for value in raw.values()):
             raw = [{"image": image, "caption": captions} for image, captions in raw.items()]
+        elif raw.keys() & set(IMAGE_KEYS) and all(isinstance(value, dict) for value in raw.values()):
+            rows = dict.fromkeys(row for column in raw.values() for row in column)  # DataFrame.to_json: by column
+            raw = [{name: column.get(row) for name, column in raw.items()} for row in rows]
         elif all(isinstance(value, dict) for value in raw.values()):
             raw = [{"image": image} | record for image, record in raw.items()]
     if not isinstance(raw, list) or not raw:

@@ -48,6 +48,16 @@ def read_source(source: str, options: ReadOptions = ReadOptions(), *, factors: s
     return Mixture(sources, parse_factors(factors, len(sources)), num_samples)
 
 
+def read_captions(source: str | Path, image_root: str | Path | None = None, **options) -> Sequence[dict]:
+    """Reads and checks captions in any form: `[{"image": "dogs/rex.jpg", "caption": ["a dog", "my dog Rex"]}, ...]`.
+
+    Returns `[{"image": absolute path or ImageFile, "caption": [strings]}, ...]`. Image paths start at `image_root`, by
+    default the source's own folder. `options` are other fields of ReadOptions. Raises InputError with the number, the
+    image and the fault of all bad records together.
+    """
+    return read_source(str(source), ReadOptions(image_root, **options))
+
+
 def split(source: str | Path) -> list[str]:
     """Returns the sources in a specification, which `::` separates."""
     parts = [part.strip() for part in str(source).split("::")]

@@ -1,4 +1,4 @@
-"""Caption files in JSON, and the checks that records of any form pass before anything starts."""
+"""How a source is read, and the checks that records of any form pass before anything starts."""
 
 import json
 import logging
@@ -51,24 +51,6 @@ class ReadOptions:
         """Raises an error for bad samples or skips them (`raise_or_skip`), listed as those of `source` by default."""
         prefix = f"{source}: " if prefix is None else prefix
         raise_or_skip(source, what, problems, left, prefix, self.on_bad_sample, self.bad_samples, *none_left)
-
-
-def read_captions(path: str | Path, image_root: str | Path | None = None, **options) -> list[dict]:
-    """Reads and checks a caption file: `[{"image": "dogs\\\\rex.jpg", "caption": ["a dog", "my dog Rex"]}, ...]`.
-
-    Returns `[{"image": absolute path, "caption": [strings]}, ...]`. Image paths start at `image_root`, by default the
-    file's own folder, with either separator; a caption may be one string. `options` are other fields of ReadOptions.
-    Raises CaptionFileError with the number, the image and the fault of all bad records together.
-    """
-    return check_records(Path(path), read_list(Path(path)), ReadOptions(image_root, **options))
-
-
-def read_list(path: Path) -> Raw:
-    """Reads the records of a JSON file. Raises CaptionFileError."""
-    raw = parse_json(read_text(path), path)
-    if not isinstance(raw, list) or not raw:
-        raise CaptionFileError(f"{path}: expected a list of records, found {short(raw)}")
-    return [(f"record {number}", record) for number, record in enumerate(raw)]
 
 
 def read_text(path: Path) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from miniclip.datasets.captions import CAPTION_KEYS, CAPTIONS, caption_kind, captions_of, parse_caption
+from miniclip.datasets.captions import CAPTION_KEYS, CAPTIONS, IMAGE_KEYS, caption_kind, captions_of, parse_caption
 from miniclip.datasets.published import published_records
 from miniclip.datasets.records import ImageRoot, Raw, ReadOptions, check_captions, parse_json, read_text
 from miniclip.datasets.splits import choose_split, split_column, split_of
@@ -19,9 +19,6 @@ from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import EXTENSIONS, HEIC
 
 logger = logging.getLogger(__name__)
-# Names of columns, compared without case; the first that is there is used.
-IMAGE_KEYS = ("image", "filepath", "image_path", "img", "img_path", "file_name", "filename", "path", "file",
-              "image_file", "jpg", "jpeg", "png", "webp", "image_name")  # fmt: skip
 TEXT_KEYS = (*CAPTION_KEYS, "txt", "sentences_raw", "alt_text", "alt", "comment")
 TOKEN = re.compile(r"([^\t]+)#\d+\t(.*)")  # a line of Flickr's .token files: image.jpg#0, a tab, a caption
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a Hugging Face imagefolder
@@ -65,7 +62,7 @@ def _numbered(columns: list[str]) -> list[str]:
     """The columns of a known caption name and a number each, in the order of these, if there is one such name."""
     found = {}
     for column in columns:
-        name, number = re.fullmatch(r"(.*?)[ _-]?(\d*)", str(column).strip().lower()).groups()
+        name, number = re.fullmatch(r"(.*?)[ _.-]?(\d*)", str(column).strip().lower()).groups()
         if number and name in TEXT_KEYS:
             found.setdefault(name, []).append((int(number), column))
     return [column for _, column in sorted(*found.values())] if len(found) == 1 else []

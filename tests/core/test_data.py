@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from miniclip.config import PreprocessConfig
 from miniclip.data import Collator
-from miniclip.datasets.records import flatten_captions, read_captions
+from miniclip.datasets.read import read_captions
+from miniclip.datasets.records import flatten_captions
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.augment import TrainTransform
 from miniclip.training.dataset import RunDataset
@@ -45,11 +46,11 @@ def test_all_bad_records_are_reported_together(caption_set):
         5: ({"image": "0.png", "caption": [3]}, "caption 0 is not text"),
         6: ({"image": "0.png", "caption": ["x", " "]}, "caption 1 is not text"),
         7: ({"image": "0.png", "caption": [None]}, "caption 0 is not text"),
-        8: ({"image": "0.png"}, "expected an object with image and caption"),
-        9: ("0.png", "expected an object with image and caption"),
+        8: ({"image": "0.png"}, "there is no 'caption' in it"),
+        9: ("0.png", "expected an object, found"),
         10: ({"image": 7, "caption": ["x"]}, "image is not a path: 7"),
         11: ({"image": "page.png", "caption": ["x"]}, "not an image in a supported format"),
-        12: ({"image": "0.png", "caption": {"en": "x"}}, "neither a string nor a list"),
+        12: ({"image": "0.png", "caption": {"en": "x"}}, "caption 0 is not text"),
     }
     path = write(caption_set, [good, *(record for record, _ in bad.values())])
     with pytest.raises(CaptionFileError) as caught:

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from miniclip.config import PreprocessConfig
 from miniclip.datasets import shards as shards_module
 from miniclip.datasets.convert import convert
-from miniclip.datasets.read import read_source
-from miniclip.datasets.records import ReadOptions, read_captions
+from miniclip.datasets.read import read_captions, read_source
+from miniclip.datasets.records import ReadOptions
 from miniclip.datasets.shards import Shards, expand
 from miniclip.training.dataset import RunDataset
 from miniclip.transforms import Preprocess

@@ -18,8 +18,8 @@ from miniclip.commands.convert_data import main
 from miniclip.config import PreprocessConfig
 from miniclip.datasets.convert import convert
 from miniclip.datasets.mixture import Mixture, parse_factors
-from miniclip.datasets.read import read_source
-from miniclip.datasets.records import ReadOptions, flatten_captions, read_captions
+from miniclip.datasets.read import read_captions, read_source
+from miniclip.datasets.records import ReadOptions, flatten_captions
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.streaming import StreamDataset

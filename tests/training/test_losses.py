@@ -15,8 +15,7 @@ import miniclip
 from miniclip.commands.convert import main as weights_main
 from miniclip.commands.convert_data import main as repack
 from miniclip.data import Collator, image_id, text_id
-from miniclip.datasets.read import read_source
-from miniclip.datasets.records import read_captions
+from miniclip.datasets.read import read_captions, read_source
 from miniclip.loss import clip_loss, clip_loss_with_duplicates, find_duplicates
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.training.dataset import RunDataset
@@ -235,7 +234,8 @@ def flat(caption_set) -> Path:
 
 
 def test_a_batch_knows_its_duplicates(caption_set, tiny_config):
-    records = read_captions(flat(caption_set))
+    records = read_captions(caption_set / "captions.json")
+    records = [{"image": r["image"], "caption": [text]} for r in records for text in r["caption"]]
     data = RunDataset(records, Preprocess(tiny_config.preprocess_cfg))
     batch = Collator(miniclip.tokenizer.Tokenizer(16))([data[0], data[1], data[2]])
     ids = batch["pair_ids"]
