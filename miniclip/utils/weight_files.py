@@ -71,7 +71,8 @@ def find_weights(path: str | Path) -> Path:
         return path
     kinds = weight_names((path / "open_clip_config.json").is_file())
     names = [name + end for name in kinds for end in ("", ".index.json")]
-    found = [path / name for name in names if (path / name).is_file()] + sorted(path.glob("*-of-*"))
+    found = [path / name for name in names if (path / name).is_file()]
+    found += sorted(file for file in path.glob("*-of-*") if SHARD.fullmatch(file.name))
     return next((file for file in found if not file.name.endswith(".json") or find_shards(file)), path)
 
 

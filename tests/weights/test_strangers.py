@@ -126,6 +126,11 @@ def test_weights_in_several_files(kind, tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "../kept"}}))
     with pytest.raises(CheckpointError, match=r"outside its folder: \.\./kept"):
         load_weights(other, index)
+    # Other names with "-of-" in them
+    (tmp_path / "none" / "pytest-of-me").mkdir(parents=True)
+    (tmp_path / "none" / "list-of-files.txt").write_text("a")
+    with pytest.raises(CheckpointError, match="none is a folder: name the weight file itself"):
+        load_weights(other, tmp_path / "none")
     index.write_text(json.dumps({"weight_map": ["a"]}))
     with pytest.raises(CheckpointError, match="has no weight_map"):
         load_weights(other, tmp_path / "hf")
