@@ -1,9 +1,15 @@
 """Registration of a new kind of tower."""
 
+import pkgutil
 from collections.abc import Callable
 
-from miniclip.config import SECTIONS
+from torch import Tensor
+
+from miniclip.config import SECTIONS, TextConfig, VisionConfig
 from miniclip.model import TOWERS, Tower
+from miniclip.utils.errors import CheckpointError
+
+IN_OPENCLIP = {VisionConfig, TextConfig}  # sections that OpenCLIP builds a tower from as they are
 
 
 def register_tower(base: type, tells: Callable[[dict], bool], section: type, tower: type[Tower]):
@@ -11,3 +17,22 @@ def register_tower(base: type, tells: Callable[[dict], bool], section: type, tow
     TextConfig), which are read as the dataclass `section`. tests/towers/test_toy_tower.py is an example."""
     SECTIONS.append((base, tells, section))
     TOWERS[section] = tower
+
+
+# Image towers that their weights tell: (a tensor's name, the function from the weights to the config section). Names
+# are OpenCLIP's, without the prefix.
+SIGNS = [("layer1.0.conv1.weight", "miniclip.towers.resnet:from_weights")]
+
+
+def told_by_weights(weights: dict[str, Tensor]) -> dict | None:
+    """The section of a model config for an image tower other than CLIP's own, from the names and shapes of weights in
+    any layout; None for others. Raises CheckpointError for a tower that lacks some."""
+    names = {name: name.rpartition("visual.")[2].replace("module.", "") for name in weights if "visual." in name}
+    visual = {theirs: weights[name] for name, theirs in names.items()}
+    for sign, function in SIGNS:
+        if sign in visual:
+            try:
+                return pkgutil.resolve_name(function)(visual)
+            except KeyError as error:
+                raise CheckpointError(f"the image tower has no {error}") from None
+    return None
