@@ -152,13 +152,15 @@ class ModifiedResNet(Tower):
 def statistics_kept(block: nn.Module) -> Iterator[None]:
     """A context, of the second forward pass of checkpointing, in which BatchNorms do not count the batch again."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, batches in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
 
 
 def from_weights(weights: dict[str, Tensor]) -> dict:
