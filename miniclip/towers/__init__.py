@@ -14,11 +14,17 @@ def _joint(values: dict) -> bool:
     return "towers" in values
 
 
+def _pruned(values: dict) -> bool:
+    return "block_heads" in values
+
+
 def _resnet(values: dict) -> bool:
     return isinstance(values.get("layers"), list | tuple)
 
 
 SECTIONS.append((VisionConfig, _joint, "miniclip.towers.joint:JointVisionConfig"))
+SECTIONS.append((VisionConfig, _pruned, "miniclip.towers.pruned:PrunedVisionConfig"))
+SECTIONS.append((TextConfig, _pruned, "miniclip.towers.pruned:PrunedTextConfig"))
 SECTIONS.append((VisionConfig, _resnet, "miniclip.towers.resnet:ResNetConfig"))
 SECTIONS.append((VisionConfig, _hf, "miniclip.towers.huggingface:HfVisionConfig"))
 SECTIONS.append((TextConfig, _hf, "miniclip.towers.huggingface:HfTextConfig"))

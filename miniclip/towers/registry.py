@@ -1,6 +1,7 @@
 """Registration of a new kind of tower."""
 
 import pkgutil
+import re
 from collections.abc import Callable
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from miniclip.model import TOWERS, Tower
 from miniclip.utils.errors import CheckpointError
 
 IN_OPENCLIP = {VisionConfig, TextConfig}  # sections that OpenCLIP builds a tower from as they are
+NOT_IN_OPENCLIP: dict[type, str] = {}  # those whose weights no tower of OpenCLIP can hold, and why
 
 
 def register_tower(base: type, tells: Callable[[dict], bool], section: type, tower: type[Tower]):
@@ -17,6 +19,16 @@ def register_tower(base: type, tells: Callable[[dict], bool], section: type, tow
     TextConfig), which are read as the dataclass `section`. tests/towers/test_toy_tower.py is an example."""
     SECTIONS.append((base, tells, section))
     TOWERS[section] = tower
+
+
+def openclip_rows(tower: Tower) -> list[tuple[str, str, str]]:
+    """The `key_rows` of a tower like those of CLIP, but with other parts or without some: a row for each weight."""
+
+    def theirs(name: str) -> str:
+        name = re.sub(r"^(proj|text_projection)\.weight$", r"\1 | transpose", name)
+        return name.replace("blocks.", "transformer.resblocks.").replace("attn.in_proj.", "attn.in_proj_")
+
+    return [("{t}" + name, "{t}" + theirs(name), "{t}" + name) for name in tower.state_dict()]
 
 
 # Image towers that their weights tell: (a tensor's name, the function from the weights to the config section). Names

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from miniclip.checkpoint import to_miniclip
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
+from miniclip.towers.pruned import is_pruned, shape_like
 from miniclip.towers.registry import told_by_weights
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.weight_files import find_weights, read_checkpoint, read_json, shorten
@@ -71,10 +72,11 @@ def fill(model: MiniClip, checkpoint: Checkpoint, path: Path, check_activation: 
 def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoint:
     """Reads a weight file of a model with the towers of `model` (by default CLIP's, or what names tell) in any size.
     Raises CheckpointError as `read_state_dict` and `to_miniclip` do, and for pruned blocks, odd shapes, NaN and
-    infinity."""
+    infinity. Pruned towers of `model` get the sizes of the file."""
     state_dict, run = read_checkpoint(path)
     try:
         model = model or empty_model(smallest_config(state_dict))
+        state_dict = shape_like(model, state_dict) if is_pruned(model) else state_dict
         weights, source = to_miniclip(state_dict, (model.visual.key_rows(), model.text.key_rows()))
     except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
         raise CheckpointError(f"{path}: {error}") from None
@@ -84,7 +86,8 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
         first, shape = shapes.setdefault(first_block(key), (key, tuple(tensor.shape)))
         if tuple(tensor.shape) != shape:
             sizes = f"{first} is {shape}, {key} is {tuple(tensor.shape)}"
-            raise CheckpointError(f"{path}: its blocks differ in size, as in TinyCLIP's pruned 'auto' files: {sizes}")
+            problem = f"{path}: its blocks differ in size, as in TinyCLIP's pruned 'auto' files: {sizes}"
+            raise CheckpointError(f"{problem}. Name such a config, as TinyCLIP-auto-ViT-45M-32-Text-18M")
     expected = {"logit_bias": model.logit_scale} | {first_block(key): t for key, t in model.state_dict().items()}
     pairs = {key: (t, expected.get(first_block(key), t)) for key, t in weights.items()}
     if odd := [f"{key} {tuple(t.shape)}" for key, (t, like) in pairs.items() if t.ndim != like.ndim or not t.numel()]:
