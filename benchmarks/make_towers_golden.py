@@ -25,9 +25,26 @@ from benchmarks.make_parity_golden import draw, rounded  # noqa: E402
 GOLDEN = ROOT / "tests" / "data" / "towers_golden.json"
 TEXT = {"context_length": 12, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2}
 RESNET = {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8, "patch_size": None}
+VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+EPS, TANH = {"eps": 1e-6}, {"approximate": "tanh"}
 MODELS = {  # in OpenCLIP's config form
     "ResNet": {"embed_dim": 24, "vision_cfg": RESNET, "text_cfg": TEXT},
     "ResNet, QuickGELU": {"embed_dim": 24, "quick_gelu": True, "vision_cfg": RESNET, "text_cfg": TEXT},
+    "CLIPA": {
+        "embed_dim": 24, "vision_cfg": VIT | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+        "text_cfg": TEXT | {"pool_type": "last", "no_causal_mask": True},
+    },
+    "MetaCLIP 2": {
+        "embed_dim": 24, "quick_gelu": True, "vision_cfg": VIT | {"ls_init_value": 1e-4, "pool_type": "avg"},
+        "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 99, "ls_init_value": 0.1},
+    },
+    "SigLIP's text tower": {
+        "embed_dim": 24, "vision_cfg": VIT | {"ls_init_value": 0.1, "norm_kwargs": EPS, "act_kwargs": TANH},
+        "text_cfg": TEXT | {"pool_type": "last", "no_causal_mask": True, "proj_bias": True} | {
+            "act_kwargs": TANH, "norm_kwargs": EPS,
+        },
+        "custom_text": True, "init_logit_bias": -10.0,
+    },
 }
 
 

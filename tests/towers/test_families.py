@@ -4,12 +4,13 @@ converted into each form that can hold them."""
 import json
 import shutil
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 import miniclip
-from benchmarks.make_towers_golden import GOLDEN, MODELS, contrastive, make_inputs, make_weights, record, summary
+from benchmarks.make_towers_golden import GOLDEN, MODELS, VIT, contrastive, make_inputs, make_weights, record, summary
 from miniclip.checkpoint import from_miniclip, to_miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
@@ -19,6 +20,7 @@ from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
 from miniclip.weights.inherit import chosen_layers, inherit
 from miniclip.weights.load import load_weights, resize_positions
+from tests.towers.test_hf_towers import save_text_encoder
 from tests.training.test_training import recipe, weights  # noqa: F401
 
 RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))["models"]
@@ -26,6 +28,7 @@ RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))["models"]
 PRUNED = {"head_width": 8, "block_heads": [2, 0, 3], "block_mlp_widths": [20, 7, 0], "width": 30, "layers": 3}
 TRAINED = {
     "ResNet": ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, {}),
+    "CLIPA": (VIT | {"no_ln_pre": True, "pool_type": "avg", "ls_init_value": 0.1}, {"pool_type": "last"}),
     "TinyCLIP auto": ({"image_size": 32, "patch_size": 8, **PRUNED}, PRUNED),
 }
 REFUSED = {"TinyCLIP auto": "OpenCLIP has no towers with blocks that differ in size"}
@@ -128,6 +131,11 @@ def test_it_is_saved_converted_and_loaded(config_file, tmp_path, request):
     for folder in folders:
         other, preprocess, _ = miniclip.load(tmp_path / folder)
         assert torch.equal(other.encode_image(pixels), model.encode_image(pixels)) and preprocess.cfg.size == 32
+    if not refused and find_spec("open_clip"):
+        import open_clip
+
+        peer = open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval()
+        torch.testing.assert_close(peer.encode_image(pixels), model.encode_image(pixels), atol=1e-5, rtol=1e-5)
     fast, _, _ = miniclip.load(tmp_path / "saved", precision="fp32")
     torch.testing.assert_close(fast.encode_image(pixels), model.encode_image(pixels), atol=1e-5, rtol=1e-5)
 
@@ -224,3 +232,45 @@ def test_a_small_resnet_inherits_from_a_large_one():
         inherit(model, large)
     with pytest.raises(InputError, match="layers_image is for transformers"):
         inherit(source, small, layers_image=[0, 1, 2, 3, 4])
+
+
+def test_a_text_tower_with_another_tokenizer(tmp_path):
+    """CLIPA's: a BERT tokenizer whose last token is written as 0, and positions of padding that have a part in the
+    result, also of batches without any."""
+    save_text_encoder(tmp_path / "bert")
+    text = {"context_length": 10, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1, "pool_type": "last"}
+    text |= {"no_causal_mask": True, "hf_tokenizer_name": str(tmp_path / "bert")}
+    values = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": text | {"tokenizer_kwargs": {"strip_sep_token": True}}}
+    model = MiniClip(MiniClipConfig.from_dict(values)).eval()
+    model.save_pretrained(tmp_path / "saved")
+    plain = MiniClip(MiniClipConfig.from_dict(values | {"text_cfg": text})).text.tokenizer
+    (tmp_path / "bert").rename(tmp_path / "no-bert")  # a folder is complete
+    loaded, _, tokenizer = miniclip.load(tmp_path / "saved")
+    captions = ["a dog", "a dog runs"]
+    ids, whole = tokenizer(captions), plain(captions)
+    end = plain.tokenizer.sep_token_id
+    assert end in whole and end not in ids and torch.equal(ids, torch.where(whole == end, 0, whole))
+    assert tokenizer(captions, trim=True).shape[1] < 10 == ids.shape[1]
+    expected = model.encode_text(ids)
+    assert torch.equal(loaded.encode_text(tokenizer(captions, trim=True)), expected)
+    assert (loaded.encode_text(ids[:, :1]) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("section, fields, message", [
+    ("text_cfg", {"act_kwargs": {"inplace": True}}, "act_kwargs has inplace, and only approximate is supported"),
+    ("text_cfg", {"tokenizer_kwargs": {"clean": "canonicalize"}}, "tokenizer_kwargs has clean, and only strip_sep"),
+    ("text_cfg", {"tokenizer_kwargs": {"strip_sep_token": True}}, "tokenizer_kwargs needs hf_tokenizer_name"),
+    ("text_cfg", {"pool_type": "none"}, "pool_type is 'none', not 'argmax' or"),
+    ("text_cfg", {"embed_cls": True}, "unknown field 'embed_cls'"),
+    ("vision_cfg", {"norm_kwargs": {"bias": False}}, "vision_cfg.norm_kwargs has bias, and only eps"),
+    ("vision_cfg", {"attentional_pool": True}, "unknown field 'attentional_pool'"),
+    ("vision_cfg", {"global_average_pool": True}, "unknown field 'global_average_pool'"),
+    ("vision_cfg", {"output_tokens": True, "pool_type": "avg"}, "unknown field 'output_tokens'"),
+    ("vision_cfg", {"layers": [1, 1, 1]}, r"layers is \[1, 1, 1\], not of type tuple"),
+    ("vision_cfg", {"layers": [1, 1, 1, 0]}, "layers is .* not four from 1 to 1000"),
+    ("vision_cfg", {"layers": [1, 1, 1, 1], "patch_size": 16}, "patch_size is given, but a ResNet has no patches"),
+    ("vision_cfg", {"layers": [1, 1, 1, 1], "image_size": 100}, "image_size is not a multiple of 32"),
+])  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(section, fields, message):
+    with pytest.raises(InputError, match=message):
+        MiniClipConfig.from_dict({"vision_cfg": {}} | {section: fields})
