@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from miniclip.config import LARGEST, TextConfig, VisionConfig
 from miniclip.model import MLP, TOWERS, Block, MiniClip, TextTransformer, Tower, VisionTransformer
-from miniclip.towers.registry import NOT_IN_OPENCLIP, openclip_rows
+from miniclip.towers.registry import NOT_IN_OPENCLIP, SIZED_BY_FILE, openclip_rows
 from miniclip.utils.config_files import in_range
 from miniclip.utils.errors import CheckpointError
 
@@ -125,11 +125,6 @@ def _plain(section: type, cfg: PrunedSizes) -> VisionConfig | TextConfig:  # of 
     return section(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(section)} | {"layers": 0})
 
 
-def is_pruned(model: MiniClip) -> bool:
-    """Whether one of its towers has the sizes of its file."""
-    return any(isinstance(cfg, PrunedSizes) for cfg in (model.config.vision_cfg, model.config.text_cfg))
-
-
 def shape_like(model: MiniClip, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gives the pruned towers of a model, and their config, the sizes of weights in any layout. Returns the weights as
     TinyCLIP names them in memory, without the masks of pruning. Raises CheckpointError for heads of another width."""
@@ -160,3 +155,4 @@ def shape_like(model: MiniClip, state_dict: dict[str, Tensor]) -> dict[str, Tens
 
 TOWERS.update({PrunedVisionConfig: PrunedVisionTransformer, PrunedTextConfig: PrunedTextTransformer})
 NOT_IN_OPENCLIP |= dict.fromkeys((PrunedVisionConfig, PrunedTextConfig), "blocks that differ in size")
+SIZED_BY_FILE |= dict.fromkeys((PrunedVisionConfig, PrunedTextConfig), shape_like)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.nn import Module
 
 from miniclip.config import SECTIONS, TextConfig, VisionConfig
 from miniclip.model import TOWERS, Tower
@@ -31,6 +32,9 @@ def openclip_rows(tower: Tower) -> list[tuple[str, str, str]]:
     return [("{t}" + name, "{t}" + theirs(name), "{t}" + name) for name in tower.state_dict()]
 
 
+# Sections whose sizes only a weight file says: functions (model, state dict) that give them to the model, and return
+# the state dict without what is not a weight.
+SIZED_BY_FILE: dict[type, Callable[[Module, dict[str, Tensor]], dict[str, Tensor]]] = {}
 # Image towers that their weights tell: (a tensor's name, the function from the weights to the config section). Names
 # are OpenCLIP's, without the prefix.
 SIGNS = [("layer1.0.conv1.weight", "miniclip.towers.resnet:from_weights")]

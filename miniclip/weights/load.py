@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from miniclip.checkpoint import to_miniclip
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
-from miniclip.towers.pruned import is_pruned, shape_like
-from miniclip.towers.registry import told_by_weights
+from miniclip.towers.registry import SIZED_BY_FILE, told_by_weights
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.weight_files import find_weights, read_checkpoint, read_json, shorten
 
@@ -76,7 +75,8 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
     state_dict, run = read_checkpoint(path)
     try:
         model = model or empty_model(smallest_config(state_dict))
-        state_dict = shape_like(model, state_dict) if is_pruned(model) else state_dict
+        for section in {type(model.config.vision_cfg), type(model.config.text_cfg)} & SIZED_BY_FILE.keys():
+            state_dict = SIZED_BY_FILE[section](model, state_dict)
         weights, source = to_miniclip(state_dict, (model.visual.key_rows(), model.text.key_rows()))
     except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
         raise CheckpointError(f"{path}: {error}") from None
