@@ -28,17 +28,21 @@ def main(argv: list[str]):
 
     from miniclip.config import MiniClipConfig
     from miniclip.inference.load import load
-    from miniclip.weights.inherit import inherit, spaced
+    from miniclip.weights.inherit import chosen_layers, inherit
 
     config = MiniClipConfig.from_name(options.to)
     with plain_warnings():
         source, *_ = load(options.source, options.pretrained)
     model = inherit(source, config, options.layers_image, options.layers_text)
     model.save_pretrained(options.output_dir)
+    sections = (source.config.vision_cfg, config.vision_cfg), (source.config.text_cfg, config.text_cfg)
     towers = (model.visual, source.visual, options.layers_image), (model.text, source.text, options.layers_text)
-    for kind, (ours, theirs, given) in zip(("image", "text"), towers):
-        kept = ", ".join(map(str, given or spaced(len(theirs.blocks), len(ours.blocks))))
-        (length, width), (old_length, old_width) = (m.positional_embedding.shape for m in (ours, theirs))
+    for kind, cfgs, (ours, theirs, given) in zip(("image", "text"), sections, towers):
+        kept = ", ".join(map(str, chosen_layers(*cfgs, given)))
+        (length, width), (old_length, old_width) = (
+            next(p.shape for name, p in tower.named_parameters() if name.endswith("positional_embedding"))
+            for tower in (ours, theirs)
+        )
         resized = f", positions interpolated from {old_length} to {length}" if length != old_length else ""
         print(f"{kind} tower: {width} of {old_width} channels, blocks {kept} of {len(theirs.blocks)}{resized}")
     if config.preprocess_cfg != dataclasses.replace(source.config.preprocess_cfg, size=config.preprocess_cfg.size):

@@ -15,6 +15,7 @@ from miniclip.utils.errors import InputError
 from miniclip.weights.load import fill, infer_config, open_checkpoint
 
 MODELS = {  # OpenAI's names: the configs
+    **{name: f"{name}-quickgelu" for name in ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")},
     "ViT-B/32": "ViT-B-32-quickgelu", "ViT-B/16": "ViT-B-16-quickgelu", "ViT-L/14": "ViT-L-14-quickgelu",
     "ViT-L/14@336px": "ViT-L-14-336-quickgelu",
 }  # fmt: skip
@@ -46,8 +47,7 @@ def load(
         model = MiniClip(MiniClipConfig.from_dict(values, name))
         fill(model, checkpoint, Path(name))
     else:
-        resnet = ": CLIP's ResNets have no tower here" if name.startswith("RN") else ""
-        raise InputError(f"Model {name} not found{resnet}; available models = {available_models()}")
+        raise InputError(f"Model {name} not found; available models = {available_models()}")
     model = OpenAIClip(model)
     model.visual.input_resolution = model.visual.image_size
     if torch.device(device).type != "cpu":

@@ -73,6 +73,9 @@ class CLIP(nn.Module):
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False):
         freeze(self.miniclip, image=_locked(unlocked_groups))
+        if not freeze_bn_stats:  # as there, they follow the batches
+            self.visual.fixed_norms = ()
+            self.visual.train(self.visual.training)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True):
         if not freeze_layer_norm:

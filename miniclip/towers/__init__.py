@@ -14,6 +14,31 @@ def _joint(values: dict) -> bool:
     return "towers" in values
 
 
+def _pruned(values: dict) -> bool:
+    return "block_heads" in values
+
+
+VARIED = {"ls_init_value", "act_kwargs", "norm_kwargs", "pool_type", "no_ln_pre", "final_ln_after_pool"}
+VARIED_TEXT = VARIED | {"no_causal_mask", "eos_id", "pad_id", "proj_bias", "hf_tokenizer_name", "tokenizer_kwargs"}
+
+
+def _variant(values: dict) -> bool:
+    return bool(VARIED & values.keys()) and "attentional_pool" not in values
+
+
+def _variant_text(values: dict) -> bool:
+    return bool(VARIED_TEXT & values.keys()) and not {"hf_model_name", "hf_model_config", "embed_cls"} & values.keys()
+
+
+def _resnet(values: dict) -> bool:
+    return isinstance(values.get("layers"), list | tuple)
+
+
 SECTIONS.append((VisionConfig, _joint, "miniclip.towers.joint:JointVisionConfig"))
+SECTIONS.append((VisionConfig, _pruned, "miniclip.towers.pruned:PrunedVisionConfig"))
+SECTIONS.append((TextConfig, _pruned, "miniclip.towers.pruned:PrunedTextConfig"))
+SECTIONS.append((VisionConfig, _resnet, "miniclip.towers.resnet:ResNetConfig"))
+SECTIONS.append((VisionConfig, _variant, "miniclip.towers.variants:VariantVisionConfig"))
+SECTIONS.append((TextConfig, _variant_text, "miniclip.towers.variants:VariantTextConfig"))
 SECTIONS.append((VisionConfig, _hf, "miniclip.towers.huggingface:HfVisionConfig"))
 SECTIONS.append((TextConfig, _hf, "miniclip.towers.huggingface:HfTextConfig"))

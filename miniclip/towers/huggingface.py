@@ -182,12 +182,7 @@ class HfVisionTower(HfTower):
         if self.layout != torch.channels_last:
             return self
         fused = copy.deepcopy(self).float().eval()
-        for module in fused.trunk.modules():
-            layers = [(name, m) for name, m in module.named_children() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
-            for (before, conv), (name, norm) in pairwise(layers):
-                if isinstance(conv, nn.Conv2d) and getattr(norm, "num_features", None) == conv.out_channels:
-                    setattr(module, before, fuse_conv_bn_eval(conv, norm))
-                    setattr(module, name, nn.Identity())
+        fuse_norms(fused.trunk)
         fused.trunk.to(memory_format=self.layout)
         # That a BatchNorm follows a convolution is a guess, from their order in the module: the result is tested.
         device, side = next(self.parameters()).device, self.image_size
@@ -270,6 +265,17 @@ class HfTextTower(HfTower):
             raise InputError(f"{directory}: the folder tokenizer, which the text tower needs, is missing")
         with offline():
             self.own_tokenizer = self.read_tokenizer(directory / "tokenizer")
+
+
+def fuse_norms(network: nn.Module) -> nn.Module:
+    """Fuses each BatchNorm in a network into the convolution before it, in the order of submodules, in place."""
+    for module in network.modules():
+        layers = [(name, m) for name, m in module.named_children() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+        for (before, conv), (name, norm) in pairwise(layers):
+            if isinstance(conv, nn.Conv2d) and getattr(norm, "num_features", None) == conv.out_channels:
+                setattr(module, before, fuse_conv_bn_eval(conv, norm))
+                setattr(module, name, nn.Identity())
+    return network
 
 
 TOWERS.update({HfVisionConfig: HfVisionTower, HfTextConfig: HfTextTower})

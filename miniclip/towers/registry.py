@@ -1,9 +1,18 @@
 """Registration of a new kind of tower."""
 
+import pkgutil
+import re
 from collections.abc import Callable
 
-from miniclip.config import SECTIONS
+from torch import Tensor
+from torch.nn import Module
+
+from miniclip.config import SECTIONS, TextConfig, VisionConfig
 from miniclip.model import TOWERS, Tower
+from miniclip.utils.errors import CheckpointError
+
+IN_OPENCLIP = {VisionConfig, TextConfig}  # sections that OpenCLIP builds a tower from as they are
+NOT_IN_OPENCLIP: dict[type, str] = {}  # those whose weights no tower of OpenCLIP can hold, and why
 
 
 def register_tower(base: type, tells: Callable[[dict], bool], section: type, tower: type[Tower]):
@@ -11,3 +20,35 @@ def register_tower(base: type, tells: Callable[[dict], bool], section: type, tow
     TextConfig), which are read as the dataclass `section`. tests/towers/test_toy_tower.py is an example."""
     SECTIONS.append((base, tells, section))
     TOWERS[section] = tower
+
+
+def openclip_rows(tower: Tower) -> list[tuple[str, str, str]]:
+    """The `key_rows` of a tower like those of CLIP, but with other parts or without some: a row for each weight."""
+
+    def theirs(name: str) -> str:
+        name = re.sub(r"^(proj|text_projection)\.weight$", r"\1 | transpose", name)
+        return name.replace("blocks.", "transformer.resblocks.").replace("attn.in_proj.", "attn.in_proj_")
+
+    return [("{t}" + name, "{t}" + theirs(name), "{t}" + name) for name in tower.state_dict()]
+
+
+# Sections whose sizes only a weight file says: functions (model, state dict) that give them to the model, and return
+# the state dict without what is not a weight.
+SIZED_BY_FILE: dict[type, Callable[[Module, dict[str, Tensor]], dict[str, Tensor]]] = {}
+# Image towers that their weights tell: (a tensor's name, the function from the weights to the config section). Names
+# are OpenCLIP's, without the prefix.
+SIGNS = [("layer1.0.conv1.weight", "miniclip.towers.resnet:from_weights")]
+
+
+def told_by_weights(weights: dict[str, Tensor]) -> dict | None:
+    """The section of a model config for an image tower other than CLIP's own, from the names and shapes of weights in
+    any layout; None for others. Raises CheckpointError for a tower that lacks some."""
+    names = {name: name.rpartition("visual.")[2].replace("module.", "") for name in weights if "visual." in name}
+    visual = {theirs: weights[name] for name, theirs in names.items()}
+    for sign, function in SIGNS:
+        if sign in visual:
+            try:
+                return pkgutil.resolve_name(function)(visual)
+            except KeyError as error:
+                raise CheckpointError(f"the image tower has no {error}") from None
+    return None

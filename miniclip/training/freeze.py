@@ -55,7 +55,7 @@ def depths(tower: nn.Module) -> dict[str, int]:
             last, place = -1, here
         last = number.get(p, last)
         top = last < n - 1 or any(map(AFTER_BLOCKS.search, name.split(".")))
-        after = last >= 0 and "embed" not in name and top
+        after = last >= 0 and ("embed" not in name or "attnpool" in name) and top
         found[name] = n - number[p] if p in number else n - 1 - last if after else n + 1
     return found
 

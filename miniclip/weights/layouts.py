@@ -36,7 +36,7 @@ def load_folder(folder: Path) -> MiniClip:
     config, reason, checkpoint = open_layout(source)
     if config is None:
         raise CheckpointError(f"{source}: {reason}")
-    if isinstance(config.text_cfg, TextConfig) and (size := config.text_cfg.vocab_size) < Tokenizer.vocab_size:
+    if type(config.text_cfg) is TextConfig and (size := config.text_cfg.vocab_size) < Tokenizer.vocab_size:
         raise InputError(f"{folder} has another tokenizer, with a vocabulary of {size}: MiniCLIP has CLIP's alone")
     with limited_by(source, config_file(folder)):
         model = MiniClip(config)

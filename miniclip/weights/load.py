@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.checkpoint import to_miniclip
-from miniclip.config import MiniClipConfig, TextConfig, VisionConfig, list_models
+from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
+from miniclip.towers.registry import SIZED_BY_FILE, told_by_weights
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.weight_files import find_weights, read_checkpoint, read_json, shorten
 
@@ -24,7 +25,7 @@ ACTIVATIONS = {
 }  # fmt: skip
 ACTIVATION_NAMES = {True: "QuickGELU", False: "GELU"}
 OWN = VisionTransformer, TextTransformer
-CLIP_KEYS = {"visual.conv1.weight", "visual.blocks.0.ln_1.bias", "text.blocks.0.ln_1.bias"}  # of both of them
+CLIP_KEYS = {"visual.conv1.weight", "text.blocks.0.ln_1.bias"}  # of both of them, and of ResNets
 
 
 class Checkpoint(NamedTuple):
@@ -68,11 +69,14 @@ def fill(model: MiniClip, checkpoint: Checkpoint, path: Path, check_activation: 
 
 
 def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoint:
-    """Reads a weight file of a model with the towers of `model` (by default CLIP's) in any size. Raises CheckpointError
-    as `read_state_dict` and `to_miniclip` do, and for pruned blocks, odd shapes, NaN and infinity."""
+    """Reads a weight file of a model with the towers of `model` (by default CLIP's, or what names tell) in any size.
+    Raises CheckpointError as `read_state_dict` and `to_miniclip` do, and for pruned blocks, odd shapes, NaN and
+    infinity. Pruned towers of `model` get the sizes of the file."""
     state_dict, run = read_checkpoint(path)
-    model = model or empty_model(MiniClipConfig(vision_cfg=VisionConfig(layers=1), text_cfg=TextConfig(layers=1)))
     try:
+        model = model or empty_model(smallest_config(state_dict))
+        for section in {type(model.config.vision_cfg), type(model.config.text_cfg)} & SIZED_BY_FILE.keys():
+            state_dict = SIZED_BY_FILE[section](model, state_dict)
         weights, source = to_miniclip(state_dict, (model.visual.key_rows(), model.text.key_rows()))
     except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
         raise CheckpointError(f"{path}: {error}") from None
@@ -82,7 +86,8 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
         first, shape = shapes.setdefault(first_block(key), (key, tuple(tensor.shape)))
         if tuple(tensor.shape) != shape:
             sizes = f"{first} is {shape}, {key} is {tuple(tensor.shape)}"
-            raise CheckpointError(f"{path}: its blocks differ in size, as in TinyCLIP's pruned 'auto' files: {sizes}")
+            problem = f"{path}: its blocks differ in size, as in TinyCLIP's pruned 'auto' files: {sizes}"
+            raise CheckpointError(f"{problem}. Name such a config, as TinyCLIP-auto-ViT-45M-32-Text-18M")
     expected = {"logit_bias": model.logit_scale} | {first_block(key): t for key, t in model.state_dict().items()}
     pairs = {key: (t, expected.get(first_block(key), t)) for key, t in weights.items()}
     if odd := [f"{key} {tuple(t.shape)}" for key, (t, like) in pairs.items() if t.ndim != like.ndim or not t.numel()]:
@@ -97,6 +102,12 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
     return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
 
 
+def smallest_config(state_dict: dict[str, Tensor]) -> MiniClipConfig:
+    """A config with the towers of these weights, in any layout. Those of CLIP have one block: all are named alike."""
+    vision = told_by_weights(state_dict) or {"layers": 1}
+    return MiniClipConfig.from_dict({"vision_cfg": vision, "text_cfg": {"layers": 1}}, "the config told by its names")
+
+
 def first_block(key: str) -> str:  # the same tensor in a tower's first block
     return re.sub(r"\.blocks\.\d+\.", ".blocks.0.", key)
 
@@ -104,7 +115,7 @@ def first_block(key: str) -> str:  # the same tensor in a tower's first block
 def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """The weights, positions resized, if they have the keys and shapes of a model's state dict."""
     fitted, resized = dict(weights), []
-    for key in {"visual.positional_embedding", "text.positional_embedding"} & expected.keys() & weights.keys():
+    for key in (key for key in expected if key.endswith("positional_embedding") and key in weights):
         old, length = weights[key], len(expected[key])
         if len(old) != length and old.shape[1:] == expected[key].shape[1:]:
             fitted[key] = resize_positions(old, length, key.startswith("visual"))
@@ -154,20 +165,21 @@ def known_activation(path: Path, keys: Iterable[str], run: str = "") -> tuple[bo
 def infer_config(weights: dict[str, Tensor]) -> dict:
     """A model config from the shapes of weights (under MiniCLIP's names), without the activation. Heads are assumed to
     have 64 channels, or there is one if the width is not a multiple of 64."""
-    sections = []
-    for tower in ("visual", "text"):
+    told, sections = told_by_weights(weights), []
+    for tower in ("text",) if told else ("visual", "text"):
         hidden, width = weights[f"{tower}.blocks.0.mlp.c_fc.weight"].shape
         layers = sum(re.fullmatch(tower + r"\.blocks\.\d+\.ln_1\.bias", key) is not None for key in weights)
         ratio = hidden / width if int(width * (hidden / width)) == hidden else math.nextafter(hidden / width, math.inf)
         sections.append({"layers": layers, "width": width, "mlp_ratio": ratio})
-    vision, text = sections
-    patch, positions = weights["visual.conv1.weight"].shape[-1], len(weights["visual.positional_embedding"])
-    vision |= {"image_size": math.isqrt(positions - 1) * patch, "patch_size": patch}
-    vision |= {"head_width": vision["width"]} if vision["width"] % 64 else {}
+    vision, text = (told or sections[0]), sections[-1]
+    if not told:
+        patch, positions = weights["visual.conv1.weight"].shape[-1], len(weights["visual.positional_embedding"])
+        vision |= {"image_size": math.isqrt(positions - 1) * patch, "patch_size": patch}
+        vision |= {"head_width": vision["width"]} if vision["width"] % 64 else {}
     text |= {"heads": 1 if text["width"] % 64 else text["width"] // 64}
     text["context_length"] = len(weights["text.positional_embedding"])
     text["vocab_size"] = len(weights["text.token_embedding.weight"])
-    return {"embed_dim": len(weights["visual.proj.weight"]), "vision_cfg": vision, "text_cfg": text}
+    return {"embed_dim": len(weights["text.text_projection.weight"]), "vision_cfg": vision, "text_cfg": text}
 
 
 def fitting_configs(weights: dict[str, Tensor], quick_gelu: bool | None = None) -> list[str]:

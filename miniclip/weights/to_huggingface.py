@@ -51,7 +51,7 @@ def write_sentence_transformers(path: Path, model: MiniClip):
 
 def _write(path: Path, model: MiniClip):
     config, precision = model.config, str(model.logit_scale.dtype).removeprefix("torch.")
-    if not (isinstance(config.vision_cfg, VisionConfig) and isinstance(config.text_cfg, TextConfig)):
+    if (type(config.vision_cfg), type(config.text_cfg)) != (VisionConfig, TextConfig):
         raise CheckpointError("transformers' CLIPModel has no other towers than CLIP's own: convert to another form")
     files = {"config": hf_config(config) | {"dtype": precision}, "preprocessor_config": hf_preprocessor(config)}
     weights = from_miniclip(model.state_dict(), "hf")

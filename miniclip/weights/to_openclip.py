@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from miniclip.checkpoint import from_miniclip
-from miniclip.config import PreprocessConfig, TextConfig, VisionConfig
+from miniclip.config import PreprocessConfig, TextConfig
 from miniclip.model import MiniClip
+from miniclip.towers.registry import IN_OPENCLIP, NOT_IN_OPENCLIP
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.files import write_json, write_manifest
 
@@ -23,8 +24,10 @@ def write_openclip(path: Path, model: MiniClip):
     if path.suffix in (".bin", ".pth", ".ckpt"):
         raise CheckpointError("OpenCLIP: end the target in .safetensors or .pt for a file, in neither for a folder")
     is_file, images = path.suffix in SUFFIXES, dataclasses.asdict(model.config.preprocess_cfg)
-    own = isinstance(model.config.vision_cfg, VisionConfig) and isinstance(model.config.text_cfg, TextConfig)
-    if not is_file and not own:
+    sections = {type(model.config.vision_cfg), type(model.config.text_cfg)}
+    if lacking := [NOT_IN_OPENCLIP[section] for section in sections if section in NOT_IN_OPENCLIP]:
+        raise CheckpointError(f"OpenCLIP has no towers with {lacking[0]}: convert to miniclip")
+    if not is_file and not sections <= IN_OPENCLIP:
         raise CheckpointError("OpenCLIP's folder cannot describe these towers: end the target in .safetensors")
     held = {"size", "center_crop"} if is_file else FOLDER | {"center_crop"}
     usual = dataclasses.asdict(PreprocessConfig())

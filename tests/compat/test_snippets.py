@@ -257,9 +257,11 @@ class TestOpenAI:
     """The walk-through of OpenAI's package."""
 
     def test_models(self):
-        assert clip.available_models() == ["ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"]
-        with pytest.raises(InputError, match="RN50 not found: CLIP's ResNets have no tower here"):
-            clip.load("RN50")
+        assert clip.available_models() == [
+            "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",
+        ]  # fmt: skip
+        with pytest.raises(InputError, match="Model RN51 not found; available models = .'RN50'"):
+            clip.load("RN51")
 
     def test_demo(self):
         model, preprocess = clip.load("ViT-B/32", device=device)

@@ -1,0 +1,99 @@
+"""How fast are the other towers, beside OpenCLIP's? Prints a table.
+
+    /path/to/peers/bin/python benchmarks/towers.py RN50 ViT-L-14-CLIPA      (names of configs, or .json files)
+
+Both libraries compute with the same random weights in one process, in turns: images and captions embedded, and steps of
+training (forward, contrastive loss, backward; AdamW costs both the same). The median of the rounds is shown, in images
+or pairs a second, and how far the embeddings are apart. Run it on a quiet machine.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.make_towers_golden import contrastive  # noqa: E402
+from miniclip.checkpoint import to_miniclip  # noqa: E402
+from miniclip.config import MODEL_CONFIGS, MiniClipConfig  # noqa: E402
+from miniclip.inference.fast import fast_wrappers, inference_copy  # noqa: E402
+from miniclip.model import MiniClip  # noqa: E402
+
+
+def pair(values: dict, device: str) -> tuple[MiniClip, torch.nn.Module]:
+    """A model of ours and OpenCLIP's with the same weights."""
+    import open_clip
+
+    kwargs = {name: value for name, value in values.items() if name != "custom_text"}
+    theirs = (open_clip.CustomTextCLIP if values.get("custom_text") else open_clip.CLIP)(**kwargs)
+    ours = MiniClip(MiniClipConfig.from_dict(kwargs))
+    weights, _ = to_miniclip(theirs.state_dict(), (ours.visual.key_rows(), ours.text.key_rows()))
+    ours.load_state_dict(weights)
+    return ours.to(device).eval(), theirs.to(device).eval()
+
+
+def timed(functions: dict, rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each function; they take turns, and the first round does not count."""
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def measure(name: str, options: argparse.Namespace) -> str:
+    path = Path(name) if name.endswith(".json") else MODEL_CONFIGS / f"{name}.json"
+    values, B, device = json.loads(path.read_text()), options.batch_size, options.device
+    ours, theirs = pair(values, device)
+    fast, text = inference_copy(ours), values["text_cfg"]
+    size, room, words = ours.visual.image_size, text.get("context_length", 77), text.get("vocab_size", 49408)
+    images = torch.randn(B, 3, size, size, device=device)
+    input_ids = torch.randint(1, words - 1, (B, room), device=device)
+    input_ids[:, -1] = words - 1
+
+    def step(model):
+        image, text, scale = model(images, input_ids)[:3]
+        contrastive(scale * image @ text.T).backward()
+        model.zero_grad()
+
+    cells, apart = [], 0.0
+    with torch.inference_mode():
+        for method, inputs in (("encode_image", images), ("encode_text", input_ids)):
+            a, b = (getattr(model, method)(inputs, normalize=True) for model in (fast, theirs))
+            apart = max(apart, (a - b).abs().max().item())
+            work = {n: partial(getattr(m, method), inputs) for n, m in (("ours", fast), ("theirs", theirs))}
+            cells.append(timed(work, options.rounds, device))
+    for tower in (ours.visual, ours.text):  # as train.py does
+        tower.wrappers = fast_wrappers(tower)
+    training = {"ours": lambda: step(ours.train()), "theirs": lambda: step(theirs.train())}
+    cells.append(timed(training, options.rounds, device))
+    shown = [f"{B / s['ours']:.1f} / {B / s['theirs']:.1f} ({s['theirs'] / s['ours']:.2f})" for s in cells]
+    return f"| {name} | {' | '.join(shown)} | {apart:.0e} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {options.batch_size}, {options.device}")
+    print("MiniCLIP / OpenCLIP (times as fast), a second:\n")
+    print("| model | images embedded | captions embedded | pairs trained | apart |\n|---|---|---|---|---|")
+    for name in options.models:
+        print(measure(name, options), flush=True)
+
+
+if __name__ == "__main__":
+    main()
