@@ -220,9 +220,11 @@ def defaults(given: dict) -> dict:
 
 def default_freeze(given: dict) -> tuple[dict[str, str], bool]:
     """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher; and
-    whether each projection is one layer."""
+    whether each projection is one layer. For late interaction the model stays as it is."""
     from miniclip.weights.pretrained import find_folder
 
+    if given.get("loss") == "late_interaction":
+        return {option: given.get(option, "all") for option in ("freeze_image", "freeze_text")}, False
     name = given.get("model") or ""
     try:
         folder = find_folder(name)
