@@ -10,7 +10,7 @@ from miniclip.data import text_id
 from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
 from miniclip.inference.fast import InferenceClip, inference_copy
-from miniclip.inference.late_interaction import embed_patches, embed_words, rerank, reranked
+from miniclip.inference.late_interaction import embed_patches, embed_words, position_caches, rerank, reranked
 from miniclip.model import MiniClip
 from miniclip.retrieval import KS, metrics_of, retrieval_metrics, search_both
 from miniclip.utils.files import replacing, write_npy
@@ -54,6 +54,7 @@ class RetrievalEvaluator(Evaluator):
         self.preprocess, self.tokenizer, self.precision, self.rerank = preprocess, tokenizer, precision, rerank
         self.for_images = dict(batch_size=batch_size, num_workers=num_workers, progress=progress, cache=caches[0])
         self.for_texts = dict(batch_size=text_batch_size or batch_size, progress=progress, cache=caches[1])
+        self.positions = ()  # caches of their features, made when they are needed
         if first_caption_only:
             records = [record | {"caption": record["caption"][:1]} for record in records]
         self.images = [record["image"] for record in records]
@@ -75,8 +76,10 @@ class RetrievalEvaluator(Evaluator):
 
     def measure_again(self, model: MiniClip, n: int) -> dict[str, float]:
         """The metrics when late interaction has re-ranked the first n results of each query."""
-        words = embed_words(model, self.tokenizer, self.texts, **self.for_texts | {"cache": None})
-        patches = embed_patches(model, self.preprocess, self.images, **self.for_images | {"cache": None})
+        if not self.positions:
+            self.positions = position_caches(model, self.preprocess, self.for_images["cache"], self.for_texts["cache"])
+        patches = embed_patches(model, self.preprocess, self.images, **self.for_images | {"cache": self.positions[0]})
+        words = embed_words(model, self.tokenizer, self.texts, **self.for_texts | {"cache": self.positions[1]})
         first = search_both(self.image_embeds, self.text_embeds, self.image_of_text, max(n, *self.ks))
         self.result = rerank(first, words, patches, n)
         return metrics_of(self.result, self.ks)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.fast import InferenceClip, inference_copy
+from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MiniClip, Tower
 from miniclip.retrieval import RetrievalResult
 from miniclip.towers.tokens import has_tokens, token_features
@@ -74,6 +75,16 @@ def positions(model: MiniClip, name: str) -> InferenceClip:
             length = token_features(twin.visual, image).shape[1]
     twin._modules = {**twin._modules, name: _Positions(twin.get_submodule(name), length)}
     return twin
+
+
+def position_caches(model: MiniClip, preprocess, images: FeatureCache | None, texts: FeatureCache | None) -> tuple:
+    """Caches of the features of positions, where there are caches of the features of whole images and texts."""
+    folders = [None if cache is None or cache.folder is None else cache.folder.parent for cache in (images, texts)]
+    length = positions(model, "visual").visual.length
+    return (
+        None if images is None else FeatureCache.for_images(folders[0], model, preprocess, positions=length),
+        None if texts is None else FeatureCache.for_texts(folders[1], model, positions=WORDS),
+    )
 
 
 def in_pieces(items: Sequence, embed: Callable, finish: Callable[[Tensor], Tensor]) -> np.ndarray:

@@ -5,7 +5,9 @@ et al., arXiv 2111.07783) keep one for each position. A section of the model con
 second projection, `token_proj`, from the features of a position to that many numbers; the tower itself stays as it is.
 """
 
+import copy
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from functools import partial, singledispatch
 
@@ -68,6 +70,21 @@ def add_tokens(model: MiniClip):
         values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
         setattr(model.config, name, WITH_TOKENS[type(cfg)](**values))
         _add_projection(tower, TOKEN_DIM)
+
+
+def without_tokens(model: MiniClip) -> MiniClip:
+    """The model, or a copy without these projections, with a warning: other libraries' forms have no place for them."""
+    if not has_tokens(model):
+        return model
+    warnings.warn("late interaction is not written: only MiniCLIP's own form has it", stacklevel=3)
+    model = copy.deepcopy(model)
+    for name, tower in (("vision_cfg", model.visual), ("text_cfg", model.text)):
+        cfg = getattr(model.config, name)
+        values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+        del values["token_dim"], tower.token_proj
+        setattr(model.config, name, type(cfg).__base__(**values))
+        tower.rows = type(tower).rows
+    return model
 
 
 @singledispatch

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import miniclip
 from miniclip.inference.late_interaction import WORDS, embed_patches, embed_words, maxsim, rerank, where_seen
 from miniclip.retrieval import metrics_of, search_both
 from miniclip.towers.tokens import add_tokens, token_features
 from miniclip.utils.errors import InputError
+from miniclip.weights.convert import convert
 from tests.towers.test_hf_towers import encoders  # noqa: F401
 from tests.towers.test_joint import joint  # noqa: F401
 
@@ -54,6 +56,9 @@ def test_positions_of_our_own_towers(tiny_model, tmp_path):
     add_tokens(tiny_model)
     weights = tmp_path / "weights"
     tiny_model.save_pretrained(weights)
+    with pytest.warns(UserWarning, match="late interaction is not written"):
+        convert(weights, tmp_path / "openclip.safetensors", "openclip", force=True)
+    assert not any("token_proj" in name for name in load_file(tmp_path / "openclip.safetensors"))
     model, preprocess, _ = miniclip.load(weights)
     images = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
     plain = embed_patches(model, preprocess, images)
