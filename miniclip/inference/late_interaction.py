@@ -68,7 +68,7 @@ class _Positions(Tower):
 def positions(model: MiniClip, name: str) -> InferenceClip:
     """An inference copy of a model in which the features of a tower, "visual" or "text", are those of its positions,
     for `embed_images` or `embed_texts` without projection."""
-    twin, length = copy.copy(inference_copy(model, pack=False)), WORDS
+    twin, length = copy.copy(inference_copy(model)), WORDS
     if name == "visual":
         with twin.inference():
             image = torch.zeros(1, 3, *(twin.visual.image_size,) * 2, dtype=twin.dtype, device=twin.logit_scale.device)
@@ -125,6 +125,7 @@ def where_seen(model: MiniClip, preprocess, tokenizer, image, text: str) -> tupl
     a model without late interaction, ImageError for an image that cannot be read."""
     if not has_tokens(model):
         raise InputError("only a model with late interaction sees words in places: --loss late_interaction")
+    model = inference_copy(model, pack=False)
     levels = preprocess.levels(open_image(image, preprocess.scale, preprocess.stored))
     patches = torch.from_numpy(embed_patches(model, preprocess, [image])[0]).float()
     vectors = torch.from_numpy(embed_words(model, tokenizer, [text])[0])

@@ -28,7 +28,7 @@ def _build(plain, cfg, embed_dim: int, quick_gelu: bool) -> Tower:
 
 
 def _add_projection(tower: Tower, token_dim: int) -> Tower:
-    tower.token_proj = nn.Linear(tower.width, token_dim, bias=False)
+    tower.token_proj = nn.Linear(tower.width, token_dim, bias=False).requires_grad_(False)  # no other loss reads it
     if tower.rows:
         tower.rows = [*tower.rows, ("{t}token_proj.weight",) * 3]
     return tower

@@ -36,9 +36,6 @@ def make_loss(model, options, args) -> Callable:
     """Returns the loss that `options.loss` names, a function of (outputs, batch), and prepares the model for it."""
     if model.logit_bias is not None:
         model.logit_bias.requires_grad_(False)  # only SigLIP's loss reads it
-    for name, parameter in model.named_parameters():
-        if "token_proj" in name:
-            parameter.requires_grad_(False)  # only late interaction's loss reads them
     make = LOSSES[options.loss]
     if isinstance(make, str):
         module, _, name = make.partition(":")

@@ -44,6 +44,7 @@ def test_positions_of_other_encoders(kind, request, tmp_path):
     model.save_pretrained(tmp_path / "late")
     again, _, _ = miniclip.load(tmp_path / "late")
     assert torch.equal(again.visual.token_proj.weight, model.visual.token_proj.weight)
+    assert not again.visual.token_proj.weight.requires_grad, "only late interaction trains it"
 
 
 def test_positions_of_our_own_towers(tiny_model, tmp_path):
