@@ -59,6 +59,8 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     query.add_argument("--minus", action="append", default=[], metavar="TEXT", help="text to avoid; repeatable")
     query.add_argument("--image_weight", type=float, help="weight of the images beside a text: 0 to 1 (default: 0.5)")
     query.add_argument("--minus_weight", type=float, default=0.5, help="weight of what to avoid")
+    query.add_argument("--rerank", type=at_least(0), metavar="N", help="results that late interaction puts into a new"
+                       " order (default: 100, if the model has it)")  # fmt: skip
     query.share("image_root", help="folder of the indexed images, if it was moved")
     query.share("json", help="print JSON instead of a table: one object per query")
     query.add_argument("--html", metavar="FILE", help="also write the images found to a self-contained HTML file")
@@ -161,7 +163,7 @@ def query(options):
 def answer(search, options, text: str):
     """Searches once and prints the results."""
     weights = {"image_weight": options.image_weight, "minus_weight": options.minus_weight}
-    found = search.query(text, options.k, options.image, options.minus, **weights)
+    found = search.query(text, options.k, options.image, options.minus, options.rerank, **weights)
     title = " + ".join([*([text] if text else []), *options.image]) + "".join(f" - {minus}" for minus in options.minus)
     if options.html:
         search.write_sheet(options.html, title, found)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 
 from miniclip.datasets.records import ImageRoot
@@ -20,6 +21,7 @@ from miniclip.index.neighbours import Neighbours, check_method, choose
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache
+from miniclip.inference.late_interaction import embed_patches, has_tokens
 from miniclip.utils import bad_samples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import delete, lock, remove_scratch, sha256, sync, write_json, write_npy
@@ -67,7 +69,10 @@ def update(
     old, held = open_to_write(folder, True, mine, named["name"], root.folder if not moved else None, shard)
     before, known = (old.files(), set(old.keys)) if old else ({}, set())
     method = method or (old.about["search"]["asked"] if old else "auto")
-    journal = FeatureCache(folder / NEW, mine, model.config.embed_dim)
+    journal, patches = FeatureCache(folder / NEW, mine, model.config.embed_dim), None
+    if has_tokens(model):  # of late interaction, a second journal
+        grid = embed_patches(model, preprocess, [Image.new("RGB", (8, 8))]).shape[1:]
+        patches = FeatureCache(folder / NEW, mine[::-1], grid[0] * grid[1], "<f2")
     resumed, fast, files, faulty = len(journal), inference_copy(model), {}, {}
 
     def identify(name: str):
@@ -101,6 +106,13 @@ def update(
             if fresh:
                 faults, keys = {}, list(fresh)
                 vectors = embed_images(fast, preprocess, fresh.values(), batch_size, num_workers, faults=faults)
+                if patches is not None:
+                    found = embed_patches(
+                        model, preprocess, list(fresh.values()), batch_size=batch_size, num_workers=num_workers,
+                        faults=faults,
+                    )  # fmt: skip
+                    patches.update((key, found[row].ravel()) for row, key in enumerate(keys) if row not in faults)
+                    patches.save()  # first: what is in the journal is complete
                 journal.update((key, vectors[row]) for row, key in enumerate(keys) if row not in faults)
                 journal.save()
                 faulty |= {keys[row]: reason for row, reason in faults.items()}
@@ -127,9 +139,13 @@ def update(
         keys = [*(old.keys[row] for row in keep), *new]
         about |= {"model": {**named, "fingerprint": mine}, "shard": list(shard)}
         vectors = chain(rows_of(old.vectors, keep) if old else (), (journal[key] for key in new))
+        stored = None
+        if patches is not None:
+            kept = rows_of(old.patches, keep) if old else ()
+            stored = (len(keys), *grid), chain(kept, (patches[key].reshape(1, *grid) for key in new))
         # Embedded now because the recall may have to be measured later, without the model.
         texts = embed_texts(fast, tokenizer, TEXTS)
-        write(folder, about, vectors, keys, files, broken, texts, method, grown, progress)
+        write(folder, about, vectors, keys, files, broken, texts, method, grown, progress, stored)
     delete(folder / NEW)
     held.close()
     return changes
@@ -192,10 +208,11 @@ def rows_of(vectors: np.ndarray, rows: list[int]) -> Iterator[np.ndarray]:
 
 def write(
     folder: Path, about: dict, vectors: Iterable[np.ndarray], keys: list[bytes], files: dict[str, tuple], broken: dict,
-    texts: np.ndarray, method: str, grown: Neighbours | None, progress: bool,
+    texts: np.ndarray, method: str, grown: Neighbours | None, progress: bool, patches: tuple | None = None,
 ):  # fmt: skip
     """Writes a generation and, once all of it is on the disk, switches to it in one step. Completes `about`, its
-    `index.json`. `grown`: an approximate index without the last rows."""
+    `index.json`. `grown`: an approximate index without the last rows. `patches`: the shape of late interaction's, and
+    their rows."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -205,6 +222,8 @@ def write(
     try:
         shape = (len(keys), texts.shape[1])
         write_npy(place / "vectors.npy", "<f4", shape, vectors)
+        if patches is not None:
+            write_npy(place / "patches.npy", "<f2", *patches)
         write_npy(place / "keys.npy", "V32", shape[:1], [np.frombuffer(b"".join(keys), "V32")])
         write_npy(place / "texts.npy", "<f4", texts.shape, [texts])
         row = {key: i for i, key in enumerate(keys)}

@@ -5,7 +5,8 @@ An index is a folder. What is searched is one generation in it, and a small file
     products.mc/index.json          generation, model, image folder, counts, sha256 of each file of the generation
     products.mc/generation-000007/  vectors.npy (N, E) float32 of unit length, a row for each distinct image; keys.npy,
                                     the sha256 of its content; files.parquet, the row of each file; search.faiss above
-                                    100,000 images; texts.npy; bad_samples.jsonl
+                                    100,000 images; texts.npy; bad_samples.jsonl; of a model with late
+                                    interaction patches.npy (N, P, D) float16
     products.mc/under-way/          vectors of a run that has not finished
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from miniclip.index.neighbours import Neighbours, exact
 from miniclip.inference import feature_cache
+from miniclip.inference.late_interaction import has_tokens
 from miniclip.utils.bad_samples import NAME, short
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
@@ -35,7 +37,8 @@ class ImageIndexError(InputError):
 class ImageIndex:
     """An index in the generation that was current when it was opened. Later runs do not touch its files.
 
-    `about` is the content of `index.json`, `vectors` are (N, E) float32, `keys` the sha256 of each row's content.
+    `about` is the content of `index.json`, `vectors` are (N, E) float32, `keys` the sha256 of each row's content;
+    `patches` (N, P, D) float16, or None, are those of late interaction.
     Raises ImageIndexError for a folder without an index and for changed files; of those above 64 MB only the size is
     compared, unless `check`.
     """
@@ -60,6 +63,9 @@ class ImageIndex:
             if path.stat().st_size != size or (check or size <= SMALL) and sha256(path) != digest:
                 raise ImageIndexError(f"{path} is not what was written: {REMEDY}")
         self.vectors = np.load(self.place / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        self.patches = None
+        if "patches.npy" in self.about["files"]:
+            self.patches = np.load(self.place / "patches.npy", mmap_mode="r", allow_pickle=False)
         self.keys = np.load(self.place / "keys.npy", allow_pickle=False).tolist()
         with pyarrow.parquet.ParquetFile(self.place / "files.parquet") as file:
             self.table = file.read()  # in the order of rows; `read_table` and `to_numpy` would import pandas
@@ -149,6 +155,7 @@ def fingerprint(model, preprocess) -> str:
     about = {"preprocess": vars(preprocess.cfg), "scale": preprocess.scale, "quick_gelu": config.quick_gelu}
     about |= {"tower": vars(config.vision_cfg), "format": FORMAT}
     digest = hashlib.sha256(feature_cache.fingerprint(model, model.visual, about).encode())
-    for name, tensor in sorted(model.visual.proj.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    for head in (model.visual.proj, *([model.visual.token_proj] if has_tokens(model) else [])):
+        for name, tensor in sorted(head.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

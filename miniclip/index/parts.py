@@ -39,7 +39,7 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
     except ValueError as error:  # on several drives
         raise ImageIndexError(f"{', '.join(sorted(shards))} have no common folder ({error})") from None
     _, held = open_to_write(folder, False, *same, root)
-    files, broken, keys, vectors = {}, {}, {}, []
+    files, broken, keys, vectors, patches = {}, {}, {}, [], []
     for index in indexes:
         inside = os.path.relpath(index.about["root"], root).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
@@ -51,11 +51,14 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
         rows = [row for row in np.unique(index.rows).tolist() if index.keys[row] not in keys]
         keys |= {index.keys[row]: None for row in rows}
         vectors.append(rows_of(index.vectors, rows))
+        if index.patches is not None:  # as in all others: the model is the same
+            patches.append(rows_of(index.patches, rows))
     broken = {name: reason for name, reason in broken.items() if name not in files}
     about = {"model": first["model"], "root": root, "shard": [1, 1]}
     about["allow_outside"] = any(index.about["allow_outside"] for index in indexes)
     texts = np.load(indexes[0].place / "texts.npy", allow_pickle=False)
-    write(folder, about, chain(*vectors), list(keys), files, broken, texts, method, None, progress)
+    patches = ((len(keys), *indexes[0].patches.shape[1:]), chain(*patches)) if patches else None
+    write(folder, about, chain(*vectors), list(keys), files, broken, texts, method, None, progress, patches)
     held.close()
     for root, there in sorted(shards.items()):
         for n in sorted({n for _, n in there}) if [1, 1] not in there else ():

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from miniclip.datasets.records import ImageRoot
 from miniclip.index.build import update
 from miniclip.index.image_index import ImageIndex, fingerprint
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.fast import inference_copy
+from miniclip.inference.late_interaction import embed_words, maxsim, reranked
 from miniclip.inference.load import load
 from miniclip.reports.contact_sheet import write_sheet
 from miniclip.utils.errors import InputError
@@ -27,7 +29,7 @@ from miniclip.utils.errors import InputError
 
 class Found(NamedTuple):
     rank: int  # from 1
-    score: float  # the cosine to the query
+    score: float  # the cosine to the query; re-ranked by late interaction, plus MaxSim
     path: str  # relative to the image folder
     copies: list[str]  # other files with the same content
 
@@ -88,19 +90,32 @@ class ImageSearch:
             raise InputError("what is not wanted cancels the query: change the words or lower minus_weight")
         return unit(total)
 
-    def query(self, text: str | Iterable[str] = (), k: int = 10, image=(), minus=(), **weights) -> list[Found]:
+    def query(
+        self, text: str | Iterable[str] = (), k: int = 10, image=(), minus=(), rerank: int | None = None, **weights
+    ) -> list[Found]:
         """Returns the k best images, best first, or fewer if there are no more. `text`, `image` (files) and `minus` are
-        one or several each; in a text, -word is not wanted. `weights` are those of `vector`."""
+        one or several each; in a text, -word is not wanted. `weights` are those of `vector`. Where there is a text and
+        the model has late interaction, that puts the first `rerank` (default: 100) into a new order."""
         if k < 1:
             raise InputError(f"k is {k}: it must be at least 1")
         texts, unwanted = split_minus([text] if isinstance(text, str) else text)
         minus = [minus] if isinstance(minus, str) else list(minus)
-        return self.nearest(self.vector(texts, image, [*minus, *unwanted], **weights), k)
+        vector, n = self.vector(texts, image, [*minus, *unwanted], **weights), reranked(self.model, rerank)
+        return self.nearest(vector, k, " ".join(texts), n) if texts and n else self.nearest(vector, k)
 
-    def nearest(self, vector: np.ndarray, k: int) -> list[Found]:
-        """Returns the k images nearest to a vector (E,)."""
-        found = [(score, self.index.paths(row)) for score, row in self.index.find(vector, k)]
-        return [Found(rank, score, paths[0], paths[1:]) for rank, (score, paths) in enumerate(found, 1)]
+    def nearest(self, vector: np.ndarray, k: int, text: str = "", rerank: int = 0) -> list[Found]:
+        """Returns the k images nearest to a vector (E,), the first `rerank` in the order of late interaction with a
+        text."""
+        found = self.index.find(vector, max(k, rerank))
+        if rerank:
+            scores, rows = (np.array(values) for values in zip(*found))
+            words = torch.from_numpy(embed_words(self.model, self.tokenizer, [text]))
+            patches = torch.from_numpy(self.index.patches[rows[:rerank]]).float()
+            scores[:rerank] += maxsim(words, patches)[0].numpy()
+            order = [*np.argsort(-scores[:rerank], kind="stable"), *range(rerank, len(rows))]
+            found = [(scores[i].item(), rows[i].item()) for i in order]
+        paths = [(score, self.index.paths(row)) for score, row in found[:k]]
+        return [Found(rank, score, names[0], names[1:]) for rank, (score, names) in enumerate(paths, 1)]
 
     def file(self, path: str) -> str:
         """Returns the absolute path of an image that was found. Raises InputError if it is gone or leads out of the

@@ -2,8 +2,9 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from miniclip.datasets.read import read_source
@@ -12,10 +13,12 @@ from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.inference.feature_files import find_features, read_features
+from miniclip.inference.late_interaction import reranked, where_seen
 from miniclip.inference.load import load
 from miniclip.inference.matmul import suggest_bf16
 from miniclip.inference.options import merged, single
 from miniclip.retrieval import KS
+from miniclip.towers.tokens import has_tokens
 from miniclip.transforms import Preprocess
 from miniclip.utils.bad_samples import BadSamples
 from miniclip.utils.command_line import find_device
@@ -38,6 +41,7 @@ class Measured:
     temperature: dict | None = None  # {"scale", "bias" (or None), "start"}; None: measured without a model
     notes: tuple[str, ...] = ()  # on truncated and on repeated captions
     repeated: dict | None = None  # from `RetrievalEvaluator.repeated_captions`
+    seen: Callable | None = None  # (image, text) -> where its words are seen; of a model with late interaction
 
 
 def evaluations(options: Namespace, bad_samples: BadSamples) -> Iterator[Measured]:
@@ -120,7 +124,7 @@ class Model:
             records, self.preprocess, tokenizer, ks=None, precision=options.precision, progress=True,
             first_caption_only=options.captions == "first", batch_size=options.batch_size or image_batch,
             text_batch_size=options.batch_size or text_batch, num_workers=options.num_workers,
-            caches=(self.cache, None),
+            caches=(self.cache, None), rerank=options.rerank,
         )  # fmt: skip
         reused, tokenizer.truncated = self.cache.reused if self.cache else 0, 0
         metrics, notes = evaluator(model), []
@@ -128,6 +132,9 @@ class Model:
             length = tokenizer.context_length
             notes.append(f"{tokenizer.truncated} of {len(evaluator.texts)} captions were truncated to {length} tokens")
             print(notes[0])
+        if n := reranked(model, options.rerank):
+            notes.append(f"late interaction re-ranked the first {n} results of each query: cosine plus MaxSim")
+            print(notes[-1])
         if self.cache is not None:
             reused = self.cache.reused - reused
             print(f"{reused} of {len(evaluator.images)} images were in {options.feature_cache}")
@@ -137,4 +144,5 @@ class Model:
         return {
             "records": records, "evaluator": evaluator, "metrics": metrics, "device": self.device,
             "temperature": temperature, "notes": notes, "files": self.files,
+            "seen": partial(where_seen, model, self.preprocess, tokenizer) if has_tokens(model) else None,
         }  # fmt: skip

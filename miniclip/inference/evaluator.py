@@ -10,6 +10,7 @@ from miniclip.data import text_id
 from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
 from miniclip.inference.fast import InferenceClip, inference_copy
+from miniclip.inference.late_interaction import embed_patches, embed_words, position_caches, rerank, reranked
 from miniclip.model import MiniClip
 from miniclip.retrieval import KS, metrics_of, retrieval_metrics, search_both
 from miniclip.utils.files import replacing, write_npy
@@ -41,17 +42,19 @@ class Evaluators(Evaluator):
 class RetrievalEvaluator(Evaluator):
     """Evaluates models, or inference copies of them, on `records` as `read_captions` returns them, on all processes.
 
+    Late interaction re-ranks the first `rerank` results of each query: by default 100, or none of a model without it.
     `caches` are feature caches for images and texts; `num_workers` threads read images. For reports it keeps the last
     `result` by direction, `image_embeds` (N, E) and `text_embeds` (M, E)."""
 
     def __init__(
         self, records: list[dict], preprocess, tokenizer, *, precision: str = "fp32", first_caption_only: bool = False,
         ks=KS, batch_size: int = 64, text_batch_size: int | None = None, caches=(None, None),
-        num_workers: int | None = None, progress: bool = False,
+        num_workers: int | None = None, progress: bool = False, rerank: int | None = None,
     ):  # fmt: skip
-        self.preprocess, self.tokenizer, self.precision = preprocess, tokenizer, precision
+        self.preprocess, self.tokenizer, self.precision, self.rerank = preprocess, tokenizer, precision, rerank
         self.for_images = dict(batch_size=batch_size, num_workers=num_workers, progress=progress, cache=caches[0])
         self.for_texts = dict(batch_size=text_batch_size or batch_size, progress=progress, cache=caches[1])
+        self.positions = ()  # caches of their features, made when they are needed
         if first_caption_only:
             records = [record | {"caption": record["caption"][:1]} for record in records]
         self.images = [record["image"] for record in records]
@@ -65,10 +68,21 @@ class RetrievalEvaluator(Evaluator):
         return set(retrieval_metrics(one, one, [0], self.ks))
 
     def __call__(self, model: MiniClip) -> dict[str, float]:
-        model = inference_copy(model, self.precision)
-        images = partial(embed_images, model, self.preprocess, **self.for_images)
-        texts = partial(embed_texts, model, self.tokenizer, **self.for_texts)
-        return self.measure(on_all_processes(self.images, images), on_all_processes(self.texts, texts))
+        fast = inference_copy(model, self.precision)
+        images = partial(embed_images, fast, self.preprocess, **self.for_images)
+        texts = partial(embed_texts, fast, self.tokenizer, **self.for_texts)
+        metrics = self.measure(on_all_processes(self.images, images), on_all_processes(self.texts, texts))
+        return metrics if (n := reranked(model, self.rerank)) == 0 else self.measure_again(model, n)
+
+    def measure_again(self, model: MiniClip, n: int) -> dict[str, float]:
+        """The metrics when late interaction has re-ranked the first n results of each query."""
+        if not self.positions:
+            self.positions = position_caches(model, self.preprocess, self.for_images["cache"], self.for_texts["cache"])
+        patches = embed_patches(model, self.preprocess, self.images, **self.for_images | {"cache": self.positions[0]})
+        words = embed_words(model, self.tokenizer, self.texts, **self.for_texts | {"cache": self.positions[1]})
+        first = search_both(self.image_embeds, self.text_embeds, self.image_of_text, max(n, *self.ks))
+        self.result = rerank(first, words, patches, n)
+        return metrics_of(self.result, self.ks)
 
     def measure(self, image_embeds: np.ndarray, text_embeds: np.ndarray) -> dict[str, float]:
         """The metrics of given embeddings."""

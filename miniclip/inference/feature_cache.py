@@ -32,11 +32,13 @@ FORMAT = 1  # raise it when features change for a reason other than weights and 
 
 class FeatureCache(dict):
     """The features (W,) of one tower, before its projection, by key. Made by `for_images` and `for_texts`. With
-    `folder` None they stay in memory. Only one thread may write."""
+    `folder` None they stay in memory. Only one thread may write. With `positions`, a number, they are those of as many
+    patches or words, one after the other, in float16."""
 
-    def __init__(self, folder: str | Path | None, fingerprint: str, width: int):
+    def __init__(self, folder: str | Path | None, fingerprint: str, width: int, dtype: str = "<f4"):
         self.folder = None if folder is None else Path(folder) / fingerprint[:32]
-        self.row = np.dtype([("key", "V32"), ("features", "<f4", (width,))])
+        self.row = np.dtype([("key", "V32"), ("features", dtype, (width,))])
+        self.part = max(1, min(PART, (1 << 26) // width))
         self.added, self.reused = {}, 0  # what is not yet written; how often something was found
         for path in sorted(self.folder.glob("*.npy")) if self.folder else ():
             if sha256(path) != path.stem:
@@ -49,24 +51,27 @@ class FeatureCache(dict):
             super().update((keys[32 * row : 32 * row + 32], features[row]) for row in range(len(part)))
 
     @classmethod
-    def for_images(cls, folder: str | Path | None, model: MiniClip, preprocess: Preprocess, precision: str = "fp32"):
+    def for_images(cls, folder, model: MiniClip, preprocess: Preprocess, precision: str = "fp32", positions: int = 0):
         about = {"preprocess": vars(preprocess.cfg), "scale": preprocess.scale}
         about |= {"decode": "openclip"} if preprocess.stored else {}
-        return cls._of(folder, model, model.visual, model.config.vision_cfg, precision, about)
+        return cls._of(folder, model, model.visual, model.config.vision_cfg, precision, about, positions)
 
     @classmethod
-    def for_texts(cls, folder: str | Path | None, model: MiniClip, precision: str = "fp32"):
+    def for_texts(cls, folder, model: MiniClip, precision: str = "fp32", positions: int = 0):
         about = {"tokenizer": tokenizer} if (tokenizer := model.text.tokenizer.fingerprint()) else {}
-        return cls._of(folder, model, model.text, model.config.text_cfg, precision, about)
+        return cls._of(folder, model, model.text, model.config.text_cfg, precision, about, positions)
 
     @classmethod
-    def _of(cls, folder, model: MiniClip, tower: Tower, section, precision: str, about: dict):
+    def _of(cls, folder, model: MiniClip, tower: Tower, section, precision: str, about: dict, positions: int):
         about |= {"precision": precision, "format": FORMAT, "quick_gelu": model.config.quick_gelu}
-        about["tower"] = {name: value for name, value in vars(section).items() if not name.startswith("hf_proj")}
+        about |= {"positions": positions} if positions else {}
+        after = "hf_proj", "token_dim"  # what the features do not depend on
+        about["tower"] = {name: value for name, value in vars(section).items() if not name.startswith(after)}
         if folder is not None and (reason := plain_reason(tower)):  # keys know weights, not code
             logger.warning("%s: the feature cache in %s is neither read nor written", reason, folder)
             folder = None
-        return cls(folder, fingerprint(model, tower, about), tower.width)
+        form = (positions * tower.width, "<f2") if positions else (tower.width,)
+        return cls(folder, fingerprint(model, tower, about), *form)
 
     def __getitem__(self, key: bytes) -> np.ndarray:
         self.reused += 1
@@ -74,10 +79,10 @@ class FeatureCache(dict):
 
     def update(self, items: Iterable[tuple[bytes, np.ndarray]]):
         """Adds features (W,) by their keys. They are written by `save`, and whenever a part is full."""
-        items = {key: features.copy() for key, features in items}
+        items = {key: features.astype(self.row["features"].base) for key, features in items}
         super().update(items)
         self.added |= items if self.folder else {}
-        if len(self.added) >= PART:
+        if len(self.added) >= self.part:
             self.save()
 
     def save(self):
@@ -105,12 +110,12 @@ def text_key(text: str) -> bytes:
 
 
 def fingerprint(model: MiniClip, tower: Tower, about: dict) -> str:
-    """sha256 of a tower's weights, without its projection, and of everything else that its features depend on."""
+    """sha256 of a tower's weights, without its projections, and of everything else that its features depend on."""
     if isinstance(model, InferenceClip) and not model.weights_as_loaded:
         raise InputError("a feature cache needs the weights as they were loaded: load the model without a precision")
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
-        if name.partition(".")[0] != tower.projection_name:
+        if name.partition(".")[0] not in (tower.projection_name, "token_proj"):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

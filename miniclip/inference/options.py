@@ -9,15 +9,15 @@ from itertools import cycle
 from pathlib import Path
 
 from miniclip.datasets.splits import at_split
-from miniclip.utils.command_line import FLAGS, HELP, Parser
+from miniclip.utils.command_line import FLAGS, HELP, Parser, at_least
 
 TABLES = (".txt", ".csv", ".md", ".tex")
 WITHOUT_EFFECT = (  # on --features
-    "pretrained", "batch_size", "num_workers", "precision", "decode", "feature_cache", "device",
+    "pretrained", "batch_size", "num_workers", "precision", "decode", "feature_cache", "device", "rerank",
 )  # fmt: skip
 SOURCES = ("model", "pretrained", "features", "eval_file")
 DEFINING = (  # options that make one evaluation another than the next
-    *SOURCES, "normalize", "image_root", "columns", "split", "captions", "precision", "decode",
+    *SOURCES, "normalize", "image_root", "columns", "split", "captions", "precision", "decode", "rerank",
 )  # fmt: skip
 
 
@@ -39,6 +39,8 @@ def parse_evaluate(argv: list[str]) -> Namespace:
     parser.share("num_workers", "precision")
     add("--decode", choices=["fast", "full", "openclip"], default="fast", help="fast: large JPEGs at no less than twice"
         " the model's input size; full: whole; openclip: files as OpenCLIP reads them")  # fmt: skip
+    add("--rerank", type=at_least(0), metavar="N", help="results of each query that late interaction puts into a new"
+        " order (default: 100, if the model has it)")  # fmt: skip
     add("--feature_cache", help="folder that keeps image features, so that no image is encoded twice")
     parser.share("device", "json")
     add("--save_features", help="folder to write image.npy and text.npy to")

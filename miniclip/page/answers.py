@@ -13,8 +13,10 @@ from miniclip.classify.prompts import tokenizer_coverage
 from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
 from miniclip.index.search import split_minus
 from miniclip.inference.embed import embed_images, embed_texts
+from miniclip.inference.late_interaction import has_tokens, where_seen
 from miniclip.page.labels import Words
 from miniclip.reports.contact_sheet import thumbnail
+from miniclip.reports.heat_map import heat_maps
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError, ImageFile, identify
 from miniclip.utils.parallel import read_ahead
@@ -106,7 +108,22 @@ class Page:
             f'{self.coverage(say, captions)}{heading(title)}<div class="mc-scroll" tabindex="0" role="region"'
             f' aria-label="{escape(title)}"><table class="mc-heat"><thead><tr><td>{escape(say("caption"))}</td>{heads}'
             f"</tr></thead><tbody>{rows}</tbody></table></div>{note(say('cells'))}"
+            + self.seen(say, [image for image, _ in uploads], [captions[row] for row in cosines.argmax(axis=0)])
         )
+
+    def seen(self, say: Words, images: list[Upload], captions: list[str]) -> str:
+        """Shows where in each image the words of a caption are seen, if the model has late interaction."""
+        answer = ""
+        for image, caption in zip(images, captions) if has_tokens(self.model) else ():
+            levels, words = where_seen(self.model, self.preprocess, self.tokenizer, image, caption)
+            urls = heat_maps(levels, [heat for _, _, heat in words])
+            items = (
+                f"<li>{figure(url, say('seen_word', word=word))}<div>{escape(word)}</div><small>{n:.3f}</small></li>"
+                for url, (word, n, _) in zip(urls, words)
+            )
+            title = escape(say("seen", name=image, caption=caption))
+            answer += f'<h2>{title}</h2><ol class="mc-cards mc-words">{"".join(items)}</ol>'
+        return answer and answer + note(say("seen_note"))
 
     def cards(self, say: Words, title: str, found: list, asked: str = "", **values) -> str:
         """Returns the search results with their images, except those that are gone or lead out of the image folder."""
@@ -122,8 +139,9 @@ class Page:
             same = f"<small>{escape(say('same', names=', '.join(one.copies)))}</small>" if one.copies else ""
             name = f"<div><b>{one.rank}</b> {escape(one.path)}</div>"
             cells.append(f"<li>{image}{name}<small>{one.score:.4f}</small>{same}</li>")
+        score = "score_late" if has_tokens(self.model) else "score"
         head = heading(say(title, n=len(found), pictures=f"{len(self.search):,}", **values))
-        return f'{head}{asked}<ol class="mc-cards">{"".join(cells)}</ol>{note(say("score"))}'
+        return f'{head}{asked}<ol class="mc-cards">{"".join(cells)}</ol>{note(say(score))}'
 
     def upload(self, say: Words, path: str | None) -> tuple[Upload, str]:
         """Checks an uploaded image. Returns it and a thumbnail."""

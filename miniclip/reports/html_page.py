@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, cached_property
@@ -13,11 +14,13 @@ import numpy as np
 from miniclip.reports import similarities
 from miniclip.reports.charts import curve, draw_report, histogram_svg, pick_examples, recall_svg, training_svg
 from miniclip.reports.contact_sheet import fill, safe, thumbnail, write_page
+from miniclip.reports.heat_map import heat_maps
 from miniclip.retrieval import KS, TIE
 from miniclip.utils.errors import InputError
 
 WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 WORST, BEST, SHOWN = 8, 4, 5  # queries shown of each kind, and results per query
+SEEN = 3  # captions of each kind whose words are shown in the image
 SIDE, LONGEST = 224, 400  # pixels of a thumbnail's longer side, characters of a caption
 
 
@@ -37,6 +40,7 @@ class Evaluation:
     metadata: dict  # of the run
     temperature: dict | None = None  # {"scale", "bias" (or None), "start"}; None: evaluated without a model
     notes: tuple[str, ...] = ()  # skipped samples, truncated captions
+    seen: Callable | None = None  # (image, text) -> what the model sees (3, S, S) uint8, [(word, score, heat)]
 
     @cached_property
     def similar(self):
@@ -85,6 +89,7 @@ def write_report(path: str | Path, e: Evaluation) -> Path:
     else:
         sections = header, metrics_section, recall_section, histogram_section, temperature_section
         body = [*(section(e) for section in sections), training_section(log_history), queries_section(e)]
+        body.append(words_section(e) if e.seen else "")
         write_page(path, title, "\n".join(filter(None, [*body, metadata_section(e.metadata)])))
     return path
 
@@ -281,6 +286,20 @@ def queries(e: Evaluation, way: str, caption_of_query: np.ndarray, show_query, s
             verdict = "lower" if rank > 1 else "first" if np.isfinite(lead) else "alone"
             verdict = fill(verdict, rank=rank, gallery=gallery, lead=lead)
             yield fill(way, verdict=verdict, results=results, **show_query(row))
+
+
+def words_section(e: Evaluation) -> str:
+    """Where the words of some captions are seen in their images: of the worst and the best queries."""
+    ranks, rows = e.results["text_to_image"].ranks, []
+    margins = e.similar.right - e.similar.wrong_image
+    worst, best = similarities.worst_and_best(ranks, margins, e.image_of_text, SEEN, SEEN)
+    for row in best + worst:
+        with suppress(ValueError, OSError):  # an image that cannot be read is shown above, with the reason
+            levels, words = e.seen(e.images[e.image_of_text[row]], e.texts[row])
+            urls = heat_maps(levels, [heat for _, _, heat in words])
+            maps = (fill("word", url=url, word=safe(word), score=score) for url, (word, score, _) in zip(urls, words))
+            rows.append(fill("seen", caption=safe(e.texts[row]), rank=ranks[row], words="\n".join(maps)))
+    return fill("words", captions="\n".join(rows))
 
 
 def metadata_section(metadata: dict) -> str:

@@ -34,6 +34,20 @@ def _resnet(values: dict) -> bool:
     return isinstance(values.get("layers"), list | tuple)
 
 
+def _own(values: dict) -> bool:
+    return not any(other(values) for other in (_hf, _joint, _pruned, _resnet, _variant, _variant_text))
+
+
+def _tokens(tells):
+    return lambda values: "token_dim" in values and tells(values)
+
+
+for base, tells, section in (  # with `token_dim`, of late interaction
+    (VisionConfig, _own, "tokens:TokenVisionConfig"), (TextConfig, _own, "tokens:TokenTextConfig"),
+    (VisionConfig, _hf, "huggingface:TokenHfVisionConfig"), (TextConfig, _hf, "huggingface:TokenHfTextConfig"),
+    (VisionConfig, _joint, "joint:TokenJointVisionConfig"),
+):  # fmt: skip
+    SECTIONS.append((base, _tokens(tells), f"miniclip.towers.{section}"))
 SECTIONS.append((VisionConfig, _joint, "miniclip.towers.joint:JointVisionConfig"))
 SECTIONS.append((VisionConfig, _pruned, "miniclip.towers.pruned:PrunedVisionConfig"))
 SECTIONS.append((TextConfig, _pruned, "miniclip.towers.pruned:PrunedTextConfig"))

@@ -13,8 +13,10 @@ is complete: nothing is downloaded again. Code that comes with weights never run
 
 import copy
 import json
+import math
 from collections import OrderedDict
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from miniclip.model import TOWERS, Tower
 from miniclip.towers.hf_config import HfConfig, HfTextConfig, HfVisionConfig, ask, check_encoder, offline
 from miniclip.towers.hf_tokenizer import HfTokenizer
 from miniclip.towers.packages import PackagedEncoder, packaged, source
+from miniclip.towers.tokens import TOKEN_DIM, register_tokens, token_features
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
 from miniclip.utils.model_folder import limited_by
@@ -279,3 +282,33 @@ def fuse_norms(network: nn.Module) -> nn.Module:
 
 
 TOWERS.update({HfVisionConfig: HfVisionTower, HfTextConfig: HfTextTower})
+
+
+@register_tokens
+@dataclass
+class TokenHfVisionConfig(HfVisionConfig):
+    token_dim: int = TOKEN_DIM
+
+
+@register_tokens
+@dataclass
+class TokenHfTextConfig(HfTextConfig):
+    token_dim: int = TOKEN_DIM
+
+
+@token_features.register
+def _(tower: HfVisionTower, pixel_values: Tensor) -> Tensor:
+    pixel_values = pixel_values.contiguous(memory_format=tower.layout)
+    if isinstance(tower.trunk, PackagedEncoder):
+        x = tower.trunk.feature_map(pixel_values)
+    else:
+        x = tower.trunk(pixel_values=pixel_values).last_hidden_state
+    x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    return x[:, -(math.isqrt(x.shape[1]) ** 2) :]  # the patches are a square, behind class and register tokens
+
+
+@token_features.register
+def _(tower: HfTextTower, input_ids: Tensor) -> Tensor:
+    mask = input_ids != tower.pad_token_id
+    x = tower.trunk(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+    return x * mask[..., None]

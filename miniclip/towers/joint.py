@@ -11,6 +11,8 @@ for each other one resized to its size and given its mean and deviation.
 """
 
 import copy
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -21,6 +23,7 @@ from miniclip.config import PreprocessConfig
 from miniclip.model import TOWERS
 from miniclip.towers.hf_config import HfVisionConfig
 from miniclip.towers.huggingface import HfTower, HfVisionTower
+from miniclip.towers.tokens import TOKEN_DIM, register_tokens, token_features
 from miniclip.utils.config_files import fill
 from miniclip.utils.errors import InputError
 
@@ -81,10 +84,15 @@ class JointTower(HfTower):
         self.proj = self.head(embed_dim)
 
     def features(self, pixel_values: Tensor) -> Tensor:
+        found = [F.normalize(tower.features(x), dim=1) for tower, x in self.views(pixel_values)]
+        return torch.cat(found, dim=1)
+
+    def views(self, pixel_values: Tensor) -> Iterator[tuple[HfVisionTower, Tensor]]:
+        """Each encoder, with the images as it wants them."""
         S, looks = self.image_size, self.cfg.looks
         if pixel_values.shape[1:] != (3, S, S):
             raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
-        given, found = looks[self.cfg.largest()], []
+        given = looks[self.cfg.largest()]
         for tower, look in zip(self.towers, looks):
             mean, std, wanted_mean, wanted_std = (
                 torch.tensor(values, dtype=pixel_values.dtype, device=pixel_values.device).view(3, 1, 1)
@@ -95,8 +103,7 @@ class JointTower(HfTower):
                 x = F.interpolate(x, (look["size"],) * 2, mode="bicubic", antialias=True)
             if (look["mean"], look["std"]) != (given["mean"], given["std"]):
                 x = (x * std + mean - wanted_mean) / wanted_std
-            found.append(F.normalize(tower.features(x), dim=1))
-        return torch.cat(found, dim=1)
+            yield tower, x
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -123,3 +130,18 @@ class JointTower(HfTower):
 
 
 TOWERS[JointVisionConfig] = JointTower
+
+
+@register_tokens
+@dataclass
+class TokenJointVisionConfig(JointVisionConfig):
+    token_dim: int = TOKEN_DIM
+
+
+@token_features.register
+def _(tower: JointTower, pixel_values: Tensor) -> Tensor:
+    """Of each encoder to unit length, on the coarsest grid of them all."""
+    found = [token_features(one, x) for one, x in tower.views(pixel_values)]
+    side = min(math.isqrt(x.shape[1]) for x in found)
+    grids = (F.normalize(x, dim=2).transpose(1, 2).unflatten(2, (math.isqrt(x.shape[1]),) * 2) for x in found)
+    return torch.cat([F.adaptive_avg_pool2d(grid, side) for grid in grids], dim=1).flatten(2).transpose(1, 2)

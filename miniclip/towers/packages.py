@@ -31,6 +31,7 @@ class PackagedEncoder(nn.Module):
 
     PREPROCESS: dict  # fields of a PreprocessConfig
     load_pretrained: Callable[[], None]  # a method that loads the weights from the package
+    feature_map: Callable[[Tensor], Tensor]  # a method: images to what is pooled, (B, W, height, width)
 
 
 class EfficientNetLite(PackagedEncoder):
@@ -50,7 +51,10 @@ class EfficientNetLite(PackagedEncoder):
         self.net._fc = nn.Identity()  # ImageNet's thousand classes
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.net.extract_features(pixel_values).mean(dim=(2, 3))
+        return self.feature_map(pixel_values).mean(dim=(2, 3))
+
+    def feature_map(self, pixel_values: Tensor) -> Tensor:
+        return self.net.extract_features(pixel_values)
 
     def load_pretrained(self):
         weights, _ = read_checkpoint(package_file(self.package, self.WEIGHTS, self.pip))

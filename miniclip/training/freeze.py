@@ -1,5 +1,6 @@
 """Frozen towers and blocks, and the features of a frozen tower: computed once before training, or read from a cache."""
 
+import pkgutil
 import re
 from functools import partial
 
@@ -15,6 +16,7 @@ from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MiniClip, Tower
 from miniclip.training.closed_form import start_in_closed_form
 from miniclip.training.dataset import RunDataset
+from miniclip.training.losses import MORE_FEATURES
 from miniclip.utils.errors import InputError
 
 AFTER_BLOCKS = re.compile(r"norm|^_?bn|ln_|final|proj|pool|head")  # parts of the names of what follows the blocks
@@ -36,7 +38,8 @@ def freeze(model: MiniClip, image: str = "none", text: str = "none"):
             raise InputError(f"{how}: the {kind} tower has {n} blocks. Choose a number from 0 to {n}")
         depth = depths(tower)
         for name, p in tower.named_parameters():
-            p.requires_grad_(blocks > 0 and depth[name] <= blocks)
+            if not name.startswith("token_proj"):  # which learn with late interaction, and only then
+                p.requires_grad_(blocks > 0 and depth[name] <= blocks)
         tower.projection.requires_grad_(how != "all")
         hold_statistics(tower)
     if not any(p.requires_grad for name, p in model.named_parameters() if name != "logit_scale"):
@@ -68,12 +71,14 @@ def hold_statistics(tower: Tower):
 
 class FrozenDataset(RunDataset):
     """A RunDataset, with the same draws, whose items have precomputed features (W,) of frozen towers: a row of
-    `image_features` (images, W) for `pixel_values`, one of `text_features` (all captions, W) for `caption`."""
+    `image_features` (images, W) for `pixel_values`, one of `text_features` (all captions, W) for `caption`. For late
+    interaction it also has one of `patches` (images, P, W) and of `words` (all captions, L, W)."""
 
-    def __init__(self, *args, image_features: np.ndarray | None, text_features: np.ndarray | None, **kwargs):
+    def __init__(self, *args, image_features=None, text_features=None, patches=None, words=None, **kwargs):
         super().__init__(*args, **kwargs)
-        both = [x if x is None else torch.from_numpy(x).share_memory_() for x in (image_features, text_features)]
-        self.image_features, self.text_features = both  # in shared memory: worker processes need no copies
+        arrays = image_features, text_features, patches, words
+        shared = [x if x is None else torch.from_numpy(x).share_memory_() for x in arrays]
+        self.image_features, self.text_features, self.patches, self.words = shared  # worker processes need no copies
         self.first_caption = np.cumsum([0, *(len(record["caption"]) for record in self.records)]).tolist()
         if image_features is not None:  # the images are not read again, so their ids are computed here
             images = ((image_id(record["image"]), record["caption"]) for record in self.records)
@@ -94,6 +99,8 @@ class FrozenDataset(RunDataset):
             item["text_features"] = self.text_features[first + number]
         elif self.image_features is not None:
             item["caption"] = self.records[row]["caption"][number]
+        if self.patches is not None:
+            item |= {"patches": self.patches[row], "words": self.words[first + number]}
         return item
 
 
@@ -120,4 +127,8 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
         print(f"frozen towers: features computed once, without random crops; {', '.join(counts)} were cached")
     if options.frozen == (True, True) and model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained:
         start_in_closed_form(model, options, args, records, *features)
-    return partial(FrozenDataset, image_features=features[0], text_features=features[1]), tuple(caches)
+    more = {}
+    if options.loss in MORE_FEATURES:
+        compute = pkgutil.resolve_name(MORE_FEATURES[options.loss])
+        more = compute(model, preprocess, tokenizer, records, texts, options.feature_cache, **show)
+    return partial(FrozenDataset, image_features=features[0], text_features=features[1], **more), tuple(caches)

@@ -19,10 +19,15 @@ LOSSES: dict[str, Callable | str] = {
     "siglip": "miniclip.training.siglip:siglip",
     "distill": "miniclip.training.distill:distill",
     "affinity": "miniclip.training.distill:affinity",
+    "late_interaction": "miniclip.training.late_interaction:late_interaction",
 }
+# What a loss reads of frozen towers besides their features, as arguments of a FrozenDataset: "module:function", see
+# `training/late_interaction.py`.
+MORE_FEATURES = {"late_interaction": "miniclip.training.late_interaction:position_features"}
 HELP = {  # for `train.py --help`
     "clip": "symmetric InfoNCE", "siglip": "SigLIP's sigmoid loss",
     "distill": "InfoNCE plus a teacher's scores", "affinity": "a teacher's scores alone (TinyCLIP)",
+    "late_interaction": "word-to-patch embeddings that re-rank a trained model's results (ColBERT)",
 }  # fmt: skip
 NEED_TEACHER = {"distill", "affinity"}
 

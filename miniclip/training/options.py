@@ -116,6 +116,11 @@ class TrainOptions:
             yield f"the losses {' and '.join(sorted(losses.NEED_TEACHER))} need a teacher; the others do not use one"
         if self.teacher and any(self.frozen):
             yield f"a teacher needs images and captions, but a tower is {frozen} and only its features are kept"
+        late = self.loss == "late_interaction"
+        if late and (self.freeze_image, self.freeze_text) != ("all", "all"):
+            yield "late_interaction is trained on a model that stays as it is. Remove freeze_image and freeze_text"
+        if late and self.duplicates != "positive":
+            yield "late_interaction counts duplicates as positives. Remove duplicates"
         if self.loss == "affinity" and self.duplicates != "positive":
             yield "duplicates has no effect with the affinity loss, which has only the teacher's scores. Remove it"
         if self.holdout and self.eval_file:

@@ -24,6 +24,7 @@ FINE_TUNE = dict(zip(FROM_SCRATCH, (1e-5, 0.1, 5.0, 64, 0.1)))
 # to go; others, of several layers, start at random, where a high rate cannot damage anything.
 PROJECTIONS = dict(zip(FROM_SCRATCH, (3e-4, 0.1, 20.0, 256, 0.05)))
 LAYERS = FROM_SCRATCH | {"weight_decay": 0.1}
+LATE = FROM_SCRATCH | {"weight_decay": 0.1, "num_train_epochs": 8.0}  # late interaction: two matrices, soon overfitted
 
 ALIASES = {  # OpenCLIP's names, and --split of other commands
     "split": "train_file FILE:SPLIT",
@@ -195,7 +196,9 @@ def defaults(given: dict) -> dict:
     freeze, linear = default_freeze(given)
     frozen = [how in ("tower", "all", "all_but_0") for how in freeze.values()]
     usual = FROM_SCRATCH
-    if len(frozen) == 2 and all(frozen):
+    if given.get("loss") == "late_interaction":
+        usual = LATE
+    elif len(frozen) == 2 and all(frozen):
         usual = PROJECTIONS if linear else LAYERS
     elif not all(frozen) or given.get("pretrained") or is_folder(given.get("model")):
         usual = FINE_TUNE
@@ -220,9 +223,11 @@ def defaults(given: dict) -> dict:
 
 def default_freeze(given: dict) -> tuple[dict[str, str], bool]:
     """How pretrained encoders are frozen: all but their projections, unless the options differ or name a teacher; and
-    whether each projection is one layer."""
+    whether each projection is one layer. For late interaction the model stays as it is."""
     from miniclip.weights.pretrained import find_folder
 
+    if given.get("loss") == "late_interaction":
+        return {option: given.get(option, "all") for option in ("freeze_image", "freeze_text")}, False
     name = given.get("model") or ""
     try:
         folder = find_folder(name)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from miniclip.config import PreprocessConfig, TextConfig
 from miniclip.model import MiniClip, Tower
+from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, write_json, write_manifest
 
@@ -88,7 +89,8 @@ def export(
         raise InputError(f"{target} is the folder of a model: export to another one")
     if form == "onnx":
         need("onnx", "onnxscript", "onnxruntime")
-    model, about = model.eval(), describe(model, form, precision)
+    model = without_tokens(model).eval()
+    about = describe(model, form, precision)
     write, suffix = (write_onnx, ".onnx") if form == "onnx" else (write_pt2, ".pt2")
     images, captions = examples(model)
     dtype = torch.float16 if precision == "fp16" else torch.float32

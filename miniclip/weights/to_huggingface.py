@@ -10,6 +10,7 @@ from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
 from miniclip.towers.hf_config import CENTER_CROP_FILE, RESAMPLE
+from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.files import write_json, write_manifest, write_text
 from miniclip.weights.clip_tokenizer import write_tokenizer
@@ -50,6 +51,7 @@ def write_sentence_transformers(path: Path, model: MiniClip):
 
 
 def _write(path: Path, model: MiniClip):
+    model = without_tokens(model)
     config, precision = model.config, str(model.logit_scale.dtype).removeprefix("torch.")
     if (type(config.vision_cfg), type(config.text_cfg)) != (VisionConfig, TextConfig):
         raise CheckpointError("transformers' CLIPModel has no other towers than CLIP's own: convert to another form")

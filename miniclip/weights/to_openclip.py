@@ -11,6 +11,7 @@ from miniclip.checkpoint import from_miniclip
 from miniclip.config import PreprocessConfig, TextConfig
 from miniclip.model import MiniClip
 from miniclip.towers.registry import IN_OPENCLIP, NOT_IN_OPENCLIP
+from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.files import write_json, write_manifest
 
@@ -21,6 +22,7 @@ FOLDER = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_c
 def write_openclip(path: Path, model: MiniClip):
     """A .safetensors or .pt file for OpenCLIP, of CLIP or, with another text tower, of CustomTextCLIP; or with another
     name a folder, for its `local-dir:`."""
+    model = without_tokens(model)
     if path.suffix in (".bin", ".pth", ".ckpt"):
         raise CheckpointError("OpenCLIP: end the target in .safetensors or .pt for a file, in neither for a folder")
     is_file, images = path.suffix in SUFFIXES, dataclasses.asdict(model.config.preprocess_cfg)

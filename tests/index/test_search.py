@@ -24,8 +24,10 @@ from miniclip.index.build import update
 from miniclip.index.image_index import ImageIndex, ImageIndexError
 from miniclip.index.neighbours import Neighbours, choose, exact
 from miniclip.index.parts import export, merge
-from miniclip.index.search import Found, split_minus, unit
+from miniclip.index.search import Found, ImageSearch, split_minus, unit
+from miniclip.inference.late_interaction import embed_patches, embed_words, maxsim
 from miniclip.reports.contact_sheet import write_sheet
+from miniclip.towers.tokens import add_tokens
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
 from tests.conftest import ROOT
@@ -438,6 +440,36 @@ def test_shards_merge_to_what_one_run_makes_and_export_row_by_row(album, tmp_pat
     album("newer.mc", "pictures/deep")
     with pytest.raises(ImageIndexError, match="different contents"):
         merge([tmp_path / "left.mc", tmp_path / "newer.mc"], tmp_path / "three.mc")
+
+
+def test_late_interaction_reorders_what_a_text_finds(album, tmp_path):
+    """The index has the patches of each image, whether made at once, by an update or from parts."""
+    model, preprocess, tokenizer = album.loaded
+    album("plain.mc")
+    with pytest.raises(InputError, match="only a model with late interaction"):
+        ImageSearch(tmp_path / "plain.mc").query("a red sheet", rerank=5)
+    add_tokens(model)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ImageIndexError, match="was made by the model"):
+        album("plain.mc")  # it has none
+    for i in (1, 2):
+        album(f"part{i}.mc", shard=(i, 2))
+    merge([tmp_path / "part1.mc", tmp_path / "part2.mc"], tmp_path / "late.mc")
+    picture(album.pictures / "later.png", 99)
+    album("late.mc")
+    search = ImageSearch(tmp_path / "late.mc")
+    paths = [search.index.paths(row)[0] for row in range(len(search))]
+    wanted = embed_patches(model, preprocess, [str(album.pictures / path) for path in paths])
+    assert np.abs(np.asarray(search.index.patches, np.float32) - wanted).max() < 2e-3 and len(paths) == 9
+    words = torch.from_numpy(embed_words(model, tokenizer, ["a red sheet"]))
+    scores = search.index.vectors @ search.vector("a red sheet")
+    scores += maxsim(words, torch.from_numpy(wanted).float())[0].numpy()
+    found = search.query("a red sheet", k=4)
+    assert [one.path for one in found] == [paths[row] for row in np.argsort(-scores)[:4]]
+    assert np.allclose([one.score for one in found], np.sort(scores)[::-1][:4], atol=1e-3)
+    plain = [one.path for one in search.query("a red sheet", k=4, rerank=0)]
+    assert sorted(plain) == sorted(one.path for one in search.query("a red sheet", k=4, rerank=4)) != plain
+    assert search.query(image=str(album.pictures / "2.png"), k=1)[0].score > 0.999, "without words there is none"
 
 
 def test_exported_files_are_in_order(album, tmp_path, monkeypatch):

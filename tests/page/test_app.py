@@ -29,6 +29,7 @@ from miniclip.datasets.shapes import drawn
 from miniclip.page.answers import Page, read_classes
 from miniclip.page.labels import SAYINGS, Words
 from miniclip.page.requests import Guard, has_room, own_page, sweep
+from miniclip.towers.tokens import add_tokens
 from miniclip.utils.errors import InputError
 from tests.conftest import ROOT
 
@@ -325,6 +326,17 @@ def test_no_more_is_taken_than_is_said():
 
 
 @needs_gradio
+def test_words_are_shown_where_late_interaction_sees_them(tmp_path):
+    loaded = miniclip.load(tiny(tmp_path / "model"))
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    page, say = Page(None, loaded, "model", 20), Words("en")
+    assert "mc-words" not in page.heat(say, [str(tmp_path / "a.png")], "a <b>dog</b>")
+    add_tokens(loaded[0])
+    shown = page.heat(say, [str(tmp_path / "a.png")], "a <b>dog</b>")
+    assert shown.count("<li>") == 2 and shown.count("data:image/jpeg") == 3  # the picture, and one for each word
+    assert "where “&lt;b&gt;dog&lt;/b&gt;” is seen" in shown and "<b>dog" not in shown
+
+
 def test_no_file_is_served_at_any_address(site):
     shown = upload(site, "mine.png", (site.pictures / "scene_02.png").read_bytes())["path"]
     files = ["/etc/passwd", "../../../../../../etc/passwd", "README.md", "./README.md", f"{ROOT}/README.md", shown]

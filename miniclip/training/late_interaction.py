@@ -1,0 +1,67 @@
+"""Training of late interaction (inference/late_interaction.py): a second stage on a model that stays as it is."""
+
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miniclip.inference.embed import embed_images, embed_texts
+from miniclip.inference.feature_cache import FeatureCache
+from miniclip.inference.late_interaction import WORDS, in_pieces, maxsim, patch_vectors, positions, word_vectors
+from miniclip.loss import find_duplicates, gather
+from miniclip.model import ClipOutput, MiniClip
+from miniclip.towers.tokens import add_tokens, has_tokens
+from miniclip.utils.errors import InputError
+from miniclip.weights.pretrained import is_folder
+
+
+class LateInteractionLoss:
+    """InfoNCE, as in `miniclip.loss`, of cosine plus MaxSim. A batch has `patches` (B, P, W) and `words` (B, L, W), the
+    features of both towers. Across processes as `clip_loss`; duplicates are positives."""
+
+    def __init__(self, model: MiniClip):
+        self.model = model
+
+    def __call__(self, outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
+        patches = patch_vectors(self.model.visual, batch["patches"])
+        words = word_vectors(self.model.text, batch["words"])
+        with torch.autocast(words.device.type, enabled=False):
+            images, texts, scale = (x.float() for x in outputs[:3])
+            all_patches, all_words = gather(patches), gather(words)
+            per_text = scale * (texts @ gather(images).T + maxsim(words, all_patches))
+            per_image = per_text.T
+            if all_words is not words:
+                per_image = scale * (images @ gather(texts).T + maxsim(all_words, patches).T)
+            same = find_duplicates(batch["pair_ids"], gather(batch["pair_ids"]))
+            target = same / same.sum(dim=1, keepdim=True)
+            return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
+
+
+def late_interaction(model: MiniClip, options, args) -> LateInteractionLoss:
+    """The loss of `--loss late_interaction`. A model without the projections gets them; nothing else of it learns."""
+    if not options.pretrained and not is_folder(options.model):
+        raise InputError(
+            f"late interaction is trained on a model that has been trained: {options.model} has no weights"
+        )
+    if not has_tokens(model):
+        add_tokens(model)
+    model.logit_scale.requires_grad_(False)
+    for tower in (model.visual, model.text):
+        tower.token_proj.requires_grad_(True)
+    if options.check_gradients:
+        raise InputError("check_gradients does not check late interaction, whose loss holds weights of its own")
+    return LateInteractionLoss(model)
+
+
+def position_features(model: MiniClip, preprocess, tokenizer, records, texts, folder, **how) -> dict[str, np.ndarray]:
+    """The features that the loss reads, float16: `patches` (images, P, W) and `words` (texts, L, W). With a `folder`
+    they are read from feature caches in it, or written there. `how`: options of `embed_images` and `embed_texts`."""
+    image_twin, text_twin = positions(model, "visual"), positions(model, "text")
+    paths, length = [record["image"] for record in records], image_twin.visual.length
+    image_cache = folder and FeatureCache.for_images(folder, model, preprocess, positions=length)
+    text_cache = folder and FeatureCache.for_texts(folder, model, positions=WORDS)
+    patches = in_pieces(paths, partial(embed_images, image_twin, preprocess, cache=image_cache, **how), Tensor.half)
+    words = in_pieces(texts, partial(embed_texts, text_twin, tokenizer, cache=text_cache, **how), Tensor.half)
+    return {"patches": patches.reshape(len(paths), length, -1), "words": words.reshape(len(texts), WORDS, -1)}
