@@ -21,6 +21,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,11 +65,11 @@ def make(recipe: dict, data: Path, output: Path, seed: int):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fast = inference_copy(model.to(device), recipe["precision"])
     torch.set_num_threads(1)
+    text_parts, image_parts = ([items[i : i + 500] for i in range(0, len(items), 500)] for items in (texts, paths))
     with ThreadPoolExecutor(CORES) as pool:
-        how = {"num_workers": 0, "project": False}
-        parts = [pool.submit(embed_images, fast, preprocess, paths[i : i + 250], **how) for i in range(0, len(paths), 250)]
-        lines = pool.submit(embed_texts, fast, tokenizer, texts, batch_size=128, project=False)
-        images, captions = (torch.from_numpy(np.concatenate([f.result() for f in each])) for each in (parts, [lines]))
+        captions = pool.map(partial(embed_texts, fast, tokenizer, batch_size=128, project=False), text_parts)
+        images = pool.map(partial(embed_images, fast, preprocess, num_workers=0, project=False), image_parts)
+        images, captions = (torch.from_numpy(np.concatenate(list(parts))) for parts in (images, captions))
     torch.set_num_threads(CORES)
 
     # Projections: in closed form, then trained
@@ -85,18 +86,19 @@ def make(recipe: dict, data: Path, output: Path, seed: int):
     model.save_pretrained(output)
 
 
-def run(argv: list, **kwargs) -> str:
-    return subprocess.run([sys.executable, *map(str, argv)], check=True, stdout=subprocess.PIPE, text=True, **kwargs).stdout
+def run(*argv):
+    subprocess.run([sys.executable, *map(str, argv)], check=True, stdout=subprocess.DEVNULL)
 
 
-def measure(data: Path, seed: int, scratch: Path) -> tuple[float, float]:
+def measure(recipe: Path, data: Path, seed: int, scratch: Path) -> tuple[float, float]:
     """The seconds that a model took to make, and its mean recall, text to image, in percent."""
     folder = scratch / f"seed-{seed}"
     start = time.perf_counter()
-    run([__file__, "--data", data, "--seeds", seed, "--make", folder])
+    run(__file__, "--data", data, "--recipe", recipe, "--seeds", seed, "--make", folder)
     seconds = time.perf_counter() - start
-    run([ROOT / "evaluate.py", "--model", folder, "--eval_file", data / "en_val.json", "--output", folder / "found.json"])
-    metrics = json.loads((folder / "found.json").read_text())["metrics"]
+    result = folder / "found.json"
+    run(ROOT / "evaluate.py", "--model", folder, "--eval_file", data / "en_val.json", "--output_file", result)
+    metrics = json.loads(result.read_text())["metrics"]
     return seconds, 100 * sum(metrics[f"text_to_image_R@{k}"] for k in (1, 5, 10)) / 3
 
 
@@ -113,7 +115,7 @@ def main():
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in options.seeds:
-            found.append(measure(options.data, seed, Path(scratch)))
+            found.append(measure(options.recipe, options.data, seed, Path(scratch)))
             print(f"seed {seed}: {found[-1][0]:.1f} s, mean recall {found[-1][1]:.2f}", flush=True)
     from results import machine
 
