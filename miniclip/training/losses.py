@@ -17,11 +17,13 @@ def clip(model, options, args) -> Callable:
 LOSSES: dict[str, Callable | str] = {
     "clip": clip,
     "siglip": "miniclip.training.siglip:siglip",
+    "superclip": "miniclip.training.superclip:superclip",
     "distill": "miniclip.training.distill:distill",
     "affinity": "miniclip.training.distill:affinity",
 }
 HELP = {  # for `train.py --help`
     "clip": "symmetric InfoNCE", "siglip": "SigLIP's sigmoid loss",
+    "superclip": "InfoNCE plus the caption's words, which the image has to name",
     "distill": "InfoNCE plus a teacher's scores", "affinity": "a teacher's scores alone (TinyCLIP)",
 }  # fmt: skip
 NEED_TEACHER = {"distill", "affinity"}

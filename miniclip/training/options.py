@@ -116,6 +116,8 @@ class TrainOptions:
             yield f"the losses {' and '.join(sorted(losses.NEED_TEACHER))} need a teacher; the others do not use one"
         if self.teacher and any(self.frozen):
             yield f"a teacher needs images and captions, but a tower is {frozen} and only its features are kept"
+        if self.loss == "superclip" and self.frozen[1]:
+            yield f"the superclip loss needs captions, but the text tower is {frozen} and only its features are kept"
         if self.loss == "affinity" and self.duplicates != "positive":
             yield "duplicates has no effect with the affinity loss, which has only the teacher's scores. Remove it"
         if self.holdout and self.eval_file:
