@@ -10,6 +10,7 @@ in all captions seen so far. This one adds neither weights nor state to a model.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,9 +34,11 @@ def superclip(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Te
     if uses_fsdp(args):
         raise InputError("loss superclip reads the embeddings of tokens, which FSDP divides. Remove fsdp")
     pad = text.tokenizer.pad_token_id
-    return lambda outputs, batch: (
-        contrast(outputs, batch) + word_loss(outputs, batch["input_ids"], table, text.projection, pad)
-    )
+    return partial(superclip_loss, contrast=contrast, table=table, projection=text.projection, pad=pad)
+
+
+def superclip_loss(outputs: ClipOutput, batch: dict, contrast: Callable, **words) -> Tensor:
+    return contrast(outputs, batch) + word_loss(outputs, batch["input_ids"], **words)
 
 
 def word_loss(outputs: ClipOutput, input_ids: Tensor, table: nn.Embedding, projection: nn.Module, pad: int) -> Tensor:
