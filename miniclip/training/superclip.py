@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.model import ClipOutput, MiniClip, TextTransformer
+from miniclip.towers.huggingface import HfTextTower
 from miniclip.training.fsdp import uses_fsdp
 from miniclip.training.losses import clip
 from miniclip.utils.errors import InputError
@@ -25,9 +26,14 @@ from miniclip.utils.errors import InputError
 
 def superclip(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Tensor]:
     """CLIP's loss, with `--duplicates`, and that of the words. Raises InputError for a model without embeddings of
-    tokens that its text projection can read."""
+    tokens that its text projection can read, or with FSDP."""
     text, contrast = model.text, clip(model, options, args)
-    table = text.token_embedding if isinstance(text, TextTransformer) else text.trunk.get_input_embeddings()
+    if isinstance(text, TextTransformer):
+        table = text.token_embedding
+    elif isinstance(text, HfTextTower):
+        table = text.trunk.get_input_embeddings()
+    else:
+        raise InputError(f"loss superclip finds no embeddings of tokens in {type(text).__name__}. Choose another loss")
     if table.embedding_dim != text.width:
         wrong = f"the embeddings of tokens are {table.embedding_dim} wide, the text tower {text.width}"
         raise InputError(f"loss superclip: {wrong}. Choose another loss or text tower")
