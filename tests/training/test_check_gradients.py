@@ -50,6 +50,7 @@ PARTS = ["image tower", "text tower", "projections", "logit scale"]
     ({}, []),
     ({"fast": False, "gradient_checkpointing": True}, []),
     ({"grad_cache_chunk_size": 4, "loss": "affinity"}, []),
+    ({"grad_cache_chunk_size": 4, "loss": "superclip"}, []),
     ({"loss": "siglip", "gradient_accumulation_steps": 2}, ["accumulation"]),
     ({"loss": "distill", "bf16": True, "grad_cache_chunk_size": 2}, ["bf16"]),
     ({"patch_dropout": 0.5, "grad_cache_chunk_size": 4, "bf16": True, "gradient_accumulation_steps": 2},

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import miniclip
@@ -24,6 +25,7 @@ from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.losses import make_loss
 from miniclip.training.options import TrainOptions
 from miniclip.training.siglip import add_logit_bias, siglip_loss
+from miniclip.training.superclip import word_loss
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 from miniclip.weights.load import load_weights
@@ -168,6 +170,23 @@ def test_a_student_equal_to_its_teacher_has_no_gradient(tiny_model):
     assert max(p.grad.abs().max() for p in other.parameters()) > 1e-3
 
 
+def test_words_by_hand():
+    """Three captions: start and end, which all of them have, do not count, and a word counts once."""
+    images, scale, table = torch.eye(3)[:, :2] + 0.0, torch.tensor(2.0), nn.Embedding(9, 2)
+    ids = torch.tensor([[7, 1, 2, 8, 0], [7, 2, 2, 8, 0], [7, 3, 8, 0, 0]])  # start, words, end, padding
+    table.weight.data = torch.arange(18.0).view(9, 2).sin()
+    words = F.normalize(table.weight[[1, 2, 3, 7, 8]].detach(), dim=1)
+    log_p = (2 * images @ words.T).log_softmax(dim=1)
+    rare, common = math.log(3 / 1), math.log(3 / 2)
+    first = -(rare * log_p[0, 0] + common * log_p[0, 1]) / (rare + common)
+    outputs = ClipOutput(images.requires_grad_(), None, scale.requires_grad_())
+    loss = word_loss(outputs, ids, table, nn.Identity(), pad=0)
+    assert loss.item() == pytest.approx((first - log_p[1, 1] - log_p[2, 2]).item() / 3, abs=1e-6)
+    loss.backward()
+    assert scale.grad is None and images.grad.any() and table.weight.grad[[1, 2, 3]].all()
+    assert not table.weight.grad[[0, 4, 5, 6]].any()
+
+
 def test_a_model_with_a_bias_goes_through_weight_files(tiny_config, tmp_path):
     """Trained by SigLIP's loss, converted, loaded into a model that has no bias, and trained by another loss."""
     model = MiniClip(tiny_config)
@@ -260,7 +279,7 @@ def test_gradients_equal_those_of_one_process(tiny_config, tmp_path, run_script,
         batch["pair_ids"][one, column] = batch["pair_ids"][other, column]
     cases = [
         {"loss": loss, "duplicates": duplicates, "chunk_size": chunk}
-        for loss in ("clip", "siglip", "distill", "affinity")
+        for loss in ("clip", "siglip", "superclip", "distill", "affinity")
         for duplicates in ("positive", "exclude", "ignore")
         for chunk in (0, 3)
         if not (loss == "affinity" and duplicates != "positive")
@@ -288,6 +307,7 @@ def test_gradients_equal_those_of_one_process(tiny_config, tmp_path, run_script,
     "options",
     [
         ["--loss", "siglip", "--duplicates", "exclude"],
+        ["--loss", "superclip"],
         ["--loss", "distill"],
         pytest.param(["--loss", "affinity"], marks=pytest.mark.slow),
     ],

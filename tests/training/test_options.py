@@ -113,6 +113,7 @@ def test_unknown_options_are_named_in_one_line(tmp_path, capsys):
         (["--loss", "distill"], "need a teacher"),
         (["--teacher", "ViT-B-32"], "need a teacher"),
         (["--loss", "affinity", "--teacher", "ViT-B-32", "--freeze_image", "all"], "a tower is frozen"),
+        (["--loss", "superclip", "--freeze_text", "tower"], "the superclip loss needs captions"),
     ],
 )
 def test_options_that_do_not_go_together(options, message, tmp_path):
