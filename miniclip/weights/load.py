@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.checkpoint import to_miniclip
-from miniclip.config import MiniClipConfig, list_models
+from miniclip.config import MiniClipConfig, TextConfig, VisionConfig, list_models
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
 from miniclip.towers.registry import SIZED_BY_FILE, told_by_weights
 from miniclip.utils.errors import CheckpointError
@@ -189,8 +189,12 @@ def fitting_configs(weights: dict[str, Tensor], quick_gelu: bool | None = None) 
     sizes, found = infer_config(weights), []
     sizes["vision_cfg"].pop("head_width", None)
     del sizes["text_cfg"]["heads"]  # both are guesses
+    told = told_by_weights(weights) is not None
     for name in list_models():
-        config = MiniClipConfig.from_name(name).to_dict()
+        config = MiniClipConfig.from_name(name)
+        if type(config.text_cfg) is not TextConfig or (type(config.vision_cfg) is VisionConfig) == told:
+            continue  # towers of another kind may have these sizes too
+        config = config.to_dict()
         alike = all(sizes[tower].items() <= config[tower].items() for tower in ("vision_cfg", "text_cfg"))
         if alike and config["embed_dim"] == sizes["embed_dim"] and quick_gelu in (None, config["quick_gelu"]):
             found.append(name)

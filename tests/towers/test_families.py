@@ -19,7 +19,7 @@ from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
 from miniclip.weights.inherit import chosen_layers, inherit
-from miniclip.weights.load import load_weights, resize_positions
+from miniclip.weights.load import empty_model, fitting_configs, load_weights, resize_positions
 from tests.towers.test_hf_towers import save_text_encoder
 from tests.training.test_training import recipe, weights  # noqa: F401
 
@@ -157,6 +157,9 @@ def test_openais_archives_of_resnets(tmp_path, recwarn):
     assert "visual.attnpool.positional_embedding was interpolated from 5 to 10 positions" in str(recwarn[-1].message)
     resized = resize_positions(model.visual.attnpool.positional_embedding.half(), 10, is_grid=True)
     assert torch.equal(other.visual.attnpool.positional_embedding, resized)
+    for name in ("RN50", "TinyCLIP-ResNet-30M-Text-29M"):
+        shapes = empty_model(MiniClipConfig.from_name(name)).state_dict()
+        assert fitting_configs(shapes, quick_gelu=False) == [name]
     with pytest.raises(CheckpointError, match=r"none that ships, but one with .*'layers': \(1, 2, 1, 1\), 'width': 8"):
         load_weights(MiniClip(config_of(values | {"embed_dim": 25})), tmp_path / "RN.pt")
 
