@@ -15,5 +15,6 @@ def _joint(values: dict) -> bool:
 
 
 SECTIONS.append((VisionConfig, _joint, "miniclip.towers.joint:JointVisionConfig"))
+SECTIONS.append((TextConfig, _joint, "miniclip.towers.joint:JointTextConfig"))
 SECTIONS.append((VisionConfig, _hf, "miniclip.towers.huggingface:HfVisionConfig"))
 SECTIONS.append((TextConfig, _hf, "miniclip.towers.huggingface:HfTextConfig"))

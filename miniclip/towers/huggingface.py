@@ -265,11 +265,11 @@ class HfTextTower(HfTower):
             with replacing(directory / "tokenizer") as scratch:
                 self.tokenizer.tokenizer.save_pretrained(scratch)
 
-    def load_files(self, directory: Path):
-        if not (directory / "tokenizer").is_dir():
-            raise InputError(f"{directory}: the folder tokenizer, which the text tower needs, is missing")
+    def load_files(self, directory: Path, folder: str = "tokenizer"):
+        if not (directory / folder).is_dir():
+            raise InputError(f"{directory}: the folder {folder}, which the text tower needs, is missing")
         with offline():
-            self.own_tokenizer = self.read_tokenizer(directory / "tokenizer")
+            self.own_tokenizer = self.read_tokenizer(directory / folder)
 
 
 TOWERS.update({HfVisionConfig: HfVisionTower, HfTextConfig: HfTextTower})
