@@ -196,20 +196,22 @@ def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: 
         scale.data.clamp_(0, MAX_LOGIT_SCALE)
 
 
-def choose(model: MiniClip, pairs: Pairs, args, loss: Callable):
+def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool):
     """Tries strengths of regularisation, then training, on held-out images. Returns the projections of all pairs, their
-    logit scale, whether training improves on them, and a line about that."""
+    logit scale, whether training improves on them, and a line about that. Unless projections are trained `alone`, but
+    blocks of the encoders with them, training is not tried."""
     heads = [copy.deepcopy(tower.projection).cpu().float() for tower in (model.visual, model.text)]
     centred = all(linear(head).bias is not None for head in heads)
     n, dim, bias = len(pairs.images), model.config.embed_dim, model.logit_bias
     bias = None if bias is None else bias.detach().cpu()
     batch, total = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, Moments.of(pairs)
     if n < FEW:
-        line = f"projections: regularised CCA, not trained further: {n} images are too few to hold any out"
+        then = "not trained further" if alone else "then trained with the last blocks"
+        line = f"projections: regularised CCA, {then}: {n} images are too few to hold any out"
         return (
             ClosedForm(total, centred).solve(STRENGTHS[-1], STRENGTHS[-2], dim),
             model.logit_scale.item(),
-            False,
+            not alone,
             line,
         )
     parts = [(kept, pairs.take(held)) for kept, held in folds(n, args.seed)]
@@ -234,29 +236,41 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable):
     for form, (kept, held) in zip(forms, parts):
         install(heads, form.solve(*strengths, dim))
         scales.append(fit_scale(heads, held, batch))
-        train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
-        trained.append(mean_recall(heads, held))
-    before, after, where = measure(*best), sum(trained) / len(trained), sum(len(held.images) for _, held in parts)
+        if alone:
+            train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
+            trained.append(mean_recall(heads, held))
+    before, where = measure(*best), sum(len(held.images) for _, held in parts)
     times = "1 fold" if len(parts) == 1 else f"{len(parts)} folds"
     line = (
         f"projections: regularised CCA (images {strengths[0]:g}, captions {strengths[1]:g}), mean recall {before:.1f}"
-        f" on {where} images held out for a moment in {times}, after training {after:.1f}: "
-        + ("training goes on from there" if after > before else "nothing more is trained (one epoch at rate 0)")
+        f" on {where} images held out for a moment in {times}"
     )
-    return ClosedForm(total, centred).solve(*strengths, dim), sum(scales) / len(scales), after > before, line
+    if alone:
+        after = sum(trained) / len(trained)
+        then = "training goes on from there" if after > before else "nothing more is trained (one epoch at rate 0)"
+        line += f", after training {after:.1f}: {then}"
+    trains = not alone or after > before
+    return ClosedForm(total, centred).solve(*strengths, dim), sum(scales) / len(scales), trains, line
+
+
+def starts_in_closed_form(model: MiniClip, options) -> bool:
+    """Whether projections begin there: both are one linear layer, which has not been trained, and of the encoders,
+    which are pretrained, at most the last blocks learn."""
+    pretrained = model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained
+    trained = options.pretrained or is_folder(options.model) or options.check_gradients
+    whole = options.streaming or "none" in (options.freeze_image, options.freeze_text)
+    one = all(linear(tower.projection) for tower in (model.visual, model.text))
+    return bool(pretrained and one and not trained and not whole)
 
 
 def start_in_closed_form(model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray):
-    """Sets both projections of a model with frozen towers, from the features of its records, to their closed form, and
-    the logit scale to what suits held-out pairs. Sets the learning rate to 0, for one epoch, if training does not help.
-    Does nothing where the projections have been trained already, or are not one linear layer each."""
-    if options.pretrained or is_folder(options.model) or options.check_gradients:
-        return
-    if not all(linear(tower.projection) for tower in (model.visual, model.text)):
-        return
+    """Sets both projections of a model, from the features of its records, to their closed form, and the logit scale to
+    what suits held-out pairs. Sets the learning rate to 0, for one epoch, if training projections alone does not help.
+    """
     found: list = [None]
     if args.process_index == 0:
-        found = [choose(model, pairs_of(records, images, texts), args, make_loss(model, options, args))]
+        loss, alone = make_loss(model, options, args), options.frozen == (True, True)
+        found = [choose(model, pairs_of(records, images, texts), args, loss, alone)]
     if dist.is_initialized():
         dist.broadcast_object_list(found)  # another process might find something else in the last bits
     solution, scale, trains, line = found[0]

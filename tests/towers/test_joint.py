@@ -89,6 +89,13 @@ def test_texts_are_read_by_each_encoder_with_its_own_tokenizer(joint_texts, tmp_
 def test_joined_texts_train_from_the_top_of_each(joint_texts, caption_set, tmp_path, capsys):
     train(joint_texts, caption_set, tmp_path / "one", "--num_train_epochs", "1")
     assert "projections: regularised CCA" in capsys.readouterr().out
+    # Blocks of both towers learn: a run from the encoders begins in closed form too, with cached features if they are.
+    top, cache = ["--freeze_text", "all_but_1", "--freeze_image", "all_but_1"], ["--feature_cache", str(tmp_path / "c")]
+    train(joint_texts, caption_set, tmp_path / "top", "--num_train_epochs", "1", *top, *cache)
+    said = capsys.readouterr().out
+    assert "projections: regularised CCA" in said and "after training" not in said and (tmp_path / "c").is_dir()
+    with pytest.raises(InputError, match="feature_cache has no effect"):
+        train(tmp_path / "top", caption_set, tmp_path / "none", *top, *cache)
     train(tmp_path / "one", caption_set, tmp_path / "two", "--num_train_epochs", "1", "--freeze_text", "all_but_1")
     before, after = (miniclip.load(tmp_path / name)[0].text.state_dict() for name in ("one", "two"))
     moved = {name.rpartition("layer.")[0] + name.rpartition("layer.")[2][:1] for name in before
