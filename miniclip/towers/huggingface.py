@@ -161,6 +161,12 @@ class HfVisionTower(HfTower):
         self.width = cfg.width
         self.proj = self.head(embed_dim)
 
+    @property
+    def classes(self) -> dict[int, str]:
+        """Which of the features are probabilities: number of the feature to the name of its class."""
+        names = self.trunk.classes() if isinstance(self.trunk, PackagedEncoder) else []
+        return dict(enumerate(names, self.width - len(names)))
+
     def features(self, pixel_values: Tensor) -> Tensor:
         S = self.image_size
         if pixel_values.shape[1:] != (3, S, S):

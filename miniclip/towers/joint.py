@@ -156,6 +156,14 @@ class JointVisionTower(JointTower):
         super().__init__(cfg, embed_dim, quick_gelu)
         self.image_size = cfg.image_size
 
+    @property
+    def classes(self) -> dict[int, str]:
+        found, first = {}, 0
+        for tower in self.towers:
+            found |= {first + number: name for number, name in tower.classes.items()}
+            first += tower.width
+        return found
+
     def inputs(self, pixel_values: Tensor) -> list[Tensor]:
         """The pixels of each encoder's own images."""
         S, looks = self.image_size, self.cfg.looks
