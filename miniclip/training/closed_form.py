@@ -35,7 +35,7 @@ from miniclip.weights.pretrained import is_folder
 
 CHUNK = 4096  # images whose features are float64 at a time
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of regularisation
-TRUST = (0.0, 0.3, 1.0)  # in the names of classes
+TRUST = (0.0, 0.1, 0.3, 1.0)  # in the names of classes
 FOLDS, SCORED, ENOUGH = 5, 1500, 6000  # folds; images that are held out in all, and those trained on, at most
 FEW = 10  # images, below which nothing is held out
 
@@ -83,11 +83,15 @@ class Moments(NamedTuple):
     def without(self, others: "Moments") -> "Moments":
         return Moments(*(a - b for a, b in zip(self, others)))
 
+    def masked(self, mask: Tensor) -> "Moments":
+        """Those of the features x * mask, (X,) of zeros and ones."""
+        return self._replace(x=self.x * mask, xx=self.xx * mask.outer(mask), xy=self.xy * mask[:, None])
+
 
 class ClosedForm:
     """The projections of some moments, for any strength of regularisation; for layers with a bias, or without. `prior`
-    (X, Y) maps images to captions by knowledge from elsewhere. `images` (n, X), those of the moments, save time if they
-    are fewer than their features."""
+    (X, Y) maps images to captions by knowledge from elsewhere; without trust in it, the features that it maps are left
+    out. `images` (n, X), those of the moments, save time if they are fewer than their features."""
 
     def __init__(self, moments: Moments, bias: bool = True, prior: Tensor | None = None, images: Tensor | None = None):
         n, x, y, xx, yy, xy = moments
@@ -102,6 +106,9 @@ class ClosedForm:
         self.cxy = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y
         self.prior = None
         if prior is not None:
+            mask = (~prior.any(dim=1)).double()
+            rest = None if images is None else images * mask
+            self.plain = cache(lambda: ClosedForm(moments.masked(mask), bias, images=rest))
             self.prior = prior.double() @ self.axes_y
             if not bias:
                 self.prior -= x.outer(x @ self.prior) / (x @ x)  # what it says of all images alike
@@ -127,6 +134,8 @@ class ClosedForm:
     ) -> tuple[tuple[Tensor, Tensor], ...]:
         """Weight (dim, X), bias (dim,) of the images' projection, and those (dim, Y), (dim,) of the texts'. Rows beyond
         the number of directions are zero. `trust`: as large as Cxy times this is what the prior P adds to it, Rx P."""
+        if self.prior is not None and not trust:
+            return self.plain().solve(reg_x, reg_y, dim, power)
         (regression, more), cxy = self.maps(reg_x), self.cxy
         if trust:
             share = trust * self.spread / more.norm()
@@ -253,7 +262,7 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
             found.append(mean_recall(heads, held))
         return sum(found) / len(found)
 
-    best, tried = (3, 1, int(prior is not None)), None
+    best, tried = (*((4, 2) if n < 1000 else (3, 1)), 2 * int(prior is not None)), None
     while best != tried:  # uphill, one at a time; where few images show no difference, to what is stronger
         tried = best
         for axis, values in reversed(list(enumerate(axes))):

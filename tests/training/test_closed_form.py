@@ -57,12 +57,19 @@ def test_it_equals_a_reference(n, x, y, dim, power, trust):
     starts = torch.tensor([0, *np.cumsum([len(found) for found in captions])])
     pairs = Pairs(torch.from_numpy(images), torch.from_numpy(np.concatenate(captions)), starts)
     prior = torch.from_numpy(rng.standard_normal((x, y)))
-    form = ClosedForm(Moments.of(pairs), prior=prior, images=pairs.images)
+    form = ClosedForm(Moments.of(pairs), prior=prior if trust else None, images=pairs.images)
     (wx, bx), (wy, by) = form.solve(3.0, 0.3, dim, power, trust)
     theirs = reference(images, captions, 3.0, 0.3, dim, power, prior.numpy(), trust)
     signs = np.sign((wx.numpy() * theirs[0]).sum(axis=1))  # of a pair of directions, either
     for ours, their in zip((wx, bx, wy, by), theirs):
         assert np.abs((ours.numpy().T * signs).T - their).max() < 1e-6 * np.abs(their).max()
+    # Without trust in it, the features that a prior maps are left out.
+    prior[: x // 2] = 0
+    fewer, known = pairs._replace(images=pairs.images[:, : x // 2]), (3.0, 0.3, dim, power)
+    plain = ClosedForm(Moments.of(pairs), prior=prior, images=pairs.images).solve(6.0, *known[1:])
+    if x % 2 == 0:  # the regularisation is a multiple of the mean over all features
+        for ours, their in zip(plain[1], ClosedForm(Moments.of(fewer)).solve(*known)[1]):
+            assert torch.allclose(ours.abs(), their.abs(), atol=1e-6) and not plain[0][0][:, x // 2 :].any()
     left = pairs.take(torch.arange(n - 3))
     without = ClosedForm(Moments.of(pairs).without(Moments.of(pairs.take(torch.arange(n - 3, n)))))
     for a, b in zip(without.solve(3.0, 0.3, dim)[0], ClosedForm(Moments.of(left)).solve(3.0, 0.3, dim)[0]):
