@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from miniclip.data import image_id
-from miniclip.inference.embed import embed_texts
 from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, ClipOutput, MiniClip
 from miniclip.retrieval import retrieval_metrics
@@ -302,24 +301,23 @@ def starts_in_closed_form(model: MiniClip, options) -> bool:
     return bool(pretrained and one and not trained and not whole)
 
 
-def class_prior(model: MiniClip, cache) -> Tensor | None:
+def class_prior(model: MiniClip, names: np.ndarray) -> Tensor:
     """What the image encoders know already, as a map (X, Y) from images to captions: from the probability of each of
-    their own classes to its name, as the text tower reads it (Norouzi et al., arXiv 1312.5650). None without such."""
-    if not (classes := model.visual.classes):
-        return None
-    prompts = [f"a photo of a {name}" for name in classes.values()]
-    read = torch.from_numpy(embed_texts(model, model.text.tokenizer, prompts, cache=cache, project=False))
+    their own classes to its name, as the text tower reads it, `names` (classes, Y) (Norouzi et al., arXiv 1312.5650).
+    """
     prior = torch.zeros(model.visual.width, model.text.width)
-    prior[list(classes)] = read - read.mean(dim=0)
+    prior[list(model.visual.classes)] = torch.from_numpy(names - names.mean(axis=0))
     return prior
 
 
-def start_in_closed_form(model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray, texts_cache):
+def start_in_closed_form(
+    model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray, names: np.ndarray | None
+):
     """Sets both projections of a model, from the features of its records, to their closed form, and the logit scale to
     what suits held-out pairs. Sets the learning rate to 0, for one epoch, if training projections alone does not help.
     """
     found: list = [None]
-    prior = class_prior(model, texts_cache)
+    prior = None if names is None else class_prior(model, names)
     if args.process_index == 0:
         loss, alone = make_loss(model, options, args), options.frozen == (True, True)
         found = [choose(model, pairs_of(records, images, texts), args, loss, alone, prior)]

@@ -125,7 +125,9 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
         whose = "frozen towers" if any(options.frozen) else "the start"
         print(f"{whose}: features computed once, without random crops; {', '.join(counts)} were cached")
     if start:
-        start_in_closed_form(model, options, args, records, *features, caches[1])
+        prompts = [f"a photo of a {name}" for name in model.visual.classes.values()]
+        names = embed_texts(model, tokenizer, prompts, cache=caches[1], project=False) if prompts else None
+        start_in_closed_form(model, options, args, records, *features, names)
     for number, frozen in enumerate(options.frozen):
         if not frozen:  # its features change from now on
             features[number] = caches[number] = None
