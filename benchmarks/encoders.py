@@ -26,6 +26,7 @@ MODELS = {  # a model config, and the licences of its weights
     "EfficientNet-Lite0-MiniLM": APACHE,
     "EfficientNet-Lite0-Lite2-MiniLM": APACHE,
     "EfficientNet-Lite0-Lite2-MPNet": APACHE,
+    "EfficientNet-Lite0-Lite2-MiniLM-MPNet": APACHE,
     "EfficientNet-Lite0-E5": f"{APACHE}; MIT",
 }
 COLUMNS = [

@@ -1,6 +1,6 @@
 """What is zero-shot classification worth? Prints what docs/classify.md says.
 
-    python benchmarks/zero_shot.py --model runs/encoders_image --demo runs/demo --flickr8k data/flickr8k \
+    python benchmarks/zero_shot.py --model runs/encoders_unlocked --demo runs/demo --flickr8k data/flickr8k \
         --others runs/encoders_multilingual runs/encoders_cn runs/flickr8k runs/flickr8k_cn
 
 The others are asked for the classes alone, in each language.

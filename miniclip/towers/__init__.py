@@ -49,6 +49,7 @@ for base, tells, section in (  # with `token_dim`, of late interaction
 ):  # fmt: skip
     SECTIONS.append((base, _tokens(tells), f"miniclip.towers.{section}"))
 SECTIONS.append((VisionConfig, _joint, "miniclip.towers.joint:JointVisionConfig"))
+SECTIONS.append((TextConfig, _joint, "miniclip.towers.joint:JointTextConfig"))
 SECTIONS.append((VisionConfig, _pruned, "miniclip.towers.pruned:PrunedVisionConfig"))
 SECTIONS.append((TextConfig, _pruned, "miniclip.towers.pruned:PrunedTextConfig"))
 SECTIONS.append((VisionConfig, _resnet, "miniclip.towers.resnet:ResNetConfig"))

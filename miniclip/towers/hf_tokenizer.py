@@ -4,8 +4,11 @@ import hashlib
 import html
 import json
 import os
+from collections.abc import Sequence
+from itertools import chain, zip_longest
 
 import ftfy
+import torch
 from torch import Tensor
 
 from miniclip.tokenizer import BaseTokenizer
@@ -42,11 +45,59 @@ class HfTokenizer(BaseTokenizer):
 
     def fingerprint(self) -> str:
         inner = getattr(self.tokenizer, "backend_tokenizer", None)
+        if inner is not None:
+            inner.no_truncation()  # each call sets both anew: what the last one left there decides nothing
+            inner.no_padding()
         text = inner.to_str() if inner is not None else json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return hashlib.sha256(f"{self.context_length} {text}".encode()).hexdigest()
 
     def __deepcopy__(self, memo) -> "HfTokenizer":
         return self  # copies of a model share it
+
+
+class JointTokenizer(BaseTokenizer):
+    """The tokenizers of text encoders side by side. Their ids take turns: the first token of each encoder, the second
+    of each and so on, `context_length` in all. Each one's ids begin at another of `firsts`; 0 is the padding of all."""
+
+    tokenizer = None  # of transformers: there is no single one
+
+    def __init__(self, parts: Sequence[HfTokenizer], firsts: Sequence[int]):
+        super().__init__(sum(part.context_length for part in parts))
+        self.parts, self.firsts = list(parts), list(firsts)
+        self.unk_token_id = None if parts[0].unk_token_id is None else parts[0].unk_token_id + firsts[0]
+
+    def turns(self, rows: Sequence[list[int]]) -> list[int]:
+        own = ([first + i for i in row] for first, row in zip(self.firsts, rows))
+        return list(chain.from_iterable(zip_longest(*own, fillvalue=self.pad_token_id)))
+
+    def encode(self, text: str) -> list[int]:
+        return self.turns([part.encode(text) for part in self.parts])
+
+    def rows(self, texts: list[str], length: int) -> list[list[int]]:
+        before, each = [part.truncated for part in self.parts], length // len(self.parts)
+        found = [self.turns(rows) for rows in zip(*(part.rows(texts, each) for part in self.parts))]
+        self.truncated += max(part.truncated - n for part, n in zip(self.parts, before))
+        return found
+
+    def lengths(self, ids: Tensor) -> Tensor:
+        return (torch.arange(1, ids.shape[1] + 1) * (ids != self.pad_token_id)).amax(dim=1)  # padding is inside too
+
+    def text_of(self, ids: list[int]) -> str:
+        """The text that the encoder of the first id reads."""
+        if not (ids := [i for i in ids if i != self.pad_token_id]):
+            return ""
+        number = max(n for n, first in enumerate(self.firsts) if first <= ids[0])
+        first, end = [*self.firsts, 1 << 62][number : number + 2]
+        return self.parts[number].text_of([i - first for i in ids if first <= i < end])
+
+    def vocabulary(self) -> list[dict[str, int]]:
+        return [part.vocabulary() for part in self.parts]
+
+    def fingerprint(self) -> str:
+        return " ".join(part.fingerprint() for part in self.parts)
+
+    def __deepcopy__(self, memo) -> "JointTokenizer":
+        return self
 
 
 def clean(text: str) -> str:

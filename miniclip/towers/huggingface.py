@@ -164,6 +164,12 @@ class HfVisionTower(HfTower):
         self.width = cfg.width
         self.proj = self.head(embed_dim)
 
+    @property
+    def classes(self) -> dict[int, str]:
+        """Which of the features are probabilities: number of the feature to the name of its class."""
+        names = self.trunk.classes() if isinstance(self.trunk, PackagedEncoder) else []
+        return dict(enumerate(names, self.width - len(names)))
+
     def features(self, pixel_values: Tensor) -> Tensor:
         S = self.image_size
         if pixel_values.shape[1:] != (3, S, S):
@@ -263,11 +269,11 @@ class HfTextTower(HfTower):
             with replacing(directory / "tokenizer") as scratch:
                 self.tokenizer.tokenizer.save_pretrained(scratch)
 
-    def load_files(self, directory: Path):
-        if not (directory / "tokenizer").is_dir():
-            raise InputError(f"{directory}: the folder tokenizer, which the text tower needs, is missing")
+    def load_files(self, directory: Path, folder: str = "tokenizer"):
+        if not (directory / folder).is_dir():
+            raise InputError(f"{directory}: the folder {folder}, which the text tower needs, is missing")
         with offline():
-            self.own_tokenizer = self.read_tokenizer(directory / "tokenizer")
+            self.own_tokenizer = self.read_tokenizer(directory / folder)
 
 
 def fuse_norms(network: nn.Module) -> nn.Module:

@@ -1,19 +1,24 @@
-"""Several image encoders side by side, whose features are joined.
+"""Several encoders side by side in one tower, whose features are joined.
 
     "vision_cfg": {
         "towers": [{"hf_model_name": "package:efficientnet-lite0"}, {"hf_model_name": "package:efficientnet-lite2"}],
         "hf_proj_type": "linear", "hf_proj_dropout": 0.3
+    },
+    "text_cfg": {
+        "towers": [{"hf_model_name": "package:all-MiniLM-L6-v2"}, {"hf_model_name": "package:all-mpnet-base-v2"}],
+        "hf_proj_type": "linear", "hf_proj_dropout": 0.3, "context_length": 64
     }
 
 Each entry of `towers` is the section of one encoder; its own projection does not exist. Each encoder's features count
 the same: they are brought to unit length. Images are prepared as the encoder with the largest ones wants them, and then
-for each other one resized to its size and given its mean and deviation.
+for each other one resized to its size and given its mean and deviation. Each text encoder reads tokens of its own
+tokenizer (`JointTokenizer`).
 """
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +26,28 @@ from torch import Tensor, nn
 
 from miniclip.config import PreprocessConfig
 from miniclip.model import TOWERS
-from miniclip.towers.hf_config import HfVisionConfig
-from miniclip.towers.huggingface import HfTower, HfVisionTower
+from miniclip.towers.hf_config import HfTextConfig, HfVisionConfig
+from miniclip.towers.hf_tokenizer import JointTokenizer
+from miniclip.towers.huggingface import HfTextTower, HfTower, HfVisionTower
 from miniclip.towers.tokens import TOKEN_DIM, register_tokens, token_features
 from miniclip.utils.config_files import fill
 from miniclip.utils.errors import InputError
+from miniclip.utils.files import replacing
 
 
-@dataclass
-class JointVisionConfig(HfVisionConfig):
-    towers: list = field(default_factory=list)  # sections of encoders; what is filled in there is saved here
-    looks: list = field(default_factory=list)  # size, mean and std of each encoder's own images; filled in
+class Joint:
+    """What both sections share: `towers`, the sections of their encoders, of the class `one`."""
+
+    one: type
 
     def __post_init__(self):
-        self.towers, self.looks = list(self.towers), list(self.looks)
+        self.towers = list(self.towers)
+
+    def sections(self) -> list:
+        """The encoders' sections. Raises InputError for one that is wrong."""
         if len(self.towers) < 2:
             raise InputError("towers needs two encoders or more")
-        sections = self.sections()  # raises InputError for one that is wrong
-        self.looks = self.looks or [_look(section) for section in sections]
-
-    def sections(self) -> list[HfVisionConfig]:
-        made = [fill(HfVisionConfig, values, f"tower {number}") for number, values in enumerate(self.towers)]
-        for section, look in zip(made, self.looks):
-            section.image_size = look["size"]
-        return made
+        return [fill(self.one, values, f"tower {number}") for number, values in enumerate(self.towers)]
 
     def problems(self):
         self.hf_model_name = "joint"  # what is asked of one encoder does not hold here
@@ -58,11 +61,44 @@ class JointVisionConfig(HfVisionConfig):
     def pretrained(self) -> bool:
         return all(section.pretrained for section in self.sections())
 
+
+@dataclass
+class JointVisionConfig(Joint, HfVisionConfig):
+    towers: list = field(default_factory=list)  # sections of encoders; what is filled in there is saved here
+    looks: list = field(default_factory=list)  # size, mean and std of each encoder's own images; filled in
+    one = HfVisionConfig
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.looks = list(self.looks) or [_look(section) for section in self.sections()]
+
+    def sections(self) -> list[HfVisionConfig]:
+        made = super().sections()
+        for section, look in zip(made, self.looks):
+            section.image_size = look["size"]
+        return made
+
     def largest(self) -> int:
         return max(range(len(self.looks)), key=lambda number: self.looks[number]["size"])
 
     def preprocess(self) -> dict:
         return self.sections()[self.largest()].preprocess()
+
+
+@dataclass
+class JointTextConfig(Joint, HfTextConfig):
+    """Its `context_length` is that of each encoder."""
+
+    hf_pooler_type: str | None = None
+    hf_proj_type: str | None = "linear"
+    towers: list = field(default_factory=list)
+    one = HfTextConfig
+
+    def sections(self) -> list[HfTextConfig]:
+        made = super().sections()
+        for section in made:
+            section.context_length = self.context_length
+        return made
 
 
 def _look(section: HfVisionConfig) -> dict:
@@ -71,39 +107,23 @@ def _look(section: HfVisionConfig) -> dict:
 
 
 class JointTower(HfTower):
-    """Images (B, 3, S, S) to embeddings (B, E). A block is one of each encoder, counted from their ends."""
+    """Base class of both towers. A block is one of each encoder, counted from their ends."""
 
-    def __init__(self, cfg: JointVisionConfig, embed_dim: int, quick_gelu: bool):
+    one: type[HfTower]
+
+    def __init__(self, cfg: JointVisionConfig | JointTextConfig, embed_dim: int, quick_gelu: bool):
         nn.Module.__init__(self)
-        self.cfg, self.image_size, sections = cfg, cfg.image_size, cfg.sections()
-        self.towers = nn.ModuleList(HfVisionTower(section, embed_dim, quick_gelu) for section in sections)
+        self.cfg, sections = cfg, cfg.sections()
+        self.towers = nn.ModuleList(self.one(section, embed_dim, quick_gelu) for section in sections)
         for tower in self.towers:
-            tower.proj = nn.Identity()
+            setattr(tower, tower.projection_name, nn.Identity())
         cfg.towers = [asdict(section) for section in sections]  # with what building them filled in
         self.width = cfg.width = sum(tower.width for tower in self.towers)
-        self.proj = self.head(embed_dim)
+        setattr(self, self.projection_name, self.head(embed_dim))
 
-    def features(self, pixel_values: Tensor) -> Tensor:
-        found = [F.normalize(tower.features(x), dim=1) for tower, x in self.views(pixel_values)]
-        return torch.cat(found, dim=1)
-
-    def views(self, pixel_values: Tensor) -> Iterator[tuple[HfVisionTower, Tensor]]:
-        """Each encoder, with the images as it wants them."""
-        S, looks = self.image_size, self.cfg.looks
-        if pixel_values.shape[1:] != (3, S, S):
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
-        given = looks[self.cfg.largest()]
-        for tower, look in zip(self.towers, looks):
-            mean, std, wanted_mean, wanted_std = (
-                torch.tensor(values, dtype=pixel_values.dtype, device=pixel_values.device).view(3, 1, 1)
-                for values in (given["mean"], given["std"], look["mean"], look["std"])
-            )
-            x = pixel_values
-            if look["size"] != S:
-                x = F.interpolate(x, (look["size"],) * 2, mode="bicubic", antialias=True)
-            if (look["mean"], look["std"]) != (given["mean"], given["std"]):
-                x = (x * std + mean - wanted_mean) / wanted_std
-            yield tower, x
+    def features(self, inputs: Tensor) -> Tensor:
+        own = zip(self.towers, self.inputs(inputs))
+        return torch.cat([F.normalize(tower.features(x), dim=1) for tower, x in own], dim=1)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -129,7 +149,79 @@ class JointTower(HfTower):
         return fast
 
 
-TOWERS[JointVisionConfig] = JointTower
+class JointVisionTower(JointTower):
+    """Images (B, 3, S, S) to embeddings (B, E)."""
+
+    one = HfVisionTower
+
+    def __init__(self, cfg: JointVisionConfig, embed_dim: int, quick_gelu: bool):
+        super().__init__(cfg, embed_dim, quick_gelu)
+        self.image_size = cfg.image_size
+
+    @property
+    def classes(self) -> dict[int, str]:
+        found, first = {}, 0
+        for tower in self.towers:
+            found |= {first + number: name for number, name in tower.classes.items()}
+            first += tower.width
+        return found
+
+    def inputs(self, pixel_values: Tensor) -> list[Tensor]:
+        """The pixels of each encoder's own images."""
+        S, looks = self.image_size, self.cfg.looks
+        if pixel_values.shape[1:] != (3, S, S):
+            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
+        given, found = looks[self.cfg.largest()], []
+        for look in looks:
+            mean, std, wanted_mean, wanted_std = (
+                torch.tensor(values, dtype=pixel_values.dtype, device=pixel_values.device).view(3, 1, 1)
+                for values in (given["mean"], given["std"], look["mean"], look["std"])
+            )
+            x = pixel_values
+            if look["size"] != S:
+                x = F.interpolate(x, (look["size"],) * 2, mode="bicubic", antialias=True)
+            if (look["mean"], look["std"]) != (given["mean"], given["std"]):
+                x = (x * std + mean - wanted_mean) / wanted_std
+            found.append(x)
+        return found
+
+
+class JointTextTower(JointTower):
+    """Token ids (B, L) of a JointTokenizer to embeddings (B, E)."""
+
+    kind, projection_name, one = "text", "text_projection", HfTextTower
+
+    def __init__(self, cfg: JointTextConfig, embed_dim: int, quick_gelu: bool):
+        super().__init__(cfg, embed_dim, quick_gelu)
+        sizes = [tower.cfg.vocab_size for tower in self.towers]
+        self.firsts = [1 + sum(sizes[:number]) for number in range(len(sizes))]  # where each one's ids begin
+        cfg.vocab_size, self.own_tokenizer = 1 + sum(sizes), None
+
+    def inputs(self, input_ids: Tensor) -> list[Tensor]:
+        """Each encoder's own ids."""
+        turns = (input_ids[:, number :: len(self.towers)] for number in range(len(self.towers)))
+        return [
+            torch.where(ids == 0, tower.pad_token_id, ids - first)
+            for ids, tower, first in zip(turns, self.towers, self.firsts)
+        ]
+
+    @property
+    def tokenizer(self) -> JointTokenizer:
+        if self.own_tokenizer is None:
+            self.own_tokenizer = JointTokenizer([tower.tokenizer for tower in self.towers], self.firsts)
+        return self.own_tokenizer
+
+    def save_files(self, directory: Path):
+        with replacing(directory / "tokenizer") as scratch:
+            for number, tokenizer in enumerate(self.tokenizer.parts):
+                tokenizer.tokenizer.save_pretrained(scratch / str(number))
+
+    def load_files(self, directory: Path):
+        for number, tower in enumerate(self.towers):
+            tower.load_files(directory, f"tokenizer/{number}")
+
+
+TOWERS.update({JointVisionConfig: JointVisionTower, JointTextConfig: JointTextTower})
 
 
 @register_tokens
@@ -139,9 +231,9 @@ class TokenJointVisionConfig(JointVisionConfig):
 
 
 @token_features.register
-def _(tower: JointTower, pixel_values: Tensor) -> Tensor:
+def _(tower: JointVisionTower, pixel_values: Tensor) -> Tensor:
     """Of each encoder to unit length, on the coarsest grid of them all."""
-    found = [token_features(one, x) for one, x in tower.views(pixel_values)]
+    found = [token_features(one, x) for one, x in zip(tower.towers, tower.inputs(pixel_values))]
     side = min(math.isqrt(x.shape[1]) for x in found)
     grids = (F.normalize(x, dim=2).transpose(1, 2).unflatten(2, (math.isqrt(x.shape[1]),) * 2) for x in found)
     return torch.cat([F.adaptive_avg_pool2d(grid, side) for grid in grids], dim=1).flatten(2).transpose(1, 2)

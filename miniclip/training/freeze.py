@@ -14,7 +14,7 @@ from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MiniClip, Tower
-from miniclip.training.closed_form import start_in_closed_form
+from miniclip.training.closed_form import start_in_closed_form, starts_in_closed_form
 from miniclip.training.dataset import RunDataset
 from miniclip.training.losses import MORE_FEATURES
 from miniclip.utils.errors import InputError
@@ -105,28 +105,41 @@ class FrozenDataset(RunDataset):
 
 
 def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer, dataset_class=RunDataset):
-    """Freezes what `options` name, and computes the features of towers that are frozen as wholes, or reads them from
-    `--feature_cache`. Returns the dataset class for training, and the image and text caches for evaluation."""
+    """Freezes what `options` name, and computes the features of towers that are frozen as wholes, or of both where
+    projections begin in closed form, or reads them from `--feature_cache`. Returns the dataset class for training, and
+    the image and text caches for evaluation."""
     freeze(model, options.freeze_image, options.freeze_text)
-    if options.frozen == (False, False):
+    start = starts_in_closed_form(model, options)  # from all features, also of towers whose last blocks then learn
+    wanted = [frozen or start for frozen in options.frozen]
+    if not any(wanted):
+        if options.feature_cache and not options.check_gradients:
+            raise InputError("feature_cache has no effect: no tower is frozen and no projection begins in closed form")
         return dataset_class, (None, None)
     model.to(args.device)
     show = {"progress": not args.disable_tqdm and args.process_index == 0, "project": False}
     features, caches, counts = [None, None], [None, None], []
-    if options.frozen[0]:
+    if wanted[0]:
         caches[0] = FeatureCache.for_images(options.feature_cache, model, preprocess)
         paths = [record["image"] for record in records]
         features[0] = on_all_processes(paths, partial(embed_images, model, preprocess, cache=caches[0], **show))
         counts.append(f"{caches[0].reused} of {len(paths)} images")
-    if options.frozen[1]:
+    if wanted[1]:
         caches[1] = FeatureCache.for_texts(options.feature_cache, model)
         texts, _ = flatten_captions(records)
         features[1] = on_all_processes(texts, partial(embed_texts, model, tokenizer, cache=caches[1], **show))
         counts.append(f"{caches[1].reused} of {len(texts)} captions")
     if args.process_index == 0:
-        print(f"frozen towers: features computed once, without random crops; {', '.join(counts)} were cached")
-    if options.frozen == (True, True) and model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained:
-        start_in_closed_form(model, options, args, records, *features)
+        whose = "frozen towers" if any(options.frozen) else "the start"
+        print(f"{whose}: features computed once, without random crops; {', '.join(counts)} were cached")
+    if start:
+        prompts = [f"a photo of a {name}" for name in model.visual.classes.values()]
+        names = embed_texts(model, tokenizer, prompts, cache=caches[1], project=False) if prompts else None
+        start_in_closed_form(model, options, args, records, *features, names)
+    for number, frozen in enumerate(options.frozen):
+        if not frozen:  # its features change from now on
+            features[number] = caches[number] = None
+    if options.frozen == (False, False):
+        return dataset_class, (None, None)
     more = {}
     if options.loss in MORE_FEATURES:
         compute = pkgutil.resolve_name(MORE_FEATURES[options.loss])

