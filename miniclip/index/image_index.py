@@ -19,7 +19,6 @@ import numpy as np
 
 from miniclip.index.neighbours import Neighbours, exact
 from miniclip.inference import feature_cache
-from miniclip.inference.late_interaction import has_tokens
 from miniclip.utils.bad_samples import NAME, short
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
@@ -155,7 +154,7 @@ def fingerprint(model, preprocess) -> str:
     about = {"preprocess": vars(preprocess.cfg), "scale": preprocess.scale, "quick_gelu": config.quick_gelu}
     about |= {"tower": vars(config.vision_cfg), "format": FORMAT}
     digest = hashlib.sha256(feature_cache.fingerprint(model, model.visual, about).encode())
-    for head in (model.visual.proj, *([model.visual.token_proj] if has_tokens(model) else [])):
+    for head in feature_cache.projections(model):
         for name, tensor in sorted(head.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

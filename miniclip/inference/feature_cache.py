@@ -19,6 +19,7 @@ import torch
 
 from miniclip.inference.fast import InferenceClip, plain_reason
 from miniclip.model import MiniClip, Tower
+from miniclip.towers.tokens import has_tokens
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import scratch_path, sha256, sync, write_npy
@@ -107,6 +108,11 @@ def file_key(path) -> bytes:
 
 def text_key(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def projections(model: MiniClip) -> list:
+    """What makes an image's vectors of its features: the projection, and that of late interaction if there is one."""
+    return [model.visual.proj, *([model.visual.token_proj] if has_tokens(model) else [])]
 
 
 def fingerprint(model: MiniClip, tower: Tower, about: dict) -> str:
