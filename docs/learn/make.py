@@ -140,6 +140,7 @@ def figure_difference(one: Path, other: Path) -> float:
 
 def run(names: list[str], write: bool) -> list[str]:
     """Runs chapters in a workspace; returns what differs from the pages, or writes it into both languages."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that wait for one another spin only briefly
     os.environ.update(MPLBACKEND="Agg", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     wrong, home = [], Path.cwd()
     with tempfile.TemporaryDirectory(prefix="learn") as folder:
