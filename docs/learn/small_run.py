@@ -30,7 +30,7 @@ class Data(NamedTuple):
 
 
 def make_data(train: int = 1500, held_out: int = 200, describe=shapes.captions) -> Data:
-    """Draws scenes; `describe(scene, rng)` returns the captions of one, always as many. No pair of kinds is in both parts."""
+    """Draws scenes, described by `describe(scene, rng)` in always as many captions. No pair of kinds is in both."""
     images, captions = [], []
     for split, number in (("train", train), ("eval", held_out)):
         for scene, image, rng in shapes.drawn(split, number, size=32):
