@@ -149,12 +149,13 @@ def run(names: list[str], write: bool) -> list[str]:
         os.chdir(folder)
         try:
             for page in chapters(names):
-                start, changed = time.perf_counter(), {}
+                start, busy, changed = time.perf_counter(), time.process_time(), {}
                 for number, (block, printed) in enumerate(run_chapter(page)):
                     if not matches(block.body, printed, block.tolerance):
                         changed[number] = "\n".join(map(str.rstrip, printed.strip("\n").splitlines())) + "\n"
                         wrong.append(f"{page.name} says\n{block.body}but its code prints\n{printed}")
-                print(f"{page.name}: {time.perf_counter() - start:.0f} s", flush=True)
+                wall, busy = time.perf_counter() - start, time.process_time() - busy
+                print(f"{page.name}: {wall:.0f} s, {busy:.0f} s of processor time", flush=True)
                 for translation in (page, LEARN / "zh" / page.name) if write and changed else ():
                     if translation.exists():
                         rewrite(translation, changed)
@@ -172,9 +173,11 @@ def run(names: list[str], write: bool) -> list[str]:
 
 # Notebooks: the same text and code, with links that start from the notebook's folder and output from the page.
 START = """import os
+import sys
 
 while not os.path.exists("train.py"):  # the code runs in the root of the repository
-    os.chdir("..")"""
+    os.chdir("..")
+sys.path.insert(0, os.getcwd())"""
 
 
 def to_notebook(page: Path, target: Path) -> str:
