@@ -32,12 +32,14 @@ def seconds(page) -> int:
     return int(row[1])
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (seconds(p) > 8)) for p in CHAPTERS],
-)
-def test_the_code_prints_and_draws_what_the_page_shows(page):
-    done = subprocess.run([sys.executable, LEARN / "make.py", "check", page.stem], capture_output=True, text=True)
+QUICK = [page.stem for page in CHAPTERS if seconds(page) <= 8]
+SLOW = [[page.stem] for page in CHAPTERS if page.stem not in QUICK]
+
+
+@pytest.mark.parametrize("names", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)], ids=" ".join)
+def test_the_code_prints_and_draws_what_the_page_shows(names):
+    """The quick chapters in one process, which imports torch and matplotlib once."""
+    done = subprocess.run([sys.executable, LEARN / "make.py", "check", *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
