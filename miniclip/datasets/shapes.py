@@ -5,6 +5,9 @@ A scene is two groups of shapes, one left of or above the other: two small red c
 
 The two kinds of shape of an eval scene (say, red circle and blue star) never meet in a training scene, although each is
 there with other partners: memorising scenes does not help, the model has to compose what it learned of their parts.
+
+Training scenes come in families of eight with equal colours, sizes and numbers, one after the other. In a batch that
+keeps this order they are one another's hard negatives: only shapes and places tell them apart.
 """
 
 import itertools
@@ -28,6 +31,8 @@ COUNTS = {int(count): words for count, words in SCENES["counts"].items()}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 DIAMETER = {"small": 9.5, "large": 16.5}  # in 64ths of the image
 HELD_OUT = 0.25  # of all pairs of kinds
+SECOND_FIRST = 0.25  # share of the captions that name the second group first
+FAMILY = 8  # training scenes with equal colours, sizes and numbers
 Kind = tuple[str, str]  # (color, shape)
 KINDS: list[Kind] = list(itertools.product(COLORS, SHAPES))
 
@@ -76,6 +81,22 @@ def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -
     return list(scenes)
 
 
+def make_families(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
+    """Returns `number` different scenes; each `FAMILY` of them in a row have the same colours, sizes and numbers."""
+    allowed, scenes = set(pairs), {}
+    for base in make_scenes(pairs, number, rng):  # more than are needed, as a rule
+        if len(scenes) == number:
+            break
+        members = {}
+        for one, other, swap, relation in itertools.product(SHAPES, SHAPES, (1, -1), ("left", "above")):
+            groups = base.first._replace(shape=one), base.second._replace(shape=other)
+            if frozenset(group.kind for group in groups) in allowed:
+                members[Scene(*groups[::swap], relation)] = None
+        members = [scene for scene in members if scene not in scenes]
+        scenes |= dict.fromkeys(rng.sample(members, min(FAMILY, len(members), number - len(scenes))))
+    return list(scenes)
+
+
 def captions(scene: Scene, rng: random.Random, number: int = 5) -> list[str]:
     """Describes the scene completely in `number` (up to 9) different sentences."""
 
@@ -88,7 +109,7 @@ def captions(scene: Scene, rng: random.Random, number: int = 5) -> list[str]:
     sentences = []
     for frame in rng.sample(SCENES["frames"], number):
         x, y, relation = scene
-        if rng.random() < 0.5:
+        if rng.random() < SECOND_FIRST:
             x, y, relation = y, x, OPPOSITE[relation]
         (x, is_x), (y, is_y) = words(x), words(y)
         ways, at_x = RELATIONS[relation]
@@ -133,7 +154,8 @@ def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
 def drawn(split: str, number: int, seed: int = 0, size: int = 64):
     """Yields the scenes of a split, "train" or "eval", as `write` draws them: (scene, image, its captions' rng)."""
     pairs = split_pairs(seed)[("train", "eval").index(split)]
-    for index, scene in enumerate(make_scenes(pairs, number, random.Random(f"{seed} {split}"))):
+    make = make_families if split == "train" else make_scenes
+    for index, scene in enumerate(make(pairs, number, random.Random(f"{seed} {split}"))):
         rng = random.Random(f"{seed} {split} {index}")
         yield scene, draw(scene, rng, size), rng
 
