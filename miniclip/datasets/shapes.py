@@ -29,7 +29,10 @@ SCENES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-
 COLORS, SHAPES, SIZES, RELATIONS = (SCENES[name] for name in ("colors", "shapes", "sizes", "relations"))
 COUNTS = {int(count): words for count, words in SCENES["counts"].items()}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-DIAMETER = {"small": 9.5, "large": 16.5}  # in 64ths of the image
+DIAMETER = {"small": 7, "large": 11.5}  # in 64ths of the image
+CELL = 16  # in the same: each shape lies in one cell of 4 x 4, the patches of the demo's model
+COLUMNS = (0, 2), (0, 3), (1, 3)  # of the two groups
+ROWS = {1: (1, 2), 2: (1,), 3: (0, 1)}  # of a group's first member: "left" never looks like "above"
 HELD_OUT = 0.25  # of all pairs of kinds
 SECOND_FIRST = 0.25  # share of the captions that name the second group first
 FAMILY = 8  # training scenes with equal colours, sizes and numbers
@@ -131,16 +134,12 @@ def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
     background = tuple(min(255, shade + rng.randint(-8, 8)) for _ in range(3))
     image = Image.new("RGB", (size * oversampling, size * oversampling), background)
     canvas = ImageDraw.Draw(image)
-    for group, centre in ((scene.first, 16), (scene.second, 48)):
+    for group, column in zip(scene[:2], rng.choice(COLUMNS)):
         diameter = DIAMETER[group.size] * rng.uniform(0.95, 1.05)
-        pitch = diameter * 1.12 + 1.2  # so that neighbours do not touch
         color = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in COLORS[group.color])
-        along = centre + rng.uniform(-4, 4)  # the relation's axis: x for "left", y for "above"
-        # The members line up across that axis, and shift little there, so that "left" never looks like "above".
-        room = min(6, 31.5 - pitch * group.count / 2)
-        across = 32 + rng.uniform(-room, room) - pitch * (group.count - 1) / 2
-        for member in range(group.count):
-            x, y = along + rng.uniform(-1, 1), across + member * pitch
+        row = rng.choice(ROWS[group.count])
+        for member in range(group.count):  # the members line up across the relation's axis: x for "left"
+            x, y = (CELL * (place + 0.5) + rng.uniform(-0.6, 0.6) for place in (column, row + member))
             if scene.relation == "above":
                 x, y = y, x
             x, y, d = x * unit, y * unit, diameter * unit
