@@ -35,7 +35,7 @@ COLUMNS = 0, 3  # of the two groups
 ROWS = {1: (1, 2), 2: (1,), 3: (0, 1)}  # of a group's first member: "left" never looks like "above"
 HELD_OUT = 0.25  # of all pairs of kinds
 SECOND_FIRST = 0.25  # share of the captions that name the second group first
-FAMILY = 8  # training scenes with equal colours, sizes and numbers
+FAMILY = 8  # training scenes with equal colours, sizes and numbers, one after the other
 Kind = tuple[str, str]  # (color, shape)
 KINDS: list[Kind] = list(itertools.product(COLORS, SHAPES))
 
@@ -85,19 +85,20 @@ def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -
 
 
 def make_families(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
-    """Returns `number` different scenes; each `FAMILY` of them in a row have the same colours, sizes and numbers."""
+    """Returns `number` different scenes, in families: the colours, sizes and numbers of a scene with two choices of
+    shapes, each in all four places (left, right, above, below)."""
     allowed, scenes = set(pairs), {}
     for base in make_scenes(pairs, number, rng):  # more than are needed, as a rule
-        if len(scenes) == number:
-            break
-        members = {}
-        for one, other, swap, relation in itertools.product(SHAPES, SHAPES, (1, -1), ("left", "above")):
+        choices = {}
+        for one, other in itertools.product(SHAPES, SHAPES):
             groups = base.first._replace(shape=one), base.second._replace(shape=other)
-            if frozenset(group.kind for group in groups) in allowed:
-                members[Scene(*groups[::swap], relation)] = None
-        members = [scene for scene in members if scene not in scenes]
-        scenes |= dict.fromkeys(rng.sample(members, min(FAMILY, len(members), number - len(scenes))))
-    return list(scenes)
+            if frozenset(group.kind for group in groups) in allowed and Scene(*groups, "left") not in scenes:
+                choices[frozenset(groups)] = groups
+        for one, other in rng.sample(list(choices.values()), min(2, len(choices))):
+            scenes |= {Scene(*order, way): None for order in ((one, other), (other, one)) for way in ("left", "above")}
+        if len(scenes) >= number:
+            break
+    return list(scenes)[:number]
 
 
 def captions(scene: Scene, rng: random.Random, number: int = 5) -> list[str]:
