@@ -53,7 +53,8 @@ def quiz(model, tokenizer, scenes: list[Scene], image_embeds, alone: bool) -> di
             given = drawn_scenes(scene, question, which) if alone else [scene]
             for answer in answers:
                 variants = [replaced(one, question, which, answer) for one in given]
-                sentences.append([captions(one, random.Random(n), 1)[0] for n, one in enumerate(variants)])
+                rngs = (random.Random(f"{scene} {n}") for n in range(len(variants)))  # the same for all answers
+                sentences.append([captions(one, rng, 1)[0] for one, rng in zip(variants, rngs)])
         classes = embed_classes(model, tokenizer, sentences).T.numpy().reshape(len(first), len(answers), -1)
         classes = dict(zip(first, classes))
         best = [int(np.argmax(classes[key] @ image_embeds[n // 2])) for n, key in enumerate(keys)]

@@ -5,6 +5,9 @@ A scene is two groups of shapes, one left of or above the other: two small red c
 
 The two kinds of shape of an eval scene (say, red circle and blue star) never meet in a training scene, although each is
 there with other partners: memorising scenes does not help, the model has to compose what it learned of their parts.
+
+Training scenes come in families of eight with equal colours, sizes and numbers, one after the other. In a batch that
+keeps this order they are one another's hard negatives: only shapes and places tell them apart.
 """
 
 import itertools
@@ -26,8 +29,13 @@ SCENES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-
 COLORS, SHAPES, SIZES, RELATIONS = (SCENES[name] for name in ("colors", "shapes", "sizes", "relations"))
 COUNTS = {int(count): words for count, words in SCENES["counts"].items()}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-DIAMETER = {"small": 9.5, "large": 16.5}  # in 64ths of the image
+DIAMETER = {"small": 7, "large": 11.5}  # in 64ths of the image
+CELL = 16  # in the same: each shape lies in one cell of 4 x 4, the patches of the demo's model
+COLUMNS = 0, 3  # of the two groups
+ROWS = {1: (1, 2), 2: (1,), 3: (0, 1)}  # of a group's first member: "left" never looks like "above"
 HELD_OUT = 0.25  # of all pairs of kinds
+SECOND_FIRST = 0.25  # share of the captions that name the second group first
+FAMILY = 8  # training scenes with equal colours, sizes and numbers, one after the other
 Kind = tuple[str, str]  # (color, shape)
 KINDS: list[Kind] = list(itertools.product(COLORS, SHAPES))
 
@@ -76,6 +84,23 @@ def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -
     return list(scenes)
 
 
+def make_families(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
+    """Returns `number` different scenes, in families: the colours, sizes and numbers of a scene with two choices of
+    shapes, each in all four places (left, right, above, below)."""
+    allowed, scenes = set(pairs), {}
+    for base in make_scenes(pairs, number, rng):  # more than are needed, as a rule
+        choices = {}
+        for one, other in itertools.product(SHAPES, SHAPES):
+            groups = base.first._replace(shape=one), base.second._replace(shape=other)
+            if frozenset(group.kind for group in groups) in allowed and Scene(*groups, "left") not in scenes:
+                choices[frozenset(groups)] = groups
+        for one, other in rng.sample(list(choices.values()), min(2, len(choices))):
+            scenes |= {Scene(*order, way): None for order in ((one, other), (other, one)) for way in ("left", "above")}
+        if len(scenes) >= number:
+            break
+    return list(scenes)[:number]
+
+
 def captions(scene: Scene, rng: random.Random, number: int = 5) -> list[str]:
     """Describes the scene completely in `number` (up to 9) different sentences."""
 
@@ -88,7 +113,7 @@ def captions(scene: Scene, rng: random.Random, number: int = 5) -> list[str]:
     sentences = []
     for frame in rng.sample(SCENES["frames"], number):
         x, y, relation = scene
-        if rng.random() < 0.5:
+        if rng.random() < SECOND_FIRST:
             x, y, relation = y, x, OPPOSITE[relation]
         (x, is_x), (y, is_y) = words(x), words(y)
         ways, at_x = RELATIONS[relation]
@@ -110,16 +135,12 @@ def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
     background = tuple(min(255, shade + rng.randint(-8, 8)) for _ in range(3))
     image = Image.new("RGB", (size * oversampling, size * oversampling), background)
     canvas = ImageDraw.Draw(image)
-    for group, centre in ((scene.first, 16), (scene.second, 48)):
+    for group, column in zip(scene[:2], COLUMNS):
         diameter = DIAMETER[group.size] * rng.uniform(0.95, 1.05)
-        pitch = diameter * 1.12 + 1.2  # so that neighbours do not touch
         color = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in COLORS[group.color])
-        along = centre + rng.uniform(-4, 4)  # the relation's axis: x for "left", y for "above"
-        # The members line up across that axis, and shift little there, so that "left" never looks like "above".
-        room = min(6, 31.5 - pitch * group.count / 2)
-        across = 32 + rng.uniform(-room, room) - pitch * (group.count - 1) / 2
-        for member in range(group.count):
-            x, y = along + rng.uniform(-1, 1), across + member * pitch
+        row = rng.choice(ROWS[group.count])
+        for member in range(group.count):  # the members line up across the relation's axis: x for "left"
+            x, y = (CELL * (place + 0.5) + rng.uniform(-0.6, 0.6) for place in (column, row + member))
             if scene.relation == "above":
                 x, y = y, x
             x, y, d = x * unit, y * unit, diameter * unit
@@ -133,7 +154,8 @@ def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
 def drawn(split: str, number: int, seed: int = 0, size: int = 64):
     """Yields the scenes of a split, "train" or "eval", as `write` draws them: (scene, image, its captions' rng)."""
     pairs = split_pairs(seed)[("train", "eval").index(split)]
-    for index, scene in enumerate(make_scenes(pairs, number, random.Random(f"{seed} {split}"))):
+    make = make_families if split == "train" else make_scenes
+    for index, scene in enumerate(make(pairs, number, random.Random(f"{seed} {split}"))):
         rng = random.Random(f"{seed} {split} {index}")
         yield scene, draw(scene, rng, size), rng
 

@@ -459,15 +459,17 @@ def test_the_quiz_marks_what_a_model_says(tiny_config):
     model, tokenizer = miniclip.MiniClip(tiny_config).eval(), miniclip.Tokenizer(32)
     scenes = [scene for scene, _, _ in drawn("eval", 12)]
 
-    def described(scenes):
-        return miniclip.embed_texts(model, tokenizer, [captions(s, random.Random(0), 1)[0] for s in scenes])
+    def described(drawn, asked):
+        sentences = [captions(s, random.Random(f"{one} 0"), 1)[0] for s, one in zip(drawn, asked)]
+        return miniclip.embed_texts(model, tokenizer, sentences)
 
     right = {"colour": 1, "shape": 1, "position": 1}
-    assert scene_quiz.quiz(model, tokenizer, scenes, described(scenes), alone=False) == right
-    first = [scene_quiz.replaced(scene, "position", 0, "right") for scene in scenes if scene.relation == "left"]
-    found = scene_quiz.quiz(model, tokenizer, [s for s in scenes if s.relation == "left"], described(first), False)
+    assert scene_quiz.quiz(model, tokenizer, scenes, described(scenes, scenes), alone=False) == right
+    left = [scene for scene in scenes if scene.relation == "left"]
+    mirrored = [scene_quiz.replaced(scene, "position", 0, "right") for scene in left]
+    found = scene_quiz.quiz(model, tokenizer, left, described(mirrored, left), False)
     assert found["position"] == 0
-    alone = scene_quiz.quiz(model, tokenizer, scenes, described(scenes), alone=True)
+    alone = scene_quiz.quiz(model, tokenizer, scenes, described(scenes, scenes), alone=True)
     assert set(alone) == set(right) and all(0 <= share <= 1 for share in alone.values())
 
 

@@ -12,6 +12,7 @@ from miniclip.commands.shapes import main
 from miniclip.datasets.shapes import (
     COLORS,
     COUNTS,
+    FAMILY,
     KINDS,
     OPPOSITE,
     SHAPES,
@@ -20,11 +21,13 @@ from miniclip.datasets.shapes import (
     Scene,
     captions,
     draw,
+    make_families,
     make_scenes,
     split_pairs,
     write,
 )
 from miniclip.utils.errors import InputError
+from tests.conftest import ROOT
 
 
 def pair(scene: Scene) -> frozenset:
@@ -33,7 +36,7 @@ def pair(scene: Scene) -> frozenset:
 
 def splits(seed: int = 0, train: int = 6000, evaluation: int = 600) -> tuple[list[Scene], list[Scene]]:
     train_pairs, eval_pairs = split_pairs(seed)
-    return make_scenes(train_pairs, train, random.Random(1)), make_scenes(eval_pairs, evaluation, random.Random(2))
+    return make_families(train_pairs, train, random.Random(1)), make_scenes(eval_pairs, evaluation, random.Random(2))
 
 
 def test_pairs_of_kinds_are_held_out_and_single_kinds_are_not():
@@ -54,11 +57,25 @@ def test_no_scene_comes_twice():
         assert all(len(pair(scene)) == 2 for scene in scenes)
 
 
+def test_families_are_hard_negatives():
+    """Neighbours in the file differ in shapes and places alone, and a batch of the recipe holds whole families."""
+    recipe = json.loads((ROOT / "recipes" / "demo.json").read_text())
+    assert recipe["train_sampling_strategy"] == "sequential" and recipe["per_device_train_batch_size"] % FAMILY == 0
+    scenes = splits(train=1600)[0]
+    for start in range(0, 1600, FAMILY):
+        family = set(scenes[start : start + FAMILY])
+        assert len({frozenset(group._replace(shape="") for group in scene[:2]) for scene in family}) == 1
+        for one, other, _ in family:
+            places = {Scene(*order, way) for order in ((one, other), (other, one)) for way in ("left", "above")}
+            assert places <= family and len(family) == FAMILY
+
+
 def test_more_scenes_than_there_are_is_an_error():
     pairs = split_pairs(0)[1][:1]
     assert len(make_scenes(pairs, 144, random.Random(0))) == 144  # all of them: 2 relations, 2 orders, (3 * 2) ** 2
     with pytest.raises(ValueError, match="145 .* only 144"):
         make_scenes(pairs, 145, random.Random(0))
+    assert set(make_families(pairs, 144, random.Random(0))) == set(make_scenes(pairs, 144, random.Random(1)))
 
 
 class Fixed(random.Random):
