@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -33,20 +34,24 @@ def loss(name: str, scale: float) -> float:
     return miniclip.clip_loss(image, text, torch.tensor(scale)).item()
 
 
-def pixels(scene: int) -> torch.Tensor:
-    levels = torch.frombuffer(bytearray(base64.b64decode(DATA["scenes"][scene]["pixels"])), dtype=torch.uint8)
-    return levels.view(3, DATA["size"], DATA["size"])
+def pixels(scene: int | str) -> torch.Tensor:
+    """The levels (3, size, size) of a scene of the page, or of those encoded as there."""
+    encoded = scene if isinstance(scene, str) else DATA["scenes"][scene]["pixels"]
+    return torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8).view(3, DATA["size"], DATA["size"])
 
 
 def test_it_is_the_template_with_the_numbers_of_the_untrained_model(monkeypatch):
     monkeypatch.chdir(ROOT)
     template = (LEARN / "clip.template.html").read_text(encoding="utf-8")
     assert maker.fill(template, DATA) == HTML, "run python docs/learn/page.py --keep"
-    again = maker.json.loads(maker.json.dumps(maker.untrained()[1]))
-    before = again.pop("before")
-    assert again == {name: value for name, value in DATA.items() if name not in ("before", "after")}
+    again, kept = json.loads(json.dumps(maker.untrained()[1])), maker.read(HTML)
+    before, _, _ = again.pop("before"), kept.pop("before"), kept.pop("after")
+    for scene, drawn in enumerate(again["scenes"]):  # edges may be drawn a little differently by another Pillow
+        assert (pixels(scene).float() - pixels(drawn.pop("pixels")).float()).abs().mean() < 1
+        kept["scenes"][scene].pop("pixels")
+    assert again == kept, "run python docs/learn/page.py"
     for name in ("image", "text"):
-        torch.testing.assert_close(torch.tensor(before[name]), torch.tensor(DATA["before"][name]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(torch.tensor(before[name]), torch.tensor(DATA["before"][name]), atol=5e-3, rtol=0)
     right, pairs = cosines("after").diagonal(), ~torch.eye(len(DATA["scenes"]), dtype=bool)
     assert right.mean() > 0.7 and cosines("after")[pairs].mean() < 0.3 and abs(cosines("before").mean()) < 0.1
 
