@@ -1,5 +1,5 @@
 # make demo: everything from nothing to a trained and measured model, with a report of it.   make test: the tests.
-# make test-ui: those of the page, in Chromium, which has to be installed.
+# make test-ui: those of the pages, in Chromium, which has to be installed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ test-all: $(VENV)/installed
 
 # MINICLIP_UI: what is missing is a failure here, and no reason to skip. -n 0: one server and one browser for all.
 test-ui: $(VENV)/installed-ui
-	MINICLIP_UI=1 $(BIN)/python -m pytest -n 0 tests/page/test_app.py
+	MINICLIP_UI=1 $(BIN)/python -m pytest -n 0 tests/page/test_app.py tests/learn/test_clip_page.py
 
 $(VENV)/installed-ui: requirements-ui.txt $(VENV)/installed
 	$(BIN)/python -m pip install --requirement requirements-ui.txt "playwright>=1.50"
