@@ -50,9 +50,13 @@ def embed_classes(model, tokenizer, sentences: Sequence[Sequence[str]]) -> Tenso
 
 def probabilities(model, image_embeds: np.ndarray, classifier: Tensor) -> np.ndarray:
     """Returns the probability of each class (N, C) float32 for unit-length embeddings (N, E): the softmax of the
-    cosines with the model's own temperature. SigLIP's bias, equal for all classes, would not change it."""
+    cosines with the model's own temperature; with SigLIP's bias the sigmoid, of each class alone: they need not add up
+    to 1."""
     cosines = torch.from_numpy(image_embeds) @ classifier.cpu()
-    return (model.logit_scale.detach().cpu().exp() * cosines).softmax(dim=1).numpy()
+    logits = model.logit_scale.detach().cpu().exp() * cosines
+    if model.logit_bias is not None:
+        return (logits + model.logit_bias.detach().cpu()).sigmoid().numpy()
+    return logits.softmax(dim=1).numpy()
 
 
 def zero_shot_classify(model, preprocess, classifier: Tensor, images, classnames: Sequence[str]):

@@ -80,7 +80,8 @@ class Page:
         )
         asked = f'<div class="mc-asked mc-large">{figure(shown, image)}</div>'
         head = self.coverage(say, list(classes.values())) + asked + heading(f"{rows[0][0]}: {100 * rows[0][1]:.1f}%")
-        return f'{head}<ol class="mc-bars">{items}</ol>{note(say("among", n=len(rows)))}'
+        kind = "among" if self.model.logit_bias is None else "each"
+        return f'{head}<ol class="mc-bars">{items}</ol>{note(say(kind, n=len(rows)))}'
 
     def heat(self, say: Words, paths: list[str] | None, text: str) -> str:
         """Compares several images with several captions: a table of cosines and probabilities. A cell's colour is the

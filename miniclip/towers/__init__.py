@@ -34,8 +34,18 @@ def _resnet(values: dict) -> bool:
     return isinstance(values.get("layers"), list | tuple)
 
 
+def _siglip(values: dict) -> bool:
+    timm = "siglip" in str(values.get("timm_model_name")) and values.get("timm_proj") == "none"
+    return values.get("pool_type") == "map" or timm and values.get("timm_pool") == "map"
+
+
+def _siglip_text(values: dict) -> bool:
+    found = values.get("pool_type") == "last" and values.get("no_causal_mask") and values.get("proj_bias")
+    return bool(found) and "hf_model_name" not in values
+
+
 def _own(values: dict) -> bool:
-    return not any(other(values) for other in (_hf, _joint, _pruned, _resnet, _variant, _variant_text))
+    return not any(other(values) for other in (_hf, _joint, _pruned, _resnet, _siglip, _siglip_text, _variant, _variant_text))
 
 
 def _tokens(tells):
@@ -48,6 +58,8 @@ for base, tells, section in (  # with `token_dim`, of late interaction
     (VisionConfig, _joint, "joint:TokenJointVisionConfig"),
 ):  # fmt: skip
     SECTIONS.append((base, _tokens(tells), f"miniclip.towers.{section}"))
+SECTIONS.append((VisionConfig, _siglip, "miniclip.towers.siglip:SigLipVisionConfig"))
+SECTIONS.append((TextConfig, _siglip_text, "miniclip.towers.siglip:SigLipTextConfig"))
 SECTIONS.append((VisionConfig, _joint, "miniclip.towers.joint:JointVisionConfig"))
 SECTIONS.append((TextConfig, _joint, "miniclip.towers.joint:JointTextConfig"))
 SECTIONS.append((VisionConfig, _pruned, "miniclip.towers.pruned:PrunedVisionConfig"))

@@ -4,6 +4,7 @@ import hashlib
 import html
 import json
 import os
+import string
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 
@@ -14,20 +15,35 @@ from torch import Tensor
 from miniclip.tokenizer import BaseTokenizer
 
 
+def clean(text: str) -> str:
+    """A caption with broken encoding, HTML entities and runs of white space repaired."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def canonicalize(text: str) -> str:
+    """A repaired caption in lower case and without ASCII's punctuation, as SigLIP was trained on."""
+    return " ".join(clean(text).replace("_", " ").translate(PUNCTUATION).lower().split())
+
+
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+CLEAN = {"whitespace": clean, "lower": lambda text: clean(text).lower(), "canonicalize": canonicalize}
+
+
 class HfTokenizer(BaseTokenizer):
     """A tokenizer from transformers. Captions are repaired as OpenCLIP does (encoding, HTML entities, white space);
-    upper case is left to the tokenizer."""
+    upper case is left to the tokenizer, except with the other keys of CLEAN."""
 
-    def __init__(self, tokenizer, context_length: int):
+    def __init__(self, tokenizer, context_length: int, clean: str = "whitespace"):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not mix
         super().__init__(context_length)
+        self.clean = clean
         self.tokenizer, self.pad_token_id, self.unk_token_id = tokenizer, tokenizer.pad_token_id, tokenizer.unk_token_id
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(clean(text), add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(CLEAN[self.clean](text), add_special_tokens=False, verbose=False)["input_ids"]
 
     def rows(self, texts: list[str], length: int) -> list[list[int]]:
-        texts = [clean(text) for text in texts]
+        texts = [CLEAN[self.clean](text) for text in texts]
         rows = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
         for i in [i for i, row in enumerate(rows) if len(row) > length]:
             rows[i] = self.tokenizer(texts[i], truncation=True, max_length=length)["input_ids"]
@@ -49,6 +65,7 @@ class HfTokenizer(BaseTokenizer):
             inner.no_truncation()  # each call sets both anew: what the last one left there decides nothing
             inner.no_padding()
         text = inner.to_str() if inner is not None else json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        text += "" if self.clean == "whitespace" else self.clean
         return hashlib.sha256(f"{self.context_length} {text}".encode()).hexdigest()
 
     def __deepcopy__(self, memo) -> "HfTokenizer":
@@ -98,8 +115,3 @@ class JointTokenizer(BaseTokenizer):
 
     def __deepcopy__(self, memo) -> "JointTokenizer":
         return self
-
-
-def clean(text: str) -> str:
-    """A caption with broken encoding, HTML entities and runs of white space repaired."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())

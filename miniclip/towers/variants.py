@@ -27,7 +27,7 @@ from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
 
 
-def _known(kind: str, section, field: str, keys: tuple[str, ...]):
+def only_keys(kind: str, section, field: str, keys: tuple[str, ...]):
     """For `check`: an object in a section has no other keys than these."""
     others = set(getattr(section, field) or {}) - set(keys)
     yield (
@@ -49,8 +49,8 @@ class VariantVisionConfig(VisionConfig):
 
     def problems(self):
         yield from super().problems()
-        yield from _known("vision_cfg", self, "act_kwargs", ("approximate",))
-        yield from _known("vision_cfg", self, "norm_kwargs", ("eps",))
+        yield from only_keys("vision_cfg", self, "act_kwargs", ("approximate",))
+        yield from only_keys("vision_cfg", self, "norm_kwargs", ("eps",))
 
 
 @dataclass
@@ -67,12 +67,13 @@ class VariantTextConfig(TextConfig):
     norm_kwargs: dict | None = None
     hf_tokenizer_name: str | None = None  # a folder, or a name on the hub; CLIP's own without
     tokenizer_kwargs: dict | None = None  # {"strip_sep_token": true}: the token at the end becomes 0
+    tokenizer_options = ("strip_sep_token",)  # not a field: the keys of tokenizer_kwargs
 
     def problems(self):
         yield from super().problems()
-        yield from _known("text_cfg", self, "act_kwargs", ("approximate",))
-        yield from _known("text_cfg", self, "norm_kwargs", ("eps",))
-        yield from _known("text_cfg", self, "tokenizer_kwargs", ("strip_sep_token",))
+        yield from only_keys("text_cfg", self, "act_kwargs", ("approximate",))
+        yield from only_keys("text_cfg", self, "norm_kwargs", ("eps",))
+        yield from only_keys("text_cfg", self, "tokenizer_kwargs", self.tokenizer_options)
         yield self.hf_tokenizer_name or not self.tokenizer_kwargs, "text_cfg.tokenizer_kwargs needs hf_tokenizer_name"
 
 
@@ -173,14 +174,18 @@ class VariantTextTransformer(TextTransformer):
         self.own_tokenizer = clips
 
     def read_tokenizer(self, folder: str | Path) -> HfTokenizer:
-        from transformers import AutoTokenizer
-
-        tokenizer = ask(str(folder), AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
+        tokenizer = self.open_tokenizer(folder)
         if tokenizer.pad_token_id is None or len(tokenizer) > self.cfg.vocab_size:
             sizes = f"{len(tokenizer)} words and padding id {tokenizer.pad_token_id}"
             raise InputError(f"the tokenizer {folder} has {sizes}, the text tower room for {self.cfg.vocab_size}")
-        stripped = (self.cfg.tokenizer_kwargs or {}).get("strip_sep_token")
-        return (StrippedTokenizer if stripped else HfTokenizer)(tokenizer, self.cfg.context_length)
+        options = self.cfg.tokenizer_kwargs or {}
+        kind = StrippedTokenizer if options.get("strip_sep_token") else HfTokenizer
+        return kind(tokenizer, self.cfg.context_length, options.get("clean", "whitespace"))
+
+    def open_tokenizer(self, folder: str | Path):
+        from transformers import AutoTokenizer
+
+        return ask(str(folder), AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
 
     def save_files(self, directory: Path):
         if self.cfg.hf_tokenizer_name:

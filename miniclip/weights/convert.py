@@ -6,6 +6,7 @@ from pathlib import Path
 
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
+from miniclip.towers.siglip import SigLipTextTransformer
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.files import replacing
 from miniclip.utils.local_copy import localised
@@ -54,6 +55,8 @@ def convert(source: str | Path, target: str | Path, to: str, model: str | None =
     load_state_dict(network, weights, source)
     if (source.parent / "tokenizer").is_dir():
         network.text.load_files(source.parent)
+    elif isinstance(network.text, SigLipTextTransformer):
+        network.text.tokenizer_beside(source.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as scratch:
         EXPORTERS[to](scratch, network)

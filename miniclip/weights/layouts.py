@@ -12,6 +12,7 @@ from miniclip.towers.hf_config import read_preprocessing
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.model_folder import limited_by
 from miniclip.utils.weight_files import find_weights, read_json
+from miniclip.weights import siglip
 from miniclip.weights.load import (
     Checkpoint,
     empty_model,
@@ -23,14 +24,16 @@ from miniclip.weights.load import (
 
 
 def load_folder(folder: Path) -> MiniClip:
-    """Returns the model in a folder of MiniCLIP, OpenCLIP (`open_clip_config.json`) or transformers' CLIPModel, in
-    evaluation mode. Raises InputError for another folder, a missing or damaged file and towers that MiniCLIP lacks."""
+    """Returns the model in a folder of MiniCLIP, OpenCLIP (`open_clip_config.json`) or transformers (CLIPModel,
+    SiglipModel), in evaluation mode. Raises InputError for another folder, a missing or damaged file and towers that
+    MiniCLIP lacks."""
     values, theirs = read_json(folder / "config.json"), (folder / "open_clip_config.json").is_file()
     if "vision_cfg" in values or not theirs and "model_type" not in values:
         return MiniClip.from_pretrained(folder)
-    if not theirs and values["model_type"] != "clip":
+    if not theirs and values["model_type"] not in ("clip", "siglip"):
         kind = f"{folder} holds a model of type {str(values['model_type'])[:50]!r}"
-        raise InputError(f"{kind}, and MiniCLIP has no such towers: of transformers' models it loads CLIPModel")
+        loaded = "CLIPModel and SiglipModel (not SigLIP 2's NaFlex, whose images keep their shape)"
+        raise InputError(f"{kind}, and MiniCLIP has no such towers: of transformers' models it loads {loaded}")
     if (source := find_weights(folder)) == folder:
         raise CheckpointError(f"{folder} has a config but no weights beside it: copy or download it again")
     config, reason, checkpoint = open_layout(source)
@@ -81,6 +84,8 @@ def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None,
         images = {k: v for k, v in images.items() if k != "size"}  # the model's image size
         values = {k: v for k, v in theirs["model_cfg"].items() if k != "custom_text"}  # only how the weights are named
         values |= {"preprocess_cfg": images}
+    if values.get("model_type") == "siglip":
+        return siglip.read_config(values, folder), f"config of {folder}"
     if "vision_cfg" not in values:
         return None, ""
     return MiniClipConfig.from_dict(values, f"the config in {folder}"), f"config of {folder}"

@@ -15,6 +15,7 @@ from miniclip.checkpoint import to_miniclip
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig, list_models
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
 from miniclip.towers.registry import SIZED_BY_FILE, told_by_weights
+from miniclip.towers.siglip import SigLipTextTransformer
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.weight_files import find_weights, read_checkpoint, read_json, shorten
 
@@ -59,6 +60,8 @@ def fill(model: MiniClip, checkpoint: Checkpoint, path: Path, check_activation: 
         model.config.init_logit_bias = checkpoint.weights["logit_bias"].item()
         model.logit_bias = nn.Parameter(torch.zeros_like(model.logit_scale))
     model.load_state_dict(fit_weights(checkpoint.weights, model.state_dict(), path), strict=True)
+    if isinstance(model.text, SigLipTextTransformer):
+        model.text.tokenizer_beside(Path(path).parent)
     ours, quick_gelu = model.config.quick_gelu, checkpoint.quick_gelu
     own = any(type(tower) in OWN for tower in (model.visual, model.text))
     if check_activation and own and quick_gelu not in (None, ours):
@@ -133,13 +136,15 @@ def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: s
 
 
 def resize_positions(old: Tensor, length: int, is_grid: bool) -> Tensor:
-    """(L, W) to (length, W), as OpenCLIP resizes: a grid of patches behind a class token, or a line of tokens."""
+    """(L, W) to (length, W), as OpenCLIP resizes: a grid of patches, behind a class token unless L is a square, or a
+    line of tokens."""
     if not is_grid:
         return F.interpolate(old.float().T[None], length, mode="linear", align_corners=False)[0].T
-    side, new = math.isqrt(len(old) - 1), math.isqrt(length - 1)
-    grid = old[1:].float().T.reshape(1, -1, side, side)
+    first = math.isqrt(len(old)) ** 2 != len(old)  # of the patches
+    side, new = math.isqrt(len(old) - first), math.isqrt(length - first)
+    grid = old[first:].float().T.reshape(1, -1, side, side)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([old[:1].float(), grid.flatten(2)[0].T])
+    return torch.cat([old[:first].float(), grid.flatten(2)[0].T])
 
 
 def known_activation(path: Path, keys: Iterable[str], run: str = "") -> tuple[bool | None, str]:

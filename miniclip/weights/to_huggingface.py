@@ -14,6 +14,7 @@ from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.files import write_json, write_manifest, write_text
 from miniclip.weights.clip_tokenizer import write_tokenizer
+from miniclip.weights.siglip import is_siglip, write_siglip
 
 # Nothing in a preprocessor_config.json makes transformers round like torchvision: that takes code, which runs only for
 # who asks for it with trust_remote_code.
@@ -32,8 +33,8 @@ class TorchvisionCropImageProcessor(CLIPImageProcessorPil):
 
 
 def write_hf(path: Path, model: MiniClip):
-    """A folder for transformers: CLIPModel, AutoProcessor, AutoTokenizer and the zero-shot pipeline."""
-    _write(path, model)
+    """A folder for transformers: CLIPModel or SiglipModel, AutoProcessor, AutoTokenizer and the zero-shot pipeline."""
+    (write_siglip if is_siglip(model.config) else _write)(path, model)
     write_manifest(path)
 
 

@@ -11,6 +11,7 @@ from miniclip.checkpoint import from_miniclip
 from miniclip.config import PreprocessConfig, TextConfig
 from miniclip.model import MiniClip
 from miniclip.towers.registry import IN_OPENCLIP, NOT_IN_OPENCLIP
+from miniclip.towers.siglip import SigLipVisionConfig
 from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.files import write_json, write_manifest
@@ -29,8 +30,11 @@ def write_openclip(path: Path, model: MiniClip):
     sections = {type(model.config.vision_cfg), type(model.config.text_cfg)}
     if lacking := [NOT_IN_OPENCLIP[section] for section in sections if section in NOT_IN_OPENCLIP]:
         raise CheckpointError(f"OpenCLIP has no towers with {lacking[0]}: convert to miniclip")
-    if not is_file and not sections <= IN_OPENCLIP:
-        raise CheckpointError("OpenCLIP's folder cannot describe these towers: end the target in .safetensors")
+    siglip = isinstance(model.config.vision_cfg, SigLipVisionConfig)
+    named = not siglip or model.config.vision_cfg.timm_model_name
+    if not is_file and not (sections <= IN_OPENCLIP and named):
+        fix = "name a config with timm_model_name, or " if siglip else ""
+        raise CheckpointError(f"OpenCLIP's folder cannot describe these towers: {fix}end the target in .safetensors")
     held = {"size", "center_crop"} if is_file else FOLDER | {"center_crop"}
     usual = dataclasses.asdict(PreprocessConfig())
     if lost := [f"{name} {images[name]}" for name in usual if name not in held and images[name] != usual[name]]:
@@ -39,7 +43,7 @@ def write_openclip(path: Path, model: MiniClip):
     if images["resize_mode"] == "shortest" and images["center_crop"] != "torchvision":
         problem = "OpenCLIP crops images with odd margins one pixel elsewhere than this model expects"
         warnings.warn(f"{problem} (center_crop {images['center_crop']!r})", stacklevel=3)
-    layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) else "custom_text"
+    layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) and not siglip else "custom_text"
     weights = from_miniclip(model.state_dict(), layout, (model.visual.key_rows(), model.text.key_rows()))
     if not is_file:
         model_cfg = {
@@ -47,6 +51,10 @@ def write_openclip(path: Path, model: MiniClip):
         }
         config = {"model_cfg": model_cfg, "preprocess_cfg": {name: images[name] for name in sorted(FOLDER)}}
         path.mkdir()
+        if siglip:
+            model_cfg["custom_text"] = True
+            if model.config.text_cfg.hf_tokenizer_name:
+                model.text.tokenizer.tokenizer.save_pretrained(path)
         write_json(path / "open_clip_config.json", config)
         save_file(weights, path / "open_clip_model.safetensors", {"format": "pt"})
         write_manifest(path)

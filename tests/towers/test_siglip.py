@@ -1,0 +1,174 @@
+"""SigLIP: transformers' SiglipModel computes the same, in both directions; its tokenizers; probabilities by sigmoid."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+
+import miniclip
+from miniclip.checkpoint import from_miniclip
+from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities, zero_shot_classify
+from miniclip.config import MiniClipConfig, list_models
+from miniclip.model import MiniClip
+from miniclip.training.freeze import depths
+from miniclip.training.siglip import siglip_loss
+from miniclip.utils.errors import CheckpointError, InputError
+from miniclip.weights.convert import convert
+from miniclip.weights.load import empty_model, load_weights
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 70}
+CAPTIONS = [
+    "a Dog, running!",
+    "two_cats",
+    "a photo of a dog &amp; a very long story about it and all of the cats in town",
+]
+
+
+def save_tokenizer(folder):
+    """A sentencepiece-like tokenizer as SigLIP's: unigrams, </s> at the end and as padding."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator([text.lower() for text in CAPTIONS] * 20, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    names = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """transformers' folder of a tiny SiglipModel with random weights, and that model."""
+    torch.manual_seed(1)
+    text = SIZES | {"vocab_size": 100, "max_position_embeddings": 24, "pad_token_id": 1, "eos_token_id": 1}
+    vision = SIZES | {"image_size": 30, "patch_size": 8}  # 30 is no multiple of 8, as 384 is none of 14
+    model = SiglipModel(SiglipConfig(text_config=text | {"bos_token_id": 1}, vision_config=vision)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        model.logit_scale.fill_(1.5)
+        model.logit_bias.fill_(-2.0)
+    model.save_pretrained(tmp_path / "theirs")
+    images = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 30, "width": 30}, "resample": 3}
+    images |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text(json.dumps(images))
+    save_tokenizer(tmp_path / "theirs")
+    return tmp_path / "theirs", model
+
+
+def test_it_computes_what_transformers_does(theirs, tmp_path):
+    """Outputs, logits, gradients of SigLIP's loss; then the folder that is written for transformers."""
+    folder, peer = theirs
+    model, preprocess, tokenizer = miniclip.load(folder)
+    cfg = preprocess.cfg
+    assert (cfg.size, cfg.resize_mode, cfg.mean, cfg.std) == (30, "squash", (0.5,) * 3, (0.5,) * 3)
+    pixels, ids = torch.randn(3, 3, 30, 30), tokenizer(CAPTIONS)
+    trimmed = tokenizer(CAPTIONS[:2], trim=True)
+    assert ids.shape == (3, 24) and (ids[1, -3:] == 1).all() and ids[2, -1] == 1 and trimmed.shape[1] < 24
+    out = peer(pixel_values=pixels, input_ids=ids)
+    with torch.no_grad():
+        ours = model(pixels, ids)
+        torch.testing.assert_close(ours.image_embeds, out.image_embeds, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.text_embeds, out.text_embeds, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.encode_text(trimmed, True), out.text_embeds[:2], atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.get_logits(pixels, ids)[0], out.logits_per_image, atol=1e-4, rtol=0)
+    model.double().train(), peer.double().train()
+    wanted = -F.logsigmoid((2 * torch.eye(3) - 1) * peer(pixel_values=pixels.double(), input_ids=ids).logits_per_text)
+    (wanted.sum() / 3).backward()
+    siglip_loss(model(pixels.double(), ids)).backward()  # in float32, at the end
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    rows = model.visual.key_rows(), model.text.key_rows()
+    from miniclip.towers.siglip import join_in_proj
+
+    found = join_in_proj(from_miniclip(gradients, "hf", rows))
+    for name, p in peer.named_parameters():
+        torch.testing.assert_close(found[name].reshape(p.shape), p.grad, atol=1e-5, rtol=1e-5, msg=name)
+    convert(folder, tmp_path / "back", "hf")
+    again = AutoModel.from_pretrained(tmp_path / "back")
+    original = SiglipModel.from_pretrained(folder).state_dict()
+    assert all(torch.equal(t, original[name]) for name, t in again.state_dict().items())
+    their_ids = AutoTokenizer.from_pretrained(tmp_path / "back")(
+        [caption.replace("&amp;", "&") for caption in CAPTIONS], padding="max_length", truncation=True
+    )
+    assert their_ids["input_ids"] == tokenizer(CAPTIONS).tolist() and "attention_mask" not in their_ids
+    with pytest.raises(CheckpointError, match="CLIPModel has no other towers"):
+        convert(folder, tmp_path / "st", "sentence-transformers")
+
+
+def test_a_folder_is_complete_and_probabilities_are_sigmoids(theirs, tmp_path):
+    folder, _ = theirs
+    model, _, tokenizer = miniclip.load(folder)
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "photo.png").parent.mkdir(exist_ok=True)
+    Image.new("RGB", (50, 20), "red").save(tmp_path / "photo.png")
+    weights = folder / "model.safetensors"
+    values = json.loads((tmp_path / "saved" / "config.json").read_text())
+    values["text_cfg"]["hf_tokenizer_name"] = "google/a-repository-that-is-not-here"
+    (tmp_path / "mine.json").write_text(json.dumps(values))
+    beside, _, found = miniclip.load(tmp_path / "mine.json", pretrained=weights)  # the tokenizer beside the weights
+    assert torch.equal(found(CAPTIONS), tokenizer(CAPTIONS))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="put the model's tokenizer.json and tokenizer_config.json beside the weights"):
+        miniclip.load(tmp_path / "mine.json", pretrained=weights)
+    with pytest.raises(InputError, match="theirs has no tokenizer.json or spiece.model: copy the model's tokenizer"):
+        miniclip.load(folder)
+    shutil.rmtree(folder)
+    model, preprocess, tokenizer = miniclip.load(tmp_path / "saved")
+    names = ["dog", "cat", "red"]
+    classifier = build_zero_shot_classifier(model, tokenizer, names, ["a photo of a {}"])
+    scores = zero_shot_classify(model, preprocess, classifier, tmp_path / "photo.png", names)["scores"]
+    pixels = preprocess.load(tmp_path / "photo.png")[None]
+    ids = tokenizer([f"a photo of a {name}" for name in names])
+    with torch.no_grad():
+        expected = model.get_logits(pixels, ids)[0].sigmoid()[0].numpy()
+    assert scores == pytest.approx(expected, abs=1e-6) and abs(scores.sum() - 1) > 1e-3
+    fast = miniclip.load(tmp_path / "saved", precision="fp32")[0]
+    embeds = model.encode_image(pixels, normalize=True).detach().numpy()
+    assert np.allclose(probabilities(fast, embeds, classifier), expected, atol=1e-6)
+    depth = depths(model.visual)
+    assert {d for name, d in depth.items() if name.startswith(("ln_post", "attn_pool"))} == {0}
+    assert depth["conv1.weight"] == depth["positional_embedding"] == 3
+
+
+def test_the_shipped_configs():
+    """Sizes that timm's names say, positions of another image size, and what does not exist."""
+    names = [name for name in list_models() if "SigLIP" in name]
+    assert len(names) == 25 and {"ViT-B-16-SigLIP", "ViT-gopt-16-SigLIP2-384"} <= set(names)
+    for name in names:
+        cfg = MiniClipConfig.from_name(name)
+        assert cfg.embed_dim == cfg.vision_cfg.width and cfg.preprocess_cfg.resize_mode == "squash", name
+        assert f"-{cfg.vision_cfg.patch_size}-" in name and cfg.init_logit_bias == -10, name
+    model = empty_model(MiniClipConfig.from_name("ViT-SO400M-14-SigLIP-384"))
+    assert len(model.visual.positional_embedding) == 27**2 and model.visual.attn_pool.mlp.c_fc.out_features == 4304
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 878
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"timm_model_name": "vit_base_patch16_siglip_gap_224"}, "not SigLIP's ViT of a fixed image size"),
+    ({"timm_model_name": "naflexvit_base_patch16_siglip"}, "not SigLIP's ViT of a fixed image size"),
+    ({"timm_model_name": "vit_base_patch16_siglip_224", "image_size": 256}, "image_size is 256, but 224 in vit_base"),
+    ({"timm_model_name": "vit_base_patch16_siglip_224", "timm_model_pretrained": True}, "timm_model_pretrained is"),
+    ({"pool_type": "map", "patch_dropout": 0.5}, "patch_dropout is not supported"),
+])  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(fields, message):
+    with pytest.raises(InputError, match=message):
+        MiniClipConfig.from_dict({"vision_cfg": {"timm_pool": "map", "timm_proj": "none"} | fields})
+
+
+def test_positions_are_interpolated_without_a_class_token(tmp_path):
+    small = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "pool_type": "map"}
+    values = {"embed_dim": 32, "text_cfg": {"width": 32, "heads": 1, "layers": 1, "vocab_size": 49408}}
+    model = MiniClip(MiniClipConfig.from_dict(values | {"vision_cfg": small | {"image_size": 24}}))
+    torch.save(model.state_dict(), tmp_path / "small.pt")
+    larger = MiniClip(MiniClipConfig.from_dict(values | {"vision_cfg": small | {"image_size": 40}}))
+    with pytest.warns(UserWarning, match="visual.positional_embedding was interpolated from 9 to 25 positions"):
+        load_weights(larger, tmp_path / "small.pt")
+    grid = model.visual.positional_embedding.detach().T.reshape(1, 32, 3, 3)
+    wanted = F.interpolate(grid, (5, 5), mode="bicubic", antialias=True).flatten(2)[0].T
+    assert torch.equal(larger.visual.positional_embedding, wanted)
