@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -31,19 +32,34 @@ MODELS = {  # in OpenCLIP's config form
     "ResNet": {"embed_dim": 24, "vision_cfg": RESNET, "text_cfg": TEXT},
     "ResNet, QuickGELU": {"embed_dim": 24, "quick_gelu": True, "vision_cfg": RESNET, "text_cfg": TEXT},
     "CLIPA": {
-        "embed_dim": 24, "vision_cfg": VIT | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+        "embed_dim": 24,
+        "vision_cfg": VIT | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
         "text_cfg": TEXT | {"pool_type": "last", "no_causal_mask": True},
     },
     "MetaCLIP 2": {
-        "embed_dim": 24, "quick_gelu": True, "vision_cfg": VIT | {"ls_init_value": 1e-4, "pool_type": "avg"},
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": VIT | {"ls_init_value": 1e-4, "pool_type": "avg"},
         "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 99, "ls_init_value": 0.1},
     },
     "SigLIP's text tower": {
-        "embed_dim": 24, "vision_cfg": VIT | {"ls_init_value": 0.1, "norm_kwargs": EPS, "act_kwargs": TANH},
-        "text_cfg": TEXT | {"pool_type": "last", "no_causal_mask": True, "proj_bias": True} | {
-            "act_kwargs": TANH, "norm_kwargs": EPS,
+        "embed_dim": 24,
+        "vision_cfg": VIT | {"ls_init_value": 0.1, "norm_kwargs": EPS, "act_kwargs": TANH},
+        "text_cfg": TEXT
+        | {"pool_type": "last", "no_causal_mask": True, "proj_bias": True}
+        | {
+            "act_kwargs": TANH,
+            "norm_kwargs": EPS,
         },
-        "custom_text": True, "init_logit_bias": -10.0,
+        "custom_text": True,
+        "init_logit_bias": -10.0,
+    },
+    "SigLIP": {  # 36 pixels are no multiple of the patches, as in ViT-SO400M-14-SigLIP-384
+        "embed_dim": 32,
+        "vision_cfg": VIT | {"image_size": 36, "pool_type": "map", "act_kwargs": TANH},
+        "text_cfg": TEXT | {"pool_type": "last", "no_causal_mask": True, "proj_bias": True, "norm_kwargs": EPS},
+        "custom_text": True,
+        "init_logit_bias": -10.0,
     },
 }
 
@@ -88,7 +104,11 @@ def record(cfg: dict) -> dict:
     import open_clip
 
     kwargs = {name: value for name, value in cfg.items() if name != "custom_text"}
+    if siglip := cfg["vision_cfg"].get("pool_type") == "map":
+        kwargs["vision_cfg"] = VIT
     model = (open_clip.CustomTextCLIP if cfg.get("custom_text") else open_clip.CLIP)(**kwargs)
+    if siglip:  # OpenCLIP asks timm for towers by their names, and none of those is small
+        model.visual = torch.nn.Sequential(OrderedDict(trunk=timm_vit(cfg["vision_cfg"])))
     model.load_state_dict(make_weights({name: tuple(t.shape) for name, t in model.state_dict().items()}))
     images, input_ids = make_inputs(cfg)
     model.eval()
@@ -101,6 +121,17 @@ def record(cfg: dict) -> dict:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     statistics = {name: t for name, t in model.state_dict().items() if "running" in name or "batches" in name}
     return {key: rounded(t) for key, t in found.items()} | summary(loss, gradients, statistics)
+
+
+def timm_vit(cfg: dict) -> torch.nn.Module:
+    """What OpenCLIP makes by timm_pool "map" and timm_proj "none", in other sizes."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=cfg["image_size"], patch_size=cfg["patch_size"], embed_dim=cfg["width"], depth=cfg["layers"],
+        num_heads=cfg["width"] // cfg["head_width"], class_token=False, global_pool="map", num_classes=0,
+        act_layer="gelu_tanh",
+    )  # fmt: skip
 
 
 def contrastive(logits: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,9 @@ def _siglip_text(values: dict) -> bool:
 
 
 def _own(values: dict) -> bool:
-    return not any(other(values) for other in (_hf, _joint, _pruned, _resnet, _siglip, _siglip_text, _variant, _variant_text))
+    return not any(
+        other(values) for other in (_hf, _joint, _pruned, _resnet, _siglip, _siglip_text, _variant, _variant_text)
+    )
 
 
 def _tokens(tells):

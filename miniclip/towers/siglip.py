@@ -25,7 +25,7 @@ from miniclip.config import LARGEST, VisionConfig
 from miniclip.model import MLP, TOWERS, Block, Tower
 from miniclip.towers.hf_config import ask, offline
 from miniclip.towers.hf_tokenizer import CLEAN
-from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE
+from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE, TOKENIZER_BESIDE
 from miniclip.towers.variants import VariantTextConfig, VariantTextTransformer, only_keys
 from miniclip.utils.config_files import in_range
 from miniclip.utils.errors import InputError
@@ -230,3 +230,4 @@ OPERATIONS["one"] = lambda tensors: [tensors[0][0]], lambda tensors: [tensors[0]
 TOWERS.update({SigLipVisionConfig: SigLipVisionTransformer, SigLipTextConfig: SigLipTextTransformer})
 IN_OPENCLIP.update((SigLipVisionConfig, SigLipTextConfig))
 SIZED_BY_FILE[SigLipVisionConfig] = split_in_proj
+TOKENIZER_BESIDE[SigLipTextConfig] = SigLipTextTransformer.tokenizer_beside

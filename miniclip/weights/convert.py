@@ -6,14 +6,13 @@ from pathlib import Path
 
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
-from miniclip.towers.siglip import SigLipTextTransformer
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.files import replacing
 from miniclip.utils.local_copy import localised
 from miniclip.utils.model_folder import load_state_dict
 from miniclip.utils.weight_files import find_weights
 from miniclip.weights.layouts import open_layout
-from miniclip.weights.load import ACTIVATION_NAMES, empty_model, fit_weights, infer_config
+from miniclip.weights.load import ACTIVATION_NAMES, empty_model, fit_weights, infer_config, read_tokenizer_beside
 from miniclip.weights.pretrained import download_pretrained, find_folder, find_tag, follow
 from miniclip.weights.to_huggingface import write_hf, write_sentence_transformers
 from miniclip.weights.to_openclip import SUFFIXES, write_openclip
@@ -55,8 +54,7 @@ def convert(source: str | Path, target: str | Path, to: str, model: str | None =
     load_state_dict(network, weights, source)
     if (source.parent / "tokenizer").is_dir():
         network.text.load_files(source.parent)
-    elif isinstance(network.text, SigLipTextTransformer):
-        network.text.tokenizer_beside(source.parent)
+    read_tokenizer_beside(network, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as scratch:
         EXPORTERS[to](scratch, network)

@@ -26,6 +26,7 @@ from miniclip.utils.weight_files import SHARD, find_weights, shorten, weight_nam
 
 CONFIGS = {"config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json", "manifest.json"}
 TRIES, WAIT, TIMEOUT = 5, 1.0, 30.0  # in a row without a byte; seconds before the second try, doubled; of silence
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model"}  # of SigLIP
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONTENT = re.compile(r"[0-9a-f]{64}")  # the hub names large files by their sha256
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def chosen(names: Iterable[str], repo: str) -> tuple[list[str], list[str]]:
     OpenCLIP's first where its config is, and safetensors before torch's. Raises InputError if there are no weights."""
     names = set(names)
     known = names & CONFIGS | {name for name in names if re.fullmatch(r"tokenizer/(\d+/)?[\w-][\w.-]*", name)}
+    if "merges.txt" not in names:  # CLIP's own, which is here
+        known |= names & TOKENIZER
     for weights in weight_names("open_clip_config.json" in names):
         if weights in names:
             return sorted(known), [weights]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from miniclip.checkpoint import to_miniclip
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig, list_models
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
-from miniclip.towers.registry import SIZED_BY_FILE, told_by_weights
-from miniclip.towers.siglip import SigLipTextTransformer
+from miniclip.towers.registry import SIZED_BY_FILE, TOKENIZER_BESIDE, told_by_weights
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.weight_files import find_weights, read_checkpoint, read_json, shorten
 
@@ -60,8 +59,7 @@ def fill(model: MiniClip, checkpoint: Checkpoint, path: Path, check_activation: 
         model.config.init_logit_bias = checkpoint.weights["logit_bias"].item()
         model.logit_bias = nn.Parameter(torch.zeros_like(model.logit_scale))
     model.load_state_dict(fit_weights(checkpoint.weights, model.state_dict(), path), strict=True)
-    if isinstance(model.text, SigLipTextTransformer):
-        model.text.tokenizer_beside(Path(path).parent)
+    read_tokenizer_beside(model, Path(path))
     ours, quick_gelu = model.config.quick_gelu, checkpoint.quick_gelu
     own = any(type(tower) in OWN for tower in (model.visual, model.text))
     if check_activation and own and quick_gelu not in (None, ours):
@@ -69,6 +67,12 @@ def fill(model: MiniClip, checkpoint: Checkpoint, path: Path, check_activation: 
         trained = f"{path} was trained with {ACTIVATION_NAMES[quick_gelu]} ({checkpoint.evidence})"
         problem = f"the model computes {ACTIVATION_NAMES[ours]}: it will be worse than it could be"
         warnings.warn(f"{trained} and {problem}. Use another config: {fix}", stacklevel=3)
+
+
+def read_tokenizer_beside(model: MiniClip, weights: Path):
+    """Lets a text tower of SigLIP take the tokenizer in the folder of its weights."""
+    if reader := TOKENIZER_BESIDE.get(type(model.config.text_cfg)):
+        reader(model.text, weights.parent)
 
 
 def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoint:

@@ -16,11 +16,14 @@ from miniclip.checkpoint import from_miniclip
 from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities, zero_shot_classify
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip
+from miniclip.towers.siglip import join_in_proj
 from miniclip.training.freeze import depths
 from miniclip.training.siglip import siglip_loss
 from miniclip.utils.errors import CheckpointError, InputError
+from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
 from miniclip.weights.load import empty_model, load_weights
+from tests.training.test_training import recipe, weights  # noqa: F401
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 70}
 CAPTIONS = [
@@ -84,8 +87,6 @@ def test_it_computes_what_transformers_does(theirs, tmp_path):
     siglip_loss(model(pixels.double(), ids)).backward()  # in float32, at the end
     gradients = {name: p.grad for name, p in model.named_parameters()}
     rows = model.visual.key_rows(), model.text.key_rows()
-    from miniclip.towers.siglip import join_in_proj
-
     found = join_in_proj(from_miniclip(gradients, "hf", rows))
     for name, p in peer.named_parameters():
         torch.testing.assert_close(found[name].reshape(p.shape), p.grad, atol=1e-5, rtol=1e-5, msg=name)
@@ -107,15 +108,15 @@ def test_a_folder_is_complete_and_probabilities_are_sigmoids(theirs, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     (tmp_path / "photo.png").parent.mkdir(exist_ok=True)
     Image.new("RGB", (50, 20), "red").save(tmp_path / "photo.png")
-    weights = folder / "model.safetensors"
+    file = folder / "model.safetensors"
     values = json.loads((tmp_path / "saved" / "config.json").read_text())
     values["text_cfg"]["hf_tokenizer_name"] = "google/a-repository-that-is-not-here"
     (tmp_path / "mine.json").write_text(json.dumps(values))
-    beside, _, found = miniclip.load(tmp_path / "mine.json", pretrained=weights)  # the tokenizer beside the weights
+    beside, _, found = miniclip.load(tmp_path / "mine.json", pretrained=file)  # the tokenizer beside the weights
     assert torch.equal(found(CAPTIONS), tokenizer(CAPTIONS))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="put the model's tokenizer.json and tokenizer_config.json beside the weights"):
-        miniclip.load(tmp_path / "mine.json", pretrained=weights)
+        miniclip.load(tmp_path / "mine.json", pretrained=file)
     with pytest.raises(InputError, match="theirs has no tokenizer.json or spiece.model: copy the model's tokenizer"):
         miniclip.load(folder)
     shutil.rmtree(folder)
@@ -172,3 +173,59 @@ def test_positions_are_interpolated_without_a_class_token(tmp_path):
     grid = model.visual.positional_embedding.detach().T.reshape(1, 32, 3, 3)
     wanted = F.interpolate(grid, (5, 5), mode="bicubic", antialias=True).flatten(2)[0].T
     assert torch.equal(larger.visual.positional_embedding, wanted)
+
+
+def test_it_is_fine_tuned_on_two_processes_and_resumes_bit_for_bit(theirs, recipe, caption_set, run_script):  # noqa: F811
+    steps = ["--model", theirs[0], "--loss", "siglip", "--max_steps", "2", "--save_strategy", "steps"]
+    steps += ["--save_steps", "1", "--per_device_train_batch_size", "6"]
+    run_script("train.py", recipe, *steps, processes=2)
+    trained = weights(caption_set / "run")
+    shutil.rmtree(caption_set / "run" / "checkpoint-2")
+    (caption_set / "run" / "model.safetensors").unlink()
+    run_script("train.py", recipe, *steps, "--resume", processes=2)
+    again = weights(caption_set / "run")
+    assert all(torch.equal(again[name], trained[name]) for name in trained)
+    before = miniclip.load(theirs[0])[0].state_dict()
+    assert not any(torch.equal(t, before[name]) for name, t in trained.items())
+    shutil.rmtree(theirs[0])  # what was trained is complete
+    convert(caption_set / "run", caption_set / "hf", "hf")
+    assert AutoModel.from_pretrained(caption_set / "hf").logit_bias.item() == trained["logit_bias"].item()
+
+
+def test_openclips_file_and_folder(theirs, tmp_path):
+    """In timm's names. A folder needs a name of timm's, as that is how OpenCLIP makes such a tower."""
+    convert(theirs[0], tmp_path / "open.pt", "openclip")
+    stored = read_state_dict(tmp_path / "open.pt")
+    assert stored["visual.trunk.pos_embed"].shape == (1, 9, 32) and "text.positional_embedding" in stored
+    model, _, tokenizer = miniclip.load(theirs[0])
+    other = MiniClip(model.config)
+    load_weights(other, tmp_path / "open.pt")
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in other.state_dict().items())
+    with pytest.raises(CheckpointError, match="name a config with timm_model_name, or end the target in .safetensors"):
+        convert(theirs[0], tmp_path / "folder", "openclip")
+    with pytest.raises(CheckpointError, match="its image tower is SigLIP's: name such a config"):
+        convert(tmp_path / "open.pt", tmp_path / "unknown", "miniclip")
+
+
+@pytest.mark.slow
+def test_the_real_library_at_full_size(theirs, tmp_path):
+    """OpenCLIP's own ViT-B-32-SigLIP2-256: outputs, logits, its folder with the tokenizer."""
+    open_clip = pytest.importorskip("open_clip", reason="OpenCLIP is not installed: pip install open_clip_torch")
+    config = MiniClipConfig.from_name("ViT-B-32-SigLIP2-256").to_dict()
+    config["text_cfg"] |= {"vocab_size": 100, "layers": 2, "hf_tokenizer_name": str(theirs[0])}
+    torch.manual_seed(0)
+    model = MiniClip(MiniClipConfig.from_dict(config)).eval()
+    model.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "open", "openclip")
+    peer = open_clip.create_model(f"local-dir:{tmp_path / 'open'}").eval()
+    ids = model.text.tokenizer(CAPTIONS)
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path / 'open'}")(CAPTIONS), ids)
+    pixels = torch.randn(2, 3, 256, 256)
+    with torch.no_grad():
+        ours, others = model.get_logits(pixels, ids)[0], peer.get_logits(pixels, ids)[0]
+        for method, inputs in (("encode_image", pixels), ("encode_text", ids)):
+            mine, wanted = (getattr(one, method)(inputs, normalize=True) for one in (model, peer))
+            torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=0, msg=method)
+    torch.testing.assert_close(ours, others, atol=1e-4, rtol=0)
+    again, _, tokenizer = miniclip.load(tmp_path / "open")
+    assert torch.equal(again.encode_text(tokenizer(CAPTIONS)), model.encode_text(ids))

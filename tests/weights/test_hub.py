@@ -63,9 +63,9 @@ def repos(tmp_path_factory) -> Path:
     save_file({"cls_token": torch.zeros(1)}, folder / "org" / "openclip" / "model.safetensors")
     (folder / "org" / "empty").mkdir()
     (folder / "org" / "empty" / "README.md").write_text("soon")
-    (folder / "org" / "siglip").mkdir()
-    (folder / "org" / "siglip" / "config.json").write_text('{"model_type": "siglip"}')
-    (folder / "org" / "siglip" / "model.safetensors").write_bytes(b"")
+    (folder / "org" / "naflex").mkdir()
+    (folder / "org" / "naflex" / "config.json").write_text('{"model_type": "siglip2"}')
+    (folder / "org" / "naflex" / "model.safetensors").write_bytes(b"")
     return folder
 
 
@@ -179,7 +179,7 @@ def test_content_that_is_not_what_the_hub_announced_is_deleted(hub, worker, tmp_
     ("org/gated", "", "it is gated: ask for access at URL/org/gated, then set HF_TOKEN, or run `hf auth login`"),
     ("org/gated", "hf_other", "it is gated: ask for access at URL/org/gated"),
     ("org/empty", "", "org/empty has no weights named model.safetensors, pytorch_model.bin"),
-    ("org/siglip", "", "holds a model of type 'siglip', and MiniCLIP has no such towers"),
+    ("org/naflex", "", "holds a model of type 'siglip2', and MiniCLIP has no such towers"),
     ("org/broken", "", "a file is missing there"),
     ("a/b/c", "", "'a/b/c' is not the name of a repository: write org/name"),
 ])  # fmt: skip

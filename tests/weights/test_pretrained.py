@@ -42,7 +42,7 @@ def test_what_is_known_about_a_model_is_whole(name):
 
 
 def test_the_lists_have_openclips_names_and_tinyclips():
-    assert len(PAIRS) == len(set(PAIRS)) == 119
+    assert len(PAIRS) == len(set(PAIRS)) == 144
     assert miniclip.list_pretrained(as_str=True)[0] == "ViT-B-32:openai"
     assert {tag for _, tag in PAIRS} >= {
         "openai",
@@ -62,6 +62,7 @@ def test_the_lists_have_openclips_names_and_tinyclips():
     ("ViT-H-14-378-quickgelu", 986.71), ("ViT-g-14", 1366.68), ("ViT-bigG-14", 2539.57),
     ("RN50", 102.01), ("RN101", 119.69), ("RN50x4", 178.3), ("RN50x16", 290.98), ("RN50x64", 623.26),
     ("ViT-L-14-CLIPA", 414.21), ("ViT-H-14-CLIPA", 968.24), ("ViT-bigG-14-CLIPA", 2517.22),
+    ("ViT-B-16-SigLIP", 203.16), ("ViT-L-16-SigLIP-384", 652.48), ("ViT-SO400M-14-SigLIP", 877.36),
     ("TinyCLIP-ResNet-30M-Text-29M", 83.82), ("TinyCLIP-ResNet-19M-Text-19M", 63.37),
 ])  # fmt: skip
 def test_large_configs_have_as_many_parameters_as_published(name, millions):
@@ -72,7 +73,7 @@ def test_large_configs_have_as_many_parameters_as_published(name, millions):
 @pytest.mark.parametrize("name, tag, message", [
     ("ViT-B/32", None, "'ViT-B/32' is neither a folder nor .* nearest: ViT-B-32.* list published weights"),
     ("ViT-B-23", "openai", "nearest: ViT-B-32"),
-    ("ViT-B-16-SigLIP", "webli", "does not have SigLIP's image tower and tokenizer"),
+    ("ViT-SO400M-16-SigLIP-i18n-256", "webli", "does not have a text tower of SigLIP without its projection"),
     ("coca_ViT-B-32", None, "CoCa"), ("convnext_base_w", None, "ConvNeXt"), ("EVA02-L-14", None, "EVA"),
     ("xlm-roberta-base-ViT-B-32", None, "text tower"), ("ViT-L-14-worldwide", None, "mT5"),
     ("openai/clip-vit-base-patch32", None, "name it hf-hub:openai/clip-vit-base-patch32"),
