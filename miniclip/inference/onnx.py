@@ -14,6 +14,7 @@ from miniclip.towers.hf_config import ask, offline
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import check_manifest, sha256
 from miniclip.utils.weight_files import read_json
+from miniclip.weights.load import empty_model
 from miniclip.weights.onnx import ABOUT, NAMES, need, open_session
 from miniclip.weights.pretrained import LOCAL
 
@@ -104,8 +105,12 @@ def find_providers(device: torch.device) -> list[str]:
 
 def read_tokenizer(folder: Path, config: MiniClipConfig) -> BaseTokenizer:
     """The tokenizer of the text tower that was exported."""
-    if isinstance(config.text_cfg, TextConfig):
+    if isinstance(config.text_cfg, TextConfig) and not (folder / "tokenizer").is_dir():
         return Tokenizer(config.text_cfg.context_length)
+    if isinstance(config.text_cfg, TextConfig):  # CLIP's tower with another tokenizer
+        text = empty_model(config).text
+        text.load_files(folder)
+        return text.tokenizer
     if not (folder / "tokenizer").is_dir():
         raise InputError(f"{folder}: the folder tokenizer, which its texts need, is missing")
     from transformers import AutoTokenizer

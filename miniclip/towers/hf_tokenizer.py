@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from miniclip.tokenizer import BaseTokenizer
+from miniclip.utils.errors import InputError
 
 
 def clean(text: str) -> str:
@@ -68,6 +69,21 @@ class HfTokenizer(BaseTokenizer):
         text += "" if self.clean == "whitespace" else self.clean
         return hashlib.sha256(f"{self.context_length} {text}".encode()).hexdigest()
 
+    def fast(self):
+        """The same for the library `tokenizers`, which repairs neither encodings nor HTML. Raises InputError if there
+        is no such form."""
+        from tokenizers import Regex, Tokenizer, normalizers
+
+        if (inner := getattr(self.tokenizer, "backend_tokenizer", None)) is None:
+            raise InputError(f"{type(self.tokenizer).__name__} has no fast form, which tokenizer.json needs")
+        tokenizer, steps = Tokenizer.from_str(inner.to_str()), []
+        if self.clean == "canonicalize":
+            steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")]
+        if self.clean != "whitespace":
+            steps += [normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+            tokenizer.normalizer = normalizers.Sequence(steps + [tokenizer.normalizer] * bool(tokenizer.normalizer))
+        return tokenizer
+
     def __deepcopy__(self, memo) -> "HfTokenizer":
         return self  # copies of a model share it
 
@@ -112,6 +128,9 @@ class JointTokenizer(BaseTokenizer):
 
     def fingerprint(self) -> str:
         return " ".join(part.fingerprint() for part in self.parts)
+
+    def fast(self):
+        raise InputError("several tokenizers side by side have no fast form, which tokenizer.json needs")
 
     def __deepcopy__(self, memo) -> "JointTokenizer":
         return self

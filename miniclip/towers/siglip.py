@@ -111,7 +111,7 @@ class LatentPool(nn.Module):
         self.norm, self.mlp = nn.LayerNorm(width), MLP(width, int(width * mlp_ratio), quick_gelu=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, (k, v) = self.q(self.latent.to(x.dtype).expand(len(x), -1, -1)), self.kv(x).chunk(2, dim=2)
+        q, (k, v) = self.q(self.latent.to(x.dtype).expand(x.shape[0], -1, -1)), self.kv(x).chunk(2, dim=2)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, L, W/H)
         x = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))[:, 0]
         return x + self.mlp(self.norm(x))

@@ -207,6 +207,9 @@ class StrippedTokenizer(HfTokenizer):
         end = self.tokenizer.sep_token_id
         return [[0 if i == end else i for i in row] for row in super().rows(texts, length)]
 
+    def fast(self):
+        raise InputError("CLIPA's tokenizer, whose last token becomes 0, has no fast form, which tokenizer.json needs")
+
     def fingerprint(self) -> str:
         return "stripped " + super().fingerprint()
 

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniclip.config import PreprocessConfig, TextConfig
+from miniclip.config import PreprocessConfig
 from miniclip.model import MiniClip, Tower
+from miniclip.tokenizer import Tokenizer
 from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, write_json, write_manifest
@@ -252,17 +253,10 @@ def describe(model: MiniClip, form: str, precision: str) -> dict:
 
 def write_tokenizer(file: Path, model: MiniClip):
     """Writes the tokenizer for the library tokenizers: cut to the context length, padded to the longest caption."""
-    from tokenizers import Tokenizer
-
     from miniclip.weights.clip_tokenizer import clip_tokenizer
 
     ours = model.text.tokenizer
-    if isinstance(model.config.text_cfg, TextConfig):
-        tokenizer = clip_tokenizer()
-    elif (fast := getattr(ours.tokenizer, "backend_tokenizer", None)) is not None:
-        tokenizer = Tokenizer.from_str(fast.to_str())
-    else:
-        raise InputError(f"{type(ours.tokenizer).__name__} has no fast form, which tokenizer.json needs")
+    tokenizer = clip_tokenizer() if isinstance(ours, Tokenizer) else ours.fast()
     tokenizer.enable_truncation(ours.context_length)
     tokenizer.enable_padding(pad_id=ours.pad_token_id, pad_token=tokenizer.id_to_token(ours.pad_token_id))
     tokenizer.save(str(file))

@@ -1,6 +1,5 @@
 """A folder for transformers' SiglipModel."""
 
-import json
 import warnings
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from miniclip.towers.hf_config import RESAMPLE
 from miniclip.towers.siglip import EPS, SigLipTextConfig, SigLipVisionConfig, join_in_proj
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.files import write_json
+from miniclip.utils.weight_files import read_json
 
 
 def is_siglip(config: MiniClipConfig) -> bool:
@@ -71,18 +71,9 @@ def write_siglip(path: Path, model: MiniClip):
 
 def write_tokenizer(path: Path, tokenizer):
     """Writes the tokenizer with the cleaning of captions in it; of broken encodings and HTML nothing is repaired."""
-    from tokenizers import Regex, Tokenizer, normalizers
-
-    steps = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    if tokenizer.clean != "whitespace":
-        steps.insert(0, normalizers.Lowercase())
-    if tokenizer.clean == "canonicalize":
-        steps[:0] = [normalizers.Replace("_", " "), normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")]
     tokenizer.tokenizer.save_pretrained(path)
-    inner = Tokenizer.from_file(str(path / "tokenizer.json"))
-    inner.normalizer = normalizers.Sequence([*steps, *([inner.normalizer] if inner.normalizer else [])])
-    inner.save(str(path / "tokenizer.json"))
-    settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer.fast().save(str(path / "tokenizer.json"))
+    settings = read_json(path / "tokenizer_config.json")
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context_length}
     settings |= {"model_input_names": ["input_ids"]}  # padding is read, not masked
     write_json(path / "tokenizer_config.json", settings)

@@ -23,6 +23,7 @@ from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
 from miniclip.weights.load import empty_model, load_weights
+from miniclip.weights.onnx import export
 from tests.training.test_training import recipe, weights  # noqa: F401
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 70}
@@ -229,3 +230,17 @@ def test_the_real_library_at_full_size(theirs, tmp_path):
     torch.testing.assert_close(ours, others, atol=1e-4, rtol=0)
     again, _, tokenizer = miniclip.load(tmp_path / "open")
     assert torch.equal(again.encode_text(tokenizer(CAPTIONS)), model.encode_text(ids))
+
+
+def test_it_is_exported_to_onnx_with_its_tokenizer(theirs, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    model, _, tokenizer = miniclip.load(theirs[0])
+    export(model, tmp_path / "graphs", "onnx", "fp32")  # compared with the model's embeddings there
+    graphs, _, found = miniclip.load(tmp_path / "graphs")
+    ids = found(CAPTIONS[:2], trim=True)
+    assert torch.equal(ids, tokenizer(CAPTIONS[:2], trim=True))
+    expected = model.encode_text(ids, normalize=True)
+    torch.testing.assert_close(graphs.encode_text(ids, normalize=True), expected, atol=1e-5, rtol=0)
+    plain = Tokenizer.from_file(str(tmp_path / "graphs" / "tokenizer.json"))
+    assert [row.ids for row in plain.encode_batch(CAPTIONS[:2])] == ids.tolist()
