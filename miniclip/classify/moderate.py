@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from miniclip.classify.prompts import TEXTS
-from miniclip.classify.zero_shot import embed_classes, probabilities
+from miniclip.classify.zero_shot import embed_classes, shares
 from miniclip.datasets.records import parse_json, read_text
 from miniclip.utils.errors import InputError
 
@@ -27,7 +27,7 @@ def ask(model, tokenizer, image_embeds: np.ndarray, thing: str, against: list[st
     against each of the texts `against`."""
     against = [[text] for text in against] if against else [NOTHING]
     vectors = embed_classes(model, tokenizer, [[text.format(thing) for text in ASK], *against])
-    return probabilities(model, image_embeds, vectors)[:, 0]
+    return shares(model, image_embeds, vectors)[:, 0]
 
 
 def category_scores(model, tokenizer, image_embeds: np.ndarray, categories: dict) -> dict[str, np.ndarray]:
@@ -36,7 +36,7 @@ def category_scores(model, tokenizer, image_embeds: np.ndarray, categories: dict
     names = [name for name in categories if name != HARMLESS]
     positives = embed_classes(model, tokenizer, [categories[name] for name in names]).split(1, dim=1)
     negatives = embed_classes(model, tokenizer, [[text] for text in categories[HARMLESS]])
-    each = [probabilities(model, image_embeds, torch.cat([one, negatives], dim=1))[:, 0] for one in positives]
+    each = [shares(model, image_embeds, torch.cat([one, negatives], dim=1))[:, 0] for one in positives]
     return dict(zip(names, each))
 
 

@@ -1,7 +1,8 @@
 """Zero-shot classification: classes are described in words, without any example.
 
 Each class becomes a vector, the mean of sentences about it (CLIP: Radford et al., arXiv 2103.00020, section 3.1).
-Probabilities are among the named classes, one of which always wins. For "is there any?" see moderate.py.
+Probabilities are among the named classes, one of which always wins; those of SigLIP's models are of each class alone.
+For "is there any?" see moderate.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,14 +50,19 @@ def embed_classes(model, tokenizer, sentences: Sequence[Sequence[str]]) -> Tenso
 
 
 def probabilities(model, image_embeds: np.ndarray, classifier: Tensor) -> np.ndarray:
-    """Returns the probability of each class (N, C) float32 for unit-length embeddings (N, E): the softmax of the
-    cosines with the model's own temperature; with SigLIP's bias the sigmoid, of each class alone: they need not add up
-    to 1."""
+    """Returns the probability of each class (N, C) float32 for unit-length embeddings (N, E): `shares`; of a model with
+    SigLIP's bias the sigmoid of its logits, of each class alone, so that they need not add up to 1."""
+    if model.logit_bias is None:
+        return shares(model, image_embeds, classifier)
+    scale, bias = model.logit_scale.detach().cpu().exp(), model.logit_bias.detach().cpu()
+    return (scale * (torch.from_numpy(image_embeds) @ classifier.cpu()) + bias).sigmoid().numpy()
+
+
+def shares(model, image_embeds: np.ndarray, classifier: Tensor) -> np.ndarray:
+    """Returns the softmax over classes (N, C) of the cosines with the model's own temperature. SigLIP's bias, equal for
+    all classes, would not change it."""
     cosines = torch.from_numpy(image_embeds) @ classifier.cpu()
-    logits = model.logit_scale.detach().cpu().exp() * cosines
-    if model.logit_bias is not None:
-        return (logits + model.logit_bias.detach().cpu()).sigmoid().numpy()
-    return logits.softmax(dim=1).numpy()
+    return (model.logit_scale.detach().cpu().exp() * cosines).softmax(dim=1).numpy()
 
 
 def zero_shot_classify(model, preprocess, classifier: Tensor, images, classnames: Sequence[str]):
