@@ -91,6 +91,9 @@ def config_file(request, tmp_path):
     return tmp_path / "model.json"
 
 
+@pytest.mark.parametrize(
+    "config_file", [pytest.param(name, marks=[pytest.mark.slow] * (name != "ResNet")) for name in TRAINED], indirect=True
+)
 def test_it_trains_on_two_processes_and_resumes_bit_for_bit(config_file, recipe, caption_set, run_script):  # noqa: F811
     steps = ["--model", config_file, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
     steps += ["--per_device_train_batch_size", "6"]

@@ -176,6 +176,7 @@ def test_positions_are_interpolated_without_a_class_token(tmp_path):
     assert torch.equal(larger.visual.positional_embedding, wanted)
 
 
+@pytest.mark.slow
 def test_it_is_fine_tuned_on_two_processes_and_resumes_bit_for_bit(theirs, recipe, caption_set, run_script):  # noqa: F811
     steps = ["--model", theirs[0], "--loss", "siglip", "--max_steps", "2", "--save_strategy", "steps"]
     steps += ["--save_steps", "1", "--per_device_train_batch_size", "6"]
