@@ -92,7 +92,9 @@ def config_file(request, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config_file", [pytest.param(name, marks=[pytest.mark.slow] * (name != "ResNet")) for name in TRAINED], indirect=True
+    "config_file",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "ResNet")) for name in TRAINED],
+    indirect=True,
 )
 def test_it_trains_on_two_processes_and_resumes_bit_for_bit(config_file, recipe, caption_set, run_script):  # noqa: F811
     steps = ["--model", config_file, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
