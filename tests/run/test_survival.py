@@ -151,7 +151,10 @@ def logged(run: Path) -> int:
     return (run / "log.jsonl").read_text().count('"loss"') if (run / "log.jsonl").is_file() else 0
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+two = pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), two])
 def test_a_signal_saves_first(number, processes, recipe, caption_set, run_script):  # noqa: F811
     """One run's processes all get the signal, data workers too, as from a terminal or a cluster; of two processes only
     one does. A checkpoint is saved outside the schedule, and the resumed run ends like an undisturbed one."""

@@ -102,6 +102,7 @@ def eval_entry(folder) -> dict:
     return evaluations[0]
 
 
+@pytest.mark.slow
 def test_accelerate_launch_on_two_processes(folder, recipe, run_script):  # noqa: F811
     """train.py as a user starts it, with the set that does not divide; the rate is 0, so the model stays."""
     done = run_script(
