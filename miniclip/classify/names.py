@@ -1,6 +1,5 @@
 """Class names as data sets write them: words run together, numbers in front, ids whose words are in another file."""
 
-import json
 import logging
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from miniclip.datasets.records import parse_json, read_text
 from miniclip.utils.errors import InputError
+from miniclip.utils.imagenet import IMAGENET
 
 # Files beside a folder of classes, with lines `id words` or words alone, or JSON: ImageNet's (Kaggle, Caffe, Tiny
 # ImageNet, Keras) and common names.
@@ -20,8 +20,6 @@ FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt", "map_clsloc.
          "classes.json", "class_names.json", "labels.json")  # fmt: skip
 ID = re.compile(r"n?\d+|(c|cls|class|category|id|label)[ _-]?\d+", re.IGNORECASE)  # n: WordNet's, as n01440764
 NUMBERED = re.compile(r"(n\d{8}|\d+)[-_.]+(?=[^\W\d])")  # 001.Black_footed_Albatross, n02085620-Chihuahua
-# ImageNet's classes, {WordNet's id: words} in the order of their numbers, and prompts: see imagenet.LICENSE
-IMAGENET = json.loads(Path(__file__).with_name("imagenet.json").read_text(encoding="utf-8"))
 logger = logging.getLogger(__name__)
 
 

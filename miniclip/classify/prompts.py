@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from miniclip.classify.names import IMAGENET, spell_out, warn_of_ids
+from miniclip.classify.names import spell_out, warn_of_ids
 from miniclip.datasets.records import parse_json, read_text
 from miniclip.utils.errors import InputError
+from miniclip.utils.imagenet import IMAGENET
 
 TEXTS = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))
 TEMPLATES = TEXTS["templates"]  # by language; {} is replaced by a class name

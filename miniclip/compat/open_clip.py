@@ -13,7 +13,6 @@ from torch.nn.modules.module import _IncompatibleKeys
 from miniclip import config as configs
 from miniclip.checkpoint import HARMLESS
 from miniclip.classify import zero_shot
-from miniclip.classify.names import IMAGENET
 from miniclip.compat.model import CLIP, LOW, convert_weights_to_lp, full_precision, set_precision
 from miniclip.compat.transforms import (  # noqa: F401
     AugmentationCfg,
@@ -30,6 +29,7 @@ from miniclip.tokenizer import BaseTokenizer, Tokenizer
 from miniclip.training.siglip import siglip_loss
 from miniclip.utils.config_files import parse_json
 from miniclip.utils.errors import InputError
+from miniclip.utils.imagenet import IMAGENET
 from miniclip.utils.weight_files import find_weights, mismatch, read_state_dict
 from miniclip.weights.layouts import load_folder, named_config
 from miniclip.weights.load import fill, fit_weights, open_checkpoint

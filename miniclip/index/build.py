@@ -18,10 +18,9 @@ from tqdm.auto import tqdm
 from miniclip.datasets.records import ImageRoot
 from miniclip.index.image_index import FORMAT, GENERATION, INDEX, ImageIndex, ImageIndexError, fingerprint, read_about
 from miniclip.index.neighbours import Neighbours, check_method, choose
-from miniclip.inference.embed import embed_images, embed_texts
+from miniclip.inference.embed import embed_images, embed_patches, embed_texts
 from miniclip.inference.fast import inference_copy
-from miniclip.inference.feature_cache import FeatureCache
-from miniclip.inference.late_interaction import embed_patches, has_tokens
+from miniclip.inference.feature_cache import FeatureCache, has_tokens
 from miniclip.utils import bad_samples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import delete, lock, remove_scratch, sha256, sync, write_json, write_npy

@@ -19,9 +19,9 @@ import torch
 from miniclip.datasets.records import ImageRoot
 from miniclip.index.build import update
 from miniclip.index.image_index import ImageIndex, fingerprint
-from miniclip.inference.embed import embed_images, embed_texts
+from miniclip.inference.embed import embed_images, embed_texts, embed_words
 from miniclip.inference.fast import inference_copy
-from miniclip.inference.late_interaction import embed_words, maxsim, reranked
+from miniclip.inference.late_interaction import maxsim, reranked
 from miniclip.inference.load import load
 from miniclip.reports.contact_sheet import write_sheet
 from miniclip.utils.errors import InputError

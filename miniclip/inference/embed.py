@@ -1,25 +1,33 @@
-"""Embeddings of image files and texts, in batches, with threads that read ahead and feature caches."""
+"""Embeddings of image files and texts, and of their patches and words, in batches, with threads that read ahead and
+feature caches."""
 
+import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FeatureCache, file_key, text_key
-from miniclip.model import MiniClip
+from miniclip.model import MiniClip, Tower
 from miniclip.tokenizer import Tokenizer
+from miniclip.towers.tokens import patch_vectors, token_features, word_vectors
 from miniclip.transforms import Preprocess
 from miniclip.utils.image_files import ImageError, ImageFile, open_image
 from miniclip.utils.machine import keep_freed_memory, return_freed_memory
 from miniclip.utils.parallel import read_ahead
 
 MANY = 64  # items that are worth a costlier start
+WORDS = 32  # positions of a text that count, start and end included: those after them do not
+PIECE = 512  # items of whose positions features are in memory at once
 
 
 def embed_texts(
@@ -129,3 +137,64 @@ def on_all_processes(items: list, embed: Callable[[list], np.ndarray]) -> np.nda
     for rank, share in enumerate(shares):
         embeds[rank::n] = share
     return embeds
+
+
+class _Positions(Tower):
+    """A tower whose features are those of its first `length` positions, one after the other: (B, length W)."""
+
+    def __init__(self, tower: Tower, length: int):
+        super().__init__()
+        self.inner, self.length, self.width, self.tokenizer = tower, length, length * tower.width, tower.tokenizer
+
+    def features(self, inputs: Tensor) -> Tensor:
+        x = token_features(self.inner, inputs)[:, : self.length]
+        return F.pad(x, (0, 0, 0, self.length - x.shape[1])).flatten(1)
+
+
+def positions(model: MiniClip, name: str) -> InferenceClip:
+    """An inference copy of a model in which the features of a tower, "visual" or "text", are those of its positions,
+    for `embed_images` or `embed_texts` without projection."""
+    twin, length = copy.copy(inference_copy(model)), WORDS
+    if name == "visual":
+        with twin.inference():
+            image = torch.zeros(1, 3, *(twin.visual.image_size,) * 2, dtype=twin.dtype, device=twin.logit_scale.device)
+            length = token_features(twin.visual, image).shape[1]
+    twin._modules = {**twin._modules, name: _Positions(twin.get_submodule(name), length)}
+    return twin
+
+
+def in_pieces(
+    items: Sequence, embed: Callable, finish: Callable[[Tensor], Tensor], faults: dict[int, str] | None = None
+) -> np.ndarray:
+    """`finish(embed(items))`, a piece at a time: the features of all positions would not fit the memory. `faults` is
+    that of `embed_images`."""
+    found = []
+    for start in range(0, len(items), PIECE):
+        wrong = None if faults is None else {}
+        features = embed(items[start : start + PIECE], **{} if faults is None else {"faults": wrong})
+        found.append(finish(torch.from_numpy(features)).cpu().numpy())
+        if wrong:
+            faults.update((start + row, reason) for row, reason in wrong.items())
+    return np.concatenate(found)
+
+
+@torch.inference_mode()
+def embed_patches(
+    model: MiniClip, preprocess, paths: Sequence, faults: dict[int, str] | None = None, **how
+) -> np.ndarray:
+    """The vectors of the patches of n images, (n, P, D) float16, from the top left, row by row. `faults` and `how`:
+    options of `embed_images`."""
+    tower, device = model.visual, model.logit_scale.device
+    embed = partial(embed_images, positions(model, "visual"), preprocess, project=False, **how)
+    return in_pieces(
+        paths, embed, lambda x: patch_vectors(tower, x.to(device).unflatten(1, (-1, tower.width))).half(), faults
+    )
+
+
+@torch.inference_mode()
+def embed_words(model: MiniClip, tokenizer, texts: Sequence[str], **how) -> np.ndarray:
+    """The vectors of the words of n texts, (n, WORDS, D) float32, zeros behind the end. `how`: options of
+    `embed_texts`."""
+    embed = partial(embed_texts, positions(model, "text"), tokenizer, project=False, **how)
+    tower, device = model.text, model.logit_scale.device
+    return in_pieces(texts, embed, lambda x: word_vectors(tower, x.to(device).unflatten(1, (WORDS, -1))))

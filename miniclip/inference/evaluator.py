@@ -8,9 +8,9 @@ import torch
 
 from miniclip.data import text_id
 from miniclip.datasets.records import flatten_captions
-from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
+from miniclip.inference.embed import embed_images, embed_patches, embed_texts, embed_words, on_all_processes
 from miniclip.inference.fast import InferenceClip, inference_copy
-from miniclip.inference.late_interaction import embed_patches, embed_words, position_caches, rerank, reranked
+from miniclip.inference.late_interaction import position_caches, rerank, reranked
 from miniclip.model import MiniClip
 from miniclip.retrieval import KS, metrics_of, retrieval_metrics, search_both
 from miniclip.utils.files import replacing, write_npy

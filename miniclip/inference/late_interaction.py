@@ -7,29 +7,23 @@ counts: "the" can weigh less than "dog". The sum is ColBERT's (Khattab and Zahar
 patches as in FILIP (Yao et al., arXiv 2111.07783). With it the first results of a search are put into a new order.
 """
 
-import copy
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.inference.embed import embed_images, embed_texts
-from miniclip.inference.fast import InferenceClip, inference_copy
+from miniclip.inference.embed import WORDS, embed_patches, embed_words, positions
+from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache
-from miniclip.model import MiniClip, Tower
+from miniclip.model import MiniClip
 from miniclip.retrieval import RetrievalResult
-from miniclip.towers.tokens import has_tokens, token_features
+from miniclip.towers.tokens import has_tokens
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import open_image
 
-WORDS = 32  # positions of a text that count, start and end included: those after them do not
 RERANKED = 100  # results of a search that are put into a new order
-PIECE = 512  # items whose features are in memory at once
 
 
 def maxsim(words: Tensor, patches: Tensor) -> Tensor:
@@ -41,42 +35,6 @@ def maxsim(words: Tensor, patches: Tensor) -> Tensor:
     return best.new_zeros(n, m).index_add(0, used.nonzero()[:, 0], best)
 
 
-def patch_vectors(tower: Tower, features: Tensor) -> Tensor:
-    """Features of patches (B, P, W) to unit vectors (B, P, D)."""
-    return F.normalize(tower.token_proj(features.to(tower.token_proj.weight.dtype)), dim=2)
-
-
-def word_vectors(tower: Tower, features: Tensor) -> Tensor:
-    """Features of words (B, L, W), zero where there is none, to vectors (B, L, D)."""
-    features = features.to(tower.token_proj.weight.dtype)
-    count = (features != 0).any(dim=2).sum(dim=1).clamp_min(1)
-    return tower.token_proj(features) / count[:, None, None]
-
-
-class _Positions(Tower):
-    """A tower whose features are those of its first `length` positions, one after the other: (B, length W)."""
-
-    def __init__(self, tower: Tower, length: int):
-        super().__init__()
-        self.inner, self.length, self.width, self.tokenizer = tower, length, length * tower.width, tower.tokenizer
-
-    def features(self, inputs: Tensor) -> Tensor:
-        x = token_features(self.inner, inputs)[:, : self.length]
-        return F.pad(x, (0, 0, 0, self.length - x.shape[1])).flatten(1)
-
-
-def positions(model: MiniClip, name: str) -> InferenceClip:
-    """An inference copy of a model in which the features of a tower, "visual" or "text", are those of its positions,
-    for `embed_images` or `embed_texts` without projection."""
-    twin, length = copy.copy(inference_copy(model)), WORDS
-    if name == "visual":
-        with twin.inference():
-            image = torch.zeros(1, 3, *(twin.visual.image_size,) * 2, dtype=twin.dtype, device=twin.logit_scale.device)
-            length = token_features(twin.visual, image).shape[1]
-    twin._modules = {**twin._modules, name: _Positions(twin.get_submodule(name), length)}
-    return twin
-
-
 def position_caches(model: MiniClip, preprocess, images: FeatureCache | None, texts: FeatureCache | None) -> tuple:
     """Caches of the features of positions, where there are caches of the features of whole images and texts."""
     folders = [None if cache is None or cache.folder is None else cache.folder.parent for cache in (images, texts)]
@@ -85,30 +43,6 @@ def position_caches(model: MiniClip, preprocess, images: FeatureCache | None, te
         None if images is None else FeatureCache.for_images(folders[0], model, preprocess, positions=length),
         None if texts is None else FeatureCache.for_texts(folders[1], model, positions=WORDS),
     )
-
-
-def in_pieces(items: Sequence, embed: Callable, finish: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """`finish(embed(items))`, a piece at a time: the features of all positions would not fit the memory."""
-    pieces = (items[start : start + PIECE] for start in range(0, len(items), PIECE))
-    return np.concatenate([finish(torch.from_numpy(embed(piece))).cpu().numpy() for piece in pieces])
-
-
-@torch.inference_mode()
-def embed_patches(model: MiniClip, preprocess, paths: Sequence, **how) -> np.ndarray:
-    """The vectors of the patches of n images, (n, P, D) float16, from the top left, row by row. `how`: options of
-    `embed_images`."""
-    tower, device = model.visual, model.logit_scale.device
-    embed = partial(embed_images, positions(model, "visual"), preprocess, project=False, **how)
-    return in_pieces(paths, embed, lambda x: patch_vectors(tower, x.to(device).unflatten(1, (-1, tower.width))).half())
-
-
-@torch.inference_mode()
-def embed_words(model: MiniClip, tokenizer, texts: Sequence[str], **how) -> np.ndarray:
-    """The vectors of the words of n texts, (n, WORDS, D) float32, zeros behind the end. `how`: options of
-    `embed_texts`."""
-    embed = partial(embed_texts, positions(model, "text"), tokenizer, project=False, **how)
-    tower, device = model.text, model.logit_scale.device
-    return in_pieces(texts, embed, lambda x: word_vectors(tower, x.to(device).unflatten(1, (WORDS, -1))))
 
 
 class Seen(NamedTuple):

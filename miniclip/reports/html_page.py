@@ -17,6 +17,7 @@ from miniclip.reports.contact_sheet import fill, safe, thumbnail, write_page
 from miniclip.reports.heat_map import heat_maps
 from miniclip.retrieval import KS, TIE
 from miniclip.utils.errors import InputError
+from miniclip.utils.image_files import ImageError
 
 WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 WORST, BEST, SHOWN = 8, 4, 5  # queries shown of each kind, and results per query
@@ -294,7 +295,7 @@ def words_section(e: Evaluation) -> str:
     margins = e.similar.right - e.similar.wrong_image
     worst, best = similarities.worst_and_best(ranks, margins, e.image_of_text, SEEN, SEEN)
     for row in best + worst:
-        with suppress(ValueError, OSError):  # an image that cannot be read is shown above, with the reason
+        with suppress(ImageError):  # an image that cannot be read is shown above, with the reason
             levels, words = e.seen(e.images[e.image_of_text[row]], e.texts[row])
             urls = heat_maps(levels, [heat for _, _, heat in words])
             maps = (fill("word", url=url, word=safe(word), score=score) for url, (word, score, _) in zip(urls, words))

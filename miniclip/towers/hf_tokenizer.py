@@ -7,6 +7,7 @@ import os
 import string
 from collections.abc import Sequence
 from itertools import chain, zip_longest
+from pathlib import Path
 
 import ftfy
 import torch
@@ -28,6 +29,15 @@ def canonicalize(text: str) -> str:
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 CLEAN = {"whitespace": clean, "lower": lambda text: clean(text).lower(), "canonicalize": canonicalize}
+
+
+def tokenizer_folder(directory: Path, name: str = "tokenizer") -> Path:
+    """The folder of a saved model's tokenizer. Raises InputError if it is missing."""
+    if not (directory / name).is_dir():
+        raise InputError(
+            f"{directory}: the folder {name}, which the text tower needs, is missing: copy the model again"
+        )
+    return directory / name
 
 
 class HfTokenizer(BaseTokenizer):

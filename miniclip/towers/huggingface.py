@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from miniclip.model import TOWERS, Tower
 from miniclip.towers.hf_config import HfConfig, HfTextConfig, HfVisionConfig, ask, check_encoder, offline
-from miniclip.towers.hf_tokenizer import HfTokenizer
+from miniclip.towers.hf_tokenizer import HfTokenizer, tokenizer_folder
 from miniclip.towers.packages import PackagedEncoder, packaged, source
 from miniclip.towers.tokens import TOKEN_DIM, register_tokens, token_features
 from miniclip.utils.errors import InputError
@@ -270,10 +270,8 @@ class HfTextTower(HfTower):
                 self.tokenizer.tokenizer.save_pretrained(scratch)
 
     def load_files(self, directory: Path, folder: str = "tokenizer"):
-        if not (directory / folder).is_dir():
-            raise InputError(f"{directory}: the folder {folder}, which the text tower needs, is missing")
         with offline():
-            self.own_tokenizer = self.read_tokenizer(directory / folder)
+            self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory, folder))
 
 
 def fuse_norms(network: nn.Module) -> nn.Module:

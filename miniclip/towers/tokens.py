@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial, singledispatch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.config import TextConfig, VisionConfig
@@ -105,3 +106,15 @@ def _(tower: TextTransformer, input_ids: Tensor) -> Tensor:
     x = tower.ln_final(tower.run_blocks(tower.embed_tokens(input_ids), is_causal=True))
     inside = torch.arange(x.shape[1], device=x.device) <= input_ids.argmax(dim=1, keepdim=True)  # up to the end token
     return x * inside[..., None]
+
+
+def patch_vectors(tower: Tower, features: Tensor) -> Tensor:
+    """Features of patches (B, P, W) to unit vectors (B, P, D)."""
+    return F.normalize(tower.token_proj(features.to(tower.token_proj.weight.dtype)), dim=2)
+
+
+def word_vectors(tower: Tower, features: Tensor) -> Tensor:
+    """Features of words (B, L, W), zero where there is none, to vectors (B, L, D)."""
+    features = features.to(tower.token_proj.weight.dtype)
+    count = (features != 0).any(dim=2).sum(dim=1).clamp_min(1)
+    return tower.token_proj(features) / count[:, None, None]

@@ -20,7 +20,7 @@ from miniclip.config import TextConfig, VisionConfig
 from miniclip.model import TOWERS, Block, TextTransformer, Tower, VisionTransformer
 from miniclip.tokenizer import BaseTokenizer
 from miniclip.towers.hf_config import ask, offline
-from miniclip.towers.hf_tokenizer import HfTokenizer
+from miniclip.towers.hf_tokenizer import HfTokenizer, tokenizer_folder
 from miniclip.towers.packages import source
 from miniclip.towers.registry import IN_OPENCLIP, openclip_rows
 from miniclip.utils.errors import InputError
@@ -105,11 +105,16 @@ def _adapt(tower: Tower, cfg: VariantVisionConfig | VariantTextConfig, heads: in
         tower.blocks = nn.ModuleList(ScaledBlock(*sizes) for _ in range(cfg.layers))
     if cfg.act_kwargs and quick_gelu:
         raise InputError("act_kwargs are those of GELU, and quick_gelu is true: remove one of them")
+    set_kwargs(tower, cfg.act_kwargs, cfg.norm_kwargs)
+
+
+def set_kwargs(tower: Tower, act_kwargs: dict | None, norm_kwargs: dict | None):
+    """Gives a tower the form of GELU in `act_kwargs` and the eps in `norm_kwargs`, OpenCLIP's fields."""
     for module in tower.modules():
-        if isinstance(module, nn.GELU) and cfg.act_kwargs:
-            module.approximate = cfg.act_kwargs["approximate"]
-        if isinstance(module, nn.LayerNorm) and cfg.norm_kwargs:
-            module.eps = cfg.norm_kwargs["eps"]
+        if isinstance(module, nn.GELU) and act_kwargs:
+            module.approximate = act_kwargs["approximate"]
+        if isinstance(module, nn.LayerNorm) and norm_kwargs:
+            module.eps = norm_kwargs["eps"]
 
 
 class VariantVisionTransformer(VisionTransformer):
@@ -193,11 +198,9 @@ class VariantTextTransformer(TextTransformer):
                 self.tokenizer.tokenizer.save_pretrained(scratch)
 
     def load_files(self, directory: Path):
-        if self.cfg.hf_tokenizer_name and not (directory / "tokenizer").is_dir():
-            raise InputError(f"{directory}: the folder tokenizer, which the text tower needs, is missing")
         if self.cfg.hf_tokenizer_name:
             with offline():
-                self.own_tokenizer = self.read_tokenizer(directory / "tokenizer")
+                self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory))
 
 
 class StrippedTokenizer(HfTokenizer):

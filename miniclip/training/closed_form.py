@@ -132,7 +132,7 @@ class ClosedForm:
         self, reg_x: float, reg_y: float, dim: int, power: float = 0.5, trust: float = 0.0
     ) -> tuple[tuple[Tensor, Tensor], ...]:
         """Weight (dim, X), bias (dim,) of the images' projection, and those (dim, Y), (dim,) of the texts'. Rows beyond
-        the number of directions are zero. `trust`: as large as Cxy times this is what the prior P adds to it, Rx P."""
+        the number of directions are zero. `trust`: the size of Rx P, which a prior P adds to Cxy, relative to Cxy."""
         if self.prior is not None and not trust:
             return self.plain().solve(reg_x, reg_y, dim, power)
         (regression, more), cxy = self.maps(reg_x), self.cxy

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.inference.embed import embed_images, embed_texts
+from miniclip.inference.embed import WORDS, embed_images, embed_texts, in_pieces, positions
 from miniclip.inference.feature_cache import FeatureCache
-from miniclip.inference.late_interaction import WORDS, in_pieces, maxsim, patch_vectors, positions, word_vectors
+from miniclip.inference.late_interaction import maxsim
 from miniclip.loss import find_duplicates, gather
 from miniclip.model import ClipOutput, MiniClip
-from miniclip.towers.tokens import add_tokens, has_tokens
+from miniclip.towers.tokens import add_tokens, has_tokens, patch_vectors, word_vectors
 from miniclip.utils.errors import InputError
 from miniclip.weights.pretrained import is_folder
 

@@ -30,9 +30,8 @@ def write_siglip(path: Path, model: MiniClip):
         (images.resize_mode == "squash", f"prepares images by resize_mode {images.resize_mode!r}"),
     ):
         if not fine:
-            raise CheckpointError(
-                f"transformers' SiglipModel cannot hold this model, which {problem}: it needs another"
-            )
+            fix = "convert to miniclip or openclip instead"
+            raise CheckpointError(f"transformers' SiglipModel cannot hold this model, which {problem}: {fix}")
 
     def section(cfg, heads: int) -> dict:
         return {

@@ -9,9 +9,10 @@ import pytest
 import miniclip
 from miniclip.classify import prompts
 from miniclip.classify.images import choose_classes
-from miniclip.classify.names import IMAGENET, spell_out
+from miniclip.classify.names import spell_out
 from miniclip.classify.zero_shot import build_zero_shot_classifier
 from miniclip.commands import zero_shot
+from miniclip.utils.imagenet import IMAGENET
 
 TOKENIZER = miniclip.Tokenizer(16)
 

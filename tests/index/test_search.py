@@ -25,7 +25,8 @@ from miniclip.index.image_index import ImageIndex, ImageIndexError
 from miniclip.index.neighbours import Neighbours, choose, exact
 from miniclip.index.parts import export, merge
 from miniclip.index.search import Found, ImageSearch, split_minus, unit
-from miniclip.inference.late_interaction import embed_patches, embed_words, maxsim
+from miniclip.inference.embed import embed_patches, embed_words
+from miniclip.inference.late_interaction import maxsim
 from miniclip.reports.contact_sheet import write_sheet
 from miniclip.towers.tokens import add_tokens
 from miniclip.utils.errors import InputError

@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import miniclip
-from miniclip.inference.late_interaction import WORDS, embed_patches, embed_words, maxsim, rerank, where_seen
+from miniclip.inference.embed import WORDS, embed_patches, embed_words
+from miniclip.inference.late_interaction import maxsim, rerank, where_seen
 from miniclip.retrieval import metrics_of, search_both
 from miniclip.towers.tokens import add_tokens, token_features
 from miniclip.utils.errors import InputError
@@ -47,7 +48,7 @@ def test_positions_of_other_encoders(kind, request, tmp_path):
     assert not again.visual.token_proj.weight.requires_grad, "only late interaction trains it"
 
 
-def test_positions_of_our_own_towers(tiny_model, tmp_path):
+def test_positions_of_our_own_towers(tiny_model, tmp_path, monkeypatch):
     tokenizer = tiny_model.text.tokenizer
     ids = tokenizer(["a red cat", "red"], trim=True)
     with torch.no_grad():
@@ -66,6 +67,10 @@ def test_positions_of_our_own_towers(tiny_model, tmp_path):
     fast = embed_patches(miniclip.load(weights, precision="fp32")[0], preprocess, images)
     assert plain.shape == (2, 4, 128) and np.allclose(np.linalg.norm(plain.astype(float), axis=2), 1, atol=1e-3)
     assert np.allclose(plain.astype(float), fast, atol=2e-3)
+    monkeypatch.setattr("miniclip.inference.embed.PIECE", 2)  # the rows of faults are those of all images
+    (bad := tmp_path / "bad.png").write_bytes(b"no image")
+    found = embed_patches(model, preprocess, [*images, images[1], bad, images[0]], faults=(faults := {}))
+    assert list(faults) == [3] and np.array_equal(found[[0, 1, 2, 4]], plain[[0, 1, 1, 0]])
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 converted into each form that can hold them."""
 
 import json
-import shutil
 from contextlib import nullcontext
 from importlib.util import find_spec
 
@@ -21,7 +20,7 @@ from miniclip.weights.convert import convert
 from miniclip.weights.inherit import chosen_layers, inherit
 from miniclip.weights.load import empty_model, fitting_configs, load_weights, resize_positions
 from tests.towers.test_hf_towers import save_text_encoder
-from tests.training.test_training import recipe, weights  # noqa: F401
+from tests.training.test_training import recipe, trained_and_resumed  # noqa: F401
 
 RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))["models"]
 # Of the family that is trained, with CLIP's tokenizer: fields of vision_cfg, and more of text_cfg.
@@ -97,15 +96,8 @@ def config_file(request, tmp_path):
     indirect=True,
 )
 def test_it_trains_on_two_processes_and_resumes_bit_for_bit(config_file, recipe, caption_set, run_script):  # noqa: F811
-    steps = ["--model", config_file, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
-    steps += ["--per_device_train_batch_size", "6"]
-    run_script("train.py", recipe, *steps, processes=2)
-    trained = weights(caption_set / "run")
-    shutil.rmtree(caption_set / "run" / "checkpoint-2")
-    (caption_set / "run" / "model.safetensors").unlink()
-    run_script("train.py", recipe, *steps, "--resume", processes=2)
-    again = weights(caption_set / "run")
-    assert all(torch.equal(again[name], trained[name]) for name in trained)
+    steps = ["--model", config_file]
+    trained = trained_and_resumed(recipe, caption_set, run_script, steps)
     fresh = MiniClip(MiniClipConfig.from_json(config_file)).state_dict()
     assert not any(torch.equal(t, fresh[n]) for n, t in trained.items() if n.startswith("visual.") and t.ndim > 1)
 

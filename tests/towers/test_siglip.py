@@ -24,7 +24,7 @@ from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
 from miniclip.weights.load import empty_model, load_weights
 from miniclip.weights.onnx import export
-from tests.training.test_training import recipe, weights  # noqa: F401
+from tests.training.test_training import recipe, trained_and_resumed  # noqa: F401
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 70}
 CAPTIONS = [
@@ -178,15 +178,8 @@ def test_positions_are_interpolated_without_a_class_token(tmp_path):
 
 @pytest.mark.slow
 def test_it_is_fine_tuned_on_two_processes_and_resumes_bit_for_bit(theirs, recipe, caption_set, run_script):  # noqa: F811
-    steps = ["--model", theirs[0], "--loss", "siglip", "--max_steps", "2", "--save_strategy", "steps"]
-    steps += ["--save_steps", "1", "--per_device_train_batch_size", "6"]
-    run_script("train.py", recipe, *steps, processes=2)
-    trained = weights(caption_set / "run")
-    shutil.rmtree(caption_set / "run" / "checkpoint-2")
-    (caption_set / "run" / "model.safetensors").unlink()
-    run_script("train.py", recipe, *steps, "--resume", processes=2)
-    again = weights(caption_set / "run")
-    assert all(torch.equal(again[name], trained[name]) for name in trained)
+    steps = ["--model", theirs[0], "--loss", "siglip"]
+    trained = trained_and_resumed(recipe, caption_set, run_script, steps)
     before = miniclip.load(theirs[0])[0].state_dict()
     assert not any(torch.equal(t, before[name]) for name, t in trained.items())
     shutil.rmtree(theirs[0])  # what was trained is complete

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,19 @@ def recipe(caption_set, tiny_config):
 
 def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
+
+
+def trained_and_resumed(recipe, caption_set, run_script, options) -> dict[str, torch.Tensor]:
+    """The weights after two steps on two processes, which a run resumed after the first step has to equal."""
+    steps = ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1", "--per_device_train_batch_size", "6"]
+    run_script("train.py", recipe, *options, *steps, processes=2)
+    trained = weights(caption_set / "run")
+    shutil.rmtree(caption_set / "run" / "checkpoint-2")
+    (caption_set / "run" / "model.safetensors").unlink()
+    run_script("train.py", recipe, *options, *steps, "--resume", processes=2)
+    again = weights(caption_set / "run")
+    assert all(torch.equal(again[name], trained[name]) for name in trained)
+    return trained
 
 
 def largest_difference(a, b) -> float:
