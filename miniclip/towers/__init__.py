@@ -34,6 +34,10 @@ def _resnet(values: dict) -> bool:
     return isinstance(values.get("layers"), list | tuple)
 
 
+def _timm(values: dict) -> bool:
+    return "timm_model_name" in values and not _siglip(values)
+
+
 def _siglip(values: dict) -> bool:
     timm = "siglip" in str(values.get("timm_model_name")) and values.get("timm_proj") == "none"
     return values.get("pool_type") == "map" or timm and values.get("timm_pool") == "map"
@@ -44,10 +48,11 @@ def _siglip_text(values: dict) -> bool:
     return bool(found) and "hf_model_name" not in values
 
 
+OTHERS = _hf, _joint, _pruned, _resnet, _siglip, _siglip_text, _timm, _variant, _variant_text
+
+
 def _own(values: dict) -> bool:
-    return not any(
-        other(values) for other in (_hf, _joint, _pruned, _resnet, _siglip, _siglip_text, _variant, _variant_text)
-    )
+    return not any(other(values) for other in OTHERS)
 
 
 def _tokens(tells):
@@ -62,6 +67,7 @@ for base, tells, section in (  # with `token_dim`, of late interaction
     SECTIONS.append((base, _tokens(tells), f"miniclip.towers.{section}"))
 SECTIONS.append((VisionConfig, _siglip, "miniclip.towers.siglip:SigLipVisionConfig"))
 SECTIONS.append((TextConfig, _siglip_text, "miniclip.towers.siglip:SigLipTextConfig"))
+SECTIONS.append((VisionConfig, _timm, "miniclip.towers.timm_model:TimmVisionConfig"))
 SECTIONS.append((VisionConfig, _joint, "miniclip.towers.joint:JointVisionConfig"))
 SECTIONS.append((TextConfig, _joint, "miniclip.towers.joint:JointTextConfig"))
 SECTIONS.append((VisionConfig, _pruned, "miniclip.towers.pruned:PrunedVisionConfig"))
