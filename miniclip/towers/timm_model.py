@@ -123,6 +123,9 @@ class TimmTower(Tower):
         if (usual := trunk.default_cfg["input_size"][-1]) != side:
             if hasattr(trunk, "set_input_size"):
                 trunk.set_input_size((side, side))
+                with torch.no_grad():
+                    trunk.eval()(torch.zeros(1, 3, side, side))  # which says what is wrong with a size
+                trunk.train()
             elif trunk.default_cfg.get("fixed_input_size"):
                 raise InputError(f"image_size is {side}, but {cfg.timm_model_name} takes only images of {usual}")
         return trunk

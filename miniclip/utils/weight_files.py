@@ -367,7 +367,7 @@ def shorten(names: Iterable) -> str:
 HINTS = {  # how an unknown key begins -> what that means; the first that applies is reported
     r"(.*\.)?l0_module\.|image_encoder_without_ddp\.": "a pruned TinyCLIP 'auto' file, for a TinyCLIP-auto config",
     r"(.*\.)?visual\.trunk\.attn_pool\.": "its image tower is SigLIP's: name such a config",
-    r"(.*\.)?visual\.trunk\.": "its image tower is from timm (as SigLIP's is) or transformers, the model's is not",
+    r"(.*\.)?visual\.trunk\.": "its image tower is from timm or transformers: name such a config",
     r"(.*\.)?visual\.layer1\.": "its image tower is a ModifiedResNet (RN50), the model's is not",
     r"(vision|text)_model\.": "a Hugging Face model with other towers than CLIPModel's (SigLIP: keep its config.json)",
     r"embeddings\.|encoder\.layers\.": "one tower alone, of a Hugging Face model; save the whole CLIPModel",
