@@ -30,7 +30,7 @@ def pair(values: dict, device: str) -> tuple[MiniClip, torch.nn.Module]:
     """A model of ours and OpenCLIP's with the same weights."""
     import open_clip
 
-    kwargs = {name: value for name, value in values.items() if name != "custom_text"}
+    kwargs = {name: value for name, value in values.items() if name not in ("custom_text", "preprocess_cfg")}
     theirs = (open_clip.CustomTextCLIP if values.get("custom_text") else open_clip.CLIP)(**kwargs)
     ours = MiniClip(MiniClipConfig.from_dict(kwargs))
     weights, _ = to_miniclip(theirs.state_dict(), (ours.visual.key_rows(), ours.text.key_rows()))
