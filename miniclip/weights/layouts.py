@@ -22,7 +22,7 @@ from miniclip.weights.load import (
     open_checkpoint,
 )
 
-OLD_NAMES = {"proj": "hf_proj_type", "pooler_type": "hf_pooler_type"}  # in OpenCLIP before 2.20
+OLD_NAMES = {"proj": "hf_proj_type", "pooler_type": "hf_pooler_type"}  # of older OpenCLIP versions
 
 
 def load_folder(folder: Path) -> MiniClip:
