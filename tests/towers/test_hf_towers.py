@@ -39,6 +39,7 @@ from miniclip.weights.convert import convert
 from miniclip.weights.inherit import inherit
 from miniclip.weights.load import load_weights
 from tests.conftest import ROOT
+from tests.training.test_training import recipe, trained_and_resumed  # noqa: F401
 
 GOLDEN = json.loads((ROOT / "tests" / "data" / "hf_golden.json").read_text())
 WORDS = "a an the red green blue yellow black white purple orange pink brown gray cyan tall wide shape in of".split()
@@ -657,3 +658,13 @@ def test_openclips_names_and_files_need_no_network(tmp_path, monkeypatch):
 def test_the_shipped_text_towers_have_as_many_parameters_as_published():
     model = MiniClip(MiniClipConfig.from_name("roberta-ViT-B-32"))  # by OpenCLIP's model_profile.csv
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(212.72, abs=0.006)
+
+
+@pytest.mark.slow
+def test_a_whole_text_tower_trains_on_two_processes_and_resumes(tmp_path, recipe, caption_set, run_script):  # noqa: F811
+    save_text_encoder(tmp_path / "encoder", "xlm-roberta", pad=1)
+    text = {"hf_model_name": str(tmp_path / "encoder"), "hf_pooler_type": "mean_pooler", "context_length": 16}
+    config = save_config(tmp_path / "c.json", text=text)
+    trained = trained_and_resumed(recipe, caption_set, run_script, ["--model", config, "--freeze_text", "none"])
+    before = miniclip.load(config)[0].state_dict()
+    assert not any(torch.equal(t, before[name]) for name, t in trained.items() if name.endswith("query.weight"))
