@@ -3,18 +3,22 @@
     /path/to/peers/bin/python benchmarks/make_hf_golden.py     (benchmarks/peers.md; it needs transformers there too)
 
 Whole models (`CustomTextCLIP`), tiny ones, with weights drawn by name from NumPy so that the test can draw the same.
-OpenCLIP's max pooler is left out: in 3.3.0 it hides the words and pools the padding.
+OpenCLIP's max pooler is left out: that of 3.3.0 hands `masked_fill` a mask of integers, which torch refuses, and one
+that is true at the words: as booleans it would pool the padding.
 """
 
 import importlib.metadata
 import json
+import sys
 import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from contestants import import_open_clip
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.make_towers_golden import contrastive, summary  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "data" / "hf_golden.json"
 SIZES = {
@@ -39,31 +43,35 @@ def draw(name: str, shape: list[int]) -> torch.Tensor:
     return torch.from_numpy(np.asarray(numbers, dtype=np.float32))
 
 
-def main():
-    import_open_clip()
+def record(model_type: str, pad: int, pooler: str | None, proj: str | None, embed_dim: int) -> dict:
+    """What OpenCLIP computes: the embeddings, and the gradients of the first two pairs' loss in float64."""
     import transformers
     from open_clip.model import CustomTextCLIP
 
-    cases = []
-    for model_type, pad, pooler, proj, embed_dim in CASES:
-        config = SIZES | {"pad_token_id": pad}
-        with tempfile.TemporaryDirectory() as folder:
-            transformers.AutoConfig.for_model(model_type, **config).save_pretrained(folder)
-            text = {
-                "hf_model_name": folder, "hf_model_pretrained": False, "hf_pooler_type": pooler, "hf_proj_type": proj
-            }  # fmt: skip
-            model = CustomTextCLIP(embed_dim, VISION, text).eval()
-        shapes = {name: list(t.shape) for name, t in model.state_dict().items() if t.is_floating_point()}
-        model.load_state_dict({name: draw(name, shape) for name, shape in shapes.items()}, strict=False)
-        ids = torch.tensor([[2, 17, 33, 5, 3, pad, pad], [2, 9, 3, *[pad] * 4], [2, *range(10, 15), 3]])
-        pixels = draw("pixel_values", [2, 3, 16, 16])
-        with torch.no_grad():
-            texts, images = model.encode_text(ids), model.encode_image(pixels)
-        cases.append({
-            "hf_model_config": {"model_type": model_type} | config, "hf_pooler_type": pooler, "hf_proj_type": proj,
-            "embed_dim": embed_dim, "vision_cfg": VISION, "shapes": shapes, "input_ids": ids.tolist(),
-            "text_embeds": texts.tolist(), "image_embeds": images.tolist(),
-        })  # fmt: skip
+    config = SIZES | {"pad_token_id": pad}
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.AutoConfig.for_model(model_type, **config).save_pretrained(folder)
+        text = {"hf_model_name": folder, "hf_model_pretrained": False, "hf_pooler_type": pooler, "hf_proj_type": proj}
+        model = CustomTextCLIP(embed_dim, VISION, text).eval()
+    shapes = {name: list(t.shape) for name, t in model.state_dict().items() if t.is_floating_point()}
+    model.load_state_dict({name: draw(name, shape) for name, shape in shapes.items()}, strict=False)
+    ids = torch.tensor([[2, 17, 33, 5, 3, pad, pad], [2, 9, 3, *[pad] * 4], [2, *range(10, 15), 3]])
+    pixels = draw("pixel_values", [2, 3, 16, 16])
+    with torch.no_grad():
+        texts, images, logits = model.encode_text(ids), model.encode_image(pixels), model.get_logits(pixels, ids)[0]
+    loss = contrastive(model.double().get_logits(pixels.double(), ids[:2])[0])
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        "hf_model_config": {"model_type": model_type} | config, "hf_pooler_type": pooler, "hf_proj_type": proj,
+        "embed_dim": embed_dim, "vision_cfg": VISION, "shapes": shapes, "input_ids": ids.tolist(),
+        "text_embeds": texts.tolist(), "image_embeds": images.tolist(), "logits": logits.tolist(),
+        "step": summary(loss, gradients, {}),
+    }  # fmt: skip
+
+
+def main():
+    cases = [record(*case) for case in CASES]
     versions = {name: importlib.metadata.version(name) for name in ("open_clip_torch", "transformers", "torch")}
     GOLDEN.write_text(json.dumps({"versions": versions, "cases": cases}) + "\n")
     print(f"{GOLDEN}: {len(cases)} cases")

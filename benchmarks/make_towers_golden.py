@@ -1,4 +1,5 @@
-"""What does OpenCLIP compute with other towers? Writes tests/data/towers_golden.json.
+"""What does OpenCLIP compute with other towers? Writes tests/data/towers_golden.json and
+intermediates_golden.json.
 
     /path/to/peers/bin/python benchmarks/make_towers_golden.py     (an environment with open_clip_torch and timm)
 
@@ -28,6 +29,13 @@ TEXT = {"context_length": 12, "vocab_size": 100, "width": 32, "heads": 2, "layer
 RESNET = {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8, "patch_size": None}
 VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 EPS, TANH = {"eps": 1e-6}, {"approximate": "tanh"}
+INTERMEDIATES = [  # arguments of `forward_intermediates`
+    {},
+    {"image_indices": [0, -1], "text_indices": 1, "normalize_intermediates": True, "image_output_extra_tokens": True}
+    | {"output_logits": True, "output_logit_scale_bias": True},
+    {"image_indices": [0], "text_indices": [-2], "stop_early": True, "normalize": False, "image_output_fmt": "NLC"},
+    {"image_indices": 2, "intermediates_only": True, "stop_early": True, "output_logits": True},
+]
 MODELS = {  # in OpenCLIP's config form
     "ResNet": {"embed_dim": 24, "vision_cfg": RESNET, "text_cfg": TEXT},
     "ResNet, QuickGELU": {"embed_dim": 24, "quick_gelu": True, "vision_cfg": RESNET, "text_cfg": TEXT},
@@ -99,8 +107,8 @@ def make_inputs(cfg: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return draw("images", (3, 3, size, size), -2, 2), input_ids
 
 
-def record(cfg: dict) -> dict:
-    """What OpenCLIP computes."""
+def build(cfg: dict) -> torch.nn.Module:
+    """OpenCLIP's model with the weights of `make_weights`."""
     import open_clip
 
     kwargs = {name: value for name, value in cfg.items() if name != "custom_text"}
@@ -108,10 +116,14 @@ def record(cfg: dict) -> dict:
         kwargs["vision_cfg"] = VIT
     model = (open_clip.CustomTextCLIP if cfg.get("custom_text") else open_clip.CLIP)(**kwargs)
     if siglip:  # OpenCLIP asks timm for towers by their names, and none of those is small
-        model.visual = torch.nn.Sequential(OrderedDict(trunk=timm_vit(cfg["vision_cfg"])))
+        model.visual = small_timm(cfg["vision_cfg"])
     model.load_state_dict(make_weights({name: tuple(t.shape) for name, t in model.state_dict().items()}))
-    images, input_ids = make_inputs(cfg)
-    model.eval()
+    return model.eval()
+
+
+def record(cfg: dict) -> dict:
+    """What OpenCLIP computes."""
+    model, (images, input_ids) = build(cfg), make_inputs(cfg)
     with torch.no_grad():
         image, text = model.encode_image(images, normalize=True), model.encode_text(input_ids, normalize=True)
         found = {"image": image, "text": text, "logits": model.get_logits(images, input_ids)[0]}
@@ -121,6 +133,41 @@ def record(cfg: dict) -> dict:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     statistics = {name: t for name, t in model.state_dict().items() if "running" in name or "batches" in name}
     return {key: rounded(t) for key, t in found.items()} | summary(loss, gradients, statistics)
+
+
+def numbers(outputs: dict) -> dict:
+    """The shape of each tensor in a result of `forward_intermediates`, and one number that depends on all of it."""
+    found = {}
+    for key, value in outputs.items():
+        for i, t in enumerate(value if isinstance(value, list) else [value]):
+            shown = draw(f"shown {key}", tuple(t.shape), -1, 1)
+            number = (t.detach().double() * shown.double()).sum().item() / max(shown.norm().item(), 1e-9)
+            found[f"{key} {i}"] = [list(t.shape), float(f"{number:.8g}")]
+    return found
+
+
+def record_intermediates(cfg: dict) -> list[dict]:
+    """What OpenCLIP's `forward_intermediates` returns with the options in INTERMEDIATES."""
+    model, (images, input_ids) = build(cfg), make_inputs(cfg)
+    with torch.no_grad():
+        return [numbers(model.forward_intermediates(images, input_ids, **options)) for options in options_for(cfg)]
+
+
+def options_for(cfg: dict) -> list[dict]:
+    only_maps = isinstance(cfg["vision_cfg"]["layers"], list)  # ResNets
+    return [
+        {name: value for name, value in options.items() if not only_maps or value != "NLC"} for options in INTERMEDIATES
+    ]
+
+
+def small_timm(cfg: dict) -> torch.nn.Module:
+    """OpenCLIP's TimmModel around another trunk."""
+    from open_clip.timm_model import TimmModel
+
+    class Small(torch.nn.Sequential):
+        forward_intermediates = TimmModel.forward_intermediates
+
+    return Small(OrderedDict(trunk=timm_vit(cfg), head=torch.nn.Sequential()))
 
 
 def timm_vit(cfg: dict) -> torch.nn.Module:
@@ -157,6 +204,9 @@ def main():
     golden = {"made_with": versions, "models": {name: record(cfg) for name, cfg in MODELS.items()}}
     text = re.sub(r"(?<=[\[\d,])\s+(?=[-\d\]])", " ", json.dumps(golden, indent=1))
     GOLDEN.write_text(text + "\n", encoding="utf-8")
+    found = {"made_with": versions, "models": {name: record_intermediates(cfg) for name, cfg in MODELS.items()}}
+    text = re.sub(r"(?<=[\[\d,])\s+(?=[-\d\]\[])", " ", json.dumps(found, indent=1))
+    GOLDEN.with_name("intermediates_golden.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

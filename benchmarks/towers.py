@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from miniclip.checkpoint import to_miniclip  # noqa: E402
 from miniclip.config import MODEL_CONFIGS, MiniClipConfig  # noqa: E402
 from miniclip.inference.fast import fast_wrappers, inference_copy  # noqa: E402
 from miniclip.model import MiniClip  # noqa: E402
+from miniclip.towers.hf_config import KNOWN  # noqa: E402
 
 
 def pair(values: dict, device: str) -> tuple[MiniClip, torch.nn.Module]:
@@ -31,7 +33,14 @@ def pair(values: dict, device: str) -> tuple[MiniClip, torch.nn.Module]:
     import open_clip
 
     kwargs = {name: value for name, value in values.items() if name not in ("custom_text", "preprocess_cfg")}
-    theirs = (open_clip.CustomTextCLIP if values.get("custom_text") else open_clip.CLIP)(**kwargs)
+    encoder = KNOWN.get(values["text_cfg"].get("hf_model_name"))
+    with tempfile.TemporaryDirectory() as folder:
+        their_kwargs = kwargs
+        if encoder:  # whose config OpenCLIP would read from the hub
+            (Path(folder) / "config.json").write_text(json.dumps(encoder))
+            named = {"hf_model_name": folder, "hf_model_pretrained": False}
+            their_kwargs = kwargs | {"text_cfg": values["text_cfg"] | named}
+        theirs = (open_clip.CustomTextCLIP if encoder or values.get("custom_text") else open_clip.CLIP)(**their_kwargs)
     ours = MiniClip(MiniClipConfig.from_dict(kwargs))
     weights, _ = to_miniclip(theirs.state_dict(), (ours.visual.key_rows(), ours.text.key_rows()))
     ours.load_state_dict(weights)

@@ -1,5 +1,7 @@
 """A MiniClip behind the calls, results and weight names of OpenCLIP's and OpenAI's models."""
 
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from miniclip.checkpoint import rename, to_miniclip
 from miniclip.config import TextConfig
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
+from miniclip.towers.intermediates import forward_intermediates
 from miniclip.training.freeze import freeze
 from miniclip.utils.errors import CheckpointError, InputError
 
@@ -67,6 +70,10 @@ class CLIP(nn.Module):
         if self.logit_bias is not None:
             outputs["logit_bias"] = self.logit_bias
         return outputs if self.output_dict else tuple(outputs.values())
+
+    @wraps(forward_intermediates)
+    def forward_intermediates(self, *args, **options) -> dict[str, Tensor | list[Tensor]]:
+        return forward_intermediates(self.miniclip, *args, **options, custom_text=self.layout == "custom_text")
 
     def set_grad_checkpointing(self, enable: bool = True):
         self.miniclip.activation_checkpointing_enable(every_n_layers=int(enable))

@@ -19,6 +19,20 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 CENTER_CROP_FILE = "image_processing_torchvision_crop"  # the code that weights/to_huggingface.py puts into folders
 
 
+def _roberta(kind: str, words: int, width: int = 768, layers: int = 12) -> dict:
+    ids, sizes = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}, {"hidden_size": width, "vocab_size": words}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
+    more = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    return {"model_type": kind, **sizes, **more, **ids}
+
+
+# Encoders of published CLIP models: their files need no config from the hub. Names also begin with FacebookAI/.
+KNOWN = {
+    "roberta-base": _roberta("roberta", 50265), "xlm-roberta-base": _roberta("xlm-roberta", 250002),
+    "xlm-roberta-large": _roberta("xlm-roberta", 250002, 1024, 24),
+}  # fmt: skip
+
+
 @dataclass
 class HfConfig:
     """The fields of both towers."""
@@ -46,6 +60,12 @@ class HfConfig:
     @property
     def pretrained(self) -> bool:
         return bool(self.hf_model_name and self.hf_model_pretrained)
+
+    @property
+    def known_config(self) -> dict | None:
+        """transformers' config of a KNOWN encoder, unless a folder has its name."""
+        name = self.hf_model_name or ""
+        return None if Path(name or "?").is_dir() else KNOWN.get(name.removeprefix("FacebookAI/"))
 
 
 @dataclass
@@ -179,3 +199,15 @@ def ask(name: str, function, /, *args, **kwargs):
         raise
     except Exception as error:
         raise InputError(f"the encoder {name!r} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def open_tokenizer(folder: str | Path, kind=None):
+    """A tokenizer of transformers, from a folder or the hub, read by its class `kind` or any. Raises InputError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return ask(str(folder), (kind or AutoTokenizer).from_pretrained, folder, trust_remote_code=False)
+    except InputError as error:
+        fix = "put the model's tokenizer.json and tokenizer_config.json beside the weights"
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the tokenizer {folder} of the text tower cannot be read: {fix} ({reason})") from error

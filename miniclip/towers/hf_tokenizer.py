@@ -28,6 +28,7 @@ def canonicalize(text: str) -> str:
 
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+TOKENIZER_FILES = "tokenizer.json", "spiece.model"
 CLEAN = {"whitespace": clean, "lower": lambda text: clean(text).lower(), "canonicalize": canonicalize}
 
 

@@ -25,9 +25,18 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from miniclip.model import TOWERS, Tower
-from miniclip.towers.hf_config import HfConfig, HfTextConfig, HfVisionConfig, ask, check_encoder, offline
-from miniclip.towers.hf_tokenizer import HfTokenizer, tokenizer_folder
+from miniclip.towers.hf_config import (
+    HfConfig,
+    HfTextConfig,
+    HfVisionConfig,
+    ask,
+    check_encoder,
+    offline,
+    open_tokenizer,
+)
+from miniclip.towers.hf_tokenizer import TOKENIZER_FILES, HfTokenizer, tokenizer_folder
 from miniclip.towers.packages import PackagedEncoder, packaged, source
+from miniclip.towers.registry import TOKENIZER_BESIDE
 from miniclip.towers.tokens import TOKEN_DIM, register_tokens, token_features
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
@@ -62,13 +71,13 @@ class HfTower(Tower):
         from transformers import AutoConfig, PreTrainedConfig
 
         cfg = self.cfg
-        if cfg.hf_model_config is None:
+        if given := cfg.hf_model_config or cfg.known_config:
+            check_encoder(given, "hf_model_config")
+            config = AutoConfig.for_model(**given)
+        else:
             folder = source(cfg.hf_model_name)
             check_encoder(PreTrainedConfig.get_config_dict(folder)[0], cfg.hf_model_name)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        else:
-            check_encoder(cfg.hf_model_config, "hf_model_config")
-            config = AutoConfig.for_model(**cfg.hf_model_config)
         config = getattr(config, f"{'vision' if self.kind == 'image' else 'text'}_config", config)  # our half of a pair
         config.use_cache = False  # a decoder's, for generating text
         if hasattr(config, "mask_ratio"):
@@ -254,9 +263,7 @@ class HfTextTower(HfTower):
         return self.own_tokenizer
 
     def read_tokenizer(self, folder: str | Path) -> HfTokenizer:
-        from transformers import AutoTokenizer
-
-        tokenizer = ask(str(folder), AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
+        tokenizer = open_tokenizer(folder)
         if tokenizer.pad_token_id is None:
             raise InputError(f"the tokenizer {folder} has no padding token: set tokenizer.pad_token and save it again")
         if tokenizer.pad_token_id != self.pad_token_id or len(tokenizer) > self.cfg.vocab_size:
@@ -273,6 +280,12 @@ class HfTextTower(HfTower):
         with offline():
             self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory, folder))
 
+    def tokenizer_beside(self, folder: Path):
+        """Takes the tokenizer in the folder of the weights, if one is there and none was read before."""
+        if self.own_tokenizer is None and (folder / TOKENIZER_FILES[0]).is_file():
+            with offline():
+                self.own_tokenizer = self.read_tokenizer(folder)
+
 
 def fuse_norms(network: nn.Module) -> nn.Module:
     """Fuses each BatchNorm in a network into the convolution before it, in the order of submodules, in place."""
@@ -286,6 +299,7 @@ def fuse_norms(network: nn.Module) -> nn.Module:
 
 
 TOWERS.update({HfVisionConfig: HfVisionTower, HfTextConfig: HfTextTower})
+TOKENIZER_BESIDE[HfTextConfig] = HfTextTower.tokenizer_beside
 
 
 @register_tokens

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from miniclip.checkpoint import BLOCK_ROWS, OPERATIONS
 from miniclip.config import LARGEST, VisionConfig
 from miniclip.model import MLP, TOWERS, Block, Tower
-from miniclip.towers.hf_config import ask, offline
-from miniclip.towers.hf_tokenizer import CLEAN
+from miniclip.towers.hf_config import offline, open_tokenizer
+from miniclip.towers.hf_tokenizer import CLEAN, TOKENIZER_FILES
 from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE, TOKENIZER_BESIDE
 from miniclip.towers.variants import VariantTextConfig, VariantTextTransformer, only_keys, set_kwargs
 from miniclip.utils.config_files import in_range
@@ -38,7 +38,6 @@ TIMM = {  # width, layers, heads, MLP width over width
 # Those that timm, and so OpenCLIP, builds with GELU by the hyperbolic tangent. Google trained all with it.
 WITH_TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt)")
 TIMM_BLOCK = "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"  # in the order of BLOCK_ROWS
-TOKENIZER_FILES = "tokenizer.json", "spiece.model"
 
 
 @dataclass
@@ -182,18 +181,14 @@ class SigLipTextTransformer(VariantTextTransformer):
 
     def open_tokenizer(self, folder: str | Path):
         """The fast tokenizer in a folder or a repository. Raises InputError that says what is missing."""
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
-        kind = AutoTokenizer
+        kind = None
         if Path(folder).is_dir():
             if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
                 raise InputError(f"{folder} has no {' or '.join(TOKENIZER_FILES)}: copy the model's tokenizer there")
             kind = PreTrainedTokenizerFast if (Path(folder) / TOKENIZER_FILES[0]).is_file() else kind
-        try:
-            return ask(str(folder), kind.from_pretrained, folder, trust_remote_code=False)
-        except InputError as error:
-            fix = "put the model's tokenizer.json and tokenizer_config.json beside the weights"
-            raise InputError(f"the tokenizer {folder} of the text tower cannot be read: {fix} ({error})") from error
+        return open_tokenizer(folder, kind)
 
     def tokenizer_beside(self, folder: Path):
         """Takes the tokenizer in the folder of the weights, if one is there and none was read before."""

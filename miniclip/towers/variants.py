@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from miniclip.config import TextConfig, VisionConfig
 from miniclip.model import TOWERS, Block, TextTransformer, Tower, VisionTransformer
 from miniclip.tokenizer import BaseTokenizer
-from miniclip.towers.hf_config import ask, offline
+from miniclip.towers.hf_config import offline, open_tokenizer
 from miniclip.towers.hf_tokenizer import HfTokenizer, tokenizer_folder
 from miniclip.towers.packages import source
 from miniclip.towers.registry import IN_OPENCLIP, openclip_rows
@@ -188,9 +188,7 @@ class VariantTextTransformer(TextTransformer):
         return kind(tokenizer, self.cfg.context_length, options.get("clean", "whitespace"))
 
     def open_tokenizer(self, folder: str | Path):
-        from transformers import AutoTokenizer
-
-        return ask(str(folder), AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
+        return open_tokenizer(folder)
 
     def save_files(self, directory: Path):
         if self.cfg.hf_tokenizer_name:

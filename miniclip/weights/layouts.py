@@ -22,6 +22,8 @@ from miniclip.weights.load import (
     open_checkpoint,
 )
 
+OLD_NAMES = {"proj": "hf_proj_type", "pooler_type": "hf_pooler_type"}  # of older OpenCLIP versions
+
 
 def load_folder(folder: Path) -> MiniClip:
     """Returns the model in a folder of MiniCLIP, OpenCLIP (`open_clip_config.json`) or transformers (CLIPModel,
@@ -84,6 +86,8 @@ def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None,
         images = {k: v for k, v in images.items() if k != "size"}  # the model's image size
         values = {k: v for k, v in theirs["model_cfg"].items() if k != "custom_text"}  # only how the weights are named
         values |= {"preprocess_cfg": images}
+        if isinstance(text := values.get("text_cfg"), dict) and "hf_model_name" in text:
+            values["text_cfg"] = {OLD_NAMES.get(name, name): value for name, value in text.items()}
     if values.get("model_type") == "siglip":
         return siglip.read_config(values, folder), f"config of {folder}"
     if "vision_cfg" not in values:

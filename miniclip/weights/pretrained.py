@@ -5,7 +5,7 @@
 
 The file says for each tag what is published: the repository on the Hugging Face hub, the address of a single file with
 its sha256 (or the first digits of it), the activation, and the preprocessing where it is not OpenAI's. Each tag of
-QuickGELU weights is also one of the config whose name ends in `-quickgelu`.
+QuickGELU weights is also one of the config whose name ends in `-quickgelu`, if there is one.
 """
 
 import functools
@@ -37,7 +37,8 @@ def registry() -> tuple[dict[str, dict[str, dict]], dict[str, str]]:
             known = {"hf_hub": "", "url": "", "sha256": "", "size": None, "quick_gelu": False}
             weights.setdefault(model, {})[tag] = known | facts | images
     for model, tags in list(weights.items()):
-        if quick := {tag: facts for tag, facts in tags.items() if facts["quick_gelu"]}:
+        quick = {tag: facts for tag, facts in tags.items() if facts["quick_gelu"]}
+        if quick and model + QUICK in list_models():
             weights[model + QUICK] = quick
     return weights, values["missing"]
 

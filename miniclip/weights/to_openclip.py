@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from miniclip.checkpoint import from_miniclip
 from miniclip.config import PreprocessConfig, TextConfig
 from miniclip.model import MiniClip
+from miniclip.towers.hf_config import HfTextConfig
 from miniclip.towers.registry import IN_OPENCLIP, NOT_IN_OPENCLIP
 from miniclip.towers.siglip import SigLipVisionConfig
 from miniclip.towers.tokens import without_tokens
@@ -30,9 +31,11 @@ def write_openclip(path: Path, model: MiniClip):
     sections = {type(model.config.vision_cfg), type(model.config.text_cfg)}
     if lacking := [NOT_IN_OPENCLIP[section] for section in sections if section in NOT_IN_OPENCLIP]:
         raise CheckpointError(f"OpenCLIP has no towers with {lacking[0]}: convert to miniclip")
-    siglip = isinstance(model.config.vision_cfg, SigLipVisionConfig)
+    siglip, text = isinstance(model.config.vision_cfg, SigLipVisionConfig), None
+    if not is_file:
+        text = openclip_text(model.config.text_cfg)
     named = not siglip or model.config.vision_cfg.timm_model_name
-    if not is_file and not (sections <= IN_OPENCLIP and named):
+    if not is_file and not (sections <= IN_OPENCLIP | ({HfTextConfig} if text else set()) and named):
         fix = "name a config with timm_model_name, or " if siglip else ""
         raise CheckpointError(f"OpenCLIP's folder cannot describe these towers: {fix}end the target in .safetensors")
     held = {"size", "center_crop"} if is_file else FOLDER | {"center_crop"}
@@ -51,9 +54,11 @@ def write_openclip(path: Path, model: MiniClip):
         }
         config = {"model_cfg": model_cfg, "preprocess_cfg": {name: images[name] for name in sorted(FOLDER)}}
         path.mkdir()
-        if siglip:
+        if text:
+            model_cfg["text_cfg"] = text
+        if siglip or text:
             model_cfg["custom_text"] = True
-            if model.config.text_cfg.hf_tokenizer_name:
+            if text or model.config.text_cfg.hf_tokenizer_name:
                 model.text.tokenizer.tokenizer.save_pretrained(path)
         write_json(path / "open_clip_config.json", config)
         save_file(weights, path / "open_clip_model.safetensors", {"format": "pt"})
@@ -62,3 +67,20 @@ def write_openclip(path: Path, model: MiniClip):
         save_file(weights, path, {"format": "pt"})
     else:
         torch.save(weights, path)
+
+
+def openclip_text(cfg) -> dict | None:
+    """OpenCLIP's `text_cfg` for a text tower from transformers; None where there is none. Raises CheckpointError for
+    the max pooler: that of OpenCLIP 3.3.0 fails on its mask of integers, which also marks words instead of padding."""
+    if not isinstance(cfg, HfTextConfig) or not cfg.hf_model_name or cfg.hf_model_name.startswith("package:"):
+        return None
+    if cfg.hf_model_config["model_type"] not in ("bert", "roberta", "xlm-roberta"):
+        return None
+    if cfg.pooler == "max":
+        raise CheckpointError("OpenCLIP's max_pooler does not work: end the target in .safetensors, or keep miniclip")
+    return {
+        "context_length": cfg.context_length, "hf_model_name": cfg.hf_model_name,
+        "hf_tokenizer_name": cfg.hf_tokenizer_name or cfg.hf_model_name,
+        "hf_proj_type": None if cfg.hf_proj_type == "none" else cfg.hf_proj_type,
+        "hf_pooler_type": cfg.pooler and f"{cfg.pooler}_pooler",
+    }  # fmt: skip

@@ -3,7 +3,7 @@ MiniClip is used for. The encoders are tiny, random ones that the tests save to 
 
 import json
 import shutil
-import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import miniclip
+from benchmarks.make_hf_golden import CASES, draw, record
+from benchmarks.make_towers_golden import contrastive, summary
 from miniclip.checkpoint import from_miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache, text_key
 from miniclip.model import MiniClip
+from miniclip.towers.hf_config import KNOWN
 from miniclip.towers.huggingface import HfTextTower
 from miniclip.towers.packages import PACKAGES
 from miniclip.training.distill import Distillation
@@ -32,9 +35,11 @@ from miniclip.training.parse import parse_train
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.files import DamagedFile
+from miniclip.weights.convert import convert
 from miniclip.weights.inherit import inherit
 from miniclip.weights.load import load_weights
 from tests.conftest import ROOT
+from tests.training.test_training import recipe, trained_and_resumed  # noqa: F401
 
 GOLDEN = json.loads((ROOT / "tests" / "data" / "hf_golden.json").read_text())
 WORDS = "a an the red green blue yellow black white purple orange pink brown gray cyan tall wide shape in of".split()
@@ -99,14 +104,13 @@ def encoders(tmp_path) -> Path:
     return save_config(tmp_path / "encoders.json", {"hf_model_name": str(tmp_path / "vit")}, text)
 
 
-def draw(name: str, shape: list[int]) -> torch.Tensor:
-    """The weights that benchmarks/make_hf_golden.py gave OpenCLIP."""
-    numbers = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape) * 0.3
-    return torch.from_numpy(np.asarray(numbers, dtype=np.float32))
-
-
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["hf_model_config"]["model_type"])
-def test_outputs_are_those_of_openclip_with_the_same_weights(case, tmp_path):
+@pytest.mark.parametrize("source", ["recorded", "live"])
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: CASES[number][0])
+def test_it_computes_what_openclip_does_with_the_same_weights(number, source, tmp_path):
+    """Embeddings, logits, the loss and each gradient, also of padded captions; names in both directions."""
+    if source == "live":
+        pytest.importorskip("open_clip", reason="OpenCLIP is not installed: pip install open_clip_torch")
+    case = GOLDEN["cases"][number] if source == "recorded" else record(*CASES[number])
     text = {name: case[name] for name in ("hf_model_config", "hf_pooler_type", "hf_proj_type")} | {"context_length": 16}
     config = {"embed_dim": case["embed_dim"], "vision_cfg": case["vision_cfg"], "text_cfg": text}
     model = MiniClip(MiniClipConfig.from_dict(config)).eval()
@@ -120,6 +124,15 @@ def test_outputs_are_those_of_openclip_with_the_same_weights(case, tmp_path):
     assert back.keys() == {name for name in case["shapes"] if not name.endswith("position_ids")}
     torch.testing.assert_close(texts, torch.tensor(case["text_embeds"]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(images, torch.tensor(case["image_embeds"]), atol=1e-5, rtol=1e-5)
+    pixels, ids = draw("pixel_values", [2, 3, 16, 16]), torch.tensor(case["input_ids"])
+    torch.testing.assert_close(model.get_logits(pixels, ids)[0], torch.tensor(case["logits"]), atol=1e-5, rtol=1e-5)
+    loss = contrastive(model.double().get_logits(pixels.double(), ids[:2])[0])
+    loss.backward()
+    filled = model.state_dict() | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = from_miniclip(filled, "custom_text", (model.visual.key_rows(), model.text.key_rows()))
+    mine = summary(loss, {name: gradients[name] for name in case["step"]["gradients"]}, {})
+    assert mine["loss"] == pytest.approx(case["step"]["loss"], abs=1e-6)
+    assert mine["gradients"] == pytest.approx(case["step"]["gradients"], abs=1e-6, rel=1e-6)
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
@@ -600,3 +613,58 @@ def test_learning_from_a_teacher(encoders, caption_set, tmp_path, capsys):
     moved = {name.split(".")[0] for name in before if ".trunk." in name and not torch.equal(before[name], after[name])}
     assert moved == {"visual", "text"}, "no tower is locked"
     assert "locked towers" not in capsys.readouterr().out
+
+
+def test_openclips_names_and_files_need_no_network(tmp_path, monkeypatch):
+    """A name says the encoder's sizes, the tokenizer lies beside the weights; OpenCLIP's folder, old and new."""
+    theirs = save_text_encoder(tmp_path / "encoder", "roberta", pad=1)
+    monkeypatch.setitem(KNOWN, "roberta-base", theirs.config.to_dict())
+    text = {name: "roberta-base" for name in ("hf_model_name", "hf_tokenizer_name")} | {"hf_pooler_type": "mean_pooler"}
+    config = save_config(tmp_path / "c.json", text=text | {"context_length": 16})
+    model = MiniClip(MiniClipConfig.from_json(config)).eval()
+    rows, file = (model.visual.key_rows(), model.text.key_rows()), tmp_path / "open" / "open_clip_model.safetensors"
+    file.parent.mkdir()
+    save_file(from_miniclip(model.state_dict(), "custom_text", rows), file)
+    with pytest.raises(InputError, match="the tokenizer roberta-base .* put the model's tokenizer.json and") as error:
+        miniclip.load(config, pretrained=file)
+    assert "\n" not in str(error.value)
+    words = save_tokenizer(file.parent, pad=1)
+    loaded, _, tokenizer = miniclip.load(config, pretrained=file)
+    ids = tokenizer(["a red shape", "the tall green shape in the wide blue one"])
+    assert ids.max() < words and torch.equal(loaded.encode_text(ids), model.encode_text(ids))
+    convert(file, tmp_path / "folder", "openclip", model=str(config))
+    said = json.loads((tmp_path / "folder" / "open_clip_config.json").read_text())
+    assert said["model_cfg"]["text_cfg"] == text | {"hf_proj_type": "mlp", "context_length": 16}
+    if find_spec("open_clip"):
+        import open_clip
+
+        shutil.copytree(tmp_path / "encoder", tmp_path / "roberta-base")  # instead of the hub
+        monkeypatch.chdir(tmp_path)
+        peer = open_clip.create_model("local-dir:folder").eval()
+        assert torch.equal(open_clip.get_tokenizer("local-dir:folder")(["a red shape"]), ids[:1])
+        torch.testing.assert_close(peer.encode_text(ids), model.encode_text(ids), atol=1e-5, rtol=1e-5)
+    for new, old in (("hf_proj_type", "proj"), ("hf_pooler_type", "pooler_type")):
+        said["model_cfg"]["text_cfg"][old] = said["model_cfg"]["text_cfg"].pop(new)
+    (tmp_path / "folder" / "open_clip_config.json").write_text(json.dumps(said))
+    (tmp_path / "folder" / "manifest.json").unlink()
+    again, _, tokenizer = miniclip.load(tmp_path / "folder")
+    assert torch.equal(again.encode_text(tokenizer(["a red shape"])), model.encode_text(ids[:1]))
+    config = save_config(tmp_path / "max.json", text=text | {"context_length": 16, "hf_pooler_type": "max"})
+    with pytest.raises(CheckpointError, match="OpenCLIP's max_pooler does not work"):
+        convert(file, tmp_path / "max", "openclip", model=str(config))
+
+
+@pytest.mark.slow
+def test_the_shipped_text_towers_have_as_many_parameters_as_published():
+    model = MiniClip(MiniClipConfig.from_name("roberta-ViT-B-32"))  # by OpenCLIP's model_profile.csv
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(212.72, abs=0.006)
+
+
+@pytest.mark.slow
+def test_a_whole_text_tower_trains_on_two_processes_and_resumes(tmp_path, recipe, caption_set, run_script):  # noqa: F811
+    save_text_encoder(tmp_path / "encoder", "xlm-roberta", pad=1)
+    text = {"hf_model_name": str(tmp_path / "encoder"), "hf_pooler_type": "mean_pooler", "context_length": 16}
+    config = save_config(tmp_path / "c.json", text=text)
+    trained = trained_and_resumed(recipe, caption_set, run_script, ["--model", config, "--freeze_text", "none"])
+    before = miniclip.load(config)[0].state_dict()
+    assert not any(torch.equal(t, before[name]) for name, t in trained.items() if name.endswith("query.weight"))

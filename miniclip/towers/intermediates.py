@@ -1,0 +1,157 @@
+"""What the blocks of a model's towers return, as OpenCLIP's `forward_intermediates` gives it: features of patches for
+segmentation and detection, of words, of a ResNet's stages."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from functools import singledispatch
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miniclip.model import MiniClip, TextTransformer, Tower, VisionTransformer
+from miniclip.towers.resnet import ModifiedResNet
+from miniclip.towers.siglip import SigLipVisionTransformer
+from miniclip.utils.errors import InputError
+
+Indices = int | Sequence[int] | None  # the last n blocks, those with these numbers (-1: the last one), or all
+
+
+class Found(NamedTuple):
+    """What one tower returns."""
+
+    layers: list[Tensor]  # of each block (B, L, W), of each stage of a ResNet (B, W, height, width)
+    embeds: Tensor  # (B, E), by the blocks that ran
+    norm: Callable[[Tensor], Tensor] = nn.Identity()  # the tower's norm after its blocks
+    prefix: int = 0  # how many of the L positions are class tokens, at the start
+
+
+def forward_intermediates(
+    model: MiniClip, image: Tensor | None = None, text: Tensor | None = None, image_indices: Indices = None,
+    text_indices: Indices = None, stop_early: bool = False, normalize: bool = True,
+    normalize_intermediates: bool = False, intermediates_only: bool = False, image_output_fmt: str = "NCHW",
+    image_output_extra_tokens: bool = False, text_output_fmt: str = "NLC", text_output_extra_tokens: bool = False,
+    output_logits: bool = False, output_logit_scale_bias: bool = False, custom_text: bool = True,
+) -> dict[str, Tensor | list[Tensor]]:  # fmt: skip
+    """Returns OpenCLIP's dictionary (3.3.0) for images (B, 3, S, S) and token ids (B, L), either of which may be None.
+
+    `image_intermediates`: of each block in `image_indices` (B, W, height, width), or with "NLC" (B, patches, W), and
+    with `image_output_extra_tokens` `image_intermediates_prefix`, its class token (B, 1, W); of a ResNet its stem (0)
+    and four stages. `text_intermediates`: (B, L, W). `normalize_intermediates` applies the norm after the blocks.
+    `image_features` and `text_features` (B, E), of unit length with `normalize`, unless `intermediates_only`; with
+    `stop_early` they are made from the last block taken, except those of texts without `custom_text` and of ResNets.
+    `image_logits` and `text_logits` with `output_logits`, `logit_scale` and `logit_bias` with the last option. Raises
+    InputError for blocks that are not there, for another format, and for towers of transformers, as OpenCLIP has none
+    of theirs."""
+    output, normalize = {}, normalize and not intermediates_only
+    output_logits = output_logits and not intermediates_only
+    if output_logits and (image is None or text is None):
+        raise InputError("output_logits needs image and text: give both")
+    if image is not None:
+        found = run(model.visual, image.to(next(model.visual.parameters()).dtype), image_indices, stop_early)
+        output |= image_layers(found, normalize_intermediates, image_output_fmt, image_output_extra_tokens)
+        if not intermediates_only:
+            output["image_features"] = F.normalize(found.embeds, dim=-1) if normalize else found.embeds
+    if text is not None:
+        if text_output_fmt != "NLC" and custom_text:
+            raise InputError(f"text_output_fmt is {text_output_fmt!r}, not 'NLC'")
+        found = run(model.text, text, text_indices, stop_early and custom_text)
+        output["text_intermediates"] = [found.norm(x) if normalize_intermediates else x for x in found.layers]
+        if not intermediates_only:
+            output["text_features"] = F.normalize(found.embeds, dim=-1) if normalize else found.embeds
+    if output_logits:
+        logits = model.logit_scale.exp() * output["image_features"] @ output["text_features"].T
+        output["image_logits"] = logits if model.logit_bias is None else logits + model.logit_bias
+        output["text_logits"] = output["image_logits"].T
+    if output_logit_scale_bias:
+        output["logit_scale"] = model.logit_scale.exp()
+        output |= {} if model.logit_bias is None else {"logit_bias": model.logit_bias}
+    return output
+
+
+def image_layers(found: Found, norm: bool, layout: str, with_prefix: bool) -> dict[str, list[Tensor]]:
+    maps = found.layers[0].ndim == 4
+    if layout not in ("NCHW", "NLC")[: 1 if maps else 2]:
+        raise InputError(f"image_output_fmt is {layout!r}, not {'NCHW' if maps else 'NCHW or NLC'}")
+    layers = [found.norm(x) if norm else x for x in found.layers]
+    patches = [x if maps else x[:, found.prefix :] for x in layers]
+    if layout == "NCHW" and not maps:
+        side = math.isqrt(patches[0].shape[1])
+        if side * side != patches[0].shape[1]:
+            raise InputError("patch_dropout leaves no grid of patches in training: call model.eval() first")
+        patches = [x.transpose(1, 2).unflatten(2, (side, side)).contiguous() for x in patches]
+    prefix = {"image_intermediates_prefix": [x[:, : found.prefix] for x in layers]}
+    return {"image_intermediates": patches} | (prefix if with_prefix and found.prefix else {})
+
+
+def chosen(count: int, indices: Indices) -> list[int]:
+    """The numbers of the blocks that `indices` means, of `count`, in order. Raises InputError."""
+    if isinstance(indices, Sequence):
+        wanted = sorted({i + count if i < 0 else i for i in indices})
+    else:
+        wanted = list(range(count - (count if indices is None else indices), count))
+    if not wanted or wanted[0] < 0 or wanted[-1] >= count:
+        known = f"from {-count} to {count - 1}"
+        raise InputError(f"indices are {indices!r:.100}, but the tower has {count} blocks: {known}")
+    return wanted
+
+
+class Probe(nn.Module):
+    """Stands behind a block and stores what that one returned."""
+
+    def __init__(self, found: dict[int, Tensor], number: int):
+        super().__init__()
+        self.found, self.number = found, number
+
+    def forward(self, x: Tensor, *_) -> Tensor:
+        self.found.setdefault(self.number, x)  # not again when activations are recomputed
+        return x
+
+
+def altered(tower: Tower, **modules: nn.Module) -> Tower:
+    """A copy with the same weights but other modules, which computes in the plain way."""
+    twin = copy.copy(tower)
+    twin._modules, twin.wrappers = tower._modules | modules, ()
+    return twin
+
+
+@singledispatch
+def run(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
+    """One tower's forward pass. A tower of your own registers its function here."""
+    raise InputError(f"forward_intermediates knows no blocks of a {type(tower).__name__}")
+
+
+@run.register
+def _(tower: VisionTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
+    return Found(*run_blocks(tower, inputs, indices, stop_early), tower.ln_post, prefix=1)
+
+
+@run.register
+def _(tower: SigLipVisionTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
+    return Found(*run_blocks(tower, inputs, indices, stop_early), tower.ln_post)
+
+
+@run.register
+def _(tower: TextTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
+    return Found(*run_blocks(tower, inputs, indices, stop_early), tower.ln_final)
+
+
+def run_blocks(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool) -> tuple[list[Tensor], Tensor]:
+    """A transformer with its blocks in the list `blocks`: what those taken return, and the embeddings."""
+    taken, found, blocks = chosen(len(tower.blocks), indices), {}, nn.ModuleList()
+    for number, block in enumerate(tower.blocks[: taken[-1] + 1 if stop_early else None]):
+        blocks.extend([block, Probe(found, number)] if number in taken else [block])
+    embeds = altered(tower, blocks=blocks)(inputs)
+    return list(found.values()), embeds
+
+
+@run.register
+def _(tower: ModifiedResNet, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
+    found, stages = {}, {}
+    for number in range(1, 5):
+        stages[f"layer{number}"] = nn.Sequential(*tower.get_submodule(f"layer{number}"), Probe(found, number))
+    stages["layer1"].insert(0, Probe(found, 0))
+    taken = chosen(5, indices)
+    embeds = altered(tower, **stages)(inputs)
+    return Found([found[number] for number in taken], embeds)
