@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from miniclip.checkpoint import from_miniclip
 from miniclip.config import PreprocessConfig, TextConfig
 from miniclip.model import MiniClip
-from miniclip.towers.registry import IN_OPENCLIP, NOT_IN_OPENCLIP
+from miniclip.towers.registry import CUSTOM_TEXT, IN_OPENCLIP, NOT_IN_OPENCLIP
 from miniclip.towers.siglip import SigLipVisionConfig
 from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import CheckpointError
@@ -43,7 +43,8 @@ def write_openclip(path: Path, model: MiniClip):
     if images["resize_mode"] == "shortest" and images["center_crop"] != "torchvision":
         problem = "OpenCLIP crops images with odd margins one pixel elsewhere than this model expects"
         warnings.warn(f"{problem} (center_crop {images['center_crop']!r})", stacklevel=3)
-    layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) and not siglip else "custom_text"
+    custom = siglip or type(model.config.text_cfg) in CUSTOM_TEXT
+    layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) and not custom else "custom_text"
     weights = from_miniclip(model.state_dict(), layout, (model.visual.key_rows(), model.text.key_rows()))
     if not is_file:
         model_cfg = {
@@ -51,10 +52,10 @@ def write_openclip(path: Path, model: MiniClip):
         }
         config = {"model_cfg": model_cfg, "preprocess_cfg": {name: images[name] for name in sorted(FOLDER)}}
         path.mkdir()
-        if siglip:
+        if custom:
             model_cfg["custom_text"] = True
-            if model.config.text_cfg.hf_tokenizer_name:
-                model.text.tokenizer.tokenizer.save_pretrained(path)
+        if siglip and model.config.text_cfg.hf_tokenizer_name:
+            model.text.tokenizer.tokenizer.save_pretrained(path)
         write_json(path / "open_clip_config.json", config)
         save_file(weights, path / "open_clip_model.safetensors", {"format": "pt"})
         write_manifest(path)
