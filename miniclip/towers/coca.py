@@ -320,6 +320,10 @@ class CoCa(MiniClip):
         embeds = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         return CocaOutput(*embeds, self.logit_scale.exp(), self.logit_bias, logits)
 
+    def caption_logits(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+        """For images (B, 3, S, S) and captions (B, L) the logits of the token after each, (B, L, vocabulary)."""
+        return self.text_decoder(self.text.with_tokens(input_ids)[1], self.visual.with_tokens(pixel_values)[1])
+
     @torch.no_grad()
     def generate(
         self, image: Tensor, text: Tensor | None = None, seq_len: int = 30, *, generation_type: str = "beam_search",
