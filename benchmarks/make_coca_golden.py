@@ -1,8 +1,8 @@
-"""Makes tests/data/coca_golden.json: what OpenCLIP's CoCa computes, and the captions that it writes, with random weights.
+"""Makes tests/data/coca_golden.json: what OpenCLIP's CoCa computes, and the captions it writes, with random weights.
 
     python benchmarks/make_coca_golden.py
 
-OpenCLIP's `generate` needs a transformers that still has BeamSearchScorer: open_clip_torch 3.3.0 with transformers 4.49.
+OpenCLIP's `generate` needs a transformers that still has BeamSearchScorer: open_clip_torch 3.3.0, transformers 4.49.
 """
 
 import importlib.metadata

@@ -1,5 +1,5 @@
-"""CoCa: with OpenCLIP's weights it computes what OpenCLIP computes and writes the same captions; it trains, is saved and
-converted."""
+"""CoCa: with OpenCLIP's weights it computes what OpenCLIP computes and writes the same captions; it is trained, saved
+and converted."""
 
 import json
 from types import SimpleNamespace
@@ -11,7 +11,9 @@ import miniclip
 from benchmarks.make_coca_golden import COCA, GOLDEN, IDS, MODELS, WAYS, record
 from benchmarks.make_towers_golden import make_inputs, make_weights, summary
 from miniclip.checkpoint import from_miniclip, to_miniclip
+from miniclip.commands.caption import main as write_captions
 from miniclip.config import MiniClipConfig
+from miniclip.inference.caption import caption_images, caption_metrics
 from miniclip.model import MiniClip
 from miniclip.towers.coca import CoCa
 from miniclip.training.losses import make_loss
@@ -158,6 +160,34 @@ def test_what_the_loss_needs():
     ):
         with pytest.raises(InputError, match=message):
             make_loss(other, given, args)
+
+
+def test_the_command_writes_captions_and_measures_them(tmp_path, caption_set, capsys):
+    torch.manual_seed(0)
+    MiniClip(MiniClipConfig.from_dict(TINY)).save_pretrained(tmp_path / "coca")
+    model = ["--model", str(tmp_path / "coca"), "--output_dir", str(tmp_path / "out"), "--seq_len", "8"]
+    images = [str(caption_set / f"{i}.png") for i in range(3)]
+    write_captions([*model, "--images", *images, "--batch_size", "2"])
+    found = json.loads((tmp_path / "out" / "captions.json").read_text())
+    assert [picture["image"] for picture in found["captions"]] == images and "metrics" not in found
+    loaded, preprocess, tokenizer = miniclip.load(tmp_path / "coca")
+    pixels = torch.stack([preprocess(miniclip.open_image(path)) for path in images])
+    ids = loaded.generate(pixels, seq_len=8, num_beams=2, num_beam_groups=1)
+    assert [picture["caption"] for picture in found["captions"]] == tokenizer.decode(ids)
+    assert "3 captions. Written: captions.json, captions.md" in capsys.readouterr().out
+    for wrong in ([], ["--images", images[0], "--eval_file", "x.json"]):
+        with pytest.raises(InputError, match="name images by --images, or a caption file by --eval_file, and not both"):
+            write_captions([*model, *wrong])
+    with pytest.raises(InputError, match="this model has no decoder"):
+        caption_images(empty_model(MiniClipConfig()), preprocess, tokenizer, images)
+    pytest.importorskip("pycocoevalcap", reason="CIDEr and BLEU: pip install --no-deps pycocoevalcap")
+    write_captions([*model, "--eval_file", str(caption_set / "captions.json")])
+    found = json.loads((tmp_path / "out" / "captions.json").read_text())
+    assert set(found["metrics"]) == {"CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"} and len(found["captions"]) == 24
+    texts = ["A dog, running.", "two red cats sit"], [["a dog running", "a hound"], ["A blue bird flies!"]]
+    metrics = caption_metrics(*texts)
+    assert metrics["BLEU-1"] == pytest.approx(3 / 7) and 0 < metrics["CIDEr"] < 10
+    assert caption_metrics([refs[0] for refs in texts[1]], texts[1])["BLEU-3"] == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.slow

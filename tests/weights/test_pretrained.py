@@ -74,7 +74,7 @@ def test_large_configs_have_as_many_parameters_as_published(name, millions):
     ("ViT-B/32", None, "'ViT-B/32' is neither a folder nor .* nearest: ViT-B-32.* list published weights"),
     ("ViT-B-23", "openai", "nearest: ViT-B-32"),
     ("ViT-SO400M-16-SigLIP-i18n-256", "webli", "does not have a text tower of SigLIP without its projection"),
-    ("coca_ViT-B-32", None, "CoCa"), ("convnext_base_w", None, "ConvNeXt"), ("EVA02-L-14", None, "EVA"),
+    ("coca_base", None, "CoCa"), ("convnext_base_w", None, "ConvNeXt"), ("EVA02-L-14", None, "EVA"),
     ("xlm-roberta-base-ViT-B-32", None, "text tower"), ("ViT-L-14-worldwide", None, "mT5"),
     ("openai/clip-vit-base-patch32", None, "name it hf-hub:openai/clip-vit-base-patch32"),
     ("local-dir:nowhere", None, "local-dir:nowhere: there is no such folder"), ("local-dir:", None, "no such folder"),
