@@ -203,9 +203,11 @@ class CocaTextTransformer(TokenTower, TextTransformer):
         L, room = input_ids.shape[1], self.cfg.context_length
         if L > room:
             raise InputError(f"{L} tokens; the context is {room}")
-        ids = F.pad(input_ids, (0, min(1, room - L)), value=self.cfg.pad_id)  # which the class token sees, see `mask`
+        # One token of padding is enough, for the class token to see (`mask`); an export needs one length for all.
+        padding = room - L if torch.compiler.is_exporting() else min(1, room - L)
+        ids = F.pad(input_ids, (0, padding), value=self.cfg.pad_id)
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
-        last = (self.cls_emb + self.positional_embedding[room]).expand(len(x), 1, -1)  # wherever padding ends
+        last = (self.cls_emb + self.positional_embedding[room]).expand(x.shape[0], 1, -1)  # wherever padding ends
         return self.run_blocks(torch.cat([x, last], dim=1), self.mask(ids))
 
     def mask(self, ids: Tensor) -> Tensor:
