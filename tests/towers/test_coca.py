@@ -19,7 +19,8 @@ from miniclip.towers.coca import CoCa
 from miniclip.training.losses import make_loss
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.weights.convert import convert
-from miniclip.weights.load import empty_model
+from miniclip.weights.load import empty_model, load_weights
+from miniclip.weights.onnx import export
 from tests.training.test_training import recipe, trained_and_resumed  # noqa: F401
 
 RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))
@@ -110,6 +111,9 @@ def test_it_is_saved_converted_and_loaded(tmp_path):
         convert(tmp_path / "saved", tmp_path / "hf", "hf")
     for name in ("openclip.pt", "openclip"):
         convert(tmp_path / "saved", tmp_path / name, "openclip")
+    narrower = TINY | {"vision_cfg": TINY["vision_cfg"] | {"width": 32}}
+    with pytest.raises(CheckpointError, match="The config that fits: the one it was made with"):
+        load_weights(empty_model(MiniClipConfig.from_dict(narrower)), tmp_path / "openclip.pt")
     (tmp_path / "coca.json").write_text(json.dumps(TINY))
     pixels = torch.randn(2, 3, 32, 32)
     ids = model.generate(pixels, seq_len=12)
@@ -188,6 +192,13 @@ def test_the_command_writes_captions_and_measures_them(tmp_path, caption_set, ca
     metrics = caption_metrics(*texts)
     assert metrics["BLEU-1"] == pytest.approx(3 / 7) and 0 < metrics["CIDEr"] < 10
     assert caption_metrics([refs[0] for refs in texts[1]], texts[1])["BLEU-3"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_its_towers_are_exported(tmp_path):
+    torch.manual_seed(0)
+    model = MiniClip(MiniClipConfig.from_dict(TINY)).eval()
+    assert export(model, tmp_path / "towers", "torch")  # which compares the graphs with the model
 
 
 @pytest.mark.slow
