@@ -8,6 +8,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 EXTRAS = {"test": "requirements-test.txt", "ui": "requirements-ui.txt", "heic": "requirements-heic.txt"}
 PACKAGES = {  # extras without a file
     "onnx": ["onnx", "onnxscript", "onnxruntime>=1.24"], "stores": ["s3fs", "gcsfs"], "timm": ["timm", "torchvision"],
+    "captions": ["pycocoevalcap"],  # CIDEr and BLEU
     "peers": ["open-clip-torch", "sentence-transformers", "mteb>=2", "clip-benchmark"],
 }  # fmt: skip
 INCLUDED = {"model_configs": "miniclip/model_configs", "train.py": "miniclip/commands/train.py",

@@ -159,3 +159,4 @@ def list_models() -> list[str]:
 
 # Other towers: (base section, what tells it from the values, the section: a dataclass or "module:name" of one).
 SECTIONS: list[tuple[type, Callable[[dict], bool], type | str]] = []
+MODELS: dict[type, type] = {}  # of a kind of config with more than two towers, the subclass of MiniClip

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.checkpoint import IMAGE_ROWS, TEXT_ROWS
-from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
+from miniclip.config import MODELS, MiniClipConfig, TextConfig, VisionConfig
 from miniclip.tokenizer import BaseTokenizer, Tokenizer
 from miniclip.utils.errors import InputError
 from miniclip.utils.model_folder import read_model_folder, write_model_folder
@@ -242,6 +242,9 @@ TOWERS: dict[type, type[Tower]] = {VisionConfig: VisionTransformer, TextConfig: 
 class MiniClip(nn.Module, PushToHub):
     """A CLIP model: an image tower, a text tower and the learned scale of their similarities."""
 
+    def __new__(cls, config: MiniClipConfig | None = None, *args, **kwargs):
+        return super().__new__(MODELS.get(type(config), cls) if cls is MiniClip else cls)
+
     def __init__(self, config: MiniClipConfig):
         super().__init__()
         self.config = config
@@ -270,9 +273,8 @@ class MiniClip(nn.Module, PushToHub):
         return ClipOutput(image_embeds, text_embeds, self.logit_scale.exp(), self.logit_bias)
 
     def get_logits(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled cosine similarities: (images, texts) and its transpose (texts, images). Softmax over a row is the
-        probability of each text for that image, or of each image for that text."""
-        image_embeds, text_embeds, logit_scale, logit_bias = self(pixel_values, input_ids)
+        """Scaled cosine similarities (images, texts), and their transpose. Softmax over a row gives probabilities."""
+        image_embeds, text_embeds, logit_scale, logit_bias = self(pixel_values, input_ids)[:4]
         logits = logit_scale * image_embeds @ text_embeds.T + (0 if logit_bias is None else logit_bias)
         return logits, logits.T
 
@@ -295,15 +297,13 @@ class MiniClip(nn.Module, PushToHub):
                 block.init_parameters(len(blocks))
 
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None):
-        """Writes `config.json` (sizes, activation, preprocessing), `model.safetensors` and `manifest.json` into a
-        folder. What was there stays until all of the new is written."""
+        """Writes config, weights and manifest into a folder. What was there stays until all of the new is written."""
         others = self.visual.save_files, self.text.save_files
         write_model_folder(Path(directory), self.config.to_dict(), state_dict or self.state_dict(), others)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
-        """Reads a folder that `save_pretrained` wrote, in evaluation mode. Raises InputError for a missing or damaged
-        file and for missing, unexpected or misshapen weights."""
+        """Reads a folder that `save_pretrained` wrote, in evaluation mode. Raises InputError for what does not fit."""
         model = read_model_folder(Path(directory), lambda config: cls(MiniClipConfig.from_json(config)))
         model.visual.load_files(Path(directory))
         model.text.load_files(Path(directory))

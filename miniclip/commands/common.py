@@ -52,11 +52,10 @@ def open_model(options):
     return load(options.model, options.pretrained, device, options.precision)
 
 
-def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
-    """Returns the readable ones of `images`, tuples that begin with a path, and their embeddings (n, E). Raises
-    InputError for the others, or with `--on_bad_sample skip` lists them in `bad_samples`."""
+def find_usable(options, images: list[tuple], bad_samples) -> list[tuple]:
+    """Returns the readable ones of `images`, tuples that begin with a path. Raises InputError for the others, or with
+    `--on_bad_sample skip` lists them in `bad_samples`."""
     from miniclip.datasets.records import image_faults
-    from miniclip.inference.embed import embed_images
     from miniclip.utils.bad_samples import raise_or_skip
 
     paths = [image[0] for image in images]
@@ -69,6 +68,14 @@ def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
     images = [image for image, fault in zip(images, faults) if not fault]
     what, where = f"{len(bad)} of {len(paths)} images cannot be used", ", ".join(options.images)
     raise_or_skip(where, what, bad, len(images), "", options.on_bad_sample, bad_samples, "no images")
+    return images
+
+
+def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
+    """Returns what `find_usable` does, and the embeddings (n, E) of these images."""
+    from miniclip.inference.embed import embed_images
+
+    images = find_usable(options, images, bad_samples)
     paths = [image[0] for image in images]
     return images, embed_images(model, preprocess, paths, options.batch_size, options.num_workers, progress=True)
 

@@ -22,7 +22,7 @@ from miniclip.compat.transforms import (  # noqa: F401
     image_transform_v2,
     square,
 )
-from miniclip.config import MODEL_CONFIGS, MiniClipConfig, PreprocessConfig
+from miniclip.config import MODEL_CONFIGS, MODELS, MiniClipConfig, PreprocessConfig
 from miniclip.loss import clip_loss
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.tokenizer import BaseTokenizer, Tokenizer
@@ -61,8 +61,8 @@ ADDED: dict[str, dict] = {}  # configs that `add_model_config` read
 MODULES = "factory loss model pretrained tokenizer transform zero_shot_classifier zero_shot_metadata".split()
 ABSENT = {  # what OpenCLIP exports and MiniCLIP does not have, and why
     **dict.fromkeys(MODULES, "it is one file, without modules: take the names in it from open_clip itself"),
-    "CoCa": "CoCa models, which write captions, have no tower here",
-    "CoCaLoss": "CoCa models, which write captions, have no tower here",
+    "CoCa": "miniclip.load has CoCa models, these calls have none",
+    "CoCaLoss": "train.py --loss coca has it, these calls do not",
     "CustomTextCLIP": "create_model(..., force_custom_text=True) makes such a model",
     "CLIPTextCfg": "text_cfg is a dict, or a miniclip.config.TextConfig",
     "CLIPVisionCfg": "vision_cfg is a dict, or a miniclip.config.VisionConfig",
@@ -137,6 +137,8 @@ def create_model(
     output_dict = model_kwargs.pop("output_dict", output_dict)
     config, custom_text, load = find_model(model_name, pretrained, model_kwargs, cache_dir)
     load = load if load_weights else None
+    if type(config) in MODELS:
+        raise InputError(f"{model_name} cannot be built behind OpenCLIP's calls: miniclip.load has it, with generate()")
     refuse("require_pretrained", require_pretrained and load is None, f"{model_name} comes without weights: name some")
     refuse("pretrained_image", pretrained_image and not config.vision_cfg.pretrained, "its config names no weights")
     size = None if force_image_size is None else square(force_image_size, "force_image_size")

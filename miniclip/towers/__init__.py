@@ -3,7 +3,7 @@
 This table says by which fields of the model config each is recognised; it is imported only then.
 """
 
-from miniclip.config import SECTIONS, TextConfig, VisionConfig
+from miniclip.config import SECTIONS, MiniClipConfig, TextConfig, VisionConfig
 
 
 def _hf(values: dict) -> bool:
@@ -48,7 +48,11 @@ def _siglip_text(values: dict) -> bool:
     return bool(found) and "hf_model_name" not in values
 
 
-OTHERS = _hf, _joint, _pruned, _resnet, _siglip, _siglip_text, _timm, _variant, _variant_text
+def _coca(values: dict) -> bool:
+    return bool(values.get("attentional_pool") or values.get("embed_cls"))
+
+
+OTHERS = _coca, _hf, _joint, _pruned, _resnet, _siglip, _siglip_text, _timm, _variant, _variant_text
 
 
 def _own(values: dict) -> bool:
@@ -65,6 +69,9 @@ for base, tells, section in (  # with `token_dim`, of late interaction
     (VisionConfig, _joint, "joint:TokenJointVisionConfig"),
 ):  # fmt: skip
     SECTIONS.append((base, _tokens(tells), f"miniclip.towers.{section}"))
+SECTIONS.append((VisionConfig, _coca, "miniclip.towers.coca:CocaVisionConfig"))
+SECTIONS.append((TextConfig, _coca, "miniclip.towers.coca:CocaTextConfig"))
+SECTIONS.append((MiniClipConfig, lambda values: "multimodal_cfg" in values, "miniclip.towers.coca:CocaConfig"))
 SECTIONS.append((VisionConfig, _siglip, "miniclip.towers.siglip:SigLipVisionConfig"))
 SECTIONS.append((TextConfig, _siglip_text, "miniclip.towers.siglip:SigLipTextConfig"))
 SECTIONS.append((VisionConfig, _timm, "miniclip.towers.timm_model:TimmVisionConfig"))

@@ -18,6 +18,7 @@ LOSSES: dict[str, Callable | str] = {
     "clip": clip,
     "siglip": "miniclip.training.siglip:siglip",
     "superclip": "miniclip.training.superclip:superclip",
+    "coca": "miniclip.training.coca:coca",
     "distill": "miniclip.training.distill:distill",
     "affinity": "miniclip.training.distill:affinity",
     "late_interaction": "miniclip.training.late_interaction:late_interaction",
@@ -28,6 +29,7 @@ MORE_FEATURES = {"late_interaction": "miniclip.training.late_interaction:positio
 HELP = {  # for `train.py --help`
     "clip": "symmetric InfoNCE", "siglip": "SigLIP's sigmoid loss",
     "superclip": "InfoNCE plus the caption's words, which the image has to name",
+    "coca": "InfoNCE plus captions written by the model; coca:2:1 weights first captions, then InfoNCE",
     "distill": "InfoNCE plus a teacher's scores", "affinity": "a teacher's scores alone (TinyCLIP)",
     "late_interaction": "word-to-patch embeddings that re-rank a trained model's results (ColBERT)",
 }  # fmt: skip
@@ -38,7 +40,7 @@ def make_loss(model, options, args) -> Callable:
     """Returns the loss that `options.loss` names, a function of (outputs, batch), and prepares the model for it."""
     if model.logit_bias is not None:
         model.logit_bias.requires_grad_(False)  # only SigLIP's loss reads it
-    make = LOSSES[options.loss]
+    make = LOSSES[options.loss.partition(":")[0]]
     if isinstance(make, str):
         module, _, name = make.partition(":")
         make = getattr(importlib.import_module(module), name)

@@ -53,7 +53,7 @@ class TrainOptions:
     early_stopping_patience: int | None = option(None, "stop after this many evaluations without better recall")
     ema: float | None = option(None, "keep an exponential moving average of the weights, with this decay: 0.999")
     feature_cache: str | None = option(None, "folder that keeps the features of frozen towers for later runs")
-    loss: str = option("clip", "; ".join(map(": ".join, losses.HELP.items())), choices=losses.LOSSES)
+    loss: str = option("clip", "; ".join(map(": ".join, losses.HELP.items())))
     teacher: list[str] | None = option(None, "what distill and affinity learn from: a folder, or a config and weights")
     duplicates: str = option(
         "positive", "pairs of a batch with the same image or caption: also positives, excluded, or negatives",
@@ -141,6 +141,8 @@ _SHARE = "above 0 and at most 1", lambda x: 0 < x <= 1
 _COUNT = "1 or more", lambda x: x > 0
 _FREEZE = "none, tower, all or all_but_N", re.compile(r"none|tower|all|all_but_\d+").fullmatch
 RANGES = {  # the values that are allowed, as words and as a test
+    "loss": (", ".join(losses.LOSSES) + ", or coca:2:1 with two weights",
+             re.compile("|".join(losses.LOSSES) + r"|coca(:\d+(\.\d+)?){2}").fullmatch),
     "image_root": ("one folder, or one for train_file and one for eval_file", lambda x: len(x) < 3),
     "eval_file": ("one data set, and perhaps a folder of class folders", lambda x: isinstance(x, str) or len(x) < 3),
     "columns": ("two names: the image column and the caption column", lambda x: len(x) == 2),

@@ -38,6 +38,7 @@ ALIASES = {  # OpenCLIP's names, and --split of other commands
     "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
     "accum-freq": "grad_cache_chunk_size", "grad-clip-norm": "max_grad_norm", "log-every-n-steps": "logging_steps",
     "opt": "optim", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon", "siglip": "loss siglip",
+    "coca-caption-loss-weight": "loss coca:2:1", "coca-contrastive-loss-weight": "loss coca:2:1",
     "lr-scheduler": "lr_scheduler_type", "lr-cooldown-end": "lr_scheduler_kwargs", "name": "output_dir",
     "lr-cooldown-power": "lr_scheduler_kwargs", "skip-scheduler": "lr_scheduler_type constant", "precision": "bf16",
     "save-frequency": "save_strategy, save_steps",

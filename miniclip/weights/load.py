@@ -131,7 +131,7 @@ def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: s
     pairs = {key: [shape.get(key, "missing") for shape in shapes] for key in expected | fitted}
     if problems := [f"{key} is {a} in the file and {b} in the model" for key, (a, b) in pairs.items() if a != b]:
         fix = "the one it was made with"
-        if CLIP_KEYS <= weights.keys():
+        if is_clips(weights):
             fix = " or ".join(fitting_configs(weights)) or f"none that ships, but one with {infer_config(weights)}"
         raise CheckpointError(f"{path} does not fit the model: {shorten(problems)}. The config that fits: {fix}")
     for note in resized:
@@ -171,6 +171,11 @@ def known_activation(path: Path, keys: Iterable[str], run: str = "") -> tuple[bo
     return None, "no sign of it"
 
 
+def is_clips(weights: dict[str, Tensor]) -> bool:
+    """Whether weights are of CLIP's text tower and a ViT or ResNet, and not CoCa's, whose texts have a class token."""
+    return CLIP_KEYS <= weights.keys() and "text.cls_emb" not in weights
+
+
 def infer_config(weights: dict[str, Tensor]) -> dict:
     """A model config from the shapes of weights (under MiniCLIP's names), without the activation. Heads are assumed to
     have 64 channels, or there is one if the width is not a multiple of 64."""
@@ -193,7 +198,7 @@ def infer_config(weights: dict[str, Tensor]) -> dict:
 
 def fitting_configs(weights: dict[str, Tensor], quick_gelu: bool | None = None) -> list[str]:
     """Names of the shipped configs with the sizes of these weights, and with that activation unless it is None."""
-    if not CLIP_KEYS <= weights.keys():
+    if not is_clips(weights):
         return []
     sizes, found = infer_config(weights), []
     sizes["vision_cfg"].pop("head_width", None)

@@ -11,7 +11,7 @@ from miniclip.checkpoint import from_miniclip
 from miniclip.config import PreprocessConfig, TextConfig
 from miniclip.model import MiniClip
 from miniclip.towers.hf_config import HfTextConfig
-from miniclip.towers.registry import IN_OPENCLIP, NOT_IN_OPENCLIP
+from miniclip.towers.registry import CUSTOM_TEXT, IN_OPENCLIP, NOT_IN_OPENCLIP
 from miniclip.towers.siglip import SigLipVisionConfig
 from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import CheckpointError
@@ -46,7 +46,8 @@ def write_openclip(path: Path, model: MiniClip):
     if images["resize_mode"] == "shortest" and images["center_crop"] != "torchvision":
         problem = "OpenCLIP crops images with odd margins one pixel elsewhere than this model expects"
         warnings.warn(f"{problem} (center_crop {images['center_crop']!r})", stacklevel=3)
-    layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) and not siglip else "custom_text"
+    custom = siglip or type(model.config.text_cfg) in CUSTOM_TEXT
+    layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) and not custom else "custom_text"
     weights = from_miniclip(model.state_dict(), layout, (model.visual.key_rows(), model.text.key_rows()))
     if not is_file:
         model_cfg = {
@@ -56,10 +57,10 @@ def write_openclip(path: Path, model: MiniClip):
         path.mkdir()
         if text:
             model_cfg["text_cfg"] = text
-        if siglip or text:
+        if custom or text:
             model_cfg["custom_text"] = True
-            if text or model.config.text_cfg.hf_tokenizer_name:
-                model.text.tokenizer.tokenizer.save_pretrained(path)
+        if text or siglip and model.config.text_cfg.hf_tokenizer_name:
+            model.text.tokenizer.tokenizer.save_pretrained(path)
         write_json(path / "open_clip_config.json", config)
         save_file(weights, path / "open_clip_model.safetensors", {"format": "pt"})
         write_manifest(path)

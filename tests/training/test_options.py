@@ -96,7 +96,7 @@ def test_unknown_options_are_named_in_one_line(tmp_path, capsys):
         (["no-such.json"], "no-such.json cannot be read"),
         ([*model, "--train_fil", "x"], "unknown option 'train_fil'; nearest: train_file"),
         ([*model, "--lr", "1"], "unknown option 'lr'; nearest: learning_rate"),
-        ([*model, "--loss", "clap"], "argument --loss: 'clap' is not a possible value; nearest: clip"),
+        ([*model, "--loss", "clap"], "loss is clap. It must be clip, siglip, superclip, coca,"),
         ([*model, "--optim", "adamw"], "adamw_8bit"),
         ([*model, "--hflip", "often"], "argument --hflip: invalid float value: 'often'"),
         ([*model, "stray"], "unexpected argument 'stray'"),

@@ -1,0 +1,66 @@
+"""Captions of images, written by a CoCa model.
+
+Reads images, or a caption file, and writes captions.json and captions.md to --output_dir. With --eval_file the model's
+captions are compared with those of the file, by CIDEr and BLEU (printed times 100, as in papers).
+"""
+
+from miniclip.commands import common
+from miniclip.utils.command_line import Parser, at_least
+from miniclip.utils.errors import InputError
+
+
+def main(argv: list[str]):
+    parser = Parser.command("caption", __doc__, "--model runs/coca --images photos")
+    parser.share("model", required=True)
+    parser.share("pretrained")
+    parser.add_argument("--images", nargs="+", help="images or folders")
+    parser.share("eval_file", "image_root", "columns", "allow_outside_image_root", "on_bad_sample")
+    parser.share("output_dir", default="captions")
+    parser.share("batch_size", default=32, help="images captioned at once")
+    parser.share("num_workers", "device", "json")
+    ways = "beam_search; top_k or top_p: draw each token from the likeliest (top_k with --top_k 1: the likeliest)"
+    parser.add_argument("--generation_type", default="beam_search", help=ways)
+    parser.add_argument("--seq_len", type=at_least(2), default=30, help="tokens of a caption, start and end included")
+    parser.add_argument("--num_beams", type=at_least(1), default=2, help="texts kept by beam_search")
+    parser.add_argument("--top_k", type=at_least(1), default=1, help="tokens to draw from")
+    parser.add_argument("--top_p", type=float, default=0.1, help="probability of the tokens to draw from, together")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of what is drawn")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: words are repeated less")
+    options = parser.parse_args(argv)
+    if (options.images is None) == (options.eval_file is None):
+        raise InputError("name images by --images, or a caption file by --eval_file, and not both")
+
+    from miniclip.classify.images import find_images
+    from miniclip.datasets.read import read_source
+    from miniclip.datasets.records import ReadOptions, one_per_image
+    from miniclip.inference.caption import caption_images, caption_metrics, scorers
+    from miniclip.utils.bad_samples import BadSamples
+
+    bad_samples, references = BadSamples(), None
+    options.precision = None  # the decoder has no faster copy
+    if options.eval_file:
+        scorers()  # fails before the work, not after it, if their package is missing
+        records = read_source(options.eval_file, ReadOptions.from_args(options, bad_samples=bad_samples))
+        records = one_per_image(records, options.eval_file)
+        paths, references = zip(*((record["image"], record["caption"]) for record in records))
+    else:
+        paths = [path for path, _ in common.find_usable(options, find_images(options.images), bad_samples)]
+    model, preprocess, tokenizer = common.open_model(options)
+    names = "generation_type", "seq_len", "num_beams", "top_k", "top_p", "temperature", "repetition_penalty"
+    how = {name: vars(options)[name] for name in names} | {"num_beam_groups": 1}
+    how["min_seq_len"] = min(5, options.seq_len - 1)
+    reading = options.batch_size, options.num_workers, True
+    captions = caption_images(model, preprocess, tokenizer, paths, *reading, **how)
+    pictures = [{"image": str(path), "caption": caption} for path, caption in zip(paths, captions)]
+    results = {"model": str(options.model), "generation": how, "captions": pictures}
+    lines = ["| image | caption |", "|---|---|"]
+    lines += [f"| {common.cell(picture['image'])} | {common.cell(picture['caption'])} |" for picture in pictures]
+    print("\n".join(lines[:22] + [f"| and {len(lines) - 22} more | |"] * (len(lines) > 22)))
+    summary = f"{len(pictures)} captions"
+    if references is not None:
+        results["metrics"] = caption_metrics(captions, references)
+        for picture, texts in zip(pictures, references):
+            picture["references"] = list(texts)
+        figures = ", ".join(f"{name} {100 * value:.1f}" for name, value in results["metrics"].items())
+        summary += f": {figures}"
+    common.finish(options, "captions", results, "\n".join(lines), bad_samples, summary)

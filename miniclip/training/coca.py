@@ -1,0 +1,55 @@
+"""CoCa's loss: CLIP's, and the cross-entropy of each next token of the caption (Yu et al., arXiv 2205.01917)."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from miniclip.model import MiniClip
+from miniclip.towers.coca import CoCa, CocaOutput
+from miniclip.training.fsdp import uses_fsdp
+from miniclip.training.losses import clip
+from miniclip.utils.errors import InputError
+
+
+def coca(model: MiniClip, options, args) -> Callable[[CocaOutput, dict], Tensor]:
+    """The loss of `--loss coca` and `--loss coca:CAPTION:CONTRASTIVE`, two weights, 2 and 1 as in OpenCLIP. Raises
+    InputError for a model without a decoder, and for what cannot be together with it."""
+    if not isinstance(model, CoCa):
+        raise InputError("loss coca needs a model that writes captions, and this one has no decoder: use coca_ViT-B-32")
+    if any(options.frozen):
+        raise InputError("loss coca reads whole sequences, but a tower is frozen and only its features are kept")
+    if args.grad_cache_chunk_size:
+        needs = "the logits of all words of all captions of a batch are in memory at once"
+        raise InputError(f"grad_cache_chunk_size does not help loss coca: {needs}. Remove it, or take smaller batches")
+    if options.check_gradients or uses_fsdp(args):
+        raise InputError("check_gradients and fsdp do not know the captions of loss coca. Remove them")
+    model.train_captions()
+    caption, contrastive = map(float, options.loss.split(":")[1:] or (2, 1))
+    weights = {"caption_weight": caption, "contrastive_weight": contrastive}
+    return partial(coca_loss, contrast=clip(model, options, args), pad=model.config.text_cfg.pad_id, **weights)
+
+
+def coca_loss(
+    outputs: CocaOutput, batch: dict[str, Tensor], contrast: Callable, pad: int = 0,
+    caption_weight: float = 2.0, contrastive_weight: float = 1.0,
+) -> Tensor:  # fmt: skip
+    words = caption_loss(outputs.caption_logits, batch["input_ids"], pad)
+    return contrastive_weight * contrast(outputs, batch) + caption_weight * words
+
+
+def caption_loss(logits: Tensor, input_ids: Tensor, pad: int = 0) -> Tensor:
+    """The mean cross-entropy, in nats, of the tokens after the first of captions (B, L), by logits (B, L - 1,
+    vocabulary); padding does not count. Of several processes the mean of their losses is that of all their tokens,
+    where OpenCLIP takes the mean of their means."""
+    labels = input_ids[:, 1:]
+    count, processes = (labels != pad).sum(), 1
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        processes = dist.get_world_size()
+    with torch.autocast(logits.device.type, enabled=False):
+        total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=pad, reduction="sum")
+    return total * processes / count
