@@ -4,6 +4,7 @@
 a table, JSON or an HTML page. Again on the same folder, `index` updates. In Python: `miniclip.ImageSearch`.
 """
 
+import gc
 import json
 import os
 import re
@@ -137,9 +138,11 @@ def describe(folder: str):
 
 def query(options):
     """Answers the query of the command line, or those of stdin, one per line."""
+    gc.disable()  # a tenth of the start: nothing that importing torch makes is garbage
     from miniclip.index.search import ImageSearch
 
     device = find_device(options.device)
+    gc.enable()
     search = ImageSearch(options.index, options.model, options.pretrained, device, options.image_root)
     if options.text or options.image:
         answer(search, options, " ".join(options.text))

@@ -170,19 +170,22 @@ def fast_arithmetic(device: str | torch.device):
 
 
 class OneDnnLinear(nn.Module):
-    """A linear layer for inference with weights laid out for oneDNN, which fuses the activation or the residual."""
+    """A linear layer for inference with weights laid out for oneDNN, which fuses the activation or the residual. They
+    are laid out when they are first used: a query in words never needs the image tower's."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight), linear.bias
+        self.weight, self.bias = linear.weight.detach(), linear.bias
 
     def forward(self, x: Tensor, activation: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
-        product = torch.ops.mkldnn._linear_pointwise
+        product, weight = torch.ops.mkldnn._linear_pointwise, self.weight
+        if not weight.is_mkldnn:
+            weight = self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         if residual is not None:
-            return product.binary(x, residual, self.weight, self.bias, "add")
+            return product.binary(x, residual, weight, self.bias, "add")
         if type(activation) is nn.GELU:
-            return product(x, self.weight, self.bias, "gelu", [], activation.approximate)
-        x = product(x, self.weight, self.bias, "none", [], "")
+            return product(x, weight, self.bias, "gelu", [], activation.approximate)
+        x = product(x, weight, self.bias, "none", [], "")
         return x if activation is None else activation(x)
 
 
