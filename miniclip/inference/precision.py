@@ -84,13 +84,7 @@ def compare(model: MiniClip, precisions: tuple[str, ...], cases: tuple[tuple[str
     """Times inference copies of a model, which take turns, on made-up images and sentences: from pixel values and token
     ids to embeddings. `cases` are ("image" or "text", how many at once). Returns seconds[precision][case], the least of
     the rounds, and the lowest cosine of each precision to the model in fp32."""
-    device, size, began = model.logit_scale.device, model.visual.image_size, time.perf_counter()
-    draw = torch.Generator().manual_seed(0)
-    most = max(n for _, n in cases)
-    coarse = torch.randn(most, 3, 8, 8, generator=draw)  # with the large areas of pictures
-    pixel_values = F.interpolate(coarse, size=(size, size), mode="bicubic")
-    input_ids = model.text.tokenizer([SENTENCES[i % len(SENTENCES)] for i in range(most)], trim=True)
-    inputs = {"image": pixel_values.to(device), "text": input_ids.to(device)}
+    inputs, began = made_up(model, max(n for _, n in cases)), time.perf_counter()
     copies = {precision: inference_copy(model, precision) for precision in precisions}
     plain = copies.get("fp32") or inference_copy(model)
     exact = {case: embed(plain, case, inputs) for case in cases}
@@ -107,6 +101,14 @@ def compare(model: MiniClip, precisions: tuple[str, ...], cases: tuple[tuple[str
                 else:  # the first time weights are laid out
                     cosines[precision] = min(cosines[precision], (found * exact[case]).sum(dim=1).min().item())
     return seconds, cosines
+
+
+def made_up(model: MiniClip, n: int) -> dict[str, torch.Tensor]:
+    """The pixel values of n images with large areas, as pictures have them, and the token ids of n sentences."""
+    device, size = model.logit_scale.device, (model.visual.image_size,) * 2
+    coarse = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    input_ids = model.text.tokenizer([SENTENCES[i % len(SENTENCES)] for i in range(n)], trim=True)
+    return {"image": F.interpolate(coarse, size=size, mode="bicubic").to(device), "text": input_ids.to(device)}
 
 
 def embed(model: InferenceClip, case: tuple[str, int], inputs: dict) -> torch.Tensor:

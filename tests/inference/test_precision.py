@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import miniclip
-from miniclip.inference import precision
+from miniclip.commands import speed
+from miniclip.inference import peak, precision
 from miniclip.inference.fast import InferenceClip, inference_copy
-from miniclip.inference.precision import compare, settle
+from miniclip.inference.precision import compare, made_up, settle
 
 
 @pytest.fixture
@@ -80,3 +81,29 @@ def test_what_is_measured(tiny_model):
     assert cosines["fp32"] > 1 - 1e-6 > cosines["bf16"] > 0.999 and cosines["int8"] > 0.98
     with torch.inference_mode():  # of the same pictures and sentences in each run
         assert compare(tiny_model, ("bf16",), cases, rounds=1)[1]["bf16"] == cosines["bf16"]
+
+
+def test_the_limit_and_the_share_of_it(tiny_model, monkeypatch, capsys, tmp_path):
+    """Operations are counted as by hand; the command prints what was measured beside them."""
+    monkeypatch.setattr(peak, "LONG", 0)
+    found = peak.matrix_peak(square=64)
+    assert {"fp32", "int8"} <= set(found) and min(found.values()) > 1e6
+    rows, W, layers = 5, 32, 2  # a class token and 2 x 2 patches of 16 x 16
+    blocks = layers * (rows * 2 * 12 * W**2 + 4 * rows**2 * W)
+    image = 4 * 2 * 3 * 16**2 * W + blocks + 2 * W * 16
+    inputs = made_up(tiny_model, 3)
+    assert peak.model_flops(tiny_model.encode_image, inputs["image"]) == 3 * image
+
+    monkeypatch.setattr(peak, "matrix_peak", lambda device: {"fp32": 1e9, "int8": 4e9})
+    seconds = {"fp32": 2.0, "int8": 1.0}
+    monkeypatch.setattr(precision, "compare", lambda model, precisions, cases: (
+        {p: {case: seconds[p] * case[1] for case in cases} for p in precisions}, {"fp32": 1.0, "int8": 0.99}
+    ))  # fmt: skip
+    tiny_model.save_pretrained(tmp_path)
+    speed.main(["--model", str(tmp_path), "--device", "cpu", "--json"])
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert result["auto"] == "fp32" and result["precisions"]["int8"]["cosine"] == 0.99
+    one = result["precisions"]["int8"]["32 images"]
+    assert one == {"ms": 1000.0, "share": pytest.approx(result["flops"]["image"] / 4e9)}
+    assert "fp32 1, int8 4 GFLOP/s" in shown.err and "1000.00" in shown.err
