@@ -34,7 +34,7 @@ def main(argv: list[str]):
 
         transform = make_transform(options, model)
         dataset = dataset_class(train, preprocess, args.seed, transform, options.on_bad_sample, run.bad_samples)
-        precision = "bf16" if args.bf16 and caches == (None, None) else "fp32"  # later runs read what is in a cache
+        precision = min((c.precision for c in caches if c is not None), default="bf16" if args.bf16 else "fp32")
         evaluator = make_evaluator(
             held_out, options.eval_classes, preprocess, tokenizer, precision=precision, caches=caches,
             batch_size=args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers or None,

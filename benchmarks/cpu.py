@@ -12,6 +12,7 @@ measured goes to benchmarks/cpu.jsonl as it comes, and from there to the part of
 import argparse
 import json
 import os
+import re
 import select
 import statistics
 import subprocess
@@ -455,10 +456,24 @@ def everyone(done: dict) -> str:
             )
             rows.append([
                 f"{TITLES[case]}, {size}", label, shown(record["seconds"]), times(record, found.get("open_clip")),
-                f"{median(record, 'cpu'):.3g}", agreement(record), f"{record['peak_gb']:.2f}", way,
+                f"{median(record, 'cpu'):.3g}", share(size, label, record), agreement(record),
+                f"{record['peak_gb']:.2f}", way,
             ])  # fmt: skip
-    head = ["", "", "time", "times as fast as OpenCLIP", "CPU seconds", "agreement", "peak GB", "way"]
+    head = ["", "", "time", "times as fast as OpenCLIP", "CPU seconds", "of the machine's matrix speed"]
+    head += ["agreement", "peak GB", "way"]
     return markdown(head, [row + [""] * (len(head) - len(row)) for row in rows])
+
+
+def share(size: str, label: str, record: dict) -> str:
+    """The share of this machine's speed in large matrix products (`limit.py`) that a result reached. Operations are
+    those of the plain model on captions without padding; a training step has three times as many."""
+    peak = record.get("limit", {}).get("peak", {}).get(label.partition(" ")[2] or "fp32")
+    unit = re.match(r"(\d+) (caption|file)|batch (\d+)", size)
+    if not peak or not unit or record["case"] == "evaluate":
+        return ""
+    each = {"caption": record["limit"]["caption"], "file": record["limit"]["image"]}
+    work = int(unit[1]) * each[unit[2]] if unit[1] else 3 * int(unit[3]) * sum(each.values())
+    return f"{100 * work / median(record) / peak:.0f}%"
 
 
 def memory(done: dict) -> str:
@@ -558,7 +573,9 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict]:
     photos = max(options.images, sizes["files"], *sizes["growth_images"], *sizes["batch_images"])
     make_inputs(folder, max(options.captions, *sizes["growth_texts"], *sizes["cached"]), photos, options.images)
     subprocess.run([sys.executable, HERE / "contestants.py", "weights", folder, sizes["config"]], check=True)
-    benchmark.run |= {"command": options.command, "run": describe(options)}
+    limit = [sys.executable, HERE / "limit.py", sizes["config"], folder / "captions.json"]
+    limit = json.loads(subprocess.run(limit, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    benchmark.run |= {"command": options.command, "run": describe(options), "limit": limit}
     for case in options.cases:
         getattr(benchmark, case)()
     return benchmark.records

@@ -1,5 +1,9 @@
-"""Where do the results go? Each command writes its own part of RESULTS.md and leaves the others alone."""
+"""Where do the results go? Each command writes its own part of RESULTS.md and leaves the others alone.
 
+Speeds of CPUs go to results/<processor>.json first; their part of RESULTS.md has a table for each processor there.
+"""
+
+import json
 import os
 import platform
 import re
@@ -7,13 +11,16 @@ from datetime import date
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+PER_PROCESSOR = ("cpu", "runtimes")
 
 
 def write_section(name: str, markdown: str, results: Path | None = None):
     """Puts the text between `<!-- name -->` and `<!-- /name -->`, in place of what was there, else at the end."""
+    results = results or RESULTS
+    if name in PER_PROCESSOR:
+        markdown = each_processor(results.parent / "results", name, markdown.strip())
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     section = f"{start}\n{markdown.strip()}\n{end}"
-    results = results or RESULTS
     text = results.read_text() if results.exists() else "# Results\n"
     found = re.search(f"{re.escape(start)}.*?{re.escape(end)}", text, re.DOTALL)
     if found:
@@ -23,6 +30,19 @@ def write_section(name: str, markdown: str, results: Path | None = None):
     partial = results.with_suffix(".tmp")  # so that an interrupted run leaves the old file whole
     partial.write_text(text)
     os.replace(partial, results)
+
+
+def each_processor(folder: Path, name: str, markdown: str) -> str:
+    """Keeps this processor's part of a name, and returns those of all, each with the processor in its heading."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = folder / f"{re.sub('[^a-z0-9]+', '-', cpu_name().lower()).strip('-')}.json"
+    kept = json.loads(mine.read_text()) if mine.exists() else {"processor": cpu_name()}
+    partial = mine.with_suffix(".tmp")
+    partial.write_text(json.dumps(kept | {name: markdown.splitlines()}, indent=1) + "\n")
+    os.replace(partial, mine)
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    parts = [(one["processor"], one[name]) for one in found if name in one]
+    return "\n\n".join("\n".join([f"{head}: {processor}", *lines]) for processor, (head, *lines) in parts)
 
 
 def machine() -> str:

@@ -23,6 +23,7 @@ from results import machine, write_section
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import miniclip  # noqa: E402
+from miniclip.inference.peak import matrix_peak, model_flops  # noqa: E402
 from miniclip.weights.onnx import export, runner  # noqa: E402
 
 KINDS, OURS = ("image", "text"), "MiniCLIP, fp32"
@@ -86,7 +87,11 @@ def main(argv: list[str]):
         exact = {kind: run(inputs[kind, most]) for kind, run in zip(KINDS, next(iter(runs.values())))}
         cosines = {name: [(run(inputs[kind, most]) * exact[kind]).sum(1).min().item() for kind, run in zip(KINDS, both)]
                    for name, both in runs.items()}  # fmt: skip
+        peak = matrix_peak()
         seconds = measure(runs, inputs, options.rounds)
+        plain = miniclip.MiniClip(config).eval()
+        flops = {(kind, n): model_flops(plain.encode_image if kind == "image" else plain.encode_text, x)
+                 for (kind, n), x in inputs.items()}  # fmt: skip
     packages = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
     tokens = " and ".join(str(inputs["text", n].shape[1]) for n in options.batches)
     head = [f"{kind}s, {n} at once" for kind, n in inputs]
@@ -96,18 +101,26 @@ def main(argv: list[str]):
         f"{options.config} with random weights, from pixel values and token ids to embeddings of unit length; captions"
         f" as long as the longest of their batch, {tokens} tokens. Milliseconds for a batch: the median of"
         f" {options.rounds} rounds in which all take turns (smallest to largest). In bold: times as fast as MiniCLIP in"
-        " fp32. In brackets after the name: the lowest cosine to the model in PyTorch, of images and captions.\n",
+        " fp32. After it, the share of this machine's speed in large matrix products of the same precision"
+        f" ({', '.join(f'{name} {speed / 1e9:,.0f}' for name, speed in peak.items())} GFLOP/s; operations are those of"
+        " the plain model). In brackets after the name: the lowest cosine to the model in PyTorch, of images and"
+        " captions.\n",
         f"| runtime, precision (cosines) | {' | '.join(head)} |\n|---|{'---|' * len(head)}",
     ]
     for name, both in cosines.items():
         cells = [
             f"{1e3 * statistics.median(s):.1f} ({1e3 * min(s):.1f} to {1e3 * max(s):.1f})"
             f" **{statistics.median(seconds[OURS][case]) / statistics.median(s):.2f}**"
+            + share(flops[case] / statistics.median(s), peak.get(name.rpartition(" ")[2]))
             for case, s in seconds[name].items()
         ]
         lines.append(f"| {name} ({both[0]:.5f}, {both[1]:.5f}) | {' | '.join(cells)} |")
     write_section("runtimes", "\n".join(lines), options.results)
     print("\n".join(lines))
+
+
+def share(speed: float, peak: float | None) -> str:
+    return f" {100 * speed / peak:.0f}%" if peak else ""
 
 
 def measure(runs: dict, inputs: dict, rounds: int) -> dict:

@@ -24,6 +24,7 @@ from benchmarks.make_towers_golden import contrastive  # noqa: E402
 from miniclip.checkpoint import to_miniclip  # noqa: E402
 from miniclip.config import MODEL_CONFIGS, MiniClipConfig  # noqa: E402
 from miniclip.inference.fast import fast_wrappers, inference_copy  # noqa: E402
+from miniclip.inference.peak import matrix_peak, model_flops  # noqa: E402
 from miniclip.model import MiniClip  # noqa: E402
 from miniclip.towers.hf_config import KNOWN  # noqa: E402
 
@@ -60,7 +61,7 @@ def timed(functions: dict, rounds: int, device: str) -> dict[str, float]:
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def measure(name: str, options: argparse.Namespace) -> str:
+def measure(name: str, options: argparse.Namespace, peak: float) -> str:
     path = Path(name) if name.endswith(".json") else MODEL_CONFIGS / f"{name}.json"
     values, B, device = json.loads(path.read_text()), options.batch_size, options.device
     ours, theirs = pair(values, device)
@@ -75,18 +76,23 @@ def measure(name: str, options: argparse.Namespace) -> str:
         contrastive(scale * image @ text.T).backward()
         model.zero_grad()
 
-    cells, apart = [], 0.0
+    cells, apart, flops = [], 0.0, []
     with torch.inference_mode():
         for method, inputs in (("encode_image", images), ("encode_text", input_ids)):
             a, b = (getattr(model, method)(inputs, normalize=True) for model in (fast, theirs))
             apart = max(apart, (a - b).abs().max().item())
+            flops.append(model_flops(getattr(ours, method), inputs))
             work = {n: partial(getattr(m, method), inputs) for n, m in (("ours", fast), ("theirs", theirs))}
             cells.append(timed(work, options.rounds, device))
     for tower in (ours.visual, ours.text):  # as train.py does
         tower.wrappers = fast_wrappers(tower)
     training = {"ours": lambda: step(ours.train()), "theirs": lambda: step(theirs.train())}
     cells.append(timed(training, options.rounds, device))
-    shown = [f"{B / s['ours']:.1f} / {B / s['theirs']:.1f} ({s['theirs'] / s['ours']:.2f})" for s in cells]
+    flops.append(3 * sum(flops))
+    shown = []
+    for s, work in zip(cells, flops):
+        both, times = f"{B / s['ours']:.1f} / {B / s['theirs']:.1f}", s["theirs"] / s["ours"]
+        shown.append(f"{both} ({times:.2f}; {work / s['ours'] / peak:.0%})")
     return f"| {name} | {' | '.join(shown)} | {apart:.0e} |"
 
 
@@ -98,10 +104,12 @@ def main():
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {options.batch_size}, {options.device}")
-    print("MiniCLIP / OpenCLIP (times as fast), a second:\n")
+    peak = matrix_peak(options.device)["fp32"]
+    print(f"large matrix products in fp32: {peak / 1e9:,.0f} GFLOP/s")
+    print("MiniCLIP / OpenCLIP (times as fast; MiniCLIP's share of that), a second:\n")
     print("| model | images embedded | captions embedded | pairs trained | apart |\n|---|---|---|---|---|")
     for name in options.models:
-        print(measure(name, options), flush=True)
+        print(measure(name, options, peak), flush=True)
 
 
 if __name__ == "__main__":

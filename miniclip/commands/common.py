@@ -5,19 +5,20 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from miniclip.utils.command_line import Parser, find_device, print_json, printable
+from miniclip.utils.command_line import AUTO, FLAGS, Parser, find_device, print_json, printable
 from miniclip.utils.errors import InputError
 
 
-def share_image_flags(parser: Parser, output_dir: str):
-    """Adds the flags of commands that encode images."""
+def share_image_flags(parser: Parser, output_dir: str, precision: str = "fp32"):
+    """Adds the flags of commands that encode images. `precision`: the default."""
     parser.share("model", required=True)
     parser.share("pretrained")
     parser.add_argument("--images", required=True, nargs="+", help="images, folders, or a folder of class folders")
     parser.share("on_bad_sample")
     parser.share("output_dir", default=output_dir)
     parser.share("batch_size", default=32, help="images encoded at once")
-    parser.share("num_workers", "precision", "device", "json")
+    parser.share("num_workers", "device", "json")
+    parser.share("precision", choices=["auto", *FLAGS["precision"]["choices"]], default=precision, help=AUTO)
 
 
 def share_class_flags(parser: Parser):

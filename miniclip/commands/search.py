@@ -4,13 +4,14 @@
 a table, JSON or an HTML page. Again on the same folder, `index` updates. In Python: `miniclip.ImageSearch`.
 """
 
+import gc
 import json
 import os
 import re
 import sys
 from pathlib import Path
 
-from miniclip.utils.command_line import Parser, at_least, find_device, printable
+from miniclip.utils.command_line import AUTO, Parser, at_least, find_device, printable
 from miniclip.utils.errors import InputError
 
 # As in evaluate.py: otherwise waiting threads of faiss and torch spin, and a query takes a second.
@@ -51,6 +52,8 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     index.share("allow_outside_image_root", help="allow links that lead out of DIR")
     index.share("batch_size", help="images encoded at once (default: 32 on a CPU, 256 elsewhere)")
     index.share("num_workers")
+    precision = f"{AUTO} (default: the index's, or auto)"
+    index.share("precision", choices=["auto", "fp32", "bf16"], default=None, help=precision)
 
     what = 'what to look for, quoted; -word excludes: "a dog -kids"; without it, queries are read from stdin'
     query.add_argument("text", nargs="*", help=what)
@@ -104,7 +107,7 @@ def index(options):
     changes = update(
         options.pictures, options.index, *model, named, (int(shard[1]), int(shard[2])), options.method, options.check,
         options.allow_outside_image_root, options.moved, options.batch_size or (32 if device.type == "cpu" else 256),
-        options.num_workers, progress=True,
+        options.num_workers, progress=True, precision=options.precision,
     )  # fmt: skip
     if not changes:
         print(f"the shard {options.shard} has no images of {options.pictures}: nothing to index")
@@ -125,8 +128,9 @@ def describe(folder: str):
 
     about = read_about(Path(folder))
     how = about["search"]
+    inside = f", in {precision}" if (precision := about["model"]["precision"]) != "fp32" else ""
     copies = f" and {about['copies']} copies of them" if about["copies"] else ""
-    print(f"{folder}: {about['pictures']} images{copies} in {about['root']}, by {about['model']['name']}")
+    print(f"{folder}: {about['pictures']} images{copies} in {about['root']}, by {about['model']['name']}{inside}")
     if about["bad"]:
         print(f"{about['bad']} could not be read: {Path(folder) / about['generation'] / BAD}")
     print(f"search: {how['method']}, {how['why']}")
@@ -137,9 +141,11 @@ def describe(folder: str):
 
 def query(options):
     """Answers the query of the command line, or those of stdin, one per line."""
+    gc.disable()  # a tenth of the start: nothing that importing torch makes is garbage
     from miniclip.index.search import ImageSearch
 
     device = find_device(options.device)
+    gc.enable()
     search = ImageSearch(options.index, options.model, options.pretrained, device, options.image_root)
     if options.text or options.image:
         answer(search, options, " ".join(options.text))

@@ -43,7 +43,7 @@ def why_no_truth(paths: Sequence[str], images: list[tuple[str, str | None]]) -> 
 def main(argv: list[str]):
     parser = Parser.command("zero_shot", __doc__, '--model runs/mine --images photos --classes "dog,cat,horse"')
     common.share_class_flags(parser)
-    common.share_image_flags(parser, "zero_shot")
+    common.share_image_flags(parser, "zero_shot", precision="auto")
     options = parser.parse_args(argv)
 
     from miniclip.classify.images import choose_classes, find_images
@@ -77,7 +77,8 @@ def main(argv: list[str]):
         results.append({"image": path, "class": None if row is None else names[row], "top": top})
     coverage = tokenizer_coverage(tokenizer, list(classes.values()))
     about = {"model": str(options.model), "classes": classes, "templates": templates, "language": options.language,
-             "temperature": float(1 / model.logit_scale.exp()), "reading": coverage, "seconds": seconds}  # fmt: skip
+             "precision": model.precision, "temperature": float(1 / model.logit_scale.exp()), "reading": coverage,
+             "seconds": seconds}  # fmt: skip
 
     folder = Path(options.output_dir)
     if truth:

@@ -21,6 +21,7 @@ from miniclip.index.neighbours import Neighbours, check_method, choose
 from miniclip.inference.embed import embed_images, embed_patches, embed_texts
 from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache, has_tokens
+from miniclip.inference.precision import settle
 from miniclip.utils import bad_samples
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import delete, lock, remove_scratch, sha256, sync, write_json, write_npy
@@ -44,6 +45,7 @@ def update(
     root: str | Path, folder: str | Path, model, preprocess, tokenizer, named: dict[str, str | None],
     shard: tuple[int, int] = (1, 1), method: str | None = None, check: bool = False, allow_outside: bool = False,
     moved: bool = False, batch_size: int = 32, num_workers: int | None = None, progress: bool = False,
+    precision: str | None = None,
 ) -> Counter:  # fmt: skip
     """Creates or updates the index in `folder` from the images in the folder `root`, at any depth. Returns the numbers
     of files added, changed, removed, unchanged, bad and kept (those that cannot be opened now, or whose folder cannot,
@@ -51,10 +53,11 @@ def update(
 
     `named` is the model's name in messages and for `load`: {"name": ..., "pretrained": ...}. Files with unchanged size
     and times are not read again unless `check`. `shard` (i, n) selects shard i of n of the files, by name; one without
-    images makes no index. `method` is one of `neighbours.METHODS` or "auto"; default: that of the existing index.
+    images makes no index. `method` is one of `neighbours.METHODS` or "auto"; default: that of the existing index. An
+    index keeps the `precision` of its vectors, "fp32", "bf16" or, by default, what "auto" finds for the first run.
 
-    Raises ImageIndexError for an index of another model or image folder (unless it was `moved`), for a folder that
-    contains anything else, and if there are no images; InputError if another process is writing to it.
+    Raises ImageIndexError for an index of another model, precision or image folder (unless it was `moved`), for a
+    folder that contains anything else, and if there are no images; InputError if another process is writing to it.
     """
     check_method(method or "auto")
     root, folder, mine = ImageRoot(root, allow_outside), Path(folder), fingerprint(model, preprocess)
@@ -68,11 +71,16 @@ def update(
     old, held = open_to_write(folder, True, mine, named["name"], root.folder if not moved else None, shard)
     before, known = (old.files(), set(old.keys)) if old else ({}, set())
     method = method or (old.about["search"]["asked"] if old else "auto")
-    journal, patches = FeatureCache(folder / NEW, mine, model.config.embed_dim), None
+    made = old and old.about["model"]["precision"]
+    if old and precision not in (None, "auto", made):
+        raise ImageIndexError(f"{folder} is in {made}, not in {precision}: remove --precision, or make another index")
+    precision = made or settle(model, precision or "auto")
+    place = mine if precision == "fp32" else hashlib.sha256(f"{mine} {precision}".encode()).hexdigest()
+    journal, patches = FeatureCache(folder / NEW, place, model.config.embed_dim), None
     if has_tokens(model):  # of late interaction, a second journal
         grid = embed_patches(model, preprocess, [Image.new("RGB", (8, 8))]).shape[1:]
         patches = FeatureCache(folder / NEW, mine[::-1], grid[0] * grid[1], "<f2")
-    resumed, fast, files, faulty = len(journal), inference_copy(model), {}, {}
+    resumed, fast, files, faulty = len(journal), inference_copy(model, precision), {}, {}
 
     def identify(name: str):
         """Returns the file's path, its content's key, and its size and times; or the name, None, and what is wrong."""
@@ -136,7 +144,7 @@ def update(
         keep, grown = kept_rows(old, used, method) if old else ([], None)
         new = [key for key in used if key not in known]
         keys = [*(old.keys[row] for row in keep), *new]
-        about |= {"model": {**named, "fingerprint": mine}, "shard": list(shard)}
+        about |= {"model": {**named, "fingerprint": mine, "precision": precision}, "shard": list(shard)}
         vectors = chain(rows_of(old.vectors, keep) if old else (), (journal[key] for key in new))
         stored = None
         if patches is not None:

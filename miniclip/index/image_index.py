@@ -130,10 +130,11 @@ def read_about(folder: Path) -> dict:
         if not GENERATION.fullmatch(about["generation"]):
             raise ValueError("generation")
         how = about["search"]
+        about["model"] = {"precision": "fp32"} | about["model"]  # of indexes from before there was another
         tuned = {"effort": int, "built": int, "parameters": str, "recall@10": dict, "milliseconds": (int, float)}
         for place, kinds in (
             (about, {"root": str, "allow_outside": bool, "pictures": int, "copies": int, "bad": int, "shard": list}),
-            (about["model"], {"name": str, "pretrained": (str, type(None)), "fingerprint": str}),
+            (about["model"], {"name": str, "pretrained": (str, type(None)), "fingerprint": str, "precision": str}),
             (about["files"], dict.fromkeys(("vectors.npy", "keys.npy", "files.parquet", "texts.npy"), list)),
             (how, {"method": str, "asked": str, "why": str, **(tuned if how["method"] != "exact" else {})}),
         ):

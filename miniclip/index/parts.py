@@ -54,7 +54,9 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
         if index.patches is not None:  # as in all others: the model is the same
             patches.append(rows_of(index.patches, rows))
     broken = {name: reason for name, reason in broken.items() if name not in files}
-    about = {"model": first["model"], "root": root, "shard": [1, 1]}
+    # Of parts in several precisions the whole is in the lowest, in which updates go on: their vectors nearly agree.
+    lowest = min(index.about["model"]["precision"] for index in indexes)  # bf16 before fp32
+    about = {"model": first["model"] | {"precision": lowest}, "root": root, "shard": [1, 1]}
     about["allow_outside"] = any(index.about["allow_outside"] for index in indexes)
     texts = np.load(indexes[0].place / "texts.npy", allow_pickle=False)
     patches = ((len(keys), *indexes[0].patches.shape[1:]), chain(*patches)) if patches else None

@@ -17,6 +17,7 @@ from miniclip.inference.late_interaction import reranked, where_seen
 from miniclip.inference.load import load
 from miniclip.inference.matmul import suggest_bf16
 from miniclip.inference.options import merged, single
+from miniclip.inference.precision import settle
 from miniclip.retrieval import KS
 from miniclip.towers.tokens import has_tokens
 from miniclip.transforms import Preprocess
@@ -111,6 +112,7 @@ class Model:
             inference_copy(self.model, options.precision)  # refuses another one
         else:
             suggest_bf16(options.precision, self.device)
+            settle(self.model, options.precision)  # says what int8 takes
         self.preprocess, self.cache = Preprocess(self.model.config.preprocess_cfg, options.decode), None
         if options.feature_cache:
             about = options.feature_cache, self.model, self.preprocess, options.precision

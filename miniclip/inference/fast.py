@@ -307,9 +307,9 @@ class InferenceClip(MiniClip):
 
 def inference_copy(model: MiniClip, precision: str = "fp32", pack: bool = True) -> InferenceClip:
     """A faster copy of a model for inference on its device. Its embeddings, float32, are the same (fp32) or nearly
-    so (bf16, int8); later changes of the weights do not reach it. `pack` lays them out for oneDNN: half a second for a
-    large model on the CPU. A copy is returned as it is. Raises InputError for an unknown precision, for int8 not on the
-    CPU, and for another precision than a copy has."""
+    so (bf16, int8); changes of the weights after its first use do not reach it. `pack` lays them out for oneDNN then:
+    half a second for a large model on the CPU. A copy is returned as it is. Raises InputError for an unknown precision,
+    for int8 not on the CPU, and for another precision than a copy has."""
     if isinstance(model, InferenceClip) and precision in ("fp32", model.precision):
         return model
     if isinstance(model, InferenceClip):

@@ -36,6 +36,8 @@ class FeatureCache(dict):
     `folder` None they stay in memory. Only one thread may write. With `positions`, a number, they are those of as many
     patches or words, one after the other, in float16."""
 
+    precision = "fp32"  # that the tower computes in
+
     def __init__(self, folder: str | Path | None, fingerprint: str, width: int, dtype: str = "<f4"):
         self.folder = None if folder is None else Path(folder) / fingerprint[:32]
         self.row = np.dtype([("key", "V32"), ("features", dtype, (width,))])
@@ -72,7 +74,9 @@ class FeatureCache(dict):
             logger.warning("%s: the feature cache in %s is neither read nor written", reason, folder)
             folder = None
         form = (positions * tower.width, "<f2") if positions else (tower.width,)
-        return cls(folder, fingerprint(model, tower, about), *form)
+        found = cls(folder, fingerprint(model, tower, about), *form)
+        found.precision = precision
+        return found
 
     def __getitem__(self, key: bytes) -> np.ndarray:
         self.reused += 1

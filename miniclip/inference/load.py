@@ -8,6 +8,7 @@ import torch
 from miniclip.config import MiniClipConfig
 from miniclip.inference.fast import inference_copy
 from miniclip.inference.onnx import is_onnx, load_onnx
+from miniclip.inference.precision import settle
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
 from miniclip.utils.local_copy import localised
@@ -31,12 +32,12 @@ def load(
     folder with one; without one a config's weights are random, with a warning. Both may lie on a store
     (s3://bucket/run), of which a copy is kept. Downloads are kept in `cache_dir`, by default the Hugging Face cache.
     Weights in half precision are loaded as float32. `preprocess` turns a PIL image into a (3, S, S) tensor, `tokenizer`
-    a list of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16" or "int8", the model is a
-    faster copy for inference only. Raises InputError for an unknown name, for what cannot be downloaded, StoreError for
-    an address that cannot be read, and what `load_weights` raises."""
+    a list of n strings into (n, context_length) ids. With a `precision`, "fp32", "bf16", "int8" or "auto"
+    (`inference/precision.py`), the model is a faster copy for inference only. Raises InputError for an unknown name,
+    for what cannot be downloaded, StoreError for an address that cannot be read, and what `load_weights` raises."""
     name_or_path, pretrained = localised(name_or_path), localised(pretrained or None)
     if is_onnx(name_or_path):
-        model = load_onnx(name_or_path, pretrained, device, precision)
+        model = load_onnx(name_or_path, pretrained, device, None if precision == "auto" else precision)
         return model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer
     check_model(name_or_path)
     tag = find_tag(name_or_path, pretrained)
@@ -61,5 +62,5 @@ def load(
     elif weights is not None:
         load_weights(model, weights)
     model = model.to(device).eval()
-    model = model if precision is None else inference_copy(model, precision)
+    model = model if precision is None else inference_copy(model, settle(model, precision))
     return model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from typing import NamedTuple
@@ -28,10 +29,16 @@ class Route(NamedTuple):
 def cpu_routes() -> dict[str, Route]:
     """What `measure_routes` found here the first time: another result would change the last bits of a training run."""
     about = f"{processor()} {torch.__version__} {torch.get_num_threads()} with bf16"
-    path = user_cache() / f"products-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    return remembered("products", "routes", about, Route, measure_routes)
 
-    def kept() -> dict[str, Route]:
-        return {way: Route(*values) for way, values in json.loads(path.read_text())["routes"].items()}
+
+def remembered(name: str, key: str, about: str, kind: type[tuple], measure: Callable[[], dict]) -> dict:
+    """What `measure` found on this machine the first time, values of `kind` by name, kept in the user's cache. `about`
+    says all that it depends on."""
+    path = user_cache() / f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+    def kept() -> dict:
+        return {way: kind(*values) for way, values in json.loads(path.read_text())[key].items()}
 
     try:
         return kept()
@@ -40,13 +47,13 @@ def cpu_routes() -> dict[str, Route]:
     except (ValueError, TypeError, KeyError):  # damaged
         with suppress(OSError):
             path.unlink()
-    routes = measure_routes()
+    found = measure()
     with suppress(OSError):  # without a folder to write to they are measured each time
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, first_wins=True) as scratch:  # all processes that start together use the same routes
-            scratch.write_text(json.dumps({"about": about, "routes": routes}, indent=2) + "\n")
+        with replacing(path, first_wins=True) as scratch:  # all processes that start together use the same ones
+            scratch.write_text(json.dumps({"about": about, key: found}, indent=2) + "\n")
         return kept()
-    return routes
+    return found
 
 
 def measure_routes() -> dict[str, Route]:
@@ -170,19 +177,22 @@ def fast_arithmetic(device: str | torch.device):
 
 
 class OneDnnLinear(nn.Module):
-    """A linear layer for inference with weights laid out for oneDNN, which fuses the activation or the residual."""
+    """A linear layer for inference with weights laid out for oneDNN, which fuses the activation or the residual. They
+    are laid out when they are first used: a query in words never needs the image tower's."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight), linear.bias
+        self.weight, self.bias = linear.weight.detach(), linear.bias
 
     def forward(self, x: Tensor, activation: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
-        product = torch.ops.mkldnn._linear_pointwise
+        product, weight = torch.ops.mkldnn._linear_pointwise, self.weight
+        if not weight.is_mkldnn:
+            weight = self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         if residual is not None:
-            return product.binary(x, residual, self.weight, self.bias, "add")
+            return product.binary(x, residual, weight, self.bias, "add")
         if type(activation) is nn.GELU:
-            return product(x, self.weight, self.bias, "gelu", [], activation.approximate)
-        x = product(x, self.weight, self.bias, "none", [], "")
+            return product(x, weight, self.bias, "gelu", [], activation.approximate)
+        x = product(x, weight, self.bias, "none", [], "")
         return x if activation is None else activation(x)
 
 

@@ -12,7 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from miniclip.data import image_id, text_id
 from miniclip.datasets.records import flatten_captions
 from miniclip.inference.embed import embed_images, embed_texts, on_all_processes
+from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache
+from miniclip.inference.precision import settle
 from miniclip.model import MiniClip, Tower
 from miniclip.training.closed_form import start_in_closed_form, starts_in_closed_form
 from miniclip.training.dataset import RunDataset
@@ -118,22 +120,24 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
     model.to(args.device)
     show = {"progress": not args.disable_tqdm and args.process_index == 0, "project": False}
     features, caches, counts = [None, None], [None, None], []
+    precision = settle(model, "auto", args.process_index > 0) if args.bf16 else "fp32"
+    fast = inference_copy(model, precision)
     if wanted[0]:
-        caches[0] = FeatureCache.for_images(options.feature_cache, model, preprocess)
+        caches[0] = FeatureCache.for_images(options.feature_cache, model, preprocess, precision)
         paths = [record["image"] for record in records]
-        features[0] = on_all_processes(paths, partial(embed_images, model, preprocess, cache=caches[0], **show))
+        features[0] = on_all_processes(paths, partial(embed_images, fast, preprocess, cache=caches[0], **show))
         counts.append(f"{caches[0].reused} of {len(paths)} images")
     if wanted[1]:
-        caches[1] = FeatureCache.for_texts(options.feature_cache, model)
+        caches[1] = FeatureCache.for_texts(options.feature_cache, model, precision)
         texts, _ = flatten_captions(records)
-        features[1] = on_all_processes(texts, partial(embed_texts, model, tokenizer, cache=caches[1], **show))
+        features[1] = on_all_processes(texts, partial(embed_texts, fast, tokenizer, cache=caches[1], **show))
         counts.append(f"{caches[1].reused} of {len(texts)} captions")
     if args.process_index == 0:
         whose = "frozen towers" if any(options.frozen) else "the start"
         print(f"{whose}: features computed once, without random crops; {', '.join(counts)} were cached")
     if start:
         prompts = [f"a photo of a {name}" for name in model.visual.classes.values()]
-        names = embed_texts(model, tokenizer, prompts, cache=caches[1], project=False) if prompts else None
+        names = embed_texts(fast, tokenizer, prompts, cache=caches[1], project=False) if prompts else None
         start_in_closed_form(model, options, args, records, *features, names)
     for number, frozen in enumerate(options.frozen):
         if not frozen:  # its features change from now on

@@ -53,6 +53,7 @@ FLAGS = {  # flags that mean the same in every command, as arguments of add_argu
              "help": "print one JSON document with all figures on stdout, and everything else on stderr"},
     "device": {"help": "cpu, cuda, cuda:1, mps (default: a GPU if there is one)"},
 }  # fmt: skip
+AUTO = "of the matrix products; auto: bf16 where it is measured to be exact and faster, else fp32"
 HELP = {name: flag["help"] for name, flag in FLAGS.items()}
 
 

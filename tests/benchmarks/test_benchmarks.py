@@ -186,3 +186,17 @@ def test_the_speed_run_is_checked(target, caption_set, run_script):
     )
     assert row and float(row[1]) > 1, done.stderr
     assert (done.returncode, "misses the target of 101" in done.stderr) == ((0, False) if target == 0 else (1, True))
+
+
+def test_each_processor_has_its_table(benchmarks, tmp_path, monkeypatch):
+    import results
+
+    file = tmp_path / "RESULTS.md"
+    for processor, figure in (("AMD EPYC", "1.0"), ("Intel Xeon", "2.0"), ("AMD EPYC", "3.0")):
+        monkeypatch.setattr(results, "cpu_name", lambda processor=processor: processor)
+        results.write_section("runtimes", f"## Runtimes\n\n{figure} ms", file)
+    results.write_section("other", "of any machine", file)
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["amd-epyc.json", "intel-xeon.json"]
+    both = "## Runtimes: AMD EPYC\n\n3.0 ms\n\n## Runtimes: Intel Xeon\n\n2.0 ms"
+    other = "<!-- other -->\nof any machine\n<!-- /other -->"
+    assert file.read_text() == f"# Results\n\n<!-- runtimes -->\n{both}\n<!-- /runtimes -->\n\n{other}\n"

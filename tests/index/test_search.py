@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import miniclip
+from miniclip.commands.search import describe
 from miniclip.datasets.records import ImageRoot
 from miniclip.index import build
 from miniclip.index.build import update
@@ -26,6 +27,7 @@ from miniclip.index.neighbours import Neighbours, choose, exact
 from miniclip.index.parts import export, merge
 from miniclip.index.search import Found, ImageSearch, split_minus, unit
 from miniclip.inference.embed import embed_patches, embed_words
+from miniclip.inference.fast import inference_copy
 from miniclip.inference.late_interaction import maxsim
 from miniclip.reports.contact_sheet import write_sheet
 from miniclip.towers.tokens import add_tokens
@@ -471,6 +473,38 @@ def test_late_interaction_reorders_what_a_text_finds(album, tmp_path):
     plain = [one.path for one in search.query("a red sheet", k=4, rerank=0)]
     assert sorted(plain) == sorted(one.path for one in search.query("a red sheet", k=4, rerank=4)) != plain
     assert search.query(image=str(album.pictures / "2.png"), k=1)[0].score > 0.999, "without words there is none"
+
+
+def test_an_index_keeps_the_precision_of_its_first_run(album, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "settle", lambda model, precision: "bf16" if precision == "auto" else precision)
+    album("auto.mc")
+    album("exact.mc", precision="fp32")
+    how = {name: ImageIndex(tmp_path / name).about["model"]["precision"] for name in ("auto.mc", "exact.mc")}
+    assert how == {"auto.mc": "bf16", "exact.mc": "fp32"}
+    low, exact = (ImageIndex(tmp_path / folder).vectors for folder in how)
+    assert 1e-5 < np.abs(low - exact).max() < 0.02
+    picture(album.pictures / "later.png", 99)
+    monkeypatch.setattr(build, "settle", lambda model, precision: pytest.fail("it is not measured again"))
+    assert [album(folder)["encoded"] for folder in how] == [1, 1]
+    model, preprocess, _ = album.loaded
+    wanted = miniclip.embed_images(inference_copy(model, "bf16"), preprocess, album.pictures / "later.png")
+    assert np.abs(ImageIndex(tmp_path / "auto.mc").vectors[-1] - wanted).max() < 1e-6
+    with pytest.raises(ImageIndexError, match="auto.mc is in bf16, not in fp32: remove --precision"):
+        album("auto.mc", precision="fp32")
+    assert album("auto.mc", precision="auto")["encoded"] == 0
+    merge([tmp_path / "exact.mc", tmp_path / "auto.mc"], tmp_path / "both.mc")
+    assert ImageIndex(tmp_path / "both.mc").about["model"]["precision"] == "bf16"
+    for name in ("both.mc", "exact.mc"):
+        describe(tmp_path / name)
+    told = [line for line in capsys.readouterr().out.splitlines() if "images" in line and " by " in line]
+    assert [line.endswith(", in bf16") for line in told] == [True, False]
+
+    file = tmp_path / "exact.mc" / "index.json"  # as it was written before there was a choice
+    about = json.loads(file.read_text())
+    del about["model"]["precision"]
+    file.write_text(json.dumps(about))
+    picture(album.pictures / "last.png", 100)
+    assert album("exact.mc")["encoded"] == 1 and ImageIndex(tmp_path / "exact.mc").about["model"]["precision"] == "fp32"
 
 
 def test_exported_files_are_in_order(album, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The fast ways give what the plain ones give."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import miniclip
 from miniclip.config import MiniClipConfig
-from miniclip.inference import matmul
+from miniclip.inference import fast, matmul
 from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.matmul import OneDnnLinear, Route, cpu_routes, fast_arithmetic, suggest_bf16
 from miniclip.loss import clip_loss
@@ -211,3 +212,17 @@ def test_copies_of_a_sped_up_model_stand_alone():
     nn.init.normal_(twin.visual.proj.weight)
     assert torch.equal(before, model.encode_image(pixel_values))
     assert not torch.equal(before, twin.encode_image(pixel_values))
+
+
+def test_weights_are_laid_out_when_they_are_first_used(monkeypatch):
+    """A query in words starts sooner without the image tower's; two threads may be the first at once."""
+    monkeypatch.setattr(fast, "packs", lambda precision: True)
+    ours, (_, input_ids) = inference_copy(make_model()), make_batch()
+
+    def laid_out(tower) -> set[bool]:
+        return {layer.weight.is_mkldnn for layer in tower.modules() if isinstance(layer, OneDnnLinear)}
+
+    assert laid_out(ours.text) == laid_out(ours.visual) == {False}
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(ours.encode_text, [input_ids] * 2)
+    assert torch.equal(first, second) and laid_out(ours.text) == {True} and laid_out(ours.visual) == {False}

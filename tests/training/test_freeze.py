@@ -139,6 +139,20 @@ def test_features_computed_once_train_as_the_frozen_tower_would(image, text, par
     assert after == [24 if image != "none" else None, 48 if text != "none" else None]
 
 
+def test_in_bf16_training_features_are_bf16_where_that_is_proved(parts, monkeypatch, tmp_path):
+    model, args, records, preprocess, tokenizer = parts
+    args.bf16, found = True, {}
+    for taken in ("fp32", "bf16"):
+        monkeypatch.setattr("miniclip.training.freeze.settle", lambda model, precision, quiet, taken=taken: taken)
+        options = TrainOptions(freeze_image="tower", freeze_text="tower", feature_cache=str(tmp_path / "cache"))
+        dataset, caches = freeze_towers(model, options, args, records, preprocess, tokenizer)
+        found[taken] = dataset(records, preprocess).image_features
+        assert [cache.precision for cache in caches] == [taken] * 2 and not caches[0].reused, "each has its own"
+        evaluator = RetrievalEvaluator(records, preprocess, tokenizer, precision=taken, caches=caches)
+        assert evaluator(model) and caches[0].reused == len(records)
+    assert 1e-5 < (found["fp32"] - found["bf16"]).abs().max() < 0.1
+
+
 def test_a_frozen_dataset_draws_the_captions_that_the_usual_one_draws(parts):
     model, args, records, preprocess, tokenizer = parts
     usual = RunDataset(records, preprocess, seed=5)

@@ -1,0 +1,52 @@
+"""What this machine gives: milliseconds per image and caption in each precision, beside its limit.
+
+Takes some seconds; no data are needed. The limit is the speed of large matrix products. Writes nothing.
+"""
+
+from miniclip.utils.command_line import Parser, find_device, print_json
+from miniclip.utils.machine import processor
+
+BATCHES = 1, 32
+DEFAULT = "TinyCLIP-ViT-40M-32-Text-19M"
+
+
+def main(argv: list[str]):
+    parser = Parser.command("speed", __doc__, "--model runs/mine")
+    parser.share("model", default=DEFAULT)
+    parser.share("pretrained", "device", "json")
+    options = parser.parse_args(argv)
+
+    import warnings
+
+    import torch
+
+    from miniclip.inference.load import load
+    from miniclip.inference.peak import matrix_peak, model_flops
+    from miniclip.inference.precision import compare, made_up, settle
+
+    device = find_device(options.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random weights are as fast
+        model, _, _ = load(options.model, options.pretrained, device)
+    peak, cases = matrix_peak(device), [(kind, n) for kind in ("image", "text") for n in BATCHES]
+    seconds, cosines = compare(model, tuple(peak), cases)
+    inputs = made_up(model, max(BATCHES))
+    flops = {"image": model_flops(model.encode_image, inputs["image"][:1]),
+             "text": model_flops(model.encode_text, inputs["text"]) / max(BATCHES)}  # fmt: skip
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    limits = ", ".join(f"{precision} {speed / 1e9:,.0f}" for precision, speed in peak.items())
+    print(f"{name}, {torch.get_num_threads()} threads: {limits} GFLOP/s in large matrix products")
+    print(f"{options.model}, ms each (share of that speed); captions of {inputs['text'].shape[1]} tokens")
+    heads = [f"{n} {'image' if kind == 'image' else 'caption'}{'s' * (n > 1)}" for kind, n in cases]
+    print("      " + "".join(f"{head:>17}" for head in heads) + "   cosine to fp32")
+    rows = {}
+    for precision, took in seconds.items():
+        rows[precision] = {"cosine": cosines[precision]}
+        cells = []
+        for head, (kind, n) in zip(heads, cases):
+            each = took[kind, n] / n
+            rows[precision][head] = {"ms": 1e3 * each, "share": flops[kind] / each / peak[precision]}
+            cells.append(f"{1e3 * each:.2f} ({100 * rows[precision][head]['share']:.0f}%)")
+        print(f"{precision:6}" + "".join(f"{cell:>17}" for cell in cells) + f"   {cosines[precision]:.5f}")
+    chosen = settle(model, "auto")
+    print_json(options, {"machine": name, "peak": peak, "flops": flops, "precisions": rows, "auto": chosen})

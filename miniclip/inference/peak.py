@@ -1,0 +1,56 @@
+"""The limit: how fast this machine multiplies large matrices, and how much there is to multiply in a model."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from miniclip.inference.matmul import OneDnnLinear, packs
+
+SQUARE, LONG = 2048, 0.4  # rows of the matrices; seconds for each way
+
+
+@torch.inference_mode()
+def matrix_peak(device: str | torch.device = "cpu", square: int = SQUARE) -> dict[str, float]:
+    """Floating point (int8: integer) operations a second in products of square matrices, by precision, of the fastest
+    way there is: "fp32" without rounding, "bf16" where the machine multiplies it, "int8" on a CPU."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(square, square, generator=draw).to(device) for _ in range(2))
+    ways: dict[str, list[Callable[[], Tensor]]] = {"fp32": [lambda: a @ b]}
+    cpu = torch.device(device).type == "cpu"
+    if cpu and torch.backends.mkldnn.is_available():
+        linear = nn.Linear(square, square)
+        linear.weight.data = b
+        packed = OneDnnLinear(linear)
+        ways["fp32"].append(lambda: packed(a))
+    if not cpu or packs("bf16"):
+        low = a.bfloat16(), b.bfloat16()
+        ways["bf16"] = [lambda: low[0] @ low[1]]
+    if cpu:
+        whole = [(10 * x).clamp(-127, 127).to(torch.int8) for x in (a, b)]
+        ways["int8"] = [lambda: torch._int_mm(*whole)]
+    return {name: 2 * square**3 / min(map(_least, some)) for name, some in ways.items()}
+
+
+def _least(multiply: Callable[[], Tensor]) -> float:
+    """Seconds of the fastest of the products that fit into LONG, two at least."""
+    multiply()[0, 0].item()  # which waits for a GPU
+    least, began = float("inf"), time.perf_counter()
+    while True:
+        start = time.perf_counter()
+        multiply()[0, 0].item()
+        least = min(least, time.perf_counter() - start)
+        if time.perf_counter() - began > LONG:
+            return least
+
+
+def model_flops(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int:
+    """Operations of a model's matrix products, convolutions and attention: `encode` is a method of the plain model.
+    The fast path needs up to a tenth less, as of the last block only one position is read."""
+    # Written out: fused attention is not counted on the CPU.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encode(inputs)
+    return counter.get_total_flops()

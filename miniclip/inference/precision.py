@@ -1,0 +1,116 @@
+"""What is each precision worth? How fast and how exact a model is in it, measured on this machine.
+
+`--precision auto` takes bf16 where that is proved: at least 0.9999 of cosine to fp32 and more than 1.3 times its speed.
+What was found for a model is kept in the user's cache, so that the next run decides alike.
+"""
+
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from miniclip.inference.fast import InferenceClip, inference_copy
+from miniclip.inference.feature_cache import fingerprint
+from miniclip.inference.matmul import packs, remembered
+from miniclip.model import MiniClip
+from miniclip.utils.machine import processor
+
+LEAST, FASTER = 0.9999, 1.3
+SMALL = 1_000_000  # weights in the layers of a model whose images take longer to read than to encode
+IMAGES, TEXTS = 8, 32  # at once
+LONG = 5  # seconds after which no further round begins
+SENTENCES = [f"a photo of {what} {where}" for what in ("a person", "two dogs on the grass", "a red car", "some food")
+             for where in ("", "outdoors", "on white", "at night", "in the snow", "by the sea", "in an old street",
+                           "from above")]  # fmt: skip
+
+
+class Rate(NamedTuple):
+    """A precision of a model on this machine."""
+
+    image: float  # seconds for one, in batches
+    text: float
+    cosine: float  # the lowest to the embeddings in fp32, of images and texts
+
+    @property
+    def both(self) -> float:
+        return self.image + self.text
+
+
+def settle(model: MiniClip, precision: str, quiet: bool = False) -> str:
+    """The precision to compute in: for "auto" what is proved, else the one that is given. Says in one line what was
+    found, and that bf16 is better where int8 is asked for and takes longer."""
+    if isinstance(model, InferenceClip):
+        return model.precision if precision == "auto" else precision
+    device = model.logit_scale.device
+    layers = (module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+    able = packs("bf16") if device.type == "cpu" else device.type == "cuda"
+    if precision not in ("auto", "int8") or not able or sum(layer.weight.numel() for layer in layers) < SMALL:
+        return "fp32" if precision == "auto" else precision
+    if precision == "int8":
+        found = rates(model, ("bf16", "int8")) if device.type == "cpu" else {}  # elsewhere it is refused
+        if found and (slower := found["int8"].both / found["bf16"].both) > 1 and not quiet:
+            print(f"int8 takes {slower:.1f} times as long as bf16 here: try --precision bf16", file=sys.stderr)
+        return precision
+    found = rates(model, ("fp32", "bf16"))
+    speedup, cosine = found["fp32"].both / found["bf16"].both, found["bf16"].cosine
+    proved = cosine >= LEAST and speedup > FASTER
+    if not quiet:
+        why = "" if proved else f" (bf16 needs more than {FASTER} and at least {LEAST})"
+        took = f"precision auto takes {'bf16' if proved else 'fp32'}"
+        print(f"{took}: bf16 is {speedup:.1f} times as fast here, cosine {cosine:.5f} or more{why}", file=sys.stderr)
+    return "bf16" if proved else "fp32"
+
+
+def rates(model: MiniClip, precisions: tuple[str, ...]) -> dict[str, Rate]:
+    """What `measure` found for this model on this machine the first time."""
+    device = model.logit_scale.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    weights = [fingerprint(model, tower, {}) for tower in (model.visual, model.text)]
+    about = " ".join([machine, torch.__version__, str(torch.get_num_threads()), *precisions, *weights])
+
+    def measure() -> dict[str, Rate]:
+        seconds, cosines = compare(model, precisions, (("image", IMAGES), ("text", TEXTS)))
+        return {p: Rate(took["image", IMAGES] / IMAGES, took["text", TEXTS] / TEXTS, cosines[p])
+                for p, took in seconds.items()}  # fmt: skip
+
+    return remembered("precisions", "rates", about, Rate, measure)
+
+
+@torch.inference_mode()
+def compare(model: MiniClip, precisions: tuple[str, ...], cases: tuple[tuple[str, int], ...], rounds: int = 3):
+    """Times inference copies of a model, which take turns, on made-up images and sentences: from pixel values and token
+    ids to embeddings. `cases` are ("image" or "text", how many at once). Returns seconds[precision][case], the least of
+    the rounds, and the lowest cosine of each precision to the model in fp32."""
+    inputs, began = made_up(model, max(n for _, n in cases)), time.perf_counter()
+    copies = {precision: inference_copy(model, precision) for precision in precisions}
+    plain = copies.get("fp32") or inference_copy(model)
+    exact = {case: embed(plain, case, inputs) for case in cases}
+    seconds, cosines = {p: dict.fromkeys(cases, float("inf")) for p in precisions}, dict.fromkeys(precisions, 1.0)
+    for number in range(1 + rounds):
+        if number > 1 and time.perf_counter() - began > LONG:
+            break
+        for case in cases:
+            for precision, one in copies.items():
+                start = time.perf_counter()
+                found = embed(one, case, inputs)
+                if number:
+                    seconds[precision][case] = min(seconds[precision][case], time.perf_counter() - start)
+                else:  # the first time weights are laid out
+                    cosines[precision] = min(cosines[precision], (found * exact[case]).sum(dim=1).min().item())
+    return seconds, cosines
+
+
+def made_up(model: MiniClip, n: int) -> dict[str, torch.Tensor]:
+    """The pixel values of n images with large areas, as pictures have them, and the token ids of n sentences."""
+    device, size = model.logit_scale.device, (model.visual.image_size,) * 2
+    coarse = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    input_ids = model.text.tokenizer([SENTENCES[i % len(SENTENCES)] for i in range(n)], trim=True)
+    return {"image": F.interpolate(coarse, size=size, mode="bicubic").to(device), "text": input_ids.to(device)}
+
+
+def embed(model: InferenceClip, case: tuple[str, int], inputs: dict) -> torch.Tensor:
+    encode = model.encode_image if case[0] == "image" else model.encode_text
+    return encode(inputs[case[0]][: case[1]], normalize=True).cpu()  # which waits for a GPU

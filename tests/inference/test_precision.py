@@ -1,0 +1,109 @@
+"""`--precision auto`: what is measured decides, once for a model and a machine."""
+
+import json
+
+import pytest
+import torch
+
+import miniclip
+from miniclip.commands import speed
+from miniclip.inference import peak, precision
+from miniclip.inference.fast import InferenceClip, inference_copy
+from miniclip.inference.precision import compare, made_up, settle
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Plays a machine: gives the list of what was measured; `set(speed, cosine)` says what is found."""
+    calls, found = [], {}
+
+    def play(model, precisions, cases):
+        calls.append(precisions)
+        seconds = {p: dict.fromkeys(cases, 1 / found[p][0]) for p in precisions}
+        return seconds, {p: found[p][1] for p in precisions}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(precision, "SMALL", 0)
+    monkeypatch.setattr(precision, "packs", lambda precision: True)
+    monkeypatch.setattr(precision, "compare", play)
+    calls_and_found = type("Machine", (), {"calls": calls, "found": found})
+    found["fp32"] = (1.0, 1.0)
+    return calls_and_found
+
+
+@pytest.mark.parametrize("speed, cosine, chosen", [
+    (1.4, 0.99991, "bf16"), (1.29, 0.99999, "fp32"), (3.0, 0.99989, "fp32"), (3.0, float("nan"), "fp32"),
+])  # fmt: skip
+def test_bf16_is_taken_where_it_is_proved(speed, cosine, chosen, measured, tiny_model, capsys, monkeypatch):
+    measured.found["bf16"] = (speed, cosine)
+    assert settle(tiny_model, "auto") == chosen
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"precision auto takes {chosen}: bf16 is {speed:.1f} times as fast")
+    assert (f"{cosine:.5f}" in line) and ("needs more than 1.3" in line) == (chosen == "fp32")
+    measured.found["bf16"] = (9, 1) if chosen == "fp32" else (0.1, 0)
+    assert settle(tiny_model, "auto", quiet=True) == chosen, "what was found the first time"
+    assert measured.calls == [("fp32", "bf16")] and not capsys.readouterr().err
+    tiny_model.text.ln_final.weight.data *= 2
+    assert settle(tiny_model, "auto") != chosen, "another model is measured anew"
+
+
+def test_where_nothing_is_measured(measured, tiny_model, monkeypatch):
+    assert [settle(tiny_model, given) for given in ("fp32", "bf16")] == ["fp32", "bf16"]
+    copies = [inference_copy(tiny_model, given) for given in ("fp32", "bf16")]
+    assert [settle(copy, "auto") for copy in copies] == ["fp32", "bf16"], "as it was loaded"
+    monkeypatch.setattr(precision, "packs", lambda precision: False)
+    assert settle(tiny_model, "auto") == "fp32"
+    monkeypatch.setattr(precision, "packs", lambda precision: True)
+    monkeypatch.setattr(precision, "SMALL", 1_000_000)
+    assert settle(tiny_model, "auto") == "fp32" and not measured.calls
+
+
+@pytest.mark.parametrize("int8, said", [(0.5, "int8 takes 4.0 times as long as bf16 here"), (2.5, None)])
+def test_int8_is_computed_but_slower_int8_is_told(int8, said, measured, tiny_model, capsys):
+    measured.found |= {"bf16": (2.0, 0.99995), "int8": (int8, 0.999)}
+    assert settle(tiny_model, "int8") == "int8" and measured.calls == [("bf16", "int8")]
+    assert capsys.readouterr().err.startswith(said) if said else not capsys.readouterr().err
+
+
+def test_load_takes_what_is_found(measured, tiny_model, tmp_path):
+    measured.found["bf16"] = (2.0, 0.99995)
+    tiny_model.save_pretrained(tmp_path / "model")
+    model, _, _ = miniclip.load(tmp_path / "model", precision="auto")
+    assert isinstance(model, InferenceClip) and model.precision == "bf16"
+    (kept,) = (tmp_path / "cache" / "miniclip").glob("precisions-*.json")
+    assert json.loads(kept.read_text())["rates"]["bf16"][2] == 0.99995
+
+
+def test_what_is_measured(tiny_model):
+    cases = (("image", 3), ("text", 5))
+    seconds, cosines = compare(tiny_model, ("fp32", "bf16", "int8"), cases, rounds=1)
+    assert all(set(one) == set(cases) and 0 < min(one.values()) < 60 for one in seconds.values())
+    assert cosines["fp32"] > 1 - 1e-6 > cosines["bf16"] > 0.999 and cosines["int8"] > 0.98
+    with torch.inference_mode():  # of the same pictures and sentences in each run
+        assert compare(tiny_model, ("bf16",), cases, rounds=1)[1]["bf16"] == cosines["bf16"]
+
+
+def test_the_limit_and_the_share_of_it(tiny_model, monkeypatch, capsys, tmp_path):
+    """Operations are counted as by hand; the command prints what was measured beside them."""
+    monkeypatch.setattr(peak, "LONG", 0)
+    found = peak.matrix_peak(square=64)
+    assert {"fp32", "int8"} <= set(found) and min(found.values()) > 1e6
+    rows, W, layers = 5, 32, 2  # a class token and 2 x 2 patches of 16 x 16
+    blocks = layers * (rows * 2 * 12 * W**2 + 4 * rows**2 * W)
+    image = 4 * 2 * 3 * 16**2 * W + blocks + 2 * W * 16
+    inputs = made_up(tiny_model, 3)
+    assert peak.model_flops(tiny_model.encode_image, inputs["image"]) == 3 * image
+
+    monkeypatch.setattr(peak, "matrix_peak", lambda device: {"fp32": 1e9, "int8": 4e9})
+    seconds = {"fp32": 2.0, "int8": 1.0}
+    monkeypatch.setattr(precision, "compare", lambda model, precisions, cases: (
+        {p: {case: seconds[p] * case[1] for case in cases} for p in precisions}, {"fp32": 1.0, "int8": 0.99}
+    ))  # fmt: skip
+    tiny_model.save_pretrained(tmp_path)
+    speed.main(["--model", str(tmp_path), "--device", "cpu", "--json"])
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert result["auto"] == "fp32" and result["precisions"]["int8"]["cosine"] == 0.99
+    one = result["precisions"]["int8"]["32 images"]
+    assert one == {"ms": 1000.0, "share": pytest.approx(result["flops"]["image"] / 4e9)}
+    assert "fp32 1, int8 4 GFLOP/s" in shown.err and "1000.00" in shown.err
