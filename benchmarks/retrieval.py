@@ -151,8 +151,8 @@ def scalars(gallery: np.ndarray) -> list[Contestant]:
 
 
 def ours(gallery: np.ndarray) -> list[Contestant]:
-    """What `miniclip search` builds: 4 k candidates by 8 bits a number, then the float32 vectors, which may stay on the
-    disk. MB are those of the index alone."""
+    """What `miniclip search` builds: candidates by 8 bits a number (HNSW) or 2 (IVF), then the float32 vectors, which
+    may stay on the disk. MB are those of the index alone."""
     found = []
     for method in ("hnsw", "ivf"):
         start, index = time.perf_counter(), Neighbours.build(gallery, method)
