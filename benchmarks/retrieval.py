@@ -3,8 +3,9 @@
     python benchmarks/retrieval.py                  1k, 10k, 100k and 1M vectors; peak about 11 GB
     python benchmarks/retrieval.py --quick          1k and 10k, in half a minute
 
-Compared, all by inner product: MiniCLIP's `search` and the faiss index within it (exact), a graph (HNSW) and lists
-around centroids (IVF), each with several settings of how much it looks at. Queries come in a batch, which may use all
+Compared, all by inner product: MiniCLIP's `search` and the faiss index within it (exact), the same in fewer bits, a
+graph (HNSW) and lists around centroids (IVF), usearch where it is installed, and what `miniclip search` makes of them,
+each with several settings of how much it looks at. Queries come in a batch, which may use all
 threads, and one at a time. Writes its part of RESULTS.md, after each size.
 """
 
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ import numpy as np  # noqa: E402
 import results  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from miniclip.index.neighbours import EFFORTS, Neighbours  # noqa: E402
 from miniclip.retrieval import TIE, search  # noqa: E402
 
 DIM, K = 512, 10
@@ -134,6 +137,64 @@ def ivf(gallery: np.ndarray) -> list[Contestant]:
     return [Contestant(name, f"nprobe={n}", seconds, size, lambda q, n=n: run(q, n)) for n in N_PROBE if n <= lists]
 
 
+def scalars(gallery: np.ndarray) -> list[Contestant]:
+    """All are compared, in 16 or 8 bits a number, or 64 bytes a vector (PQ), without a second look."""
+    found = []
+    for kind in ("SQfp16", "SQ8", "PQ64"):
+        start, index = time.perf_counter(), faiss.index_factory(DIM, kind, faiss.METRIC_INNER_PRODUCT)
+        index.train(gallery[:50_000])
+        add(index, gallery, kind)
+        seconds, size = time.perf_counter() - start, megabytes(index)
+        run = lambda queries, index=index: index.search(queries, K)[1]  # noqa: E731
+        found.append(Contestant(f"faiss {kind}", "all", seconds, size, run))
+    return found
+
+
+def ours(gallery: np.ndarray) -> list[Contestant]:
+    """What `miniclip search` builds: candidates by 8 bits a number (HNSW) or 2 (IVF), then the float32 vectors, which
+    may stay on the disk. MB are those of the index alone."""
+    found = []
+    for method in ("hnsw", "ivf"):
+        start, index = time.perf_counter(), Neighbours.build(gallery, method)
+        seconds, size = time.perf_counter() - start, megabytes(index.index)
+
+        def run(queries: np.ndarray, index: Neighbours, effort: int) -> np.ndarray:
+            index.effort = effort
+            return index.find(gallery, queries, K)[1]
+
+        for effort in EFFORTS[method][1::2]:
+            name = f"effort {effort}"
+            searched = partial(run, index=index, effort=effort)
+            found.append(Contestant(f"`miniclip search`, {method}", name, seconds, size, searched))
+    return found
+
+
+def usearch(gallery: np.ndarray) -> list[Contestant]:
+    """Its graph, in 16 and 8 bits a number. Optional: pip install usearch."""
+    try:
+        from usearch.index import Index
+    except ImportError:
+        return []
+    found = []
+    for kind in ("f16", "i8"):
+        start, index = time.perf_counter(), Index(ndim=DIM, metric="ip", dtype=kind, connectivity=32)
+        index.add(np.arange(len(gallery)), gallery)
+        seconds, size = time.perf_counter() - start, index.memory_usage / 1e6
+
+        def run(queries: np.ndarray, index, effort: int) -> np.ndarray:
+            index.expansion_search = effort
+            rows = index.search(queries, K).keys.astype(np.int64)
+            return rows[None] if rows.ndim == 1 else rows
+
+        for effort in EF_SEARCH:
+            searched = partial(run, index=index, effort=effort)
+            found.append(Contestant(f"usearch {kind}", f"expansion {effort}", seconds, size, searched))
+    return found
+
+
+METHODS = {"exact": exact, "scalars": scalars, "hnsw": hnsw, "ivf": ivf, "ours": ours, "usearch": usearch}
+
+
 def add(index: faiss.Index, gallery: np.ndarray, name: str):
     """Adds all vectors, in pieces, for the progress bar."""
     step = max(1_000, len(gallery) // 50)
@@ -185,7 +246,7 @@ def measure(n: int, options: argparse.Namespace) -> list[dict]:
     gallery = make_gallery(n)
     queries = make_queries(gallery, options.queries)
     best = search(gallery, queries, K)[1]
-    contestants = exact(gallery) + hnsw(gallery) + ivf(gallery)
+    contestants = [one for method in options.methods for one in METHODS[method](gallery)]
     rows = []
     for c in contestants:  # this also lets each run once before it is timed
         first, ten = recalls(gallery, queries, best, c.run(queries))
@@ -218,7 +279,8 @@ def table(rows: list[dict], options: argparse.Namespace) -> str:
     lines = [
         "## Search", "",
         f"{results.machine()}; faiss {faiss.__version__}, threads: {faiss.omp_get_max_threads()}; peak {peak:.1f} GB."
-        f" `python benchmarks/retrieval.py --sizes {' '.join(map(str, options.sizes))}`.", "",
+        f" `python benchmarks/retrieval.py --sizes {' '.join(map(str, options.sizes))} --methods"
+        f" {' '.join(options.methods)}`.", "",
         f"The {K} nearest of N vectors by inner product, {DIM} dimensions, float32. The vectors are made, clustered and"
         " with a falling spectrum fitted to TinyCLIP's embeddings of Flickr8k (`make_gallery`), not uniform; the"
         f" queries are members of the gallery moved to a cosine of about 0.8. Queries/s: median (lowest to highest) of"
@@ -240,6 +302,7 @@ def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="vectors to search in")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="those to compare")
     parser.add_argument("--quick", action="store_true", help="1,000 and 10,000 vectors only")
     parser.add_argument("--queries", type=int, default=1000, help="queries in a batch")
     parser.add_argument("--rounds", type=int, default=5)

@@ -134,12 +134,14 @@ def _read_remote(source: str, options: ReadOptions) -> Sequence[dict]:
 
 
 def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
-    """Returns a line on the training data. It counts the captions of the first `most` images, which takes a minute."""
+    """Returns a line on the training data, of which it counts the captions of the first `most` images."""
     texts = [text for record in itertools.islice(records, most) for text in record["caption"]]
-    most_tokens = tokenizer.context_length
-    cut = sum(len(tokenizer.encode(text)) > most_tokens - 2 for text in texts)
+    room = tokenizer.context_length - 2
+    # A token takes up a character of ASCII at least: short captions, nearly all, need no counting.
+    long = (text for text in texts if len(text) >= room or not text.isascii())
+    cut = sum(len(tokenizer.encode(text)) > room for text in long)
     of = f" (of the first {most:,} images)" if len(records) > most else ""
-    line = f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {most_tokens} tokens"
+    line = f"{len(records)} images, {len(texts)} captions{of}, {cut} of them cut off at {room + 2} tokens"
     again = len(records) - len({record["image"] for record in records}) if isinstance(records, list) else 0
     return f"{line}; {again} records repeat the image of another: duplicates (--duplicates)" if again else line
 

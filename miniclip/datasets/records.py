@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from miniclip.datasets.remote import RemoteRoot, remote_image
+from miniclip.datasets.sound_images import SoundImages
 from miniclip.utils.bad_samples import BadSamples, CaptionFileError, raise_or_skip, short
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError, ImageFile, open_image
@@ -20,6 +21,7 @@ from miniclip.utils.remote import is_remote
 
 logger = logging.getLogger(__name__)
 NO_FILE = "no such file"
+MANY = 1000  # images whose check shows a progress bar, and is remembered
 FIRST = 16  # of many images on a store, those that are read before the start
 MISSING = {"nan", "none", "null", "na", "n/a", "#n/a", "<na>"}  # as pandas and others write an empty cell
 Raw = list[tuple]  # (name in messages, record that is not checked yet, or InputError)
@@ -216,7 +218,8 @@ def check_captions(captions, image) -> list[str]:
 
 
 def image_faults(records: Sequence[dict], name: str, num_workers: int | None = None) -> list[str | None]:
-    """Returns what is wrong with each record's image, or None. With a progress bar for a thousand or more."""
+    """Returns what is wrong with each record's image, or None. For a thousand or more with a progress bar, and files
+    that were found sound before are not read again."""
 
     def fault(index: int) -> str | None:
         try:
@@ -225,8 +228,14 @@ def image_faults(records: Sequence[dict], name: str, num_workers: int | None = N
             return str(error)
 
     n = len(records)
-    faults = read_ahead(fault, range(n), num_workers, 1000)
-    return list(tqdm(faults, f"checking the images of {name}", n, disable=n < 1000))
+    sound = SoundImages([record["image"] for record in records]) if isinstance(records, list) and n >= MANY else None
+    rows, faults = sound.unknown() if sound else range(n), [None] * n
+    found = read_ahead(fault, rows, num_workers, 1000)
+    for row, reason in zip(rows, tqdm(found, f"checking the images of {name}", len(rows), disable=n < MANY)):
+        faults[row] = reason
+    if sound and rows:
+        sound.add([row for row in rows if faults[row] is None])
+    return faults
 
 
 def one_per_image(records: Sequence[dict], name) -> Sequence[dict]:

@@ -1,8 +1,10 @@
 """Nearest-neighbour search: exact, or approximate with faiss's HNSW or IVF, with measured recall (docs/index.md).
 
 HNSW is a graph that leads from neighbour to neighbour (Malkov and Yashunin, arXiv 1603.09320); IVF searches the lists
-around the nearest centroids. Both store 8 bits per number and propose 4 k candidates; the float32 vectors decide among
-those. So scores and order are exact, and the only possible error is a missed vector.
+around the nearest centroids. They propose candidates, among which the float32 vectors decide. So scores and order are
+exact, and the only possible error is a missed vector. HNSW stores 8 bits per number and proposes 4 k; IVF stores 2 bits
+per number and proposes 8 k: a product quantizer of 16 centroids for each pair of numbers, whose products are looked up
+in registers (Andre et al., arXiv 1812.09162), after a random rotation, which makes the numbers matter equally.
 """
 
 import time
@@ -18,6 +20,7 @@ EXACT, HNSW = 100_000, 500_000  # vectors up to which each is chosen
 METHODS = ("exact", "hnsw", "ivf")
 # The efforts that are tried: candidates kept while searching a graph (efSearch), lists searched (nprobe).
 EFFORTS = {"hnsw": (64, 128, 256, 512, 1024), "ivf": (32, 64, 128, 256, 512, 1024)}
+FEW = 1000  # vectors below which IVF stores 8 bits per number: the quantizer has nothing to learn from
 TARGET, K = 0.98, 10  # the recall@K that an effort has to reach
 
 
@@ -58,12 +61,16 @@ class Neighbours:
 
         n, width = vectors.shape
         lists = min(n, round(4 * n**0.5))
-        kind = "HNSW32,SQ8" if method == "hnsw" else f"IVF{lists},SQ8"
-        index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+        if n >= FEW and width % 2 == 0:
+            kind = f"RR{width},IVF{lists},PQ{width // 2}x4fs"
+        else:
+            kind = f"IVF{lists},SQ8"
+        index = faiss.index_factory(width, "HNSW32,SQ8" if method == "hnsw" else kind, faiss.METRIC_INNER_PRODUCT)
         if method == "hnsw":
             index.hnsw.efConstruction = 200 if n <= 200_000 else 40
         else:
-            index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, 40
+            clustering = faiss.extract_index_ivf(index).cp
+            clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 40
         sample = min(n, max(100_000, 40 * lists))
         index.train(np.ascontiguousarray(vectors[np.linspace(0, n - 1, sample).astype(int)]))
         found = cls(index, method, n, EFFORTS[method][0])
@@ -87,12 +94,14 @@ class Neighbours:
         import faiss
 
         k = min(k, len(vectors) if alive is None else int(alive.sum()))
-        wanted = min(4 * k, len(vectors))
+        rotated = isinstance(self.index, faiss.IndexPreTransform)
+        wanted = min(8 * k if rotated else 4 * k, len(vectors))
         only = {} if alive is None else {"sel": faiss.IDSelectorBitmap(np.packbits(alive, bitorder="little"))}
         if self.method == "hnsw":
             how = faiss.SearchParametersHNSW(efSearch=max(wanted, self.effort), **only)
         else:
-            how = faiss.SearchParametersIVF(nprobe=self.effort, **only)
+            lists = faiss.SearchParametersIVF(nprobe=self.effort, **only)
+            how = faiss.SearchParametersPreTransform(index_params=lists) if rotated else lists
         _, candidates = self.index.search(np.ascontiguousarray(queries), wanted, params=how)
         scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
         for query, among, score, row in zip(queries, candidates, scores, rows):
@@ -108,6 +117,8 @@ class Neighbours:
         """Sets the smallest effort that reaches TARGET, or else the largest. Returns it, recall@10 (the share of the
         exact first ten that is found, for 200 of the `vectors`, each without itself, and for `texts` (Q, E)), the
         milliseconds of a single query, and the parameters as text."""
+        import faiss
+
         rows = np.arange(len(vectors)) if alive is None else np.flatnonzero(alive)
         rows = np.random.default_rng(0).choice(rows, min(200, len(rows)), replace=False)
         asked = {"pictures": np.array(vectors[rows]), "texts": texts}
@@ -126,7 +137,8 @@ class Neighbours:
         if self.method == "hnsw":
             text = f"HNSW, M=32, efConstruction={self.index.hnsw.efConstruction}, efSearch={self.effort}, 8 bits"
         else:
-            text = f"IVF, nlist={self.index.nlist}, nprobe={self.effort}, 8 bits"
+            bits = 2 if isinstance(self.index, faiss.IndexPreTransform) else 8
+            text = f"IVF, nlist={faiss.extract_index_ivf(self.index).nlist}, nprobe={self.effort}, {bits} bits"
         times = {"recall@10": recall, "milliseconds": round(milliseconds, 2)}
         return {"parameters": text, "built": self.built, "effort": self.effort, **times}
 

@@ -9,10 +9,11 @@ from dataclasses import MISSING, fields
 
 import torch
 from accelerate.utils import DynamoBackend
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from miniclip.training.adamw import optimizer
 from miniclip.training.fsdp import uses_fsdp
 from miniclip.utils.errors import InputError
 
@@ -90,7 +91,7 @@ NO_KWARGS = ("constant", "constant_with_warmup")
 MEASURED = ("reduce_lr_on_plateau", "greedy")  # schedules that follow a metric
 # What each optimizer of torch and transformers reads from --optim_args.
 OPTIM_ARGS = {
-    "adamw_torch": (), "adamw_torch_fused": (), "adafactor": (),
+    "adamw_torch": ("states",), "adamw_torch_fused": ("states",), "adafactor": (),
     "sgd": ("momentum", "dampening", "nesterov"), "adagrad": ("lr_decay", "eps"),
     "rmsprop": ("momentum", "alpha", "eps", "centered"),
 }  # fmt: skip
@@ -172,8 +173,8 @@ def check_optimizer(args: TrainingArguments):
             f"optim_args: {', '.join(sorted(unknown))} has no effect with optim {name}, which reads {known}"
         )
     try:
-        optimizer, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer([torch.nn.Parameter(torch.zeros(1))], **keywords)  # a wrong value
+        kind, keywords = optimizer(args)
+        kind([torch.nn.Parameter(torch.zeros(1))], **keywords)  # a wrong value
     except (ImportError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"optim {name} cannot be used: {_line(error)}") from error
 

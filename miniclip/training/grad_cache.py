@@ -4,11 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from accelerate.data_loader import DataLoaderShard
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from miniclip.inference.fast import fast_wrappers
-from miniclip.model import MiniClip, Tower
+from miniclip.inference.fast import fast_wrappers, plain_reason
+from miniclip.model import MiniClip, TextTransformer, Tower
 
 
 def wrap_towers(model: MiniClip, normalize: Callable | None = None, chunk_size: int = 0, fast: bool = True) -> MiniClip:
@@ -16,7 +17,8 @@ def wrap_towers(model: MiniClip, normalize: Callable | None = None, chunk_size: 
     normalisation of pixels by `normalize`, chunks of `chunk_size` inputs, and precomputed features."""
     for tower in (model.visual, model.text):
         pixels = (partial(normalize_pixels, normalize),) if normalize and tower is model.visual else ()
-        chunks = (partial(in_chunks, chunk_size),) if chunk_size else ()
+        divide = tokens_in_chunks if fast and type(tower) is TextTransformer else in_chunks
+        chunks = (partial(divide, chunk_size),) if chunk_size else ()
         tower.wrappers = (*(fast_wrappers(tower) if fast else ()), *pixels, *chunks, precomputed)
     return model
 
@@ -36,6 +38,43 @@ def in_chunks(size: int, tower: Tower, features: Callable, inputs: Tensor) -> Te
     if len(inputs) <= size:
         return features(inputs)
     return torch.cat([checkpoint(features, part, use_reentrant=False) for part in inputs.split(size)])
+
+
+def tokens_in_chunks(size: int, tower: TextTransformer, features: Callable, inputs: Tensor) -> Tensor:
+    """`in_chunks` of token ids (B, L), with an embedding of those tokens alone that occur in the batch: the gradient of
+    each chunk would be a table of all 49,408. Their order stays, so the end token has the highest number as before."""
+    if len(inputs) > size and not torch.compiler.is_compiling() and plain_reason(tower) is None:
+        ids, inputs = inputs.unique(return_inverse=True)
+        features = partial(with_table, tower.token_embedding, tower.token_embedding.weight[ids], features)
+    return in_chunks(size, tower, features, inputs)
+
+
+def with_table(embedding: nn.Embedding, table: Tensor, features: Callable, inputs: Tensor) -> Tensor:
+    """Returns `features(inputs)`, with the rows of a `table` (N, W) as the embeddings of tokens 0 to N - 1."""
+    weight = embedding._parameters.pop("weight")
+    embedding.weight = table
+    try:
+        return features(inputs)
+    finally:
+        del embedding.weight
+        embedding.weight = weight
+
+
+class OneBatch(DataLoaderShard):
+    """accelerate's loader, of one process on the CPU, that fetches no batch ahead. That is how accelerate sees which is
+    the last; the length says it too. An epoch that a resumed run begins in its middle has accelerate's own."""
+
+    def __init__(self, loader: DataLoaderShard):
+        vars(self).update(vars(loader))
+
+    def __iter__(self):
+        self.begin()
+        self.set_epoch(self.iteration)
+        for number, batch in enumerate(self.base_dataloader, 1):
+            self.end_of_dataloader = number == len(self.base_dataloader)
+            yield batch
+        self.iteration += 1
+        self.end()
 
 
 def precomputed(tower: Tower, features: Callable, inputs: Tensor) -> Tensor:

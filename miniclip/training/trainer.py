@@ -17,14 +17,14 @@ from miniclip.inference.matmul import fast_arithmetic
 from miniclip.model import MiniClip
 from miniclip.run.guard import GuardedTrainer, spare_workers
 from miniclip.trainer import ClipTrainer
-from miniclip.training import fsdp
+from miniclip.training import adamw, fsdp
 from miniclip.training.arguments import RunArguments
 from miniclip.training.check_gradients import check_gradients
 from miniclip.training.dataset import RunDataset
 from miniclip.training.freeze import FrozenDataset
-from miniclip.training.grad_cache import wrap_towers
+from miniclip.training.grad_cache import OneBatch, wrap_towers
 from miniclip.utils.errors import InputError
-from miniclip.utils.machine import keep_freed_memory
+from miniclip.utils.machine import keep_freed_memory, return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         evaluator: Evaluator | None = None, lr_scale: Callable | None = None, ema: MiniClip | None = None, **kwargs,
     ):  # fmt: skip
         self.sharded = fsdp.uses_fsdp(args)
+        self.lean = args.grad_cache_chunk_size and args.device.type == "cpu"  # a large batch, in little memory
         # FSDP needs every block to be called as a module, which the fast path does not do.
         wrap_towers(model, preprocess.normalize, args.grad_cache_chunk_size, args.fast and not self.sharded)
         if model.visual.may_skip_parameters or model.text.may_skip_parameters:
@@ -79,7 +80,18 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
 
     def get_train_dataloader(self):
         own = self.train_dataset.dataloader(self.args, self.data_collator)
-        return spare_workers(super().get_train_dataloader() if own is None else own)
+        loader = spare_workers(super().get_train_dataloader() if own is None else own)
+        few = own is None and self.lean and self.args.world_size == 1 and not self.args.dataloader_num_workers
+        return OneBatch(loader) if few else loader
+
+    def training_step(self, *args, **kwargs):
+        if self.lean:  # the images of the batch were in memory twice until it was put together
+            return_freed_memory()
+        return super().training_step(*args, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        return adamw.optimizer(args, model)
 
     def create_optimizer(self, model=None):
         """Trainer's, with its groups split by learning rate. The highest, which is logged, comes first."""

@@ -59,12 +59,12 @@ def test_retrieval_writes_its_table(tmp_path, run_script):
     path.write_text("# Results\n\n<!-- other -->\nstays\n<!-- /other -->\n")
     run_script(
         "benchmarks/retrieval.py", "--sizes", 500, "--rounds", 2, "--seconds", 0.01, "--queries", 100,
-        "--results", path,
+        "--results", path, "--methods", "exact", "scalars", "hnsw", "ivf", "ours",
     )  # fmt: skip
     text = path.read_text()
     assert "stays" in text and "<!-- retrieval -->" in text and "<!-- /retrieval -->" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 500 ")]
-    assert len(rows) == 8 and {row[1].split(",")[0] for row in rows} >= {"HNSW", "IVF", "faiss `IndexFlatIP`"}
+    assert len(rows) == 16 and {row[1].split(",")[0] for row in rows} >= {"HNSW", "IVF", "faiss `IndexFlatIP`"}
     for row in rows:
         recalls = [float(re.match(r"[\d.]+", cell)[0]) for cell in row[-2:]]
         assert recalls == [1, 1] if row[2].startswith("exact") else all(0 <= recall <= 1 for recall in recalls), row
