@@ -6,7 +6,8 @@ GREY, BLUE, ORANGE, GREEN = "#5b6470", "#dbe7ff", "#ffe8cc", "#dff3e4"
 HEIGHTS = [8.6, 6.9, 5.4, 3.9, 2.4]
 COLUMNS = (  # x, colour, boxes, arrows between them
     (2.5, BLUE,
-     ["", "pixel_values  (B, 3, 64, 64)", "sequence  (B, 1 + 16, 128)", "class token  (B, 128)", "image_embeds  (B, 96)"],
+     ["", "pixel_values  (B, 3, 64, 64)", "sequence  (B, 1 + 16, 128)", "class token  (B, 128)",
+      "image_embeds  (B, 96)"],
      ["resize, crop, normalise (transforms.py)", "cut into patches, add positions",
       "4 blocks, all positions see all; read the first", "projection, length 1"]),
     (7.5, ORANGE,
