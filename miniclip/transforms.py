@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from miniclip.config import PreprocessConfig
@@ -59,9 +59,9 @@ class Preprocess:
         if self.cfg.resize_mode == "longest":
             ratio = max(width, height) / size
             image = image.resize((max(1, round(width / ratio)), max(1, round(height / ratio))), self.interpolation)
-            square = Image.new("RGB", (size, size), (self.cfg.fill_color,) * 3)
-            square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
-            return square
+            left, top = (size - image.width) // 2, (size - image.height) // 2
+            border = left, top, size - image.width - left, size - image.height - top
+            return ImageOps.expand(image, border, (self.cfg.fill_color,) * len(image.getbands()))
         check_aspect(image)
         short, resized = min(width, height), int(size / self.cfg.crop_pct + 1e-6)
         across, down = int(resized * width / short), int(resized * height / short)

@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields
 
+import numpy as np
 import torch
 from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from miniclip.retrieval import retrieval_metrics
 from miniclip.training.adamw import optimizer
 from miniclip.training.fsdp import uses_fsdp
 from miniclip.utils.errors import InputError
@@ -229,6 +231,10 @@ def check_given(options, args: TrainingArguments, given: dict, named: Collection
         if options.eval_file:
             what, fix = "eval_file", "Remove one of them"
         raise InputError(f"do_eval is false, but {what} is measured at the end. {fix}")
+    metric, one = (args.metric_for_best_model or "").removeprefix("eval_"), np.eye(1, dtype=np.float32)
+    known = retrieval_metrics(one, one, [0], (1, 3, 5, 10))
+    if metric and not metric.startswith("zero_shot_") and metric not in known:
+        raise InputError(f"metric_for_best_model {metric!r} is not one of {', '.join(sorted(known))}")
     if {"resume", "resume_from_checkpoint"} <= set(named):
         raise InputError("resume and resume_from_checkpoint contradict each other. Remove one of them")
     if args.resume_from_checkpoint and options.overwrite_output_dir:

@@ -124,6 +124,10 @@ def test_resize_modes_by_hand():
     assert torch.allclose(levels["longest"][:, 2, 16], torch.full((3,), 51 / 255))  # padding above
     assert torch.allclose(levels["longest"][:, 29, 16], torch.full((3,), 51 / 255))
     assert torch.equal(levels["longest"][:, 16, 2], torch.tensor([1.0, 0, 0]))
+    # OpenCLIP pads with 0 in the file's own colours, and no ink is white.
+    longest = PreprocessConfig(size=32, resize_mode="longest", mean=(0, 0, 0), std=(1, 1, 1))
+    for decode, padding in (("openclip", 1), ("full", 0)):
+        assert (Preprocess(longest, decode)(image.convert("CMYK"))[:, 2] == padding).all()
 
 
 def test_training_crop_is_reproducible_and_of_the_asked_share():
