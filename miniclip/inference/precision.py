@@ -19,7 +19,7 @@ from miniclip.model import MiniClip
 from miniclip.utils.machine import processor
 
 LEAST, FASTER = 0.9999, 1.3
-SMALL = 1_000_000  # weights in the layers of a model whose images take longer to read than to encode
+SMALL = 5_000_000  # weights in the layers of a model whose images take longer to read than to encode
 IMAGES, TEXTS = 8, 32  # at once
 LONG = 5  # seconds after which no further round begins
 SENTENCES = [f"a photo of {what} {where}" for what in ("a person", "two dogs on the grass", "a red car", "some food")

@@ -54,7 +54,7 @@ def test_where_nothing_is_measured(measured, tiny_model, monkeypatch):
     monkeypatch.setattr(precision, "packs", lambda precision: False)
     assert settle(tiny_model, "auto") == "fp32"
     monkeypatch.setattr(precision, "packs", lambda precision: True)
-    monkeypatch.setattr(precision, "SMALL", 1_000_000)
+    monkeypatch.setattr(precision, "SMALL", 5_000_000)
     assert settle(tiny_model, "auto") == "fp32" and not measured.calls
 
 
