@@ -111,7 +111,7 @@ def test_it_is_saved_converted_and_loaded(tmp_path):
         convert(tmp_path / "saved", tmp_path / "hf", "hf")
     for name in ("openclip.pt", "openclip"):
         convert(tmp_path / "saved", tmp_path / name, "openclip")
-    narrower = TINY | {"vision_cfg": TINY["vision_cfg"] | {"width": 32}}
+    narrower = TINY | {"vision_cfg": TINY["vision_cfg"] | {"width": 16}}
     with pytest.raises(CheckpointError, match="The config that fits: the one it was made with"):
         load_weights(empty_model(MiniClipConfig.from_dict(narrower)), tmp_path / "openclip.pt")
     (tmp_path / "coca.json").write_text(json.dumps(TINY))
