@@ -2,6 +2,7 @@
 and converted."""
 
 import json
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -124,10 +125,12 @@ def test_it_is_saved_converted_and_loaded(tmp_path):
         assert torch.equal(other.generate(pixels, seq_len=12), ids) and len(tokenizer.decode(ids)) == 2
     fast, _, _ = miniclip.load(tmp_path / "saved", precision="fp32")
     torch.testing.assert_close(fast.encode_image(pixels), model.encode_image(pixels), atol=1e-5, rtol=1e-5)
-    open_clip = pytest.importorskip("open_clip", reason="the folder is opened by OpenCLIP where it is installed")
-    peer, text = open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval(), torch.tensor([[49406, 5, 49407]])
-    text = torch.nn.functional.pad(text, (0, 13)).repeat(2, 1)
-    torch.testing.assert_close(peer(pixels, text)["logits"], model.caption_logits(pixels, text)[:, :-1])
+    if find_spec("open_clip"):
+        import open_clip
+
+        peer, text = open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval(), torch.zeros(2, 16).long()
+        text[:, :3] = torch.tensor([49406, 5, 49407])
+        torch.testing.assert_close(peer(pixels, text)["logits"], model.caption_logits(pixels, text)[:, :-1])
 
 
 def test_published_configs():
