@@ -243,7 +243,7 @@ class MiniClip(nn.Module, PushToHub):
     """A CLIP model: an image tower, a text tower and the learned scale of their similarities."""
 
     def __new__(cls, config: MiniClipConfig | None = None, *args, **kwargs):
-        return super().__new__(MODELS.get(type(config), cls) if cls is MiniClip else cls)
+        return super().__new__(MODELS.get(type(config), cls) if cls is MiniClip else cls)  # e.g. one with a decoder
 
     def __init__(self, config: MiniClipConfig):
         super().__init__()

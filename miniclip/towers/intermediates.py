@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.model import MiniClip, TextTransformer, Tower, VisionTransformer
+from miniclip.towers.coca import CocaTextTransformer, CocaVisionTransformer
 from miniclip.towers.resnet import ModifiedResNet
 from miniclip.towers.siglip import SigLipVisionTransformer
 from miniclip.utils.errors import InputError
@@ -135,6 +136,12 @@ def _(tower: SigLipVisionTransformer, inputs: Tensor, indices: Indices, stop_ear
 @run.register
 def _(tower: TextTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
     return Found(*run_blocks(tower, inputs, indices, stop_early), tower.ln_final)
+
+
+@run.register(CocaVisionTransformer)
+@run.register(CocaTextTransformer)
+def _(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
+    raise InputError("forward_intermediates does not know CoCa's towers: their with_tokens gives the last block's")
 
 
 def run_blocks(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool) -> tuple[list[Tensor], Tensor]:

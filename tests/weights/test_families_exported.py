@@ -39,7 +39,8 @@ def family(name: str) -> str:
 
 
 def test_each_shipped_config_belongs_to_a_family():
-    assert {family(name) for name in list_models() if name not in ENCODERS} == FAMILIES.keys()
+    others = {family(name) for name in list_models() if name not in ENCODERS} - FAMILIES.keys()
+    assert all(found.startswith(("Timm", "Coca")) for found in others), others  # test_timm and test_coca export these
     assert all(family(name) == found for found, (name, _) in FAMILIES.items())
 
 
