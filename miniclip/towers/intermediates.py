@@ -14,6 +14,7 @@ from miniclip.model import MiniClip, TextTransformer, Tower, VisionTransformer
 from miniclip.towers.coca import CocaTextTransformer, CocaVisionTransformer
 from miniclip.towers.resnet import ModifiedResNet
 from miniclip.towers.siglip import SigLipVisionTransformer
+from miniclip.towers.timm_model import TimmTower
 from miniclip.utils.errors import InputError
 
 Indices = int | Sequence[int] | None  # the last n blocks, those with these numbers (-1: the last one), or all
@@ -50,10 +51,16 @@ def forward_intermediates(
     if output_logits and (image is None or text is None):
         raise InputError("output_logits needs image and text: give both")
     if image is not None:
-        found = run(model.visual, image.to(next(model.visual.parameters()).dtype), image_indices, stop_early)
-        output |= image_layers(found, normalize_intermediates, image_output_fmt, image_output_extra_tokens)
+        image = image.to(next(model.visual.parameters()).dtype)
+        how = normalize_intermediates, image_output_fmt, image_output_extra_tokens
+        if isinstance(model.visual, TimmTower):
+            layers, embeds = timm_layers(model.visual, image, image_indices, stop_early, *how)
+        else:
+            found = run(model.visual, image, image_indices, stop_early)
+            layers, embeds = image_layers(found, *how), found.embeds
+        output |= layers
         if not intermediates_only:
-            output["image_features"] = F.normalize(found.embeds, dim=-1) if normalize else found.embeds
+            output["image_features"] = F.normalize(embeds, dim=-1) if normalize else embeds
     if text is not None:
         if text_output_fmt != "NLC" and custom_text:
             raise InputError(f"text_output_fmt is {text_output_fmt!r}, not 'NLC'")
@@ -84,6 +91,22 @@ def image_layers(found: Found, norm: bool, layout: str, with_prefix: bool) -> di
         patches = [x.transpose(1, 2).unflatten(2, (side, side)).contiguous() for x in patches]
     prefix = {"image_intermediates_prefix": [x[:, : found.prefix] for x in layers]}
     return {"image_intermediates": patches} | (prefix if with_prefix and found.prefix else {})
+
+
+def timm_layers(
+    tower: TimmTower, image: Tensor, indices: Indices, stop_early: bool, norm: bool, layout: str, with_prefix: bool
+) -> tuple[dict[str, list[Tensor]], Tensor]:
+    """What timm's function of the same name gives, and the embeddings. Not all of its models have class tokens."""
+    prefix = {"return_prefix_tokens": True} if with_prefix else {}
+    options = {"indices": indices, "norm": norm, "stop_early": stop_early, "output_fmt": layout, **prefix}
+    try:
+        x, layers = tower.trunk.forward_intermediates(image, **options)
+    except (TypeError, AssertionError, AttributeError, NotImplementedError) as error:
+        raise InputError(f"{tower.cfg.timm_model_name} of timm cannot give this: {error}") from error
+    found = {"image_intermediates": [x[0] if isinstance(x, tuple) else x for x in layers]}
+    if layers and isinstance(layers[0], tuple):
+        found = {"image_intermediates_prefix": [x[1] for x in layers]} | found
+    return found, tower.head(tower.trunk.forward_head(x))
 
 
 def chosen(count: int, indices: Indices) -> list[int]:

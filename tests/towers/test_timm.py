@@ -14,6 +14,7 @@ from benchmarks.make_towers_golden import contrastive, make_inputs, make_weights
 from miniclip.checkpoint import from_miniclip, to_miniclip
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip
+from miniclip.towers.intermediates import forward_intermediates
 from miniclip.training.freeze import depths, freeze
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.weights.convert import convert
@@ -97,6 +98,7 @@ def test_it_computes_what_openclip_does(family, timm):
         for method, inputs in (("encode_image", images), ("encode_text", input_ids)):
             close(getattr(model, method)(inputs), getattr(peer, method)(inputs), atol=1e-5)
         close(model.get_logits(images, input_ids)[0], peer.get_logits(images, input_ids)[0], atol=1e-5)
+        check_intermediates(model, peer, images)
     image, text, scale = peer.double().train()(images.double(), input_ids)[:3]
     contrastive(scale * image @ text.T).backward()
     expected = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
@@ -115,6 +117,22 @@ def test_it_computes_what_openclip_does(family, timm):
     for name, buffer in peer.named_buffers():
         if name in after:
             close(after[name], buffer, atol=1e-9)
+
+
+def check_intermediates(model: MiniClip, peer, images: torch.Tensor):
+    """`forward_intermediates` gives what OpenCLIP's does, and an error where that one has none for a model."""
+    for options in ({}, {"image_indices": 1, "normalize_intermediates": True}, {"image_output_fmt": "NLC"},
+                    {"image_output_extra_tokens": True, "image_indices": [0], "stop_early": True}):  # fmt: skip
+        try:
+            theirs = peer.forward_intermediates(images, **options)
+        except (TypeError, AssertionError):
+            with pytest.raises(InputError, match="of timm cannot give this"):
+                forward_intermediates(model, images, **options)
+            continue
+        ours = forward_intermediates(model, images, **options)
+        assert ours.keys() == theirs.keys()
+        for name, wanted in theirs.items():
+            torch.testing.assert_close(ours[name], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", SMALL)
