@@ -22,7 +22,7 @@ FOREIGN = set(  # options of other programs that the pages name: of pip, torchru
     "--no-deps --nproc_per_node --nnodes --node_rank --master_addr --master_port --multi_gpu --num_processes"
     " --num_machines --machine_rank --main_process_ip --main_process_port --mixed_precision --use_fsdp --fsdp_version"
     " --fsdp_auto_wrap_policy --embeddings_folder --index_folder --csv-img-key --csv-caption-key"
-    " --lock-image-unlocked-groups --lock-text --use-bn-sync --use-bnb-linear --coca-caption-loss-weight"
+    " --lock-image-unlocked-groups --use-bnb-linear --coca-caption-loss-weight"
     " --coca-contrastive-loss-weight"
     " --annotation_file --clip_model --dataset --dataset_root --help_all --imagenet-val --input_format"
     " --maxShapes --minShapes --no_amp --onnx --optShapes --output --recall_k --remote-sync --saveEngine --task"
