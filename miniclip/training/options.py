@@ -142,7 +142,7 @@ _COUNT = "1 or more", lambda x: x > 0
 _FREEZE = "none, tower, all or all_but_N", re.compile(r"none|tower|all|all_but_\d+").fullmatch
 RANGES = {  # the values that are allowed, as words and as a test
     "loss": (", ".join(losses.LOSSES) + ", or coca:2:1 with two weights",
-             re.compile("|".join(losses.LOSSES) + r"|coca(:\d+(\.\d+)?){2}").fullmatch),
+             lambda x: x in losses.LOSSES or re.fullmatch(r"coca(:\d+(\.\d+)?){2}", x)),
     "image_root": ("one folder, or one for train_file and one for eval_file", lambda x: len(x) < 3),
     "eval_file": ("one data set, and perhaps a folder of class folders", lambda x: isinstance(x, str) or len(x) < 3),
     "columns": ("two names: the image column and the caption column", lambda x: len(x) == 2),

@@ -164,7 +164,7 @@ def test_missing_and_left_over_keys_raise():
         (["visual.trunk.blocks.0.norm1.weight", "text.transformer.resblocks.0.ln_1.weight"], "timm"),
         (["visual.layer1.0.conv1.weight", "transformer.resblocks.0.ln_1.weight"], "ModifiedResNet"),
         (["_image_encoder.visual.layer1.0.conv1.weight"], "ModifiedResNet"),
-        (["logit_bias", "visual.trunk.x", "text.y"], "SigLIP"),
+        (["logit_bias", "visual.trunk.x", "text.y"], "timm or transformers"),
         (["logit_bias", "vision_model.a", "text_model.b"], "SigLIP"),
         (["_image_encoder.l0_module.heads_loga", "_image_encoder.visual.conv1.weight"], "'auto'"),
         (["text_model.encoder.layers.0.layer_norm1.weight", "text_projection.weight"], "one tower alone"),

@@ -67,4 +67,5 @@ def test_config_file_errors_name_the_file(tmp_path):
 def test_every_config_file_is_in_openclips_form():
     for path in MODEL_CONFIGS.glob("*.json"):
         known = {"embed_dim", "quick_gelu", "init_logit_bias", "vision_cfg", "text_cfg", "preprocess_cfg"}
+        known |= {"multimodal_cfg"}  # CoCa's
         assert set(json.loads(path.read_text())) <= known
