@@ -49,7 +49,7 @@ def options(recipe, **more) -> list[str]:  # noqa: F811
     return [word for option in words for word in option]
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments(kills, recipe, tmp_path, survive):  # noqa: F811
     """SIGKILL, half of the times within the saving of a checkpoint; what comes out in the end is bit for bit what an
     undisturbed run gives, and the log has each step once."""
@@ -151,10 +151,10 @@ def logged(run: Path) -> int:
     return (run / "log.jsonl").read_text().count('"loss"') if (run / "log.jsonl").is_file() else 0
 
 
-two = pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)
+more = [pytest.param(*case, marks=pytest.mark.slow) for case in ((signal.SIGINT, 1), (signal.SIGTERM, 2))]
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), two])
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), *more])
 def test_a_signal_saves_first(number, processes, recipe, caption_set, run_script):  # noqa: F811
     """One run's processes all get the signal, data workers too, as from a terminal or a cluster; of two processes only
     one does. A checkpoint is saved outside the schedule, and the resumed run ends like an undisturbed one."""
