@@ -50,7 +50,9 @@ def _least(multiply: Callable[[], Tensor]) -> float:
 def model_flops(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int:
     """Operations of a model's matrix products, convolutions and attention: `encode` is a method of the plain model.
     The fast path needs up to a tenth less, as of the last block only one position is read."""
-    # Written out: fused attention is not counted on the CPU.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        encode(inputs)
+    # Attention is written out: fused it is not counted on the CPU. With gradients: the counter fails without them where
+    # a parameter is a layer's input, as in SigLIP's pool.
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            encode(inputs)
     return counter.get_total_flops()

@@ -7,6 +7,7 @@ import torch
 
 import miniclip
 from miniclip.commands import speed
+from miniclip.config import MiniClipConfig
 from miniclip.inference import peak, precision
 from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.precision import compare, made_up, settle
@@ -92,7 +93,12 @@ def test_the_limit_and_the_share_of_it(tiny_model, monkeypatch, capsys, tmp_path
     blocks = layers * (rows * 2 * 12 * W**2 + 4 * rows**2 * W)
     image = 4 * 2 * 3 * 16**2 * W + blocks + 2 * W * 16
     inputs = made_up(tiny_model, 3)
-    assert peak.model_flops(tiny_model.encode_image, inputs["image"]) == 3 * image
+    with torch.inference_mode():
+        assert peak.model_flops(tiny_model.encode_image, inputs["image"]) == 3 * image
+    small = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16, "pool_type": "map"}
+    text = {"layers": 1, "width": 32, "heads": 2}
+    pool = miniclip.MiniClip(MiniClipConfig.from_dict({"embed_dim": 32, "vision_cfg": small, "text_cfg": text}))
+    assert peak.model_flops(pool.encode_image, torch.zeros(1, 3, 16, 16)) > 4 * 2 * 12 * W**2
 
     monkeypatch.setattr(peak, "matrix_peak", lambda device: {"fp32": 1e9, "int8": 4e9})
     seconds = {"fp32": 2.0, "int8": 1.0}
