@@ -95,7 +95,7 @@ def training(batch: int, chunk: int, computed: int) -> dict:
         command = [sys.executable, __file__, "training", "--states", name, "--batch", str(batch), "--chunk", str(chunk),
                    "--computed", str(computed)]  # fmt: skip
         rows[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
-    return {"batch": batch, "chunk": chunk, "states": rows}
+    return {"batch": batch, "chunk": chunk, "computed": computed, "states": rows}
 
 
 def two_steps(batch: int, chunk: int, states: str, computed: int) -> dict:
@@ -185,7 +185,8 @@ def main():
     if o.write:
         from results import machine, write_section
 
-        write_section(f"memory-{o.what}", f"{describe(result)}\n\n{machine()}. `python benchmarks/memory.py {o.what}`.")
+        words = " ".join(word for word in sys.argv[1:] if word != "--write")
+        write_section(f"memory-{o.what}", f"{describe(result)}\n\n{machine()}. `python benchmarks/memory.py {words}`.")
 
 
 def describe(found: dict) -> str:
@@ -200,9 +201,11 @@ def describe(found: dict) -> str:
     if "states" in found:
         rows = "\n".join(f"| {name} | {row['states_GB']:.2f} | **{row['peak_GB']:.2f}** |"
                          for name, row in found["states"].items())  # fmt: skip
+        few = f" in which {found['computed']} of the chunks of each tower are computed" if found["computed"] else ""
         return (
             f"## Memory of a large batch, by optimizer\n\nTinyCLIP-ViT-40M-32-Text-19M, a batch of {found['batch']:,}"
-            f" in chunks of {found['chunk']}, two steps.\n\n| averages | GB of them | peak, GB |\n|---|---|---|\n{rows}"
+            f" in chunks of {found['chunk']}, two steps{few}.\n\n"
+            f"| averages | GB of them | peak, GB |\n|---|---|---|\n{rows}"
         )
     if "seen" not in found:
         return (

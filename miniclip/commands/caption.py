@@ -8,6 +8,8 @@ from miniclip.commands import common
 from miniclip.utils.command_line import Parser, at_least
 from miniclip.utils.errors import InputError
 
+READS = {"beam_search": ("num_beams",), "top_k": ("top_k", "temperature"), "top_p": ("top_p", "temperature")}
+
 
 def main(argv: list[str]):
     parser = Parser.command("caption", __doc__, "--model runs/coca --images photos")
@@ -19,7 +21,7 @@ def main(argv: list[str]):
     parser.share("batch_size", default=32, help="images captioned at once")
     parser.share("num_workers", "device", "json")
     ways = "beam_search; top_k or top_p: draw each token from the likeliest (top_k with --top_k 1: the likeliest)"
-    parser.add_argument("--generation_type", default="beam_search", help=ways)
+    parser.add_argument("--generation_type", choices=READS, default="beam_search", help=ways)
     parser.add_argument("--seq_len", type=at_least(2), default=30, help="tokens of a caption, start and end included")
     parser.add_argument("--num_beams", type=at_least(1), default=2, help="texts kept by beam_search")
     parser.add_argument("--top_k", type=at_least(1), default=1, help="tokens to draw from")
@@ -29,6 +31,13 @@ def main(argv: list[str]):
     options = parser.parse_args(argv)
     if (options.images is None) == (options.eval_file is None):
         raise InputError("name images by --images, or a caption file by --eval_file, and not both")
+    without = {"num_beams", "top_k", "top_p", "temperature"} - set(READS[options.generation_type])
+    reason = dict.fromkeys(without, f"with --generation_type {options.generation_type}")
+    if options.images:
+        reason |= dict.fromkeys(("image_root", "columns", "allow_outside_image_root"), "with --images")
+    for name, why in reason.items():
+        if vars(options)[name] != parser.get_default(name):
+            raise InputError(f"--{name} has no effect {why}: remove it")
 
     from miniclip.classify.images import find_images
     from miniclip.datasets.read import read_source

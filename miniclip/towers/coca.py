@@ -352,6 +352,8 @@ class CoCa(MiniClip):
              f"num_beams {num_beams} is not a multiple of num_beam_groups {num_beam_groups}"),
             (text is None or generation_type != "beam_search", "beam_search cannot go on from a text: use top_k"),
             (temperature > 0, f"temperature {temperature} is not above 0; for no chance use top_k 1"),
+            (top_k >= 1 and 0 <= top_p <= 1, f"top_k {top_k} is not 1 or more, or top_p {top_p} not from 0 to 1"),
+            (repetition_penalty > 0, f"repetition_penalty {repetition_penalty} is not above 0; 1 is none"),
         ])  # fmt: skip
         image_tokens = self.visual.with_tokens(image)[1]
 

@@ -51,13 +51,9 @@ def forward_intermediates(
     if output_logits and (image is None or text is None):
         raise InputError("output_logits needs image and text: give both")
     if image is not None:
-        image = image.to(next(model.visual.parameters()).dtype)
-        how = normalize_intermediates, image_output_fmt, image_output_extra_tokens
-        if isinstance(model.visual, TimmTower):
-            layers, embeds = timm_layers(model.visual, image, image_indices, stop_early, *how)
-        else:
-            found = run(model.visual, image, image_indices, stop_early)
-            layers, embeds = image_layers(found, *how), found.embeds
+        image, how = image.to(next(model.visual.parameters()).dtype), (image_indices, stop_early)
+        how += normalize_intermediates, image_output_fmt, image_output_extra_tokens
+        layers, embeds = run_image(model.visual, image, *how)
         output |= layers
         if not intermediates_only:
             output["image_features"] = F.normalize(embeds, dim=-1) if normalize else embeds
@@ -78,7 +74,12 @@ def forward_intermediates(
     return output
 
 
-def image_layers(found: Found, norm: bool, layout: str, with_prefix: bool) -> dict[str, list[Tensor]]:
+@singledispatch
+def run_image(
+    tower: Tower, image: Tensor, indices: Indices, stop_early: bool, norm: bool, layout: str, with_prefix: bool
+) -> tuple[dict[str, list[Tensor]], Tensor]:
+    """What an image tower gives to the dictionary, and its embeddings (B, E)."""
+    found = run(tower, image, indices, stop_early)
     maps = found.layers[0].ndim == 4
     if layout not in ("NCHW", "NLC")[: 1 if maps else 2]:
         raise InputError(f"image_output_fmt is {layout!r}, not {'NCHW' if maps else 'NCHW or NLC'}")
@@ -90,13 +91,12 @@ def image_layers(found: Found, norm: bool, layout: str, with_prefix: bool) -> di
             raise InputError("patch_dropout leaves no grid of patches in training: call model.eval() first")
         patches = [x.transpose(1, 2).unflatten(2, (side, side)).contiguous() for x in patches]
     prefix = {"image_intermediates_prefix": [x[:, : found.prefix] for x in layers]}
-    return {"image_intermediates": patches} | (prefix if with_prefix and found.prefix else {})
+    return {"image_intermediates": patches} | (prefix if with_prefix and found.prefix else {}), found.embeds
 
 
-def timm_layers(
-    tower: TimmTower, image: Tensor, indices: Indices, stop_early: bool, norm: bool, layout: str, with_prefix: bool
-) -> tuple[dict[str, list[Tensor]], Tensor]:
-    """What timm's function of the same name gives, and the embeddings. Not all of its models have class tokens."""
+@run_image.register
+def _(tower: TimmTower, image: Tensor, indices: Indices, stop_early: bool, norm: bool, layout: str, with_prefix: bool):
+    """By timm's function of the same name, as in OpenCLIP. Not all of its models have class tokens."""
     prefix = {"return_prefix_tokens": True} if with_prefix else {}
     options = {"indices": indices, "norm": norm, "stop_early": stop_early, "output_fmt": layout, **prefix}
     try:

@@ -185,6 +185,14 @@ def test_the_command_writes_captions_and_measures_them(tmp_path, caption_set, ca
     for wrong in ([], ["--images", images[0], "--eval_file", "x.json"]):
         with pytest.raises(InputError, match="name images by --images, or a caption file by --eval_file, and not both"):
             write_captions([*model, *wrong])
+    greedy = ["--generation_type", "top_k"]
+    for wrong, name in (([*greedy, "--num_beams", "3"], "num_beams"), (["--temperature", "2"], "temperature"),
+                        (["--image_root", "x"], "image_root"), ([*greedy, "--top_p", "0.5"], "top_p")):  # fmt: skip
+        with pytest.raises(InputError, match=f"--{name} has no effect with --"):
+            write_captions([*model, "--images", *images, *wrong])
+    for wrong in ({"top_k": 0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} {next(iter(wrong.values()))}"):
+            loaded.generate(pixels, seq_len=8, generation_type="top_k", **wrong)
     with pytest.raises(InputError, match="this model has no decoder"):
         caption_images(empty_model(MiniClipConfig()), preprocess, tokenizer, images)
     pytest.importorskip("pycocoevalcap", reason="CIDEr and BLEU: pip install --no-deps pycocoevalcap")
