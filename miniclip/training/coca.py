@@ -21,7 +21,8 @@ def coca(model: MiniClip, options, args) -> Callable[[CocaOutput, dict], Tensor]
     if not isinstance(model, CoCa):
         raise InputError("loss coca needs a model that writes captions, and this one has no decoder: use coca_ViT-B-32")
     if any(options.frozen):
-        raise InputError("loss coca reads whole sequences, but a tower is frozen and only its features are kept")
+        kept = "but a tower is frozen and only its features are kept. Freeze all_but_N blocks, or none"
+        raise InputError(f"loss coca reads whole sequences, {kept}")
     if args.grad_cache_chunk_size:
         needs = "the logits of all words of all captions of a batch are in memory at once"
         raise InputError(f"grad_cache_chunk_size does not help loss coca: {needs}. Remove it, or take smaller batches")
@@ -37,6 +38,7 @@ def coca_loss(
     outputs: CocaOutput, batch: dict[str, Tensor], contrast: Callable, pad: int = 0,
     caption_weight: float = 2.0, contrastive_weight: float = 1.0,
 ) -> Tensor:  # fmt: skip
+    """CoCa's loss of a batch, in nats, a scalar: both losses, each times its weight. `contrast` is CLIP's."""
     words = caption_loss(outputs.caption_logits, batch["input_ids"], pad)
     return contrastive_weight * contrast(outputs, batch) + caption_weight * words
 
