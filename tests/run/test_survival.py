@@ -192,6 +192,7 @@ def test_a_signal_saves_first(number, processes, recipe, caption_set, run_script
         assert state["global_step"] == 2 * int(more[1])
 
 
+@pytest.mark.slow
 def test_a_signal_without_a_reader_and_where_only_the_best_is_saved(recipe, caption_set):  # noqa: F811
     """Its output goes to a pipe whose reader ends too; no schedule would save; an epoch is one step."""
     run = caption_set / "run"
@@ -266,6 +267,7 @@ def test_folders_and_streams_that_cannot_be(recipe, tmp_path, run_script):  # no
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(recipe, tmp_path):  # noqa: F811
     """A disk of its own with room for two checkpoints and a bit."""
     disk = tmp_path / "disk"
@@ -404,6 +406,7 @@ def test_equal_runs_are_equal_and_leave_their_record(recipe, caption_set, run_sc
     assert record["machine"]["threads"] == 1 and record["pairs_per_step"] == 12
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_which_batch_fits(tmp_path, run_script):
     """In an address space too small for a batch of 2,048; the batch size that the message names then fits."""
     env = {"FRESH": "1"}  # a process that has freed memory of its own would fit more

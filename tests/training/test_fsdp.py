@@ -142,6 +142,7 @@ def test_torchrun_on_any_number_of_processes(processes, folder, recipe, run_scri
     assert logged == {name: metrics[name] for name in logged}
 
 
+@pytest.mark.slow
 def test_train_py_in_bf16(folder, recipe, run_script):  # noqa: F811
     """The launcher's environment decides what autocast covers: the same losses as without FSDP, within rounding."""
     common = [recipe, "--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no", "--bf16", "true"]
