@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Files are compiled once, where an environment would have each process do it.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-all test-ui clean
 

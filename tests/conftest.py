@@ -1,5 +1,6 @@
 """What the tests share: a tiny model, a tiny caption set, and the way to Flickr8k where it is."""
 
+import gc
 import json
 import os
 import sys
@@ -16,6 +17,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # CPU only: scripts run in fo
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what all tests share: each collection that transformers asks for would look through it
 
 
 @pytest.fixture
@@ -100,7 +105,7 @@ def run_script(forge):
     def run(*argv, check=True, timeout=600, env=None, processes=1):
         argv = list(map(str, argv))
         if argv[:2] == ["-m", "miniclip"] and not env:
-            done = forge(["miniclip/__main__.py", *argv[2:]], timeout)
+            done = forge(["miniclip/__main__.py", *argv[2:]], timeout, processes)
         elif (argv[0] in ("train.py", "evaluate.py") or argv[0].startswith("tests/")) and not env:
             done = forge(argv, timeout, processes)
         else:

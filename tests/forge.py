@@ -6,6 +6,8 @@ Reads a line of JSON for each run, [["train.py", "recipe.json", ...], seconds, p
 """
 
 import atexit
+import gc
+import io
 import json
 import os
 import runpy
@@ -27,22 +29,29 @@ def prepare():
     import faiss  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
-    from matplotlib import font_manager, style  # noqa: F401
+    from matplotlib import style  # noqa: F401
+    from matplotlib.figure import Figure
     from PIL import Image
-    from transformers import Trainer  # noqa: F401
+    from transformers import HfArgumentParser, Trainer  # noqa: F401
 
     import miniclip.datasets.read
     import miniclip.index.parts
     import miniclip.index.search
+    import miniclip.reports.charts
     import miniclip.towers.huggingface
     import miniclip.training.freeze
+    import miniclip.training.parse
     import miniclip.training.siglip
     import miniclip.training.streaming
     import miniclip.training.trainer  # noqa: F401
+    from miniclip.tokenizer import load_table
 
     Image.init()
+    Figure(layout="constrained").savefig(io.BytesIO())
+    load_table()
     torch.set_num_threads(1)  # threads would not come along when this process is forked
     os.chdir(ROOT)
+    gc.freeze()  # what is here needs no look in the processes forked, whose pages a collection would copy
 
 
 def fork(argv: list[str], out: int, err: int, env: dict | None = None) -> int:

@@ -27,7 +27,7 @@ def make_trainer(out: Path, steps: int = 2, batch: int = 4, width: int = 32, n: 
     model = MiniClip(MiniClipConfig.from_dict({
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": width, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 2},
     }))  # fmt: skip
     args = RunArguments(**{
         "output_dir": str(out), "max_steps": steps, "per_device_train_batch_size": batch, "save_strategy": "steps",

@@ -150,11 +150,10 @@ def check_after(args: TrainingArguments):
         if unknown := kwargs.keys() - CHECKPOINTING or kwargs.get("offload") or kwargs.get("use_reentrant"):
             wrong = "offload and use_reentrant" if unknown is True else ", ".join(sorted(unknown))
             raise InputError(f"activation_checkpointing_kwargs: {wrong} not supported. Use every_n_layers")
-    known = {backend.value.lower() for backend in DynamoBackend} & {*torch.compiler.list_backends(exclude_tags=())}
-    if args.torch_compile and args.torch_compile_backend not in known:
-        raise InputError(
-            f"torch_compile_backend {args.torch_compile_backend!r} is not one of {', '.join(sorted(known))}"
-        )
+    if args.torch_compile:
+        known = {backend.value.lower() for backend in DynamoBackend} & {*torch.compiler.list_backends(exclude_tags=())}
+        if (backend := args.torch_compile_backend) not in known:
+            raise InputError(f"torch_compile_backend {backend!r} is not one of {', '.join(sorted(known))}")
     check_optimizer(args)
     check_schedule(args)
 

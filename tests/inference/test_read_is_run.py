@@ -288,8 +288,10 @@ EDITS = {
     "activation": {"self.c_proj(self.act(self.c_fc(x)))": "self.c_proj(F.silu(self.c_fc(x)))"},
 }
 SCRIPT = """
-import json, os, runpy, sys
-import datasets, faiss, torch, transformers.trainer, matplotlib.font_manager  # what all copies of the package import
+import gc, json, os, runpy, sys
+import datasets, faiss, torch, transformers.hf_argparser, transformers.trainer  # what all copies of the package import
+import matplotlib.figure, matplotlib.font_manager, matplotlib.projections, matplotlib.backends.backend_agg
+gc.freeze()
 torch.set_num_threads(1)
 children = []
 for edit in sys.argv[2:]:

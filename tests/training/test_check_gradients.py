@@ -19,7 +19,6 @@ from miniclip.training.check_gradients import compare
 from miniclip.training.gradient_passes import Reference
 from miniclip.training.trainer import RunTrainer
 from tests.check_gradients_worker import check, make_trainer, write_stream
-from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -188,7 +187,7 @@ TWO_PROCESSES = {  # a case of the worker, and its error
     pytest.param(["sum", "dropout", "own", "stream", "same stream", "norm"], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_two_processes(names, folder, run_script):
-    run_script("tests/check_gradients_worker.py", folder, *names, env={"PYTHONPATH": str(ROOT)})
+    run_script("tests/check_gradients_worker.py", folder, *names)
     for name in names:
         out, error = json.loads((folder / f"{name}.json").read_text())
         assert TWO_PROCESSES[name] in error and bool(error) == bool(TWO_PROCESSES[name]), (name, error)
@@ -249,8 +248,7 @@ def test_the_commands(folder, run_script):
     more += ["--feature_cache", folder / "cache", "--gradient_accumulation_steps", 2]
     done = run_script("train.py", *common, *more, "--check_gradients")
     assert "the gradients are right" in done.stdout and "image tower  " not in done.stdout
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = run_script(*start, "-m", "miniclip", "check", *common, "--json", env={"PYTHONPATH": str(ROOT)})
+    done = run_script("-m", "miniclip", "check", *common, "--json", processes=2)
     assert "2 processes" in done.stderr and done.stderr.count("the gradients are right") == 1
     found, shown = json.loads(done.stdout), rows(done.stderr)  # of both processes one document
     assert found["right"] and found["error"] is None and list(found["parts"]) == PARTS
