@@ -50,7 +50,7 @@ def main(argv: list[str]):
     if options.report:
         about = (
             source, dataset, evaluator.images, evaluator.texts, evaluator.image_embeds, evaluator.text_embeds,
-            evaluator.image_of_text, evaluator.result, e.metrics, metadata, e.temperature, notes, e.seen,
+            evaluator.image_of_text, evaluator.result, e.metrics, metadata, e.temperature, notes, e.seen, e.write,
         )  # fmt: skip
         print(f"the report is {write_report(options.report, Evaluation(*about))}")
     print_json(options, results[0])

@@ -61,6 +61,8 @@ def main(argv: list[str]):
 def open_page(options):
     """Returns the Page for the model and the index of the command line."""
     from miniclip.index.search import ImageSearch
+    from miniclip.inference.caption import captioner
+    from miniclip.inference.fast import inference_copy
     from miniclip.inference.load import load
     from miniclip.page.answers import Page
 
@@ -68,5 +70,7 @@ def open_page(options):
     if options.index:
         search = ImageSearch(options.index, options.model, options.pretrained, device, options.image_root)
         name = options.model or search.index.about["model"]["name"]
-        return Page(search, (search.model, search.preprocess, search.tokenizer), Path(name).name, options.max_upload_mb)
-    return Page(None, load(options.model, options.pretrained, device, "fp32"), options.model, options.max_upload_mb)
+        loaded, name = (search.model, search.preprocess, search.tokenizer), Path(name).name
+        return Page(search, loaded, name, options.max_upload_mb, search.captioner)
+    model, *others = load(options.model, options.pretrained, device)
+    return Page(None, (inference_copy(model), *others), options.model, options.max_upload_mb, captioner(model))

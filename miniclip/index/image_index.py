@@ -88,6 +88,10 @@ class ImageIndex:
         """Returns the number of distinct images."""
         return len(self.vectors) if self.alive is None else int(self.alive.sum())
 
+    def __contains__(self, path: str) -> bool:
+        """Returns whether a file, by its path relative to the image folder, is in the index."""
+        return self.table["path"].index(path).as_py() >= 0
+
     def paths(self, row: int) -> list[str]:
         """Returns the files with a row's content, relative to the image folder."""
         start, end = np.searchsorted(self.rows, [row, row + 1])

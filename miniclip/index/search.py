@@ -19,6 +19,7 @@ import torch
 from miniclip.datasets.records import ImageRoot
 from miniclip.index.build import update
 from miniclip.index.image_index import ImageIndex, fingerprint
+from miniclip.inference.caption import captioner
 from miniclip.inference.embed import embed_images, embed_texts, embed_words
 from miniclip.inference.fast import inference_copy
 from miniclip.inference.late_interaction import maxsim, reranked
@@ -55,6 +56,7 @@ class ImageSearch:
                 raise InputError(f"the model of {index}: {error}. Pass it as --model") from None
         self.model, self.preprocess, self.tokenizer = model
         self.index.check_same(fingerprint(self.model, self.preprocess), str(name or "the one given"))
+        self.captioner = captioner(self.model)  # the copy writes no captions
         self.model = inference_copy(self.model)  # once, instead of for each query
         self.root = ImageRoot(pictures or about["root"], about["allow_outside"])
 

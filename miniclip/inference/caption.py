@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from miniclip.model import MiniClip
-from miniclip.towers.coca import CoCa
+from miniclip.towers.registry import CAPTIONERS
 from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import open_image
@@ -16,14 +16,22 @@ from miniclip.utils.parallel import read_ahead
 NEEDED = "CIDEr and BLEU need the package pycocoevalcap: pip install --no-deps pycocoevalcap"
 
 
+def captioner(model: MiniClip) -> MiniClip | None:
+    """The model itself if it writes captions, else None: a copy for inference, with a precision, has no decoder."""
+    return model if type(model) in CAPTIONERS else None
+
+
 def caption_images(
     model: MiniClip, preprocess: Preprocess, tokenizer, paths: Sequence, batch_size: int = 32,
     num_workers: int | None = None, progress: bool = False, **how,
 ) -> list[str]:  # fmt: skip
-    """Captions of n images, by path or as an ImageFile, in their order. `how`: arguments of `CoCa.generate`. Raises
-    InputError for a model without a decoder, and ImageError for a file that cannot be read."""
-    if not isinstance(model, CoCa):
+    """Captions of n images, by path or as an ImageFile, in their order. `how`: arguments of `CoCa.generate`; without
+    any, what `miniclip caption` does by default, at most as many tokens as the model reads. Raises InputError for a
+    model without a decoder, and ImageError for a file that cannot be read."""
+    if captioner(model) is None:
         raise InputError("this model has no decoder, so it writes no captions: take a CoCa model, as coca_ViT-B-32")
+    room = min(30, model.config.text_cfg.context_length)
+    how = {"seq_len": room, "min_seq_len": min(5, room - 1)} | how
     captions, levels = [], []
     read = lambda path: preprocess.levels(open_image(path, preprocess.scale))  # noqa: E731
     files = read_ahead(read, paths, num_workers, batch_size)

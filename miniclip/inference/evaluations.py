@@ -9,6 +9,7 @@ from pathlib import Path
 
 from miniclip.datasets.read import read_source
 from miniclip.datasets.records import ReadOptions, one_per_image
+from miniclip.inference.caption import caption_images, captioner
 from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FeatureCache
@@ -43,6 +44,7 @@ class Measured:
     notes: tuple[str, ...] = ()  # on truncated and on repeated captions
     repeated: dict | None = None  # from `RetrievalEvaluator.repeated_captions`
     seen: Callable | None = None  # (image, text) -> where its words are seen; of a model with late interaction
+    write: Callable | None = None  # images -> the captions that the model writes; of a model with a decoder
 
 
 def evaluations(options: Namespace, bad_samples: BadSamples) -> Iterator[Measured]:
@@ -147,4 +149,5 @@ class Model:
             "records": records, "evaluator": evaluator, "metrics": metrics, "device": self.device,
             "temperature": temperature, "notes": notes, "files": self.files,
             "seen": partial(where_seen, model, self.preprocess, tokenizer) if has_tokens(model) else None,
+            "write": partial(caption_images, model, self.preprocess, tokenizer) if captioner(model) else None,
         }  # fmt: skip

@@ -12,6 +12,7 @@ from miniclip.classify.names import spell_out
 from miniclip.classify.prompts import tokenizer_coverage
 from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
 from miniclip.index.search import split_minus
+from miniclip.inference.caption import caption_images
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.late_interaction import has_tokens, where_seen
 from miniclip.page.labels import Words
@@ -42,8 +43,8 @@ class Page:
     """The page's answers. Each method takes `say`, the texts in the reader's language, and the values of the fields.
     It returns HTML, or raises InputError for what cannot be answered."""
 
-    def __init__(self, search, loaded, name: str, megabytes: float):
-        self.search, self.name, self.megabytes = search, name, megabytes
+    def __init__(self, search, loaded, name: str, megabytes: float, captioner=None):
+        self.search, self.name, self.megabytes, self.captioner = search, name, megabytes, captioner
         self.model, self.preprocess, self.tokenizer = loaded
 
     def words(self, say: Words, text: str, minus: str, k: int) -> str:
@@ -125,6 +126,24 @@ class Page:
             title = escape(say("seen", name=image, caption=caption))
             answer += f'<h2>{title}</h2><ol class="mc-cards mc-words">{"".join(items)}</ol>'
         return answer and answer + note(say("seen_note"))
+
+    def caption(self, say: Words, path: str | None, name: str = "") -> str:
+        """Writes a caption of an uploaded image, or of one of the index, by its name there."""
+        if name := checked(say, name).strip():
+            if path:
+                raise InputError(say("both_pictures"))
+            if not self.search or name not in self.search.index:
+                raise InputError(say("not_in_index", name=name))
+            try:
+                image = self.search.file(name)
+                shown = thumbnail(image)
+            except InputError:  # its message has the whole path
+                raise InputError(say("gone")) from None
+        else:
+            image, shown = self.upload(say, path)
+        text = caption_images(self.captioner, self.preprocess, self.tokenizer, [image])[0]
+        asked = f'<div class="mc-asked mc-large">{figure(shown, name or image)}</div>'
+        return f"{asked}{heading(text)}{note(say('written'))}"
 
     def cards(self, say: Words, title: str, found: list, asked: str = "", **values) -> str:
         """Returns the search results with their images, except those that are gone or lead out of the image folder."""

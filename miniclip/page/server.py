@@ -118,6 +118,16 @@ def build(page: Page):
                                               max_lines=16, elem_id="captions")  # fmt: skip
                 button = gr.Button(say("compare"), variant="primary")
                 on([button.click], page.heat, [images, captions], "heat")
+            if page.captioner:
+                with gr.Tab(say("write")), gr.Row():
+                    with gr.Column(min_width=280):
+                        image = image_field("write")
+                        # Without an index it is not there, and stays empty.
+                        named = gr.Textbox(label=say("in_index"), placeholder=say("in_index_hint"), max_lines=1,
+                                           visible=bool(page.search))  # fmt: skip
+                        button = gr.Button(say("write_it"), variant="primary")
+                    with gr.Column(min_width=280):
+                        on([image.upload, named.submit, button.click], page.caption, [image, named], "write")
         blocks.load(head, None, [top, names, language, sentences], api_visibility="private", show_progress="hidden")
     return blocks.queue(max_size=64), say
 

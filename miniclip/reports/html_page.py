@@ -21,6 +21,7 @@ from miniclip.utils.image_files import ImageError
 
 WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 WORST, BEST, SHOWN = 8, 4, 5  # queries shown of each kind, and results per query
+WRITTEN = 12  # images with the caption that the model writes
 SEEN = 3  # captions of each kind whose words are shown in the image
 SIDE, LONGEST = 224, 400  # pixels of a thumbnail's longer side, characters of a caption
 
@@ -42,6 +43,7 @@ class Evaluation:
     temperature: dict | None = None  # {"scale", "bias" (or None), "start"}; None: evaluated without a model
     notes: tuple[str, ...] = ()  # skipped samples, truncated captions
     seen: Callable | None = None  # (image, text) -> what the model sees (3, S, S) uint8, [(word, score, heat)]
+    write: Callable | None = None  # images -> the captions that the model writes
 
     @cached_property
     def similar(self):
@@ -90,7 +92,7 @@ def write_report(path: str | Path, e: Evaluation) -> Path:
     else:
         sections = header, metrics_section, recall_section, histogram_section, temperature_section
         body = [*(section(e) for section in sections), training_section(log_history), queries_section(e)]
-        body.append(words_section(e) if e.seen else "")
+        body += [written_section(e) if e.write else "", words_section(e) if e.seen else ""]
         write_page(path, title, "\n".join(filter(None, [*body, metadata_section(e.metadata)])))
     return path
 
@@ -235,6 +237,11 @@ def training_section(log_history: list[dict]) -> str:
     return fill("training", figures=figures, note=note) if figures else ""
 
 
+def shortened(text: str) -> str:
+    """A caption as HTML, cut if it is very long."""
+    return safe(text if len(text) <= LONGEST else text[: LONGEST - 3].rstrip() + "...")
+
+
 def queries_section(e: Evaluation) -> str:
     """The best and the worst queries of both directions, with what they retrieve."""
     captions_of_image, right = e.results["image_to_text"].relevant, e.similar.right
@@ -242,8 +249,7 @@ def queries_section(e: Evaluation) -> str:
     best = np.array([own[np.argmax(right[own] >= right[own].max() - TIE)] for own in captions_of_image])
 
     def caption(row: int) -> dict[str, str]:
-        text = e.texts[row]
-        return {"caption": safe(text if len(text) <= LONGEST else text[: LONGEST - 3].rstrip() + "...")}
+        return {"caption": shortened(e.texts[row])}
 
     @cache
     def image(row: int) -> dict[str, str]:
@@ -287,6 +293,22 @@ def queries(e: Evaluation, way: str, caption_of_query: np.ndarray, show_query, s
             verdict = "lower" if rank > 1 else "first" if np.isfinite(lead) else "alone"
             verdict = fill(verdict, rank=rank, gallery=gallery, lead=lead)
             yield fill(way, verdict=verdict, results=results, **show_query(row))
+
+
+def written_section(e: Evaluation) -> str:
+    """What the model writes of some images, from the first to the last, and what the data set says of them."""
+    pictures, n = {}, len(e.images)
+    for row in dict.fromkeys(np.linspace(0, n - 1, WRITTEN).round().astype(int).tolist()):
+        with suppress(ImageError):  # the note below says how many are shown
+            pictures[row] = thumbnail(e.images[row], SIDE)
+    cells = []
+    for (row, url), text in zip(pictures.items(), e.write([e.images[row] for row in pictures])):
+        own = np.flatnonzero(e.image_of_text == row)
+        given = [e.texts[m] for m in own[:SHOWN]] + [f"and {len(own) - SHOWN} more"] * (len(own) > SHOWN)
+        given = "".join(fill("given", caption=shortened(one)) for one in given)
+        name = safe(Path(str(e.images[row])).name)
+        cells.append(fill("one", url=url, name=name, caption=shortened(text), given=given))
+    return fill("written", n=len(cells), images=n, cells="\n".join(cells)) if cells else ""
 
 
 def words_section(e: Evaluation) -> str:

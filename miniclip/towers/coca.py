@@ -32,7 +32,7 @@ from miniclip.model import (
     VisionTransformer,
 )
 from miniclip.towers.generate import beam_search, processors, sample
-from miniclip.towers.registry import CUSTOM_TEXT, IN_OPENCLIP, openclip_rows
+from miniclip.towers.registry import CAPTIONERS, CUSTOM_TEXT, IN_OPENCLIP, openclip_rows
 from miniclip.utils.config_files import check, in_range
 from miniclip.utils.errors import InputError
 
@@ -380,3 +380,4 @@ TOWERS.update({CocaVisionConfig: CocaVisionTransformer, CocaTextConfig: CocaText
 MODELS[CocaConfig] = CoCa
 IN_OPENCLIP.update((CocaVisionConfig, CocaTextConfig))
 CUSTOM_TEXT.add(CocaTextConfig)
+CAPTIONERS.add(CoCa)

@@ -15,6 +15,7 @@ from miniclip.utils.errors import CheckpointError
 IN_OPENCLIP = {VisionConfig, TextConfig}  # sections that OpenCLIP builds a tower from as they are
 NOT_IN_OPENCLIP: dict[type, str] = {}  # those whose weights no tower of OpenCLIP can hold, and why
 CUSTOM_TEXT: set[type] = set()  # text sections whose weights OpenCLIP names behind "text."
+CAPTIONERS: set[type] = set()  # models whose `generate` writes captions
 
 
 def register_tower(base: type, tells: Callable[[dict], bool], section: type, tower: type[Tower]):

@@ -26,6 +26,7 @@ import miniclip
 from miniclip.classify.prompts import OBJECTS, TEMPLATES
 from miniclip.classify.zero_shot import build_zero_shot_classifier, zero_shot_classify
 from miniclip.datasets.shapes import drawn
+from miniclip.inference.caption import caption_images
 from miniclip.page.answers import Page, read_classes
 from miniclip.page.labels import SAYINGS, Words
 from miniclip.page.requests import Guard, has_room, own_page, sweep
@@ -335,6 +336,63 @@ def test_words_are_shown_where_late_interaction_sees_them(tmp_path):
     shown = page.heat(say, [str(tmp_path / "a.png")], "a <b>dog</b>")
     assert shown.count("<li>") == 2 and shown.count("data:image/jpeg") == 3  # the picture, and one for each word
     assert "where “&lt;b&gt;dog&lt;/b&gt;” is seen" in shown and "<b>dog" not in shown
+
+
+@needs_gradio
+def test_a_model_with_a_decoder_writes_captions(tmp_path, chromium):
+    """Of a picture that is sent, and of one of the index: what `miniclip caption` writes."""
+    words = {"vocab_size": 49408, "context_length": 16, "width": 32, "heads": 2, "layers": 1}
+    tokens = {"output_tokens": True}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "attentional_pool": True}
+    vision |= tokens | {"attn_pooler_heads": 2, "attn_pooler_queries": 5}
+    text = words | tokens | {"embed_cls": True}
+    torch.manual_seed(0)
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, "multimodal_cfg": words}
+    model = miniclip.MiniClip(miniclip.MiniClipConfig.from_dict(config))
+    for p in model.text_decoder.parameters():
+        p.data *= 3  # so that what it writes differs
+    model.save_pretrained(tmp_path / "model")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, (_, image, _) in enumerate(drawn("eval", 3)):
+        image.save(pictures / f"scene_{number}.png")
+    miniclip.ImageSearch.build(pictures, tmp_path / "products.mc", tmp_path / "model")
+    (tmp_path / "new.png").write_bytes((pictures / "scene_2.png").read_bytes())
+    (pictures / "scene_2.png").unlink()
+    loaded = miniclip.load(tmp_path / "model")
+    mine, its = caption_images(*loaded, [tmp_path / "new.png", pictures / "scene_1.png"])
+    assert mine != its
+    port = free_port()
+    process = command(tmp_path, "--index", tmp_path / "products.mc", "--port", port)
+    try:
+        ready(process, tmp_path)
+        page = chromium.new_page(locale="en-US")
+        page.goto(f"http://127.0.0.1:{port}")
+        page.locator(".mc-head h1").wait_for()
+        page.get_by_role("tab", name="Caption").click()
+        write, answer = page.get_by_role("button", name="Write a caption"), page.locator("#found-write")
+        write.click()
+        assert problem(page, "write") == SAYINGS["no_picture"][0]
+        page.locator("#file-write input[type=file]").set_input_files(tmp_path / "new.png")
+        answer.get_by_role("status").filter(has_text=mine).wait_for()
+        name = page.get_by_label("Or a picture of the index")
+        for text, said in (("scene_1.png", "There are two pictures"), ("../new.png", "“../new.png” is not in the"),
+                           ("scene_2.png", "The picture cannot be shown.")):  # fmt: skip
+            name.fill(text)
+            name.press("Enter")
+            answer.get_by_role("alert").filter(has_text=said).wait_for()
+            if page.locator("#file-write").get_by_label("Clear").count():
+                page.locator("#file-write").get_by_label("Clear").click()
+        name.fill("scene_1.png")
+        write.click()
+        answer.get_by_role("status").filter(has_text=its).wait_for()
+        assert answer.locator("img").get_attribute("alt") == "scene_1.png"
+        page.set_viewport_size({"width": 375, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 376
+        page.close()
+    finally:
+        stop(process)
+    assert (tmp_path / "connections.txt").read_text() == ""
 
 
 def test_no_file_is_served_at_any_address(site):

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -373,6 +375,20 @@ def test_small_and_equal_sets(tmp_path, n, each):
     assert n == 1 or f"correct result at rank {n} of {n}" in page.text, "the last row, of equal ones"
 
 
+def test_what_a_model_writes_of_some_pictures(tmp_path):
+    image, text, image_of_text = vectors(30, 7)
+    e, asked = evaluation(tmp_path, image, text, image_of_text), []
+    rows = [0, 3, 5, 8, 11, 13, 16, 18, 21, 24, 26, 29]
+    os.remove(e.images[8])
+    write = lambda images: asked.extend(images) or [f"<i>{Path(path).stem}" for path in images]  # noqa: E731
+    section = Page(html_page.written_section(replace(e, write=write)))
+    assert asked == [e.images[row] for row in rows if row != 8]
+    assert len(section.all("img")) == 11 and "of 11 images at equal steps through the 30" in section.text
+    said = f"<i>p3 {' '.join(f'caption number {m} end' for m in range(21, 26))} and 2 more <i>p5"
+    assert said in section.text
+    assert html_page.written_section(replace(e, write=list, images=["gone.png"] * 30)) == ""
+
+
 def test_where_it_is_written(tmp_path):
     assert report_file("runs/x") == report_file("runs/x/") == report_file("runs/x/report.html")
     assert str(report_file("a.PNG")) == "a.PNG" and str(report_file("a.htm")) == "a.htm"
@@ -416,6 +432,7 @@ def test_a_model_from_end_to_end(caption_set, tiny_model, run_script):
     page = Page((caption_set / "report.html").read_text(encoding="utf-8"))
     assert "0.0700" in page.text and "14.29" in page.text and "Training loss" in page.text and "torch" in page.text
     assert page.text.count("✓ correct") >= 8 and len(page.all("img")) > 40
+    assert "What the model writes" not in page.text, "it cannot"
     run_script(*common, "--report", caption_set / "picture.png")
     assert Image.open(caption_set / "picture.png").format == "PNG"
 

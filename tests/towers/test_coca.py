@@ -1,7 +1,9 @@
 """CoCa: with OpenCLIP's weights it computes what OpenCLIP computes and writes the same captions; it is trained, saved
 and converted."""
 
+import html
 import json
+import re
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -203,6 +205,26 @@ def test_the_command_writes_captions_and_measures_them(tmp_path, caption_set, ca
     metrics = caption_metrics(*texts)
     assert metrics["BLEU-1"] == pytest.approx(3 / 7) and 0 < metrics["CIDEr"] < 10
     assert caption_metrics([refs[0] for refs in texts[1]], texts[1])["BLEU-3"] == pytest.approx(1, abs=1e-6)
+
+
+def test_the_report_has_the_captions_that_the_command_writes(caption_set, run_script):
+    torch.manual_seed(0)
+    words = WORDS | {"context_length": 32}
+    model = MiniClip(MiniClipConfig.from_dict(TINY | {"text_cfg": TINY["text_cfg"] | words, "multimodal_cfg": words}))
+    for p in model.text_decoder.parameters():
+        p.data *= 3  # so that what it writes differs
+    model.save_pretrained(caption_set / "coca")
+    records = json.loads((caption_set / "captions.json").read_text())[:3]
+    (caption_set / "few.json").write_text(json.dumps(records))
+    pictures = [str(caption_set / record["image"]) for record in records]
+    common = ["--model", str(caption_set / "coca")]
+    write_captions([*common, "--images", *pictures, "--output_dir", str(caption_set / "out")])
+    captions = [one["caption"] for one in json.loads((caption_set / "out" / "captions.json").read_text())["captions"]]
+    assert len(set(captions)) > 1
+    how = ["--precision", "bf16", "--output_file", caption_set / "o.json", "--report", caption_set]  # of the embeddings
+    run_script("evaluate.py", *common, "--eval_file", caption_set / "few.json", *how)
+    page = (caption_set / "report.html").read_text(encoding="utf-8").partition("What the model writes")[2]
+    assert [html.unescape(one) for one in re.findall('<p dir="auto"><b>(.*?)</b>', page, re.DOTALL)] == captions
 
 
 @pytest.mark.slow
