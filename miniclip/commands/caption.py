@@ -22,7 +22,8 @@ def main(argv: list[str]):
     parser.share("num_workers", "device", "json")
     ways = "beam_search; top_k or top_p: draw each token from the likeliest (top_k with --top_k 1: the likeliest)"
     parser.add_argument("--generation_type", choices=READS, default="beam_search", help=ways)
-    parser.add_argument("--seq_len", type=at_least(2), default=30, help="tokens of a caption, start and end included")
+    longest = "tokens of a caption, start and end included (default: 30, or as many as the model reads)"
+    parser.add_argument("--seq_len", type=at_least(2), help=longest)
     parser.add_argument("--num_beams", type=at_least(1), default=2, help="texts kept by beam_search")
     parser.add_argument("--top_k", type=at_least(1), default=1, help="tokens to draw from")
     parser.add_argument("--top_p", type=float, default=0.1, help="probability of the tokens to draw from, together")
@@ -42,7 +43,7 @@ def main(argv: list[str]):
     from miniclip.classify.images import find_images
     from miniclip.datasets.read import read_source
     from miniclip.datasets.records import ReadOptions, one_per_image
-    from miniclip.inference.caption import caption_images, caption_metrics, scorers
+    from miniclip.inference.caption import caption_images, caption_metrics, lengths, scorers
     from miniclip.utils.bad_samples import BadSamples
 
     bad_samples, references = BadSamples(), None
@@ -55,9 +56,8 @@ def main(argv: list[str]):
     else:
         paths = [path for path, _ in common.find_usable(options, find_images(options.images), bad_samples)]
     model, preprocess, tokenizer = common.open_model(options)
-    names = "generation_type", "seq_len", "num_beams", "top_k", "top_p", "temperature", "repetition_penalty"
-    how = {name: vars(options)[name] for name in names} | {"num_beam_groups": 1}
-    how["min_seq_len"] = min(5, options.seq_len - 1)
+    names = "generation_type", "num_beams", "top_k", "top_p", "temperature", "repetition_penalty"
+    how = {name: vars(options)[name] for name in names} | {"num_beam_groups": 1} | lengths(model, options.seq_len)
     reading = options.batch_size, options.num_workers, True
     captions = caption_images(model, preprocess, tokenizer, paths, *reading, **how)
     pictures = [{"image": str(path), "caption": caption} for path, caption in zip(paths, captions)]

@@ -21,18 +21,22 @@ def captioner(model: MiniClip) -> MiniClip | None:
     return model if type(model) in CAPTIONERS else None
 
 
+def lengths(model: MiniClip, seq_len: int | None = None) -> dict[str, int]:
+    """How long captions are, as arguments of `CoCa.generate`: by default up to 30 tokens, or as many as are read."""
+    seq_len = seq_len or min(30, model.config.text_cfg.context_length)
+    return {"seq_len": seq_len, "min_seq_len": min(5, seq_len - 1)}
+
+
 def caption_images(
     model: MiniClip, preprocess: Preprocess, tokenizer, paths: Sequence, batch_size: int = 32,
     num_workers: int | None = None, progress: bool = False, **how,
 ) -> list[str]:  # fmt: skip
     """Captions of n images, by path or as an ImageFile, in their order. `how`: arguments of `CoCa.generate`; without
-    any, what `miniclip caption` does by default, at most as many tokens as the model reads. Raises InputError for a
-    model without a decoder, and ImageError for a file that cannot be read."""
+    any, what `miniclip caption` does by default. Raises InputError for a model without a decoder, and ImageError for a
+    file that cannot be read."""
     if captioner(model) is None:
         raise InputError("this model has no decoder, so it writes no captions: take a CoCa model, as coca_ViT-B-32")
-    room = min(30, model.config.text_cfg.context_length)
-    how = {"seq_len": room, "min_seq_len": min(5, room - 1)} | how
-    captions, levels = [], []
+    captions, levels, how = [], [], lengths(model) | how
     read = lambda path: preprocess.levels(open_image(path, preprocess.scale))  # noqa: E731
     files = read_ahead(read, paths, num_workers, batch_size)
     for row, found in enumerate(tqdm(files, "captions", len(paths), disable=not progress, leave=False)):
