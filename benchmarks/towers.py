@@ -4,7 +4,9 @@
 
 Both libraries compute with the same random weights in one process, in turns: images and captions embedded, and steps of
 training (forward, contrastive loss, backward; AdamW costs both the same). The median of the rounds is shown, in images
-or pairs a second, and how far the embeddings are apart. Run it on a quiet machine.
+or pairs a second, and how far the embeddings are apart. CoCa's steps include its decoder and the caption loss. OpenCLIP
+has no blocks that differ in size (`block_heads`, of TinyCLIP auto): the other model is then MiniCLIP's own with whole
+blocks and other weights. Run it on a quiet machine.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,10 +33,17 @@ from miniclip.towers.hf_config import KNOWN  # noqa: E402
 
 
 def pair(values: dict, device: str) -> tuple[MiniClip, torch.nn.Module]:
-    """A model of ours and OpenCLIP's with the same weights."""
+    """A model of ours and OpenCLIP's with the same weights, or of pruned blocks ours with whole ones."""
+    kwargs = {name: value for name, value in values.items() if name not in ("custom_text", "preprocess_cfg")}
+    if "block_heads" in values["vision_cfg"]:
+        sections = {name: kwargs[name] for name in ("vision_cfg", "text_cfg")}
+        whole = {name: {k: v for k, v in cfg.items() if not k.startswith("block_")} for name, cfg in sections.items()}
+        ours, theirs = (MiniClip(MiniClipConfig.from_dict(cfg)).to(device).eval() for cfg in (kwargs, kwargs | whole))
+        for tower in (theirs.visual, theirs.text):
+            tower.wrappers = fast_wrappers(tower)
+        return ours, theirs
     import open_clip
 
-    kwargs = {name: value for name, value in values.items() if name not in ("custom_text", "preprocess_cfg")}
     encoder = KNOWN.get(values["text_cfg"].get("hf_model_name"))
     with tempfile.TemporaryDirectory() as folder:
         their_kwargs = kwargs
@@ -41,7 +51,8 @@ def pair(values: dict, device: str) -> tuple[MiniClip, torch.nn.Module]:
             (Path(folder) / "config.json").write_text(json.dumps(encoder))
             named = {"hf_model_name": folder, "hf_model_pretrained": False}
             their_kwargs = kwargs | {"text_cfg": values["text_cfg"] | named}
-        theirs = (open_clip.CustomTextCLIP if encoder or values.get("custom_text") else open_clip.CLIP)(**their_kwargs)
+        kind = open_clip.CustomTextCLIP if encoder or values.get("custom_text") else open_clip.CLIP
+        theirs = (open_clip.CoCa if "multimodal_cfg" in values else kind)(**their_kwargs)
     ours = MiniClip(MiniClipConfig.from_dict(kwargs))
     weights, _ = to_miniclip(theirs.state_dict(), (ours.visual.key_rows(), ours.text.key_rows()))
     ours.load_state_dict(weights)
@@ -72,10 +83,17 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> str:
     input_ids[:, -1] = words - 1
 
     def step(model):
-        image, text, scale = model(images, input_ids)[:3]
-        contrastive(scale * image @ text.T).backward()
+        out = model(images, input_ids)
+        if isinstance(out, dict):  # OpenCLIP's CoCa
+            out = [out[name] for name in ("image_features", "text_features", "logit_scale", "logits")]
+        image, text, scale = out[:3]
+        loss = contrastive(scale * image @ text.T)
+        if decoder:
+            loss = loss + 2 * F.cross_entropy(out[-1].flatten(0, 1), input_ids[:, 1:].flatten())
+        loss.backward()
         model.zero_grad()
 
+    decoder, pruned = "multimodal_cfg" in values, "block_heads" in values["vision_cfg"]
     cells, apart, flops = [], 0.0, []
     with torch.inference_mode():
         for method, inputs in (("encode_image", images), ("encode_text", input_ids)):
@@ -86,14 +104,17 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> str:
             cells.append(timed(work, options.rounds, device))
     for tower in (ours.visual, ours.text):  # as train.py does
         tower.wrappers = fast_wrappers(tower)
+    flops.append(3 * sum(flops))
+    if decoder:
+        flops[2] = 3 * model_flops(lambda pixel_values: ours.caption_logits(pixel_values, input_ids), images)
+        ours.train_captions()
     training = {"ours": lambda: step(ours.train()), "theirs": lambda: step(theirs.train())}
     cells.append(timed(training, options.rounds, device))
-    flops.append(3 * sum(flops))
     shown = []
     for s, work in zip(cells, flops):
         both, times = f"{B / s['ours']:.1f} / {B / s['theirs']:.1f}", s["theirs"] / s["ours"]
         shown.append(f"{both} ({times:.2f}; {work / s['ours'] / peak:.0%})")
-    return f"| {name} | {' | '.join(shown)} | {apart:.0e} |"
+    return f"| {name} | {' | '.join(shown)} | {'-' if pruned else f'{apart:.0e}'} |"
 
 
 def main():

@@ -52,6 +52,10 @@ def _coca(values: dict) -> bool:
     return bool(values.get("attentional_pool") or values.get("embed_cls"))
 
 
+def _coca_hf(values: dict) -> bool:
+    return _coca(values) and _hf(values)
+
+
 OTHERS = _coca, _hf, _joint, _pruned, _resnet, _siglip, _siglip_text, _timm, _variant, _variant_text
 
 
@@ -69,6 +73,7 @@ for base, tells, section in (  # with `token_dim`, of late interaction
     (VisionConfig, _joint, "joint:TokenJointVisionConfig"),
 ):  # fmt: skip
     SECTIONS.append((base, _tokens(tells), f"miniclip.towers.{section}"))
+SECTIONS.append((VisionConfig, _coca_hf, "miniclip.towers.coca_encoder:CocaHfVisionConfig"))
 SECTIONS.append((VisionConfig, _coca, "miniclip.towers.coca:CocaVisionConfig"))
 SECTIONS.append((TextConfig, _coca, "miniclip.towers.coca:CocaTextConfig"))
 SECTIONS.append((MiniClipConfig, lambda values: "multimodal_cfg" in values, "miniclip.towers.coca:CocaConfig"))

@@ -40,8 +40,12 @@ GENERATION = "beam_search", "top_p", "top_k"
 READ_TWICE = "parallel", "cascade"  # a second pooler for the embedding: of the tower, or of the first pooler's tokens
 
 
+class CocaImages:
+    """Base of the sections of image towers whose tokens the decoder can read."""
+
+
 @dataclass
-class CocaVisionConfig(VisionConfig):
+class CocaVisionConfig(VisionConfig, CocaImages):
     """The image tower, read by attention."""
 
     attentional_pool: bool | str = True  # or "parallel" or "cascade", see READ_TWICE; published models have true
@@ -95,7 +99,7 @@ class CocaConfig(MiniClipConfig):
         vision, text, decoder = self.vision_cfg, self.text_cfg, self.multimodal_cfg
         yield from super().problems()
         yield from decoder.problems()
-        towers = isinstance(vision, CocaVisionConfig) and isinstance(text, CocaTextConfig)
+        towers = isinstance(vision, CocaImages) and isinstance(text, CocaTextConfig)
         yield towers, "multimodal_cfg needs attentional_pool in vision_cfg and embed_cls in text_cfg"
         yield text.width == decoder.width == self.embed_dim, "embed_dim and the widths of text and decoder differ"
         for name in ("context_length", "vocab_size"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from miniclip.model import MiniClip
 from miniclip.towers.coca import CoCa, CocaOutput
+from miniclip.towers.coca_encoder import CocaHfVisionTower
 from miniclip.training.fsdp import uses_fsdp
 from miniclip.training.losses import clip
 from miniclip.utils.errors import InputError
@@ -20,7 +21,8 @@ def coca(model: MiniClip, options, args) -> Callable[[CocaOutput, dict], Tensor]
     InputError for a model without a decoder, and for what cannot be together with it."""
     if not isinstance(model, CoCa):
         raise InputError("loss coca needs a model that writes captions, and this one has no decoder: use coca_ViT-B-32")
-    if any(options.frozen):
+    image, text = options.frozen
+    if text or image and not isinstance(model.visual, CocaHfVisionTower):  # whose features are a whole feature map
         kept = "but a tower is frozen and only its features are kept. Freeze all_but_N blocks, or none"
         raise InputError(f"loss coca reads whole sequences, {kept}")
     if args.grad_cache_chunk_size:

@@ -19,6 +19,7 @@ from miniclip.config import MiniClipConfig
 from miniclip.inference.caption import caption_images, caption_metrics
 from miniclip.model import MiniClip
 from miniclip.towers.coca import CoCa
+from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.losses import make_loss
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.weights.convert import convert
@@ -243,3 +244,45 @@ def test_it_trains_on_two_processes_and_resumes_bit_for_bit(recipe, caption_set,
     assert not any(torch.equal(t, fresh[name]) for name, t in trained.items() if t.ndim > 1)
     model, preprocess, tokenizer = miniclip.load(caption_set / "run")
     assert len(tokenizer.decode(model.generate(torch.zeros(1, 3, 32, 32), seq_len=8))) == 1
+
+
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+ENCODER = {"hf_model_config": RESNET, "image_size": 32, "attentional_pool": True, "attn_pooler_heads": 2}
+
+
+def test_an_encoder_of_transformers_is_its_image_tower(tmp_path):
+    torch.manual_seed(0)
+    model = MiniClip(MiniClipConfig.from_dict(TINY | {"vision_cfg": ENCODER})).eval()
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(1, 9, (2, 6))
+    features = model.visual.features(pixels)
+    assert features.shape == (2, 4 * 4 * 16) and model.visual.width == 256
+    embeds, tokens = model.visual.with_tokens(pixels)
+    assert torch.equal(embeds, model.encode_image(pixels)) and tokens.shape == (2, 16, 32)
+    wrap_towers(model)  # as in training: features that were computed before take the place of images
+    make_loss(model, options(frozen=True), ARGS)
+    torch.testing.assert_close(model(features, ids).caption_logits, model(pixels, ids).caption_logits)
+    model.caption_logits(pixels, ids).sum().backward()
+    assert model.visual.proj.to_tokens.weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path / "saved")
+    again = miniclip.load(tmp_path / "saved")[0]
+    assert torch.equal(again.generate(pixels, seq_len=8), model.generate(pixels, seq_len=8))
+    with pytest.raises(CheckpointError, match="OpenCLIP has no towers with an encoder of transformers"):
+        convert(tmp_path / "saved", tmp_path / "openclip", "openclip")
+    with pytest.raises(InputError, match="a tower is frozen"):
+        make_loss(model, SimpleNamespace(**vars(options()) | {"frozen": (True, True)}), ARGS)
+    for wrong, message in (
+        ({"hf_pooler_type": "mean"}, "beside hf_pooler_type or hf_proj_type, which have no effect here"),
+        ({"attn_pooler_heads": 5}, "embed_dim 32 is not a multiple of attn_pooler_heads 5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            MiniClip(MiniClipConfig.from_dict(TINY | {"vision_cfg": ENCODER | wrong}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["none", "tower"])
+def test_it_trains_on_an_encoder_and_resumes_bit_for_bit(recipe, caption_set, run_script, frozen):  # noqa: F811
+    (caption_set / "coca.json").write_text(json.dumps(TINY | {"vision_cfg": ENCODER}))
+    steps = ["--model", caption_set / "coca.json", "--loss", "coca", "--freeze_image", frozen, "--bf16", "true"]
+    steps += ["--hflip", "0", "--color_jitter", "0"] if frozen == "tower" else []
+    trained = trained_and_resumed(recipe, caption_set, run_script, steps)
+    assert trained["visual.proj.to_tokens.weight"].shape == (32, 16)
