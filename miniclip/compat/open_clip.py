@@ -13,6 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from miniclip import config as configs
 from miniclip.checkpoint import HARMLESS
 from miniclip.classify import zero_shot
+from miniclip.compat.coca import CoCa
 from miniclip.compat.model import CLIP, LOW, convert_weights_to_lp, full_precision, set_precision
 from miniclip.compat.transforms import (  # noqa: F401
     AugmentationCfg,
@@ -61,7 +62,6 @@ ADDED: dict[str, dict] = {}  # configs that `add_model_config` read
 MODULES = "factory loss model pretrained tokenizer transform zero_shot_classifier zero_shot_metadata".split()
 ABSENT = {  # what OpenCLIP exports and MiniCLIP does not have, and why
     **dict.fromkeys(MODULES, "it is one file, without modules: take the names in it from open_clip itself"),
-    "CoCa": "miniclip.load has CoCa models, these calls have none",
     "CoCaLoss": "train.py --loss coca has it, these calls do not",
     "CustomTextCLIP": "create_model(..., force_custom_text=True) makes such a model",
     "CLIPTextCfg": "text_cfg is a dict, or a miniclip.config.TextConfig",
@@ -137,8 +137,8 @@ def create_model(
     output_dict = model_kwargs.pop("output_dict", output_dict)
     config, custom_text, load = find_model(model_name, pretrained, model_kwargs, cache_dir)
     load = load if load_weights else None
-    if type(config) in MODELS:
-        raise InputError(f"{model_name} cannot be built behind OpenCLIP's calls: miniclip.load has it, with generate()")
+    captions = type(config) in MODELS
+    refuse(f"precision {precision}", captions and precision in ("fp16", "bf16"), "a decoder takes amp or pure_bf16")
     refuse("require_pretrained", require_pretrained and load is None, f"{model_name} comes without weights: name some")
     refuse("pretrained_image", pretrained_image and not config.vision_cfg.pretrained, "its config names no weights")
     size = None if force_image_size is None else square(force_image_size, "force_image_size")
@@ -159,7 +159,7 @@ def create_model(
         model.text.load_pretrained()
     if load is None and not (pretrained_image_path or pretrained_text_path or config.text_cfg.pretrained):
         warnings.warn(f"{model_name} has random weights: no pretrained weights were named", stacklevel=2)
-    model = CLIP(model, bool(output_dict), custom_text or force_custom_text)
+    model = CoCa(model) if captions else CLIP(model, bool(output_dict), custom_text or force_custom_text)
     for path, is_image in ((pretrained_image_path, True), (pretrained_text_path, False)):
         if path is not None:
             load_tower(model, path, is_image)

@@ -30,6 +30,8 @@ from tests.training.test_training import recipe, trained_and_resumed  # noqa: F4
 RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))
 WORDS = {"vocab_size": 49408, "context_length": 16, "width": 32, "heads": 2, "layers": 1}
 TINY = COCA | {"text_cfg": COCA["text_cfg"] | WORDS, "multimodal_cfg": WORDS}  # with CLIP's tokenizer
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+ENCODER = {"hf_model_config": RESNET, "image_size": 32, "attentional_pool": True, "attn_pooler_heads": 2}
 
 
 def options(loss: str = "coca", frozen: bool = False) -> SimpleNamespace:
@@ -229,9 +231,10 @@ def test_the_report_has_the_captions_that_the_command_writes(caption_set, run_sc
 
 
 @pytest.mark.slow
-def test_its_towers_are_exported(tmp_path):
+@pytest.mark.parametrize("image", ["its own", "an encoder"])
+def test_its_towers_are_exported(tmp_path, image):
     torch.manual_seed(0)
-    model = MiniClip(MiniClipConfig.from_dict(TINY)).eval()
+    model = MiniClip(MiniClipConfig.from_dict(TINY | ({} if image == "its own" else {"vision_cfg": ENCODER}))).eval()
     assert export(model, tmp_path / "towers", "torch")  # which compares the graphs with the model
 
 
@@ -244,10 +247,6 @@ def test_it_trains_on_two_processes_and_resumes_bit_for_bit(recipe, caption_set,
     assert not any(torch.equal(t, fresh[name]) for name, t in trained.items() if t.ndim > 1)
     model, preprocess, tokenizer = miniclip.load(caption_set / "run")
     assert len(tokenizer.decode(model.generate(torch.zeros(1, 3, 32, 32), seq_len=8))) == 1
-
-
-RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-ENCODER = {"hf_model_config": RESNET, "image_size": 32, "attentional_pool": True, "attn_pooler_heads": 2}
 
 
 def test_an_encoder_of_transformers_is_its_image_tower(tmp_path):
