@@ -84,16 +84,16 @@ def draw(found: dict[str, dict], path: Path):
             name: (row["pictures"] + 5 * row["captions"], 100 * row["mean_recall"]) for name, row in found.items()
         }  # fmt: skip
         front, best = [], -1.0
-        for name, (x, y) in sorted(points.items(), key=lambda item: item[1]):
+        for place, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
             size = found[name]["megabytes"]
             axes.scatter(x, y, s=size, color=BLUE, alpha=0.7)
             text = f"{name.removeprefix('EfficientNet-')}, {size:.0f} MB"
-            beside = size**0.5 / 2 + 5  # points: the radius and a gap
-            axes.annotate(text, (x, y), (beside, 0), textcoords="offset points", color=GREY, va="center")
+            beside = (size**0.5 / 2 + 8) * (1 if place % 2 else -1)  # points above or below: the radius and a gap
+            axes.annotate(text, (x, y), (0, beside), textcoords="offset points", color=GREY, va="center")
             if y > best:
                 front, best = [*front, (x, y)], y
         axes.plot(*zip(*front), color=GREY, linewidth=1, zorder=0)
-        axes.set_xlim(0, 1.5 * max(x for x, _ in points.values()))
+        axes.set_xlim(0, 1.6 * max(x for x, _ in points.values()))
         axes.margins(y=0.2)
         axes.set_xlabel("seconds per 1,000 pictures with five captions each")
         axes.set_ylabel("mean recall")

@@ -35,7 +35,7 @@ def make(recipe: dict, data: Path, output: Path, seed: int):
     import torch
 
     from miniclip.config import MiniClipConfig
-    from miniclip.datasets.records import read_captions
+    from miniclip.datasets.read import read_captions
     from miniclip.inference.embed import embed_images, embed_texts
     from miniclip.inference.fast import inference_copy
     from miniclip.loss import clip_loss

@@ -12,6 +12,7 @@ from miniclip.datasets.shapes import COLORS, COUNTS, OPPOSITE, RELATIONS, SHAPES
 
 CLASSES = {"colour": list(COLORS), "shape": list(SHAPES), "position": list(RELATIONS)}
 DRAWN = 32  # descriptions of a class whose rest is drawn at random
+EITHER = 0.5  # of the descriptions name the second group first: their order tells nothing
 
 
 def replaced(scene: Scene, question: str, which: int, answer: str) -> Scene:
@@ -54,7 +55,7 @@ def quiz(model, tokenizer, scenes: list[Scene], image_embeds, alone: bool) -> di
             for answer in answers:
                 variants = [replaced(one, question, which, answer) for one in given]
                 rngs = (random.Random(f"{scene} {n}") for n in range(len(variants)))  # the same for all answers
-                sentences.append([captions(one, rng, 1)[0] for one, rng in zip(variants, rngs)])
+                sentences.append([captions(one, rng, 1, EITHER)[0] for one, rng in zip(variants, rngs)])
         classes = embed_classes(model, tokenizer, sentences).T.numpy().reshape(len(first), len(answers), -1)
         classes = dict(zip(first, classes))
         best = [int(np.argmax(classes[key] @ image_embeds[n // 2])) for n, key in enumerate(keys)]

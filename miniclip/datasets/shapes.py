@@ -34,7 +34,7 @@ CELL = 16  # in the same: each shape lies in one cell of 4 x 4, the patches of t
 COLUMNS = 0, 3  # of the two groups
 ROWS = {1: (1, 2), 2: (1,), 3: (0, 1)}  # of a group's first member: "left" never looks like "above"
 HELD_OUT = 0.25  # of all pairs of kinds
-SECOND_FIRST = 0.25  # share of the captions that name the second group first
+SECOND_FIRST = 0.25  # see `captions`
 FAMILY = 8  # training scenes with equal colours, sizes and numbers, one after the other
 Kind = tuple[str, str]  # (color, shape)
 KINDS: list[Kind] = list(itertools.product(COLORS, SHAPES))
@@ -101,8 +101,9 @@ def make_families(pairs: list[frozenset[Kind]], number: int, rng: random.Random)
     return list(scenes)[:number]
 
 
-def captions(scene: Scene, rng: random.Random, number: int = 5) -> list[str]:
-    """Describes the scene completely in `number` (up to 9) different sentences."""
+def captions(scene: Scene, rng: random.Random, number: int = 5, second_first: float = SECOND_FIRST) -> list[str]:
+    """Describes the scene completely in `number` (up to 9) different sentences. `second_first` is the share of those
+    that name the second group first."""
 
     def words(group: Group) -> tuple[str, str]:
         count, size = rng.choice(COUNTS[group.count]), rng.choice(SIZES[group.size])
@@ -113,7 +114,7 @@ def captions(scene: Scene, rng: random.Random, number: int = 5) -> list[str]:
     sentences = []
     for frame in rng.sample(SCENES["frames"], number):
         x, y, relation = scene
-        if rng.random() < SECOND_FIRST:
+        if rng.random() < second_first:
             x, y, relation = y, x, OPPOSITE[relation]
         (x, is_x), (y, is_y) = words(x), words(y)
         ways, at_x = RELATIONS[relation]

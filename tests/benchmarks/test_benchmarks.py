@@ -1,5 +1,7 @@
 """The benchmarks' own claims: made vectors lie like embeddings, recall and FLOPs are counted right, the scripts run."""
 
+import ast
+import importlib
 import json
 import re
 import sys
@@ -200,3 +202,13 @@ def test_each_processor_has_its_table(benchmarks, tmp_path, monkeypatch):
     both = "## Runtimes: AMD EPYC\n\n3.0 ms\n\n## Runtimes: Intel Xeon\n\n2.0 ms"
     other = "<!-- other -->\nof any machine\n<!-- /other -->"
     assert file.read_text() == f"# Results\n\n<!-- runtimes -->\n{both}\n<!-- /runtimes -->\n\n{other}\n"
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.name)
+def test_what_they_import_of_the_package_is_there(path):
+    """Also within functions, which no quick run calls."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "miniclip":
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), (node.module, name)
