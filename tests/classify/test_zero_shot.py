@@ -460,7 +460,7 @@ def test_the_quiz_marks_what_a_model_says(tiny_config):
     scenes = [scene for scene, _, _ in drawn("eval", 12)]
 
     def described(drawn, asked):
-        sentences = [captions(s, random.Random(f"{one} 0"), 1)[0] for s, one in zip(drawn, asked)]
+        sentences = [captions(s, random.Random(f"{one} 0"), 1, scene_quiz.EITHER)[0] for s, one in zip(drawn, asked)]
         return miniclip.embed_texts(model, tokenizer, sentences)
 
     right = {"colour": 1, "shape": 1, "position": 1}
