@@ -82,7 +82,7 @@ def draw(found: dict[str, dict], path: Path):
         axes = figure.subplots()
         points = {
             name: (row["pictures"] + 5 * row["captions"], 100 * row["mean_recall"]) for name, row in found.items()
-        }  # fmt: skip
+        }
         front, best = [], -1.0
         for place, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
             size = found[name]["megabytes"]

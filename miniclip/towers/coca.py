@@ -32,7 +32,7 @@ from miniclip.model import (
     VisionTransformer,
 )
 from miniclip.towers.generate import beam_search, processors, sample
-from miniclip.towers.registry import CAPTIONERS, CUSTOM_TEXT, IN_OPENCLIP, openclip_rows
+from miniclip.towers.registry import CAPTIONERS, CUSTOM_TEXT, IN_OPENCLIP, check_images, openclip_rows
 from miniclip.utils.config_files import check, in_range
 from miniclip.utils.errors import InputError
 
@@ -153,9 +153,7 @@ class CocaVisionTransformer(TokenTower, VisionTransformer):
         self.ln_post, self.proj = nn.LayerNorm(E), nn.Linear(E, E, bias=False)
 
     def sequence(self, pixel_values: Tensor) -> Tensor:  # (B, 1 + tokens, E), what is read as the embedding first
-        S = self.image_size
-        if pixel_values.shape[1:] != (3, S, S):
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
+        check_images(pixel_values, self.image_size)
         x = self.run_blocks(self.embed_patches(self.conv1(pixel_values)), is_causal=False)
         if self.attn_pool_contrastive is None:
             return self.ln_post(self.attn_pool(x))

@@ -17,7 +17,7 @@ from miniclip.model import TOWERS
 from miniclip.towers.coca import AttentionalPooler, CocaImages
 from miniclip.towers.hf_config import HfVisionConfig, ask
 from miniclip.towers.huggingface import HfVisionTower
-from miniclip.towers.registry import NOT_IN_OPENCLIP
+from miniclip.towers.registry import NOT_IN_OPENCLIP, check_images
 from miniclip.towers.tokens import token_features
 from miniclip.utils.errors import InputError
 
@@ -73,9 +73,7 @@ class CocaHfVisionTower(HfVisionTower):
         return Reader(cfg.channels, embed_dim, cfg.attn_pooler_heads, cfg.hf_proj_dropout)
 
     def features(self, pixel_values: Tensor) -> Tensor:  # (B, N * C)
-        S = self.image_size
-        if pixel_values.shape[1:] != (3, S, S):
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
+        check_images(pixel_values, self.image_size)
         return token_features(self, pixel_values).flatten(1)
 
     def with_tokens(self, inputs: Tensor) -> tuple[Tensor, Tensor]:

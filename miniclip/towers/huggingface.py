@@ -36,7 +36,7 @@ from miniclip.towers.hf_config import (
 )
 from miniclip.towers.hf_tokenizer import TOKENIZER_FILES, HfTokenizer, tokenizer_folder
 from miniclip.towers.packages import PackagedEncoder, packaged, source
-from miniclip.towers.registry import TOKENIZER_BESIDE
+from miniclip.towers.registry import TOKENIZER_BESIDE, check_images
 from miniclip.towers.tokens import TOKEN_DIM, register_tokens, token_features
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
@@ -180,9 +180,7 @@ class HfVisionTower(HfTower):
         return dict(enumerate(names, self.width - len(names)))
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        S = self.image_size
-        if pixel_values.shape[1:] != (3, S, S):
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
+        check_images(pixel_values, self.image_size)
         pixel_values = pixel_values.contiguous(memory_format=self.layout)
         if isinstance(self.trunk, PackagedEncoder):
             return self.trunk(pixel_values)

@@ -29,6 +29,7 @@ from miniclip.model import TOWERS
 from miniclip.towers.hf_config import HfTextConfig, HfVisionConfig
 from miniclip.towers.hf_tokenizer import JointTokenizer
 from miniclip.towers.huggingface import HfTextTower, HfTower, HfVisionTower
+from miniclip.towers.registry import check_images
 from miniclip.towers.tokens import TOKEN_DIM, register_tokens, token_features
 from miniclip.utils.config_files import fill
 from miniclip.utils.errors import InputError
@@ -168,9 +169,8 @@ class JointVisionTower(JointTower):
 
     def inputs(self, pixel_values: Tensor) -> list[Tensor]:
         """The pixels of each encoder's own images."""
+        check_images(pixel_values, self.image_size)
         S, looks = self.image_size, self.cfg.looks
-        if pixel_values.shape[1:] != (3, S, S):
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
         given, found = looks[self.cfg.largest()], []
         for look in looks:
             mean, std, wanted_mean, wanted_std = (

@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from miniclip.config import SECTIONS, TextConfig, VisionConfig
 from miniclip.model import TOWERS, Tower
-from miniclip.utils.errors import CheckpointError
+from miniclip.utils.errors import CheckpointError, InputError
 
 IN_OPENCLIP = {VisionConfig, TextConfig}  # sections that OpenCLIP builds a tower from as they are
 NOT_IN_OPENCLIP: dict[type, str] = {}  # those whose weights no tower of OpenCLIP can hold, and why
@@ -23,6 +23,12 @@ def register_tower(base: type, tells: Callable[[dict], bool], section: type, tow
     TextConfig), which are read as the dataclass `section`. tests/towers/test_toy_tower.py is an example."""
     SECTIONS.append((base, tells, section))
     TOWERS[section] = tower
+
+
+def check_images(pixel_values: Tensor, side: int):
+    """Raises InputError for images of another size than (B, 3, side, side)."""
+    if pixel_values.shape[1:] != (3, side, side):
+        raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {side}, {side})")
 
 
 def openclip_rows(tower: Tower) -> list[tuple[str, str, str]]:

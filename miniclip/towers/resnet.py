@@ -24,9 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from miniclip.config import LARGEST
 from miniclip.model import TOWERS, Tower
 from miniclip.towers.huggingface import fuse_norms
-from miniclip.towers.registry import IN_OPENCLIP
+from miniclip.towers.registry import IN_OPENCLIP, check_images
 from miniclip.utils.config_files import in_range
-from miniclip.utils.errors import InputError
 
 
 @dataclass
@@ -118,9 +117,7 @@ class ModifiedResNet(Tower):
         return [block for stage in (self.layer1, self.layer2, self.layer3, self.layer4) for block in stage]
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        S = self.image_size
-        if pixel_values.shape[1:] != (3, S, S):
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
+        check_images(pixel_values, self.image_size)
         x = pixel_values.contiguous(memory_format=torch.channels_last)  # faster convolutions
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))

@@ -25,7 +25,7 @@ from miniclip.config import LARGEST, VisionConfig
 from miniclip.model import MLP, TOWERS, Block, Tower
 from miniclip.towers.hf_config import offline, open_tokenizer
 from miniclip.towers.hf_tokenizer import CLEAN, TOKENIZER_FILES
-from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE, TOKENIZER_BESIDE
+from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE, TOKENIZER_BESIDE, check_images
 from miniclip.towers.variants import VariantTextConfig, VariantTextTransformer, only_keys, set_kwargs
 from miniclip.utils.config_files import in_range
 from miniclip.utils.errors import InputError
@@ -134,9 +134,7 @@ class SigLipVisionTransformer(Tower):
         set_kwargs(self, cfg.act_kwargs, {"eps": EPS})
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        S = self.image_size
-        if pixel_values.shape[1:] != (3, S, S):
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
+        check_images(pixel_values, self.image_size)
         x = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (B, patches, W)
         x = self.run_blocks(x + self.positional_embedding.to(x.dtype), is_causal=False)
         return self.attn_pool(self.ln_post(x))

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from miniclip.model import TOWERS, Tower
 from miniclip.towers.hf_config import ask
-from miniclip.towers.registry import IN_OPENCLIP
+from miniclip.towers.registry import IN_OPENCLIP, check_images
 from miniclip.utils.config_files import in_range
 from miniclip.utils.errors import InputError
 from miniclip.utils.model_folder import limited_by
@@ -156,9 +156,7 @@ class TimmTower(Tower):
             self.trunk.load_state_dict(theirs.state_dict(), strict=True)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        S = self.image_size
-        if pixel_values.shape[1:] != (3, S, S):
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
+        check_images(pixel_values, self.image_size)
         if self.projection_name == "head":
             return self.trunk(pixel_values)
         return self.trunk.forward_head(self.trunk.forward_features(pixel_values), pre_logits=True)

@@ -22,7 +22,7 @@ from miniclip.tokenizer import BaseTokenizer
 from miniclip.towers.hf_config import offline, open_tokenizer
 from miniclip.towers.hf_tokenizer import HfTokenizer, tokenizer_folder
 from miniclip.towers.packages import source
-from miniclip.towers.registry import IN_OPENCLIP, openclip_rows
+from miniclip.towers.registry import IN_OPENCLIP, check_images, openclip_rows
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
 
@@ -130,9 +130,7 @@ class VariantVisionTransformer(VisionTransformer):
     def features(self, pixel_values: Tensor) -> Tensor:
         if self.pool_type == "tok":
             return super().features(pixel_values)
-        S = self.image_size
-        if pixel_values.shape[1:] != (3, S, S):
-            raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {S}, {S})")
+        check_images(pixel_values, self.image_size)
         x = self.run_blocks(self.embed_patches(self.conv1(pixel_values)), is_causal=False)[:, 1:]
         return self.ln_post(x.mean(dim=1)) if self.final_ln_after_pool else self.ln_post(x).mean(dim=1)
 

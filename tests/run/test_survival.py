@@ -193,7 +193,6 @@ def test_a_signal_saves_first(number, processes, recipe, caption_set, run_script
         assert state["global_step"] == 2 * int(more[1])
 
 
-@pytest.mark.slow
 def test_a_signal_without_a_reader_and_where_only_the_best_is_saved(recipe, caption_set):  # noqa: F811
     """Its output goes to a pipe whose reader ends too; no schedule would save; an epoch is one step."""
     run = caption_set / "run"
@@ -268,7 +267,6 @@ def test_folders_and_streams_that_cannot_be(recipe, tmp_path, run_script):  # no
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(recipe, tmp_path):  # noqa: F811
     """A disk of its own with room for two checkpoints and a bit."""
     disk = tmp_path / "disk"

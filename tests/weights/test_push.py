@@ -101,7 +101,6 @@ def test_a_pushed_model_loads_from_the_hub(hub, run, tmp_path, tiny_model):
     assert torch.allclose(embeds, tiny_model.encode_image(pixels, normalize=True), atol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_second_push_replaces_files_and_keeps_a_card_of_the_users_own(hub, run):
     push(hub, run, "--license", "mit")
     repo = hub.folder / "org" / "mine"
