@@ -19,7 +19,8 @@ def _pruned(values: dict) -> bool:
 
 
 VARIED = {"ls_init_value", "act_kwargs", "norm_kwargs", "pool_type", "no_ln_pre", "final_ln_after_pool"}
-VARIED_TEXT = VARIED | {"no_causal_mask", "eos_id", "pad_id", "proj_bias", "hf_tokenizer_name", "tokenizer_kwargs"}
+VARIED_TEXT = VARIED | {"no_causal_mask", "eos_id", "pad_id", "proj_bias", "token_dropout"}
+VARIED_TEXT |= {"hf_tokenizer_name", "tokenizer_kwargs"}
 
 
 def _variant(values: dict) -> bool:

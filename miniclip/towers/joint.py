@@ -179,7 +179,8 @@ class JointVisionTower(JointTower):
             )
             x = pixel_values
             if look["size"] != S:
-                x = F.interpolate(x, (look["size"],) * 2, mode="bicubic", antialias=True)
+                # In fp32: on a CPU torch resizes no bf16 with antialiasing.
+                x = F.interpolate(x.float(), (look["size"],) * 2, mode="bicubic", antialias=True).to(x.dtype)
             if (look["mean"], look["std"]) != (given["mean"], given["std"]):
                 x = (x * std + mean - wanted_mean) / wanted_std
             found.append(x)

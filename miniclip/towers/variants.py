@@ -62,6 +62,7 @@ class VariantTextConfig(TextConfig):
     pool_type: Literal["argmax", "first", "last", "eos"] = "argmax"  # the position that is read
     eos_id: int = 2  # of pool_type eos: the first position with this id
     pad_id: int = 0  # of padding, where the tokenizer does not say it
+    token_dropout: float = 0.0  # share of tokens hidden in training, but for the end token (Iyyer et al., ACL 2015)
     proj_bias: bool = False
     act_kwargs: dict | None = None
     norm_kwargs: dict | None = None
@@ -75,6 +76,9 @@ class VariantTextConfig(TextConfig):
         yield from only_keys("text_cfg", self, "norm_kwargs", ("eps",))
         yield from only_keys("text_cfg", self, "tokenizer_kwargs", self.tokenizer_options)
         yield self.hf_tokenizer_name or not self.tokenizer_kwargs, "text_cfg.tokenizer_kwargs needs hf_tokenizer_name"
+        yield 0 <= self.token_dropout < 1, "text_cfg.token_dropout is not in [0, 1)"
+        needs_end = self.pool_type == "argmax" or not self.token_dropout
+        yield needs_end, "text_cfg.token_dropout needs pool_type argmax, whose end token is read and stays"
 
 
 class LayerScale(nn.Module):
@@ -155,6 +159,13 @@ class VariantTextTransformer(TextTransformer):
             return self.ln_final(x[:, 0 if cfg.pool_type == "first" else -1])
         end = (input_ids if cfg.pool_type == "argmax" else (input_ids == cfg.eos_id).int()).argmax(dim=1)
         return self.ln_final(x.gather(1, end[:, None, None].expand(-1, -1, x.shape[2]))[:, 0])
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:  # a hidden token is a zero, its place included
+        x, share = super().embed_tokens(input_ids), self.cfg.token_dropout
+        if self.training and share:
+            seen = torch.rand(input_ids.shape, device=x.device) >= share
+            x = x * (seen | (input_ids == input_ids.amax(dim=1, keepdim=True)))[:, :, None]
+        return x
 
     def init_parameters(self):
         super().init_parameters()

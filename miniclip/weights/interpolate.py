@@ -22,7 +22,7 @@ def interpolate(before: dict[str, Tensor], after: dict[str, Tensor], alpha: floa
 def check_same(before: MiniClipConfig, after: MiniClipConfig):
     """Raises InputError, naming the fields, for two models that compute differently. Dropout makes no difference."""
     flat = [dict(_flatten(config.to_dict())) for config in (before, after)]
-    harmless = ("patch_dropout", "hf_proj_dropout", "hf_model_name")  # they do not change what weights compute
+    harmless = "patch_dropout", "token_dropout", "hf_proj_dropout", "hf_model_name"  # weights compute the same
     fields = [field for field in flat[0] | flat[1] if field.rpartition(".")[2] not in harmless]
     if differing := [field for field in fields if flat[0].get(field) != flat[1].get(field)]:
         both = [(field, flat[0].get(field), flat[1].get(field)) for field in differing]

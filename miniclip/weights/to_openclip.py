@@ -55,6 +55,7 @@ def write_openclip(path: Path, model: MiniClip):
         }
         config = {"model_cfg": model_cfg, "preprocess_cfg": {name: images[name] for name in sorted(FOLDER)}}
         path.mkdir()
+        model_cfg["text_cfg"].pop("token_dropout", None)  # of training, and unknown there
         if text:
             model_cfg["text_cfg"] = text
         if custom or text:

@@ -274,3 +274,26 @@ def test_a_text_tower_with_another_tokenizer(tmp_path):
 def test_what_is_not_supported_is_refused_by_name(section, fields, message):
     with pytest.raises(InputError, match=message):
         MiniClipConfig.from_dict({"vision_cfg": {}} | {section: fields})
+
+
+def test_a_share_of_the_tokens_is_hidden_in_training_only(tmp_path):
+    sizes = {"width": 16, "heads": 2, "layers": 1, "vocab_size": 49408, "context_length": 40}
+    cfg = {"embed_dim": 8, "vision_cfg": {**VIT, "image_size": 32}, "text_cfg": sizes}
+    plain = MiniClip(MiniClipConfig.from_dict(cfg)).eval()
+    model = MiniClip(MiniClipConfig.from_dict({**cfg, "text_cfg": {**sizes, "token_dropout": 0.4}})).eval()
+    model.load_state_dict(plain.state_dict())
+    input_ids = torch.zeros(50, 40, dtype=torch.long)
+    input_ids[:, :30] = torch.randint(1, 49000, (50, 30))
+    input_ids[:, 30] = 49407
+    whole = plain.text.embed_tokens(input_ids)
+    assert torch.equal(model.text(input_ids), plain.text(input_ids))
+    hidden = model.train().text.embed_tokens(input_ids)
+    zeros = (hidden == 0).all(dim=2)
+    assert torch.equal(hidden[~zeros], whole[~zeros]) and not zeros[:, 30].any()
+    assert 0.3 < zeros[:, :30].float().mean() < 0.5
+    model.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", "openclip")  # which has no such field
+    assert "token_dropout" not in (tmp_path / "theirs" / "open_clip_config.json").read_text()
+    for changed in ({"token_dropout": 1.0}, {"token_dropout": 0.2, "pool_type": "last"}):
+        with pytest.raises(InputError, match="token_dropout"):
+            MiniClipConfig.from_dict({**cfg, "text_cfg": {**sizes, **changed}})

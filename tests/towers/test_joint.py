@@ -41,6 +41,9 @@ def test_features_are_those_of_each_encoder_of_its_own_pixels(joint, tmp_path):
     assert torch.allclose(ours, torch.cat(alone, dim=1), atol=1e-5) and model.visual.width == ours.shape[1]
     fast = inference_copy(model)
     assert torch.allclose(fast.features(fast.visual, pixels), ours, atol=1e-5)
+    for precision in ("bf16", "int8"):
+        rough = inference_copy(model, precision)
+        assert (F.cosine_similarity(rough.features(rough.visual, pixels).float(), ours) > 0.99).all()
     model.save_pretrained(tmp_path / "saved")
     for name in ("vit", "convnext", "bert"):
         (tmp_path / name).rename(tmp_path / f"no-{name}")  # a folder is complete
