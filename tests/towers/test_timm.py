@@ -20,6 +20,7 @@ from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.weights.convert import convert
 from miniclip.weights.onnx import export
 from tests.training.test_training import recipe, trained_and_resumed  # noqa: F401
+from tests.weights.test_families_exported import find_a_picture
 
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 CONVNEXT = {"image_size": 32, "timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear"}
@@ -202,6 +203,7 @@ def test_it_is_saved_converted_and_loaded(vision, timm, tmp_path):
         torch.testing.assert_close(one, other, atol=tolerance, rtol=1e-4)
     with pytest.raises(CheckpointError, match="its image tower is from timm"):
         convert(tmp_path / "openclip.pt", tmp_path / "unnamed", "miniclip")
+    find_a_picture(miniclip.load(tmp_path / "saved")[0], tmp_path)
     if "convnext" in vision["timm_model_name"]:  # without positions it takes OpenCLIP's other image sizes too
         open_clip = pytest.importorskip("open_clip", reason="OpenCLIP is not installed: pip install open_clip_torch")
         peer = open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval()
