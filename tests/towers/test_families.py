@@ -13,7 +13,9 @@ from benchmarks.make_towers_golden import GOLDEN, MODELS, VIT, contrastive, make
 from miniclip.checkpoint import from_miniclip, to_miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
+from miniclip.training.distill import Distillation
 from miniclip.training.freeze import depths, freeze
+from miniclip.transforms import Preprocess
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
@@ -213,6 +215,9 @@ def test_pruning_is_leaving_out(tmp_path):
         inherit(whole, MiniClipConfig.from_dict(more))
     with pytest.raises(InputError, match=r"block_heads is \[1\], not a number from 0 for each of 2 layers"):
         MiniClipConfig.from_dict({"vision_cfg": vision | {"block_heads": [1]}})
+    learns_from = Distillation(whole, Preprocess(whole.config.preprocess_cfg), small)  # it reads the same tokens
+    scores = learns_from.embed(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), input_ids)
+    assert torch.allclose(scores.text_embeds, whole.encode_text(input_ids, normalize=True), atol=1e-5)
 
 
 def test_a_small_resnet_inherits_from_a_large_one():
