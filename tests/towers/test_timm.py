@@ -3,6 +3,7 @@ and exported; a config from elsewhere fetches nothing and asks for no more than 
 
 import json
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import miniclip
 from benchmarks.make_towers_golden import contrastive, make_inputs, make_weights
 from miniclip.checkpoint import from_miniclip, to_miniclip
+from miniclip.compat.model import CLIP
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip
 from miniclip.towers.intermediates import forward_intermediates
@@ -100,6 +102,7 @@ def test_it_computes_what_openclip_does(family, timm):
             close(getattr(model, method)(inputs), getattr(peer, method)(inputs), atol=1e-5)
         close(model.get_logits(images, input_ids)[0], peer.get_logits(images, input_ids)[0], atol=1e-5)
         check_intermediates(model, peer, images)
+    check_locks(CLIP(MiniClip(model.config), custom_text=custom), deepcopy(peer), images)
     image, text, scale = peer.double().train()(images.double(), input_ids)[:3]
     contrastive(scale * image @ text.T).backward()
     expected = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
@@ -118,6 +121,22 @@ def test_it_computes_what_openclip_does(family, timm):
     for name, buffer in peer.named_buffers():
         if name in after:
             close(after[name], buffer, atol=1e-9)
+
+
+def check_locks(face: CLIP, peer, images: torch.Tensor):
+    """`lock_image_tower` freezes what OpenCLIP's does, and statistics if asked to."""
+    learning, moved = [], []
+    for groups in (0, 1, 2):
+        for one in (face, peer):
+            one.requires_grad_(True).lock_image_tower(groups, freeze_bn_stats=groups == 2)
+        for visual in (face.visual, peer.visual):
+            learning.append({name for name, p in visual.named_parameters() if p.requires_grad})
+        assert learning.pop() == learning.pop(), groups
+    for visual in (face.visual, peer.visual):
+        before = {name: t.clone() for name, t in visual.state_dict().items()}
+        visual.train()(images)
+        moved.append({name for name, t in visual.state_dict().items() if not torch.equal(t, before[name])})
+    assert moved[0] == moved[1]
 
 
 def check_intermediates(model: MiniClip, peer, images: torch.Tensor):
