@@ -141,7 +141,7 @@ class MiniClipConfig:
         if name.endswith(".json"):
             return cls.from_json(name)
         if name not in list_models():
-            nearest = ", ".join(difflib.get_close_matches(name, list_models(), n=3, cutoff=0.3) or list_models())
+            nearest = ", ".join(difflib.get_close_matches(name, list_models(), n=3, cutoff=0.0))
             raise InputError(f"{name!r} is neither a folder nor the name of a model config; nearest: {nearest}")
         return cls.from_json(MODEL_CONFIGS / f"{name}.json")
 

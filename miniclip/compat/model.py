@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from miniclip.checkpoint import rename, to_miniclip
 from miniclip.config import TextConfig
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
+from miniclip.towers.huggingface import HfTextTower
 from miniclip.towers.intermediates import forward_intermediates
+from miniclip.towers.siglip import SigLipVisionTransformer
+from miniclip.towers.timm_model import TimmTower
 from miniclip.training.freeze import freeze
 from miniclip.utils.errors import CheckpointError, InputError
 
@@ -79,15 +82,21 @@ class CLIP(nn.Module):
         self.miniclip.activation_checkpointing_enable(every_n_layers=int(enable))
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False):
-        freeze(self.miniclip, image=_locked(unlocked_groups))
+        if isinstance(self.visual, TimmTower):
+            self.visual.freeze_groups(unlocked_groups)
+        else:
+            freeze(self.miniclip, image=_locked(unlocked_groups))
+        if isinstance(self.visual, SigLipVisionTransformer) and unlocked_groups == 1:  # a group of timm's there
+            self.visual.attn_pool.requires_grad_(True)
         if not freeze_bn_stats:  # as there, they follow the batches
             self.visual.fixed_norms = ()
-            self.visual.train(self.visual.training)
+        self.visual.train(self.visual.training)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True):
         if not freeze_layer_norm:
             raise InputError("freeze_layer_norm=False cannot be honoured: a layer is frozen with its norms, as there")
-        freeze(self.miniclip, text=_locked(unlocked_layers))
+        projection = isinstance(self.text, HfTextTower)  # there it learns in any case
+        freeze(self.miniclip, text=_locked(unlocked_layers + projection))
 
 
 class OpenAIClip(CLIP):

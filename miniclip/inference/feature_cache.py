@@ -116,7 +116,7 @@ def text_key(text: str) -> bytes:
 
 def projections(model: MiniClip) -> list:
     """What makes an image's vectors of its features: the projection, and that of late interaction if there is one."""
-    return [model.visual.proj, *([model.visual.token_proj] if has_tokens(model) else [])]
+    return [model.visual.projection, *([model.visual.token_proj] if has_tokens(model) else [])]
 
 
 def fingerprint(model: MiniClip, tower: Tower, about: dict) -> str:
@@ -125,7 +125,7 @@ def fingerprint(model: MiniClip, tower: Tower, about: dict) -> str:
         raise InputError("a feature cache needs the weights as they were loaded: load the model without a precision")
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
-        if name.partition(".")[0] not in (tower.projection_name, "token_proj"):
+        if not name.startswith((f"{tower.projection_name}.", "token_proj.")):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

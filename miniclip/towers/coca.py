@@ -73,6 +73,7 @@ class CocaTextConfig(TextConfig):
     def problems(self):
         yield from super().problems()
         yield self.embed_cls and self.output_tokens, "text_cfg.embed_cls and output_tokens are not both true"
+        yield 0 <= self.pad_id < self.vocab_size, "text_cfg.pad_id is not from 0 to vocab_size - 1"
 
 
 @dataclass

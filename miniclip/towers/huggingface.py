@@ -141,6 +141,10 @@ class HfTower(Tower):
     def checkpoint_activations(self, every: int):
         if not self.may_skip_parameters:
             return  # frozen: there is no backward pass
+        if not every:
+            for module in self.trunk.modules():
+                module.gradient_checkpointing = False  # what transformers' layers look at
+            return
         if isinstance(self.trunk, PackagedEncoder) or not self.trunk.supports_gradient_checkpointing:
             problem = f"the {self.kind} tower ({type(self.trunk).__name__}) does not support activation checkpointing"
             raise InputError(f"{problem}: remove --gradient_checkpointing, or freeze the tower")

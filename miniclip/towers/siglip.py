@@ -26,7 +26,7 @@ from miniclip.model import MLP, TOWERS, Block, Tower
 from miniclip.towers.hf_config import offline, open_tokenizer
 from miniclip.towers.hf_tokenizer import CLEAN, TOKENIZER_FILES
 from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE, TOKENIZER_BESIDE, check_images
-from miniclip.towers.variants import VariantTextConfig, VariantTextTransformer, only_keys, set_kwargs
+from miniclip.towers.variants import VariantTextConfig, VariantTextTransformer, right_kwargs, set_kwargs
 from miniclip.utils.config_files import in_range
 from miniclip.utils.errors import InputError
 
@@ -81,7 +81,7 @@ class SigLipVisionConfig(VisionConfig):
         yield self.image_size >= self.patch_size, "vision_cfg.image_size is less than a patch"
         yield not self.patch_dropout, "vision_cfg.patch_dropout is not supported in SigLIP's image tower"
         yield not self.timm_model_pretrained, "vision_cfg.timm_model_pretrained is true: name weights by pretrained"
-        yield from only_keys("vision_cfg", self, "act_kwargs", ("approximate",))
+        yield from right_kwargs("vision_cfg", self)
 
     def preprocess(self) -> dict:
         return {"size": self.image_size, "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}

@@ -150,6 +150,19 @@ class TimmTower(Tower):
     def blocks(self) -> list[nn.Module]:
         return [self.trunk.get_submodule(name) for name in self.block_names]
 
+    def freeze_groups(self, unlocked: int):
+        """Freezes the trunk but the last `unlocked` of timm's groups of layers, with the statistics of frozen
+        BatchNorms; `head` learns. So does OpenCLIP."""
+        from timm.models import group_parameters
+
+        groups = ask(self.cfg.timm_model_name, group_parameters, self.trunk, self.trunk.group_matcher())
+        for number, names in groups.items():
+            for name in names:
+                self.trunk.get_parameter(name).requires_grad_(number + unlocked > max(groups))
+        self.head.requires_grad_(True)
+        norms = (module for module in self.modules() if isinstance(module, _BatchNorm))
+        self.fixed_norms = tuple(norm for norm in norms if not any(p.requires_grad for p in norm.parameters()))
+
     def load_pretrained(self):
         if self.cfg.pretrained:
             theirs = ask(self.cfg.timm_model_name, self.make_trunk, pretrained=True)

@@ -36,6 +36,17 @@ def only_keys(kind: str, section, field: str, keys: tuple[str, ...]):
     )
 
 
+def right_kwargs(kind: str, section):
+    """For `check`: `act_kwargs` and `norm_kwargs` are what `set_kwargs` takes."""
+    for field, key, fits, values in (
+        ("act_kwargs", "approximate", lambda value: value in ("none", "tanh"), "none or tanh"),
+        ("norm_kwargs", "eps", lambda value: type(value) is float and 0 < value < 1, "a number between 0 and 1"),
+    ):
+        given = getattr(section, field, None) or {}
+        yield from only_keys(kind, section, field, (key,)) if given else ()
+        yield key not in given or fits(given[key]), f"{kind}.{field}: {key} is {given.get(key)!r:.50}, not {values}"
+
+
 @dataclass
 class VariantVisionConfig(VisionConfig):
     """The image tower, with OpenCLIP's other fields."""
@@ -49,8 +60,7 @@ class VariantVisionConfig(VisionConfig):
 
     def problems(self):
         yield from super().problems()
-        yield from only_keys("vision_cfg", self, "act_kwargs", ("approximate",))
-        yield from only_keys("vision_cfg", self, "norm_kwargs", ("eps",))
+        yield from right_kwargs("vision_cfg", self)
 
 
 @dataclass
@@ -72,8 +82,7 @@ class VariantTextConfig(TextConfig):
 
     def problems(self):
         yield from super().problems()
-        yield from only_keys("text_cfg", self, "act_kwargs", ("approximate",))
-        yield from only_keys("text_cfg", self, "norm_kwargs", ("eps",))
+        yield from right_kwargs("text_cfg", self)
         yield from only_keys("text_cfg", self, "tokenizer_kwargs", self.tokenizer_options)
         yield self.hf_tokenizer_name or not self.tokenizer_kwargs, "text_cfg.tokenizer_kwargs needs hf_tokenizer_name"
         yield 0 <= self.token_dropout < 1, "text_cfg.token_dropout is not in [0, 1)"
@@ -84,7 +93,7 @@ class VariantTextConfig(TextConfig):
 class LayerScale(nn.Module):
     def __init__(self, width: int, start: float):
         super().__init__()
-        self.start, self.gamma = start, nn.Parameter(torch.full((width,), start))
+        self.start, self.gamma = start, nn.Parameter(torch.full((width,), float(start)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma

@@ -37,8 +37,9 @@ class Distillation:
 
     def __init__(self, teacher: MiniClip, preprocess, student: MiniClip, contrast: Callable | None = None, bf16=False):
         theirs, ours = teacher.config.text_cfg, student.config.text_cfg
-        words = [(t.vocabulary(), t.pad_token_id) for t in (teacher.text.tokenizer, student.text.tokenizer)]
-        same = type(theirs) is type(ours) and theirs.vocab_size == ours.vocab_size and words[0] == words[1]
+        readers = teacher.text.tokenizer, student.text.tokenizer
+        words = [(type(reader), reader.vocabulary(), reader.pad_token_id) for reader in readers]
+        same = theirs.vocab_size == ours.vocab_size and words[0] == words[1]
         if not same or theirs.context_length < ours.context_length:
             reads = f"reads {theirs.context_length} tokens from a vocabulary of {theirs.vocab_size}"
             wanted = f"the student {ours.context_length} from {ours.vocab_size}"

@@ -55,8 +55,7 @@ def replacing(path: str | Path, first_wins: bool = False, shared: bool = False) 
                     raise
         elif path.is_dir() and scratch.is_dir():
             (path / MANIFEST).unlink(missing_ok=True)  # untrue until the new one is there
-            for part in sorted(scratch.iterdir(), key=lambda part: part.name == MANIFEST):
-                os.replace(part, path / part.name)
+            join(scratch, path)
         else:
             os.replace(scratch, path)
     except BaseException as error:
@@ -66,6 +65,13 @@ def replacing(path: str | Path, first_wins: bool = False, shared: bool = False) 
     finally:
         delete(scratch)
     sync(path.parent)
+
+
+def join(source: Path, target: Path):
+    """Moves what is in a folder into another, file by file, the manifest last."""
+    for part in sorted(source.iterdir(), key=lambda part: part.name == MANIFEST):
+        there = target / part.name
+        join(part, there) if part.is_dir() and there.is_dir() else os.replace(part, there)
 
 
 def delete(path: Path):

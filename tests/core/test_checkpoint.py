@@ -170,6 +170,7 @@ def test_missing_and_left_over_keys_raise():
         (["text_model.encoder.layers.0.layer_norm1.weight", "text_projection.weight"], "one tower alone"),
         (["vision_model.encoder.layers.0.layer_norm1.weight"], "one tower alone"),
         (["embeddings.token_embedding.weight", "encoder.layers.0.layer_norm1.weight"], "one tower alone"),
+        (["visual.conv1.weight", "text.transformer.embeddings.x"], r"^(?!.*tower alone).*; unknown text\.transformer"),
         (["conv.weight", "fc.bias"], "conv.weight, fc.bias"),
     ],
 )

@@ -44,6 +44,8 @@ def test_unknown_fields_raise_and_list_the_known_ones():
 def test_unknown_name_lists_the_nearest():
     with pytest.raises(ValueError, match="'ViT-B/32'.*ViT-B-32"):
         MiniClipConfig.from_name("ViT-B/32")
+    with pytest.raises(ValueError, match=r"nearest: [^,]+, [^,]+, [^,]+$"):
+        MiniClipConfig.from_name("/no/model")
 
 
 def test_sizes_that_do_not_fit_raise():

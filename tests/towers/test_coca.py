@@ -149,6 +149,7 @@ def test_published_configs():
         ({"embed_dim": 64}, "embed_dim and the widths of text and decoder differ"),
         ({"multimodal_cfg": WORDS | {"context_length": 15}}, "context_length differs in text_cfg and multimodal_cfg"),
         ({"multimodal_cfg": WORDS | {"mlp_ratio": 2}}, "multimodal_cfg: unknown field 'mlp_ratio'"),
+        ({"text_cfg": TINY["text_cfg"] | {"pad_id": -1}}, "text_cfg.pad_id is not from 0 to vocab_size - 1"),
     ):
         with pytest.raises(InputError, match=message):
             MiniClipConfig.from_dict(TINY | wrong)

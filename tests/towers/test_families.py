@@ -13,7 +13,9 @@ from benchmarks.make_towers_golden import GOLDEN, MODELS, VIT, contrastive, make
 from miniclip.checkpoint import from_miniclip, to_miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
+from miniclip.training.distill import Distillation
 from miniclip.training.freeze import depths, freeze
+from miniclip.transforms import Preprocess
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
@@ -27,7 +29,7 @@ RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))["models"]
 PRUNED = {"head_width": 8, "block_heads": [2, 0, 3], "block_mlp_widths": [20, 7, 0], "width": 30, "layers": 3}
 TRAINED = {
     "ResNet": ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, {}),
-    "CLIPA": (VIT | {"no_ln_pre": True, "pool_type": "avg", "ls_init_value": 0.1}, {"pool_type": "last"}),
+    "CLIPA": (VIT | {"no_ln_pre": True, "pool_type": "avg", "ls_init_value": 1}, {"pool_type": "last"}),
     "TinyCLIP auto": ({"image_size": 32, "patch_size": 8, **PRUNED}, PRUNED),
 }
 REFUSED = {"TinyCLIP auto": "OpenCLIP has no towers with blocks that differ in size"}
@@ -213,6 +215,9 @@ def test_pruning_is_leaving_out(tmp_path):
         inherit(whole, MiniClipConfig.from_dict(more))
     with pytest.raises(InputError, match=r"block_heads is \[1\], not a number from 0 for each of 2 layers"):
         MiniClipConfig.from_dict({"vision_cfg": vision | {"block_heads": [1]}})
+    learns_from = Distillation(whole, Preprocess(whole.config.preprocess_cfg), small)  # it reads the same tokens
+    scores = learns_from.embed(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), input_ids)
+    assert torch.allclose(scores.text_embeds, whole.encode_text(input_ids, normalize=True), atol=1e-5)
 
 
 def test_a_small_resnet_inherits_from_a_large_one():
@@ -245,6 +250,8 @@ def test_a_text_tower_with_another_tokenizer(tmp_path):
     values = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": text | {"tokenizer_kwargs": {"strip_sep_token": True}}}
     model = MiniClip(MiniClipConfig.from_dict(values)).eval()
     model.save_pretrained(tmp_path / "saved")
+    for force in (False, True):  # also over a folder with a tokenizer
+        convert(tmp_path / "saved", tmp_path / "again", "miniclip", force=force)
     plain = MiniClip(MiniClipConfig.from_dict(values | {"text_cfg": text})).text.tokenizer
     (tmp_path / "bert").rename(tmp_path / "no-bert")  # a folder is complete
     loaded, _, tokenizer = miniclip.load(tmp_path / "saved")
@@ -263,7 +270,9 @@ def test_a_text_tower_with_another_tokenizer(tmp_path):
     ("text_cfg", {"tokenizer_kwargs": {"clean": "canonicalize"}}, "tokenizer_kwargs has clean, and only strip_sep"),
     ("text_cfg", {"tokenizer_kwargs": {"strip_sep_token": True}}, "tokenizer_kwargs needs hf_tokenizer_name"),
     ("text_cfg", {"pool_type": "none"}, "pool_type is 'none', not 'argmax' or"),
+    ("text_cfg", {"act_kwargs": {"approximate": "x"}}, "act_kwargs: approximate is 'x', not none or tanh"),
     ("vision_cfg", {"norm_kwargs": {"bias": False}}, "vision_cfg.norm_kwargs has bias, and only eps"),
+    ("vision_cfg", {"norm_kwargs": {"eps": "1e-6"}}, "norm_kwargs: eps is '1e-6', not a number between 0 and 1"),
     ("vision_cfg", {"global_average_pool": True}, "unknown field 'global_average_pool'"),
     ("vision_cfg", {"output_tokens": True, "pool_type": "avg"}, "unknown field 'output_tokens'"),
     ("vision_cfg", {"layers": [1, 1, 1]}, r"layers is \[1, 1, 1\], not of type tuple"),

@@ -19,6 +19,7 @@ import miniclip
 from benchmarks.make_hf_golden import CASES, draw, record
 from benchmarks.make_towers_golden import contrastive, summary
 from miniclip.checkpoint import from_miniclip
+from miniclip.compat.model import CLIP
 from miniclip.config import MiniClipConfig
 from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.inference.fast import inference_copy
@@ -293,6 +294,10 @@ def test_towers_are_frozen_and_slowed_down_from_the_bottom(encoders):
     }  # fmt: skip
     assert not any("layer.0." in name or "embeddings" in name for name in learning)
     assert any("text.trunk.encoder.layer.1." in name for name in learning)
+    for layers, blocks in ((0, set()), (1, {"encoder.2"})):  # as in OpenCLIP, where the projection always learns
+        CLIP(model).lock_text_tower(layers)
+        learning = {".".join(n.split(".")[:3]) for n, p in model.text.named_parameters() if p.requires_grad}
+        assert "text_projection.0.weight" in learning and len(learning) == 1 + len(blocks)
     freeze(model, image="tower", text="all")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"logit_scale", "visual.proj.0.weight"}
     rate = layer_rates(model, image=0.5, layer_decay=0.1)
@@ -334,7 +339,7 @@ def test_activation_checkpointing_changes_no_gradient(encoders):
             lambda *_, number=number: computed.append(number)
         )
     gradients, runs = [], []
-    for enable in (None, {}, {"every_n_layers": 2}):
+    for enable in (None, {}, {"every_n_layers": 2}, {"every_n_layers": 0}):
         if enable is not None:
             model.activation_checkpointing_enable(**enable)
         torch.manual_seed(0)  # of the dropout
@@ -344,7 +349,7 @@ def test_activation_checkpointing_changes_no_gradient(encoders):
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         runs.append([computed.count(number) for number in range(6)])
     assert all(torch.allclose(gradients[0], other, atol=1e-6) for other in gradients[1:])
-    assert runs == [[1] * 6, [2] * 6, [2, 1, 2, 2, 1, 2]]
+    assert runs == [[1] * 6, [2] * 6, [2, 1, 2, 2, 1, 2], [1] * 6]
 
 
 def test_activation_checkpointing_that_is_not_possible_is_refused(tmp_path):

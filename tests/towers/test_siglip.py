@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Sigl
 import miniclip
 from miniclip.checkpoint import from_miniclip
 from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities, zero_shot_classify
+from miniclip.compat.model import CLIP
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip
 from miniclip.towers.siglip import join_in_proj
@@ -133,6 +134,8 @@ def test_a_folder_is_complete_and_probabilities_are_sigmoids(theirs, tmp_path):
     fast = miniclip.load(tmp_path / "saved", precision="fp32")[0]
     embeds = model.encode_image(pixels, normalize=True).detach().numpy()
     assert np.allclose(probabilities(fast, embeds, classifier), expected, atol=1e-6)
+    CLIP(model).lock_image_tower(1)  # the last of timm's groups in OpenCLIP is the pool
+    assert {name.partition(".")[0] for name, p in model.visual.named_parameters() if p.requires_grad} == {"attn_pool"}
     depth = depths(model.visual)
     assert {d for name, d in depth.items() if name.startswith(("ln_post", "attn_pool"))} == {0}
     assert depth["conv1.weight"] == depth["positional_embedding"] == 3

@@ -3,6 +3,7 @@ and exported; a config from elsewhere fetches nothing and asks for no more than 
 
 import json
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import miniclip
 from benchmarks.make_towers_golden import contrastive, make_inputs, make_weights
 from miniclip.checkpoint import from_miniclip, to_miniclip
+from miniclip.compat.model import CLIP
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip
 from miniclip.towers.intermediates import forward_intermediates
@@ -20,6 +22,7 @@ from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.weights.convert import convert
 from miniclip.weights.onnx import export
 from tests.training.test_training import recipe, trained_and_resumed  # noqa: F401
+from tests.weights.test_families_exported import find_a_picture
 
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 CONVNEXT = {"image_size": 32, "timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear"}
@@ -99,6 +102,7 @@ def test_it_computes_what_openclip_does(family, timm):
             close(getattr(model, method)(inputs), getattr(peer, method)(inputs), atol=1e-5)
         close(model.get_logits(images, input_ids)[0], peer.get_logits(images, input_ids)[0], atol=1e-5)
         check_intermediates(model, peer, images)
+    check_locks(CLIP(MiniClip(model.config), custom_text=custom), deepcopy(peer), images)
     image, text, scale = peer.double().train()(images.double(), input_ids)[:3]
     contrastive(scale * image @ text.T).backward()
     expected = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
@@ -117,6 +121,22 @@ def test_it_computes_what_openclip_does(family, timm):
     for name, buffer in peer.named_buffers():
         if name in after:
             close(after[name], buffer, atol=1e-9)
+
+
+def check_locks(face: CLIP, peer, images: torch.Tensor):
+    """`lock_image_tower` freezes what OpenCLIP's does, and statistics if asked to."""
+    learning, moved = [], []
+    for groups in (0, 1, 2):
+        for one in (face, peer):
+            one.requires_grad_(True).lock_image_tower(groups, freeze_bn_stats=groups == 2)
+        for visual in (face.visual, peer.visual):
+            learning.append({name for name, p in visual.named_parameters() if p.requires_grad})
+        assert learning.pop() == learning.pop(), groups
+    for visual in (face.visual, peer.visual):
+        before = {name: t.clone() for name, t in visual.state_dict().items()}
+        visual.train()(images)
+        moved.append({name for name, t in visual.state_dict().items() if not torch.equal(t, before[name])})
+    assert moved[0] == moved[1]
 
 
 def check_intermediates(model: MiniClip, peer, images: torch.Tensor):
@@ -202,6 +222,7 @@ def test_it_is_saved_converted_and_loaded(vision, timm, tmp_path):
         torch.testing.assert_close(one, other, atol=tolerance, rtol=1e-4)
     with pytest.raises(CheckpointError, match="its image tower is from timm"):
         convert(tmp_path / "openclip.pt", tmp_path / "unnamed", "miniclip")
+    find_a_picture(miniclip.load(tmp_path / "saved")[0], tmp_path)
     if "convnext" in vision["timm_model_name"]:  # without positions it takes OpenCLIP's other image sizes too
         open_clip = pytest.importorskip("open_clip", reason="OpenCLIP is not installed: pip install open_clip_torch")
         peer = open_clip.create_model(f"local-dir:{tmp_path / 'openclip'}").eval()

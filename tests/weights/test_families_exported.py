@@ -3,13 +3,20 @@ refused, by a name, by those that cannot."""
 
 import importlib.util
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from miniclip.config import MiniClipConfig, list_models
+from miniclip.index.build import update
+from miniclip.index.image_index import ImageIndexError
+from miniclip.index.search import ImageSearch
+from miniclip.inference.feature_cache import fingerprint
 from miniclip.model import MiniClip
 from miniclip.towers import siglip
+from miniclip.transforms import Preprocess
 from miniclip.utils.errors import InputError
 from miniclip.weights import onnx as exports
 from miniclip.weights.convert import EXPORTERS
@@ -81,6 +88,27 @@ def test_weights_are_written_or_refused_by_name(small, tmp_path):
         with pytest.raises(InputError, match=refused[form]) if form in refused else nullcontext():
             EXPORTERS[form.removesuffix(".pt")](tmp_path / form, model)
         assert (tmp_path / form).exists() == (form not in refused), form
+
+
+def find_a_picture(model: MiniClip, folder: Path):
+    """Indexes two pictures and finds one; with another projection the index is another model's, but features stay."""
+    (folder / "pictures").mkdir()
+    for color in ("red", "blue"):
+        Image.new("RGB", (20, 30), color).save(folder / "pictures" / f"{color}.png")
+    loaded = model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer
+    update(folder / "pictures", folder / "p.mc", *loaded, {"name": "small", "pretrained": None}, num_workers=0)
+    found = ImageSearch(folder / "p.mc", loaded).query(image=folder / "pictures" / "red.png")
+    assert {one.path for one in found} == {"red.png", "blue.png"} and found[0].score == pytest.approx(1, abs=1e-5)
+    if parameters := list(model.visual.projection.parameters()):
+        before = fingerprint(model, model.visual, {})
+        parameters[0].data += 1
+        assert fingerprint(model, model.visual, {}) == before
+        with pytest.raises(ImageIndexError, match="their vectors cannot be compared"):
+            ImageSearch(folder / "p.mc", loaded)
+
+
+def test_pictures_are_searched(small, tmp_path):
+    find_a_picture(small[0], tmp_path)
 
 
 @pytest.mark.slow
