@@ -151,6 +151,12 @@ def read_preprocessing(path: Path, maker: str = "") -> dict:
     return ours
 
 
+def preprocessing_of(folder: Path, maker: str) -> dict:
+    """The preprocessing in a folder of transformers: in a file of its own, or in its processor's; {} without either."""
+    files = (folder / name for name in ("preprocessor_config.json", "processor_config.json"))
+    return next((read_preprocessing(file, maker) for file in files if file.is_file()), {})
+
+
 def _from_transformers(theirs: dict, path: Path, maker: str) -> dict:
     maker = str(theirs.get("image_processor_type") or theirs.get("feature_extractor_type") or maker)
     clip = "CLIP" in maker  # whose defaults are others

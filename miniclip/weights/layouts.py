@@ -8,19 +8,12 @@ from pathlib import Path
 from miniclip.config import MiniClipConfig, TextConfig
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
-from miniclip.towers.hf_config import read_preprocessing
+from miniclip.towers.hf_config import preprocessing_of
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.model_folder import limited_by
 from miniclip.utils.weight_files import find_weights, read_json
 from miniclip.weights import siglip
-from miniclip.weights.load import (
-    Checkpoint,
-    empty_model,
-    fill,
-    fitting_configs,
-    infer_config,
-    open_checkpoint,
-)
+from miniclip.weights.load import Checkpoint, empty_model, fill, fitting_configs, infer_config, open_checkpoint
 
 OLD_NAMES = {"proj": "hf_proj_type", "pooler_type": "hf_pooler_type"}  # of older OpenCLIP versions
 
@@ -71,7 +64,7 @@ def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None,
     """The config with a name or in a folder of MiniCLIP or OpenCLIP, if there is one, and where it comes from."""
     if name:
         config = MiniClipConfig.from_name(name)
-        theirs = preprocessing_of(folder) or dataclasses.asdict(config.preprocess_cfg)
+        theirs = preprocessing_of(folder, "CLIPImageProcessor") or dataclasses.asdict(config.preprocess_cfg)
         if differing := [k for k, v in dataclasses.asdict(config.preprocess_cfg).items() if theirs.get(k, v) != v]:
             problem = f"the config {name} prepares images otherwise than {folder}, in {', '.join(differing)}"
             warnings.warn(f"{problem}; {name} is followed", stacklevel=3)
@@ -95,14 +88,6 @@ def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None,
     return MiniClipConfig.from_dict(values, f"the config in {folder}"), f"config of {folder}"
 
 
-def preprocessing_of(folder: Path) -> dict:
-    """The preprocessing in a folder of transformers: in a file of its own, or in its processor's."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (file := folder / name).is_file():
-            return read_preprocessing(file, "CLIPImageProcessor")
-    return {}
-
-
 def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[MiniClipConfig | None, str]:
     """The config that fits the weights and the reason; None and what is in doubt, if there is not exactly one."""
     config, sizes = read_json(folder / "config.json"), infer_config(weights)
@@ -124,7 +109,7 @@ def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[
                                   f" the width {sizes['vision_cfg']['width']}")  # fmt: skip
         sizes["vision_cfg"]["head_width"] = sizes["vision_cfg"]["width"] // heads
         sizes["text_cfg"]["heads"] = text.get("num_attention_heads", 8)
-        if images := preprocessing_of(folder):
+        if images := preprocessing_of(folder, "CLIPImageProcessor"):
             if (size := images["size"]) != sizes["vision_cfg"]["image_size"]:
                 model_size = f"the model's images are of {sizes['vision_cfg']['image_size']}"
                 warnings.warn(f"{folder}: images are cropped to {size}, but {model_size}, which is kept", stacklevel=3)
