@@ -278,12 +278,6 @@ class HfTextTower(HfTower):
         with offline():
             self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory, folder))
 
-    def tokenizer_beside(self, folder: Path):
-        """Takes the tokenizer in the folder of the weights, if one is there and none was read before."""
-        if self.own_tokenizer is None and (folder / TOKENIZER_FILES[0]).is_file():
-            with offline():
-                self.own_tokenizer = self.read_tokenizer(folder)
-
 
 def fuse_norms(network: nn.Module) -> nn.Module:
     """Fuses each BatchNorm in a network into the convolution before it, in the order of submodules, in place."""
@@ -297,7 +291,7 @@ def fuse_norms(network: nn.Module) -> nn.Module:
 
 
 TOWERS.update({HfVisionConfig: HfVisionTower, HfTextConfig: HfTextTower})
-TOKENIZER_BESIDE[HfTextConfig] = HfTextTower.tokenizer_beside
+TOKENIZER_BESIDE[HfTextConfig] = TOKENIZER_FILES[:1]
 
 
 @register_tokens

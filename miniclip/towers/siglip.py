@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from miniclip.checkpoint import BLOCK_ROWS, OPERATIONS
 from miniclip.config import LARGEST, VisionConfig
 from miniclip.model import MLP, TOWERS, Block, Tower
-from miniclip.towers.hf_config import offline, open_tokenizer
+from miniclip.towers.hf_config import open_tokenizer
 from miniclip.towers.hf_tokenizer import CLEAN, TOKENIZER_FILES
 from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE, TOKENIZER_BESIDE, check_images
 from miniclip.towers.variants import VariantTextConfig, VariantTextTransformer, only_keys, set_kwargs
@@ -188,12 +188,6 @@ class SigLipTextTransformer(VariantTextTransformer):
             kind = PreTrainedTokenizerFast if (Path(folder) / TOKENIZER_FILES[0]).is_file() else kind
         return open_tokenizer(folder, kind)
 
-    def tokenizer_beside(self, folder: Path):
-        """Takes the tokenizer in the folder of the weights, if one is there and none was read before."""
-        if self.own_tokenizer is None and any((folder / name).is_file() for name in TOKENIZER_FILES):
-            with offline():
-                self.own_tokenizer = self.read_tokenizer(folder)
-
 
 def split_in_proj(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers' weights with the query's third of the pool's matrix apart from keys and values, as in timm."""
@@ -219,4 +213,4 @@ OPERATIONS["one"] = lambda tensors: [tensors[0][0]], lambda tensors: [tensors[0]
 TOWERS.update({SigLipVisionConfig: SigLipVisionTransformer, SigLipTextConfig: SigLipTextTransformer})
 IN_OPENCLIP.update((SigLipVisionConfig, SigLipTextConfig))
 SIZED_BY_FILE[SigLipVisionConfig] = split_in_proj
-TOKENIZER_BESIDE[SigLipTextConfig] = SigLipTextTransformer.tokenizer_beside
+TOKENIZER_BESIDE[SigLipTextConfig] = TOKENIZER_FILES
