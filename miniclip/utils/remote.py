@@ -4,7 +4,6 @@ Credentials and addresses of servers are those that the store's own package find
 AWS_ENDPOINT_URL; fsspec's FSSPEC_S3_ENDPOINT_URL and its like work too.
 """
 
-import io
 import os
 import posixpath
 import re
@@ -132,32 +131,15 @@ def read_range(url: str, start: int = 0, end: int | None = None) -> bytes:
     return retrying(url, read)
 
 
-class _Remote(io.RawIOBase):
-    """A file on a store, read by ranges. It may be copied to another process."""
+def open_remote(url: str, size: int, ahead: int = 4 << 20):
+    """Opens a file of a known size to read, `ahead` bytes early. Each request is tried again if it fails."""
+    from fsspec.spec import AbstractBufferedFile  # slow to import
 
-    def __init__(self, url: str, size: int):
-        self.url, self.size, self.place = url, size, 0
+    class Remote(AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return read_range(url, start, end)
 
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.place = offset + (0, self.place, self.size)[whence]
-        return self.place
-
-    def readinto(self, buffer) -> int:
-        end = min(self.size, self.place + len(buffer))
-        data = read_range(self.url, self.place, end) if self.place < end else b""
-        buffer[: len(data)] = data
-        self.place += len(data)
-        return len(data)
-
-
-def open_remote(url: str, size: int, ahead: int = 4 << 20) -> io.BufferedReader:
-    """Opens a file of a known size to read. Each request is for `ahead` bytes, and tried again if it fails."""
-    return io.BufferedReader(_Remote(url, size), ahead)
+    return Remote(None, url, block_size=ahead, size=size)
 
 
 def download(url: str, target: Path, size: int):
