@@ -50,9 +50,8 @@ def write_openclip(path: Path, model: MiniClip):
     layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) and not custom else "custom_text"
     weights = from_miniclip(model.state_dict(), layout, (model.visual.key_rows(), model.text.key_rows()))
     if not is_file:
-        model_cfg = {
-            name: v for name, v in model.config.to_dict().items() if name != "preprocess_cfg" and v is not None
-        }
+        model_cfg = {name: value for name, value in model.config.to_dict().items() if value is not None}
+        del model_cfg["preprocess_cfg"]
         config = {"model_cfg": model_cfg, "preprocess_cfg": {name: images[name] for name in sorted(FOLDER)}}
         path.mkdir()
         if text:
