@@ -170,9 +170,8 @@ def check_optimizer(args: TrainingArguments):
         raise InputError(f"optim_args {args.optim_args!r} is not name=value,name=value") from None
     if unknown := given.keys() - set(OPTIM_ARGS.get(name, given)):
         known = ", ".join(OPTIM_ARGS[name]) or "nothing: see --adam_beta1, --weight_decay and the like"
-        raise InputError(
-            f"optim_args: {', '.join(sorted(unknown))} has no effect with optim {name}, which reads {known}"
-        )
+        useless = f"{', '.join(sorted(unknown))} has no effect"
+        raise InputError(f"optim_args: {useless} with optim {name}, which reads {known}")
     try:
         kind, keywords = optimizer(args)
         kind([torch.nn.Parameter(torch.zeros(1))], **keywords)  # a wrong value

@@ -42,9 +42,8 @@ class LateInteractionLoss:
 def late_interaction(model: MiniClip, options, args) -> LateInteractionLoss:
     """The loss of `--loss late_interaction`. A model without the projections gets them; nothing else of it learns."""
     if not options.pretrained and not is_folder(options.model):
-        raise InputError(
-            f"late interaction is trained on a model that has been trained: {options.model} has no weights"
-        )
+        untrained = f"{options.model} has no weights"
+        raise InputError(f"late interaction is trained on a model that has been trained: {untrained}")
     if not has_tokens(model):
         add_tokens(model)
     model.logit_scale.requires_grad_(False)
