@@ -76,9 +76,7 @@ def _read(path: Path, ids: Sequence[str]) -> dict[str, str]:
     else:
         lines = [str(line) for line in content if str(line)]
         numbers = sorted(int(name) for name in ids if name.isdecimal())
-        pairs = [
-            (key, rest) for key, _, rest in (re.sub(r"[\s,:=]+", "\0", line, count=1).partition("\0") for line in lines)
-        ]
+        pairs = [(*re.split(r"[\s,:=]+", line, maxsplit=1), "")[:2] for line in lines]
         if not {key for key, _ in pairs} >= set(ids) and len(numbers) == len(ids) == len(lines):
             start = numbers[0]
             pairs = [(name, lines[int(name) - start]) for name in ids if numbers == [*range(start, start + len(ids))]]

@@ -72,9 +72,8 @@ class OnnxClip(InferenceClip):
         self.text.tokenizer = read_tokenizer(folder, self.config)
 
     def state_dict(self, *args, **kwargs):
-        raise InputError(
-            "an export to ONNX has no weights to train, mix or convert: name the model that it was made of"
-        )
+        fix = "name the model that it was made of"
+        raise InputError(f"an export to ONNX has no weights to train, mix or convert: {fix}")
 
     def train(self, mode: bool = True):
         return self.state_dict() if mode else self

@@ -26,11 +26,8 @@ from miniclip.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 LOG, CURVES = "log.jsonl", "curves.png"
-
-
-REPORTERS = {  # services of transformers whose package has another name
-    "azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit",
-}  # fmt: skip
+# Services of transformers whose package has another name.
+REPORTERS = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 
 def check_reporters(args: TrainingArguments):
