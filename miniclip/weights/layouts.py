@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -12,10 +13,17 @@ from miniclip.towers.hf_config import preprocessing_of
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.model_folder import limited_by
 from miniclip.utils.weight_files import find_weights, read_json
-from miniclip.weights import siglip
 from miniclip.weights.load import Checkpoint, empty_model, fill, fitting_configs, infer_config, open_checkpoint
 
 OLD_NAMES = {"proj": "hf_proj_type", "pooler_type": "hf_pooler_type"}  # of older OpenCLIP versions
+SIGLIP_EPS = 1e-6
+SIGLIP_ACTIVATIONS = {"gelu": None, "gelu_pytorch_tanh": {"approximate": "tanh"}}
+SIGLIP = {  # of transformers' SiglipModel: names and defaults of both sections
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+    "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": SIGLIP_EPS,
+}  # fmt: skip
+SIGLIP_VISION = SIGLIP | {"image_size": 224, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
+SIGLIP_TEXT = SIGLIP | {"max_position_embeddings": 64, "vocab_size": 32000, "projection_size": None}
 
 
 def load_folder(folder: Path) -> MiniClip:
@@ -82,10 +90,51 @@ def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None,
         if isinstance(text := values.get("text_cfg"), dict) and "hf_model_name" in text:
             values["text_cfg"] = {OLD_NAMES.get(name, name): value for name, value in text.items()}
     if values.get("model_type") == "siglip":
-        return siglip.read_config(values, folder), f"config of {folder}"
+        return siglip_config(values, folder), f"config of {folder}"
     if "vision_cfg" not in values:
         return None, ""
     return MiniClipConfig.from_dict(values, f"the config in {folder}"), f"config of {folder}"
+
+
+def siglip_config(values: dict, folder: Path) -> MiniClipConfig:
+    """The config of transformers' SiglipModel in a folder. Raises InputError for what MiniCLIP cannot compute."""
+    sections = []
+    for name, usual in (("vision_config", SIGLIP_VISION), ("text_config", SIGLIP_TEXT)):
+        given = values.get(name) or {}
+        if not isinstance(given, dict):
+            raise InputError(f"{folder / 'config.json'}: {name} is not an object")
+        section = {field: given.get(field, default) for field, default in usual.items()}
+        for field, value in section.items():
+            fixed = field in ("layer_norm_eps", "num_channels", "vision_use_head") and value != usual[field]
+            count = type(usual[field]) is int and (type(value) is not int or value < 1)
+            if fixed or count or field == "hidden_act" and value not in SIGLIP_ACTIVATIONS:
+                raise InputError(f"{folder / 'config.json'}: {name}.{field} is {value!r:.100}, which is not supported")
+        section["mlp_ratio"] = section["intermediate_size"] / section["hidden_size"]
+        if int(section["mlp_ratio"] * section["hidden_size"]) != section["intermediate_size"]:
+            section["mlp_ratio"] = math.nextafter(section["mlp_ratio"], math.inf)
+        sections.append(section)
+    vision, text = sections
+    both = [
+        {"width": s["hidden_size"], "layers": s["num_hidden_layers"], "mlp_ratio": s["mlp_ratio"]}
+        | {"act_kwargs": SIGLIP_ACTIVATIONS[s["hidden_act"]]}
+        for s in sections
+    ]
+    # SigLIP's own tokenizer leaves out punctuation itself, in Python; that of SigLIP 2 only lowers.
+    kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class", ""))
+    clean = "canonicalize" if kind.startswith("SiglipTokenizer") else "lower"
+    return MiniClipConfig.from_dict({
+        "embed_dim": vision["hidden_size"],
+        "vision_cfg": both[0] | {
+            "pool_type": "map", "image_size": vision["image_size"], "patch_size": vision["patch_size"],
+            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+        },
+        "text_cfg": both[1] | {
+            "heads": text["num_attention_heads"], "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"], "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
+            "norm_kwargs": {"eps": SIGLIP_EPS}, "hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"clean": clean},
+        },
+        "preprocess_cfg": preprocessing_of(folder, "SiglipImageProcessor"),
+    }, f"the config in {folder}")  # fmt: skip
 
 
 def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[MiniClipConfig | None, str]:

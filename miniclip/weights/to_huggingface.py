@@ -14,7 +14,7 @@ from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.files import write_json, write_manifest, write_text
 from miniclip.weights.clip_tokenizer import write_tokenizer
-from miniclip.weights.siglip import is_siglip, levels, section, write_siglip
+from miniclip.weights.to_siglip import is_siglip, levels, section, write_siglip
 
 # Nothing in a preprocessor_config.json makes transformers round like torchvision: that takes code, which runs only for
 # who asks for it with trust_remote_code.
