@@ -27,9 +27,8 @@ OURS = re.compile(
 
 
 def push_to_hub(
-    model: MiniClip, repo_id: str, *, license: str | None = None, private: bool | None = None,
-    token: str | bool | None = None, revision: str | None = None, run: str | Path | None = None,
-    commit_message: str = "Upload a CLIP model",
+    model: MiniClip, repo_id: str, license: str | None, private: bool | None, token: str | bool | None,
+    revision: str | None, run: str | Path | None, commit_message: str,
 ) -> str:  # fmt: skip
     """Uploads a model to `repo_id` ("org/name") and returns the address of the commit. See `MiniClip.push_to_hub`."""
     check_license(license)
