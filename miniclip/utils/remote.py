@@ -156,11 +156,8 @@ def upload(path: Path, url: str, moved: Callable[[], None] = lambda: None, waits
     """Copies a file to a store. `moved` is called when a part of it is there."""
     from fsspec.callbacks import Callback
 
-    class Moved(Callback):
-        def call(self, *args, **kwargs):
-            moved()
-
-    retrying(url, lambda fs, place: fs.put_file(str(path), place, callback=Moved()), waits)
+    callback = Callback(hooks={"moved": lambda *_, **__: moved()})
+    retrying(url, lambda fs, place: fs.put_file(str(path), place, callback=callback), waits)
 
 
 def remove(url: str, waits: tuple = WAITS, folder: bool = False):
