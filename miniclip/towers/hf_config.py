@@ -189,8 +189,7 @@ def _from_transformers(theirs: dict, path: Path, maker: str) -> dict:
         (not theirs.get("rescale_offset") and abs(factor * 255 - 1) < 1e-3, f"rescale_factor is {factor}, not 1/255"),
         (theirs.get("do_resize", True), "do_resize is false"),
     ):
-        if not supported:
-            raise InputError(f"{path}: {problem}; set preprocess_cfg in the model config")
+        check([(supported, f"{path}: {problem}; set preprocess_cfg in the model config")])
     default = PreprocessConfig if clip else IMAGENET
     mean, std = theirs.get("image_mean", default.mean), theirs.get("image_std", default.std)
     mean, std = (mean, std) if theirs.get("do_normalize", True) else ((0.0,) * 3, (1.0,) * 3)

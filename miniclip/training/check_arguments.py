@@ -99,10 +99,8 @@ OPTIM_ARGS = {
 }  # fmt: skip
 NO_ADAM = ("adafactor", "sgd", "adagrad", "rmsprop", "lion", "paged_lion")  # how the names of those begin
 REFUSED_OPTIMIZERS = {  # by how their names begin
-    "galore": "it replaces the groups of parameters that are and are not decayed",
-    "apollo": "it replaces the groups of parameters that are and are not decayed",
-    "lomo": "it changes the weights in the backward pass, before a NaN can be found",
-    "adalomo": "it changes the weights in the backward pass, before a NaN can be found",
+    **dict.fromkeys(("galore", "apollo"), "it replaces the groups of parameters that are and are not decayed"),
+    **dict.fromkeys(("lomo", "adalomo"), "it changes the weights in the backward pass, before a NaN can be found"),
     "schedule_free": "checkpoints and evaluation would have other weights than its average",
 }
 

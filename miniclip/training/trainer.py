@@ -127,9 +127,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
             return super().train(resume_from_checkpoint, **kwargs)
 
-    def check_gradients(self) -> dict[str, dict[str, float]] | None:
-        """See `training/check_gradients.py`."""
-        return check_gradients(self)
+    check_gradients = check_gradients  # as a method
 
     def _save(self, output_dir=None, state_dict=None):
         # The weights that FSDP gathers have a scale of shape (1,).
