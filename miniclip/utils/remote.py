@@ -94,11 +94,6 @@ def info(url: str) -> dict:
     return retrying(url, lambda fs, path: fs.info(path))
 
 
-def exists(url: str) -> bool:
-    """Returns whether there is such a file or folder. Raises StoreError if the store cannot be reached."""
-    return retrying(url, lambda fs, path: fs.exists(path))
-
-
 def version(about: dict) -> str:
     """Returns what identifies the content of a file, from its `info`."""
     return " ".join([str(about.get("size")), *(str(about[key]) for key in VERSIONS if about.get(key))])
