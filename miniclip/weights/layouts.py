@@ -80,12 +80,11 @@ def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None,
     file = config_file(folder)
     values = read_json(file)
     if file.name == "open_clip_config.json":
-        theirs = values
-        images = theirs.get("preprocess_cfg", {})
-        if not isinstance(images, dict) or not isinstance(theirs.get("model_cfg"), dict):
+        images = values.get("preprocess_cfg", {})
+        if not isinstance(images, dict) or not isinstance(values.get("model_cfg"), dict):
             raise InputError(f"{file} has no objects model_cfg and preprocess_cfg")
         images = {k: v for k, v in images.items() if k != "size"}  # the model's image size
-        values = {k: v for k, v in theirs["model_cfg"].items() if k != "custom_text"}  # only how the weights are named
+        values = {k: v for k, v in values["model_cfg"].items() if k != "custom_text"}  # only how the weights are named
         values |= {"preprocess_cfg": images}
         if isinstance(text := values.get("text_cfg"), dict) and "hf_model_name" in text:
             values["text_cfg"] = {OLD_NAMES.get(name, name): value for name, value in text.items()}
@@ -98,7 +97,7 @@ def named_config(folder: Path, name: str | None) -> tuple[MiniClipConfig | None,
 
 def siglip_config(values: dict, folder: Path) -> MiniClipConfig:
     """The config of transformers' SiglipModel in a folder. Raises InputError for what MiniCLIP cannot compute."""
-    sections = []
+    sections, both = [], []
     for name, usual in (("vision_config", SIGLIP_VISION), ("text_config", SIGLIP_TEXT)):
         given = values.get(name) or {}
         if not isinstance(given, dict):
@@ -109,16 +108,12 @@ def siglip_config(values: dict, folder: Path) -> MiniClipConfig:
             count = type(usual[field]) is int and (type(value) is not int or value < 1)
             if fixed or count or field == "hidden_act" and value not in SIGLIP_ACTIVATIONS:
                 raise InputError(f"{folder / 'config.json'}: {name}.{field} is {value!r:.100}, which is not supported")
-        section["mlp_ratio"] = section["intermediate_size"] / section["hidden_size"]
-        if int(section["mlp_ratio"] * section["hidden_size"]) != section["intermediate_size"]:
-            section["mlp_ratio"] = math.nextafter(section["mlp_ratio"], math.inf)
+        width, hidden = section["hidden_size"], section["intermediate_size"]
+        ratio = hidden / width if int(width * (hidden / width)) == hidden else math.nextafter(hidden / width, math.inf)
+        ours = {"width": width, "layers": section["num_hidden_layers"], "mlp_ratio": ratio}
+        both.append(ours | {"act_kwargs": SIGLIP_ACTIVATIONS[section["hidden_act"]]})
         sections.append(section)
     vision, text = sections
-    both = [
-        {"width": s["hidden_size"], "layers": s["num_hidden_layers"], "mlp_ratio": s["mlp_ratio"]}
-        | {"act_kwargs": SIGLIP_ACTIVATIONS[s["hidden_act"]]}
-        for s in sections
-    ]
     # SigLIP's own tokenizer leaves out punctuation itself, in Python; that of SigLIP 2 only lowers.
     kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class", ""))
     clean = "canonicalize" if kind.startswith("SiglipTokenizer") else "lower"
