@@ -65,10 +65,15 @@ def find_words(ids: Sequence[str], folders: Iterable[str]) -> dict[str, str] | N
     return {name: shipped[name] for name in ids} if shipped.keys() >= set(ids) else None
 
 
+def read_list(path: str | Path):
+    """Returns the content of a .json file, or the lines of another one that are not empty."""
+    text, is_json = read_text(Path(path)), Path(path).suffix == ".json"
+    return parse_json(text, path) if is_json else [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def _read(path: Path, ids: Sequence[str]) -> dict[str, str]:
     """Returns the words in a file by id; of synonyms the first."""
-    text, pairs = read_text(path), []
-    content = parse_json(text, path) if path.suffix == ".json" else [line.strip() for line in text.splitlines()]
+    content, pairs = read_list(path), []
     if isinstance(content, dict):
         for key, value in content.items():  # Keras: {"0": ["n01440764", "tench"]}; torchvision: {"cat": 0}
             values = [str(part) for part in value] if isinstance(value, list) else [str(value)]
