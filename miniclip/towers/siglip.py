@@ -181,12 +181,10 @@ class SigLipTextTransformer(VariantTextTransformer):
         """The fast tokenizer in a folder or a repository. Raises InputError that says what is missing."""
         from transformers import PreTrainedTokenizerFast
 
-        kind = None
-        if Path(folder).is_dir():
-            if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-                raise InputError(f"{folder} has no {' or '.join(TOKENIZER_FILES)}: copy the model's tokenizer there")
-            kind = PreTrainedTokenizerFast if (Path(folder) / TOKENIZER_FILES[0]).is_file() else kind
-        return open_tokenizer(folder, kind)
+        there = [name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
+        if Path(folder).is_dir() and not there:
+            raise InputError(f"{folder} has no {' or '.join(TOKENIZER_FILES)}: copy the model's tokenizer there")
+        return open_tokenizer(folder, PreTrainedTokenizerFast if TOKENIZER_FILES[0] in there else None)
 
 
 def split_in_proj(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
