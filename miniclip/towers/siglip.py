@@ -189,13 +189,10 @@ class SigLipTextTransformer(VariantTextTransformer):
 
 def split_in_proj(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers' weights with the query's third of the pool's matrix apart from keys and values, as in timm."""
-    weights = {}
-    for name, tensor in state_dict.items():
-        if name.endswith(("head.attention.in_proj_weight", "head.attention.in_proj_bias")):
-            third = len(tensor) // 3
-            weights |= {f"{name}.q": tensor[:third], f"{name}.kv": tensor[third:]}
-        else:
-            weights[name] = tensor
+    weights, joined = dict(state_dict), ("head.attention.in_proj_weight", "head.attention.in_proj_bias")
+    for name in [name for name in weights if name.endswith(joined)]:
+        third = len(tensor := weights.pop(name)) // 3
+        weights |= {f"{name}.q": tensor[:third], f"{name}.kv": tensor[third:]}
     return weights
 
 
