@@ -167,11 +167,11 @@ def in_pieces(
     that of `embed_images`."""
     found = []
     for start in range(0, len(items), PIECE):
-        wrong = None if faults is None else {}
+        wrong = {}
         features = embed(items[start : start + PIECE], **{} if faults is None else {"faults": wrong})
         found.append(finish(torch.from_numpy(features)).cpu().numpy())
-        if wrong:
-            faults.update((start + row, reason) for row, reason in wrong.items())
+        for row, reason in wrong.items():
+            faults[start + row] = reason
     return np.concatenate(found)
 
 
