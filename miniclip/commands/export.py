@@ -60,9 +60,8 @@ def write(options):
     from miniclip.weights.onnx import export
 
     model, preprocess, tokenizer = load(options.model, options.pretrained)
-    measure, what = None, f"{options.FORM} {options.precision}"
-    if options.eval_file:
-        measure = measuring(options, model, preprocess, tokenizer, what)
+    what = f"{options.FORM} {options.precision}"
+    measure = measuring(options, model, preprocess, tokenizer, what) if options.eval_file else None
     how = {"single_graph": options.single_graph, "force": options.force, "measure": measure}
     about = export(model, options.output_dir, options.FORM, options.precision, **how)
     for name, found in about["checked"].items():

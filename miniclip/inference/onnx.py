@@ -84,8 +84,7 @@ def load_onnx(folder: str | Path, pretrained, device: str | torch.device, precis
     have no effect on it."""
     if pretrained is not None:
         raise InputError(f"{folder} is an export to ONNX, with its own weights: remove pretrained")
-    model = OnnxClip(folder, device)
-    return inference_copy(model, precision or "fp32")
+    return inference_copy(OnnxClip(folder, device), precision or "fp32")
 
 
 def find_providers(device: torch.device) -> list[str]:
