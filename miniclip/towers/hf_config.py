@@ -61,12 +61,6 @@ class HfConfig:
     def pretrained(self) -> bool:
         return bool(self.hf_model_name and self.hf_model_pretrained)
 
-    @property
-    def known_config(self) -> dict | None:
-        """transformers' config of a KNOWN encoder, unless a folder has its name."""
-        name = self.hf_model_name or ""
-        return None if Path(name or "?").is_dir() else KNOWN.get(name.removeprefix("FacebookAI/"))
-
 
 @dataclass
 class HfVisionConfig(HfConfig):

@@ -26,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from miniclip.model import TOWERS, Tower
 from miniclip.towers.hf_config import (
+    KNOWN,
     HfConfig,
     HfTextConfig,
     HfVisionConfig,
@@ -70,8 +71,9 @@ class HfTower(Tower):
         """Transformers' config of the encoder, which also becomes hf_model_config."""
         from transformers import AutoConfig, PreTrainedConfig
 
-        cfg = self.cfg
-        if given := cfg.hf_model_config or cfg.known_config:
+        cfg, name = self.cfg, self.cfg.hf_model_name or ""
+        known = None if Path(name or "?").is_dir() else KNOWN.get(name.removeprefix("FacebookAI/"))
+        if given := cfg.hf_model_config or known:
             check_encoder(given, "hf_model_config")
             config = AutoConfig.for_model(**given)
         else:
