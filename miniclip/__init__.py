@@ -26,8 +26,8 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(f"miniclip.{_HOMES[name]}"), name)
 
 
-def _push(*args, **kwargs) -> str:  # the core does not know the hub
-    return importlib.import_module("miniclip.weights.push").push_to_hub(*args, **kwargs)
+def _push(*args) -> str:  # the core does not know the hub
+    return importlib.import_module("miniclip.weights.push").push_to_hub(*args)
 
 
 PushToHub.push = staticmethod(_push)

@@ -65,10 +65,15 @@ def find_words(ids: Sequence[str], folders: Iterable[str]) -> dict[str, str] | N
     return {name: shipped[name] for name in ids} if shipped.keys() >= set(ids) else None
 
 
+def read_list(path: str | Path):
+    """Returns the content of a .json file, or the lines of another one that are not empty."""
+    text, is_json = read_text(Path(path)), Path(path).suffix == ".json"
+    return parse_json(text, path) if is_json else [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def _read(path: Path, ids: Sequence[str]) -> dict[str, str]:
     """Returns the words in a file by id; of synonyms the first."""
-    text, pairs = read_text(path), []
-    content = parse_json(text, path) if path.suffix == ".json" else [line.strip() for line in text.splitlines()]
+    content, pairs = read_list(path), []
     if isinstance(content, dict):
         for key, value in content.items():  # Keras: {"0": ["n01440764", "tench"]}; torchvision: {"cat": 0}
             values = [str(part) for part in value] if isinstance(value, list) else [str(value)]
@@ -76,9 +81,7 @@ def _read(path: Path, ids: Sequence[str]) -> dict[str, str]:
     else:
         lines = [str(line) for line in content if str(line)]
         numbers = sorted(int(name) for name in ids if name.isdecimal())
-        pairs = [
-            (key, rest) for key, _, rest in (re.sub(r"[\s,:=]+", "\0", line, count=1).partition("\0") for line in lines)
-        ]
+        pairs = [(*re.split(r"[\s,:=]+", line, maxsplit=1), "")[:2] for line in lines]
         if not {key for key, _ in pairs} >= set(ids) and len(numbers) == len(ids) == len(lines):
             start = numbers[0]
             pairs = [(name, lines[int(name) - start]) for name in ids if numbers == [*range(start, start + len(ids))]]

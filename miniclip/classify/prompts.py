@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from miniclip.classify.names import spell_out, warn_of_ids
-from miniclip.datasets.records import parse_json, read_text
+from miniclip.classify.names import read_list, spell_out, warn_of_ids
 from miniclip.utils.errors import InputError
 from miniclip.utils.imagenet import IMAGENET
 
@@ -25,7 +24,7 @@ OBJECTS = TEXTS["objects"]  # the default classes, the same in each language
 def read_templates(path: str | Path) -> list[str]:
     """Reads templates from a file, one per line or a JSON list; "imagenet": OpenAI's 80. Raises InputError, which names
     the file."""
-    templates = IMAGENET["templates"] if path == "imagenet" else _read(path)
+    templates = IMAGENET["templates"] if path == "imagenet" else read_list(path)
     if not isinstance(templates, list) or not templates or not all(isinstance(t, str) for t in templates):
         raise InputError(f"{path}: expected templates such as: a photo of a {{}}, one per line or as a JSON list")
     for template in templates:
@@ -60,7 +59,7 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
     suffix, classes = Path(text).suffix, {}
     if suffix not in ("", ".json", ".txt") and os.path.isfile(text):
         raise InputError(f"{text}: classes are read from .txt and .json")
-    found = _read(text) if suffix in (".json", ".txt") else [part.strip() for part in text.split(",")]
+    found = read_list(text) if suffix in (".json", ".txt") else [part.strip() for part in text.split(",")]
     if isinstance(found, list) and all(isinstance(item, str) for item in found):
         names = spell_out(item.strip() for item in found if "=" not in item)
         found = [(item.split("=")[0].strip(), item.split("=", 1)[-1].strip()) for item in found]
@@ -81,12 +80,6 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
             raise InputError(f"{text}: two classes have the words {words!r}, and would be identical")
         classes[name] = words
     return classes
-
-
-def _read(path: str | Path):
-    """Returns the content of a .json file, or the lines of another one that are not empty."""
-    text, is_json = read_text(Path(path)), Path(path).suffix == ".json"
-    return parse_json(text, path) if is_json else [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def tokenizer_coverage(tokenizer, names: Sequence[str]) -> dict:

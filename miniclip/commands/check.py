@@ -25,9 +25,8 @@ def main(argv: list[str]):
         return check([*argv, "--check_gradients"])
     from miniclip.training.check_gradients import WrongGradients  # takes seconds
 
-    flag, said, error = Parser(), StringIO(), None
-    flag.share("json")
-    options = flag.parse_args(["--json"])
+    parser.share("json")
+    options, said, error = parser.parse_args(["--json"]), StringIO(), None
     try:
         with redirect_stdout(said):
             figures = check([*(word for word in argv if word != "--json"), "--check_gradients"])

@@ -25,9 +25,8 @@ def share_class_flags(parser: Parser):
     """Adds the flags that name classes; `read_class_flags` reads them."""
     classes = "a,b,c; name=words,...; a .txt or .json file; or imagenet (docs/classify.md; default: the folder names)"
     parser.add_argument("--classes", help=classes)
-    parser.add_argument(
-        "--templates", help="file of sentences, {} for the class name; or imagenet (default: the language's own)"
-    )
+    templates = "file of sentences, {} for the class name; or imagenet (default: the language's own)"
+    parser.add_argument("--templates", help=templates)
     parser.add_argument("--language", default="en", help="of classes and templates: en, zh, fr, es")
 
 

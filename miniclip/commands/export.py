@@ -60,9 +60,8 @@ def write(options):
     from miniclip.weights.onnx import export
 
     model, preprocess, tokenizer = load(options.model, options.pretrained)
-    measure, what = None, f"{options.FORM} {options.precision}"
-    if options.eval_file:
-        measure = measuring(options, model, preprocess, tokenizer, what)
+    what = f"{options.FORM} {options.precision}"
+    measure = measuring(options, model, preprocess, tokenizer, what) if options.eval_file else None
     how = {"single_graph": options.single_graph, "force": options.force, "measure": measure}
     about = export(model, options.output_dir, options.FORM, options.precision, **how)
     for name, found in about["checked"].items():
@@ -93,9 +92,8 @@ def measuring(options, model, preprocess, tokenizer, what: str):
             print(format_table(found[name], evaluator.ks))
         cosines = {kind: (a * b).sum(1) for kind, a, b in zip(("image", "text"), *embeds)}
         cosines = {kind: {"min": float(c.min()), "mean": float(c.mean())} for kind, c in cosines.items()}
-        print(
-            "cosine of", ", of ".join(f"{k}s at least {c['min']:.6f}, mean {c['mean']:.6f}" for k, c in cosines.items())
-        )
+        said = (f"{kind}s at least {c['min']:.6f}, mean {c['mean']:.6f}" for kind, c in cosines.items())
+        print("cosine of", ", of ".join(said))
         return {"measured": {"eval_file": str(options.eval_file), "recall": found, "cosine": cosines}}
 
     return measure

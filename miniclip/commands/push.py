@@ -15,9 +15,8 @@ def main(argv: list[str]):
     parser.share("model", required=True)
     parser.share("pretrained")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="repository, made if it does not exist")
-    parser.add_argument(
-        "--license", help="licence that you give the weights, required: mit, apache-2.0, cc-by-4.0, ..."
-    )
+    licence = "licence that you give the weights, required: mit, apache-2.0, cc-by-4.0, ..."
+    parser.add_argument("--license", help=licence)
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", help="branch to upload to (default: main)")
     options = parser.parse_args(argv)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from miniclip.compat.model import OpenAIClip, convert_weights_to_lp
-from miniclip.compat.open_clip import SimpleTokenizer, create_model, refuse
+from miniclip.compat.open_clip import TOKENIZER, create_model, refuse
 from miniclip.compat.transforms import Compose, image_transform_v2
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
@@ -19,7 +19,6 @@ MODELS = {  # OpenAI's names: the configs
     "ViT-B/32": "ViT-B-32-quickgelu", "ViT-B/16": "ViT-B-16-quickgelu", "ViT-L/14": "ViT-L-14-quickgelu",
     "ViT-L/14@336px": "ViT-L-14-336-quickgelu",
 }  # fmt: skip
-TOKENIZER = SimpleTokenizer()
 
 
 def available_models() -> list[str]:

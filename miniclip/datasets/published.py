@@ -18,9 +18,9 @@ def published_records(raw, path: Path, caption_key: str | None = None) -> Raw:
         images, annotations = raw.get("images"), raw.get("annotations")
         if isinstance(images, list) and isinstance(annotations, list):
             return _coco(images, annotations, path, caption_key)
-        lists = [value for value in (images, annotations, raw.get("data")) if _is_records(value)]
-        if lists:
-            raw = [_karpathy(record) for record in lists[0]]
+        lists = [value for value in (images, annotations, raw.get("data")) if isinstance(value, list)]
+        if records := [value for value in lists if any(isinstance(record, dict) for record in value)]:
+            raw = [_karpathy(record) for record in records[0]]
         elif any(raw.values()) and all(isinstance(value, (str, list, type(None))) for value in raw.values()):
             raw = [{"image": image, "caption": captions} for image, captions in raw.items()]
         elif raw.keys() & set(IMAGE_KEYS) and all(isinstance(value, dict) for value in raw.values()):
@@ -31,10 +31,6 @@ def published_records(raw, path: Path, caption_key: str | None = None) -> Raw:
     if not isinstance(raw, list) or not raw:
         raise CaptionFileError(f"{path}: expected a list of records, found {short(raw)}")
     return [(f"record {number}", record) for number, record in enumerate(raw)]
-
-
-def _is_records(value) -> bool:
-    return isinstance(value, list) and any(isinstance(record, dict) for record in value)
 
 
 def _karpathy(record):

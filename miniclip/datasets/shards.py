@@ -27,7 +27,7 @@ from miniclip.datasets.remote import expand_remote
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, user_cache
 from miniclip.utils.image_files import EXTENSIONS, ImageError, ImageFile
-from miniclip.utils.remote import StoreError, exists, info, is_remote, open_remote, read_range, version
+from miniclip.utils.remote import StoreError, is_remote, open_remote, read_range, retrying, version
 
 VERSION = 3  # of the index: raise it when old ones must be rebuilt
 ROW = np.dtype([("shard", "<i4"), ("header", "<i8"), ("offset", "<i8"), ("size", "<i8"),
@@ -133,7 +133,7 @@ class Shards(Sequence):
 def _state(path: str) -> tuple | None:
     """Returns the size of a shard and what tells that it changed; None if it is missing."""
     if is_remote(path):
-        about = info(path) if exists(path) else {"type": None}
+        about = retrying(path, lambda fs, place: fs.info(place) if fs.exists(place) else {"type": None})
         return (about["size"], version(about)) if about["type"] == "file" else None
     return (os.path.getsize(path), os.stat(path).st_mtime_ns) if os.path.isfile(path) else None
 

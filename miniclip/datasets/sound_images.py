@@ -42,10 +42,9 @@ class SoundImages:
 
 def _key(image) -> int:
     """A number that stands for an image's path and state; 0 if that is not enough to know its content."""
-    try:
+    about = None
+    with suppress(OSError):
         about = os.stat(image) if isinstance(image, str) else None
-    except OSError:
-        about = None
     if about is None or time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) < SETTLED:
         return 0
     state = f"{VERSION} {image} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"

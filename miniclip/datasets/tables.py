@@ -87,8 +87,7 @@ def load_table(source: str, part: str | None = None, streaming: bool = False) ->
         raise InputError(f"{source}: which split? Name one: {', '.join(f'{source}:{name}' for name in splits)}")
     if not splits:
         return found, part, strict or not hub
-    only = next(iter(splits))
-    name = part if part in splits else "train" if "train" in splits else only
+    name = part if part in splits else "train" if "train" in splits else next(iter(splits))
     return splits[name], part, name != part
 
 

@@ -111,13 +111,11 @@ def update(
                 if key not in known and key not in journal and key not in faulty:
                     fresh.setdefault(key, IndexedImage(key)).paths.append(path)
             if fresh:
-                faults, keys = {}, list(fresh)
-                vectors = embed_images(fast, preprocess, fresh.values(), batch_size, num_workers, faults=faults)
+                faults, keys, images = {}, list(fresh), list(fresh.values())
+                how = {"batch_size": batch_size, "num_workers": num_workers, "faults": faults}
+                vectors = embed_images(fast, preprocess, images, **how)
                 if patches is not None:
-                    found = embed_patches(
-                        model, preprocess, list(fresh.values()), batch_size=batch_size, num_workers=num_workers,
-                        faults=faults,
-                    )  # fmt: skip
+                    found = embed_patches(model, preprocess, images, **how)
                     patches.update((key, found[row].ravel()) for row, key in enumerate(keys) if row not in faults)
                     patches.save()  # first: what is in the journal is complete
                 journal.update((key, vectors[row]) for row, key in enumerate(keys) if row not in faults)

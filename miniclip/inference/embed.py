@@ -91,14 +91,6 @@ def embed_images(
         except OSError as error:  # from its key
             return None, ImageError(f"{path}: cannot be opened ({error.strerror})")
 
-    def encode():
-        rows, keys, levels = zip(*pending)
-        pixel_values = preprocess.normalize(torch.stack(levels).to(device, non_blocking=True))
-        features[list(rows)] = fast.features(fast.visual, pixel_values).cpu().numpy()
-        if cache is not None:
-            cache.update((key, features[row]) for key, row in zip(keys, rows) if key)
-        pending.clear()
-
     files = read_ahead(read, paths, num_workers, 2 * batch_size)
     for row, (key, found) in enumerate(tqdm(files, "images", len(paths), disable=not progress, leave=False)):
         if isinstance(found, ImageError):
@@ -108,7 +100,12 @@ def embed_images(
         elif not (stop and faults):  # after an error files are read on, to name all the bad ones, but not encoded
             pending.append((row, key, found))
         if len(pending) == batch_size or (pending and row == len(paths) - 1):
-            encode()
+            rows, keys, levels = zip(*pending)
+            pending.clear()
+            pixel_values = preprocess.normalize(torch.stack(levels).to(device, non_blocking=True))
+            features[list(rows)] = fast.features(fast.visual, pixel_values).cpu().numpy()
+            if cache is not None:
+                cache.update((key, features[row]) for key, row in zip(keys, rows) if key)
     if cache is not None:
         cache.save()
     if len(paths) >= MANY and device.type == "cpu":
@@ -170,11 +167,11 @@ def in_pieces(
     that of `embed_images`."""
     found = []
     for start in range(0, len(items), PIECE):
-        wrong = None if faults is None else {}
+        wrong = {}
         features = embed(items[start : start + PIECE], **{} if faults is None else {"faults": wrong})
         found.append(finish(torch.from_numpy(features)).cpu().numpy())
-        if wrong:
-            faults.update((start + row, reason) for row, reason in wrong.items())
+        for row, reason in wrong.items():
+            faults[start + row] = reason
     return np.concatenate(found)
 
 

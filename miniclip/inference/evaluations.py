@@ -84,13 +84,11 @@ def evaluations(options: Namespace, bad_samples: BadSamples) -> Iterator[Measure
 
 def describe_repeated(repeated: dict, captions: int) -> str:
     """A line on captions that several images share."""
-    shares = [
-        f"{way.replace('_', ' ')} " + ", ".join(f"R@{k} {100 * repeated['metrics'][f'{way}_R@{k}']:.1f}" for k in KS)
-        for way in ("image_to_text", "text_to_image")
-    ]
-    what = (
-        f"{repeated['captions']} of {captions} captions are also those of another image, for which they count as wrong"
-    )
+    shares, n = [], repeated["captions"]
+    for way in ("image_to_text", "text_to_image"):
+        found = ", ".join(f"R@{k} {100 * repeated['metrics'][f'{way}_R@{k}']:.1f}" for k in KS)
+        shares.append(f"{way.replace('_', ' ')} {found}")
+    what = f"{n} of {captions} captions are also those of another image, for which they count as wrong"
     return f"{what}, as in published figures. Counted as right: {'; '.join(shares)}"
 
 

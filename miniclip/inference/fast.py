@@ -37,17 +37,7 @@ from miniclip.inference.matmul import (
     patch_product,
     rounds,
 )
-from miniclip.model import (
-    MLP,
-    TOWERS,
-    Attention,
-    Block,
-    MiniClip,
-    QuickGELU,
-    TextTransformer,
-    Tower,
-    VisionTransformer,
-)
+from miniclip.model import MLP, TOWERS, Attention, Block, MiniClip, QuickGELU, TextTransformer, Tower, VisionTransformer
 from miniclip.utils.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -143,16 +143,13 @@ def _npy(file: BinaryIO, size: int, path: Path) -> np.ndarray:
     readers = {b"\x93NUMPY\1\0": form.read_array_header_1_0, b"\x93NUMPY\2\0": form.read_array_header_2_0}
     if start not in readers:
         raise ValueError(f"it begins with {start!r}")
-    shape, fortran, dtype = readers[start](file)
+    shape, _, dtype = readers[start](file)
     if dtype.hasobject:
         raise InputError(f"{path} is a pickled array, which could run any program: {NUMPY}")
     if math.prod(shape) * dtype.itemsize != size - file.tell() or min(shape, default=0) < 0:
         raise ValueError(f"{size - file.tell()} bytes for the shape {shape} of {dtype}")
-    data = bytearray(size - file.tell())
-    if file.readinto(data) < len(data):
-        raise ValueError("it is cut off")
-    flat = np.frombuffer(data, dtype)
-    return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+    file.seek(0)
+    return form.read_array(file, allow_pickle=False)
 
 
 def read_features(

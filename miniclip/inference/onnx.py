@@ -72,9 +72,8 @@ class OnnxClip(InferenceClip):
         self.text.tokenizer = read_tokenizer(folder, self.config)
 
     def state_dict(self, *args, **kwargs):
-        raise InputError(
-            "an export to ONNX has no weights to train, mix or convert: name the model that it was made of"
-        )
+        fix = "name the model that it was made of"
+        raise InputError(f"an export to ONNX has no weights to train, mix or convert: {fix}")
 
     def train(self, mode: bool = True):
         return self.state_dict() if mode else self
@@ -85,8 +84,7 @@ def load_onnx(folder: str | Path, pretrained, device: str | torch.device, precis
     have no effect on it."""
     if pretrained is not None:
         raise InputError(f"{folder} is an export to ONNX, with its own weights: remove pretrained")
-    model = OnnxClip(folder, device)
-    return inference_copy(model, precision or "fp32")
+    return inference_copy(OnnxClip(folder, device), precision or "fp32")
 
 
 def find_providers(device: torch.device) -> list[str]:

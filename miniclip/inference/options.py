@@ -151,10 +151,8 @@ def _default_name(options: Namespace) -> tuple[Path, str]:
     source, part = at_split(options.eval_file or options.features)
     parts = [Path(source).stem, part or options.split, "first" if options.captions == "first" else ""]
     if folder is None and options.eval_file:  # here, where the results of other models may lie
-        parts += [
-            Path(options.model or options.features).name.removesuffix(".json"),
-            Path(options.pretrained or "").stem,
-        ]
+        name = Path(options.model or options.features).name.removesuffix(".json")
+        parts += [name, Path(options.pretrained or "").stem]
     return folder or Path(), re.sub(r"[{}*?:]+", "_", "_".join(["retrieval", *filter(None, parts)]))
 
 

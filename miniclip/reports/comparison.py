@@ -126,7 +126,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
 def as_latex(rows: Sequence[Row]) -> str:
     """A tabular for the package booktabs."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "[": "{[}"}
-    special |= {character: f"\\{character}" for character in "&%$#_{}"}
+    special = str.maketrans(special | {character: f"\\{character}" for character in "&%$#_{}"})
     head = "".join(rf" & \multicolumn{{{len(KS)}}}{{c}}{{{way.replace('_', ' ')}}}" for way in WAYS)
     lines = [
         f"% \\usepackage{{booktabs}}. {NOTE}",
@@ -137,10 +137,8 @@ def as_latex(rows: Sequence[Row]) -> str:
         r"\midrule",
     ]
     for row in rows:
-        data, *models = (
-            "".join(special.get(c, c) for c in " ".join(name.split()))
-            for name in (row.dataset, row.model, row.minus or "")
-        )
+        names = (" ".join(name.split()) for name in (row.dataset, row.model, row.minus or ""))
+        data, *models = (name.translate(special) for name in names)
         cells = [rf"{value} {{\scriptsize {interval}}}".replace("-", "$-$") for value, interval in row.cells()]
         lines.append(" & ".join([data, " $-$ ".join(filter(None, models)), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"

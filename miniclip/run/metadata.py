@@ -61,6 +61,8 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
     # Which samples of a stream have been read depends on the number of readers.
     readers = {"readers": args.world_size * max(1, args.dataloader_num_workers)} if options.streaming else {}
     plain = (str, int, float, bool, list, dict)
+    drawn = eval_records and not options.eval_file  # of the training data: told by its captions
+    held = [record["caption"] for record in eval_records] if drawn else None
     return {
         **run_metadata(["train.py", *argv], args.device),
         **readers,
@@ -68,7 +70,7 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
         "data": fingerprint(options.train_file, records),
         "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,
         "eval_classes": fingerprint(options.eval_classes) if options.eval_classes else None,
-        "holdout": None if options.eval_file or not eval_records else _drawn(eval_records),
+        "holdout": held and {"images": len(held), "sha256": hashlib.sha256(json.dumps(held).encode()).hexdigest()},
         "seed": args.seed,
         "pairs_per_step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "processes": args.world_size,
@@ -76,12 +78,6 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
         "options": dataclasses.asdict(options),
         "arguments": {name: value for name, value in args.to_dict().items() if isinstance(value, plain)},
     }
-
-
-def _drawn(records: Sequence[dict]) -> dict:
-    """What was held out of the training data: how many images, and a digest of their captions."""
-    captions = [record["caption"] for record in records]
-    return {"images": len(captions), "sha256": hashlib.sha256(json.dumps(captions).encode()).hexdigest()}
 
 
 def evaluation_metadata(argv: Sequence[str], options, records, device, files: Sequence = ()) -> dict:

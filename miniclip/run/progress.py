@@ -26,11 +26,8 @@ from miniclip.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 LOG, CURVES = "log.jsonl", "curves.png"
-
-
-REPORTERS = {  # services of transformers whose package has another name
-    "azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit",
-}  # fmt: skip
+# Services of transformers whose package has another name.
+REPORTERS = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 
 def check_reporters(args: TrainingArguments):
@@ -217,9 +214,8 @@ def to_json(entry: dict) -> str:
 def continue_log(path: Path, step: int, history: list[dict]) -> tuple[float, int]:
     """Cuts from a log the entries after the step at which its run resumes, and a half-written last line; without a log,
     writes one from `history`, the Trainer's own. Returns the run's seconds so far and the number of entries cut."""
-    lines, kept, seconds = [to_json(entry) for entry in history], [], 0.0
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [to_json(entry) for entry in history]
+    kept, seconds = [], 0.0
     for line in lines:
         with suppress(ValueError, KeyError):
             entry = json.loads(line)

@@ -53,7 +53,7 @@ def restore(url: str, folder: Path):
             raise
         logger.warning("%s; resuming from the folder %s", error, folder)
         return
-    known = record is None or _digest(record) in _known(folder)
+    known = record is None or hashlib.sha256(record).hexdigest() in _known(folder)
     found = sorted({name.split("/")[0] for name in files if CHECKPOINT.match(name) and "/" in name}, key=step)
     for name in reversed(found):
         if here and step(name) <= step(here):
@@ -85,16 +85,12 @@ def restore(url: str, folder: Path):
         _know(folder, record)
 
 
-def _digest(record: bytes) -> str:
-    return hashlib.sha256(record).hexdigest()
-
-
 def _known(folder: Path) -> list[str]:
     return (folder / KNOWN).read_text().split() if (folder / KNOWN).exists() else []
 
 
 def _know(folder: Path, record: bytes):
-    write_text(folder / KNOWN, "\n".join([*_known(folder), _digest(record)]))
+    write_text(folder / KNOWN, "\n".join([*_known(folder), hashlib.sha256(record).hexdigest()]))
 
 
 def _same(url: str, folder: Path) -> bool:

@@ -61,12 +61,6 @@ class HfConfig:
     def pretrained(self) -> bool:
         return bool(self.hf_model_name and self.hf_model_pretrained)
 
-    @property
-    def known_config(self) -> dict | None:
-        """transformers' config of a KNOWN encoder, unless a folder has its name."""
-        name = self.hf_model_name or ""
-        return None if Path(name or "?").is_dir() else KNOWN.get(name.removeprefix("FacebookAI/"))
-
 
 @dataclass
 class HfVisionConfig(HfConfig):
@@ -151,6 +145,12 @@ def read_preprocessing(path: Path, maker: str = "") -> dict:
     return ours
 
 
+def preprocessing_of(folder: Path, maker: str) -> dict:
+    """The preprocessing in a folder of transformers: in a file of its own, or in its processor's; {} without either."""
+    files = (folder / name for name in ("preprocessor_config.json", "processor_config.json"))
+    return next((read_preprocessing(file, maker) for file in files if file.is_file()), {})
+
+
 def _from_transformers(theirs: dict, path: Path, maker: str) -> dict:
     maker = str(theirs.get("image_processor_type") or theirs.get("feature_extractor_type") or maker)
     clip = "CLIP" in maker  # whose defaults are others
@@ -183,8 +183,7 @@ def _from_transformers(theirs: dict, path: Path, maker: str) -> dict:
         (not theirs.get("rescale_offset") and abs(factor * 255 - 1) < 1e-3, f"rescale_factor is {factor}, not 1/255"),
         (theirs.get("do_resize", True), "do_resize is false"),
     ):
-        if not supported:
-            raise InputError(f"{path}: {problem}; set preprocess_cfg in the model config")
+        check([(supported, f"{path}: {problem}; set preprocess_cfg in the model config")])
     default = PreprocessConfig if clip else IMAGENET
     mean, std = theirs.get("image_mean", default.mean), theirs.get("image_std", default.std)
     mean, std = (mean, std) if theirs.get("do_normalize", True) else ((0.0,) * 3, (1.0,) * 3)

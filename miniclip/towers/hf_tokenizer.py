@@ -34,11 +34,10 @@ CLEAN = {"whitespace": clean, "lower": lambda text: clean(text).lower(), "canoni
 
 def tokenizer_folder(directory: Path, name: str = "tokenizer") -> Path:
     """The folder of a saved model's tokenizer. Raises InputError if it is missing."""
-    if not (directory / name).is_dir():
-        raise InputError(
-            f"{directory}: the folder {name}, which the text tower needs, is missing: copy the model again"
-        )
-    return directory / name
+    if not (folder := directory / name).is_dir():
+        missing = f"the folder {name}, which the text tower needs, is missing"
+        raise InputError(f"{directory}: {missing}: copy the model again")
+    return folder
 
 
 class HfTokenizer(BaseTokenizer):

@@ -26,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from miniclip.model import TOWERS, Tower
 from miniclip.towers.hf_config import (
+    KNOWN,
     HfConfig,
     HfTextConfig,
     HfVisionConfig,
@@ -70,8 +71,9 @@ class HfTower(Tower):
         """Transformers' config of the encoder, which also becomes hf_model_config."""
         from transformers import AutoConfig, PreTrainedConfig
 
-        cfg = self.cfg
-        if given := cfg.hf_model_config or cfg.known_config:
+        cfg, name = self.cfg, self.cfg.hf_model_name or ""
+        known = None if Path(name or "?").is_dir() else KNOWN.get(name.removeprefix("FacebookAI/"))
+        if given := cfg.hf_model_config or known:
             check_encoder(given, "hf_model_config")
             config = AutoConfig.for_model(**given)
         else:
@@ -282,12 +284,6 @@ class HfTextTower(HfTower):
         with offline():
             self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory, folder))
 
-    def tokenizer_beside(self, folder: Path):
-        """Takes the tokenizer in the folder of the weights, if one is there and none was read before."""
-        if self.own_tokenizer is None and (folder / TOKENIZER_FILES[0]).is_file():
-            with offline():
-                self.own_tokenizer = self.read_tokenizer(folder)
-
 
 def fuse_norms(network: nn.Module) -> nn.Module:
     """Fuses each BatchNorm in a network into the convolution before it, in the order of submodules, in place."""
@@ -301,7 +297,7 @@ def fuse_norms(network: nn.Module) -> nn.Module:
 
 
 TOWERS.update({HfVisionConfig: HfVisionTower, HfTextConfig: HfTextTower})
-TOKENIZER_BESIDE[HfTextConfig] = HfTextTower.tokenizer_beside
+TOKENIZER_BESIDE[HfTextConfig] = TOKENIZER_FILES[:1]
 
 
 @register_tokens

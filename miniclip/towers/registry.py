@@ -3,7 +3,6 @@
 import pkgutil
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 from torch.nn import Module
@@ -44,8 +43,8 @@ def openclip_rows(tower: Tower) -> list[tuple[str, str, str]]:
 # Sections whose sizes only a weight file says: functions (model, state dict) that give them to the model, and return
 # the state dict without what is not a weight.
 SIZED_BY_FILE: dict[type, Callable[[Module, dict[str, Tensor]], dict[str, Tensor]]] = {}
-# Text sections whose tokenizer may lie beside the weights: functions (tower, folder) that take it from there.
-TOKENIZER_BESIDE: dict[type, Callable[[Tower, Path], None]] = {}
+# Text sections whose tokenizer may lie beside the weights: the files of which one has to be there.
+TOKENIZER_BESIDE: dict[type, tuple[str, ...]] = {}
 # Image towers that their weights tell: (a tensor's name, the function from the weights to the config section). Names
 # are OpenCLIP's, without the prefix.
 SIGNS = [("layer1.0.conv1.weight", "miniclip.towers.resnet:from_weights")]

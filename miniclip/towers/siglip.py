@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from miniclip.checkpoint import BLOCK_ROWS, OPERATIONS
 from miniclip.config import LARGEST, VisionConfig
 from miniclip.model import MLP, TOWERS, Block, Tower
-from miniclip.towers.hf_config import offline, open_tokenizer
+from miniclip.towers.hf_config import open_tokenizer
 from miniclip.towers.hf_tokenizer import CLEAN, TOKENIZER_FILES
 from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE, TOKENIZER_BESIDE, check_images
 from miniclip.towers.variants import VariantTextConfig, VariantTextTransformer, right_kwargs, set_kwargs
@@ -181,29 +181,18 @@ class SigLipTextTransformer(VariantTextTransformer):
         """The fast tokenizer in a folder or a repository. Raises InputError that says what is missing."""
         from transformers import PreTrainedTokenizerFast
 
-        kind = None
-        if Path(folder).is_dir():
-            if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-                raise InputError(f"{folder} has no {' or '.join(TOKENIZER_FILES)}: copy the model's tokenizer there")
-            kind = PreTrainedTokenizerFast if (Path(folder) / TOKENIZER_FILES[0]).is_file() else kind
-        return open_tokenizer(folder, kind)
-
-    def tokenizer_beside(self, folder: Path):
-        """Takes the tokenizer in the folder of the weights, if one is there and none was read before."""
-        if self.own_tokenizer is None and any((folder / name).is_file() for name in TOKENIZER_FILES):
-            with offline():
-                self.own_tokenizer = self.read_tokenizer(folder)
+        there = [name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
+        if Path(folder).is_dir() and not there:
+            raise InputError(f"{folder} has no {' or '.join(TOKENIZER_FILES)}: copy the model's tokenizer there")
+        return open_tokenizer(folder, PreTrainedTokenizerFast if TOKENIZER_FILES[0] in there else None)
 
 
 def split_in_proj(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers' weights with the query's third of the pool's matrix apart from keys and values, as in timm."""
-    weights = {}
-    for name, tensor in state_dict.items():
-        if name.endswith(("head.attention.in_proj_weight", "head.attention.in_proj_bias")):
-            third = len(tensor) // 3
-            weights |= {f"{name}.q": tensor[:third], f"{name}.kv": tensor[third:]}
-        else:
-            weights[name] = tensor
+    weights, joined = dict(state_dict), ("head.attention.in_proj_weight", "head.attention.in_proj_bias")
+    for name in [name for name in weights if name.endswith(joined)]:
+        third = len(tensor := weights.pop(name)) // 3
+        weights |= {f"{name}.q": tensor[:third], f"{name}.kv": tensor[third:]}
     return weights
 
 
@@ -219,4 +208,4 @@ OPERATIONS["one"] = lambda tensors: [tensors[0][0]], lambda tensors: [tensors[0]
 TOWERS.update({SigLipVisionConfig: SigLipVisionTransformer, SigLipTextConfig: SigLipTextTransformer})
 IN_OPENCLIP.update((SigLipVisionConfig, SigLipTextConfig))
 SIZED_BY_FILE[SigLipVisionConfig] = split_in_proj
-TOKENIZER_BESIDE[SigLipTextConfig] = SigLipTextTransformer.tokenizer_beside
+TOKENIZER_BESIDE[SigLipTextConfig] = TOKENIZER_FILES

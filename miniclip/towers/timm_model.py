@@ -66,13 +66,9 @@ class TimmVisionConfig:
         for name in ("timm_drop", "timm_proj_bias"):
             yield head or not getattr(self, name), f"vision_cfg.{name} has no effect without timm_proj linear or mlp"
 
-    @property
-    def pretrained(self) -> bool:
-        return self.timm_model_pretrained
-
-    @property
-    def hf_proj_type(self) -> str:  # the kind of projection, by the name that other pretrained encoders have for it
-        return self.timm_proj or "linear"
+    # As other pretrained encoders say whether they are, and the kind of their projection.
+    pretrained = property(lambda self: self.timm_model_pretrained)
+    hf_proj_type = property(lambda self: self.timm_proj or "linear")
 
     def preprocess(self) -> dict:
         """OpenAI's, as in OpenCLIP, or of timm's weights their own."""

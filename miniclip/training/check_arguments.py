@@ -99,10 +99,8 @@ OPTIM_ARGS = {
 }  # fmt: skip
 NO_ADAM = ("adafactor", "sgd", "adagrad", "rmsprop", "lion", "paged_lion")  # how the names of those begin
 REFUSED_OPTIMIZERS = {  # by how their names begin
-    "galore": "it replaces the groups of parameters that are and are not decayed",
-    "apollo": "it replaces the groups of parameters that are and are not decayed",
-    "lomo": "it changes the weights in the backward pass, before a NaN can be found",
-    "adalomo": "it changes the weights in the backward pass, before a NaN can be found",
+    **dict.fromkeys(("galore", "apollo"), "it replaces the groups of parameters that are and are not decayed"),
+    **dict.fromkeys(("lomo", "adalomo"), "it changes the weights in the backward pass, before a NaN can be found"),
     "schedule_free": "checkpoints and evaluation would have other weights than its average",
 }
 
@@ -170,9 +168,8 @@ def check_optimizer(args: TrainingArguments):
         raise InputError(f"optim_args {args.optim_args!r} is not name=value,name=value") from None
     if unknown := given.keys() - set(OPTIM_ARGS.get(name, given)):
         known = ", ".join(OPTIM_ARGS[name]) or "nothing: see --adam_beta1, --weight_decay and the like"
-        raise InputError(
-            f"optim_args: {', '.join(sorted(unknown))} has no effect with optim {name}, which reads {known}"
-        )
+        useless = f"{', '.join(sorted(unknown))} has no effect"
+        raise InputError(f"optim_args: {useless} with optim {name}, which reads {known}")
     try:
         kind, keywords = optimizer(args)
         kind([torch.nn.Parameter(torch.zeros(1))], **keywords)  # a wrong value

@@ -238,16 +238,13 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
     n, dim, bias = len(pairs.images), model.config.embed_dim, model.logit_bias
     bias = None if bias is None else bias.detach().cpu()
     batch, total = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, Moments.of(pairs)
+    form = ClosedForm(total, centred, prior, pairs.images)
     if n < FEW:
         few = STRENGTHS[-1], STRENGTHS[-2]
         then = "not trained further" if alone else "then trained with the last blocks"
         line = f"projections: regularised CCA, {then}: {n} images are too few to hold any out"
-        return (
-            ClosedForm(total, centred, prior, pairs.images).solve(*few, dim, trust=0.0 if prior is None else TRUST[-1]),
-            model.logit_scale.item(),
-            not alone,
-            line,
-        )
+        solution = form.solve(*few, dim, trust=0.0 if prior is None else TRUST[-1])
+        return solution, model.logit_scale.item(), not alone, line
     parts = [(kept, pairs.take(held)) for kept, held in folds(n, args.seed)]
     forms = [ClosedForm(total.without(Moments.of(held)), centred, prior, pairs.images[kept]) for kept, held in parts]
     axes = (STRENGTHS, STRENGTHS, TRUST[:1] if prior is None else TRUST)
@@ -256,8 +253,8 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
     def measure(place: tuple[int, int, int]) -> float:
         x, y, trust = (values[number] for values, number in zip(axes, place))
         found = []
-        for form, (_, held) in zip(forms, parts):
-            install(heads, form.solve(x, y, dim, trust=trust))
+        for one, (_, held) in zip(forms, parts):
+            install(heads, one.solve(x, y, dim, trust=trust))
             found.append(mean_recall(heads, held))
         return sum(found) / len(found)
 
@@ -269,8 +266,8 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
             best = max((p for p in nearby if 0 <= p[axis] < len(values)), key=measure)
     *strengths, trust = (values[number] for values, number in zip(axes, best))
     scales, trained = [], []
-    for form, (kept, held) in zip(forms, parts):
-        install(heads, form.solve(*strengths, dim, trust=trust))
+    for one, (kept, held) in zip(forms, parts):
+        install(heads, one.solve(*strengths, dim, trust=trust))
         scales.append(fit_scale(heads, held, batch))
         if alone:
             train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
@@ -286,9 +283,8 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
         after = sum(trained) / len(trained)
         then = "training goes on from there" if after > before else "nothing more is trained (one epoch at rate 0)"
         line += f", after training {after:.1f}: {then}"
-    trains = not alone or after > before
-    solution = ClosedForm(total, centred, prior, pairs.images).solve(*strengths, dim, trust=trust)
-    return solution, sum(scales) / len(scales), trains, line
+    solution = form.solve(*strengths, dim, trust=trust)
+    return solution, sum(scales) / len(scales), not alone or after > before, line
 
 
 def starts_in_closed_form(model: MiniClip, options) -> bool:

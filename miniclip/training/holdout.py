@@ -57,18 +57,12 @@ def _identify(images: Iterable) -> list:
     """Something equal for equal images: an ImageFile's key; a file's path, or its sha256 where sizes are equal; on a
     store an image's address, because to compare the contents would be to read them all."""
     found = list(images)
-    sizes = {image: _size(image) for image in found if not isinstance(image, ImageFile)}
-    files = Counter(sizes.values())
-    content = {image: sha256(image) for image, size in sizes.items() if size is not None and files[size] > 1}
+    files = (image for image in found if not isinstance(image, ImageFile))
+    sizes = {image: os.path.getsize(image) for image in files if os.path.isfile(image)}  # others are found when read
+    times = Counter(sizes.values())
+    content = {image: sha256(image) for image, size in sizes.items() if times[size] > 1}
     known = content | {image: image for image in found if isinstance(image, RemoteImage)}
     return [known.get(image) or (_key(image) if isinstance(image, ImageFile) else image) for image in found]
-
-
-def _size(image) -> int | None:
-    try:
-        return os.path.getsize(image)
-    except OSError:  # found when it is read
-        return None
 
 
 def _key(image: ImageFile):

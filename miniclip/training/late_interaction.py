@@ -1,5 +1,6 @@
 """Training of late interaction (inference/late_interaction.py): a second stage on a model that stays as it is."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -17,34 +18,27 @@ from miniclip.utils.errors import InputError
 from miniclip.weights.pretrained import is_folder
 
 
-class LateInteractionLoss:
+def late_interaction_loss(outputs: ClipOutput, batch: dict[str, Tensor], model: MiniClip) -> Tensor:
     """InfoNCE, as in `miniclip.loss`, of cosine plus MaxSim. A batch has `patches` (B, P, W) and `words` (B, L, W), the
     features of both towers. Across processes as `clip_loss`; duplicates are positives."""
-
-    def __init__(self, model: MiniClip):
-        self.model = model
-
-    def __call__(self, outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
-        patches = patch_vectors(self.model.visual, batch["patches"])
-        words = word_vectors(self.model.text, batch["words"])
-        with torch.autocast(words.device.type, enabled=False):
-            images, texts, scale = (x.float() for x in outputs[:3])
-            all_patches, all_words = gather(patches), gather(words)
-            per_text = scale * (texts @ gather(images).T + maxsim(words, all_patches))
-            per_image = per_text.T
-            if all_words is not words:
-                per_image = scale * (images @ gather(texts).T + maxsim(all_words, patches).T)
-            same = find_duplicates(batch["pair_ids"], gather(batch["pair_ids"]))
-            target = same / same.sum(dim=1, keepdim=True)
-            return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
+    patches, words = patch_vectors(model.visual, batch["patches"]), word_vectors(model.text, batch["words"])
+    with torch.autocast(words.device.type, enabled=False):
+        images, texts, scale = (x.float() for x in outputs[:3])
+        all_patches, all_words = gather(patches), gather(words)
+        per_text = scale * (texts @ gather(images).T + maxsim(words, all_patches))
+        per_image = per_text.T
+        if all_words is not words:
+            per_image = scale * (images @ gather(texts).T + maxsim(all_words, patches).T)
+        same = find_duplicates(batch["pair_ids"], gather(batch["pair_ids"]))
+        target = same / same.sum(dim=1, keepdim=True)
+        return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
 
 
-def late_interaction(model: MiniClip, options, args) -> LateInteractionLoss:
+def late_interaction(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Tensor]:
     """The loss of `--loss late_interaction`. A model without the projections gets them; nothing else of it learns."""
     if not options.pretrained and not is_folder(options.model):
-        raise InputError(
-            f"late interaction is trained on a model that has been trained: {options.model} has no weights"
-        )
+        untrained = f"{options.model} has no weights"
+        raise InputError(f"late interaction is trained on a model that has been trained: {untrained}")
     if not has_tokens(model):
         add_tokens(model)
     model.logit_scale.requires_grad_(False)
@@ -52,7 +46,7 @@ def late_interaction(model: MiniClip, options, args) -> LateInteractionLoss:
         tower.token_proj.requires_grad_(True)
     if options.check_gradients:
         raise InputError("check_gradients does not check late interaction, whose loss holds weights of its own")
-    return LateInteractionLoss(model)
+    return partial(late_interaction_loss, model=model)
 
 
 def position_features(model: MiniClip, preprocess, tokenizer, records, texts, folder, **how) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Registry of the losses of `train.py --loss`."""
 
-import importlib
+import pkgutil
 from collections.abc import Callable
 from functools import partial
 
@@ -41,7 +41,4 @@ def make_loss(model, options, args) -> Callable:
     if model.logit_bias is not None:
         model.logit_bias.requires_grad_(False)  # only SigLIP's loss reads it
     make = LOSSES[options.loss.partition(":")[0]]
-    if isinstance(make, str):
-        module, _, name = make.partition(":")
-        make = getattr(importlib.import_module(module), name)
-    return make(model, options, args)
+    return (pkgutil.resolve_name(make) if isinstance(make, str) else make)(model, options, args)

@@ -130,10 +130,8 @@ def parse_train(argv: list[str]):
     if args.resume_from_checkpoint:
         raise InputError("check_gradients checks the first step. To check a checkpoint name it: --model CHECKPOINT")
     options.check_gradients = folder  # deleted with it
-    options.eval_file = options.eval_classes = options.early_stopping_patience = options.ema = options.feature_cache = (
-        None
-    )
-    options.holdout = 0
+    left_out = dict.fromkeys(("eval_file", "eval_classes", "early_stopping_patience", "ema", "feature_cache"))
+    vars(options).update(left_out | {"holdout": 0})
     return options, args
 
 

@@ -38,11 +38,9 @@ class StreamDataset(RunDataset):
         super().__init__((), *args, **kwargs)
         self.columns, self.num_samples, self.spec, self.root = columns, num_samples, spec, root
         # One file at a time: newer versions would read ten in threads, and wait for those at the end of each pass.
-        single = {"max_buffer_input_shards": 1}
         known = inspect.signature(stream.shuffle).parameters
-        self.stream = stream.shuffle(
-            seed=self.seed, buffer_size=BUFFER, **single if single.keys() <= known.keys() else {}
-        )
+        single = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in known else {}
+        self.stream = stream.shuffle(seed=self.seed, buffer_size=BUFFER, **single)
 
     @classmethod
     def opened(cls, source: str, args, options: ReadOptions = ReadOptions(), *, num_samples: int | None = None):

@@ -127,9 +127,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         with fast_arithmetic(self.args.device) if self.args.fast else nullcontext():
             return super().train(resume_from_checkpoint, **kwargs)
 
-    def check_gradients(self) -> dict[str, dict[str, float]] | None:
-        """See `training/check_gradients.py`."""
-        return check_gradients(self)
+    check_gradients = check_gradients  # as a method
 
     def _save(self, output_dir=None, state_dict=None):
         # The weights that FSDP gathers have a scale of shape (1,).
@@ -164,10 +162,9 @@ def check_features(dataset: FrozenDataset, model: MiniClip, weights: dict, check
     for name, p in model.named_parameters():
         computed = any(name.startswith(kind) and features is not None for kind, features in kinds.items())
         if computed and not p.requires_grad and not torch.equal(p.cpu(), weights.get(name, p.cpu())):
-            wrong = (
-                f"{checkpoint} has other weights in its frozen towers than those that the features are from ({name})"
-            )
-            raise InputError(f"{wrong}. Name the weights that its run began with: --model, --pretrained")
+            fix = "Name the weights that its run began with: --model, --pretrained"
+            wrong = f"other weights in its frozen towers than those that the features are from ({name})"
+            raise InputError(f"{checkpoint} has {wrong}. {fix}")
 
 
 def check_metric(args: RunArguments, evaluator: Evaluator):

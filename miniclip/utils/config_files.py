@@ -30,16 +30,13 @@ def parse_json(path: Path):
         values = json.loads(text, parse_constant=refuse)
     except RecursionError:
         raise ValueError(nested) from None
-    level, depth = [values], 0
-    while level := [inner for value in level for inner in _inner(value)]:
-        depth += 1
-        if depth > DEPTH:
-            raise ValueError(nested)
+    level = [values]
+    for _ in range(DEPTH + 1):
+        holding = [value for value in level if isinstance(value, dict | list)]
+        level = [inner for value in holding for inner in (value.values() if isinstance(value, dict) else value)]
+    if level:
+        raise ValueError(nested)
     return values
-
-
-def _inner(value) -> list:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def check(*problems: Iterable[tuple[bool, str]]):

@@ -158,10 +158,8 @@ def _tolerant(use: Callable, file):
     """Returns `use(file)`. Where that fails, the same of the image without what viewers do without."""
     try:
         return use(file)
-    except (ImageError, Image.DecompressionBombError):
-        raise
-    except Exception as error:
-        if getattr(error, "errno", None):  # the file cannot be read
+    except Exception as error:  # one with a number: the file cannot be read
+        if isinstance(error, ImageError | Image.DecompressionBombError) or getattr(error, "errno", None):
             raise
         with suppress(Exception):
             for data in _repairs(_bytes(file)):

@@ -43,8 +43,6 @@ def localised(value):
     without their checkpoints."""
     if isinstance(value, list):
         return [localised(one) for one in value]
-
-    def wanted(name: str) -> bool:
-        return not re.match(r"checkpoint-\d+/|optimizer\.|\.", name)
-
-    return str(local_copy(value, wanted)) if is_remote(value) and not value.startswith("http") else value
+    if not is_remote(value) or value.startswith("http"):
+        return value
+    return str(local_copy(value, lambda name: not re.match(r"checkpoint-\d+/|optimizer\.|\.", name)))

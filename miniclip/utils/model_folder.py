@@ -95,19 +95,14 @@ def limited_by(path: Path | None, config: Path | str | None = None):
             if tensors < 0 or numbers < 0:
                 raise InputError(problem)
 
-    hooks = [
-        modules.register_module_parameter_registration_hook(count),
-        modules.register_module_buffer_registration_hook(count),
-    ]
-    try:
-        yield
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
-        raise InputError(problem) from None
-    finally:
-        for hook in hooks:
-            hook.remove()
+    parameters = modules.register_module_parameter_registration_hook(count)
+    with parameters, modules.register_module_buffer_registration_hook(count):  # which ends them
+        try:
+            yield
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):
+                raise
+            raise InputError(problem) from None
 
 
 def _declared(path: Path) -> tuple[int, int]:

@@ -23,10 +23,7 @@ class PushToHub:
         `license` is required ("mit", "apache-2.0", ...); `run` is the output folder of its training, whose data, recipe
         and results the card tells; `private`, `token` and `revision` (a branch) as for huggingface_hub. Raises
         InputError for a missing licence, and if the hub cannot be reached or refuses, with nothing changed there."""
-        return PushToHub.push(
-            self, repo_id, license=license, private=private, token=token, revision=revision, run=run,
-            commit_message=commit_message,
-        )  # fmt: skip
+        return PushToHub.push(self, repo_id, license, private, token, revision, run, commit_message)
 
 
 class NoFolderUpload:

@@ -4,7 +4,6 @@ Credentials and addresses of servers are those that the store's own package find
 AWS_ENDPOINT_URL; fsspec's FSSPEC_S3_ENDPOINT_URL and its like work too.
 """
 
-import io
 import os
 import posixpath
 import re
@@ -95,11 +94,6 @@ def info(url: str) -> dict:
     return retrying(url, lambda fs, path: fs.info(path))
 
 
-def exists(url: str) -> bool:
-    """Returns whether there is such a file or folder. Raises StoreError if the store cannot be reached."""
-    return retrying(url, lambda fs, path: fs.exists(path))
-
-
 def version(about: dict) -> str:
     """Returns what identifies the content of a file, from its `info`."""
     return " ".join([str(about.get("size")), *(str(about[key]) for key in VERSIONS if about.get(key))])
@@ -132,32 +126,15 @@ def read_range(url: str, start: int = 0, end: int | None = None) -> bytes:
     return retrying(url, read)
 
 
-class _Remote(io.RawIOBase):
-    """A file on a store, read by ranges. It may be copied to another process."""
+def open_remote(url: str, size: int, ahead: int = 4 << 20):
+    """Opens a file of a known size to read, `ahead` bytes early. Each request is tried again if it fails."""
+    from fsspec.spec import AbstractBufferedFile  # slow to import
 
-    def __init__(self, url: str, size: int):
-        self.url, self.size, self.place = url, size, 0
+    class Remote(AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return read_range(url, start, end)
 
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.place = offset + (0, self.place, self.size)[whence]
-        return self.place
-
-    def readinto(self, buffer) -> int:
-        end = min(self.size, self.place + len(buffer))
-        data = read_range(self.url, self.place, end) if self.place < end else b""
-        buffer[: len(data)] = data
-        self.place += len(data)
-        return len(data)
-
-
-def open_remote(url: str, size: int, ahead: int = 4 << 20) -> io.BufferedReader:
-    """Opens a file of a known size to read. Each request is for `ahead` bytes, and tried again if it fails."""
-    return io.BufferedReader(_Remote(url, size), ahead)
+    return Remote(None, url, block_size=ahead, size=size)
 
 
 def download(url: str, target: Path, size: int):
@@ -174,11 +151,8 @@ def upload(path: Path, url: str, moved: Callable[[], None] = lambda: None, waits
     """Copies a file to a store. `moved` is called when a part of it is there."""
     from fsspec.callbacks import Callback
 
-    class Moved(Callback):
-        def call(self, *args, **kwargs):
-            moved()
-
-    retrying(url, lambda fs, place: fs.put_file(str(path), place, callback=Moved()), waits)
+    callback = Callback(hooks={"moved": lambda *_, **__: moved()})
+    retrying(url, lambda fs, place: fs.put_file(str(path), place, callback=callback), waits)
 
 
 def remove(url: str, waits: tuple = WAITS, folder: bool = False):

@@ -48,10 +48,9 @@ def write_card(model: MiniClip, repo: str, license: str, notes: dict[str, list[s
     ]  # fmt: skip
     forms = [form for form, note in notes.items() if isinstance(note, list)]
     library = "transformers" if "hf" in forms else "open_clip" if "openclip" in forms else "miniclip"
-    name = repo.rpartition("/")[2]
+    name, tags = repo.rpartition("/")[2], ["clip", "miniclip", *(["open_clip"] if "openclip" in forms else [])]
     header = ModelCardData(
-        license=license, library_name=library, pipeline_tag="zero-shot-image-classification",
-        tags=["clip", "miniclip", *(["open_clip"] if "openclip" in forms else [])],
+        license=license, library_name=library, pipeline_tag="zero-shot-image-classification", tags=tags,
         metrics=sorted({one.metric_type for one in found}) or None, eval_results=found or None, model_name=name,
     )  # fmt: skip
     parts = [f"---\n{header.to_yaml()}\n---\n{MARK}", f"# {name}", describe(model)]
@@ -94,9 +93,8 @@ def describe_training(record: dict) -> str:
     values = options | arguments
     rows += [(name, values.get(name)) for name in RECIPE]
     versions = record.get("versions") or {}
-    rows += [
-        ("versions", ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions))
-    ]
+    known = [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
+    rows += [("versions", ", ".join(known))]
     lines = [f"| {name} | {value} |" for name, value in rows if value not in (None, "", False, -1, "none")]
     return "\n".join(["| | |", "|---|---|", *lines])
 
@@ -131,8 +129,7 @@ def shown(metrics: dict) -> dict[str, float]:
 def table(results: Sequence[tuple[str, dict[str, float]]]) -> str:
     if not results:
         return "Not measured."
-    lines = [f"| {dataset} | {name.replace('_', ' ')} | {100 * value:.1f} |"
-             for dataset, metrics in results for name, value in metrics.items()]  # fmt: skip
-    return "\n".join(
-        ["In percent, over the whole evaluation set.", "", "| data | metric | % |", "|---|---|---|", *lines]
-    )
+    lines = ["In percent, over the whole evaluation set.", "", "| data | metric | % |", "|---|---|---|"]
+    for dataset, metrics in results:
+        lines += [f"| {dataset} | {name.replace('_', ' ')} | {100 * value:.1f} |" for name, value in metrics.items()]
+    return "\n".join(lines)

@@ -63,18 +63,24 @@ def chosen(names: Iterable[str], repo: str) -> tuple[list[str], list[str]]:
     raise InputError(f"the repository {repo} has no weights named {listed}, but {shorten(sorted(names))}")
 
 
+def check_repo(repo: str):
+    """Raises InputError for what cannot be the name of a repository."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise InputError(f"{repo!r} is not the name of a repository: write org/name") from None
+
+
 def download_repo(repo: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
     """Returns the folder of a model repository (`org/name`) in the cache, with the files that a model needs, downloaded
     if they are not there or not the newest. Without a connection a cached copy is taken, with a warning. `revision` is
     a branch, a tag or a commit. Raises InputError, naming the repository and what to do, if it cannot be had."""
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     cache = cache_folder(cache_dir)
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise InputError(f"{repo!r} is not the name of a repository: write org/name") from None
+    check_repo(repo)
 
     def cached(name: str, revision: str | None = revision) -> str | None:
         path = try_to_load_from_cache(repo, name, cache, revision)

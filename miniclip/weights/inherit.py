@@ -42,10 +42,8 @@ def inherit(
     for pair in sections:
         if not any(all(isinstance(section, kind) for section in pair) for kind in KINDS):
             raise InputError("only MiniCLIP's own towers can inherit weights, and only from own towers of their kind")
-    layers = {
-        name: chosen_layers(*pair, given)
-        for name, pair, given in zip(("visual", "text"), sections, (layers_image, layers_text))
-    }
+    chosen = (chosen_layers(*pair, given) for pair, given in zip(sections, (layers_image, layers_text)))
+    layers = dict(zip(("visual", "text"), chosen))
     check(source.config, config, layers)
     images = dataclasses.replace(source.config.preprocess_cfg, size=config.vision_cfg.image_size)
     model = empty_model(dataclasses.replace(config, preprocess_cfg=images))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from miniclip.checkpoint import to_miniclip
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig, list_models
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
+from miniclip.towers.hf_config import offline
 from miniclip.towers.registry import SIZED_BY_FILE, TOKENIZER_BESIDE, told_by_weights
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.weight_files import find_weights, read_checkpoint, read_json, shorten
@@ -70,9 +71,11 @@ def fill(model: MiniClip, checkpoint: Checkpoint, path: Path, check_activation: 
 
 
 def read_tokenizer_beside(model: MiniClip, weights: Path):
-    """Lets a text tower of SigLIP take the tokenizer in the folder of its weights."""
-    if reader := TOKENIZER_BESIDE.get(type(model.config.text_cfg)):
-        reader(model.text, weights.parent)
+    """Lets a text tower take the tokenizer in the folder of its weights, if one is there and none was read before."""
+    names, folder = TOKENIZER_BESIDE.get(type(model.config.text_cfg), ()), weights.parent
+    if any((folder / name).is_file() for name in names) and model.text.own_tokenizer is None:
+        with offline():
+            model.text.own_tokenizer = model.text.read_tokenizer(folder)
 
 
 def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoint:
@@ -81,7 +84,9 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
     infinity. Pruned towers of `model` get the sizes of the file."""
     state_dict, run = read_checkpoint(path)
     try:
-        model = model or empty_model(smallest_config(state_dict))
+        if model is None:  # a block is enough: all are named alike
+            sections = {"vision_cfg": told_by_weights(state_dict) or {"layers": 1}, "text_cfg": {"layers": 1}}
+            model = empty_model(MiniClipConfig.from_dict(sections, "the config told by its names"))
         for section in {type(model.config.vision_cfg), type(model.config.text_cfg)} & SIZED_BY_FILE.keys():
             state_dict = SIZED_BY_FILE[section](model, state_dict)
         weights, source = to_miniclip(state_dict, (model.visual.key_rows(), model.text.key_rows()))
@@ -107,12 +112,6 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
         if positions < 2 or math.isqrt(positions - 1) ** 2 != positions - 1:
             raise CheckpointError(f"{path}: {positions} image positions are no class token and square grid of patches")
     return Checkpoint(weights, source, *known_activation(Path(path), state_dict, run))
-
-
-def smallest_config(state_dict: dict[str, Tensor]) -> MiniClipConfig:
-    """A config with the towers of these weights, in any layout. Those of CLIP have one block: all are named alike."""
-    vision = told_by_weights(state_dict) or {"layers": 1}
-    return MiniClipConfig.from_dict({"vision_cfg": vision, "text_cfg": {"layers": 1}}, "the config told by its names")
 
 
 def first_block(key: str) -> str:  # the same tensor in a tower's first block

@@ -39,13 +39,7 @@ ONE_FILE = 1_900_000_000  # bytes of weights: above, ONNX keeps them in a second
 NAMES = {"image": ("pixel_values", "image_embeds"), "text": ("input_ids", "text_embeds")}  # of inputs and outputs
 SINGLE = {"input_names": ["image", "text"], "output_names": ["image_features", "text_features"]}
 GRAPHS = [f"{name}{suffix}" for name in ("image", "text", "clip") for suffix in (".onnx", ".onnx.data", ".pt2")]
-CAPTIONS = (
-    "a",
-    "a dog runs through the snow",
-    "two cats on a red sofa",
-    "a photo of " + "a very " * 100 + "big dog",
-    "!",
-)
+CAPTIONS = "a", "a dog runs through the snow", "two cats on a red sofa", f"a photo of {'a very ' * 100}big dog", "!"
 SAFE = (1, 24)  # ONNX Runtime refuses weights outside of a model's folder from here on
 PIP = "pip install onnx onnxscript 'onnxruntime>=1.24'"
 
@@ -111,15 +105,9 @@ def export(
                 run = runner(file)
                 about["checked"][file.name] = compare(file, precision, [(run(x)[0], exact[kind](x)) for x in batches])
             if single_graph:
-                file, texts = folder / "clip.onnx", {0: torch.export.Dim("texts", min=1), 1: length}
-                write(
-                    file,
-                    BothTowers(*half.values()).eval(),
-                    tuple(one.values()),
-                    (shapes["image"], texts),
-                    precision,
-                    **SINGLE,
-                )
+                file, both = folder / "clip.onnx", BothTowers(*half.values()).eval()
+                free = shapes["image"], {0: torch.export.Dim("texts", min=1), 1: length}
+                write(file, both, tuple(one.values()), free, precision, **SINGLE)
                 run, pairs = runner(file), []
                 for x, ids in zip(images, captions[::-1]):  # as many texts as images, fewer, more
                     pairs += zip(run(x, ids), (exact["image"](x), exact["text"](ids)))
@@ -239,10 +227,8 @@ def compare(file: Path, precision: str, pairs: list[tuple[Tensor, Tensor]]) -> d
 def describe(model: MiniClip, form: str, precision: str) -> dict:
     """What export.json says of a model."""
     bias, tokenizer = model.logit_bias, model.text.tokenizer
-    versions = {
-        name: importlib.import_module(name).__version__
-        for name in ("torch", "onnx", "onnxruntime")[: 3 if form == "onnx" else 1]
-    }
+    packages = ("torch", "onnx", "onnxruntime") if form == "onnx" else ("torch",)
+    versions = {name: importlib.import_module(name).__version__ for name in packages}
     return {
         "form": form, "precision": precision, "embed_dim": model.config.embed_dim,
         "logit_scale": model.logit_scale.exp().item(), "logit_bias": None if bias is None else bias.item(),
@@ -264,10 +250,8 @@ def write_tokenizer(file: Path, model: MiniClip):
 
 def describe_preprocessing(cfg: PreprocessConfig) -> dict:
     """What preprocess.json says: the settings, and in `steps` what they mean."""
-    resized, half = (
-        int(cfg.size / cfg.crop_pct + 1e-6),
-        {"torchvision": "rounded, half to even", "transformers": "rounded down"},
-    )
+    resized = int(cfg.size / cfg.crop_pct + 1e-6)
+    half = {"torchvision": "rounded, half to even", "transformers": "rounded down"}
     pillow = f"with Pillow's {cfg.interpolation} filter, antialiased, on 8-bit levels"
     geometry = {
         "shortest": [

@@ -159,15 +159,11 @@ def find_tag(model: str | Path, pretrained: str | Path | None) -> dict | None:
     raise CheckpointError(f"{problem}, and {why_no_tag(model, name)}")
 
 
-def prefetch(
-    model: str | Path, pretrained: str | Path | None = None, cache_dir: str | Path | None = None
-) -> Path | None:
+def prefetch(model: str | Path, pretrained: str | Path | None = None) -> Path | None:
     """Downloads what `miniclip.load` would download, and returns the weight file; None if all of it is here anyway."""
     if facts := find_tag(model, pretrained):
-        return download_pretrained(facts, cache_dir=cache_dir)
-    files = [
-        find_weights(find_folder(name, cache_dir)) for name in (pretrained, model) if str(name or "").startswith(HUB)
-    ]
+        return download_pretrained(facts)
+    files = [find_weights(find_folder(name)) for name in (pretrained, model) if str(name or "").startswith(HUB)]
     return files[0] if files else None
 
 

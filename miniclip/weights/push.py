@@ -16,7 +16,7 @@ from miniclip.utils.files import MANIFEST, write_json, write_text
 from miniclip.utils.weight_files import read_json
 from miniclip.weights.card import MARK, write_card
 from miniclip.weights.convert import EXPORTERS
-from miniclip.weights.hub import explain, first_line
+from miniclip.weights.hub import check_repo, explain, first_line
 
 LICENSES = "mit, apache-2.0, bsd-3-clause, cc-by-4.0, cc-by-sa-4.0, cc-by-nc-4.0, cc0-1.0, openrail, other"
 # Files that an upload may write, and that an earlier one of another model may have left.
@@ -27,22 +27,16 @@ OURS = re.compile(
 
 
 def push_to_hub(
-    model: MiniClip, repo_id: str, *, license: str | None = None, private: bool | None = None,
-    token: str | bool | None = None, revision: str | None = None, run: str | Path | None = None,
-    commit_message: str = "Upload a CLIP model",
+    model: MiniClip, repo_id: str, license: str | None, private: bool | None, token: str | bool | None,
+    revision: str | None, run: str | Path | None, commit_message: str,
 ) -> str:  # fmt: skip
     """Uploads a model to `repo_id` ("org/name") and returns the address of the commit. See `MiniClip.push_to_hub`."""
     check_license(license)
     if run and not Path(run).is_dir():
         raise InputError(f"run {run} is not a folder: name the output folder of the model's training")
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise InputError(f"{repo_id!r} is not the name of a repository: write org/name") from None
+    check_repo(repo_id)
     with tempfile.TemporaryDirectory(prefix="miniclip-push-") as scratch:
         folder = Path(scratch, "files")
         notes = write_files(folder, model)

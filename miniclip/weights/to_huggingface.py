@@ -9,12 +9,12 @@ from miniclip.checkpoint import from_miniclip
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig
 from miniclip.model import MiniClip
 from miniclip.tokenizer import Tokenizer
-from miniclip.towers.hf_config import CENTER_CROP_FILE, RESAMPLE
+from miniclip.towers.hf_config import CENTER_CROP_FILE
 from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.files import write_json, write_manifest, write_text
 from miniclip.weights.clip_tokenizer import write_tokenizer
-from miniclip.weights.to_siglip import is_siglip, write_siglip
+from miniclip.weights.to_siglip import is_siglip, levels, section, write_siglip
 
 # Nothing in a preprocessor_config.json makes transformers round like torchvision: that takes code, which runs only for
 # who asks for it with trust_remote_code.
@@ -80,20 +80,13 @@ def hf_config(config: MiniClipConfig) -> dict:
     # the last one. (2, in its older configs, was a mistake, which it still reads as "the highest".)
     size = min(text.vocab_size, Tokenizer.vocab_size)  # beyond it a table may be padded
     ids = {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": 0}
-
-    def tower(cfg, heads: int) -> dict:
-        return {
-            "hidden_size": cfg.width, "intermediate_size": int(cfg.width * cfg.mlp_ratio),
-            "num_hidden_layers": cfg.layers, "num_attention_heads": heads, "projection_dim": config.embed_dim,
-            "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
-        }  # fmt: skip
-
-    images = {"image_size": vision.image_size, "patch_size": vision.patch_size}
-    texts = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length} | ids
+    activation, dim = "quick_gelu" if config.quick_gelu else "gelu", {"projection_dim": config.embed_dim}
+    images = dim | {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    texts = dim | {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length} | ids
     return {
-        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim,
-        "vision_config": tower(vision, vision.width // vision.head_width) | images,
-        "text_config": tower(text, text.heads) | texts,
+        "architectures": ["CLIPModel"], "model_type": "clip", **dim,
+        "vision_config": section(vision, vision.width // vision.head_width, activation) | images,
+        "text_config": section(text, text.heads, activation) | texts,
     }  # fmt: skip
 
 
@@ -108,7 +101,6 @@ def hf_preprocessor(config: MiniClipConfig) -> dict:
     code = {"auto_map": {"AutoImageProcessor": f"{CENTER_CROP_FILE}.TorchvisionCropImageProcessor"}}
     return (code if rounded else {}) | {
         "processor_class": "CLIPProcessor", "image_processor_type": "CLIPImageProcessor",
-        "image_mean": images.mean, "image_std": images.std,
         "size": sizes[images.resize_mode], "crop_size": square, "do_center_crop": images.resize_mode == "shortest",
-        "resample": next(number for number, name in RESAMPLE.items() if name == images.interpolation),
+        **levels(images),
     }  # fmt: skip

@@ -31,9 +31,8 @@ def write_openclip(path: Path, model: MiniClip):
     sections = {type(model.config.vision_cfg), type(model.config.text_cfg)}
     if lacking := [NOT_IN_OPENCLIP[section] for section in sections if section in NOT_IN_OPENCLIP]:
         raise CheckpointError(f"OpenCLIP has no towers with {lacking[0]}: convert to miniclip")
-    siglip, text = isinstance(model.config.vision_cfg, SigLipVisionConfig), None
-    if not is_file:
-        text = openclip_text(model.config.text_cfg)
+    siglip = isinstance(model.config.vision_cfg, SigLipVisionConfig)
+    text = None if is_file else openclip_text(model.config.text_cfg)
     named = not siglip or model.config.vision_cfg.timm_model_name
     if not is_file and not (sections <= IN_OPENCLIP | ({HfTextConfig} if text else set()) and named):
         fix = "name a config with timm_model_name, or " if siglip else ""
@@ -50,9 +49,8 @@ def write_openclip(path: Path, model: MiniClip):
     layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) and not custom else "custom_text"
     weights = from_miniclip(model.state_dict(), layout, (model.visual.key_rows(), model.text.key_rows()))
     if not is_file:
-        model_cfg = {
-            name: v for name, v in model.config.to_dict().items() if name != "preprocess_cfg" and v is not None
-        }
+        model_cfg = {name: value for name, value in model.config.to_dict().items() if value is not None}
+        del model_cfg["preprocess_cfg"]
         config = {"model_cfg": model_cfg, "preprocess_cfg": {name: images[name] for name in sorted(FOLDER)}}
         path.mkdir()
         model_cfg["text_cfg"].pop("token_dropout", None)  # of training, and unknown there

@@ -6,13 +6,27 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from miniclip.checkpoint import from_miniclip
-from miniclip.config import MiniClipConfig
+from miniclip.config import MiniClipConfig, PreprocessConfig
 from miniclip.model import MiniClip
 from miniclip.towers.hf_config import RESAMPLE
 from miniclip.towers.siglip import EPS, SigLipTextConfig, SigLipVisionConfig, join_in_proj
 from miniclip.utils.errors import CheckpointError
 from miniclip.utils.files import write_json
 from miniclip.utils.weight_files import read_json
+
+
+def section(cfg, heads: int, activation: str) -> dict:
+    """The sizes of a tower as transformers names them."""
+    return {
+        "hidden_size": cfg.width, "intermediate_size": int(cfg.width * cfg.mlp_ratio),
+        "num_hidden_layers": cfg.layers, "num_attention_heads": heads, "hidden_act": activation,
+    }  # fmt: skip
+
+
+def levels(images: PreprocessConfig) -> dict:
+    """How the levels of images are resized and normalised, as transformers names it."""
+    resample = next(number for number, name in RESAMPLE.items() if name == images.interpolation)
+    return {"image_mean": images.mean, "image_std": images.std, "resample": resample}
 
 
 def is_siglip(config: MiniClipConfig) -> bool:
@@ -32,14 +46,7 @@ def write_siglip(path: Path, model: MiniClip):
         if not fine:
             fix = "convert to miniclip or openclip instead"
             raise CheckpointError(f"transformers' SiglipModel cannot hold this model, which {problem}: {fix}")
-
-    def section(cfg, heads: int) -> dict:
-        return {
-            "hidden_size": cfg.width, "intermediate_size": int(cfg.width * cfg.mlp_ratio),
-            "num_hidden_layers": cfg.layers, "num_attention_heads": heads,
-            "hidden_act": "gelu_pytorch_tanh" if cfg.act_kwargs else "gelu",
-        }  # fmt: skip
-
+    acts = ["gelu_pytorch_tanh" if cfg.act_kwargs else "gelu" for cfg in (vision, text)]
     sizes = {"image_size": vision.image_size, "patch_size": vision.patch_size, "layer_norm_eps": EPS}
     texts = {"max_position_embeddings": text.context_length, "vocab_size": text.vocab_size, "layer_norm_eps": eps}
     weights = join_in_proj(from_miniclip(model.state_dict(), "hf", (model.visual.key_rows(), model.text.key_rows())))
@@ -55,13 +62,12 @@ def write_siglip(path: Path, model: MiniClip):
     path.mkdir()
     write_json(path / "config.json", {
         "architectures": ["SiglipModel"], "model_type": "siglip", "dtype": precision,
-        "vision_config": section(vision, vision.width // vision.head_width) | sizes,
-        "text_config": section(text, text.heads) | texts | {"projection_size": config.embed_dim},
+        "vision_config": section(vision, vision.width // vision.head_width, acts[0]) | sizes,
+        "text_config": section(text, text.heads, acts[1]) | texts | {"projection_size": config.embed_dim},
     })  # fmt: skip
     write_json(path / "preprocessor_config.json", {
         "processor_class": "SiglipProcessor", "image_processor_type": "SiglipImageProcessor",
-        "image_mean": images.mean, "image_std": images.std, "size": {"height": images.size, "width": images.size},
-        "resample": next(number for number, name in RESAMPLE.items() if name == images.interpolation),
+        "size": {"height": images.size, "width": images.size}, **levels(images),
     })  # fmt: skip
     if text.hf_tokenizer_name:
         write_tokenizer(path, tokenizer)
