@@ -16,7 +16,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.make_parity_golden import rounded  # noqa: E402
-from benchmarks.make_towers_golden import TEXT, VIT, make_inputs, make_weights, summary  # noqa: E402
+from benchmarks.make_towers_golden import (  # noqa: E402
+    TEXT,
+    VIT,
+    make_inputs,
+    make_weights,
+    record_intermediates,
+    summary,
+)
 
 GOLDEN = ROOT / "tests" / "data" / "coca_golden.json"
 POOL = {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 2, "output_tokens": True}
@@ -84,6 +91,7 @@ def main():
     versions = {name: importlib.metadata.version(name) for name in ("open_clip_torch", "transformers", "torch")}
     golden = {"made_with": versions, "models": {name: record(cfg) for name, cfg in MODELS.items()}}
     golden["captions"] = captions()
+    golden["intermediates"] = {name: record_intermediates(cfg, build) for name, cfg in MODELS.items()}
     text = re.sub(r"(?<=[\[\d,])\s+(?=[-\d\]])", " ", json.dumps(golden, indent=1))
     GOLDEN.write_text(text + "\n", encoding="utf-8")
 

@@ -32,7 +32,7 @@ EPS, TANH = {"eps": 1e-6}, {"approximate": "tanh"}
 INTERMEDIATES = [  # arguments of `forward_intermediates`
     {},
     {"image_indices": [0, -1], "text_indices": 1, "normalize_intermediates": True, "image_output_extra_tokens": True}
-    | {"output_logits": True, "output_logit_scale_bias": True},
+    | {"text_output_extra_tokens": True, "output_logits": True, "output_logit_scale_bias": True},
     {"image_indices": [0], "text_indices": [-2], "stop_early": True, "normalize": False, "image_output_fmt": "NLC"},
     {"image_indices": 2, "intermediates_only": True, "stop_early": True, "output_logits": True},
 ]
@@ -146,18 +146,24 @@ def numbers(outputs: dict) -> dict:
     return found
 
 
-def record_intermediates(cfg: dict) -> list[dict]:
+def record_intermediates(cfg: dict, build=build) -> list[dict]:
     """What OpenCLIP's `forward_intermediates` returns with the options in INTERMEDIATES."""
-    model, (images, input_ids) = build(cfg), make_inputs(cfg)
-    with torch.no_grad():
-        return [numbers(model.forward_intermediates(images, input_ids, **options)) for options in options_for(cfg)]
+    model, (images, input_ids), found = build(cfg), make_inputs(cfg), []
+    for options in options_for(cfg):
+        with torch.no_grad():
+            outputs = model.forward_intermediates(images, input_ids, **options)
+        if "image_features" in outputs:  # CoCa's second poolers leave a dimension too many
+            outputs["image_features"] = outputs["image_features"].flatten(1)
+        found.append(numbers(outputs))
+    return found
 
 
 def options_for(cfg: dict) -> list[dict]:
-    only_maps = isinstance(cfg["vision_cfg"]["layers"], list)  # ResNets
-    return [
-        {name: value for name, value in options.items() if not only_maps or value != "NLC"} for options in INTERMEDIATES
-    ]
+    """Those that OpenCLIP has: a ResNet gives only maps, a CoCa no logits, and its norm has the embeddings' width."""
+    vision, coca = cfg["vision_cfg"], "multimodal_cfg" in cfg
+    no = ["image_output_fmt"] if isinstance(vision["layers"], list) else ["output_logits"] if coca else []
+    no += ["normalize_intermediates"] if coca and vision["width"] != cfg["embed_dim"] else []
+    return [{name: value for name, value in options.items() if name not in no} for options in INTERMEDIATES]
 
 
 def small_timm(cfg: dict) -> torch.nn.Module:

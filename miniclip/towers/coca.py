@@ -31,7 +31,7 @@ from miniclip.model import (
     Tower,
     VisionTransformer,
 )
-from miniclip.towers.generate import beam_search, processors, sample
+from miniclip.towers.generate import Writer, attend, beam_search, processors, sample
 from miniclip.towers.registry import CAPTIONERS, CUSTOM_TEXT, IN_OPENCLIP, check_images, openclip_rows
 from miniclip.utils.config_files import check, in_range
 from miniclip.utils.errors import InputError
@@ -176,12 +176,6 @@ class CocaVisionTransformer(TokenTower, VisionTransformer):
                 nn.init.normal_(module.query)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Attention of (B, L, W) to (B, K, W) in several heads; a mask (B, 1, L, K) is true where a position sees one."""
-    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
 class MaskedAttention(Attention):
     """Attention that takes a mask where model.py's takes `is_causal`."""
 
@@ -233,23 +227,31 @@ class CocaTextTransformer(TokenTower, TextTransformer):
 
 
 class CrossAttention(Attention):
-    """Attention to another sequence."""
+    """Attention to another sequence, by its keys and values (B, N, W)."""
 
-    def forward(self, x: Tensor, others: Tensor) -> Tensor:
+    def parts(self) -> list[tuple[Tensor, Tensor]]:  # weight and bias, of queries and of keys and values
         sizes = [self.out_proj.in_features, 2 * self.out_proj.in_features]
-        (wq, wkv), (bq, bkv) = self.in_proj.weight.split(sizes), self.in_proj.bias.split(sizes)
-        return self.out_proj(attend(F.linear(x, wq, bq), *F.linear(others, wkv, bkv).chunk(2, dim=2), self.heads))
+        return list(zip(self.in_proj.weight.split(sizes), self.in_proj.bias.split(sizes)))
+
+    def keys(self, others: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(others, *self.parts()[1]).chunk(2, dim=2)
+
+    def forward(self, x: Tensor, keys: tuple[Tensor, Tensor]) -> Tensor:
+        return self.out_proj(attend(F.linear(x, *self.parts()[0]), *keys, self.heads))
 
 
 class CrossBlock(Block):
-    """A block that attends to another sequence."""
+    """A block that attends to another sequence, or to its keys and values."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool):
         super().__init__(width, heads, mlp_ratio, quick_gelu)
         self.attn, self.ln_1_kv = CrossAttention(width, heads), nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, others: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x), self.ln_1_kv(others))
+    def keys(self, others: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attn.keys(self.ln_1_kv(others))
+
+    def forward(self, x: Tensor, others: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn(self.ln_1(x), others if isinstance(others, tuple) else self.keys(others))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -358,11 +360,7 @@ class CoCa(MiniClip):
             (top_k >= 1 and 0 <= top_p <= 1, f"top_k {top_k} is not 1 or more, or top_p {top_p} not from 0 to 1"),
             (repetition_penalty > 0, f"repetition_penalty {repetition_penalty} is not above 0; 1 is none"),
         ])  # fmt: skip
-        image_tokens = self.visual.with_tokens(image)[1]
-
-        def next_logits(ids: Tensor, of_image: Tensor) -> Tensor:
-            return self.text_decoder(self.text.with_tokens(ids)[1], image_tokens[of_image])[:, -1]
-
+        next_logits = Writer(self.text, self.text_decoder, self.visual.with_tokens(image)[1])
         if generation_type == "beam_search":
             rules = processors(eos, min_seq_len, repetition_penalty)
             beams = num_beams // num_beam_groups

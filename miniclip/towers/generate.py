@@ -1,18 +1,71 @@
-"""Decoding: beam search and sampling from a model that gives the logits of each next token.
+"""Decoding: the logits of each next token, one position at a time, and beam search and sampling by them.
 
 Both do what OpenCLIP's `generate` does. Two things in it are its own: a beam's score is the sum of logits, not of log
 probabilities; and its groups of beams, without a penalty for being alike, all find the same, so one is computed.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-# Token ids (N, T), and the image of each of the N texts, (N,), to the logits of the next tokens (N, vocabulary).
-NextLogits = Callable[[Tensor, Tensor], Tensor]
+# Token ids (N, T), and which text of the last call each continues, (N,), or None if all do in order, to the logits of
+# the next tokens (N, vocabulary).
+NextLogits = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Attention of (B, L, W) to (B, K, W) in several heads; a mask (L, K) or (B, 1, L, K) is true where one sees."""
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class GrowingAttention(nn.Module):
+    """A block's attention, which keeps the keys and values of earlier positions and takes only the new ones."""
+
+    def __init__(self, attn: nn.Module):
+        super().__init__()
+        self.attn, self.kept = attn, []
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, *new = self.attn.in_proj(x).chunk(3, dim=2)
+        self.kept = [torch.cat(both, dim=1) for both in zip(self.kept, new)] or new
+        return self.attn.out_proj(attend(q, *self.kept, self.attn.heads, mask))
+
+
+def growing(block: nn.Module) -> nn.Module:
+    """A copy of a block with the same weights and a GrowingAttention."""
+    twin = copy.copy(block)
+    twin._modules = block._modules | {"attn": GrowingAttention(block.attn)}
+    return twin
+
+
+class Writer:
+    """The NextLogits of a CoCa's text tower and decoder. What it computes of an image serves all texts about it, and of
+    a text's earlier positions all later ones."""
+
+    def __init__(self, text: nn.Module, decoder: nn.Module, image_tokens: Tensor):
+        self.text, self.decoder, self.images, self.length = text, decoder, len(image_tokens), 0
+        self.readers, self.blocks = ([growing(block) for block in part.blocks] for part in (text, decoder))
+        self.keys = [block.keys(image_tokens) for block in decoder.cross_attn]
+
+    def __call__(self, ids: Tensor, rows: Tensor | None = None) -> Tensor:
+        start, self.length = self.length, ids.shape[1]
+        if rows is not None:
+            for block in (*self.readers, *self.blocks):
+                block.attn.kept = [t[rows] for t in block.attn.kept]
+        mask = self.text.mask(ids)[:, :, start:-1, :-1]  # without the class token, which no other position sees
+        x = self.text.token_embedding(ids[:, start:]) + self.text.positional_embedding[start : self.length]
+        for block in self.readers:
+            x = block(x, mask)
+        mask = torch.ones_like(mask[0, 0]).tril(start)
+        for block, cross, keys in zip(self.blocks, self.decoder.cross_attn, self.keys):
+            x = block(x, mask)
+            x = cross(x.reshape(self.images, -1, x.shape[2]), keys).view_as(x)  # all texts about an image at once
+        return self.decoder.text_projection(self.decoder.ln_final(x[:, -1]))
 
 
 def processors(eos: int, min_seq_len: int, repetition_penalty: float, *warpers) -> LogitsProcessorList:
@@ -27,16 +80,16 @@ def beam_search(
 ) -> Tensor:  # fmt: skip
     """Token ids (images, T), T up to `seq_len`: of each image the text with the highest mean score of a token."""
     ids = torch.full((images * beams, 1), sot, device=device)
-    of_image = torch.arange(images, device=device).repeat_interleave(beams)
+    rows = None
     scores = torch.tensor([0.0] + [-1e9] * (beams - 1), device=device).repeat(images)  # all begin alike: one counts
     ended: list[list[tuple[float, Tensor]]] = [[] for _ in range(images)]  # (mean score, ids) of the best texts
     done = [False] * images
     while not all(done) and ids.shape[1] < seq_len:
-        logits = processors(ids, next_logits(ids, of_image))
+        logits = processors(ids, next_logits(ids, rows))
         words, length = logits.shape[1], ids.shape[1] + 1
         totals = (logits.float() + scores[:, None]).view(images, -1)
         totals, places = (t.tolist() for t in totals.topk(2 * beams, dim=1))  # enough, were all beams to end
-        rows, tokens, kept = [], [], []
+        continued, tokens, kept = [], [], []
         for image in range(images):
             going = []
             for rank, (total, place) in enumerate(zip(totals[image], places[image])):
@@ -47,9 +100,10 @@ def beam_search(
                     keep_best(ended[image], beams, total / length, ids[row])
             done[image] |= len(ended[image]) == beams and worst(ended[image]) >= totals[image][0] / length
             for row, token, total in going[:beams]:
-                rows.append(row)
+                continued.append(row)
                 tokens.append(token)
                 kept.append(total)
+        rows = torch.tensor(continued, device=device)
         ids = torch.cat([ids[rows], torch.tensor(tokens, device=device)[:, None]], dim=1)
         scores = torch.tensor(kept, device=device)
     for image in range(images):
@@ -89,7 +143,6 @@ def sample(
         if ids.shape[1] == seq_len:
             ids[going, -1] = eos
         else:
-            before = ids[going, :-1]
-            logits = processors(before, next_logits(before, going))
+            logits = processors(ids[going, :-1], next_logits(ids[:, :-1], None)[going])
             ids[going, -1] = torch.multinomial((logits / temperature).softmax(dim=1), 1)[:, 0]
     return ids

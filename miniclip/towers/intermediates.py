@@ -27,6 +27,7 @@ class Found(NamedTuple):
     embeds: Tensor  # (B, E), by the blocks that ran
     norm: Callable[[Tensor], Tensor] = nn.Identity()  # the tower's norm after its blocks
     prefix: int = 0  # how many of the L positions are class tokens, at the start
+    suffix: int = 0  # and how many at the end, behind a text
 
 
 def forward_intermediates(
@@ -40,12 +41,13 @@ def forward_intermediates(
 
     `image_intermediates`: of each block in `image_indices` (B, W, height, width), or with "NLC" (B, patches, W), and
     with `image_output_extra_tokens` `image_intermediates_prefix`, its class token (B, 1, W); of a ResNet its stem (0)
-    and four stages. `text_intermediates`: (B, L, W). `normalize_intermediates` applies the norm after the blocks.
+    and four stages. `text_intermediates`: (B, L, W), and with `text_output_extra_tokens` `text_intermediates_suffix`,
+    a CoCa's class token behind the text (B, 1, W). `normalize_intermediates` applies the norm after the blocks.
     `image_features` and `text_features` (B, E), of unit length with `normalize`, unless `intermediates_only`; with
     `stop_early` they are made from the last block taken, except those of texts without `custom_text` and of ResNets.
     `image_logits` and `text_logits` with `output_logits`, `logit_scale` and `logit_bias` with the last option. Raises
-    InputError for blocks that are not there, for another format, and for towers of transformers, as OpenCLIP has none
-    of theirs."""
+    InputError for blocks that are not there, for another format, for towers of transformers, as OpenCLIP has none of
+    theirs, and for `normalize_intermediates` of a CoCa whose norm has another width."""
     output, normalize = {}, normalize and not intermediates_only
     output_logits = output_logits and not intermediates_only
     if output_logits and (image is None or text is None):
@@ -61,7 +63,10 @@ def forward_intermediates(
         if text_output_fmt != "NLC" and custom_text:
             raise InputError(f"text_output_fmt is {text_output_fmt!r}, not 'NLC'")
         found = run(model.text, text, text_indices, stop_early and custom_text)
-        output["text_intermediates"] = [found.norm(x) if normalize_intermediates else x for x in found.layers]
+        layers = [found.norm(x) if normalize_intermediates else x for x in found.layers]
+        if text_output_extra_tokens and found.suffix:
+            output["text_intermediates_suffix"] = [x[:, -found.suffix :] for x in layers]
+        output["text_intermediates"] = [x[:, : text.shape[1]] for x in layers]
         if not intermediates_only:
             output["text_features"] = F.normalize(found.embeds, dim=-1) if normalize else found.embeds
     if output_logits:
@@ -161,10 +166,19 @@ def _(tower: TextTransformer, inputs: Tensor, indices: Indices, stop_early: bool
     return Found(*run_blocks(tower, inputs, indices, stop_early), tower.ln_final)
 
 
-@run.register(CocaVisionTransformer)
-@run.register(CocaTextTransformer)
-def _(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
-    raise InputError("forward_intermediates does not know CoCa's towers: their with_tokens gives the last block's")
+@run.register
+def _(tower: CocaVisionTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
+    def norm(x: Tensor) -> Tensor:  # is behind the poolers, or before them
+        if x.shape[2:] != tower.ln_post.normalized_shape:
+            raise InputError("normalize_intermediates: CoCa's norm is of what its pooler returns, of another width")
+        return tower.ln_post(x)
+
+    return Found(*run_blocks(tower, inputs, indices, stop_early), norm, prefix=1)
+
+
+@run.register
+def _(tower: CocaTextTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
+    return Found(*run_blocks(tower, inputs, indices, stop_early), tower.ln_final, suffix=1)
 
 
 def run_blocks(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool) -> tuple[list[Tensor], Tensor]:

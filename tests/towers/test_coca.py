@@ -19,6 +19,7 @@ from miniclip.config import MiniClipConfig
 from miniclip.inference.caption import caption_images, caption_metrics
 from miniclip.model import MiniClip
 from miniclip.towers.coca import CoCa
+from miniclip.towers.generate import Writer
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.losses import make_loss
 from miniclip.utils.errors import CheckpointError, InputError
@@ -107,6 +108,23 @@ def test_captions_are_openclips_token_for_token():
     ):
         with pytest.raises(InputError, match=message):
             model.generate(images, **IDS | wrong)
+
+
+def test_a_step_reads_the_new_token_and_gives_the_logits_of_the_whole_text():
+    """Of three texts about each of two images, which continue one another; token 0 is padding."""
+    model, images = load_openclips(COCA)[0], make_inputs(COCA)[0][:2]
+    torch.manual_seed(0)
+    ids, read = torch.randint(0, 4, (6, 3)), []
+    with torch.no_grad():
+        write = Writer(model.text, model.text_decoder, model.visual.with_tokens(images)[1])
+        for rows in (None, torch.tensor([1, 1, 0, 5, 3, 3]), torch.tensor([2, 0, 0, 4, 5, 3])):
+            ids = ids if rows is None else torch.cat([ids[rows], torch.randint(0, 4, (6, 1))], dim=1)
+            hook = model.text.token_embedding.register_forward_hook(lambda _, args, out: read.append(args[0].shape))
+            found = write(ids, rows)
+            hook.remove()
+            whole = model.caption_logits(images.repeat_interleave(3, dim=0), ids)[:, -1]
+            torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+    assert read == [(6, 3), (6, 1), (6, 1)]
 
 
 def test_it_is_saved_converted_and_loaded(tmp_path):

@@ -6,6 +6,7 @@ from inspect import signature
 import pytest
 import torch
 
+from benchmarks import make_coca_golden
 from benchmarks.make_towers_golden import (
     GOLDEN,
     MODELS,
@@ -16,6 +17,7 @@ from benchmarks.make_towers_golden import (
     options_for,
     record_intermediates,
 )
+from miniclip.compat.coca import CoCa
 from miniclip.compat.model import CLIP
 from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
@@ -24,23 +26,28 @@ from miniclip.utils.errors import InputError
 from tests.towers.test_families import config_of
 
 RECORDED = json.loads(GOLDEN.with_name("intermediates_golden.json").read_text(encoding="utf-8"))["models"]
+RECORDED |= json.loads(make_coca_golden.GOLDEN.read_text(encoding="utf-8"))["intermediates"]
+COCAS = make_coca_golden.MODELS
+CONFIGS = MODELS | COCAS
 
 
 def build(name: str) -> CLIP:
-    cfg = MODELS[name]
-    model = CLIP(MiniClip(config_of(cfg)), custom_text=cfg.get("custom_text", False)).eval()
+    cfg = CONFIGS[name]
+    model = MiniClip(config_of(cfg))
+    model = (CoCa(model) if name in COCAS else CLIP(model, custom_text=cfg.get("custom_text", False))).eval()
     model.load_state_dict(make_weights({name: tuple(t.shape) for name, t in model.state_dict().items()}))
     return model
 
 
 @pytest.mark.parametrize("source", ["recorded", "live"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_it_gives_what_openclip_gives(name, source):
+    cfg, peer, model = CONFIGS[name], RECORDED[name], build(name)
     if source == "live":
         pytest.importorskip("open_clip", reason="OpenCLIP is not installed: pip install open_clip_torch")
-    peer, model = RECORDED[name] if source == "recorded" else record_intermediates(MODELS[name]), build(name)
-    images, input_ids = make_inputs(MODELS[name])
-    for options, wanted in zip(options_for(MODELS[name]), peer, strict=True):
+        peer = record_intermediates(cfg, *[make_coca_golden.build] * (name in COCAS))
+    images, input_ids = make_inputs(cfg)
+    for options, wanted in zip(options_for(cfg), peer, strict=True):
         with torch.no_grad():
             found = numbers(model.forward_intermediates(images, input_ids, **options))
         assert list(found) == list(wanted)
@@ -72,6 +79,27 @@ def test_features_are_those_of_the_model_and_gradients_flow():
         gradients.append([p.grad for p in (model.visual.conv1.weight, model.text.token_embedding.weight)])
     assert list(model.state_dict()) == names
     assert all(a.abs().sum() > 0 and torch.allclose(a, b) for a, b in zip(*gradients))
+
+
+def test_what_openclips_coca_cannot_give():
+    """Logits, which are those of other models; a norm of another width and the blocks of an encoder are refused."""
+    model, (images, ids) = build("published").miniclip, make_inputs(COCAS["published"])
+    with torch.no_grad():
+        found = forward_intermediates(model, images, ids, output_logits=True, text_output_extra_tokens=True)
+        short = forward_intermediates(model, text=ids[:2, :7], text_output_extra_tokens=True)
+        torch.testing.assert_close(found["image_logits"], model.get_logits(images, ids)[0])
+        torch.testing.assert_close(found["text_intermediates"][-1], model.text.with_tokens(ids)[1])
+    for key in ("text_intermediates", "text_intermediates_suffix"):  # padding may be cut off
+        assert len(short[key]) == len(found[key]) == 2
+        torch.testing.assert_close(short[key][-1], found[key][-1][:2, :7], atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="normalize_intermediates: CoCa's norm is of what its pooler returns"):
+        forward_intermediates(model, images, normalize_intermediates=True)
+    values = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    encoder = {"hf_model_config": values, "image_size": 32, "attentional_pool": True, "attn_pooler_heads": 2}
+    model = MiniClip(MiniClipConfig.from_dict(COCAS["published"] | {"vision_cfg": encoder}))
+    with pytest.raises(InputError, match="knows no blocks of a CocaHfVisionTower"):
+        forward_intermediates(model, images)
+    assert len(forward_intermediates(model, text=ids)["text_intermediates"]) == 2
 
 
 def test_a_pruned_tower_and_what_is_refused():
