@@ -143,13 +143,18 @@ def create_model(
     refuse("pretrained_image", pretrained_image and not config.vision_cfg.pretrained, "its config names no weights")
     size = None if force_image_size is None else square(force_image_size, "force_image_size")
     values = config.to_dict()
+    dropout = force_patch_dropout is not None and "patch_dropout" not in values["vision_cfg"]
+    refuse("force_patch_dropout", dropout, "this image tower drops no patches")
     for section, forced in (
         (values, {"quick_gelu": force_quick_gelu or None}),
         (values["vision_cfg"], {"image_size": size, "patch_dropout": force_patch_dropout}),
         (values["text_cfg"], {"context_length": force_context_length}),
+        (values.get("multimodal_cfg", {}), {"context_length": force_context_length}),
         (values["preprocess_cfg"], {"size": size, **(force_preprocess_cfg or {})}),
     ):
         section.update({name: value for name, value in forced.items() if value is not None})
+    if size and "channels" in values["vision_cfg"]:  # CoCa's encoder: the width is that of a whole feature map
+        values["vision_cfg"]["width"] = None
     model = MiniClip(MiniClipConfig.from_dict(values, model_name))
     if load is not None:
         load(model)
@@ -373,4 +378,4 @@ def trace_model(model: CLIP, batch_size: int = 256, device: str | torch.device =
     image = torch.ones(batch_size, 3, model.visual.image_size, model.visual.image_size, device=device)
     text = torch.zeros(batch_size, model.context_length, dtype=torch.int, device=device)
     inputs = {"forward": (image, text), "encode_text": (text,), "encode_image": (image,)}
-    return torch.jit.trace_module(model, inputs, check_trace=False)
+    return torch.jit.trace_module(model, inputs, check_trace=False, strict=False)  # which lets CoCa return its dict

@@ -132,8 +132,11 @@ class AttentionalPooler(nn.Module):
         self.ln_q, self.ln_k = nn.LayerNorm(embed_dim), nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, query = self.ln_k(x), self.ln_q(self.query).expand(x.shape[0], -1, -1)
-        return self.attn(query, x, x, need_weights=False)[0]
+        x, attn = self.ln_k(x), self.attn  # written out: its own forward in fp16 crashes ONNX Runtime
+        weights = (attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight)
+        weights = weights if attn.in_proj_weight is None else attn.in_proj_weight.chunk(3)
+        q, k, v = map(F.linear, (self.ln_q(self.query), x, x), weights, attn.in_proj_bias.chunk(3))
+        return attn.out_proj(attend(q.expand(x.shape[0], -1, -1), k, v, attn.num_heads))
 
 
 class CocaVisionTransformer(TokenTower, VisionTransformer):
@@ -201,7 +204,8 @@ class CocaTextTransformer(TokenTower, TextTransformer):
         if L > room:
             raise InputError(f"{L} tokens; the context is {room}")
         # One token of padding is enough, for the class token to see (`mask`); an export needs one length for all.
-        padding = room - L if torch.compiler.is_exporting() else min(1, room - L)
+        whole = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        padding = room - L if whole else min(1, room - L)
         ids = F.pad(input_ids, (0, padding), value=self.cfg.pad_id)
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         last = (self.cls_emb + self.positional_embedding[room]).expand(x.shape[0], 1, -1)  # wherever padding ends

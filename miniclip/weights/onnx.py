@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from miniclip.config import PreprocessConfig
 from miniclip.model import MiniClip, Tower
 from miniclip.tokenizer import Tokenizer
+from miniclip.towers.registry import CAPTIONERS
 from miniclip.towers.tokens import without_tokens
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, write_json, write_manifest
@@ -85,6 +86,8 @@ def export(
     if form == "onnx":
         need("onnx", "onnxscript", "onnxruntime")
     model = without_tokens(model).eval()
+    if type(model) in CAPTIONERS:
+        warnings.warn("the decoder is not exported: MiniCLIP's and OpenCLIP's forms have it", stacklevel=2)
     about = describe(model, form, precision)
     write, suffix = (write_onnx, ".onnx") if form == "onnx" else (write_pt2, ".pt2")
     images, captions = examples(model)

@@ -43,6 +43,35 @@ def test_its_calls(model):
     assert low(images, text)["logits"].dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("image", ["its own", "an encoder"])
+def test_it_is_traced_and_its_sizes_are_forced(model, image, monkeypatch, tmp_path):
+    images, text = make_inputs(COCA)
+    if image == "an encoder":
+        values = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
+        encoder = {"hf_model_config": values, "image_size": 32, "attentional_pool": True, "attn_pooler_heads": 2}
+        monkeypatch.setitem(open_clip.ADDED, "tiny-coca", COCA | {"vision_cfg": encoder})
+        model = open_clip.create_model("tiny-coca").eval()
+        with pytest.raises(InputError, match="force_patch_dropout cannot be honoured: this image tower drops no pat"):
+            open_clip.create_model("tiny-coca", force_patch_dropout=0.5)
+    else:
+        assert open_clip.create_model("tiny-coca", force_patch_dropout=0.5).visual.patch_dropout == 0.5
+    traced = open_clip.trace_model(model, batch_size=2)
+    for ids in (text, text[:, :7]):  # also with another number of them, and without padding
+        torch.testing.assert_close(traced.encode_text(ids), model.encode_text(ids), atol=1e-5, rtol=0)
+    torch.testing.assert_close(traced(images, text), model(images, text))
+    model.miniclip.save_pretrained(tmp_path / "saved")
+    sizes = {"force_context_length": 24, "force_image_size": 64, "force_quick_gelu": True}
+    larger = open_clip.create_model(f"local-dir:{tmp_path / 'saved'}", **sizes).eval()
+    config, pixels = larger.miniclip.config, torch.randn(1, 3, 64, 64)
+    assert larger.context_length == config.multimodal_cfg.context_length == config.text_cfg.context_length == 24
+    assert larger.visual.image_size == config.preprocess_cfg.size == 64 and config.quick_gelu
+    assert larger.visual.features(pixels).shape[1] == larger.visual.width
+    assert larger(pixels, torch.ones(1, 24).long())["logits"].shape == (1, 23, 100)
+    assert larger.generate(pixels, **GREEDY | {"seq_len": 24}).shape[0] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*was interpolated")
 def test_it_answers_as_open_clip(model, tmp_path):
     # Not generate, which does not run there with transformers 5: tests/towers/test_coca.py has its recorded tokens.
     theirs = pytest.importorskip("open_clip", reason="OpenCLIP is not installed: pip install open_clip_torch")
@@ -62,3 +91,11 @@ def test_it_answers_as_open_clip(model, tmp_path):
             for normalize in ((), (False,)):
                 a, b = (getattr(m, method)(inputs, *normalize) for m in (model, peer))
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        torch.save(model.state_dict(), tmp_path / "weights.pt")
+        how = {"pretrained": str(tmp_path / "weights.pt"), "force_context_length": 12, "force_image_size": 64}
+        with pytest.warns(UserWarning, match="was interpolated from 21 to 13 positions"):
+            model = open_clip.create_model("tiny-coca", **how).eval()
+        inputs = torch.randn(3, 3, 64, 64), text[:, :12]
+        ours, wanted = model(*inputs), theirs.create_model("tiny-coca", **how).eval()(*inputs)
+        for name in wanted:
+            torch.testing.assert_close(ours[name], wanted[name], atol=1e-5, rtol=1e-5)

@@ -25,7 +25,7 @@ from miniclip.training.losses import make_loss
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.weights.convert import convert
 from miniclip.weights.load import empty_model, load_weights
-from miniclip.weights.onnx import export
+from miniclip.weights.onnx import PIP, examples, export
 from tests.training.test_training import recipe, trained_and_resumed  # noqa: F401
 
 RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))
@@ -250,11 +250,27 @@ def test_the_report_has_the_captions_that_the_command_writes(caption_set, run_sc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch", "onnx", "onnx fp16", "onnx int8"])
 @pytest.mark.parametrize("image", ["its own", "an encoder"])
-def test_its_towers_are_exported(tmp_path, image):
+def test_its_towers_are_exported(tmp_path, image, form):
+    form, _, precision = form.partition(" ")
+    if form == "onnx" and not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        pytest.skip(f"needs {PIP}")
     torch.manual_seed(0)
     model = MiniClip(MiniClipConfig.from_dict(TINY | ({} if image == "its own" else {"vision_cfg": ENCODER}))).eval()
-    assert export(model, tmp_path / "towers", "torch")  # which compares the graphs with the model
+    how = {"precision": precision or "fp32", "single_graph": form == "onnx"}
+    with pytest.warns(UserWarning, match="the decoder is not exported"):
+        about = export(model, tmp_path / "towers", form, **how)  # which compares the graphs with the model
+    assert all(found["min_cosine"] > 0.999 for found in about["checked"].values())
+    if find_spec("openvino") and form == "onnx" and not precision:
+        import openvino
+
+        for name, batches in zip(("image", "text"), examples(model)):
+            file = tmp_path / "towers" / f"{name}.onnx"
+            run = openvino.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            for x in batches:
+                wanted = getattr(model, f"encode_{name}")(x, normalize=True)
+                torch.testing.assert_close(torch.from_numpy(run(x.numpy())[0]), wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -286,6 +302,9 @@ def test_an_encoder_of_transformers_is_its_image_tower(tmp_path):
     assert torch.equal(again.generate(pixels, seq_len=8), model.generate(pixels, seq_len=8))
     with pytest.raises(CheckpointError, match="OpenCLIP has no towers with an encoder of transformers"):
         convert(tmp_path / "saved", tmp_path / "openclip", "openclip")
+    for form in ("hf", "sentence-transformers"):
+        with pytest.raises(CheckpointError, match="no other towers than CLIP's own"):
+            convert(tmp_path / "saved", tmp_path / form, form)
     with pytest.raises(InputError, match="a tower is frozen"):
         make_loss(model, SimpleNamespace(**vars(options()) | {"frozen": (True, True)}), ARGS)
     for wrong, message in (
