@@ -126,6 +126,6 @@ def rename(state_dict: dict[str, Tensor], layout: str, rows, export: bool) -> di
             renamed |= zip(new, tensors, strict=True)
     if missing or left:
         towers = {key.partition(".")[0] for key in renamed} & {"visual", "text"}
-        alone = ": one tower alone; save the whole model" * (len(towers) == 1 and not left and not export)
+        alone = ": one tower alone; save the whole model" if len(towers) == 1 and not (left or export) else ""
         raise mismatch(f"not complete as {layout} weights{alone}", missing, left)
     return renamed

@@ -81,7 +81,7 @@ class SigLipVisionConfig(VisionConfig):
         yield self.image_size >= self.patch_size, "vision_cfg.image_size is less than a patch"
         yield not self.patch_dropout, "vision_cfg.patch_dropout is not supported in SigLIP's image tower"
         yield not self.timm_model_pretrained, "vision_cfg.timm_model_pretrained is true: name weights by pretrained"
-        yield from right_kwargs("vision_cfg", self)
+        yield from right_kwargs("vision_cfg", act_kwargs=self.act_kwargs)
 
     def preprocess(self) -> dict:
         return {"size": self.image_size, "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}

@@ -27,24 +27,28 @@ from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
 
 
-def only_keys(kind: str, section, field: str, keys: tuple[str, ...]):
+def only_keys(kind: str, field: str, given: dict | None, keys: tuple[str, ...]):
     """For `check`: an object in a section has no other keys than these."""
-    others = set(getattr(section, field) or {}) - set(keys)
+    others = set(given or {}) - set(keys)
     yield (
         not others,
         f"{kind}.{field} has {', '.join(sorted(map(str, others)))}, and only {', '.join(keys)} is supported",
     )
 
 
-def right_kwargs(kind: str, section):
-    """For `check`: `act_kwargs` and `norm_kwargs` are what `set_kwargs` takes."""
-    for field, key, fits, values in (
-        ("act_kwargs", "approximate", lambda value: value in ("none", "tanh"), "none or tanh"),
-        ("norm_kwargs", "eps", lambda value: type(value) is float and 0 < value < 1, "a number between 0 and 1"),
-    ):
-        given = getattr(section, field, None) or {}
-        yield from only_keys(kind, section, field, (key,)) if given else ()
-        yield key not in given or fits(given[key]), f"{kind}.{field}: {key} is {given.get(key)!r:.50}, not {values}"
+KWARGS = {  # what `set_kwargs` takes: a field's only key, a test of its value, and the test in words
+    "act_kwargs": ("approximate", lambda value: value in ("none", "tanh"), "none or tanh"),
+    "norm_kwargs": ("eps", lambda value: type(value) is float and 0 < value < 1, "a number between 0 and 1"),
+}
+
+
+def right_kwargs(kind: str, **fields: dict | None):
+    """For `check`: the fields `act_kwargs` and `norm_kwargs` of a section."""
+    for field, given in fields.items():
+        key, fits, values = KWARGS[field]
+        yield from only_keys(kind, field, given, (key,))
+        if given and key in given:
+            yield fits(given[key]), f"{kind}.{field}: {key} is {given[key]!r:.50}, not {values}"
 
 
 @dataclass
@@ -60,7 +64,7 @@ class VariantVisionConfig(VisionConfig):
 
     def problems(self):
         yield from super().problems()
-        yield from right_kwargs("vision_cfg", self)
+        yield from right_kwargs("vision_cfg", act_kwargs=self.act_kwargs, norm_kwargs=self.norm_kwargs)
 
 
 @dataclass
@@ -82,8 +86,8 @@ class VariantTextConfig(TextConfig):
 
     def problems(self):
         yield from super().problems()
-        yield from right_kwargs("text_cfg", self)
-        yield from only_keys("text_cfg", self, "tokenizer_kwargs", self.tokenizer_options)
+        yield from right_kwargs("text_cfg", act_kwargs=self.act_kwargs, norm_kwargs=self.norm_kwargs)
+        yield from only_keys("text_cfg", "tokenizer_kwargs", self.tokenizer_kwargs, self.tokenizer_options)
         yield self.hf_tokenizer_name or not self.tokenizer_kwargs, "text_cfg.tokenizer_kwargs needs hf_tokenizer_name"
         yield 0 <= self.token_dropout < 1, "text_cfg.token_dropout is not in [0, 1)"
         needs_end = self.pool_type == "argmax" or not self.token_dropout

@@ -77,6 +77,9 @@ def export(
     both. Raises InputError for a tower that cannot be exported, a missing package, an fp32 graph that is more than 1e-5
     off on some batch, and FileExistsError if `target` exists, unless `force`."""
     target = Path(target)
+    if form not in FORMS or precision not in PRECISIONS:
+        known = f"{' and '.join(FORMS)}, in {', '.join(PRECISIONS)}"
+        raise InputError(f"{target} cannot be written as {form} in {precision}: exports are {known}")
     if form == "torch" and (precision != "fp32" or single_graph):
         raise InputError("a precision and one graph for both towers are for onnx: torch.export writes towers in fp32")
     if target.exists() and (not force or not target.is_dir()):

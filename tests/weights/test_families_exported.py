@@ -111,6 +111,12 @@ def test_pictures_are_searched(small, tmp_path):
     find_a_picture(small[0], tmp_path)
 
 
+def test_a_form_or_precision_that_there_is_not_is_refused(tiny_model, tmp_path):
+    for form, precision in (("onnx", "bf16"), ("tflite", "fp32")):
+        with pytest.raises(InputError, match=f"out cannot be written as {form} in {precision}: exports are onnx and"):
+            exports.export(tiny_model, tmp_path / "out", form, precision)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", exports.FORMS)
 def test_graphs_are_written(small, form, tmp_path):
