@@ -17,6 +17,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -316,7 +317,9 @@ def start_in_closed_form(
     prior = None if names is None else class_prior(model, names)
     if args.process_index == 0:
         loss, alone = make_loss(model, options, args), options.frozen == (True, True)
-        found = [choose(model, pairs_of(records, images, texts), args, loss, alone, prior)]
+        # The other processes wait for what this one finds: its losses must not wait for their rows.
+        with patch("torch.distributed.is_initialized", return_value=False):
+            found = [choose(model, pairs_of(records, images, texts), args, loss, alone, prior)]
     if dist.is_initialized():
         dist.broadcast_object_list(found)  # another process might find something else in the last bits
     solution, scale, trains, line = found[0]

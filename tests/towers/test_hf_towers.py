@@ -442,8 +442,7 @@ def test_a_run_goes_on_where_it_was(encoders, caption_set, tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [["--grad_cache_chunk_size", "4"], ["--fsdp"]])
+@pytest.mark.parametrize("more", [["--grad_cache_chunk_size", "4"], pytest.param(["--fsdp"], marks=pytest.mark.slow)])
 def test_two_processes_equal_one(more, encoders, caption_set, run_script):
     config = json.loads(encoders.read_text())
     values = json.loads((caption_set / "bert" / "config.json").read_text())
