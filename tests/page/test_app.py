@@ -659,7 +659,9 @@ def test_classes_are_edited_and_weighed(visit, site):
     assert "cannot read this: 猫" in page.locator(".mc-warning").inner_text()
     assert shown().keys() == wanted(OBJECTS["zh"], OBJECTS["zh"], "zh").keys()
     page.get_by_role("button", name="Sentences").click()
-    page.locator("#sentences textarea").fill("a photo")
+    sentences = page.locator("#sentences textarea")
+    expect(sentences).to_have_value("\n".join(TEMPLATES["zh"]))  # it is drawn anew when it is opened
+    sentences.fill("a photo")
     page.get_by_role("button", name="Classify").click()
     page.locator("#found-classes [role=alert]").filter(has_text="“a photo” must have exactly one {}").wait_for()
 
