@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from miniclip.checkpoint import rename, to_miniclip
 from miniclip.config import TextConfig
-from miniclip.model import MiniClip, TextTransformer, VisionTransformer
+from miniclip.model import MiniClip, TextTransformer, Tower, VisionTransformer
 from miniclip.towers.huggingface import HfTextTower
 from miniclip.towers.intermediates import forward_intermediates
 from miniclip.towers.siglip import SigLipVisionTransformer
@@ -85,7 +85,7 @@ class CLIP(nn.Module):
         if isinstance(self.visual, TimmTower):
             self.visual.freeze_groups(unlocked_groups)
         else:
-            freeze(self.miniclip, image=_locked(unlocked_groups))
+            freeze(self.miniclip, image=_locked(self.visual, unlocked_groups))
         if isinstance(self.visual, SigLipVisionTransformer) and unlocked_groups == 1:  # a group of timm's there
             self.visual.attn_pool.requires_grad_(True)
         if not freeze_bn_stats:  # as there, they follow the batches
@@ -96,7 +96,7 @@ class CLIP(nn.Module):
         if not freeze_layer_norm:
             raise InputError("freeze_layer_norm=False cannot be honoured: a layer is frozen with its norms, as there")
         projection = isinstance(self.text, HfTextTower)  # there it learns in any case
-        freeze(self.miniclip, text=_locked(unlocked_layers + projection))
+        freeze(self.miniclip, text=_locked(self.text, unlocked_layers + projection))
 
 
 class OpenAIClip(CLIP):
@@ -151,7 +151,10 @@ def full_precision(model: CLIP | MiniClip) -> MiniClip:
     return copy
 
 
-def _locked(groups: int) -> str:  # OpenCLIP's groups count the projection too
+def _locked(tower: Tower, groups: int) -> str:  # OpenCLIP's groups count the projection too, and what is before blocks
+    if groups > len(tower.blocks) + 1:
+        tower.requires_grad_(True)
+        return "none"
     return ("all", "tower")[groups] if groups < 2 else f"all_but_{groups - 1}"
 
 

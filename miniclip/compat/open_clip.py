@@ -143,8 +143,9 @@ def create_model(
     refuse("pretrained_image", pretrained_image and not config.vision_cfg.pretrained, "its config names no weights")
     size = None if force_image_size is None else square(force_image_size, "force_image_size")
     values = config.to_dict()
-    dropout = force_patch_dropout is not None and "patch_dropout" not in values["vision_cfg"]
-    refuse("force_patch_dropout", dropout, "this image tower drops no patches")
+    if "patch_dropout" not in values["vision_cfg"]:
+        refuse("force_patch_dropout", force_patch_dropout, "this image tower drops no patches")
+        force_patch_dropout = None
     for section, forced in (
         (values, {"quick_gelu": force_quick_gelu or None}),
         (values["vision_cfg"], {"image_size": size, "patch_dropout": force_patch_dropout}),

@@ -17,6 +17,7 @@ from miniclip.towers.siglip import SigLipVisionTransformer
 from miniclip.towers.timm_model import TimmTower
 from miniclip.utils.errors import InputError
 
+NO_GRID = "patch_dropout leaves no grid of patches in training: call model.eval() first"
 Indices = int | Sequence[int] | None  # the last n blocks, those with these numbers (-1: the last one), or all
 
 
@@ -93,7 +94,7 @@ def run_image(
     if layout == "NCHW" and not maps:
         side = math.isqrt(patches[0].shape[1])
         if side * side != patches[0].shape[1]:
-            raise InputError("patch_dropout leaves no grid of patches in training: call model.eval() first")
+            raise InputError(NO_GRID)
         patches = [x.transpose(1, 2).unflatten(2, (side, side)).contiguous() for x in patches]
     prefix = {"image_intermediates_prefix": [x[:, : found.prefix] for x in layers]}
     return {"image_intermediates": patches} | (prefix if with_prefix and found.prefix else {}), found.embeds
@@ -102,6 +103,8 @@ def run_image(
 @run_image.register
 def _(tower: TimmTower, image: Tensor, indices: Indices, stop_early: bool, norm: bool, layout: str, with_prefix: bool):
     """By timm's function of the same name, as in OpenCLIP. Not all of its models have class tokens."""
+    if tower.training and tower.patch_dropout and layout == "NCHW":
+        raise InputError(NO_GRID)
     prefix = {"return_prefix_tokens": True} if with_prefix else {}
     options = {"indices": indices, "norm": norm, "stop_early": stop_early, "output_fmt": layout, **prefix}
     try:

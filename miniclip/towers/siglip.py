@@ -79,7 +79,7 @@ class SigLipVisionConfig(VisionConfig):
         yield from in_range("vision_cfg.", self, LARGEST)
         yield self.width % self.head_width == 0, "vision_cfg.width is not a multiple of head_width"
         yield self.image_size >= self.patch_size, "vision_cfg.image_size is less than a patch"
-        yield not self.patch_dropout, "vision_cfg.patch_dropout is not supported in SigLIP's image tower"
+        yield 0 <= self.patch_dropout < 1, "vision_cfg.patch_dropout is not in [0, 1)"
         yield not self.timm_model_pretrained, "vision_cfg.timm_model_pretrained is true: name weights by pretrained"
         yield from right_kwargs("vision_cfg", act_kwargs=self.act_kwargs)
 
@@ -124,7 +124,7 @@ class SigLipVisionTransformer(Tower):
         W, heads = cfg.width, cfg.width // cfg.head_width
         if quick_gelu or embed_dim != W:
             raise InputError(f"SigLIP's image tower needs embed_dim {W}, its width, and quick_gelu false")
-        self.image_size, self.width = cfg.image_size, W
+        self.image_size, self.patch_dropout, self.width = cfg.image_size, cfg.patch_dropout, W
         self.conv1 = nn.Conv2d(3, W, cfg.patch_size, stride=cfg.patch_size)
         self.positional_embedding = nn.Parameter(torch.empty((cfg.image_size // cfg.patch_size) ** 2, W))
         self.blocks = nn.ModuleList(Block(W, heads, cfg.mlp_ratio, quick_gelu) for _ in range(cfg.layers))
@@ -136,8 +136,12 @@ class SigLipVisionTransformer(Tower):
     def features(self, pixel_values: Tensor) -> Tensor:
         check_images(pixel_values, self.image_size)
         x = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (B, patches, W)
-        x = self.run_blocks(x + self.positional_embedding.to(x.dtype), is_causal=False)
-        return self.attn_pool(self.ln_post(x))
+        x = x + self.positional_embedding.to(x.dtype)
+        if self.training and self.patch_dropout:  # a random choice of each image's patches
+            keep = max(1, round(x.shape[1] * (1 - self.patch_dropout)))
+            kept = torch.rand(x.shape[:2], device=x.device).topk(keep, dim=1).indices
+            x = x.gather(1, kept[..., None].expand(-1, -1, self.width))
+        return self.attn_pool(self.ln_post(self.run_blocks(x, is_causal=False)))
 
     def init_parameters(self):
         for parameter in (self.positional_embedding, self.attn_pool.latent):

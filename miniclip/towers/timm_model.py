@@ -93,6 +93,7 @@ class TimmTower(Tower):
         # On the CPU even if the model is on "meta", for its shapes alone: some of timm's constants are not weights.
         with torch.device("cpu"), limited_by(None):
             self.trunk = ask(cfg.timm_model_name, self.make_trunk)
+        self.patch_dropout = cfg.patch_dropout
         self.width = W = self.trunk.num_features
         if cfg.timm_proj == "none" and embed_dim != W:
             raise InputError(f"timm_proj none: {cfg.timm_model_name} is {W} wide, embed_dim is {embed_dim}")
@@ -110,7 +111,7 @@ class TimmTower(Tower):
 
     def make_trunk(self, pretrained: bool = False) -> nn.Module:
         cfg, timm, side = self.cfg, import_timm(), self.image_size
-        options = {"drop_path_rate": cfg.timm_drop_path, "patch_drop_rate": cfg.patch_dropout or None}
+        options = {"drop_path_rate": cfg.timm_drop_path}
         if not self.has_head:
             options |= {"num_classes": 0 if cfg.timm_proj == "none" else self.embed_dim, "global_pool": cfg.timm_pool}
         trunk = timm.create_model(cfg.timm_model_name, pretrained=pretrained, **options)
@@ -125,6 +126,25 @@ class TimmTower(Tower):
             elif trunk.default_cfg.get("fixed_input_size"):
                 raise InputError(f"image_size is {side}, but {cfg.timm_model_name} takes only images of {usual}")
         return trunk
+
+    @property
+    def patch_dropout(self) -> float:
+        """The share of patches left out in training. To set it raises InputError for a model that leaves out none."""
+        drop = getattr(self.trunk, "patch_drop", None)
+        return getattr(self.trunk, "patch_drop_rate", getattr(drop, "prob", 0.0))
+
+    @patch_dropout.setter
+    def patch_dropout(self, share: float):
+        trunk, layers = self.trunk, import_timm().layers
+        if hasattr(trunk, "patch_drop_rate"):  # Hiera
+            trunk.patch_drop_rate = share
+        elif hasattr(trunk, "patch_drop") and hasattr(trunk.patch_drop, "prob"):
+            trunk.patch_drop.prob = share
+        elif share and hasattr(trunk, "patch_drop") and hasattr(trunk, "num_prefix_tokens"):  # SAM has a map instead
+            kind = layers.PatchDropout if trunk.patch_drop else layers.PatchDropoutWithIndices  # EVA has None at first
+            trunk.patch_drop = kind(share, trunk.num_prefix_tokens).train(trunk.training)
+        elif share:
+            raise InputError(f"{self.cfg.timm_model_name} of timm leaves out no patches. Remove patch_dropout")
 
     def name_blocks(self) -> list[str]:
         """The largest module in each group of layers that timm tells, without the stem and without what it names in no

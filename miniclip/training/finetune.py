@@ -8,11 +8,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import AveragedModel
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from miniclip.model import MiniClip, VisionTransformer
+from miniclip.model import MiniClip, Tower
 from miniclip.training.freeze import depths
 from miniclip.training.fsdp import uses_fsdp
 from miniclip.utils.errors import InputError
@@ -31,8 +30,8 @@ def fine_tuning(model: MiniClip, options, args) -> tuple[list[TrainerCallback], 
         ends = min(learning, key=rate), max(learning, key=rate)
         summary.append("learning rates from " + " to ".join(f"{args.learning_rate * rate(n):.3g} ({n})" for n in ends))
     if options.patch_dropout:
-        if not isinstance(model.visual, VisionTransformer):
-            raise InputError("patch_dropout is for MiniCLIP's own vision transformer. Remove it")
+        if "patch_dropout" not in vars(model.config.vision_cfg):
+            raise InputError("patch_dropout has no effect: this image tower has no patches to leave out. Remove it")
         share, off = (*options.patch_dropout, 0.0)[:2]
         callbacks.append(PatchDropout(model.visual, share, off))
         summary.append(f"{share:.0%} of the patches dropped, none in the last {off:.0%} of the steps")
@@ -68,8 +67,9 @@ class PatchDropout(TrainerCallback):
     """Drops a `share` of the image patches in training (FLIP: arXiv 2212.00794), but none in the last fraction `off` of
     the steps, so that the model ends accustomed to whole images. The model's config keeps its own share."""
 
-    def __init__(self, tower: VisionTransformer, share: float, off: float = 0.0):
+    def __init__(self, tower: Tower, share: float, off: float = 0.0):
         self.tower, self.share, self.off, self.own = tower, share, off, tower.patch_dropout
+        tower.patch_dropout = share  # refused here, before training, where a model of timm leaves out no patches
 
     def on_step_begin(self, args, state, control, **kwargs):
         drop = state.global_step < round((1 - self.off) * state.max_steps)
@@ -83,7 +83,7 @@ def drop_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
     """All that drops something at random in training: (module, attribute, rate above 0)."""
     for module in model.modules():
         for name, value in vars(module).items():
-            drops = "drop" in name or name == "p" and isinstance(module, _DropoutNd)
+            drops = "drop" in name or name in ("p", "prob") and "Dropout" in type(module).__name__  # also timm's
             if drops and isinstance(value, float) and value > 0:
                 yield module, name, value
 

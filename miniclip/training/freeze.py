@@ -30,7 +30,7 @@ def freeze(model: MiniClip, image: str = "none", text: str = "none"):
 
     A frozen image tower with a text tower that is trained to fit it is LiT (Zhai et al., arXiv 2111.07991). The
     backward pass stops at the frozen part, which saves most of its time and memory. OpenCLIP's unlocked groups, N + 1,
-    count the projection too. Raises InputError for too many blocks, and if nothing is left to train.
+    count the projection too. Raises InputError for too many blocks.
     """
     for kind, tower, how in (("image", model.visual, image), ("text", model.text, text)):
         if how == "none":
@@ -44,8 +44,6 @@ def freeze(model: MiniClip, image: str = "none", text: str = "none"):
                 p.requires_grad_(blocks > 0 and depth[name] <= blocks)
         tower.projection.requires_grad_(how != "all")
         hold_statistics(tower)
-    if not any(p.requires_grad for name, p in model.named_parameters() if name != "logit_scale"):
-        raise InputError("both towers are frozen, projections included: nothing is left to train. Freeze one of them")
 
 
 def depths(tower: nn.Module) -> dict[str, int]:
@@ -111,6 +109,8 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
     projections begin in closed form, or reads them from `--feature_cache`. Returns the dataset class for training, and
     the image and text caches for evaluation."""
     freeze(model, options.freeze_image, options.freeze_text)
+    if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("logit_")):
+        raise InputError("both towers are frozen, projections included: nothing is left to train. Freeze one of them")
     start = starts_in_closed_form(model, options)  # from all features, also of towers whose last blocks then learn
     wanted = [frozen or start for frozen in options.frozen]
     if not any(wanted):

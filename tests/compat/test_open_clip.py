@@ -5,6 +5,7 @@ import inspect
 import json
 import sys
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import miniclip.compat.clip as clip
 import miniclip.compat.open_clip as open_clip
 from miniclip.checkpoint import from_miniclip
 from miniclip.compat.model import CLIP, OpenAIClip
+from miniclip.config import MiniClipConfig
 from miniclip.model import MiniClip
 from miniclip.training.siglip import add_logit_bias
 from miniclip.transforms import Preprocess
@@ -248,6 +250,47 @@ def test_outputs(small):
         model.lock_text_tower(1, freeze_layer_norm=False)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"miniclip.visual.proj.weight", "miniclip.logit_scale", "miniclip.logit_bias"}
+
+
+LOCKED = {  # sections of a small model
+    "CLIP": ({"layers": 2, "width": 64, "patch_size": 16}, {}),
+    "ResNet": ({"layers": [1, 1, 1, 1], "width": 16, "patch_size": None}, {}),
+    "CLIPA": ({"layers": 2, "width": 64, "no_ln_pre": True, "pool_type": "avg"}, {"no_causal_mask": True}),
+    "with a bias": ({"layers": 2, "width": 64}, {"pool_type": "last", "no_causal_mask": True, "proj_bias": True}),
+    "SigLIP": ({"layers": 2, "width": 32, "head_width": 16, "pool_type": "map"}, {}),
+    "TinyCLIP auto": ({"layers": 2, "width": 64, "block_heads": [1, 0]}, {}),
+}
+
+
+@pytest.mark.parametrize("family", LOCKED)
+def test_both_towers_are_locked(family):
+    """In either order, as many groups as are asked for, as in OpenCLIP; with more than there are everything learns."""
+    usual = {"image_size": 32}, {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2}
+    vision, text = (common | fields for common, fields in zip(usual, LOCKED[family]))
+    values = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, "init_logit_bias": -10.0}
+    custom = "proj_bias" in text
+
+    def learning(image: int, layers: int, order: int) -> set[str]:
+        model = CLIP(MiniClip(MiniClipConfig.from_dict(values)), custom_text=custom)
+        for lock, unlocked in ((model.lock_image_tower, image), (model.lock_text_tower, layers))[::order]:
+            lock(unlocked)
+        model.get_logits(torch.randn(2, 3, 32, 32), torch.ones(2, 8).long())[0].sum().backward()
+        assert model.logit_scale.grad is not None
+        for p in model.parameters():
+            p.data.fill_(p.requires_grad)
+        counted = "running_mean", "running_var", "num_batches_tracked"
+        return {name for name, t in model.state_dict().items() if t.any() and not name.endswith(counted)}
+
+    assert learning(0, 0, 1) == learning(0, 0, -1) == {"logit_scale", "logit_bias"}
+    everything = learning(9, 9, 1)
+    assert len(everything) > 20 and learning(1, 1, 1) == learning(1, 1, -1) < learning(4, 4, 1) <= everything
+    if importlib.util.find_spec("open_clip") and family not in ("SigLIP", "TinyCLIP auto"):
+        theirs = real_open_clip()
+        for image, layers in product((0,) if family == "ResNet" else (0, 1, 2, 3, 4, 9), (0, 1, 2, 3, 4, 9)):
+            peer = (theirs.CustomTextCLIP if custom else theirs.CLIP)(**values)
+            peer.lock_image_tower(image), peer.lock_text_tower(layers)
+            expected = {name for name, p in peer.named_parameters() if p.requires_grad}
+            assert learning(image, layers, 1) == expected, (image, layers)
 
 
 def test_transforms(names):

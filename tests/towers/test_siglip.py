@@ -159,11 +159,24 @@ def test_the_shipped_configs():
     ({"timm_model_name": "naflexvit_base_patch16_siglip"}, "not SigLIP's ViT of a fixed image size"),
     ({"timm_model_name": "vit_base_patch16_siglip_224", "image_size": 256}, "image_size is 256, but 224 in vit_base"),
     ({"timm_model_name": "vit_base_patch16_siglip_224", "timm_model_pretrained": True}, "timm_model_pretrained is"),
-    ({"pool_type": "map", "patch_dropout": 0.5}, "patch_dropout is not supported"),
+    ({"pool_type": "map", "patch_dropout": 1.0}, r"patch_dropout is not in \[0, 1\)"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(fields, message):
     with pytest.raises(InputError, match=message):
         MiniClipConfig.from_dict({"vision_cfg": {"timm_pool": "map", "timm_proj": "none"} | fields})
+
+
+def test_patches_are_left_out_in_training():
+    """Others of each image's at each step, with their positions."""
+    sizes = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.75}
+    tower = MiniClip(MiniClipConfig.from_dict({"embed_dim": 32, "vision_cfg": sizes | {"pool_type": "map"}})).visual
+    images, seen = torch.randn(3, 3, 32, 32), []
+    tower.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    whole = tower.eval()(images)
+    some = [tower.train()(images) for _ in range(2)]
+    assert [tuple(x.shape) for x in seen] == [(3, 16, 32), (3, 4, 32), (3, 4, 32)]
+    assert all((x[:, :, None] == seen[0][:, None]).all(dim=3).sum() == 12 for x in seen[1:])  # each its own
+    assert not torch.allclose(some[0], some[1]) and torch.equal(tower.eval()(images), whole)
 
 
 def test_positions_are_interpolated_without_a_class_token(tmp_path):

@@ -6,6 +6,7 @@ import sys
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from miniclip.compat.model import CLIP
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip
 from miniclip.towers.intermediates import forward_intermediates
+from miniclip.training.finetune import PatchDropout, no_dropout
 from miniclip.training.freeze import depths, freeze
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.weights.convert import convert
@@ -153,6 +155,43 @@ def check_intermediates(model: MiniClip, peer, images: torch.Tensor):
         assert ours.keys() == theirs.keys()
         for name, wanted in theirs.items():
             torch.testing.assert_close(ours[name], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_patches_are_left_out_as_in_openclip(family, timm):
+    """In training, by a config or `--patch_dropout`; a tower without patches to leave out says so."""
+    vision, embed_dim = small_tower(timm, family), 32 if "features" in family else 24
+    images, _ = make_inputs({"vision_cfg": vision, "text_cfg": TEXT})
+    model = MiniClip(config_of(vision, embed_dim)).train()
+    whole, tower = model.encode_image(images), model.visual
+    if "convnext" in family or family == "MobileCLIP-S":
+        with pytest.raises(InputError, match=f"{vision['timm_model_name']} of timm leaves out no patches"):
+            MiniClip(config_of(vision | {"patch_dropout": 0.5}, embed_dim))
+        with pytest.raises(InputError, match="leaves out no patches"):
+            PatchDropout(tower, 0.5)
+        return
+    callback, state = PatchDropout(tower, 0.5, 0.5), SimpleNamespace(global_step=0, max_steps=2)
+    callback.on_step_begin(None, state, None)
+    some = [model.encode_image(images) for _ in range(2)]
+    assert not torch.allclose(some[0], whole) and not torch.allclose(some[0], some[1])
+    with no_dropout(model):
+        torch.testing.assert_close(model.encode_image(images), whole)
+    assert tower.patch_dropout == 0.5
+    with pytest.raises(InputError, match="leaves no grid of patches in training: call model.eval"):
+        forward_intermediates(model, images)
+    torch.testing.assert_close(model.eval().encode_image(images), whole)
+    model.train()
+    callback.on_step_begin(None, SimpleNamespace(global_step=1, max_steps=2), None)
+    torch.testing.assert_close(model.encode_image(images), whole)
+    open_clip = pytest.importorskip("open_clip", reason="OpenCLIP is not installed: pip install open_clip_torch")
+    cfg = {"embed_dim": embed_dim, "vision_cfg": vision | {"patch_dropout": 0.5}, "text_cfg": TEXT}
+    peer, model = open_clip.CustomTextCLIP(**cfg).train(), MiniClip(MiniClipConfig.from_dict(cfg)).train()
+    model.load_state_dict(to_miniclip(peer.state_dict(), rows(model))[0])
+    outputs = []
+    for one in (model, peer):
+        torch.manual_seed(0)
+        outputs.append(one.encode_image(images))
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("family", SMALL)

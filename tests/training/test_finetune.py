@@ -17,11 +17,14 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import miniclip
+from miniclip.config import MiniClipConfig
 from miniclip.inference.evaluator import RetrievalEvaluator
+from miniclip.model import MiniClip
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
-from miniclip.training.finetune import EMA, EarlyStopping, PatchDropout, layer_rates
+from miniclip.training.finetune import EMA, EarlyStopping, PatchDropout, fine_tuning, layer_rates
 from miniclip.training.freeze import freeze
+from miniclip.training.options import TrainOptions
 from miniclip.training.parse import parse_train
 from miniclip.training.trainer import RunTrainer
 from miniclip.utils.errors import InputError
@@ -99,6 +102,13 @@ def test_patches_are_hidden_but_for_the_last_steps(parts):
     parts.make(parts.model, [PatchDropout(parts.model.visual, 0.5)], max_steps=1).train()
     assert lengths[6:] == [3]
     assert parts.model.visual.patch_dropout == parts.model.config.vision_cfg.patch_dropout == 0
+
+
+def test_towers_without_patches_refuse_to_leave_some_out(tiny_config):
+    resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    model = MiniClip(MiniClipConfig.from_dict(tiny_config.to_dict() | {"vision_cfg": resnet}))
+    with pytest.raises(InputError, match="patch_dropout has no effect: this image tower has no patches to leave out"):
+        fine_tuning(model, TrainOptions(patch_dropout=[0.5]), None)
 
 
 def test_the_average_by_hand(parts, caption_set):

@@ -10,7 +10,7 @@ from torch import nn
 import miniclip
 from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.loss import clip_loss
-from miniclip.model import Tower
+from miniclip.model import MiniClip, Tower
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.freeze import FrozenDataset, freeze, freeze_towers, hold_statistics
@@ -171,9 +171,13 @@ def test_a_frozen_dataset_draws_the_captions_that_the_usual_one_draws(parts):
         assert ours[i]["pair_ids"] == both[i]["pair_ids"] == captions[i]["pair_ids"] == usual[i]["pair_ids"]
 
 
-def test_freezing_everything_is_refused(tiny_model):
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_freezing_everything_is_refused(bias, tiny_config):
+    """The scale and the bias of the logits alone are no training."""
+    tiny_config.init_logit_bias = bias
+    options = TrainOptions(freeze_image="all", freeze_text="all")
     with pytest.raises(InputError, match="nothing is left to train"):
-        freeze(tiny_model, "all", "all")
+        freeze_towers(MiniClip(tiny_config), options, None, [], None, None)
 
 
 def test_train_with_a_frozen_tower_and_a_cache(recipe, caption_set, run_script):  # noqa: F811
