@@ -472,7 +472,7 @@ def test_a_few_records_alone(encoders, caption_set, tmp_path, capsys):
 
 
 def test_inheriting_is_for_own_towers(encoders, tiny_config):
-    with pytest.raises(InputError, match="own towers"):
+    with pytest.raises(InputError, match="the image tower, VisionConfig, cannot inherit from HfVisionConfig"):
         inherit(miniclip.load(encoders)[0], tiny_config)
 
 

@@ -23,6 +23,7 @@ from miniclip.training.siglip import siglip_loss
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
+from miniclip.weights.inherit import inherit
 from miniclip.weights.load import empty_model, load_weights
 from miniclip.weights.onnx import export
 from tests.training.test_training import recipe, trained_and_resumed  # noqa: F401
@@ -122,6 +123,9 @@ def test_a_folder_is_complete_and_probabilities_are_sigmoids(theirs, tmp_path):
     with pytest.raises(InputError, match="theirs has no tokenizer.json or spiece.model: copy the model's tokenizer"):
         miniclip.load(folder)
     shutil.rmtree(folder)
+    values["vision_cfg"]["layers"] = values["text_cfg"]["layers"] = 1
+    inherit(model, MiniClipConfig.from_dict(values)).save_pretrained(tmp_path / "small")  # the tokenizer goes along
+    assert torch.equal(miniclip.load(tmp_path / "small")[2](CAPTIONS), tokenizer(CAPTIONS))
     model, preprocess, tokenizer = miniclip.load(tmp_path / "saved")
     names = ["dog", "cat", "red"]
     classifier = build_zero_shot_classifier(model, tokenizer, names, ["a photo of a {}"])

@@ -10,6 +10,7 @@ from miniclip.commands.inherit import main
 from miniclip.config import MiniClipConfig
 from miniclip.loss import clip_loss
 from miniclip.model import MiniClip
+from miniclip.towers.coca import CocaConfig
 from miniclip.utils.errors import InputError
 from miniclip.weights.inherit import inherit, spaced
 from miniclip.weights.load import resize_positions
@@ -130,6 +131,77 @@ def test_positions_are_interpolated_and_pictures_prepared_as_for_the_source():
 def test_slices_that_do_not_exist_are_refused(config, problem):
     with pytest.raises(InputError, match=problem):
         inherit(make_model(), config)
+
+
+VIT = {"image_size": 32, "layers": 4, "width": 32, "head_width": 8, "patch_size": 8}
+TEXT = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 4}
+POOL = {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 4}
+COCA = {"embed_dim": 32, "vision_cfg": VIT | POOL, "text_cfg": TEXT | {"embed_cls": True}, "multimodal_cfg": TEXT}
+SIGLIP = {
+    "embed_dim": 32, "init_logit_bias": -10.0, "vision_cfg": VIT | {"pool_type": "map"},
+    "text_cfg": TEXT | {"pool_type": "last", "no_causal_mask": True, "proj_bias": True},
+}  # fmt: skip
+
+
+def cut(values: dict, **changes) -> MiniClipConfig:
+    """A config with other values in its sections, or beside them."""
+    new = {name: values[name] | more if isinstance(more, dict) else more for name, more in changes.items()}
+    return MiniClipConfig.from_dict(values | new)
+
+
+@pytest.mark.parametrize("source, config", [
+    (COCA, cut(COCA, embed_dim=16, vision_cfg={"width": 24, "attn_pooler_heads": 2}, text_cfg={"width": 16, "heads": 2},
+               multimodal_cfg={"width": 16, "heads": 2, "layers": 2})),
+    (cut(COCA, vision_cfg={"width": 40}).to_dict(), cut(COCA, vision_cfg={"attn_pooler_queries": 3})),
+    (SIGLIP, cut(SIGLIP, embed_dim=16, vision_cfg={"width": 16, "layers": 2}, text_cfg={"width": 16, "heads": 2})),
+], ids=["CoCa", "CoCa, of another width than its embeddings", "SigLIP"])  # fmt: skip
+def test_poolers_and_the_decoder_are_cut_too(source, config, tmp_path):
+    """Queries, keys and values that lie above one another are cut one by one, however a tensor holds them."""
+    torch.manual_seed(0)
+    source = MiniClip(MiniClipConfig.from_dict(source))
+    small = inherit(source, config)
+
+    def parts(model: MiniClip, attention: str) -> list[torch.Tensor]:
+        weights = {name: t for name, t in model.state_dict().items() if name.startswith(attention) and t.ndim == 2}
+        return [part for name, t in weights.items() for part in t.split(model.config.embed_dim) if "out" not in name]
+
+    block = {2: 2, 4: 1}[len(small.text_decoder.blocks)] if isinstance(config, CocaConfig) else None
+    for ours, theirs in (
+        ("visual.attn_pool.attn.",) * 2, ("visual.attn_pool.q.",) * 2, ("visual.attn_pool.kv.",) * 2,
+        ("text_decoder.cross_attn.1.attn.", f"text_decoder.cross_attn.{block}.attn."),
+    ):  # fmt: skip
+        for slice_, whole in zip(parts(small, ours), parts(source, theirs), strict=True):
+            assert torch.equal(slice_, whole[tuple(map(slice, slice_.shape))]), ours
+    small.save_pretrained(tmp_path / "small")
+    model, preprocess, tokenizer = miniclip.load(tmp_path / "small")
+    pixels, ids = torch.randn(2, 3, 32, 32), tokenizer(["a dog", "a cat"])
+    assert model(pixels, ids).image_embeds.shape == (2, config.embed_dim)
+    if isinstance(config, CocaConfig):
+        assert model.generate(pixels, seq_len=7).shape[0] == 2
+    whole = inherit(source, source.config)
+    torch.testing.assert_close(whole.state_dict(), source.state_dict(), atol=0, rtol=0)
+
+
+CLIP = {"embed_dim": 32, "vision_cfg": VIT, "text_cfg": TEXT}
+LAST = CLIP | {"text_cfg": TEXT | {"pool_type": "last"}}
+TIMM = CLIP | {"vision_cfg": {"timm_model_name": "convnext_atto"}}
+
+
+@pytest.mark.parametrize("source, config, problem", [
+    (COCA, cut(COCA, embed_dim=16, text_cfg={"width": 16, "heads": 2}, multimodal_cfg={"width": 16, "heads": 2}),
+     "the image tower's pooler's head width is 4, the source's 8"),
+    (COCA, cut(COCA, multimodal_cfg={"heads": 8}), "the decoder's head_width is 4, the source's 8"),
+    (COCA, cut(COCA, multimodal_cfg={"layers": 6}), "the decoder has 6 layers, the source's only 4"),
+    (COCA, cut(COCA, vision_cfg={"attn_pooler_queries": 6}), r"pool.query is \(6, 32\), the source has .*\(5, 32\)"),
+    (CLIP, cut(COCA), "the image tower, CocaVisionConfig, cannot inherit from VisionConfig"),
+    (SIGLIP, cut(CLIP), "the image tower, VisionConfig, cannot inherit from SigLipVisionConfig"),
+    (SIGLIP, cut(SIGLIP, text_cfg={"no_causal_mask": False}), "tower's no_causal_mask is False, the source's True"),
+    (LAST, cut(CLIP), "the text tower's pool_type is argmax, the source's last"),
+    (CLIP, cut(TIMM), "the image tower, TimmVisionConfig, cannot inherit from VisionConfig: docs/finetuning.md says"),
+])  # fmt: skip
+def test_towers_of_another_kind_are_refused_by_name(source, config, problem):
+    with pytest.raises(InputError, match=problem):
+        inherit(MiniClip(MiniClipConfig.from_dict(source)), config)
 
 
 @pytest.mark.parametrize("layers", [[0], [0, 3], [-1, 0]])
