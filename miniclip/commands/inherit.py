@@ -47,8 +47,7 @@ def main(argv: list[str]):
         resized = f", positions interpolated from {old_length} to {length}" if length != old_length else ""
         print(f"{kind} tower: {width} of {old_width} channels, blocks {kept} of {len(theirs.blocks)}{resized}")
     if isinstance(config, CocaConfig):
-        numbers = chosen_layers(source.config.multimodal_cfg, config.multimodal_cfg)
-        print(f"decoder: blocks {', '.join(map(str, numbers))} of {source.config.multimodal_cfg.layers}")
+        print(f"decoder: {config.multimodal_cfg.layers} of {source.config.multimodal_cfg.layers} blocks, evenly spaced")
     if config.preprocess_cfg != dataclasses.replace(source.config.preprocess_cfg, size=config.preprocess_cfg.size):
         print(f"preprocessing: the source's, not that of {options.to}")
     sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (source, model)]

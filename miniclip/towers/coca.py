@@ -1,8 +1,6 @@
 """CoCa: two towers and a decoder that writes captions (Yu et al., arXiv 2205.01917), as OpenCLIP builds them.
 
-    "vision_cfg": {..., "attentional_pool": true, "output_tokens": true},
-    "text_cfg": {..., "context_length": 76, "embed_cls": true, "output_tokens": true},
-    "multimodal_cfg": {"context_length": 76, "width": 512, "heads": 8, "layers": 12}
+    "vision_cfg": {..., "attentional_pool": true}, "text_cfg": {..., "embed_cls": true}, "multimodal_cfg": {...}
 
 256 learned queries read the image tower by attention: the first becomes the image's embedding, the others are image
 tokens. A class token behind the caption becomes its embedding, the positions of the caption are text tokens. The

@@ -1,13 +1,7 @@
 """Several encoders side by side in one tower, whose features are joined.
 
-    "vision_cfg": {
-        "towers": [{"hf_model_name": "package:efficientnet-lite0"}, {"hf_model_name": "package:efficientnet-lite2"}],
-        "hf_proj_type": "linear", "hf_proj_dropout": 0.3
-    },
-    "text_cfg": {
-        "towers": [{"hf_model_name": "package:all-MiniLM-L6-v2"}, {"hf_model_name": "package:all-mpnet-base-v2"}],
-        "hf_proj_type": "linear", "hf_proj_dropout": 0.3, "context_length": 64
-    }
+    "text_cfg": {"hf_proj_type": "linear", "hf_proj_dropout": 0.3, "context_length": 64, "towers": [
+        {"hf_model_name": "package:all-MiniLM-L6-v2"}, {"hf_model_name": "package:all-mpnet-base-v2"}]}
 
 Each entry of `towers` is the section of one encoder; its own projection does not exist. Each encoder's features count
 the same: they are brought to unit length. Images are prepared as the encoder with the largest ones wants them, and then

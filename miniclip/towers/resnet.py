@@ -1,11 +1,8 @@
 """CLIP's ResNet: OpenAI's RN50 to RN50x64, OpenCLIP's of the same names, and TinyCLIP's.
 
 A ResNet-D (He et al., arXiv 1812.01187) whose strided convolutions are averaged first, against aliasing (Zhang, arXiv
-1904.11486), and which ends in attention from the mean of its positions to each of them: section 2.4 of the paper.
-
-    "vision_cfg": {"image_size": 224, "layers": [3, 4, 6, 3], "width": 64, "patch_size": null}
-
-A list in `layers` tells it, as in OpenCLIP. Submodules have OpenCLIP's names, so weights need no table of names.
+1904.11486), and which ends in attention from the mean of its positions to each of them: section 2.4 of the paper. A
+list in `layers` tells it, as in OpenCLIP. Submodules have OpenCLIP's names, so weights need no table of names.
 """
 
 import copy

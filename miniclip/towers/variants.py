@@ -1,9 +1,7 @@
 """CLIP's two towers with OpenCLIP's other fields: CLIPA's pooling (Li et al., arXiv 2305.07017), MetaCLIP 2's end
 token, a text tower without causal mask, layer scale, other tokenizers.
 
-    "vision_cfg": {..., "no_ln_pre": true, "pool_type": "avg", "final_ln_after_pool": true},
-    "text_cfg": {..., "pool_type": "last", "no_causal_mask": true, "hf_tokenizer_name": "bert-base-uncased",
-                 "tokenizer_kwargs": {"strip_sep_token": true}}
+    "vision_cfg": {..., "no_ln_pre": true, "pool_type": "avg"}, "text_cfg": {..., "no_causal_mask": true}
 
 These are the fields of published models with these towers; any other is refused by its name.
 """

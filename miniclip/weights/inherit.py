@@ -31,6 +31,7 @@ SIZES = {  # fields that may differ; all others are part of what weights compute
     "token_dim", "hf_tokenizer_name",
 }  # fmt: skip
 SECTIONS = ("visual", "vision_cfg", "image tower"), ("text", "text_cfg", "text tower")
+NOTHING = "the source has no weights to inherit for this config"
 DECODER = ("text_decoder", "multimodal_cfg", "decoder")
 
 
@@ -40,15 +41,11 @@ def inherit(
 ) -> MiniClip:  # fmt: skip
     """Returns a model with the sizes of `config` and slices of the weights of `source`, in evaluation mode.
 
-    - depth: the blocks `layers_image` and `layers_text`, counted from 0; by default, and in a CoCa's decoder, those of
-      `spaced`;
-    - width, MLP and embedding: the first channels of each matrix, gain and bias; the first heads of queries, keys and
-      values, so heads must be as wide as the source's;
-    - positions of another number are interpolated before their channels are cut.
-
+    Depth: the blocks `layers_image` and `layers_text`, from 0; by default, and in a decoder, those of `spaced`. Width,
+    MLP and embedding: the first channels of each matrix, gain and bias; the first heads of queries, keys and values, so
+    heads must be as wide as the source's. Positions of another number are interpolated before their channels are cut.
     Images are preprocessed as the source's weights expect. Raises InputError, listing all problems, if the source has
-    no such slices.
-    """
+    no such slices."""
     layers = check(source.config, config, {"visual": layers_image, "text": layers_text})
     images = dataclasses.replace(source.config.preprocess_cfg, size=config.vision_cfg.image_size)
     model = empty_model(dataclasses.replace(config, preprocess_cfg=images))
@@ -74,7 +71,8 @@ def inherit(
         else:
             slices = [part[tuple(map(slice, shape))] for part in parts]
             weights[name] = torch.cat(slices) if len(slices) > 1 else slices[0].clone()
-    refuse(problems)
+    if problems:
+        raise InputError(f"{NOTHING}: {'; '.join(problems)}")
     model.load_state_dict(weights, strict=True, assign=True)
     with TemporaryDirectory() as folder:  # the source's tokenizer, whose ids its word embeddings are for
         source.text.save_files(Path(folder))
@@ -152,10 +150,6 @@ def check(source: MiniClipConfig, target: MiniClipConfig, given: dict[str, list[
     if target.quick_gelu != source.quick_gelu:
         us, them = ACTIVATION_NAMES[target.quick_gelu], ACTIVATION_NAMES[source.quick_gelu]
         problems.append(f"the activation is {us}, the source's {them} (quick_gelu)")
-    refuse(problems)
-    return layers
-
-
-def refuse(problems: list[str]):
     if problems:
-        raise InputError("the source has no weights to inherit for this config: " + "; ".join(problems))
+        raise InputError(f"{NOTHING}: {'; '.join(problems)}")
+    return layers
