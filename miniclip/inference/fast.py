@@ -38,6 +38,7 @@ from miniclip.inference.matmul import (
     rounds,
 )
 from miniclip.model import MLP, TOWERS, Attention, Block, MiniClip, QuickGELU, TextTransformer, Tower, VisionTransformer
+from miniclip.towers import AS_IN_MODEL
 from miniclip.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -69,10 +70,10 @@ PARTS = {  # of a block: their types, and their own parts
 def plain_reason(tower: Tower) -> str | None:
     """What has been changed in a tower of model.py, or in model.py, so that the plain code has to run. None if nothing
     has, and for towers from elsewhere. Takes less than 0.1 ms. Comparing results would not show a hook or dropout."""
-    kind = next((kind for kind in FAST if isinstance(tower, kind)), None)
+    kind = _kind(tower)
     if kind is None:
         return None
-    if type(tower) is not kind:
+    if not _as_in_model(tower):
         if type(tower) in TOWERS.values():  # of towers/, with code of its own
             return None
         return f"{type(tower).__name__} is not {kind.__name__} itself"
@@ -94,6 +95,16 @@ def plain_reason(tower: Tower) -> str | None:
         if changed := _changed(block, (Block,), PARTS):
             return f"Block{changed}"
     return "every module has a hook" if _has_any_global_hook() else None
+
+
+def _kind(tower: Tower) -> type[Tower] | None:
+    return next((kind for kind in FAST if isinstance(tower, kind)), None)
+
+
+def _as_in_model(tower: Tower) -> bool:
+    """Whether the tower computes features by model.py's own code."""
+    kind = type(tower)
+    return kind in FAST or (kind in AS_IN_MODEL and AS_IN_MODEL[kind](tower))
 
 
 def _changed(module: nn.Module | None, types: tuple[type, ...], parts: dict) -> str | None:
@@ -148,7 +159,7 @@ def fast_wrappers(tower: Tower) -> tuple[Callable, ...]:
     """The innermost of a tower's `wrappers`: the fast path, or for changed code nothing, and one line says so."""
     if reason := plain_reason(tower):
         _say(reason)
-    return (fast_features,) if type(tower) in FAST and reason is None else ()
+    return (fast_features,) if reason is None and _as_in_model(tower) else ()
 
 
 def fast_features(tower: Tower, features: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -159,7 +170,7 @@ def fast_features(tower: Tower, features: Callable[[Tensor], Tensor], inputs: Te
     if not torch.compiler.is_compiling() and (reason := plain_reason(tower)):
         _say(reason)
         return features(inputs)
-    return FAST[type(tower)](tower, inputs)
+    return FAST[_kind(tower)](tower, inputs)
 
 
 def image_features(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:

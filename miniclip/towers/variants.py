@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from miniclip.config import TextConfig, VisionConfig
 from miniclip.model import TOWERS, Block, TextTransformer, Tower, VisionTransformer
 from miniclip.tokenizer import BaseTokenizer
+from miniclip.towers import AS_IN_MODEL
 from miniclip.towers.hf_config import offline, open_tokenizer
 from miniclip.towers.hf_tokenizer import HfTokenizer, tokenizer_folder
 from miniclip.towers.packages import source
@@ -74,7 +75,7 @@ class VariantTextConfig(TextConfig):
     pool_type: Literal["argmax", "first", "last", "eos"] = "argmax"  # the position that is read
     eos_id: int = 2  # of pool_type eos: the first position with this id
     pad_id: int = 0  # of padding, where the tokenizer does not say it
-    token_dropout: float = 0.0  # share of tokens hidden in training, but for the end token (Iyyer et al., ACL 2015)
+    token_dropout: float = 0.0  # share of tokens hidden in training, not the first or the end (Iyyer et al., ACL 2015)
     proj_bias: bool = False
     act_kwargs: dict | None = None
     norm_kwargs: dict | None = None
@@ -158,10 +159,13 @@ class VariantTextTransformer(TextTransformer):
             self.own_tokenizer = None  # read when first needed
         if cfg.proj_bias:
             self.text_projection = nn.Linear(cfg.width, embed_dim)
+        self.as_clips = cfg.pool_type == "argmax" and not cfg.no_causal_mask
         _adapt(self, cfg, cfg.heads, quick_gelu)
 
     def features(self, input_ids: Tensor) -> Tensor:
         cfg = self.cfg
+        if self.as_clips:
+            return super().features(input_ids)
         if cfg.no_causal_mask or cfg.pool_type == "last":  # padding, which a batch may lack, has a part in the result
             padding = cfg.pad_id if self.own_tokenizer is None else self.own_tokenizer.pad_token_id
             input_ids = F.pad(input_ids, (0, max(0, cfg.context_length - input_ids.shape[1])), value=padding)
@@ -175,6 +179,8 @@ class VariantTextTransformer(TextTransformer):
         x, share = super().embed_tokens(input_ids), self.cfg.token_dropout
         if self.training and share:
             seen = torch.rand(input_ids.shape, device=x.device) >= share
+            # The first position sees no other: as a zero it would meet norms of zeros, whose gradients are huge.
+            seen[:, 0] = True
             x = x * (seen | (input_ids == input_ids.amax(dim=1, keepdim=True)))[:, :, None]
         return x
 
@@ -237,3 +243,5 @@ class StrippedTokenizer(HfTokenizer):
 
 TOWERS.update({VariantVisionConfig: VariantVisionTransformer, VariantTextConfig: VariantTextTransformer})
 IN_OPENCLIP.update((VariantVisionConfig, VariantTextConfig))
+AS_IN_MODEL[VariantVisionTransformer] = lambda tower: tower.pool_type == "tok" and type(tower.blocks[0]) is Block
+AS_IN_MODEL[VariantTextTransformer] = lambda tower: tower.as_clips and type(tower.blocks[0]) is Block
