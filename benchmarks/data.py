@@ -2,6 +2,7 @@
 
     python benchmarks/data.py                         1,000, 10,000 and 100,000 pictures with ten captions each
     python benchmarks/data.py --sizes 1000000 --captions 1 --unchecked     records alone, without decoding a picture
+    python benchmarks/data.py --waiting               what a training step waits for pictures
 
 Pictures are 64 made ones of 500 x 375 pixels under many names (hard links) in a temporary folder; a shard holds the
 same. Each size is a process of its own. Writes its part of RESULTS.md.
@@ -88,6 +89,53 @@ def first_step(folder: Path) -> float:
     return time.perf_counter() - start
 
 
+def waiting(model: str, steps: int, bf16: bool) -> str:
+    """A row: how long the steps of an epoch wait for their pictures, decoded as train.py does by default."""
+    import torch
+    from transformers import TrainerCallback
+
+    from miniclip.config import MiniClipConfig
+    from miniclip.datasets.read import read_captions
+    from miniclip.model import MiniClip
+    from miniclip.training.arguments import RunArguments
+    from miniclip.training.dataset import RunDataset
+    from miniclip.training.trainer import RunTrainer
+    from miniclip.transforms import Preprocess
+
+    class Waits(TrainerCallback):
+        def __init__(self):
+            self.waited, self.worked, self.since = [], [], time.perf_counter()
+
+        def on_step_begin(self, *args, **kwargs):
+            self.waited.append(time.perf_counter() - self.since)
+            self.since = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            self.worked.append(time.perf_counter() - self.since)
+            self.since = time.perf_counter()
+
+    batch, waits = 64, Waits()
+    with tempfile.TemporaryDirectory() as place:
+        make_set(Path(place), batch * steps, 1)
+        records = read_captions(Path(place) / "captions.json", check_images=False)
+        torch.manual_seed(0)
+        clip = MiniClip(MiniClipConfig.from_name(model))
+        preprocess = Preprocess(clip.config.preprocess_cfg)
+        args = RunArguments(
+            str(Path(place) / "run"), per_device_train_batch_size=batch, num_train_epochs=1, save_strategy="no",
+            disable_tqdm=True, logging_strategy="no", report_to="none", learning_rate=1e-5, bf16=bf16,
+        )  # fmt: skip
+        trainer = RunTrainer(
+            clip, args, RunDataset(records, preprocess), preprocess=preprocess, tokenizer=clip.text.tokenizer,
+            callbacks=[waits],
+        )  # fmt: skip
+        waits.since = time.perf_counter()
+        trainer.train()
+    first, later, worked = waits.waited[0], sum(waits.waited[1:]), sum(waits.worked)
+    share = 100 * later / (later + worked)
+    return f"| {model}{', bf16' * bf16} | {steps} | {first:.1f} | {later:.1f} | {worked:.1f} | {share:.0f}% |"
+
+
 def table(rows: list[dict], options: argparse.Namespace) -> str:
     from results import machine
 
@@ -119,10 +167,27 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="pictures")
     parser.add_argument("--captions", type=int, default=10, help="of each")
     parser.add_argument("--unchecked", action="store_true", help="decode no picture, and train no step")
+    parser.add_argument("--waiting", action="store_true", help="measure what training steps wait for pictures")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the process that measures
     options = parser.parse_args()
     if options.folder:
         print(json.dumps(measure(options.folder, options.unchecked)))
+        return
+    if options.waiting:
+        from results import machine, write_section
+
+        lines = [
+            "## What a training step waits for its pictures", "",
+            f"{machine()}. `python benchmarks/data.py --waiting`.", "",
+            "One epoch of photos of 500 x 375, 64 a step. On fewer than five cores `train.py` decodes them in the"
+            " training process, unless told otherwise, since workers would take the cores from the steps. Seconds from"
+            " the start to the first batch, of waiting before the other steps together, and of the steps;"
+            " the share of waiting in the last two.", "",
+            "| model | steps | first batch | waiting | steps, s | share |", "|---|---|---|---|---|---|",
+            waiting("shapes-demo", 60, False), waiting("TinyCLIP-ViT-40M-32-Text-19M", 20, True),
+        ]  # fmt: skip
+        write_section("data waiting", "\n".join(lines))
+        print("\n".join(lines))
         return
     rows = []
     for pictures in options.sizes:

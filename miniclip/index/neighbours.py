@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from miniclip.retrieval import search
 from miniclip.utils.errors import InputError
 
-EXACT, HNSW = 100_000, 500_000  # vectors up to which each is chosen
+EXACT = 100_000  # vectors up to which all are compared
 METHODS = ("exact", "hnsw", "ivf")
 # The efforts that are tried: candidates kept while searching a graph (efSearch), lists searched (nprobe).
 EFFORTS = {"hnsw": (64, 128, 256, 512, 1024), "ivf": (32, 64, 128, 256, 512, 1024)}
@@ -28,9 +28,7 @@ def choose(n: int) -> tuple[str, str]:
     """Returns the method for n vectors, and why."""
     if n <= EXACT:
         return "exact", f"up to {EXACT:,} images all are compared"
-    if n <= HNSW:
-        return "hnsw", f"above {EXACT:,} images a graph finds nearly all in a few milliseconds"
-    return "ivf", f"above {HNSW:,} images a graph takes long to build, and lists are as fast"
+    return "ivf", f"above {EXACT:,} images lists find nearly all in a few milliseconds"
 
 
 def exact(vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | None = None):
