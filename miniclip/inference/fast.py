@@ -102,7 +102,6 @@ def _kind(tower: Tower) -> type[Tower] | None:
 
 
 def _as_in_model(tower: Tower) -> bool:
-    """Whether the tower computes features by model.py's own code."""
     kind = type(tower)
     return kind in FAST or (kind in AS_IN_MODEL and AS_IN_MODEL[kind](tower))
 

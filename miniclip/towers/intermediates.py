@@ -46,8 +46,9 @@ def forward_intermediates(
     a CoCa's class token behind the text (B, 1, W). `normalize_intermediates` applies the norm after the blocks.
     `image_features` and `text_features` (B, E), of unit length with `normalize`, unless `intermediates_only`; with
     `stop_early` they are made from the last block taken, except those of texts without `custom_text` and of ResNets.
-    Raises InputError for blocks that are not there, for another format, for towers of transformers, as OpenCLIP has
-    none of theirs, and for `normalize_intermediates` of a CoCa whose norm has another width."""
+    `image_logits` and `text_logits` with `output_logits`, `logit_scale` and `logit_bias` with the last option. Raises
+    InputError for blocks that are not there, for another format, for towers of transformers, as OpenCLIP has none of
+    theirs, and for `normalize_intermediates` of a CoCa whose norm has another width."""
     output, normalize = {}, normalize and not intermediates_only
     output_logits = output_logits and not intermediates_only
     if output_logits and (image is None or text is None):

@@ -2,7 +2,8 @@
 2502.14786): a ViT without a class token that one learned query reads by attention, and a text tower whose positions
 all see each other, read at its last position, which is padding in most captions.
 
-    "vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": "none"}
+    "vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": "none"},
+    "text_cfg": {..., "no_causal_mask": true, "proj_bias": true, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
 
 as in OpenCLIP, whose image tower timm builds; here a name of timm's only says the sizes, and `"pool_type": "map"` with
 sizes of your own makes another. The features of images are the embeddings: there is no projection.
