@@ -26,9 +26,8 @@ TARGET, K = 0.98, 10  # the recall@K that an effort has to reach
 
 def choose(n: int) -> tuple[str, str]:
     """Returns the method for n vectors, and why."""
-    if n <= EXACT:
-        return "exact", f"up to {EXACT:,} images all are compared"
-    return "ivf", f"above {EXACT:,} images lists find nearly all in a few milliseconds"
+    few = "exact", f"up to {EXACT:,} images all are compared"
+    return few if n <= EXACT else ("ivf", f"above {EXACT:,} images lists find nearly all in a few milliseconds")
 
 
 def exact(vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | None = None):

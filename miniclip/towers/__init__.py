@@ -4,8 +4,6 @@ This table says by which fields of the model config each is recognised; it is im
 apply the first one does.
 """
 
-from collections.abc import Callable
-
 from miniclip.config import SECTIONS, MiniClipConfig, TextConfig, VisionConfig
 
 VARIED = {"ls_init_value", "act_kwargs", "norm_kwargs", "pool_type", "no_ln_pre", "final_ln_after_pool"}
@@ -14,7 +12,7 @@ VARIED_TEXT |= {"hf_tokenizer_name", "tokenizer_kwargs"}
 OTHER_TEXT = {"hf_model_name", "hf_model_config", "embed_cls"}  # beside which they say nothing
 
 # Towers that may compute features by model.py's code, as the fast path can: functions that tell whether one does.
-AS_IN_MODEL: dict[type, Callable[..., bool]] = {}
+AS_IN_MODEL = {}
 
 
 def _hf(values: dict) -> bool:

@@ -22,17 +22,15 @@ from miniclip.utils.errors import InputError
 from miniclip.weights.load import ACTIVATION_NAMES, empty_model, resize_positions
 
 # Sections of towers with slices. Each inherits from those of the first class here that it belongs to.
-KINDS = (
-    CocaVisionConfig, SigLipVisionConfig, ResNetConfig, VisionConfig, CocaTextConfig, TextConfig, MultimodalConfig,
-)  # fmt: skip
+KINDS = CocaVisionConfig, SigLipVisionConfig, ResNetConfig, VisionConfig, CocaTextConfig, TextConfig, MultimodalConfig
 SIZES = {  # fields that may differ; all others are part of what weights compute
     "layers", "width", "mlp_ratio", "MLP width", "heads", "image_size", "context_length", "patch_dropout",
     "block_heads", "block_mlp_widths", "token_dropout", "attn_pooler_queries", "attn_pooler_heads", "timm_model_name",
     "token_dim", "hf_tokenizer_name",
 }  # fmt: skip
-SECTIONS = ("visual", "vision_cfg", "image tower"), ("text", "text_cfg", "text tower")
 NOTHING = "the source has no weights to inherit for this config"
-DECODER = ("text_decoder", "multimodal_cfg", "decoder")
+SECTIONS = {"visual": ("vision_cfg", "image tower"), "text": ("text_cfg", "text tower")}
+SECTIONS |= {"text_decoder": ("multimodal_cfg", "decoder")}  # of a CoCa
 
 
 def inherit(
@@ -62,8 +60,7 @@ def inherit(
         there = blocks.get(block, "") + name.removeprefix(block)
         parts = stacked(theirs, there)
         if name.endswith("positional_embedding") and parts and len(parts[0]) != len(expected):
-            is_grid, dtype = name.startswith("visual"), parts[0].dtype
-            parts = [resize_positions(parts[0], len(expected), is_grid).to(dtype)]
+            parts = [resize_positions(parts[0], len(expected), name.startswith("visual")).to(parts[0].dtype)]
         shape = (len(expected) // len(parts), *expected.shape[1:]) if len(parts) > 1 else expected.shape
         if not parts or any(a > b for part in parts for a, b in zip(shape, part.shape)):
             has = f"has {there} {tuple(theirs.get(there, parts[0]).shape)}" if parts else f"has no {there}"
@@ -81,8 +78,7 @@ def inherit(
 
 
 def stacked(weights: dict[str, Tensor], name: str) -> list[Tensor]:
-    """The matrices that lie one above the other in a tensor, of queries, keys and values, or the tensor itself; none if
-    it is not there."""
+    """The matrices stacked in a tensor, of queries, keys and values, or the tensor itself; none if it is not there."""
     if name.endswith("in_proj_weight"):
         return [weights[one] for part in "qkv" if (one := name.replace("in_proj", f"{part}_proj")) in weights]
     number = 3 if "in_proj" in name else 2 if ".kv." in name else 1
@@ -123,10 +119,9 @@ def sizes(section, other, embed_dim: int) -> dict:
 
 
 def check(source: MiniClipConfig, target: MiniClipConfig, given: dict[str, list[int] | None]) -> dict[str, list[int]]:
-    """The blocks of `chosen_layers`. Raises InputError, listing why a model of config `source` has no slices for one of
-    config `target`."""
+    """The blocks of `chosen_layers`. Raises InputError, listing why `source` has no slices for `target`."""
     problems, layers = [], {}
-    for name, section, kind in (*SECTIONS, DECODER) if isinstance(target, CocaConfig) else SECTIONS:
+    for name, (section, kind) in list(SECTIONS.items())[: 2 + isinstance(target, CocaConfig)]:
         ours, theirs = getattr(target, section), getattr(source, section, None)
         first, second = (next((one for one in KINDS if isinstance(cfg, one)), None) for cfg in (ours, theirs))
         if first is None or first is not second:
