@@ -1,0 +1,166 @@
+"""What a CUDA device computes: `CUDA_VISIBLE_DEVICES=0 python -m pytest -n 0 tests/test_gpu.py`. The other tests, and
+these without that variable, see no GPU."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.make_coca_golden import COCA, GOLDEN, IDS, WAYS
+from benchmarks.make_towers_golden import MODELS, TEXT, VIT, make_inputs, make_weights
+from miniclip.checkpoint import from_miniclip, to_miniclip
+from miniclip.config import MiniClipConfig
+from miniclip.inference.fast import inference_copy
+from miniclip.loss import clip_loss
+from miniclip.model import MiniClip
+from miniclip.training.grad_cache import wrap_towers
+from miniclip.utils.errors import InputError
+from tests.survival_trainer import make_trainer
+from tests.training.test_training import largest_difference, recipe, weights  # noqa: F401
+
+GPU = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+PLAIN = {"embed_dim": 24, "vision_cfg": VIT, "text_cfg": TEXT}  # CLIP's own towers, which have a fast path
+FAMILIES = {"CLIP": PLAIN, "CoCa": COCA, **MODELS}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """A model on the CPU with weights as in the golden files, images and texts."""
+    cfg = FAMILIES[request.param]
+    torch.manual_seed(0)
+    model = MiniClip(
+        MiniClipConfig.from_dict({name: value for name, value in cfg.items() if name != "custom_text"})
+    ).eval()
+    layout, rows = ("custom_text", (model.visual.key_rows(), model.text.key_rows()))
+    names = from_miniclip(model.state_dict(), layout, rows)
+    model.load_state_dict(to_miniclip(make_weights({n: tuple(t.shape) for n, t in names.items()}), rows)[0])
+    return model, *make_inputs(cfg)
+
+
+def has_batch_norm(model) -> bool:
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def step(model, images, input_ids, chunk: int = 0, fast: bool = True, dtype=None):
+    """Embeddings of a training step and all its gradients, on the CPU."""
+    model, device = copy.deepcopy(model).train(), images.device
+    wrap_towers(model.to(device), None, chunk, fast)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        out = model(images, input_ids)
+    (clip_loss(*out[:3]) + sum(t.float().square().mean() for t in out[4:] if isinstance(t, torch.Tensor))).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [t.detach().float().cpu() for t in (*out[:2], *gradients)]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+def test_a_step_is_that_of_the_cpu(family, fast):
+    model, *batch = family
+    expected, ours = step(model, *batch, fast=fast), step(model, *(t.to(GPU) for t in batch), fast=fast)
+    for a, b in zip(expected, ours, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5 * max(1.0, a.abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_close(family, dtype):
+    model, *batch = family
+    expected, ours = step(model, *batch), step(model, *(t.to(GPU) for t in batch), dtype=dtype)
+    for a, b in zip(expected[:2], ours[:2]):
+        assert F.cosine_similarity(a, b).min() > 0.995
+    a, b = (torch.cat([t.flatten() for t in found[2:]]) for found in (expected, ours))
+    # BatchNorm makes much of a little noise in three images
+    assert F.cosine_similarity(a, b, dim=0) > (0.8 if has_batch_norm(model) else 0.95)
+
+
+def test_chunks_give_the_gradients_of_the_whole_batch(family):
+    model, *batch = family
+    if has_batch_norm(model):
+        pytest.skip("BatchNorm's statistics are those of a chunk")
+    batch = [t.to(GPU) for t in batch]
+    for a, b in zip(step(model, *batch), step(model, *batch, chunk=2), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5 * max(1.0, a.abs().max().item()))
+
+
+@pytest.mark.parametrize("precision, least", [("fp32", 0.999999), ("bf16", 0.999), ("fp16", 0.9999)])
+def test_embeddings_of_an_inference_copy(family, precision, least):
+    model, images, input_ids = family
+    try:
+        ours = inference_copy(copy.deepcopy(model).to(GPU), precision)
+    except InputError as error:
+        assert precision == "fp16" and re.search("fp16", str(error))
+        return
+    with torch.no_grad():
+        for a, b in (
+            (model.encode_image(images, True), ours.encode_image(images.to(GPU), True)),
+            (model.encode_text(input_ids, True), ours.encode_text(input_ids.to(GPU), True)),
+        ):
+            assert F.cosine_similarity(a, b.float().cpu()).min() > least
+
+
+def test_captions_are_those_of_the_cpu():
+    model = MiniClip(MiniClipConfig.from_dict(COCA)).eval()
+    rows = (model.visual.key_rows(), model.text.key_rows())
+    names = from_miniclip(model.state_dict(), "custom_text", rows)
+    model.load_state_dict(to_miniclip(make_weights({n: tuple(t.shape) for n, t in names.items()}), rows)[0])
+    for way, ids in zip(WAYS, json.loads(GOLDEN.read_text(encoding="utf-8"))["captions"], strict=True):
+        if way.get("generation_type", "beam_search") == "beam_search":  # the others draw other numbers there
+            assert model.to(GPU).generate(make_inputs(COCA)[0].to(GPU), **IDS | way).tolist() == ids
+
+
+@pytest.fixture
+def gpu_recipe(recipe):  # noqa: F811
+    values = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps(values | {"use_cpu": False, "dataloader_num_workers": 2}))
+    return recipe
+
+
+@pytest.fixture
+def run_on_gpu(run_script):
+    return lambda *argv, **more: run_script(*argv, env={"CUDA_VISIBLE_DEVICES": "0"}, **more)
+
+
+@pytest.mark.parametrize("options", [
+    (), ("--bf16", "true"), ("--fp16", "true"), ("--grad_cache_chunk_size", "5"), ("--optim_args", "states=bf16"),
+    ("--ema", "0.9", "--patch_dropout", "0.25"), ("--loss", "siglip"), ("--loss", "superclip"),
+], ids=" ".join)  # fmt: skip
+def test_a_run_resumed_is_a_run_that_was_not_stopped(options, gpu_recipe, caption_set, run_on_gpu):
+    saved = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", *options]
+    run_on_gpu("train.py", gpu_recipe, *saved, "--output_dir", caption_set / "whole")
+    checkpoint = caption_set / "whole" / "checkpoint-2"
+    checkpoint.rename((caption_set / "again").mkdir() or caption_set / "again" / "checkpoint-2")
+    run_on_gpu("train.py", gpu_recipe, *saved, "--output_dir", caption_set / "again", "--resume")
+    # Adam makes a step of 3e-3 of the smallest difference, and a GPU adds in an order of its own
+    assert largest_difference(caption_set / "whole", caption_set / "again") < 2e-2
+    moved = weights(caption_set / "whole")
+    assert all(t.isfinite().all() for t in moved.values())
+
+
+def test_the_first_steps_are_those_of_the_cpu(gpu_recipe, caption_set, run_on_gpu):
+    steps = ["--max_steps", "4", "--adam_epsilon", "1e-3", "--output_dir"]
+    run_on_gpu("train.py", gpu_recipe, *steps, caption_set / "gpu")
+    run_on_gpu("train.py", gpu_recipe, "--use_cpu", "true", *steps, caption_set / "cpu")
+    assert largest_difference(caption_set / "cpu", caption_set / "gpu") < 1e-4
+
+
+def test_it_is_measured_searched_and_asked(gpu_recipe, caption_set, run_on_gpu):
+    run_on_gpu("train.py", gpu_recipe)
+    found = {}
+    for device in ("cpu", "cuda"):
+        run_on_gpu(
+            "evaluate.py", "--model", caption_set / "run", "--eval_file", caption_set / "captions.json",
+            "--device", device, "--output_file", caption_set / f"{device}.json",
+        )  # fmt: skip
+        found[device] = json.loads((caption_set / f"{device}.json").read_text())["metrics"]
+    assert found["cuda"] == pytest.approx(found["cpu"], abs=0.03)
+    assert found["cuda"]["text_to_image_R@5"] > 0.3, "it has learned: 5 of 24 is 0.21 by chance"
+
+
+def test_a_loss_that_is_not_a_number_is_found(tmp_path):
+    trainer = make_trainer(tmp_path, use_cpu=False)
+    with torch.no_grad():
+        trainer.model.visual.proj.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="the loss is nan"):
+        trainer.train()
