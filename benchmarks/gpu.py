@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py --out FOLDER                       everything, in under 9 minutes on a large card
     python benchmarks/gpu.py --parts rate train --models ViT-B-16 --batches 512
+    python benchmarks/gpu.py --parts rate profile peers         where time goes; OpenCLIP by turns, if installed
     python benchmarks/gpu.py --render FOLDER/gpu.jsonl          RESULTS.md from what was measured elsewhere
     python benchmarks/gpu.py --device cpu --quick --out FOLDER  does it run? (with --results FILE: also writes)
 
@@ -19,6 +20,7 @@ import gc
 import json
 import logging
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -36,6 +38,7 @@ import numpy as np  # noqa: E402
 import results  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from contestants import import_open_clip  # noqa: E402
 from inputs import make_captions  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
@@ -60,13 +63,21 @@ TINY = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-PARTS = ("rate", "attention", "sync", "transfer", "train", "trainer", "inference", "compiled", "chunks")
+SHAPE = ("layers", "width", "mlp_ratio")
+PARTS = (
+    "rate", "profile", "attention", "sync", "transfer", "train", "peers", "trainer", "inference", "compiled", "chunks",
+)  # fmt: skip
+MODELS = ["ViT-B-32", "TinyCLIP-ViT-40M-32-Text-19M", "ViT-B-16", "ViT-L-14"]
+BATCHES = {"ViT-B-16": [256, 512], "ViT-L-14": [128, 256]}  # what the memory of a large card holds; else --batches
+LARGE = tuple(BATCHES)  # they get the rows that matter most, so that there is time for all
 TITLES = {
     "rate": "What the card can do: products of square bf16 matrices",
+    "profile": "One training step on the GPU by kind of kernel, a bare loop",
     "attention": "Which attention kernels run, under bf16 autocast",
     "sync": "Where a training step makes the host wait for the GPU",
     "transfer": "From host memory to the GPU: one batch of images",
     "train": "Training, a bare loop: bf16 autocast, contrastive loss, fused AdamW, the batch on the GPU already",
+    "peers": "OpenCLIP by turns with MiniCLIP: the same loop; its model, loss and 77 tokens, images normalised before",
     "trainer": "Training by `RunTrainer`, from images in memory through its data loader",
     "inference": "Inference, encoding levels or token ids that are on the GPU already",
     "compiled": "With torch.compile: training, `RunTrainer` and inference",
@@ -158,17 +169,23 @@ class Step:
         normalize = Preprocess(config.preprocess_cfg).normalize
         wrap_towers(self.model, normalize, chunk)
         self.forward = torch.compile(self.model) if compiled else self.model
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True
-        )
         self.batch = {
             "pixel_values": random_levels(config, batch, device),
             "input_ids": token_ids(config, batch, trimmed).to(device),
         }
+        self.prepare()
+
+    def prepare(self):
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True
+        )
+
+    def loss(self) -> Tensor:
+        return clip_loss(*self.forward(**self.batch)[:3])
 
     def __call__(self) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = clip_loss(*self.forward(**self.batch)[:3])
+            loss = self.loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -179,6 +196,42 @@ class Step:
     def flops(self) -> float:
         n, length = self.batch["input_ids"].shape
         return flops(self.config, n, n, length, training=True)
+
+
+class OpenClipStep(Step):
+    """The same step of OpenCLIP's model, as its own trainer computes it with `--precision amp_bf16`."""
+
+    def __init__(self, config, device, batch: int, compiled=False):
+        open_clip = load_open_clip()
+        self.device, self.config = torch.device(device), config
+        parts = {"vision_cfg": (*SHAPE, "image_size", "patch_size", "head_width"),
+                 "text_cfg": (*SHAPE, "context_length", "vocab_size", "heads")}  # fmt: skip
+        sections = {part: {name: getattr(getattr(config, part), name) for name in of} for part, of in parts.items()}
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = open_clip.CLIP(config.embed_dim, **sections, quick_gelu=config.quick_gelu).train()
+        self.forward = torch.compile(self.model) if compiled else self.model
+        levels = random_levels(config, batch, device)
+        pixel_values = Preprocess(config.preprocess_cfg).normalize(levels)
+        self.batch = {"image": pixel_values, "text": token_ids(config, batch, False).to(device)}
+        self.criterion = open_clip.ClipLoss()
+        self.prepare()
+
+    def loss(self) -> Tensor:
+        return self.criterion(*self.forward(**self.batch)[:3])
+
+    def flops(self) -> float:
+        n, length = self.batch["text"].shape
+        return flops(self.config, n, n, length, training=True)
+
+
+@cache
+def load_open_clip():
+    try:
+        import open_clip
+    except RuntimeError:  # torchvision is of another build than torch
+        open_clip = import_open_clip()
+    return open_clip
 
 
 class Benchmark:
@@ -192,9 +245,11 @@ class Benchmark:
         self.configs = {
             name: MiniClipConfig.from_dict(TINY) if options.quick else MiniClipConfig.from_name(name) for name in names
         }
-        self.batches = [4, 8] if options.quick else options.batches
+        batches = [4, 8] if options.quick else options.batches
+        self.batches = {name: batches or BATCHES.get(name, [64, 256, 1024, 4096]) for name in names}
         # Where one batch has to do: one that any card has the memory for.
-        self.middle = max([b for b in self.batches if b <= 1024] or [min(self.batches)])
+        self.middle = {name: max([b for b in own if b <= 1024] or [min(own)]) for name, own in self.batches.items()}
+        self.small = [name for name in names if name not in LARGE] or names
         self.repetitions, self.span = (2, 0.01) if options.quick else (5, 0.2)  # seconds that one is to take, or more
         self.square = 256 if options.quick else 8192
         options.out.mkdir(parents=True, exist_ok=True)
@@ -222,6 +277,8 @@ class Benchmark:
                 record |= measure()
             except torch.OutOfMemoryError:
                 record["error"] = "out of memory"
+            except ModuleNotFoundError as error:
+                record["error"] = f"skipped: {error.name} is not installed"
             except Exception as error:  # whatever it is, the other rows are worth having
                 record["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
                 record["trace"] = traceback.format_exc()[-4000:]
@@ -259,6 +316,13 @@ class Benchmark:
 
     def speed(self, work: Callable, items: int, work_flops: float, warm_up: int = 3) -> dict:
         """Seconds of `work`, in repetitions, with the card's rate before each and the memory at its peak."""
+        found, times = self.warm(work, items, work_flops, warm_up)
+        for _ in range(self.repetitions):
+            self.repeat(work, found, times)
+        return found
+
+    def warm(self, work: Callable, items: int, work_flops: float, warm_up: int = 3) -> tuple[dict, int]:
+        """What is known of `work` before its repetitions, and how often each of them calls it."""
         seconds = [self.time(work, 1) for _ in range(warm_up)]  # the first ones allocate, choose kernels, compile
         times = max(1, min(100, int(self.span / seconds[-1])))
         found = {"items": items, "tflop": work_flops / 1e12, "seconds": [], "matmul": []}
@@ -266,10 +330,11 @@ class Benchmark:
             torch.cuda.reset_peak_memory_stats()
             self.time(work, 1)
             found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # before the card's rate takes memory of its own
-        for _ in range(self.repetitions):
-            found["matmul"].append(self.matmul())
-            found["seconds"].append(self.time(work, times))
-        return found
+        return found, times
+
+    def repeat(self, work: Callable, found: dict, times: int):
+        found["matmul"].append(self.matmul())
+        found["seconds"].append(self.time(work, times))
 
     # The parts
 
@@ -284,9 +349,61 @@ class Benchmark:
         best = {n: statistics.median(r["rates"]) for n, r in zip(sizes, self.records[-len(sizes) :]) if "rates" in r}
         self.square = max(best, key=best.get, default=self.square)
 
+    def profile(self):
+        def measure(make):
+            step = make()
+            for _ in range(3):
+                step()
+            return kinds_of_kernels(self, step)
+
+        for name, config in self.configs.items():
+            makers = {"MiniCLIP": Step, "OpenCLIP": OpenClipStep}
+            for how, step in makers.items() if name not in LARGE else [("MiniCLIP", Step)]:
+                make = partial(step, config, self.device, self.middle[name])
+                self.row("profile", partial(measure, make), model=name, batch=self.middle[name], how=f"{how}, eager")
+
+    def peers(self):
+        """By turns, the first model compiled too. A peer that is missing or fails leaves the others their rows."""
+        first = next(iter(self.configs))
+        for name, config in self.configs.items():
+            for compiled in (False, True) if name == first and not self.options.quick else (False,):
+                torch.compiler.reset()
+                args, settings = (config, self.device, self.middle[name]), {"compiled": compiled}
+                makers = {
+                    "MiniCLIP": partial(Step, *args, **settings),
+                    "MiniCLIP, text not trimmed": partial(Step, *args, **settings, trimmed=False),
+                    "OpenCLIP": partial(OpenClipStep, *args, **settings),
+                }
+                turns = cache(partial(self.by_turns, makers, self.middle[name]))
+                for maker in makers:
+                    how = f"{maker}, {'compiled' if compiled else 'eager'}"
+                    measure = partial(self.of_turns, turns, maker)
+                    self.row("peers", measure, model=name, batch=self.middle[name], how=how)
+
+    def by_turns(self, makers: dict[str, Callable], batch: int) -> dict[str, dict | Exception]:
+        found, works = {}, {}
+        for name, make in makers.items():
+            try:
+                step = make()
+                found[name], times = self.warm(step, batch, step.flops())
+                found[name]["tokens"] = list(step.batch.values())[1].shape[1]
+                works[name] = step, times
+            except Exception as error:  # its row says so
+                found[name] = error
+        for _ in range(self.repetitions):
+            for name, (step, times) in works.items():
+                self.repeat(step, found[name], times)
+        return found
+
+    @staticmethod
+    def of_turns(turns: Callable[[], dict], name: str) -> dict:
+        if isinstance(turns()[name], Exception):
+            raise turns()[name]
+        return turns()[name]
+
     def attention(self):
-        def kernels(config):
-            step = Step(config, self.device, self.batches[0])
+        def kernels(config, name):
+            step = Step(config, self.device, self.batches[name][0])
             step()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 step()
@@ -303,29 +420,32 @@ class Benchmark:
             self.synchronize()
             return {"result": "runs"}
 
-        for name, config in self.configs.items():
-            self.row("attention", partial(kernels, config), model=name, what="a training step")
+        for name in self.small:
+            config = self.configs[name]
+            self.row("attention", partial(kernels, config, name), model=name, what="a training step")
             for fast, what in ((False, "flash attention only, model.py"), (True, "flash attention only, fast.py")):
                 self.row("attention", partial(flash_only, config, fast), needs_cuda=True, model=name, what=what)
 
     def sync(self):
-        def bare(config):
-            step = Step(config, self.device, self.batches[0])
+        def bare(config, batch):
+            step = Step(config, self.device, batch)
             for _ in range(3):
                 step()
             return {"result": watch(step)}
 
-        def trainer(config):
+        def trainer(config, batch):
             found = {}
-            self.train_by_trainer(config, self.batches[0], 12, found=found, logging_steps=1000)
+            self.train_by_trainer(config, batch, 12, found=found, logging_steps=1000)
             return {"result": f"training_step: {found['training_step']}; the whole step: {found['whole']}"}
 
-        for name, config in self.configs.items():
-            self.row("sync", partial(bare, config), needs_cuda=True, model=name, what="the bare loop's step")
-            self.row("sync", partial(trainer, config), needs_cuda=True, model=name, what="RunTrainer's step")
+        for name in self.small:
+            args = self.configs[name], self.batches[name][0]
+            self.row("sync", partial(bare, *args), needs_cuda=True, model=name, what="the bare loop's step")
+            self.row("sync", partial(trainer, *args), needs_cuda=True, model=name, what="RunTrainer's step")
 
     def transfer(self):
-        config, n = next(iter(self.configs.values())), min(256, self.middle)
+        (name, config), *_ = self.configs.items()
+        n = min(256, self.middle[name])
 
         def copy(dtype, pinned):
             batch = random_levels(config, n).to(dtype)
@@ -358,13 +478,18 @@ class Benchmark:
             self.row("transfer", partial(load, dtype, workers), what=what)
 
     def train(self):
-        for batch in self.batches:
+        for batch in self.all_batches():
             for name in self.configs:
-                self.train_row("train", name, batch, "eager")
-        for batch in self.batches:
-            for name in self.configs:
-                self.train_row("train", name, batch, "eager, text not trimmed", trimmed=False)
-                self.train_row("train", name, batch, "eager, activation checkpointing", checkpointing=True)
+                if batch in self.batches[name]:
+                    self.train_row("train", name, batch, "eager")
+        for batch in self.all_batches():
+            for name in self.small:
+                if batch in self.batches[name]:
+                    self.train_row("train", name, batch, "eager, text not trimmed", trimmed=False)
+                    self.train_row("train", name, batch, "eager, activation checkpointing", checkpointing=True)
+
+    def all_batches(self) -> list[int]:
+        return sorted({batch for own in self.batches.values() for batch in own})
 
     def train_row(self, part: str, name: str, batch: int, how: str, warm_up: int = 3, **settings):
         def measure():
@@ -378,9 +503,9 @@ class Benchmark:
         self.row(part, measure, model=name, batch=batch, how=how)
 
     def trainer(self):
-        for name in self.configs:
-            measure = partial(self.trainer_speed, name, self.middle)
-            self.row("trainer", measure, model=name, batch=self.middle, how="eager")
+        for name in self.small:
+            batch = self.middle[name]
+            self.row("trainer", partial(self.trainer_speed, name, batch), model=name, batch=batch, how="eager")
 
     def trainer_speed(self, name: str, batch: int, **settings) -> dict:
         """Whole steps of the real trainer, from the end of one to the end of a later one."""
@@ -425,8 +550,8 @@ class Benchmark:
     def inference(self):
         for name in self.configs:
             for kind in ("images", "captions"):
-                for batch in sorted({self.batches[0], self.middle}):
-                    for how in ("fp32, TF32 off", "fp32, TF32 on", "bf16"):
+                for batch in sorted({self.batches[name][0], self.middle[name]}):
+                    for how in ("bf16",) if name in LARGE else ("fp32, TF32 off", "fp32, TF32 on", "bf16"):
                         measure = partial(self.encode_speed, name, kind, batch, how)
                         self.row("inference", measure, model=name, batch=f"{batch} {kind}", how=how)
 
@@ -467,15 +592,16 @@ class Benchmark:
         """Each row compiles anew, which takes up to a minute."""
         for name in self.configs:
             torch.compiler.reset()
-            self.train_row("compiled", name, self.middle, "training", compiled=True)
+            self.train_row("compiled", name, self.middle[name], "training", compiled=True)
         for name in list(self.configs)[:1]:
+            batch = self.middle[name]
             for kind in ("images", "captions"):
                 torch.compiler.reset()
-                measure = partial(self.encode_speed, name, kind, self.middle, "bf16, compiled")
-                self.row("compiled", measure, model=name, batch=f"{self.middle} {kind}", how="inference, bf16")
+                measure = partial(self.encode_speed, name, kind, batch, "bf16, compiled")
+                self.row("compiled", measure, model=name, batch=f"{batch} {kind}", how="inference, bf16")
             torch.compiler.reset()
-            measure = partial(self.trainer_speed, name, self.middle, torch_compile=True)
-            self.row("compiled", measure, model=name, batch=self.middle, how="RunTrainer, --torch_compile")
+            measure = partial(self.trainer_speed, name, batch, torch_compile=True)
+            self.row("compiled", measure, model=name, batch=batch, how="RunTrainer, --torch_compile")
 
     def chunks(self):
         if not hasattr(RunArguments, "grad_cache_chunk_size"):
@@ -483,7 +609,7 @@ class Benchmark:
         sizes, chunk = ([16], 4) if self.options.quick else (self.options.chunked, self.options.chunk)
         repetitions, self.repetitions = self.repetitions, 2  # a step takes seconds
         for batch in sizes:
-            for name in self.configs:
+            for name in self.small:
                 self.train_row("chunks", name, batch, f"chunks of {chunk}", warm_up=1, chunk=chunk)
         self.repetitions = repetitions
 
@@ -534,6 +660,52 @@ class _Watched(RunTrainer):
             self.stack.close()
             self.found["whole"] = tell(self.places)
         return step()
+
+
+# Kernels
+
+KINDS = {  # of kernels, by parts of their names; the first that fits
+    "optimizer and clipping": "multi_tensor|FusedAdam|lpnorm|NormTwoOps",
+    "attention": "fmha|flash|sdpa|_attend|attention|mha_|cudnn::fusion",
+    "convolution of patches": "cudnn::cnn|fprop|wgrad|dgrad",
+    "matrix products": "gemm|nvjet|cutlass|cublas|splitKreduce|xmma",
+    "LayerNorm": "layer_norm|GammaBeta|_add_norm",
+    "loss": "softmax|nll_loss",
+    "GELU": "[Gg]elu|sigmoid",
+    "casts and copies": "copy_kernel|CatArray|[Mm]emcpy|memset|Memset|transpose|_to_copy",
+    "embedding, rows taken and put": "embedding|index|gather|scatter|sort|Radix|radix|arange|krn_partial|compute_grad",
+    "sums of a bias's gradient and others": "reduce_kernel|Reduce|triton_red|triton_per",
+    "additions and other elementwise": "elementwise|triton_poi|fill",
+}
+
+
+def kinds_of_kernels(benchmark: Benchmark, step: Callable) -> dict:
+    """Milliseconds of one call by kind of kernel; the GPU is idle where none runs between the first and the last."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * benchmark.cuda
+    plain = benchmark.time(step, 3)
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        benchmark.synchronize()
+    events = [e for e in profile.events() if (e.device_type == torch.autograd.DeviceType.CUDA) == benchmark.cuda]
+    events = [e for e in events if not e.is_user_annotation and not e.name.startswith(("Optimizer", "##", "Torch-"))]
+    kinds, kernels, busy, end = Counter(), {}, 0.0, 0.0
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        start, stop = event.time_range.start, event.time_range.end
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, event.name)), "others")
+        kinds[kind] += (stop - start) / 1e3
+        ms, n = kernels.get(event.name, (0.0, 0))
+        kernels[event.name] = ms + (stop - start) / 1e3, n + 1
+        busy += max(0, stop - max(start, end)) / 1e3
+        end = max(end, stop)
+    whole = (end - min(e.time_range.start for e in events)) / 1e3
+    kinds["no kernel runs"] = whole - busy
+    text = "; ".join(f"{kind} {ms:.1f} ({ms / whole:.0%})" for kind, ms in kinds.most_common())
+    largest = sorted(kernels.items(), key=lambda item: -item[1][0])[:40]
+    return {
+        "kinds": kinds, "whole_ms": whole, "unprofiled_ms": 1e3 * plain, "launches": len(events),
+        "kernels": [[name[:200], ms, n] for name, (ms, n) in largest],
+        "result": f"{whole:.1f} ms ({1e3 * plain:.1f} unprofiled), {len(events):,} kernels: {text}",
+    }  # fmt: skip
 
 
 # Synchronisation
@@ -625,7 +797,7 @@ def report(records: list[dict]) -> str:
             continue
         known = ("model", "batch", "what", "how", "size")
         keys = [key for key in known if any(key in r for r in rows)]
-        fast = part in ("train", "trainer", "inference", "compiled", "chunks")
+        fast = part in ("train", "peers", "trainer", "inference", "compiled", "chunks")
         heads = ["tokens", "items/s", "TFLOP/s", "share", "peak GB"] if fast else ["result"]
         lines += [f"### {title}", "", f"| {' | '.join(keys + heads)} |", "|---" * len(keys + heads) + "|"]
         for r in rows:
@@ -646,8 +818,8 @@ def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--models", nargs="+", default=["ViT-B-32", "TinyCLIP-ViT-40M-32-Text-19M"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024, 4096])
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--batches", type=int, nargs="+", help="the same for all models; default: what fits each")
     parser.add_argument("--chunked", type=int, nargs="+", default=[8192, 32768], help="batches that go in chunks")
     parser.add_argument("--chunk", type=int, default=1024, help="pairs in a chunk")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)

@@ -131,7 +131,7 @@ def test_the_gpu_benchmark_runs_on_the_cpu(tmp_path, run_script):
     failed = [line for line in lines if "Error" in line]
     assert len(lines) > 20 and not failed, failed
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.count("###") == 9 and "skipped: for CUDA only" in text
+    assert text.count("###") == 11 and "skipped: for CUDA only" in text
     measured = (tmp_path / "gpu.jsonl").read_text().splitlines()
     assert len(measured) == 1 + len(lines) and not any('"part": "fault"' in line for line in measured)
     run_script("benchmarks/gpu.py", "--render", tmp_path / "gpu.jsonl", "--results", tmp_path / "again.md")
