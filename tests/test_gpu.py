@@ -13,6 +13,7 @@ from benchmarks.make_coca_golden import COCA, GOLDEN, IDS, WAYS
 from benchmarks.make_towers_golden import MODELS, TEXT, VIT, make_inputs, make_weights
 from miniclip.checkpoint import from_miniclip, to_miniclip
 from miniclip.config import MiniClipConfig
+from miniclip.inference import fast
 from miniclip.inference.fast import inference_copy
 from miniclip.loss import clip_loss
 from miniclip.model import MiniClip
@@ -73,6 +74,27 @@ def test_low_precision_is_close(family, dtype):
     a, b = (torch.cat([t.flatten() for t in found[2:]]) for found in (expected, ours))
     # BatchNorm makes much of a little noise in three images
     assert F.cosine_similarity(a, b, dim=0) > (0.8 if has_batch_norm(model) else 0.95)
+
+
+@pytest.mark.parametrize("dtype, stream", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
+                                           (None, torch.float32)], ids=str)  # fmt: skip
+def test_blocks_add_in_bf16_where_products_are_bf16(dtype, stream, monkeypatch):
+    torch.manual_seed(0)
+    model, (images, input_ids) = MiniClip(MiniClipConfig.from_dict(PLAIN)), make_inputs(PLAIN)
+    batch, block, seen = (images.to(GPU), input_ids.to(GPU)), fast._block, set()
+
+    def noted(*args, **kwargs):
+        out = block(*args, **kwargs)
+        seen.update((args[1].dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(fast, "_block", noted)
+    plain, ours = (step(model, *batch, fast=way, dtype=dtype) for way in (False, True))
+    assert seen == {stream}
+    model.gradient_checkpointing_enable()
+    for a, b, c in zip(plain, ours, step(model, *batch, dtype=dtype), strict=True):
+        torch.testing.assert_close(c, b, rtol=1e-3, atol=1e-5)  # its atomic additions have no fixed order
+        torch.testing.assert_close(b, a, rtol=0, atol=max(1e-5, (0.1 if dtype else 1e-3) * a.abs().max().item()))
 
 
 def test_chunks_give_the_gradients_of_the_whole_batch(family):

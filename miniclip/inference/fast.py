@@ -3,6 +3,7 @@
     padding    nothing after a caption's end token has any influence: on the CPU a batch's captions lie end to end
     read-out   only one position of the last block is read, so only that one goes through its query and MLP
     patches    are cut out and multiplied as one matrix, which is faster than a general convolution
+    bf16       on a GPU, under autocast, is also what the blocks add to and normalise: half the memory to wait for
     oneDNN     multiplies fp32 matrices on processors where `cpu_routes` finds it faster and as exact
 
 It runs only while model.py's code and the parts of the model are those it was written for. `plain_reason` names what
@@ -28,15 +29,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from miniclip.inference.matmul import (
-    Int8Linear,
-    OneDnnLinear,
-    PatchLinear,
-    matmul_precision,
-    packs,
-    patch_product,
-    rounds,
-)
+from miniclip.inference import matmul
+from miniclip.inference.matmul import Int8Linear, OneDnnLinear, PatchLinear, matmul_precision, packs, patch_product
 from miniclip.model import MLP, TOWERS, Attention, Block, MiniClip, QuickGELU, TextTransformer, Tower, VisionTransformer
 from miniclip.towers import AS_IN_MODEL
 from miniclip.utils.errors import InputError
@@ -205,6 +199,8 @@ FAST = {VisionTransformer: image_features, TextTransformer: text_features}
 def _blocks(tower, x: Tensor, shape: tuple[int, int], ends: Tensor, is_causal: bool, kept: Tensor | None = None):
     """All blocks of a tower: rows (T, W) to those to read out, `ends` (B,): (B, W). The rows are B sequences of up to L
     (`shape`), end to end; with `kept` (T,) only these of the B x L positions are there."""
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
+        x = x.bfloat16()  # what is not a product waits for memory. In fp16 the sums could overflow
     for number, block in enumerate(tower.blocks):
         run = partial(_block, block, shape=shape, is_causal=is_causal, kept=kept)
         if tower.checkpoint_every and number % tower.checkpoint_every == 0 and torch.is_grad_enabled():
@@ -216,10 +212,10 @@ def _blocks(tower, x: Tensor, shape: tuple[int, int], ends: Tensor, is_causal: b
 def _block(block: nn.Module, x: Tensor, ends: Tensor | None, shape: tuple[int, int], is_causal: bool, kept):
     """`block(x)` for rows (T, W); with `ends`, for those rows alone."""
     (B, L), W = shape, x.shape[1]
-    qkv = _linear(block.attn.in_proj, block.ln_1(x))  # (T, 3 W)
+    qkv = _linear(block.attn.in_proj, _norm(block.ln_1, x))  # (T, 3 W)
     if kept is not None:
         qkv = qkv.new_zeros(B * L, 3 * W).index_copy(0, kept, qkv)
-    q, k, v = qkv.view(B, L, 3, block.attn.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, W / H)
+    q, k, v = (part.transpose(1, 2) for part in qkv.view(B, L, 3, block.attn.heads, -1).unbind(2))  # (B, H, L, W / H)
     if ends is None:
         attended = _attention(q, k, v, is_causal=is_causal).transpose(1, 2).reshape(B * L, W)
         attended = attended if kept is None else attended[kept]
@@ -229,8 +225,16 @@ def _block(block: nn.Module, x: Tensor, ends: Tensor | None, shape: tuple[int, i
         mask = (torch.arange(L, device=x.device) <= position[:, None])[:, None, None] if is_causal else None
         attended, x = _attention(q, k, v, attn_mask=mask).reshape(B, W), x[ends]
     x = _linear(block.attn.out_proj, attended, residual=x)
-    hidden = _linear(block.mlp.c_fc, block.ln_2(x), activation=block.mlp.act)
+    hidden = _linear(block.mlp.c_fc, _norm(block.ln_2, x), activation=block.mlp.act)
     return _linear(block.mlp.c_proj, hidden, residual=x)
+
+
+def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    """`layer(x)` in the type of x: on a GPU autocast would read and write fp32. The mean and the variance are fp32."""
+    if not x.is_cuda or x.dtype == layer.weight.dtype:
+        return layer(x)
+    with torch.autocast("cuda", enabled=False):
+        return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
 
 
 def _linear(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, residual: Tensor | None = None):
@@ -244,7 +248,7 @@ def _linear(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, re
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
     # While torch's products use oneDNN, its fused attention is slower than attention written out.
-    plain = q.device.type == "cpu" and rounds("cpu")
+    plain = q.device.type == "cpu" and matmul.rounds("cpu")
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, **kwargs)
 
@@ -262,8 +266,7 @@ class InferenceClip(MiniClip):
         layer = Int8Linear if precision == "int8" else copy.copy
         if model.logit_scale.device.type == "cpu" and pack and packs(precision):
             layer = OneDnnLinear
-        towers = model.visual.for_inference(), model.text.for_inference()
-        self.visual, self.text = (_tower_copy(tower, self.dtype, layer) for tower in towers)
+        self.visual, self.text = (_tower_copy(t.for_inference(), self.dtype, layer) for t in (model.visual, model.text))
         self.logit_scale = nn.Parameter(model.logit_scale.detach().float(), requires_grad=False)
         self.logit_bias = model.logit_bias
 

@@ -40,12 +40,10 @@ def remembered(name: str, key: str, about: str, kind: type[tuple], measure: Call
     def kept() -> dict:
         return {way: kind(*values) for way, values in json.loads(path.read_text())[key].items()}
 
-    try:
-        return kept()
-    except OSError:
-        pass  # not measured yet
-    except (ValueError, TypeError, KeyError):  # damaged
-        with suppress(OSError):
+    with suppress(OSError):  # not measured yet
+        try:
+            return kept()
+        except (ValueError, TypeError, KeyError):  # damaged
             path.unlink()
     found = measure()
     with suppress(OSError):  # without a folder to write to they are measured each time
@@ -85,8 +83,7 @@ def measure_routes() -> dict[str, Route]:
                     seconds[way].append(time.perf_counter() - start)
                 errors[way] = ((product - exact).abs().max() / exact.abs().max()).item()
     speedup = {way: min(seconds["default"]) / min(seconds[way]) for way in ways}
-    limit = 4 * errors["default"]
-    return {way: Route(speedup[way] >= 1.2 and errors[way] <= limit, speedup[way], errors[way]) for way in ways}
+    return {way: Route(s >= 1.2 and errors[way] <= 4 * errors["default"], s, errors[way]) for way, s in speedup.items()}
 
 
 def pays(way: str) -> bool:
