@@ -68,10 +68,10 @@ class Writer:
         return self.decoder.text_projection(self.decoder.ln_final(x[:, -1]))
 
 
-def processors(eos: int, min_seq_len: int, repetition_penalty: float, *warpers) -> LogitsProcessorList:
+def processors(eos: int, min_seq_len: int, repetition_penalty: float, device, *warpers) -> LogitsProcessorList:
     """What changes the logits: no end before `min_seq_len` tokens, and a penalty on tokens that were there before."""
-    rules = MinLengthLogitsProcessor(min_seq_len, eos), RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
-    return LogitsProcessorList([*rules, *warpers])
+    no_end = MinLengthLogitsProcessor(min_seq_len, eos, device)
+    return LogitsProcessorList([no_end, RepetitionPenaltyLogitsProcessor(float(repetition_penalty)), *warpers])
 
 
 def beam_search(
