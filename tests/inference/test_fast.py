@@ -226,3 +226,19 @@ def test_weights_are_laid_out_when_they_are_first_used(monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(ours.encode_text, [input_ids] * 2)
     assert torch.equal(first, second) and laid_out(ours.text) == {True} and laid_out(ours.visual) == {False}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_torch_compile_compiles_the_fast_path(fast):
+    """Before torch 2.13 it took compiling for exporting, and so compiled the plain code."""
+    model, batch = wrap_towers(make_model(), fast=fast), make_batch()
+    calls = []
+
+    def note(graph, inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compiler.reset()
+    ours, plain = torch.compile(model, backend=note)(*batch), model(*batch)
+    assert any("conv" in call for call in calls) != fast, "the fast path cuts patches out and multiplies"
+    torch.testing.assert_close(ours[:2], plain[:2], atol=1e-5, rtol=0)
