@@ -3,7 +3,6 @@ these without that variable, see no GPU."""
 
 import copy
 import json
-import re
 
 import pytest
 import torch
@@ -30,18 +29,20 @@ PLAIN = {"embed_dim": 24, "vision_cfg": VIT, "text_cfg": TEXT}  # CLIP's own tow
 FAMILIES = {"CLIP": PLAIN, "CoCa": COCA, **MODELS}
 
 
+def golden_model(cfg: dict) -> MiniClip:
+    """With the weights of the golden files, on the CPU."""
+    cfg = {name: value for name, value in cfg.items() if name != "custom_text"}
+    model = MiniClip(MiniClipConfig.from_dict(cfg)).eval()
+    rows = model.visual.key_rows(), model.text.key_rows()
+    names = from_miniclip(model.state_dict(), "custom_text", rows)
+    model.load_state_dict(to_miniclip(make_weights({n: tuple(t.shape) for n, t in names.items()}), rows)[0])
+    return model
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    """A model on the CPU with weights as in the golden files, images and texts."""
-    cfg = FAMILIES[request.param]
-    torch.manual_seed(0)
-    model = MiniClip(
-        MiniClipConfig.from_dict({name: value for name, value in cfg.items() if name != "custom_text"})
-    ).eval()
-    layout, rows = ("custom_text", (model.visual.key_rows(), model.text.key_rows()))
-    names = from_miniclip(model.state_dict(), layout, rows)
-    model.load_state_dict(to_miniclip(make_weights({n: tuple(t.shape) for n, t in names.items()}), rows)[0])
-    return model, *make_inputs(cfg)
+    """A model, images and texts."""
+    return golden_model(FAMILIES[request.param]), *make_inputs(FAMILIES[request.param])
 
 
 def step(model, images, input_ids, chunk: int = 0, fast: bool = True, dtype=None):
@@ -103,14 +104,10 @@ def test_chunks_give_the_gradients_of_the_whole_batch(family):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5 * max(1.0, a.abs().max().item()))
 
 
-@pytest.mark.parametrize("precision, least", [("fp32", 0.999999), ("bf16", 0.999), ("fp16", 0.9999)])
+@pytest.mark.parametrize("precision, least", [("fp32", 0.999999), ("bf16", 0.999)])
 def test_embeddings_of_an_inference_copy(family, precision, least):
     model, images, input_ids = family
-    try:
-        ours = inference_copy(copy.deepcopy(model).to(GPU), precision)
-    except InputError as error:
-        assert precision == "fp16" and re.search("fp16", str(error))
-        return
+    ours = inference_copy(copy.deepcopy(model).to(GPU), precision)
     with torch.no_grad():
         for a, b in (
             (model.encode_image(images, True), ours.encode_image(images.to(GPU), True)),
@@ -120,13 +117,10 @@ def test_embeddings_of_an_inference_copy(family, precision, least):
 
 
 def test_captions_are_those_of_the_cpu():
-    model = MiniClip(MiniClipConfig.from_dict(COCA)).eval()
-    rows = (model.visual.key_rows(), model.text.key_rows())
-    names = from_miniclip(model.state_dict(), "custom_text", rows)
-    model.load_state_dict(to_miniclip(make_weights({n: tuple(t.shape) for n, t in names.items()}), rows)[0])
+    model = golden_model(COCA).to(GPU)
     for way, ids in zip(WAYS, json.loads(GOLDEN.read_text(encoding="utf-8"))["captions"], strict=True):
         if way.get("generation_type", "beam_search") == "beam_search":  # the others draw other numbers there
-            assert model.to(GPU).generate(make_inputs(COCA)[0].to(GPU), **IDS | way).tolist() == ids
+            assert model.generate(make_inputs(COCA)[0].to(GPU), **IDS | way).tolist() == ids
 
 
 @pytest.fixture
@@ -146,13 +140,13 @@ def run_on_gpu(run_script):
     ("--ema", "0.9", "--patch_dropout", "0.25"), ("--loss", "siglip"), ("--loss", "superclip"),
 ], ids=" ".join)  # fmt: skip
 def test_a_run_resumed_is_a_run_that_was_not_stopped(options, gpu_recipe, caption_set, run_on_gpu):
-    saved = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", *options]
+    saved = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--adam_epsilon", "1e-3", *options]
     run_on_gpu("train.py", gpu_recipe, *saved, "--output_dir", caption_set / "whole")
     checkpoint = caption_set / "whole" / "checkpoint-2"
     checkpoint.rename((caption_set / "again").mkdir() or caption_set / "again" / "checkpoint-2")
     run_on_gpu("train.py", gpu_recipe, *saved, "--output_dir", caption_set / "again", "--resume")
-    # Adam makes a step of 3e-3 of the smallest difference, and a GPU adds in an order of its own
-    assert largest_difference(caption_set / "whole", caption_set / "again") < 2e-2
+    # A GPU adds in an order of its own, and without the epsilon Adam makes a whole step of the smallest difference.
+    assert largest_difference(caption_set / "whole", caption_set / "again") < 1e-3
     moved = weights(caption_set / "whole")
     assert all(t.isfinite().all() for t in moved.values())
 
@@ -164,7 +158,7 @@ def test_the_first_steps_are_those_of_the_cpu(gpu_recipe, caption_set, run_on_gp
     assert largest_difference(caption_set / "cpu", caption_set / "gpu") < 1e-4
 
 
-def test_it_is_measured_searched_and_asked(gpu_recipe, caption_set, run_on_gpu):
+def test_it_is_measured_as_on_the_cpu(gpu_recipe, caption_set, run_on_gpu):
     run_on_gpu("train.py", gpu_recipe)
     found = {}
     for device in ("cpu", "cuda"):
