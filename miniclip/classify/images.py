@@ -17,8 +17,7 @@ def find_images(paths: Sequence[str]) -> list[tuple[str, str | None]]:
 
     A path is an image, or a folder with images at any depth. In a folder with none of its own, each folder is a class.
     Links are followed, hidden files ignored. Raises InputError for a path that is missing, contains no image or cannot
-    be read; warns of empty class folders.
-    """
+    be read; warns of empty class folders."""
     found = []
     for path in paths:
         if not os.path.exists(path):
@@ -50,8 +49,7 @@ def choose_classes(
     """Returns the classes, {name: words}, and the number of each image's class if its folder determines it.
 
     Default classes: the folders (the words of "hot_dog" are "hot dog"; those of ids may lie beside `paths`) or else the
-    ten OBJECTS. A folder is named after a given class or after its words. Raises InputError if only some of them are.
-    """
+    ten OBJECTS. A folder is named after a given class or after its words. Raises InputError if only some are."""
     there = list(dict.fromkeys(folders))
     if given is None:
         if None in there:

@@ -52,8 +52,7 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
     `text` is "dog,cat" or "chien=dog,chat=cat", or a file: one class per line in either form; a JSON list of names; or
     a JSON object of name: words, where the words may be an object by language, {"en": "dog", "zh": "狗"}. A name
     alone is spelled out: hot_dog. "imagenet": its 1,000 classes, by their WordNet ids. Raises InputError for anything
-    else and for a repeated name.
-    """
+    else and for a repeated name."""
     if text == "imagenet":
         return dict(IMAGENET["classes"])
     suffix, classes = Path(text).suffix, {}

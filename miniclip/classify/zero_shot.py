@@ -27,8 +27,7 @@ def build_zero_shot_classifier(
 
     A template is a string with {} for the class name, or a function of the name. A class is the normalised mean of its
     sentences' unit vectors, equal to OpenCLIP's to 1e-6. `num_classes_per_batch` are encoded at once (None: all). Warns
-    of names that the text tower cannot read. Raises InputError without classes or templates, or for one without {}.
-    """
+    of names that the text tower cannot read. Raises InputError without classes or templates, or for one without {}."""
     classnames, templates = (x if isinstance(x, str) else list(x) for x in (classnames, templates))
     for name, values in ("classnames", classnames), ("templates", templates):
         if isinstance(values, str) or not len(values):

@@ -17,8 +17,7 @@ from miniclip.utils.errors import InputError
 class MtebEncoder:
     """Embeds the texts and images of MTEB's tasks; where an item has both, it is the direction of their sum.
 
-    `model_name` is what `miniclip.load` takes, and `name` what results are stored under ("organisation/model").
-    """
+    `model_name` is what `miniclip.load` takes, and `name` what results are stored under ("organisation/model")."""
 
     def __init__(
         self, model_name: str | Path, revision: str | None = None, *, device: str | None = None, name: str = ""

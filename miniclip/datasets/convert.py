@@ -31,8 +31,7 @@ def convert(source: Sequence[dict], target: str, samples_per_shard: int = 10_000
     Shards (`out/{000000..000009}.tar`: as many as are named, filled evenly; `out/000000.tar`: numbered from there,
     `samples_per_shard` each) hold copies of the images. The other forms name image files, relative to the target's
     folder if below it; an ImageFile is written into a folder `<target>_images`. The target appears when it is complete.
-    Raises InputError for bad images, unless `options` skip them, and for a target that exists or has an unknown form.
-    """
+    Raises InputError for bad images, unless `options` skip them, for a target that exists, and for an unknown form."""
     suffix = Path(target).suffix.lower()
     if suffix == ".tar":
         return _to_shards(source, target, samples_per_shard, options)

@@ -13,8 +13,7 @@ class Mixture(Sequence):
 
     Without `factors` and `num_samples`: every sample once. With `factors` f, one for each source: every sample floor(f)
     times, and a share f - floor(f) of the source's samples once more. With `num_samples` N: N draws with replacement,
-    of a source in proportion to its factor times its size, then of any of its samples, as OpenCLIP's factors do.
-    """
+    of a source in proportion to its factor times its size, then of any of its samples, as OpenCLIP's factors do."""
 
     def __init__(self, sources: list[Sequence[dict]], factors: list[float] | None = None, num_samples=None):
         if num_samples is not None and num_samples < 1:

@@ -53,8 +53,7 @@ def read_captions(source: str | Path, image_root: str | Path | None = None, **op
 
     Returns `[{"image": absolute path or ImageFile, "caption": [strings]}, ...]`. Image paths start at `image_root`, by
     default the source's own folder. `options` are other fields of ReadOptions. Raises InputError with the number, the
-    image and the fault of all bad records together.
-    """
+    image and the fault of all bad records together."""
     return read_source(str(source), ReadOptions(image_root, **options))
 
 

@@ -57,8 +57,7 @@ def update(
     index keeps the `precision` of its vectors, "fp32", "bf16" or, by default, what "auto" finds for the first run.
 
     Raises ImageIndexError for an index of another model, precision or image folder (unless it was `moved`), for a
-    folder that contains anything else, and if there are no images; InputError if another process is writing to it.
-    """
+    folder that contains anything else, and if there are no images; InputError if another process is writing to it."""
     check_method(method or "auto")
     root, folder, mine = ImageRoot(root, allow_outside), Path(folder), fingerprint(model, preprocess)
     names, broken = find_images(root, shard)

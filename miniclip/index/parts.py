@@ -22,8 +22,7 @@ def merge(parts: Iterable[str | Path], folder: str | Path, method: str = "auto",
 
     Shards of one image folder become the index of that folder, which `index` can update; missing shards are named in a
     warning. Parts of different folders become the index of their common parent. Raises ImageIndexError for a part of
-    another model, for a file with different contents in two parts, and if `folder` is an index of something else.
-    """
+    another model, for a file with different contents in two parts, and if `folder` is an index of something else."""
     check_method(method)
     folder, indexes = Path(folder), [ImageIndex(part, check=True) for part in parts]
     if len({index.folder.resolve() for index in indexes} | {folder.resolve()}) < len(indexes) + 1:

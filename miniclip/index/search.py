@@ -40,8 +40,7 @@ class ImageSearch:
 
     `model` is a folder or a config's name (with `pretrained`), or the result of `miniclip.load` without a precision;
     default: the model that made the index, from its original place. `pictures` is the image folder, if it was moved.
-    Raises ImageIndexError for a folder without an index and for an index of another model.
-    """
+    Raises ImageIndexError for a folder without an index and for an index of another model."""
 
     def __init__(self, index: str | Path, model=None, pretrained=None, device="cpu", pictures=None):
         self.index = ImageIndex(index)

@@ -48,8 +48,7 @@ class Progress(TrainerCallback):
     `log.jsonl` has one object for each entry of the Trainer's log: step, epoch and what was logged (loss,
     learning_rate, grad_norm, logit_scale, samples_per_second of all processes, metrics), the run's `seconds` so far and
     the `time`. Other lines have a step and an `event` (start, resumed), a `warning` or an `error`. Numbers that are not
-    finite are "NaN", "Infinity" or "-Infinity", with a `reason`.
-    """
+    finite are "NaN", "Infinity" or "-Infinity", with a `reason`."""
 
     def __init__(self, trainer: Trainer, contrasts: bool = True):
         args = trainer.args

@@ -19,8 +19,7 @@ class AdamWBf16(torch.optim.AdamW):
     numbers depend on the step alone: the same in a resumed run, and on all processes.
 
     A matrix of which fewer than half the rows have a gradient in its first step, the embedding of tokens, has averages
-    for those rows alone that have ever had one, `rows` in its state. The others' are zero in AdamW too.
-    """
+    for those rows alone that have ever had one, `rows` in its state. The others' are zero in AdamW too."""
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -17,8 +17,7 @@ class TrainTransform(Preprocess):
     """Preprocessing for training, called with (image, rng): the same rng state gives the same tensor.
 
     `scale` bounds the crop's fraction of the image area; (1, 1) resizes as in evaluation. `hflip` is a probability,
-    `color_jitter` the strengths of random brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (x turns).
-    """
+    `color_jitter` the strengths of random brightness, contrast, saturation (factors 1 - x to 1 + x), hue (x turns)."""
 
     def __init__(self, cfg: PreprocessConfig, scale=(0.9, 1), hflip=0.0, color_jitter: tuple | None = None):
         super().__init__(cfg)

@@ -299,9 +299,8 @@ def starts_in_closed_form(model: MiniClip, options) -> bool:
 
 
 def class_prior(model: MiniClip, names: np.ndarray) -> Tensor:
-    """What the image encoders know already, as a map (X, Y) from images to captions: from the probability of each of
-    their own classes to its name, as the text tower reads it, `names` (classes, Y) (Norouzi et al., arXiv 1312.5650).
-    """
+    """What the image encoders know, as a map (X, Y) from images to captions: from the probability of each of their own
+    classes to its name, as the text tower reads it, `names` (classes, Y) (Norouzi et al., arXiv 1312.5650)."""
     prior = torch.zeros(model.visual.width, model.text.width)
     prior[list(model.visual.classes)] = torch.from_numpy(names - names.mean(axis=0))
     return prior
@@ -310,9 +309,8 @@ def class_prior(model: MiniClip, names: np.ndarray) -> Tensor:
 def start_in_closed_form(
     model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray, names: np.ndarray | None
 ):
-    """Sets both projections of a model, from the features of its records, to their closed form, and the logit scale to
-    what suits held-out pairs. Sets the learning rate to 0, for one epoch, if training projections alone does not help.
-    """
+    """Sets a model's projections, from the features of its records, to their closed form, and the logit scale to what
+    suits held-out pairs. Sets the learning rate to 0, for one epoch, if training projections alone does not help."""
     found: list = [None]
     prior = None if names is None else class_prior(model, names)
     if args.process_index == 0:

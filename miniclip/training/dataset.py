@@ -24,8 +24,7 @@ class RunDataset(CaptionDataset):
 
     `pixel_values` are levels (3, S, S), uint8: the trainer normalises them on the model's device. `row` identifies the
     item in messages (`label`). An image that cannot be read is logged, counted in `bad`, listed in `bad_samples`, and
-    the next good one takes its place; with `on_bad` "stop" it raises ImageError.
-    """
+    the next good one takes its place; with `on_bad` "stop" it raises ImageError."""
 
     def __init__(self, records, preprocess, seed=0, transform=None, on_bad: str | None = None, bad_samples=None):
         super().__init__(as_table(records), preprocess, seed, transform)

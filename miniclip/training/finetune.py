@@ -115,8 +115,7 @@ class EMA(TrainerCallback):
 
     from the weights at the start. The low d of the first steps keeps these from dominating the average of a short run.
     With `average.module` as its `ema`, RunTrainer evaluates the average and saves it in checkpoints as ema.safetensors.
-    At the end the average, of the best checkpoint with load_best_model_at_end, replaces the model's weights.
-    """
+    At the end the average, of the best checkpoint with load_best_model_at_end, replaces the model's weights."""
 
     def __init__(self, model: MiniClip, decay: float, device: str | torch.device | None = None):
         self.model, self.decay = model, decay

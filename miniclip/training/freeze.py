@@ -30,8 +30,7 @@ def freeze(model: MiniClip, image: str = "none", text: str = "none"):
 
     A frozen image tower with a text tower that is trained to fit it is LiT (Zhai et al., arXiv 2111.07991). The
     backward pass stops at the frozen part, which saves most of its time and memory. OpenCLIP's unlocked groups, N + 1,
-    count the projection too. Raises InputError for too many blocks.
-    """
+    count the projection too. Raises InputError for too many blocks."""
     for kind, tower, how in (("image", model.visual, image), ("text", model.text, text)):
         if how == "none":
             continue

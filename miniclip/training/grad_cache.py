@@ -33,8 +33,7 @@ def in_chunks(size: int, tower: Tower, features: Callable, inputs: Tensor) -> Te
 
     The forward pass keeps only a chunk's features. In the backward pass `checkpoint` runs the tower again on one chunk
     after another, with the same random numbers: one more forward pass, and the gradients of the whole batch. All of it
-    lies within one forward pass, so DistributedDataParallel and autocast work as usual.
-    """
+    lies within one forward pass, so DistributedDataParallel and autocast work as usual."""
     if len(inputs) <= size:
         return features(inputs)
     return torch.cat([checkpoint(features, part, use_reentrant=False) for part in inputs.split(size)])

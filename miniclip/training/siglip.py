@@ -34,8 +34,7 @@ def siglip_loss(outputs: ClipOutput, ids: Tensor | None = None, duplicates="posi
 
     z_ij is 1 if image i and caption j are a pair, otherwise -1. Duplicates are pairs too ("positive"), dropped from the
     sum ("exclude") or negatives ("ignore"). Embeddings and processes as for `clip_loss`; the bias is a scalar. At most
-    B x `chunk_size` logits exist at once, recomputed in the backward pass: memory grows linearly with the batch.
-    """
+    B x `chunk_size` logits exist at once, recomputed in the backward pass: memory grows linearly with the batch."""
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates {duplicates!r} is not one of {', '.join(DUPLICATES)}")
     with torch.autocast(outputs.image_embeds.device.type, enabled=False):

@@ -31,8 +31,7 @@ class StreamDataset(RunDataset):
     The stream is read pass after pass, each in another order: of its files, and within a buffer. In a pass the workers
     of all processes together read every sample exactly once; each starts its next pass when its share ends. Without
     `num_samples` it never ends, and `max_steps` ends the training. With `num_samples` an epoch is that many samples of
-    all processes together, and starts a new pass. Bad samples are skipped, unless `on_bad` is "stop".
-    """
+    all processes together, and starts a new pass. Bad samples are skipped, unless `on_bad` is "stop"."""
 
     def __init__(self, stream, columns: list[str], num_samples, spec, root, *args, **kwargs):
         super().__init__((), *args, **kwargs)

@@ -33,8 +33,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
     """The trainer of train.py: a ClipTrainer that survives interruptions (`run/guard.py`) and is faster.
 
     `preprocess` normalises the images of a RunDataset, `lr_scale` gives the factor of the learning rate of a parameter
-    by its name, and `ema`, which a callback updates, is evaluated in place of the model and saved in checkpoints.
-    """
+    by its name, and `ema`, which a callback updates, is evaluated in place of the model and saved in checkpoints."""
 
     def __init__(
         self, model: MiniClip, args: RunArguments, train_dataset: RunDataset | None = None, *, preprocess,

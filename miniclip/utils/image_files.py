@@ -87,8 +87,7 @@ def open_image(path: str | Path | ImageFile, scale: int | None = None, as_stored
     to 8 bits; the first frame of an animation. Metadata that Pillow cannot read is ignored. With `scale` the
     JPEG decoder may shrink an image to no less than that many pixels a side, which is fast and lossy; `as_stored`
     leaves mode and orientation alone. Raises ImageError for a file that is not in one of FORMATS or HEIC, is damaged,
-    has more than 179 million pixels, or an aspect ratio above 100:1.
-    """
+    has more than 179 million pixels, or an aspect ratio above 100:1."""
     in_file = not isinstance(path, ImageFile)
 
     def decode(file) -> Image.Image:

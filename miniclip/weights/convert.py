@@ -25,8 +25,7 @@ def convert(source: str | Path, target: str | Path, to: str, model: str | None =
     (`hf-hub:org/repo`), or a tag of `model`; `to` is a key of EXPORTERS, each of which warns of what its form cannot
     hold. The model config, which folders need for the activation, is `model` (a name or a .json file), the one in the
     folder of `source`, or the only shipped one that fits. Raises CheckpointError for weights that cannot be used or an
-    unclear config, InputError for what cannot be downloaded, and FileExistsError if `target` exists, unless `force`.
-    """
+    unclear config, InputError for what cannot be downloaded, and FileExistsError if `target` exists, unless `force`."""
     target = Path(target)
     if to not in EXPORTERS:
         raise InputError(f"cannot convert to {to!r}, only to {', '.join(EXPORTERS)}")
