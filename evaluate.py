@@ -1,25 +1,21 @@
 """Measures a model, or embeddings made elsewhere, by retrieval: `python evaluate.py --help`."""
 
-import os
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before NumPy and faiss: threads that wait spin only briefly
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # a power of 2, in cycles
-
-from miniclip.inference.options import parse_evaluate, result_file  # noqa: E402
-from miniclip.utils.command_line import print_json, run  # noqa: E402
+from miniclip.inference.options import parse_evaluate, result_file
+from miniclip.utils.command_line import importing, print_json, run
 
 
 def main(argv: list[str]):
     options = parse_evaluate(argv)
     output, said = result_file(options)
 
-    from miniclip.inference.evaluations import evaluations
-    from miniclip.inference.evaluator import save_features
-    from miniclip.reports.comparison import as_text, compare, count_hits, write_table
-    from miniclip.reports.html_page import Evaluation, format_table, write_report
-    from miniclip.run.metadata import evaluation_metadata, run_metadata
-    from miniclip.utils.bad_samples import BadSamples
-    from miniclip.utils.files import write_json
+    with importing():
+        from miniclip.inference.evaluations import evaluations
+        from miniclip.inference.evaluator import save_features
+        from miniclip.reports.comparison import as_text, compare, count_hits, write_table
+        from miniclip.reports.html_page import Evaluation, format_table, write_report
+        from miniclip.run.metadata import evaluation_metadata, run_metadata
+        from miniclip.utils.bad_samples import BadSamples
+        from miniclip.utils.files import write_json
 
     # Each model, or embeddings from files, on each data set: a table
     bad_samples, results, hits = BadSamples(), [], []

@@ -1,26 +1,23 @@
 """Trains or fine-tunes a CLIP model: `python train.py recipe.json`, or `python train.py --help`."""
 
-import os
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that wait for one another spin only briefly
-
-from miniclip.training.parse import parse_train  # noqa: E402
-from miniclip.utils.command_line import run  # noqa: E402
+from miniclip.training.parse import parse_train
+from miniclip.utils.command_line import importing, run
 
 
 def main(argv: list[str]):
     options, args = parse_train(argv)
 
-    from miniclip.classify.evaluator import make_evaluator
-    from miniclip.inference.matmul import arithmetic
-    from miniclip.reports.html_page import format_table
-    from miniclip.run.folder import Run
-    from miniclip.run.metadata import training_metadata
-    from miniclip.training.finetune import fine_tuning
-    from miniclip.training.freeze import freeze_towers
-    from miniclip.training.losses import make_loss
-    from miniclip.training.setup import load_model, make_transform, read_data
-    from miniclip.training.trainer import RunTrainer
+    with importing():
+        from miniclip.classify.evaluator import make_evaluator
+        from miniclip.inference.matmul import arithmetic
+        from miniclip.reports.html_page import format_table
+        from miniclip.run.folder import Run
+        from miniclip.run.metadata import training_metadata
+        from miniclip.training.finetune import fine_tuning
+        from miniclip.training.freeze import freeze_towers
+        from miniclip.training.losses import make_loss
+        from miniclip.training.setup import load_model, make_transform, read_data
+        from miniclip.training.trainer import RunTrainer
 
     with Run(options, args) as run:
         train, held_out, dataset_class = read_data(options, args, run.bad_samples)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as evaluate.py: before NumPy and faiss are imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands, before NumPy and faiss
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 

@@ -23,12 +23,11 @@ def main():
     from miniclip.utils.command_line import Parser, run
 
     commands = find_commands()
-    lines = [f"  {name:<14}{summary(path)}" for name, path in commands.items()]
-    parser = Parser(
-        "miniclip", usage="miniclip COMMAND ...", add_help=False, description="commands:\n" + "\n".join(lines),
-        epilog="miniclip COMMAND --help describes a command.",
-    )  # fmt: skip
+    epilog = "miniclip COMMAND --help describes a command."
+    parser = Parser("miniclip", usage="miniclip COMMAND ...", add_help=False, epilog=epilog)
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        lines = [f"  {name:<14}{summary(path)}" for name, path in commands.items()]
+        parser.description = "commands:\n" + "\n".join(lines)
         parser.print_help()
         return
     parser.add_argument("COMMAND", choices=commands)

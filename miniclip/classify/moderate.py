@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from miniclip.classify.images import find_images
 from miniclip.classify.prompts import TEXTS
 from miniclip.classify.zero_shot import embed_classes, shares
 from miniclip.datasets.records import parse_json, read_text
@@ -45,8 +46,7 @@ def calibrate(yes: np.ndarray, no: np.ndarray) -> dict[str, float]:
 
     The threshold, halfway between two scores, maximises the balanced accuracy (the mean of both kinds'); among equals
     it is the lowest. `review` is the lowest score of an example with the class, or the threshold if lower. Raises
-    InputError for fewer than two examples of a kind, and for scores that do not separate them.
-    """
+    InputError for fewer than two examples of a kind, and for scores that do not separate them."""
     if min(len(yes), len(no)) < 2:
         raise InputError(f"{len(yes)} examples with and {len(no)} without: at least 2 of each are needed")
     scores = np.unique(np.concatenate([yes, no]).astype(np.float64))
@@ -58,6 +58,25 @@ def calibrate(yes: np.ndarray, no: np.ndarray) -> dict[str, float]:
     best = int(np.argmax(np.round(accuracies, 12)))
     threshold, accuracy = float(middles[best]), float(accuracies[best])
     return {"threshold": threshold, "review": min(threshold, float(yes.min())), "balanced_accuracy": accuracy}
+
+
+def calibrate_from(folder: str, wanted: list[str], no: str, score, embed) -> dict:
+    """Returns the thresholds of the classes `wanted` from labelled images, each folder of a class against the folder
+    `no`. `score(embed(images))` is {name: scores}. Raises InputError if `no`, or all others, are missing."""
+    found = find_images([folder])
+    there = {name for _, name in found}
+    if no not in there or not there & set(wanted):
+        raise InputError(f"--examples {folder}: expected a folder {no!r} in it, and some of {', '.join(wanted)}")
+    if unknown := [name for name in there if name not in (no, *wanted)]:
+        raise InputError(f"--examples {folder}: {unknown[0]!r} is not one of {', '.join([no, *wanted])}: rename it")
+    found, embeds = embed(found)
+    scores, names, thresholds = score(embeds), np.array([name for _, name in found]), {}
+    for name in [name for name in wanted if name in there]:
+        try:
+            thresholds[name] = calibrate(scores[name][names == name], scores[name][names == no])
+        except InputError as error:
+            raise InputError(f"--examples {folder}: {name}: {error}") from None
+    return thresholds
 
 
 def decide(scores: dict[str, float], thresholds: dict[str, dict]) -> dict:

@@ -5,7 +5,7 @@ captions are compared with those of the file, by CIDEr and BLEU (printed times 1
 """
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, at_least
+from miniclip.utils.command_line import Parser, at_least, importing
 from miniclip.utils.errors import InputError
 
 READS = {"beam_search": ("num_beams",), "top_k": ("top_k", "temperature"), "top_p": ("top_p", "temperature")}
@@ -39,12 +39,12 @@ def main(argv: list[str]):
     for name, why in reason.items():
         if vars(options)[name] != parser.get_default(name):
             raise InputError(f"--{name} has no effect {why}: remove it")
-
-    from miniclip.classify.images import find_images
-    from miniclip.datasets.read import read_source
-    from miniclip.datasets.records import ReadOptions, one_per_image
-    from miniclip.inference.caption import caption_images, caption_metrics, lengths, scorers
-    from miniclip.utils.bad_samples import BadSamples
+    with importing():
+        from miniclip.classify.images import find_images
+        from miniclip.datasets.read import read_source
+        from miniclip.datasets.records import ReadOptions, one_per_image
+        from miniclip.inference.caption import caption_images, caption_metrics, lengths, scorers
+        from miniclip.utils.bad_samples import BadSamples
 
     bad_samples, references = BadSamples(), None
     options.precision = None  # the decoder has no faster copy

@@ -5,7 +5,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from miniclip.utils.command_line import AUTO, FLAGS, Parser, find_device, print_json, printable
+from miniclip.utils.command_line import AUTO, FLAGS, Parser, find_device, importing, print_json, printable
 from miniclip.utils.errors import InputError
 
 
@@ -95,7 +95,8 @@ def finish(options, name: str, results: dict, table: str, bad_samples, summary: 
 
 def check_folder_or_weights(flag: str, model: str, pretrained: str | None):
     """Raises InputError for a model that is a config without weights."""
-    from miniclip.weights.pretrained import is_folder
+    with importing():
+        from miniclip.weights.pretrained import is_folder
 
     if not is_folder(model) and pretrained is None:
         raise InputError(f"{flag} {model} is not a folder. If it is the name of a config, add --pretrained")

@@ -8,7 +8,7 @@ from argparse import SUPPRESS
 from pathlib import Path
 
 from miniclip.commands.common import plain_warnings
-from miniclip.utils.command_line import Parser
+from miniclip.utils.command_line import Parser, importing
 from miniclip.utils.errors import InputError
 
 
@@ -29,10 +29,10 @@ def main(argv: list[str]):
     form, for_onnx = options.FORM, ("single_graph", "eval_file", "image_root")
     if options.output_dir is None:
         parser.error("the following arguments are required: --output_dir")
-
-    from miniclip.inference.onnx import is_onnx
-    from miniclip.weights.convert import EXPORTERS, convert
-    from miniclip.weights.onnx import FORMS
+    with importing():
+        from miniclip.inference.onnx import is_onnx
+        from miniclip.weights.convert import EXPORTERS, convert
+        from miniclip.weights.onnx import FORMS
 
     if form not in (known := [*FORMS, *(name for name in EXPORTERS if name != "miniclip")]):
         raise InputError(f"cannot export to {form!r}, only to {', '.join(known)}")

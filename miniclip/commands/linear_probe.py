@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, at_least
+from miniclip.utils.command_line import Parser, at_least, importing
 from miniclip.utils.errors import InputError
 
 
@@ -21,10 +21,16 @@ def main(argv: list[str]):
     common.share_class_flags(parser)
     common.share_image_flags(parser, "linear_probe")
     options = parser.parse_args(argv)
+    with importing():
+        import numpy as np
+        import torch
 
-    from miniclip.classify.images import choose_classes, find_images
-    from miniclip.classify.linear_probe import draw_shots, probe
-    from miniclip.classify.zero_shot import build_zero_shot_classifier
+        from miniclip.classify.images import choose_classes, find_images
+        from miniclip.classify.linear_probe import draw_shots, probe
+        from miniclip.classify.zero_shot import build_zero_shot_classifier
+        from miniclip.reports.confusion import classification_metrics
+        from miniclip.utils.bad_samples import BadSamples
+        from miniclip.utils.files import replacing
 
     given, templates = common.read_class_flags(options)
     examples, images = find_images([options.examples]), find_images(options.images)
@@ -36,14 +42,6 @@ def main(argv: list[str]):
     both = {os.path.realpath(path) for path, _ in examples} & {os.path.realpath(path) for path, _ in images}
     if both:
         raise InputError(f"{len(both)} images are both in --examples and in --images, such as {min(both)}")
-
-    import numpy as np
-    import torch
-
-    from miniclip.reports.confusion import classification_metrics
-    from miniclip.utils.bad_samples import BadSamples
-    from miniclip.utils.files import replacing
-
     model, preprocess, tokenizer = common.open_model(options)
     bad_samples, n = BadSamples(), len(classes)
     start = build_zero_shot_classifier(model, tokenizer, list(classes.values()), templates)

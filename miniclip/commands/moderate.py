@@ -4,7 +4,7 @@ Reads images, and writes moderation.json and moderation.md to --output_dir.
 """
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser
+from miniclip.utils.command_line import Parser, importing
 from miniclip.utils.errors import InputError
 
 
@@ -20,11 +20,11 @@ def main(argv: list[str]):
         raise InputError('--ask is empty. Name a thing: --ask "a dog"')
     if options.ask and options.categories or options.against and not options.ask:
         raise InputError("--against needs --ask, and --ask excludes --categories")
-
-    from miniclip.classify import moderate as rules
-    from miniclip.classify.images import find_images
-    from miniclip.classify.prompts import warn_of_poor_coverage
-    from miniclip.utils.bad_samples import BadSamples
+    with importing():
+        from miniclip.classify import moderate as rules
+        from miniclip.classify.images import find_images
+        from miniclip.classify.prompts import warn_of_poor_coverage
+        from miniclip.utils.bad_samples import BadSamples
 
     categories = rules.read_categories(options.categories) if options.categories else rules.CATEGORIES
     images = find_images(options.images)
@@ -42,7 +42,7 @@ def main(argv: list[str]):
     thresholds = {name: default for name in wanted}
     embed = lambda images: common.embed_usable(options, model, preprocess, images, bad_samples)  # noqa: E731
     if options.examples:
-        thresholds |= calibrate_from(options.examples, wanted, no, score, embed)
+        thresholds |= rules.calibrate_from(options.examples, wanted, no, score, embed)
     images, embeds = embed(images)
     scores, results = score(embeds), []
     for row, (path, _) in enumerate(images):
@@ -65,27 +65,3 @@ def main(argv: list[str]):
         review = "" if options.ask else f", review from {limits['review']:.3f}"
         print(f"{name}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
     common.finish(options, "moderation", results, "\n".join(lines), bad_samples, f"{counts} of {len(images)} images")
-
-
-def calibrate_from(folder: str, wanted: list[str], no: str, score, embed) -> dict:
-    """Returns the thresholds of the classes `wanted` from labelled images, each folder of a class against the folder
-    `no`. `score(embed(images))` is {name: scores}. Raises InputError if `no`, or all others, are missing."""
-    import numpy as np
-
-    from miniclip.classify.images import find_images
-    from miniclip.classify.moderate import calibrate
-
-    found = find_images([folder])
-    there = {name for _, name in found}
-    if no not in there or not there & set(wanted):
-        raise InputError(f"--examples {folder}: expected a folder {no!r} in it, and some of {', '.join(wanted)}")
-    if unknown := [name for name in there if name not in (no, *wanted)]:
-        raise InputError(f"--examples {folder}: {unknown[0]!r} is not one of {', '.join([no, *wanted])}: rename it")
-    found, embeds = embed(found)
-    scores, names, thresholds = score(embeds), np.array([name for _, name in found]), {}
-    for name in [name for name in wanted if name in there]:
-        try:
-            thresholds[name] = calibrate(scores[name][names == name], scores[name][names == no])
-        except InputError as error:
-            raise InputError(f"--examples {folder}: {name}: {error}") from None
-    return thresholds

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from miniclip.utils.command_line import Parser, find_device
+from miniclip.utils.command_line import Parser, find_device, importing
 from miniclip.utils.errors import InputError
 
 # Gradio's own settings, and those of connections to elsewhere, which the page does not make: on import Gradio would
@@ -32,10 +32,10 @@ def main(argv: list[str]):
         parser.error("give --index, --model or both")
     if not options.max_upload_mb > 0:
         parser.error("--max_upload_mb must be above 0")
-
-    from miniclip.page.requests import listen, stay_inside
-    from miniclip.page.server import serve
-    from miniclip.weights.pretrained import prefetch
+    with importing():
+        from miniclip.page.requests import listen, stay_inside
+        from miniclip.page.server import serve
+        from miniclip.weights.pretrained import prefetch
 
     if options.model:
         prefetch(options.model, options.pretrained)  # before the page is cut off from the network
@@ -52,7 +52,8 @@ def main(argv: list[str]):
         with listen(options.host, options.port) as sock:
             stay_inside()
             try:
-                import gradio  # noqa: F401
+                with importing():
+                    import gradio  # noqa: F401
             except ImportError as error:
                 raise InputError(f"{error}: pip install -r requirements-ui.txt") from None
             serve(open_page(options), options.host, sock)
@@ -60,11 +61,12 @@ def main(argv: list[str]):
 
 def open_page(options):
     """Returns the Page for the model and the index of the command line."""
-    from miniclip.index.search import ImageSearch
-    from miniclip.inference.caption import captioner
-    from miniclip.inference.fast import inference_copy
-    from miniclip.inference.load import load
-    from miniclip.page.answers import Page
+    with importing():
+        from miniclip.index.search import ImageSearch
+        from miniclip.inference.caption import captioner
+        from miniclip.inference.fast import inference_copy
+        from miniclip.inference.load import load
+        from miniclip.page.answers import Page
 
     device = find_device(options.device)
     if options.index:

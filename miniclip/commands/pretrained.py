@@ -4,7 +4,7 @@ With a model and a tag, downloads the weights into the cache and prints their pa
 """
 
 from miniclip.commands.common import plain_warnings
-from miniclip.utils.command_line import Parser, print_json
+from miniclip.utils.command_line import Parser, importing, print_json
 
 
 def main(argv: list[str]):
@@ -14,8 +14,8 @@ def main(argv: list[str]):
     parser.add_argument("--cache_dir", help="folder to download to (default: the Hugging Face cache)")
     parser.share("json")
     options = parser.parse_args(argv)
-
-    from miniclip.weights import pretrained
+    with importing():
+        from miniclip.weights import pretrained
 
     if options.MODEL:
         pretrained.check_model(options.MODEL)

@@ -5,7 +5,7 @@ Reads a model that was trained on that data set, prints its zero-shot accuracy a
 
 from pathlib import Path
 
-from miniclip.utils.command_line import Parser, at_least, print_json
+from miniclip.utils.command_line import Parser, at_least, importing, print_json
 from miniclip.utils.errors import InputError
 
 
@@ -19,13 +19,13 @@ def main(argv: list[str]):
     options = parser.parse_args(argv)
     if not Path(options.model).is_dir():
         raise InputError(f"--model {options.model}: there is no such folder. `make demo` makes runs/demo")
+    with importing():
+        import torch
 
-    import torch
-
-    from miniclip.classify.scene_quiz import CLASSES, quiz
-    from miniclip.datasets.shapes import drawn
-    from miniclip.inference.load import load
-    from miniclip.utils.files import write_json
+        from miniclip.classify.scene_quiz import CLASSES, quiz
+        from miniclip.datasets.shapes import drawn
+        from miniclip.inference.load import load
+        from miniclip.utils.files import write_json
 
     model, preprocess, tokenizer = load(options.model, precision="fp32")
     scenes, images, _ = zip(*drawn("eval", options.eval, options.seed))

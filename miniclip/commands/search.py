@@ -4,19 +4,14 @@
 a table, JSON or an HTML page. Again on the same folder, `index` updates. In Python: `miniclip.ImageSearch`.
 """
 
-import gc
 import json
 import os
 import re
 import sys
 from pathlib import Path
 
-from miniclip.utils.command_line import AUTO, Parser, at_least, find_device, printable
+from miniclip.utils.command_line import AUTO, Parser, at_least, find_device, importing, printable
 from miniclip.utils.errors import InputError
-
-# As in evaluate.py: otherwise waiting threads of faiss and torch spin, and a query takes a second.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 
 def make_parsers() -> tuple[Parser, dict[str, Parser]]:
@@ -87,10 +82,11 @@ def main(argv: list[str]):
 
 def index(options):
     """Makes or updates an index, and prints what changed."""
-    from miniclip.index.build import update
-    from miniclip.index.image_index import INDEX, read_about
-    from miniclip.index.search import model_name
-    from miniclip.inference.load import load
+    with importing():
+        from miniclip.index.build import update
+        from miniclip.index.image_index import INDEX, read_about
+        from miniclip.index.search import model_name
+        from miniclip.inference.load import load
 
     if not (shard := re.fullmatch(r"(\d+)/(\d+)", options.shard)) or not 1 <= int(shard[1]) <= int(shard[2]):
         raise InputError(f"--shard {options.shard}: use 1/8, 2/8, ... 8/8")
@@ -141,11 +137,10 @@ def describe(folder: str):
 
 def query(options):
     """Answers the query of the command line, or those of stdin, one per line."""
-    gc.disable()  # a tenth of the start: nothing that importing torch makes is garbage
-    from miniclip.index.search import ImageSearch
+    with importing():
+        from miniclip.index.search import ImageSearch
 
     device = find_device(options.device)
-    gc.enable()
     search = ImageSearch(options.index, options.model, options.pretrained, device, options.image_root)
     if options.text or options.image:
         answer(search, options, " ".join(options.text))
@@ -187,8 +182,9 @@ def answer(search, options, text: str):
 
 def maintain(options):
     """Merges, exports or checks indexes."""
-    from miniclip.index import parts
-    from miniclip.index.image_index import ImageIndex
+    with importing():
+        from miniclip.index import parts
+        from miniclip.index.image_index import ImageIndex
 
     if options.command == "export":
         n = parts.export(ImageIndex(options.index, check=True), options.to)

@@ -3,7 +3,9 @@
 Takes some seconds; no data are needed. The limit is the speed of large matrix products. Writes nothing.
 """
 
-from miniclip.utils.command_line import Parser, find_device, print_json
+import warnings
+
+from miniclip.utils.command_line import Parser, find_device, importing, print_json
 from miniclip.utils.machine import processor
 
 BATCHES = 1, 32
@@ -15,14 +17,12 @@ def main(argv: list[str]):
     parser.share("model", default=DEFAULT)
     parser.share("pretrained", "device", "json")
     options = parser.parse_args(argv)
+    with importing():
+        import torch
 
-    import warnings
-
-    import torch
-
-    from miniclip.inference.load import load
-    from miniclip.inference.peak import matrix_peak, model_flops
-    from miniclip.inference.precision import compare, made_up, settle
+        from miniclip.inference.load import load
+        from miniclip.inference.peak import matrix_peak, model_flops
+        from miniclip.inference.precision import compare, made_up, settle
 
     device = find_device(options.device)
     with warnings.catch_warnings():

@@ -6,7 +6,7 @@ Reads two models and two caption files, and writes wise_ft.json, wise_ft.md and 
 from pathlib import Path
 
 from miniclip.commands.common import check_folder_or_weights, finish
-from miniclip.utils.command_line import Parser, find_device
+from miniclip.utils.command_line import Parser, find_device, importing
 from miniclip.utils.errors import InputError
 
 
@@ -31,20 +31,19 @@ def main(argv: list[str]):
         save = save if save in (None, "best") else float(save)
     except ValueError:
         raise InputError(f"--save_alpha {save!r} is neither a number nor best") from None
-    from miniclip.weights.pretrained import is_folder
+    with importing():
+        from miniclip.datasets.read import read_source
+        from miniclip.datasets.records import ReadOptions, one_per_image
+        from miniclip.inference.load import load
+        from miniclip.reports.charts import draw_sweep
+        from miniclip.training.wise_ft import ALPHAS, best, format_sweep, sweep
+        from miniclip.utils.bad_samples import BadSamples
+        from miniclip.weights.interpolate import interpolate
+        from miniclip.weights.pretrained import is_folder
 
     check_folder_or_weights("--before", options.before, options.pretrained)
     if not is_folder(options.after):
         raise InputError(f"--after {options.after} is not a folder")
-
-    from miniclip.datasets.read import read_source
-    from miniclip.datasets.records import ReadOptions, one_per_image
-    from miniclip.inference.load import load
-    from miniclip.reports.charts import draw_sweep
-    from miniclip.training.wise_ft import ALPHAS, best, format_sweep, sweep
-    from miniclip.utils.bad_samples import BadSamples
-    from miniclip.weights.interpolate import interpolate
-
     alphas = {*(options.alphas or ALPHAS), *({save} - {None, "best"})}
     if outside := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
         raise InputError(f"alpha {outside[0]} lies outside of 0 (the model before) to 1 (the model after)")

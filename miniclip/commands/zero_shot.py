@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, printable
+from miniclip.utils.command_line import Parser, importing, printable
 from miniclip.utils.errors import InputError
 
 
@@ -45,23 +45,21 @@ def main(argv: list[str]):
     common.share_class_flags(parser)
     common.share_image_flags(parser, "zero_shot", precision="auto")
     options = parser.parse_args(argv)
+    with importing():
+        import numpy as np
 
-    from miniclip.classify.images import choose_classes, find_images
-    from miniclip.classify.prompts import describe_coverage, tokenizer_coverage
-    from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
+        from miniclip.classify.images import choose_classes, find_images
+        from miniclip.classify.prompts import describe_coverage, tokenizer_coverage
+        from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities
+        from miniclip.reports.confusion import classification_metrics, draw_confusion, format_classes, format_metrics
+        from miniclip.retrieval import search
+        from miniclip.utils.bad_samples import BadSamples
 
     given, templates = common.read_class_flags(options)
     images = find_images(options.images)
     classes, truth = choose_classes(given, [folder for _, folder in images], options.language, options.images)
     if len(classes) == 1:
         raise InputError("one class alone fits every image. Name more classes, or use miniclip moderate --ask")
-
-    import numpy as np
-
-    from miniclip.reports.confusion import classification_metrics, draw_confusion, format_classes, format_metrics
-    from miniclip.retrieval import search
-    from miniclip.utils.bad_samples import BadSamples
-
     model, preprocess, tokenizer = common.open_model(options)
     names, bad_samples, start = list(classes), BadSamples(), time.perf_counter()
     classifier = build_zero_shot_classifier(model, tokenizer, list(classes.values()), templates)

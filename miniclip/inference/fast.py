@@ -14,6 +14,7 @@ import ast
 import copy
 import hashlib
 import inspect
+import linecache
 import logging
 import textwrap
 from collections.abc import Callable
@@ -116,9 +117,10 @@ def _changed(module: nn.Module | None, types: tuple[type, ...], parts: dict) -> 
 def fingerprint(function: Callable, code: CodeType | None) -> str | None:
     """A hash of a function's source without comments, docstring and layout; None if that is not what runs, `code`."""
     try:
-        if code not in _compiled("".join(inspect.findsource(code)[0])):
+        lines = linecache.getlines(code.co_filename, function.__globals__)  # inspect would look through all modules
+        if code not in _compiled("".join(lines)):
             return None
-        function = ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
+        function = ast.parse(textwrap.dedent("".join(inspect.getblock(lines[code.co_firstlineno - 1 :])))).body[0]
     except Exception:  # OSError, TypeError, SyntaxError, and what the tokenizer of each Python version raises
         return None
     if ast.get_docstring(function) is not None:

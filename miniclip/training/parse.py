@@ -8,7 +8,7 @@ from pathlib import Path
 
 from miniclip.config import MiniClipConfig
 from miniclip.training.options import TrainOptions
-from miniclip.utils.command_line import Parser, dataclass_help
+from miniclip.utils.command_line import Parser, dataclass_help, importing
 from miniclip.utils.errors import InputError
 from miniclip.utils.remote import is_remote
 
@@ -73,17 +73,16 @@ def parse_train(argv: list[str]):
     """Reads `train.py`'s command line: `(TrainOptions, RunArguments)`.
 
     A first word that does not begin with a dash is a recipe: a JSON file of options, which those on the command line
-    override. Exits with a message for unknown names and values; raises InputError for options that conflict.
-    """
+    override. Exits with a message for unknown names and values; raises InputError for options that conflict."""
     if not argv or {"-h", "--help"} & set(argv):
         print(train_help())
         sys.exit()
+    with importing():
+        from transformers import HfArgumentParser
+        from transformers.hf_argparser import string_to_bool
 
-    from transformers import HfArgumentParser
-    from transformers.hf_argparser import string_to_bool
-
-    from miniclip.training.arguments import RunArguments
-    from miniclip.training.check_arguments import check_given
+        from miniclip.training.arguments import RunArguments
+        from miniclip.training.check_arguments import check_given
 
     class TrainParser(Parser, HfArgumentParser):
         aliases = ALIASES

@@ -5,14 +5,15 @@ import atexit
 import dataclasses
 import difflib
 import errno
+import gc
 import inspect
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from miniclip.utils.errors import InputError
@@ -127,6 +128,20 @@ def dataclass_help(options: type, **more) -> str:
         how = {"action": "store_true"} if f.type is bool else how
         parser.add_argument(f"--{f.name}", default=f.default, **how, **f.metadata)
     return parser.format_help()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around the imports of a command. Modules are no garbage: to search what they make for it, meanwhile and once more
+    when the process ends, would take a third of the start."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch and faiss: threads that wait spin only briefly
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # a power of 2, in cycles
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def find_device(name: str | None):

@@ -1,12 +1,15 @@
 """What all commands have in common: they are listed, their help is quick and complete, and errors are one line."""
 
+import ast
+import gc
 import subprocess
 import sys
 
 import pytest
 
+from miniclip import __main__
 from miniclip.__main__ import find_commands, summary
-from miniclip.utils.command_line import FLAGS
+from miniclip.utils.command_line import FLAGS, importing
 from tests.conftest import ROOT
 
 SUBCOMMANDS = [f"search {name}" for name in ("index", "query", "merge", "export", "check")]
@@ -76,3 +79,36 @@ def test_shared_flags_have_one_definition():
         source = path.read_text()
         by_hand = [flag for flag in FLAGS if f'add_argument("--{flag}"' in source]
         assert not by_hand, (name, by_hand)
+
+
+def test_a_command_reads_no_other(monkeypatch, tmp_path):
+    """Their summaries are for the list: to read all files took as long as many an import."""
+    monkeypatch.setattr(__main__, "summary", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(sys, "argv", ["miniclip", "shapes", str(tmp_path), "--train", "1", "--eval", "1"])
+    __main__.main()
+    assert (tmp_path / "train.json").is_file()
+
+
+FIRST = {"main", "parse_train", "index", "query", "maintain", "open_page"}  # functions with the imports that take long
+
+
+def test_what_commands_import_is_not_searched_for_garbage():
+    loose = []
+    for path in [*find_commands().values(), ROOT / "miniclip" / "training" / "parse.py"]:
+        for function in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(function, ast.FunctionDef) or function.name not in FIRST:
+                continue
+            with_it = [one for one in ast.walk(function) if isinstance(one, ast.With)]
+            with_it = [one for one in with_it if ast.unparse(one.items[0]) == "importing()"]
+            inside = {id(one) for block in with_it for one in ast.walk(block)}
+            imports = [one for one in ast.walk(function) if isinstance(one, (ast.Import, ast.ImportFrom))]
+            loose += [f"{path}:{one.lineno} {ast.unparse(one)}" for one in imports if id(one) not in inside]
+    # Of parse_train, after torch.
+    assert [line.partition(" ")[2] for line in loose] == ["from miniclip.run.store import local_folder"], loose
+
+
+def test_garbage_is_collected_again_after_imports_that_fail():
+    with pytest.raises(ImportError), importing():
+        assert not gc.isenabled()
+        import miniclip.no_such_module  # noqa: F401
+    assert gc.isenabled()

@@ -565,6 +565,25 @@ def test_queries_come_a_line_each(album):
     assert "the query is empty" in done.stderr and "the query is empty" in answers[2]["error"]
 
 
+def test_a_query_imports_only_what_it_uses(album):
+    """And looks for garbage in none of what torch makes: together a third of the time from the shell to the answer."""
+    album()
+    code = (
+        "import atexit, gc, sys\n"
+        "atexit.register(lambda: print('END', gc.isenabled(), gc.get_freeze_count() > 1e5, *sys.modules))\n"
+        "from miniclip.__main__ import main\nmain()"
+    )
+    command = [sys.executable, "-c", code, "search", "query", album.folder / "products.mc", "a dog"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    answer, _, end = done.stdout.partition("END ")
+    enabled, frozen, *imported = end.split()
+    assert answer.count(".png") == 8 and enabled == frozen == "True" and "torch" in imported, done.stderr
+    unused = {"transformers", "torch._dynamo", "torch._inductor", "torchvision", "sympy", "datasets", "huggingface_hub"}
+    unused |= {"faiss", "pandas", "matplotlib", "gradio", "onnxruntime", "fsspec"}
+    unused |= {f"miniclip.{part}" for part in ("training", "run", "classify", "page", "compat")}
+    assert not unused & set(imported)
+
+
 def test_help_of_search_answers_at_once():
     command = [sys.executable, "-X", "importtime", "-m", "miniclip", "search", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
