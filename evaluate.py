@@ -10,16 +10,20 @@ def main(argv: list[str]):
 
     with importing():
         from miniclip.inference.evaluations import evaluations
-        from miniclip.inference.evaluator import save_features
+        from miniclip.inference.measure import save_features
         from miniclip.reports.comparison import as_text, compare, count_hits, write_table
         from miniclip.reports.html_page import Evaluation, format_table, write_report
         from miniclip.run.metadata import evaluation_metadata, run_metadata
         from miniclip.utils.bad_samples import BadSamples
         from miniclip.utils.files import write_json
 
+        Model = None
+        if options.model:  # embeddings are measured without torch
+            from miniclip.inference.measure_model import Model
+
     # Each model, or embeddings from files, on each data set: a table
     bad_samples, results, hits = BadSamples(), [], []
-    for e in evaluations(options, bad_samples):
+    for e in evaluations(options, bad_samples, Model):
         evaluator, source, dataset = e.evaluator, e.model, e.dataset
         if options.save_features:
             save_features(options.save_features, evaluator.image_embeds, evaluator.text_embeds)

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from torch import Tensor
 
 from miniclip.datasets.records import one_per_image
-from miniclip.utils.errors import InputError
+from miniclip.utils.errors import InputError, shorten
 from miniclip.utils.files import check_manifest
-from miniclip.utils.weight_files import read_tensors, shorten
 
 KINDS = {"image": "image|img|vision|visual|picture|photo", "text": "text|txt|caption|sentence|query"}
 WORDS = r"(?:emb|embed|embedding|feat|feature|vec|vector|encoding)s?"  # that may follow the kind
@@ -94,9 +92,10 @@ def _read(file: Path, kind: str) -> np.ndarray:
     """The only array in a file, or the one of a kind."""
     suffix, size = file.suffix.lower(), file.stat().st_size
     if suffix in (".safetensors", ".pt", ".pth", ".bin"):
-        content = read_tensors(file)
-        content = content if isinstance(content, dict) else {file.stem: content}
-        tensor = content[_choose(file, [name for name, value in content.items() if isinstance(value, Tensor)], kind)]
+        from miniclip.utils.weight_files import read_tensors  # torch, which takes longer than all the rest
+
+        tensors = read_tensors(file)
+        tensor = tensors[_choose(file, list(tensors), kind)]
         if tensor.numel() * tensor.element_size() > 2 * size:  # a view that repeats its numbers
             raise InputError(f"{file} is refused: its {kind} embeddings are larger than the file")
         array = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().numpy()

@@ -1,5 +1,7 @@
 """Errors in what the user gave: the message names what is wrong, where it is, and what to do."""
 
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Input that cannot be used."""
@@ -7,3 +9,9 @@ class InputError(ValueError):
 
 class CheckpointError(InputError):
     """Weights that cannot be used."""
+
+
+def shorten(names: Iterable) -> str:
+    """Returns the first few names, for a message."""
+    names = [str(name)[:200] for name in names]
+    return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "") or "none"

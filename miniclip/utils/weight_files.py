@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from miniclip.utils.config_files import parse_json
-from miniclip.utils.errors import CheckpointError
+from miniclip.utils.errors import CheckpointError, shorten
 from miniclip.utils.files import check_manifest
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys of the weights in training checkpoints
@@ -41,10 +41,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return read_checkpoint(path)[0]
 
 
-def read_tensors(path: str | Path):
-    """Returns all that a file of the same kinds holds, as it is: a tensor, or tensors in plain containers. Their views
-    may be larger than the file. Raises as `read_state_dict` does."""
-    return _read(Path(path), 2 * Path(path).stat().st_size + (16 << 20))
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors that a file of the same kinds holds, as they are: a single one under the file's name. Views
+    among them may be larger than the file. Raises as `read_state_dict` does."""
+    content = _read(path, 2 * path.stat().st_size + (16 << 20))
+    content = content if isinstance(content, dict) else {path.stem: content}
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
@@ -356,12 +358,6 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     return values if isinstance(values, dict) else {}
-
-
-def shorten(names: Iterable) -> str:
-    """Returns the first few names, for a message."""
-    names = [str(name)[:200] for name in names]
-    return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "") or "none"
 
 
 HINTS = {  # how an unknown key begins -> what that means; the first that applies is reported

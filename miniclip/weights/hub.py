@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from miniclip.utils.errors import InputError
+from miniclip.utils.errors import InputError, shorten
 from miniclip.utils.files import delete, sha256, sync
-from miniclip.utils.weight_files import SHARD, find_weights, shorten, weight_names
+from miniclip.utils.weight_files import SHARD, find_weights, weight_names
 
 CONFIGS = {"config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json", "manifest.json"}
 TRIES, WAIT, TIMEOUT = 5, 1.0, 30.0  # in a row without a byte; seconds before the second try, doubled; of silence

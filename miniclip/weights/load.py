@@ -16,8 +16,8 @@ from miniclip.config import MiniClipConfig, TextConfig, VisionConfig, list_model
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
 from miniclip.towers.hf_config import offline
 from miniclip.towers.registry import SIZED_BY_FILE, TOKENIZER_BESIDE, told_by_weights
-from miniclip.utils.errors import CheckpointError
-from miniclip.utils.weight_files import find_weights, read_checkpoint, read_json, shorten
+from miniclip.utils.errors import CheckpointError, shorten
+from miniclip.utils.weight_files import find_weights, read_checkpoint, read_json
 
 # The activation of well-known weights, by a word in their names (OpenCLIP's list of pretrained models; TinyCLIP's code)
 ACTIVATIONS = {
@@ -49,8 +49,7 @@ def load_weights(model: MiniClip, path: str | Path) -> None:
 
     Warns when it interpolates position embeddings, and when the weights are known to be for the other activation.
     `path` may be a folder with such a file or with its shards. Raises CheckpointError as `open_checkpoint` does, for a
-    path that does not exist, and for other sizes, naming the configs that fit.
-    """
+    path that does not exist, and for other sizes, naming the configs that fit."""
     fill(model, open_checkpoint(path := find_weights(path), model), path)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import evaluate
 from miniclip.inference.feature_files import is_kind, read_features
+from miniclip.retrieval import retrieval_metrics
 from miniclip.utils.errors import InputError
 
 
@@ -83,6 +84,22 @@ def test_usual_names_and_forms(form, tmp_path):
     if form.startswith("one "):  # the file itself can be named too
         (file,) = (path for path in tmp_path.iterdir() if path.suffix != ".txt")
         assert np.array_equal(read_features(file, None)[1], texts)
+
+
+def test_arrays_are_measured_without_torch(tmp_path, run_script):
+    """It would take longer than all the rest; only files of tensors need it."""
+    np.save(tmp_path / "image.npy", IMAGE)
+    np.save(tmp_path / "text.npy", TEXT)
+    code = (
+        "import sys, evaluate\n"
+        "evaluate.main(sys.argv[1:])\n"
+        "print('END', *{'torch', 'transformers', 'safetensors', 'ftfy', 'matplotlib'} & set(sys.modules))"
+    )
+    table = tmp_path / "table.md"
+    done = run_script("-c", code, "--features", tmp_path, "--output_file", tmp_path / "r.json", "--table", table)
+    assert "6 images, 12 captions" in done.stdout and done.stdout.endswith("END\n"), done.stdout
+    metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert metrics == retrieval_metrics(IMAGE, TEXT, np.arange(12) // 2) and table.is_file()
 
 
 def test_bfloat16_tensors(tmp_path):
