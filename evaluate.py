@@ -1,14 +1,14 @@
 """Measures a model, or embeddings made elsewhere, by retrieval: `python evaluate.py --help`."""
 
 from miniclip.inference.options import parse_evaluate, result_file
-from miniclip.utils.command_line import importing, print_json, run
+from miniclip.utils.command_line import print_json, run, starting
 
 
 def main(argv: list[str]):
     options = parse_evaluate(argv)
     output, said = result_file(options)
 
-    with importing():
+    with starting():
         from miniclip.inference.evaluations import evaluations
         from miniclip.inference.measure import save_features
         from miniclip.reports.comparison import as_text, compare, count_hits, write_table

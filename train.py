@@ -1,13 +1,13 @@
 """Trains or fine-tunes a CLIP model: `python train.py recipe.json`, or `python train.py --help`."""
 
 from miniclip.training.parse import parse_train
-from miniclip.utils.command_line import importing, run
+from miniclip.utils.command_line import run, starting
 
 
 def main(argv: list[str]):
     options, args = parse_train(argv)
 
-    with importing():
+    with starting():
         from miniclip.classify.evaluator import make_evaluator
         from miniclip.inference.matmul import arithmetic
         from miniclip.reports.html_page import format_table

@@ -5,7 +5,7 @@ captions are compared with those of the file, by CIDEr and BLEU (printed times 1
 """
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, at_least, importing
+from miniclip.utils.command_line import Parser, at_least, starting
 from miniclip.utils.errors import InputError
 
 READS = {"beam_search": ("num_beams",), "top_k": ("top_k", "temperature"), "top_p": ("top_p", "temperature")}
@@ -39,7 +39,7 @@ def main(argv: list[str]):
     for name, why in reason.items():
         if vars(options)[name] != parser.get_default(name):
             raise InputError(f"--{name} has no effect {why}: remove it")
-    with importing():
+    with starting():
         from miniclip.classify.images import find_images
         from miniclip.datasets.read import read_source
         from miniclip.datasets.records import ReadOptions, one_per_image

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from miniclip.utils.command_line import Parser, importing, print_json
+from miniclip.utils.command_line import Parser, print_json, starting
 from miniclip.utils.errors import InputError
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str]):
     check = runpy.run_path(str(script))["main"]
     if "--json" not in argv:
         return check([*argv, "--check_gradients"])
-    with importing():
+    with starting():
         from miniclip.training.check_gradients import WrongGradients
 
     parser.share("json")

@@ -5,7 +5,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from miniclip.utils.command_line import AUTO, FLAGS, Parser, find_device, importing, print_json, printable
+from miniclip.utils.command_line import AUTO, FLAGS, Parser, find_device, print_json, printable, starting
 from miniclip.utils.errors import InputError
 
 
@@ -49,7 +49,8 @@ def open_model(options):
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     device = find_device(options.device)
     suggest_bf16(options.precision, device)
-    return load(options.model, options.pretrained, device, options.precision)
+    with starting():
+        return load(options.model, options.pretrained, device, options.precision)
 
 
 def find_usable(options, images: list[tuple], bad_samples) -> list[tuple]:
@@ -95,7 +96,7 @@ def finish(options, name: str, results: dict, table: str, bad_samples, summary: 
 
 def check_folder_or_weights(flag: str, model: str, pretrained: str | None):
     """Raises InputError for a model that is a config without weights."""
-    with importing():
+    with starting():
         from miniclip.weights.pretrained import is_folder
 
     if not is_folder(model) and pretrained is None:

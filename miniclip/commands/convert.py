@@ -4,7 +4,7 @@ Reads a weight file or a model folder (SRC) and writes a weight file or a model 
 """
 
 from miniclip.commands.common import plain_warnings
-from miniclip.utils.command_line import Parser, importing
+from miniclip.utils.command_line import Parser, starting
 from miniclip.utils.errors import InputError
 
 
@@ -17,7 +17,7 @@ def main(argv: list[str]):
     parser.share("model", help="config name or .json file, if SRC does not determine the activation")
     parser.add_argument("--force", action="store_true", help="replace files at DST")
     options = parser.parse_args(argv)
-    with importing():
+    with starting():
         from miniclip.weights.convert import convert
 
     with plain_warnings():

@@ -6,7 +6,7 @@ Reads captions and images in any form that train.py reads, and writes them as JS
 import logging
 import re
 
-from miniclip.utils.command_line import Parser, at_least, importing
+from miniclip.utils.command_line import Parser, at_least, starting
 
 
 def main(argv: list[str]):
@@ -17,7 +17,7 @@ def main(argv: list[str]):
     parser.add_argument("--samples_per_shard", type=at_least(1), default=10_000, metavar="N", help="for x/000000.tar")
     parser.share("split", "image_root", "columns", "on_bad_sample", "allow_outside_image_root")
     options = parser.parse_args(argv)
-    with importing():
+    with starting():
         from miniclip.datasets.convert import convert
         from miniclip.datasets.read import read_source
         from miniclip.datasets.records import ReadOptions

@@ -8,7 +8,7 @@ from argparse import SUPPRESS
 from pathlib import Path
 
 from miniclip.commands.common import plain_warnings
-from miniclip.utils.command_line import Parser, importing
+from miniclip.utils.command_line import Parser, starting
 from miniclip.utils.errors import InputError
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str]):
     form, for_onnx = options.FORM, ("single_graph", "eval_file", "image_root")
     if options.output_dir is None:
         parser.error("the following arguments are required: --output_dir")
-    with importing():
+    with starting():
         from miniclip.inference.onnx import is_onnx
         from miniclip.weights.convert import EXPORTERS, convert
         from miniclip.weights.onnx import FORMS

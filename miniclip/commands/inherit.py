@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from miniclip.commands.common import check_folder_or_weights, plain_warnings
-from miniclip.utils.command_line import Parser, importing
+from miniclip.utils.command_line import Parser, starting
 from miniclip.utils.errors import InputError
 
 
@@ -25,7 +25,7 @@ def main(argv: list[str]):
     check_folder_or_weights("--from", options.source, options.pretrained)
     if (Path(options.output_dir) / "model.safetensors").exists():
         raise InputError(f"{options.output_dir} already holds a model. Choose another --output_dir")
-    with importing():
+    with starting():
         from miniclip.config import MiniClipConfig
         from miniclip.inference.load import load
         from miniclip.towers.coca import CocaConfig

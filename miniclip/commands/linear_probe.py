@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, at_least, importing
+from miniclip.utils.command_line import Parser, at_least, starting
 from miniclip.utils.errors import InputError
 
 
@@ -21,7 +21,7 @@ def main(argv: list[str]):
     common.share_class_flags(parser)
     common.share_image_flags(parser, "linear_probe")
     options = parser.parse_args(argv)
-    with importing():
+    with starting():
         import numpy as np
         import torch
 

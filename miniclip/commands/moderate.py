@@ -4,7 +4,7 @@ Reads images, and writes moderation.json and moderation.md to --output_dir.
 """
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, importing
+from miniclip.utils.command_line import Parser, starting
 from miniclip.utils.errors import InputError
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str]):
         raise InputError('--ask is empty. Name a thing: --ask "a dog"')
     if options.ask and options.categories or options.against and not options.ask:
         raise InputError("--against needs --ask, and --ask excludes --categories")
-    with importing():
+    with starting():
         from miniclip.classify import moderate as rules
         from miniclip.classify.images import find_images
         from miniclip.classify.prompts import warn_of_poor_coverage

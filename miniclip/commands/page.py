@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from miniclip.utils.command_line import Parser, find_device, importing
+from miniclip.utils.command_line import Parser, find_device, starting
 from miniclip.utils.errors import InputError
 
 # Gradio's own settings, and those of connections to elsewhere, which the page does not make: on import Gradio would
@@ -32,7 +32,7 @@ def main(argv: list[str]):
         parser.error("give --index, --model or both")
     if not options.max_upload_mb > 0:
         parser.error("--max_upload_mb must be above 0")
-    with importing():
+    with starting():
         from miniclip.page.requests import listen, stay_inside
         from miniclip.page.server import serve
         from miniclip.weights.pretrained import prefetch
@@ -52,7 +52,7 @@ def main(argv: list[str]):
         with listen(options.host, options.port) as sock:
             stay_inside()
             try:
-                with importing():
+                with starting():
                     import gradio  # noqa: F401
             except ImportError as error:
                 raise InputError(f"{error}: pip install -r requirements-ui.txt") from None
@@ -61,18 +61,18 @@ def main(argv: list[str]):
 
 def open_page(options):
     """Returns the Page for the model and the index of the command line."""
-    with importing():
+    with starting():
         from miniclip.index.search import ImageSearch
         from miniclip.inference.caption import captioner
         from miniclip.inference.fast import inference_copy
         from miniclip.inference.load import load
         from miniclip.page.answers import Page
 
-    device = find_device(options.device)
-    if options.index:
-        search = ImageSearch(options.index, options.model, options.pretrained, device, options.image_root)
-        name = options.model or search.index.about["model"]["name"]
-        loaded, name = (search.model, search.preprocess, search.tokenizer), Path(name).name
-        return Page(search, loaded, name, options.max_upload_mb, search.captioner)
-    model, *others = load(options.model, options.pretrained, device)
-    return Page(None, (inference_copy(model), *others), options.model, options.max_upload_mb, captioner(model))
+        device = find_device(options.device)
+        if options.index:
+            search = ImageSearch(options.index, options.model, options.pretrained, device, options.image_root)
+            name = options.model or search.index.about["model"]["name"]
+            loaded, name = (search.model, search.preprocess, search.tokenizer), Path(name).name
+            return Page(search, loaded, name, options.max_upload_mb, search.captioner)
+        model, *others = load(options.model, options.pretrained, device)
+        return Page(None, (inference_copy(model), *others), options.model, options.max_upload_mb, captioner(model))

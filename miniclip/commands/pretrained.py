@@ -4,7 +4,7 @@ With a model and a tag, downloads the weights into the cache and prints their pa
 """
 
 from miniclip.commands.common import plain_warnings
-from miniclip.utils.command_line import Parser, importing, print_json
+from miniclip.utils.command_line import Parser, print_json, starting
 
 
 def main(argv: list[str]):
@@ -14,7 +14,7 @@ def main(argv: list[str]):
     parser.add_argument("--cache_dir", help="folder to download to (default: the Hugging Face cache)")
     parser.share("json")
     options = parser.parse_args(argv)
-    with importing():
+    with starting():
         from miniclip.weights import pretrained
 
     if options.MODEL:

@@ -7,7 +7,7 @@ transformers load. Checkpoints, logs and paths of your data are never uploaded.
 from pathlib import Path
 
 from miniclip.commands.common import check_folder_or_weights, plain_warnings
-from miniclip.utils.command_line import Parser, importing
+from miniclip.utils.command_line import Parser, starting
 
 
 def main(argv: list[str]):
@@ -21,7 +21,7 @@ def main(argv: list[str]):
     parser.add_argument("--revision", help="branch to upload to (default: main)")
     options = parser.parse_args(argv)
     check_folder_or_weights("--model", options.model, options.pretrained)
-    with importing():
+    with starting():
         from miniclip.inference.load import load
         from miniclip.weights.push import check_license
 

@@ -5,7 +5,7 @@ Reads a model that was trained on that data set, prints its zero-shot accuracy a
 
 from pathlib import Path
 
-from miniclip.utils.command_line import Parser, at_least, importing, print_json
+from miniclip.utils.command_line import Parser, at_least, print_json, starting
 from miniclip.utils.errors import InputError
 
 
@@ -19,7 +19,7 @@ def main(argv: list[str]):
     options = parser.parse_args(argv)
     if not Path(options.model).is_dir():
         raise InputError(f"--model {options.model}: there is no such folder. `make demo` makes runs/demo")
-    with importing():
+    with starting():
         import torch
 
         from miniclip.classify.scene_quiz import CLASSES, quiz

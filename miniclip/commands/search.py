@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from miniclip.utils.command_line import AUTO, Parser, at_least, find_device, importing, printable
+from miniclip.utils.command_line import AUTO, Parser, at_least, find_device, printable, starting
 from miniclip.utils.errors import InputError
 
 
@@ -82,7 +82,7 @@ def main(argv: list[str]):
 
 def index(options):
     """Makes or updates an index, and prints what changed."""
-    with importing():
+    with starting():
         from miniclip.index.build import update
         from miniclip.index.image_index import INDEX, read_about
         from miniclip.index.search import model_name
@@ -99,7 +99,8 @@ def index(options):
     else:
         named = {name: read_about(Path(options.index))["model"][name] for name in ("name", "pretrained")}
     device = find_device(options.device)
-    model = load(named["name"], named["pretrained"], device)
+    with starting():
+        model = load(named["name"], named["pretrained"], device)
     changes = update(
         options.pictures, options.index, *model, named, (int(shard[1]), int(shard[2])), options.method, options.check,
         options.allow_outside_image_root, options.moved, options.batch_size or (32 if device.type == "cpu" else 256),
@@ -137,11 +138,11 @@ def describe(folder: str):
 
 def query(options):
     """Answers the query of the command line, or those of stdin, one per line."""
-    with importing():
+    with starting():
         from miniclip.index.search import ImageSearch
 
-    device = find_device(options.device)
-    search = ImageSearch(options.index, options.model, options.pretrained, device, options.image_root)
+        device = find_device(options.device)
+        search = ImageSearch(options.index, options.model, options.pretrained, device, options.image_root)
     if options.text or options.image:
         answer(search, options, " ".join(options.text))
         return
@@ -182,7 +183,7 @@ def answer(search, options, text: str):
 
 def maintain(options):
     """Merges, exports or checks indexes."""
-    with importing():
+    with starting():
         from miniclip.index import parts
         from miniclip.index.image_index import ImageIndex
 

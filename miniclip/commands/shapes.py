@@ -3,7 +3,7 @@
 Writes images, train.json and eval.json to OUTPUT_DIR.
 """
 
-from miniclip.utils.command_line import Parser, at_least, importing
+from miniclip.utils.command_line import Parser, at_least, starting
 
 
 def main(argv: list[str]):
@@ -14,7 +14,7 @@ def main(argv: list[str]):
     parser.add_argument("--seed", type=int, default=0, help="another seed makes another data set")
     parser.add_argument("--size", type=at_least(1), default=64, help="image width and height in pixels")
     options = parser.parse_args(argv)
-    with importing():
+    with starting():
         from miniclip.datasets.shapes import write
 
     write(options.output_dir, options.train, options.eval, options.seed, options.size)

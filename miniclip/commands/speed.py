@@ -5,7 +5,7 @@ Takes some seconds; no data are needed. The limit is the speed of large matrix p
 
 import warnings
 
-from miniclip.utils.command_line import Parser, find_device, importing, print_json
+from miniclip.utils.command_line import Parser, find_device, print_json, starting
 from miniclip.utils.machine import processor
 
 BATCHES = 1, 32
@@ -17,7 +17,7 @@ def main(argv: list[str]):
     parser.share("model", default=DEFAULT)
     parser.share("pretrained", "device", "json")
     options = parser.parse_args(argv)
-    with importing():
+    with starting():
         import torch
 
         from miniclip.inference.load import load

@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from miniclip.utils.command_line import Parser, at_least, importing
+from miniclip.utils.command_line import Parser, at_least, starting
 from miniclip.utils.errors import InputError
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str]):
     parser.add_argument("--save_total_limit", type=at_least(1), help="complete checkpoints to keep on the store")
     parser.add_argument("--follow", type=int, metavar="PID", help="go on until this process ends, or standard input")
     options = parser.parse_args(argv)
-    with importing():
+    with starting():
         from miniclip.run.sync import Copier, follow, say
         from miniclip.utils.files import lock
         from miniclip.utils.remote import is_remote, upload

@@ -6,7 +6,7 @@ Reads two models and two caption files, and writes wise_ft.json, wise_ft.md and 
 from pathlib import Path
 
 from miniclip.commands.common import check_folder_or_weights, finish
-from miniclip.utils.command_line import Parser, find_device, importing
+from miniclip.utils.command_line import Parser, find_device, starting
 from miniclip.utils.errors import InputError
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str]):
         save = save if save in (None, "best") else float(save)
     except ValueError:
         raise InputError(f"--save_alpha {save!r} is neither a number nor best") from None
-    with importing():
+    with starting():
         from miniclip.datasets.read import read_source
         from miniclip.datasets.records import ReadOptions, one_per_image
         from miniclip.inference.load import load

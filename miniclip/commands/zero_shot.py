@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, importing, printable
+from miniclip.utils.command_line import Parser, printable, starting
 from miniclip.utils.errors import InputError
 
 
@@ -45,7 +45,7 @@ def main(argv: list[str]):
     common.share_class_flags(parser)
     common.share_image_flags(parser, "zero_shot", precision="auto")
     options = parser.parse_args(argv)
-    with importing():
+    with starting():
         import numpy as np
 
         from miniclip.classify.images import choose_classes, find_images

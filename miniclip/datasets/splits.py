@@ -39,8 +39,7 @@ def split_of(row: dict) -> str:
 def choose_split(values: Sequence[str | None], split: str | None, where, strict: bool = True) -> list[bool]:
     """Returns which rows to read, by the split that each belongs to: "" if none is given, None if the row is damaged,
     which is always read, to be reported. With several splits and none chosen all are read, and a warning says so.
-    Raises InputError for a split that is not there; without `strict` the split was found elsewhere and is passed over.
-    """
+    Raises InputError for a split that is not there; without `strict` it was found elsewhere and is passed over."""
     counts = Counter(value for value in values if value)
     listed = ", ".join(f"{name} ({count})" for name, count in counts.most_common(10))
     names = split.split("+") if split else []

@@ -15,8 +15,7 @@ class TrainOptions:
     """Trains or fine-tunes a CLIP model. Writes the model, checkpoints, log.jsonl and curves.png to --output_dir.
 
     example:
-      python train.py --model ViT-S-28-112 --train_file train.json --eval_file eval.json --output_dir runs/mine
-    """
+      python train.py --model ViT-S-28-112 --train_file train.json --eval_file eval.json --output_dir runs/mine"""
 
     model: str | None = option(None, HELP["model"] + "; a folder's weights are loaded too")
     pretrained: str | None = option(None, HELP["pretrained"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from miniclip.config import MiniClipConfig
 from miniclip.training.options import TrainOptions
-from miniclip.utils.command_line import Parser, dataclass_help, importing
+from miniclip.utils.command_line import Parser, dataclass_help, starting
 from miniclip.utils.errors import InputError
 from miniclip.utils.remote import is_remote
 
@@ -77,7 +77,7 @@ def parse_train(argv: list[str]):
     if not argv or {"-h", "--help"} & set(argv):
         print(train_help())
         sys.exit()
-    with importing():
+    with starting():
         from transformers import HfArgumentParser
         from transformers.hf_argparser import string_to_bool
 

@@ -131,9 +131,9 @@ def dataclass_help(options: type, **more) -> str:
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """Around the imports of a command. Modules are no garbage: to search what they make for it, meanwhile and once more
-    when the process ends, would take a third of the start."""
+def starting() -> Iterator[None]:
+    """Around the imports of a command, and the loading of its only model, which may import more. What they make is no
+    garbage: to search it for some, meanwhile and once more when the process ends, would take a third of the start."""
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch and faiss: threads that wait spin only briefly
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # a power of 2, in cycles
     gc.disable()

@@ -9,7 +9,7 @@ import pytest
 
 from miniclip import __main__
 from miniclip.__main__ import find_commands, summary
-from miniclip.utils.command_line import FLAGS, importing
+from miniclip.utils.command_line import FLAGS, starting
 from tests.conftest import ROOT
 
 SUBCOMMANDS = [f"search {name}" for name in ("index", "query", "merge", "export", "check")]
@@ -99,7 +99,7 @@ def test_what_commands_import_is_not_searched_for_garbage():
             if not isinstance(function, ast.FunctionDef) or function.name not in FIRST:
                 continue
             with_it = [one for one in ast.walk(function) if isinstance(one, ast.With)]
-            with_it = [one for one in with_it if ast.unparse(one.items[0]) == "importing()"]
+            with_it = [one for one in with_it if ast.unparse(one.items[0]) == "starting()"]
             inside = {id(one) for block in with_it for one in ast.walk(block)}
             imports = [one for one in ast.walk(function) if isinstance(one, (ast.Import, ast.ImportFrom))]
             loose += [f"{path}:{one.lineno} {ast.unparse(one)}" for one in imports if id(one) not in inside]
@@ -108,7 +108,7 @@ def test_what_commands_import_is_not_searched_for_garbage():
 
 
 def test_garbage_is_collected_again_after_imports_that_fail():
-    with pytest.raises(ImportError), importing():
+    with pytest.raises(ImportError), starting():
         assert not gc.isenabled()
         import miniclip.no_such_module  # noqa: F401
     assert gc.isenabled()
