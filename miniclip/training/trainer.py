@@ -20,6 +20,7 @@ from miniclip.trainer import ClipTrainer
 from miniclip.training import adamw, fsdp
 from miniclip.training.arguments import RunArguments
 from miniclip.training.check_gradients import check_gradients
+from miniclip.training.convolutions import convolution_wrappers
 from miniclip.training.dataset import RunDataset
 from miniclip.training.freeze import FrozenDataset
 from miniclip.training.grad_cache import OneBatch, wrap_towers
@@ -43,6 +44,8 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         self.lean = args.grad_cache_chunk_size and args.device.type == "cpu"  # a large batch, in little memory
         # FSDP needs every block to be called as a module, which the fast path does not do.
         wrap_towers(model, preprocess.normalize, args.grad_cache_chunk_size, args.fast and not self.sharded)
+        if args.fast and not (self.sharded or args.activation_checkpointing or args.torch_compile):
+            model.visual.wrappers = (*convolution_wrappers(model.visual, preprocess.cfg.size), *model.visual.wrappers)
         if model.visual.may_skip_parameters or model.text.may_skip_parameters:
             args.ddp_find_unused_parameters = True
         learning = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())

@@ -1,0 +1,164 @@
+"""Convolutions that learn with less work: the same gradients, but for rounding.
+
+BatchNorm    with fixed statistics it is linear, so its gains and shifts, which learn as before, go into the
+             convolution before it. Neither pass reads feature maps for its sake, and none is kept for it
+ReLU         overwrites what it reads: of three feature maps a layer, the backward pass needs one
+depthwise    oneDNN is fast at 3 x 3 kernels moved by one pixel. For others its gradients in bf16 take up to thirty
+             times as long, half of a training step of EfficientNet: they are put together from the fast case
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.overrides import TorchFunctionMode
+
+from miniclip.model import Tower
+
+
+def convolution_wrappers(tower: Tower, image_size: int) -> tuple[Callable, ...]:
+    """`learn_faster`, to be the innermost of the `wrappers` of a tower that has something to gain, else nothing."""
+    slow = any(isinstance(module, nn.Conv2d) and is_slow(module.weight, module.stride) for module in tower.modules())
+    twin = folded(tower, image_size) if tower.fixed_norms else None
+    return (partial(learn_faster, twin),) if twin or slow else ()
+
+
+def learn_faster(twin: Tower | None, tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
+    """`features(inputs)`, of the `twin` of the tower while its BatchNorms are fixed."""
+    own = twin and twin.fixed_norms is tower.fixed_norms
+    with FastDepthwise() if inputs.device.type == "cpu" else nullcontext():
+        return twin.train(tower.training).features(inputs) if own else features(inputs)
+
+
+def folded(tower: Tower, side: int) -> Tower | None:
+    """A twin of the tower that has the same parameters, fixed BatchNorms as parts of the convolutions before them, and
+    ReLUs that overwrite. None if that makes a difference to an image: the order of modules is a guess at their use."""
+    twin, before, device = _twin(tower, set(tower.fixed_norms)), tower.training, next(tower.parameters()).device
+    image = torch.linspace(-2, 2, 3 * side * side, device=device).sin().view(1, 3, side, side)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        expected, found = (one.eval().features(image) for one in (tower, twin))
+    tower.train(before)
+    return twin if torch.allclose(found, expected, atol=1e-3 * expected.abs().max().item()) else None
+
+
+def _twin(module: nn.Module, fixed: set[nn.Module]) -> nn.Module:
+    twin, children = copy.copy(module), list(module._modules.items())
+    twin._modules = {name: child and _twin(child, fixed) for name, child in children}
+    if isinstance(twin, nn.ReLU | nn.ReLU6):
+        twin.inplace = True
+    for (before, conv), (name, norm) in pairwise(children):
+        if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and norm in fixed and norm.affine:
+            twin._modules |= {before: _folded(conv, norm), name: nn.Identity()}
+    return twin
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    twin = copy.copy(conv)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        vars(twin)[kind] = dict(vars(conv)[kind])
+    if conv.bias is None:
+        del twin._parameters["bias"]
+        twin.register_buffer("bias", torch.zeros(()))  # of no dimension: it belongs to any device
+    register_parametrization(twin, "weight", Gain(norm))
+    register_parametrization(twin, "bias", Shift(norm), unsafe=True)  # which gives it the shape (C,)
+    return twin
+
+
+class Gain(nn.Module):
+    """The kernels (C, ...) of a convolution, times what a BatchNorm after it multiplies each channel by."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.norm = norm
+
+    def gain(self) -> Tensor:
+        return self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.gain().view(-1, 1, 1, 1)
+
+
+class Shift(Gain):
+    """The bias (C,) of a convolution and a BatchNorm after it."""
+
+    def forward(self, bias: Tensor) -> Tensor:
+        return (bias - self.norm.running_mean) * self.gain() + self.norm.bias
+
+
+class FastDepthwise(TorchFunctionMode):
+    """A context in which depthwise convolutions in bf16 get their gradients from `DepthwiseConv`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
+
+
+def is_slow(weight: Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether the gradients of a convolution with such kernels are slow in bf16, and `DepthwiseConv` has them."""
+    square = weight.ndim == 4 and weight.shape[2] == weight.shape[3] >= 3 and len({*stride}) == 1
+    return square and weight.shape[1] == 1 < len(weight) and (weight.shape[2] > 3 or stride[0] > 1)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    """torch's, by `DepthwiseConv` where that is faster."""
+    stride, padding, dilation = ((n, n) if isinstance(n, int) else n for n in (stride, padding, dilation))
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    plain = groups == len(weight) == x.shape[1] and {*dilation} == {1} and not isinstance(padding, str)
+    if dtype == torch.bfloat16 and torch.is_grad_enabled() and plain and is_slow(weight, stride):
+        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        return DepthwiseConv.apply(x, weight, bias, stride[0], padding)
+    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+class DepthwiseConv(torch.autograd.Function):
+    """Images (B, C, H, W) and kernels (C, 1, K, K), K of at least 3, to images: each channel by its own kernel."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient, needed = gradient.contiguous(memory_format=torch.channels_last), ctx.needs_input_grad
+        functions = (input_gradient, weight_gradient)
+        x, weight = (f(gradient, *ctx.saved_tensors, *ctx.sizes) if n else None for f, n in zip(functions, needed))
+        return x, weight, gradient.sum(dim=(0, 2, 3)) if needed[2] else None, None, None
+
+
+def convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], of: int):
+    """torch's gradient of a depthwise convolution's input (`of` 0) or weight (1)."""
+    # Not torch.nn.grad, which does not keep the layout of x.
+    sizes = (stride, stride), padding, (1, 1), False, (0, 0), len(weight)
+    return torch.ops.aten.convolution_backward(gradient, x, weight, None, *sizes, (of == 0, of == 1, False))[of]
+
+
+def input_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
+    """With a stride of s every s-th result of stride 1 is kept: the gradients of the others are 0."""
+    if stride > 1:
+        sides = (n + 2 * p - weight.shape[2] + 1 for n, p in zip(x.shape[2:], padding))
+        kept = gradient
+        gradient = x.new_empty(*x.shape[:2], *sides).contiguous(memory_format=torch.channels_last).zero_()
+        gradient[:, :, ::stride, ::stride] = kept
+    return convolution_backward(gradient, x, weight, 1, padding, of=0)
+
+
+def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
+    """The 3 x 3 kernels that cover a larger one have its gradient, each for the image moved by its place."""
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+    K, found = weight.shape[2], torch.empty_like(weight)
+    H, W = ((n - 1) * stride + 3 for n in gradient.shape[2:])  # of the part of the image that such a kernel sees
+    places = [min(place, K - 3) for place in range(0, K, 3)]
+    for top in places:
+        for left in places:
+            part = x[:, :, top : top + H, left : left + W].contiguous(memory_format=torch.channels_last)
+            place = slice(None), slice(None), slice(top, top + 3), slice(left, left + 3)
+            found[place] = convolution_backward(gradient, part, weight[place], stride, (0, 0), of=1)
+    return found
