@@ -17,7 +17,7 @@ from miniclip.datasets.records import ReadOptions, check_captions
 from miniclip.datasets.splits import at_split, split_column
 from miniclip.datasets.tables import Cell, load_table, table_root
 from miniclip.datasets.text_files import find_columns
-from miniclip.training.dataset import MAX_BAD, RunDataset
+from miniclip.training.dataset import MAX_BAD, RunDataset, prepare_worker
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError
 
@@ -142,6 +142,8 @@ class Share(IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if info:  # before the buffer is filled
+            prepare_worker()
         number = None
         if self.dataset.num_samples is not None:  # the loader takes a batch of each worker in turn
             number = (len(self) // self.batch_size - worker + workers - 1) // workers * self.batch_size
