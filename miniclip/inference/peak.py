@@ -13,10 +13,15 @@ from miniclip.inference.matmul import OneDnnLinear, packs
 SQUARE, LONG = 2048, 0.4  # rows of the matrices; seconds for each way
 
 
-@torch.inference_mode()
 def matrix_peak(device: str | torch.device = "cpu", square: int = SQUARE) -> dict[str, float]:
-    """Floating point (int8: integer) operations a second in products of square matrices, by precision, of the fastest
-    way there is: "fp32" without rounding, "bf16" where the machine multiplies it, "int8" on a CPU."""
+    """Floating point (int8: integer) operations a second in products of square matrices, by precision."""
+    return {precision: 2 * square**3 / _least(multiply) for precision, multiply in products(device, square).items()}
+
+
+@torch.inference_mode()
+def products(device: str | torch.device = "cpu", square: int = SQUARE) -> dict[str, Callable[[], float]]:
+    """Functions that multiply square matrices, by precision, each in the fastest way there is: "fp32" without rounding,
+    "bf16" where the machine multiplies it, "int8" on a CPU. They return one of the numbers, and so wait for a GPU."""
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randn(square, square, generator=draw).to(device) for _ in range(2))
     ways: dict[str, list[Callable[[], Tensor]]] = {"fp32": [lambda: a @ b]}
@@ -32,16 +37,18 @@ def matrix_peak(device: str | torch.device = "cpu", square: int = SQUARE) -> dic
     if cpu:
         whole = [(10 * x).clamp(-127, 127).to(torch.int8) for x in (a, b)]
         ways["int8"] = [lambda: torch._int_mm(*whole)]
-    return {name: 2 * square**3 / min(map(_least, some)) for name, some in ways.items()}
+    waiting = {name: [lambda way=way: way()[0, 0].item() for way in some] for name, some in ways.items()}
+    return {name: min(some, key=_least) for name, some in waiting.items()}
 
 
-def _least(multiply: Callable[[], Tensor]) -> float:
+@torch.inference_mode()
+def _least(multiply: Callable[[], float]) -> float:
     """Seconds of the fastest of the products that fit into LONG, two at least."""
-    multiply()[0, 0].item()  # which waits for a GPU
+    multiply()
     least, began = float("inf"), time.perf_counter()
     while True:
         start = time.perf_counter()
-        multiply()[0, 0].item()
+        multiply()
         least = min(least, time.perf_counter() - start)
         if time.perf_counter() - began > LONG:
             return least
