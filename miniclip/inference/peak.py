@@ -1,21 +1,16 @@
 """The limit: how fast this machine multiplies large matrices, and how much there is to multiply in a model."""
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from miniclip.inference.matmul import OneDnnLinear, packs
 
 SQUARE, LONG = 2048, 0.4  # rows of the matrices; seconds for each way
-
-
-def matrix_peak(device: str | torch.device = "cpu", square: int = SQUARE) -> dict[str, float]:
-    """Floating point (int8: integer) operations a second in products of square matrices, by precision."""
-    return {precision: 2 * square**3 / _least(multiply) for precision, multiply in products(device, square).items()}
 
 
 @torch.inference_mode()
@@ -38,20 +33,14 @@ def products(device: str | torch.device = "cpu", square: int = SQUARE) -> dict[s
         whole = [(10 * x).clamp(-127, 127).to(torch.int8) for x in (a, b)]
         ways["int8"] = [lambda: torch._int_mm(*whole)]
     waiting = {name: [lambda way=way: way()[0, 0].item() for way in some] for name, some in ways.items()}
-    return {name: min(some, key=_least) for name, some in waiting.items()}
+    return {name: min(some, key=least_seconds) for name, some in waiting.items()}
 
 
 @torch.inference_mode()
-def _least(multiply: Callable[[], float]) -> float:
-    """Seconds of the fastest of the products that fit into LONG, two at least."""
-    multiply()
-    least, began = float("inf"), time.perf_counter()
-    while True:
-        start = time.perf_counter()
-        multiply()
-        least = min(least, time.perf_counter() - start)
-        if time.perf_counter() - began > LONG:
-            return least
+def least_seconds(multiply: Callable[[], float]) -> float:
+    """Seconds of the fastest of the products that fit into LONG."""
+    timer = Timer("multiply()", globals={"multiply": multiply}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=LONG).times)
 
 
 def model_flops(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int:
