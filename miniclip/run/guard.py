@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 
 from miniclip.run.checkpoints import check_checkpoint, checkpoints, last_checkpoint, save_checkpoint
 from miniclip.run.resume import check_same_run, use_arguments
-from miniclip.utils.errors import InputError
+from miniclip.utils.errors import InputError, first_line
 from miniclip.utils.files import DamagedFile, check_manifest, write_text
 from miniclip.utils.machine import return_freed_memory
 
@@ -160,10 +160,6 @@ def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether an exception means that memory ran out, on a GPU or on the CPU."""
     words = "can't allocate memory|out of memory|not enough memory|could not create a"  # the last: oneDNN
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(words, str(error)) is not None
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]
 
 
 def batch_too_large(trainer, model, inputs: dict, cause: str) -> InputError:

@@ -119,11 +119,8 @@ class StreamDataset(RunDataset):
     def dataloader(self, args, collate) -> DataLoader:
         """Returns the batches of this process, for the Trainer."""
         share = Share(self, args.process_index, args.world_size, args.per_device_train_batch_size)
-        workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
-        if args.dataloader_num_workers:
-            workers |= {"persistent_workers": args.dataloader_persistent_workers,
-                        "prefetch_factor": args.dataloader_prefetch_factor,
-                        "multiprocessing_context": args.dataloader_multiprocessing_context}  # fmt: skip
+        names = "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context"
+        workers = {name: getattr(args, f"dataloader_{name}") for name in names}
         loader = DataLoader(share, args.per_device_train_batch_size, collate_fn=collate, drop_last=True, **workers)
         # accelerate would read the whole stream in process 0 and send the batches around, or in each process and drop
         # the others' batches. It only needs to know that this is the loader.

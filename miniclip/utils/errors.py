@@ -7,3 +7,8 @@ class InputError(ValueError):
 
 class CheckpointError(InputError):
     """Weights that cannot be used."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line of its message."""
+    return f"{type(error).__name__}: {error}".strip(": ").partition("\n")[0][:300]
