@@ -65,7 +65,7 @@ class Study:
         self.out, self.quick, self.data = out, quick, out / "data" if quick else data
         out.mkdir(parents=True, exist_ok=True)
         self.common = ["--image_root", data, "--on_bad_sample", "skip", "--bf16", "true", "--disable_tqdm", "true"]
-        self.common += ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"]
+        self.common += ["--dataloader_num_workers", "1"]
         self.common += ["--save_total_limit", "1", "--logging_steps", "23"]
         if quick:
             self.data.mkdir(exist_ok=True)

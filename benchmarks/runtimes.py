@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 from inputs import make_captions
+from limit import matrix_peak
 from results import machine, write_section
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import miniclip  # noqa: E402
-from miniclip.inference.peak import matrix_peak, model_flops  # noqa: E402
+from miniclip.inference.peak import model_flops  # noqa: E402
 from miniclip.weights.onnx import export, runner  # noqa: E402
 
 KINDS, OURS = ("image", "text"), "MiniCLIP, fp32"

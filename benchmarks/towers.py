@@ -23,11 +23,12 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.limit import matrix_peak  # noqa: E402
 from benchmarks.make_towers_golden import contrastive  # noqa: E402
 from miniclip.checkpoint import to_miniclip  # noqa: E402
 from miniclip.config import MODEL_CONFIGS, MiniClipConfig  # noqa: E402
 from miniclip.inference.fast import fast_wrappers, inference_copy  # noqa: E402
-from miniclip.inference.peak import matrix_peak, model_flops  # noqa: E402
+from miniclip.inference.peak import model_flops  # noqa: E402
 from miniclip.model import MiniClip  # noqa: E402
 from miniclip.towers.hf_config import KNOWN  # noqa: E402
 

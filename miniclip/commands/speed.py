@@ -1,6 +1,7 @@
 """What this machine gives: milliseconds per image and caption in each precision, beside its limit.
 
-Takes some seconds; no data are needed. The limit is the speed of large matrix products. Writes nothing.
+Takes some seconds; no data are needed. The limit is the speed of large matrix products, which take turns with the
+model; the share of it is a ratio of processor times, which other programs change little. Writes nothing.
 """
 
 import warnings
@@ -21,15 +22,16 @@ def main(argv: list[str]):
         import torch
 
         from miniclip.inference.load import load
-        from miniclip.inference.peak import matrix_peak, model_flops
+        from miniclip.inference.peak import SQUARE, model_flops, products
         from miniclip.inference.precision import compare, made_up, settle
 
     device = find_device(options.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights are as fast
         model, _, _ = load(options.model, options.pretrained, device)
-    peak, cases = matrix_peak(device), [(kind, n) for kind in ("image", "text") for n in BATCHES]
-    seconds, cosines = compare(model, tuple(peak), cases)
+    multiply, cases = products(device), [(kind, n) for kind in ("image", "text") for n in BATCHES]
+    seconds, cosines = compare(model, tuple(multiply), cases, **multiply)
+    peak = {precision: 2 * SQUARE**3 / seconds[precision].wall for precision in multiply}
     inputs = made_up(model, max(BATCHES))
     flops = {"image": model_flops(model.encode_image, inputs["image"][:1]),
              "text": model_flops(model.encode_text, inputs["text"]) / max(BATCHES)}  # fmt: skip
@@ -40,13 +42,13 @@ def main(argv: list[str]):
     heads = [f"{n} {'image' if kind == 'image' else 'caption'}{'s' * (n > 1)}" for kind, n in cases]
     print("      " + "".join(f"{head:>17}" for head in heads) + "   cosine to fp32")
     rows = {}
-    for precision, took in seconds.items():
+    for precision in peak:
         rows[precision] = {"cosine": cosines[precision]}
         cells = []
         for head, (kind, n) in zip(heads, cases):
-            each = took[kind, n] / n
-            rows[precision][head] = {"ms": 1e3 * each, "share": flops[kind] / each / peak[precision]}
-            cells.append(f"{1e3 * each:.2f} ({100 * rows[precision][head]['share']:.0f}%)")
+            took, least = seconds[precision, (kind, n)], seconds[precision].busy * flops[kind] / (2 * SQUARE**3)
+            rows[precision][head] = {"ms": 1e3 * took.wall / n, "share": n * least / took.busy}
+            cells.append("{ms:.2f} ({share:.0%})".format(**rows[precision][head]))
         print(f"{precision:6}" + "".join(f"{cell:>17}" for cell in cells) + f"   {cosines[precision]:.5f}")
     chosen = settle(model, "auto")
     print_json(options, {"machine": name, "peak": peak, "flops": flops, "precisions": rows, "auto": chosen})

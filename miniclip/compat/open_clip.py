@@ -270,13 +270,12 @@ def create_model_from_pretrained(
     cache_dir: str | None = None, weights_only: bool = True, **model_kwargs,
 ) -> CLIP | tuple[CLIP, Compose]:  # fmt: skip
     """Returns a model with weights, and its transform for evaluation unless `return_transform` is false."""
-    images = dict(mean=image_mean, std=image_std, interpolation=image_interpolation, resize_mode=image_resize_mode)
-    model = create_model(
+    model, _, transform = create_model_and_transforms(
         model_name, pretrained, True, precision, device, jit, force_quick_gelu, force_custom_text, None,
-        force_image_size, images, force_context_length, cache_dir=cache_dir, require_pretrained=True,
-        weights_only=weights_only, **model_kwargs,
+        force_image_size, force_context_length, image_mean, image_std, image_interpolation, image_resize_mode,
+        cache_dir=cache_dir, require_pretrained=True, weights_only=weights_only, **model_kwargs,
     )  # fmt: skip
-    return (model, image_transform_v2(model.miniclip.config.preprocess_cfg, False)) if return_transform else model
+    return (model, transform) if return_transform else model
 
 
 class SimpleTokenizer(Tokenizer):

@@ -71,6 +71,5 @@ def caption_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]
     wanted = {row: [words(text) for text in texts] for row, texts in enumerate(references)}
     found = {row: [words(text)] for row, text in enumerate(captions)}
     bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
-    return {"CIDEr": float(Cider().compute_score(wanted, found)[0])} | {
-        f"BLEU-{n}": float(score) for n, score in enumerate(bleu, 1)
-    }
+    cider, _ = Cider().compute_score(wanted, found)
+    return {"CIDEr": float(cider)} | {f"BLEU-{n}": float(score) for n, score in enumerate(bleu, 1)}

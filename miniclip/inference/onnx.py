@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from miniclip.config import MiniClipConfig, TextConfig
 from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.model import Tower
-from miniclip.tokenizer import BaseTokenizer, Tokenizer
-from miniclip.towers.hf_config import ask, offline
+from miniclip.tokenizer import BaseTokenizer
+from miniclip.towers.hf_config import open_tokenizer
+from miniclip.towers.hf_tokenizer import HfTokenizer, tokenizer_folder
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import check_manifest, sha256
 from miniclip.utils.weight_files import read_json
@@ -103,21 +104,11 @@ def find_providers(device: torch.device) -> list[str]:
 
 def read_tokenizer(folder: Path, config: MiniClipConfig) -> BaseTokenizer:
     """The tokenizer of the text tower that was exported."""
-    if isinstance(config.text_cfg, TextConfig) and not (folder / "tokenizer").is_dir():
-        return Tokenizer(config.text_cfg.context_length)
-    if isinstance(config.text_cfg, TextConfig):  # CLIP's tower with another tokenizer
+    if isinstance(config.text_cfg, TextConfig):  # CLIP's tower, which may have another tokenizer
         text = empty_model(config).text
         text.load_files(folder)
         return text.tokenizer
-    if not (folder / "tokenizer").is_dir():
-        raise InputError(f"{folder}: the folder tokenizer, which its texts need, is missing")
-    from transformers import AutoTokenizer
-
-    from miniclip.towers.hf_tokenizer import HfTokenizer
-
-    with offline():
-        tokenizer = ask(str(folder), AutoTokenizer.from_pretrained, folder / "tokenizer", trust_remote_code=False)
-    return HfTokenizer(tokenizer, config.text_cfg.context_length)
+    return HfTokenizer(open_tokenizer(tokenizer_folder(folder)), config.text_cfg.context_length)
 
 
 def describe(about: dict) -> str:

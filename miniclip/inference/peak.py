@@ -1,11 +1,11 @@
 """The limit: how fast this machine multiplies large matrices, and how much there is to multiply in a model."""
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from miniclip.inference.matmul import OneDnnLinear, packs
@@ -14,9 +14,9 @@ SQUARE, LONG = 2048, 0.4  # rows of the matrices; seconds for each way
 
 
 @torch.inference_mode()
-def matrix_peak(device: str | torch.device = "cpu", square: int = SQUARE) -> dict[str, float]:
-    """Floating point (int8: integer) operations a second in products of square matrices, by precision, of the fastest
-    way there is: "fp32" without rounding, "bf16" where the machine multiplies it, "int8" on a CPU."""
+def products(device: str | torch.device = "cpu", square: int = SQUARE) -> dict[str, Callable[[], float]]:
+    """Functions that multiply square matrices, by precision, each in the fastest way there is: "fp32" without rounding,
+    "bf16" where the machine multiplies it, "int8" on a CPU. They return one of the numbers, and so wait for a GPU."""
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randn(square, square, generator=draw).to(device) for _ in range(2))
     ways: dict[str, list[Callable[[], Tensor]]] = {"fp32": [lambda: a @ b]}
@@ -32,19 +32,15 @@ def matrix_peak(device: str | torch.device = "cpu", square: int = SQUARE) -> dic
     if cpu:
         whole = [(10 * x).clamp(-127, 127).to(torch.int8) for x in (a, b)]
         ways["int8"] = [lambda: torch._int_mm(*whole)]
-    return {name: 2 * square**3 / min(map(_least, some)) for name, some in ways.items()}
+    waiting = {name: [lambda way=way: way()[0, 0].item() for way in some] for name, some in ways.items()}
+    return {name: min(some, key=least_seconds) for name, some in waiting.items()}
 
 
-def _least(multiply: Callable[[], Tensor]) -> float:
-    """Seconds of the fastest of the products that fit into LONG, two at least."""
-    multiply()[0, 0].item()  # which waits for a GPU
-    least, began = float("inf"), time.perf_counter()
-    while True:
-        start = time.perf_counter()
-        multiply()[0, 0].item()
-        least = min(least, time.perf_counter() - start)
-        if time.perf_counter() - began > LONG:
-            return least
+@torch.inference_mode()
+def least_seconds(multiply: Callable[[], float]) -> float:
+    """Seconds of the fastest of the products that fit into LONG."""
+    timer = Timer("multiply()", globals={"multiply": multiply}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=LONG).times)
 
 
 def model_flops(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int:

@@ -6,6 +6,7 @@ What was found for a model is kept in the user's cache, so that the next run dec
 
 import sys
 import time
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,13 +31,20 @@ SENTENCES = [f"a photo of {what} {where}" for what in ("a person", "two dogs on 
 class Rate(NamedTuple):
     """A precision of a model on this machine."""
 
-    image: float  # seconds for one, in batches
+    image: float  # seconds for one, in batches, as `Seconds.busy`
     text: float
     cosine: float  # the lowest to the embeddings in fp32, of images and texts
 
     @property
     def both(self) -> float:
         return self.image + self.text
+
+
+class Seconds(NamedTuple):
+    """How long something takes, the least of some rounds."""
+
+    wall: float
+    busy: float  # of processor time, which does not count when others have the processor; on a GPU `wall`
 
 
 def settle(model: MiniClip, precision: str, quiet: bool = False) -> str:
@@ -72,34 +80,34 @@ def rates(model: MiniClip, precisions: tuple[str, ...]) -> dict[str, Rate]:
     about = " ".join([machine, torch.__version__, str(torch.get_num_threads()), *precisions, *weights])
 
     def measure() -> dict[str, Rate]:
-        seconds, cosines = compare(model, precisions, (("image", IMAGES), ("text", TEXTS)))
-        return {p: Rate(took["image", IMAGES] / IMAGES, took["text", TEXTS] / TEXTS, cosines[p])
-                for p, took in seconds.items()}  # fmt: skip
+        seconds, cosines = compare(model, precisions, cases := (("image", IMAGES), ("text", TEXTS)))
+        return {p: Rate(*(seconds[p, case].busy / case[1] for case in cases), cosines[p]) for p in precisions}
 
     return remembered("precisions", "rates", about, Rate, measure)
 
 
 @torch.inference_mode()
-def compare(model: MiniClip, precisions: tuple[str, ...], cases: tuple[tuple[str, int], ...], rounds: int = 3):
-    """Times inference copies of a model, which take turns, on made-up images and sentences: from pixel values and token
-    ids to embeddings. `cases` are ("image" or "text", how many at once). Returns seconds[precision][case], the least of
-    the rounds, and the lowest cosine of each precision to the model in fp32."""
-    inputs, began = made_up(model, max(n for _, n in cases)), time.perf_counter()
+def compare(model: MiniClip, precisions: tuple[str, ...], cases: tuple[tuple[str, int], ...], rounds=3, **others):
+    """Times inference copies of a model on made-up images and sentences, from pixel values and token ids to embeddings.
+    They take turns with the functions `others`. `cases` are ("image" or "text", how many at once). Returns `Seconds` by
+    (precision, case) or name, and the lowest cosine of each precision to the model in fp32."""
+    inputs = made_up(model, max(n for _, n in cases))
     copies = {precision: inference_copy(model, precision) for precision in precisions}
     plain = copies.get("fp32") or inference_copy(model)
     exact = {case: embed(plain, case, inputs) for case in cases}
-    seconds, cosines = {p: dict.fromkeys(cases, float("inf")) for p in precisions}, dict.fromkeys(precisions, 1.0)
-    for number in range(1 + rounds):
-        if number > 1 and time.perf_counter() - began > LONG:
+    cosines = {p: torch.cat([(embed(one, case, inputs) * exact[case]).sum(dim=1) for case in cases]).min().item()
+               for p, one in copies.items()}  # fmt: skip
+    works = {(p, case): partial(embed, one, case, inputs) for case in cases for p, one in copies.items()} | others
+    busy = time.process_time if model.logit_scale.device.type == "cpu" else time.perf_counter
+    seconds, began = {}, time.perf_counter()
+    for number in range(rounds):
+        if number and time.perf_counter() - began > LONG:
             break
-        for case in cases:
-            for precision, one in copies.items():
-                start = time.perf_counter()
-                found = embed(one, case, inputs)
-                if number:
-                    seconds[precision][case] = min(seconds[precision][case], time.perf_counter() - start)
-                else:  # the first time weights are laid out
-                    cosines[precision] = min(cosines[precision], (found * exact[case]).sum(dim=1).min().item())
+        for name, work in works.items():
+            start = time.perf_counter(), busy()
+            work()
+            took = time.perf_counter() - start[0], busy() - start[1]
+            seconds[name] = Seconds(*map(min, took, seconds.get(name, took)))
     return seconds, cosines
 
 

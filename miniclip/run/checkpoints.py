@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from miniclip.run.metadata import RECORD
 from miniclip.utils import files
-from miniclip.utils.errors import InputError
+from miniclip.utils.errors import InputError, first_line
 from miniclip.utils.files import MANIFEST
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def save_checkpoint(trainer):
         shutil.rmtree(scratch, ignore_errors=True)
         if "DataLoader worker" in str(error):  # a worker died, which can surface at any time
             raise
-        why, free = f"{type(error).__name__}: {error}".partition("\n")[0], shutil.disk_usage(folder.parent).free / 1e6
+        why, free = first_line(error), shutil.disk_usage(folder.parent).free / 1e6
         newest = (checkpoints(folder.parent) or ["none"])[-1]
         fix = f"The newest checkpoint is {newest}, untouched: free space and continue from it with --resume"
         raise InputError(f"{folder} could not be saved, with {free:.0f} MB free on that disk ({why}). {fix}") from error

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,12 +24,11 @@ from transformers import Trainer, TrainerCallback
 
 from miniclip.run.checkpoints import check_checkpoint, checkpoints, last_checkpoint, save_checkpoint
 from miniclip.run.resume import check_same_run, use_arguments
-from miniclip.utils.errors import InputError
+from miniclip.utils.errors import InputError, first_line
 from miniclip.utils.files import DamagedFile, check_manifest, write_text
 from miniclip.utils.machine import return_freed_memory
 
 logger = logging.getLogger(__name__)
-GRACE = 30  # seconds that a data worker stays alive after a SIGTERM to all processes of a run
 REPEAT = 2  # seconds within which another signal counts as the same one
 
 
@@ -70,7 +68,7 @@ class Guard(TrainerCallback):
                 before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             pids = set(self.trainer.train_dataset.reading[:, 0].tolist())
             for worker in multiprocessing.active_children():
-                if worker.pid in pids:  # `spare_workers` made it outlive SIGTERM: the process would wait for it
+                if worker.pid in pids:  # `prepare_worker` made it outlive SIGTERM: the process would wait for it
                     worker.kill()
                     worker.join()
             for number, handler in before.items():
@@ -158,30 +156,10 @@ class Guard(TrainerCallback):
             return InputError(f"out of memory {outside} ({first_line(error)}). Use a smaller model")
 
 
-def spare_workers(loader):
-    """Makes the workers of a data loader ignore Ctrl-C and outlive a SIGTERM by GRACE seconds: the run needs them to
-    finish its step when a signal goes to all processes. Returns the loader."""
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps the one that starts the workers
-    inner.worker_init_fn = partial(_spare_worker, inner.worker_init_fn)
-    return loader
-
-
-def _spare_worker(init, worker_id: int):
-    if init is not None:
-        init(worker_id)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
-
-
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether an exception means that memory ran out, on a GPU or on the CPU."""
     words = "can't allocate memory|out of memory|not enough memory|could not create a"  # the last: oneDNN
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(words, str(error)) is not None
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]
 
 
 def batch_too_large(trainer, model, inputs: dict, cause: str) -> InputError:

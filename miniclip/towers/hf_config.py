@@ -1,6 +1,7 @@
 """Config sections of transformers' encoders, and their preprocessing."""
 
-from contextlib import contextmanager
+import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,28 @@ class HfConfig:
     @property
     def pretrained(self) -> bool:
         return bool(self.hf_model_name and self.hf_model_pretrained)
+
+    def encoder_config(self, kind: str):
+        """Transformers' config of the encoder, of a pair the "image" or "text" half; becomes hf_model_config."""
+        from transformers import AutoConfig, PreTrainedConfig
+
+        name = self.hf_model_name or ""
+        known = None if Path(name or "?").is_dir() else KNOWN.get(name.removeprefix("FacebookAI/"))
+        if given := self.hf_model_config or known:
+            check_encoder(given, "hf_model_config")
+            config = AutoConfig.for_model(**given)
+        else:
+            folder = source(self.hf_model_name)
+            check_encoder(PreTrainedConfig.get_config_dict(folder)[0], self.hf_model_name)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = getattr(config, f"{'vision' if kind == 'image' else 'text'}_config", config)
+        config.use_cache = False  # a decoder's, for generating text
+        if hasattr(config, "mask_ratio"):
+            config.mask_ratio = 0.0  # a masked autoencoder has to see whole images
+        self.hf_model_config = json.loads(config.to_json_string(use_diff=False))
+        for field in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "attn_implementation"):
+            self.hf_model_config.pop(field, None)
+        return config
 
 
 @dataclass
@@ -201,11 +224,13 @@ def ask(name: str, function, /, *args, **kwargs):
 
 
 def open_tokenizer(folder: str | Path, kind=None):
-    """A tokenizer of transformers, from a folder or the hub, read by its class `kind` or any. Raises InputError."""
+    """A tokenizer of transformers, from a folder, which is complete, or the hub, read by its class `kind` or any one.
+    Raises InputError."""
     from transformers import AutoTokenizer
 
     try:
-        return ask(str(folder), (kind or AutoTokenizer).from_pretrained, folder, trust_remote_code=False)
+        with offline() if Path(folder).is_dir() else nullcontext():
+            return ask(str(folder), (kind or AutoTokenizer).from_pretrained, folder, trust_remote_code=False)
     except InputError as error:
         fix = "put the model's tokenizer.json and tokenizer_config.json beside the weights"
         reason = str(error).splitlines()[0]

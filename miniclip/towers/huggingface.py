@@ -12,11 +12,9 @@ is complete: nothing is downloaded again. Code that comes with weights never run
 """
 
 import copy
-import json
 import math
 from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,20 +23,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from miniclip.model import TOWERS, Tower
-from miniclip.towers.hf_config import (
-    KNOWN,
-    HfConfig,
-    HfTextConfig,
-    HfVisionConfig,
-    ask,
-    check_encoder,
-    offline,
-    open_tokenizer,
-)
+from miniclip.towers.hf_config import HfConfig, HfTextConfig, HfVisionConfig, ask, offline, open_tokenizer
 from miniclip.towers.hf_tokenizer import TOKENIZER_FILES, HfTokenizer, tokenizer_folder
 from miniclip.towers.packages import PackagedEncoder, packaged, source
 from miniclip.towers.registry import TOKENIZER_BESIDE, check_images
-from miniclip.towers.tokens import TOKEN_DIM, register_tokens, token_features
+from miniclip.towers.tokens import token_features, token_section
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
 from miniclip.utils.model_folder import limited_by
@@ -61,33 +50,11 @@ class HfTower(Tower):
 
         with offline() if self.cfg.hf_model_config else nullcontext():  # which says all there is to know
             name = self.cfg.hf_model_name if self.cfg.hf_model_config is None else "hf_model_config"
-            self.trunk_config = ask(name, self._encoder_config)
+            self.trunk_config = ask(name, self.cfg.encoder_config, self.kind)
             # First without memory: that it is not far larger than its weights is found before anything is filled.
             with torch.device("meta"), limited_by(None):
                 ask(name, AutoModel.from_config, copy.deepcopy(self.trunk_config))
             return ask(name, lambda: self._pruned(AutoModel.from_config(self.trunk_config, dtype=torch.float32)))
-
-    def _encoder_config(self):
-        """Transformers' config of the encoder, which also becomes hf_model_config."""
-        from transformers import AutoConfig, PreTrainedConfig
-
-        cfg, name = self.cfg, self.cfg.hf_model_name or ""
-        known = None if Path(name or "?").is_dir() else KNOWN.get(name.removeprefix("FacebookAI/"))
-        if given := cfg.hf_model_config or known:
-            check_encoder(given, "hf_model_config")
-            config = AutoConfig.for_model(**given)
-        else:
-            folder = source(cfg.hf_model_name)
-            check_encoder(PreTrainedConfig.get_config_dict(folder)[0], cfg.hf_model_name)
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config = getattr(config, f"{'vision' if self.kind == 'image' else 'text'}_config", config)  # our half of a pair
-        config.use_cache = False  # a decoder's, for generating text
-        if hasattr(config, "mask_ratio"):
-            config.mask_ratio = 0.0  # a masked autoencoder has to see whole images
-        cfg.hf_model_config = json.loads(config.to_json_string(use_diff=False))
-        for field in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "attn_implementation"):
-            cfg.hf_model_config.pop(field, None)
-        return config
 
     def _pruned(self, trunk: nn.Module) -> nn.Module:
         """Removes layers whose results are not used: their gradients would be missing in a distributed run."""
@@ -281,8 +248,7 @@ class HfTextTower(HfTower):
                 self.tokenizer.tokenizer.save_pretrained(scratch)
 
     def load_files(self, directory: Path, folder: str = "tokenizer"):
-        with offline():
-            self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory, folder))
+        self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory, folder))
 
 
 def fuse_norms(network: nn.Module) -> nn.Module:
@@ -298,18 +264,7 @@ def fuse_norms(network: nn.Module) -> nn.Module:
 
 TOWERS.update({HfVisionConfig: HfVisionTower, HfTextConfig: HfTextTower})
 TOKENIZER_BESIDE[HfTextConfig] = TOKENIZER_FILES[:1]
-
-
-@register_tokens
-@dataclass
-class TokenHfVisionConfig(HfVisionConfig):
-    token_dim: int = TOKEN_DIM
-
-
-@register_tokens
-@dataclass
-class TokenHfTextConfig(HfTextConfig):
-    token_dim: int = TOKEN_DIM
+TokenHfVisionConfig, TokenHfTextConfig = (token_section(cfg, __name__) for cfg in (HfVisionConfig, HfTextConfig))
 
 
 @token_features.register

@@ -4,7 +4,7 @@ segmentation and detection, of words, of a ResNet's stages."""
 import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -155,21 +155,6 @@ def run(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool) -> Fou
 
 
 @run.register
-def _(tower: VisionTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
-    return Found(*run_blocks(tower, inputs, indices, stop_early), tower.ln_post, prefix=1)
-
-
-@run.register
-def _(tower: SigLipVisionTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
-    return Found(*run_blocks(tower, inputs, indices, stop_early), tower.ln_post)
-
-
-@run.register
-def _(tower: TextTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
-    return Found(*run_blocks(tower, inputs, indices, stop_early), tower.ln_final)
-
-
-@run.register
 def _(tower: CocaVisionTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
     def norm(x: Tensor) -> Tensor:  # is behind the poolers, or before them
         if x.shape[2:] != tower.ln_post.normalized_shape:
@@ -179,11 +164,6 @@ def _(tower: CocaVisionTransformer, inputs: Tensor, indices: Indices, stop_early
     return Found(*run_blocks(tower, inputs, indices, stop_early), norm, prefix=1)
 
 
-@run.register
-def _(tower: CocaTextTransformer, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
-    return Found(*run_blocks(tower, inputs, indices, stop_early), tower.ln_final, suffix=1)
-
-
 def run_blocks(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool) -> tuple[list[Tensor], Tensor]:
     """A transformer with its blocks in the list `blocks`: what those taken return, and the embeddings."""
     taken, found, blocks = chosen(len(tower.blocks), indices), {}, nn.ModuleList()
@@ -191,6 +171,19 @@ def run_blocks(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool)
         blocks.extend([block, Probe(found, number)] if number in taken else [block])
     embeds = altered(tower, blocks=blocks)(inputs)
     return list(found.values()), embeds
+
+
+def run_transformer(
+    norm: str, prefix: int, suffix: int, tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool
+) -> Found:
+    return Found(*run_blocks(tower, inputs, indices, stop_early), getattr(tower, norm), prefix, suffix)
+
+
+for kind, how in {  # the norm after the blocks, and how many class tokens there are in front and behind
+    VisionTransformer: ("ln_post", 1, 0), SigLipVisionTransformer: ("ln_post", 0, 0),
+    TextTransformer: ("ln_final", 0, 0), CocaTextTransformer: ("ln_final", 0, 1),
+}.items():  # fmt: skip
+    run.register(kind, partial(run_transformer, *how))
 
 
 @run.register

@@ -12,6 +12,7 @@ tokenizer (`JointTokenizer`).
 import copy
 import math
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from miniclip.towers.hf_config import HfTextConfig, HfVisionConfig
 from miniclip.towers.hf_tokenizer import JointTokenizer
 from miniclip.towers.huggingface import HfTextTower, HfTower, HfVisionTower
 from miniclip.towers.registry import check_images
-from miniclip.towers.tokens import TOKEN_DIM, register_tokens, token_features
+from miniclip.towers.tokens import token_features, token_section
 from miniclip.utils.config_files import fill
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
@@ -65,7 +66,10 @@ class JointVisionConfig(Joint, HfVisionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.looks = list(self.looks) or [_look(section) for section in self.sections()]
+        self.looks = list(self.looks)
+        if not self.looks:
+            images = [PreprocessConfig(**section.preprocess()) for section in self.sections()]
+            self.looks = [{"size": one.size, "mean": list(one.mean), "std": list(one.std)} for one in images]
 
     def sections(self) -> list[HfVisionConfig]:
         made = super().sections()
@@ -94,11 +98,6 @@ class JointTextConfig(Joint, HfTextConfig):
         for section in made:
             section.context_length = self.context_length
         return made
-
-
-def _look(section: HfVisionConfig) -> dict:
-    cfg = PreprocessConfig(**section.preprocess())
-    return {"size": cfg.size, "mean": list(cfg.mean), "std": list(cfg.std)}
 
 
 class JointTower(HfTower):
@@ -155,11 +154,8 @@ class JointVisionTower(JointTower):
 
     @property
     def classes(self) -> dict[int, str]:
-        found, first = {}, 0
-        for tower in self.towers:
-            found |= {first + number: name for number, name in tower.classes.items()}
-            first += tower.width
-        return found
+        starts = accumulate((tower.width for tower in self.towers), initial=0)
+        return {start + n: name for start, tower in zip(starts, self.towers) for n, name in tower.classes.items()}
 
     def inputs(self, pixel_values: Tensor) -> list[Tensor]:
         """The pixels of each encoder's own images."""
@@ -167,15 +163,13 @@ class JointVisionTower(JointTower):
         S, looks = self.image_size, self.cfg.looks
         given, found = looks[self.cfg.largest()], []
         for look in looks:
-            mean, std, wanted_mean, wanted_std = (
-                torch.tensor(values, dtype=pixel_values.dtype, device=pixel_values.device).view(3, 1, 1)
-                for values in (given["mean"], given["std"], look["mean"], look["std"])
-            )
             x = pixel_values
             if look["size"] != S:
                 # In fp32: on a CPU torch resizes no bf16 with antialiasing.
                 x = F.interpolate(x.float(), (look["size"],) * 2, mode="bicubic", antialias=True).to(x.dtype)
             if (look["mean"], look["std"]) != (given["mean"], given["std"]):
+                values = given["mean"], given["std"], look["mean"], look["std"]
+                mean, std, wanted_mean, wanted_std = torch.tensor(values).to(x).view(4, 3, 1, 1)
                 x = (x * std + mean - wanted_mean) / wanted_std
             found.append(x)
         return found
@@ -217,12 +211,7 @@ class JointTextTower(JointTower):
 
 
 TOWERS.update({JointVisionConfig: JointVisionTower, JointTextConfig: JointTextTower})
-
-
-@register_tokens
-@dataclass
-class TokenJointVisionConfig(JointVisionConfig):
-    token_dim: int = TOKEN_DIM
+TokenJointVisionConfig = token_section(JointVisionConfig, __name__)
 
 
 @token_features.register

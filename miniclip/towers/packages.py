@@ -46,7 +46,7 @@ class EfficientNetLite(PackagedEncoder):
 
     NAME, WEIGHTS = "efficientnet-lite0", "models/efficientnet-lite0-57934424.pth"
     PREPROCESS = {"size": 224, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # as it was trained
-    CLASSES = False
+    CLASSES = False  # whether ImageNet's probabilities are beside the features, half as long: (B, 2280)
 
     def __init__(self):
         super().__init__()
@@ -87,16 +87,8 @@ class EfficientNetLite2(EfficientNetLite):
     PREPROCESS = EfficientNetLite.PREPROCESS | {"size": 260}
 
 
-class EfficientNetLiteClasses(EfficientNetLite):
-    """The same with probabilities of ImageNet's classes beside the features, half as long: (B, 2280)."""
-
-    CLASSES = True
-
-
-class EfficientNetLite2Classes(EfficientNetLite2):
-    """The same with probabilities of ImageNet's classes beside the features, half as long: (B, 2280)."""
-
-    CLASSES = True
+EfficientNetLiteClasses = type("EfficientNetLiteClasses", (EfficientNetLite,), {"CLASSES": True})
+EfficientNetLite2Classes = type("EfficientNetLite2Classes", (EfficientNetLite2,), {"CLASSES": True})
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:

@@ -8,7 +8,6 @@ second projection, `token_proj`, from the features of a position to that many nu
 import copy
 import dataclasses
 import warnings
-from dataclasses import dataclass
 from functools import partial, singledispatch
 
 import torch
@@ -38,23 +37,15 @@ def _add_projection(tower: Tower, token_dim: int) -> Tower:
 WITH_TOKENS: dict[type, type] = {}  # a section of the config -> the same one with `token_dim`
 
 
-def register_tokens(cls: type) -> type:
-    """A decorator: the section is that of its base class with `token_dim`, and its tower is that one's tower."""
-    WITH_TOKENS[cls.__base__] = cls
-    TOWERS[cls] = partial(_build, TOWERS[cls.__base__])
+def token_section(section: type, module: str) -> type:
+    """The section with `token_dim`, for a module, whose tower is that of the section with the projection."""
+    name, fields = f"Token{section.__name__}", [("token_dim", int, TOKEN_DIM)]
+    WITH_TOKENS[section] = cls = dataclasses.make_dataclass(name, fields, bases=(section,))
+    TOWERS[cls], cls.__module__ = partial(_build, TOWERS[section]), module  # where pickle finds it
     return cls
 
 
-@register_tokens
-@dataclass
-class TokenVisionConfig(VisionConfig):
-    token_dim: int = TOKEN_DIM
-
-
-@register_tokens
-@dataclass
-class TokenTextConfig(TextConfig):
-    token_dim: int = TOKEN_DIM
+TokenVisionConfig, TokenTextConfig = (token_section(cfg, __name__) for cfg in (VisionConfig, TextConfig))
 
 
 def has_tokens(model: MiniClip) -> bool:

@@ -18,7 +18,7 @@ from miniclip.config import TextConfig, VisionConfig
 from miniclip.model import TOWERS, Block, TextTransformer, Tower, VisionTransformer
 from miniclip.tokenizer import BaseTokenizer
 from miniclip.towers import AS_IN_MODEL
-from miniclip.towers.hf_config import offline, open_tokenizer
+from miniclip.towers.hf_config import open_tokenizer
 from miniclip.towers.hf_tokenizer import HfTokenizer, tokenizer_folder
 from miniclip.towers.packages import source
 from miniclip.towers.registry import IN_OPENCLIP, check_images, openclip_rows
@@ -28,11 +28,8 @@ from miniclip.utils.files import replacing
 
 def only_keys(kind: str, field: str, given: dict | None, keys: tuple[str, ...]):
     """For `check`: an object in a section has no other keys than these."""
-    others = set(given or {}) - set(keys)
-    yield (
-        not others,
-        f"{kind}.{field} has {', '.join(sorted(map(str, others)))}, and only {', '.join(keys)} is supported",
-    )
+    others = sorted(map(str, set(given or {}) - set(keys)))
+    yield not others, f"{kind}.{field} has {', '.join(others)}, and only {', '.join(keys)} is supported"
 
 
 KWARGS = {  # what `set_kwargs` takes: a field's only key, a test of its value, and the test in words
@@ -223,8 +220,7 @@ class VariantTextTransformer(TextTransformer):
 
     def load_files(self, directory: Path):
         if self.cfg.hf_tokenizer_name:
-            with offline():
-                self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory))
+            self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory))
 
 
 class StrippedTokenizer(HfTokenizer):

@@ -23,6 +23,7 @@ class RunArguments(ClipTrainingArguments):
     bf16: bool | None = None  # by default on a CUDA device that computes in it
     dataloader_pin_memory: bool = CUDA
     dataloader_num_workers: int = min(8, CORES if CUDA else CORES // 5)  # few cores are better spent on training
+    dataloader_persistent_workers: bool | None = None  # by default if any: they start while the trainer is small
     use_cpu: bool = not torch.accelerator.is_available()  # explicitly, so that --bf16 is allowed there
     save_total_limit: int | None = 2
     per_device_eval_batch_size: int = 64
@@ -37,6 +38,8 @@ class RunArguments(ClipTrainingArguments):
         self.logging_steps = 10 if self.logs_by_length else self.logging_steps
         if self.save_strategy == "best" or self.lr_scheduler_type in MEASURED:
             self.metric_for_best_model = self.metric_for_best_model or "mean_recall"
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         if self.bf16 is None:
             self.bf16 = CUDA and not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
         if CUDA and self.accelerator_config is None:

@@ -15,9 +15,8 @@ the same), and the first pair of directions, which then is the means' and tells 
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from miniclip.data import image_id
-from miniclip.loss import clip_loss
 from miniclip.model import MAX_LOGIT_SCALE, ClipOutput, MiniClip
 from miniclip.retrieval import retrieval_metrics
 from miniclip.training.losses import make_loss
@@ -182,7 +180,17 @@ def fit_scale(heads: Sequence[nn.Module], pairs: Pairs, batch: int) -> float:
     """The logarithm of the scale at which CLIP's loss of held-out pairs, as many as in a batch, is lowest."""
     n = min(batch, len(pairs.images))
     images, texts = embed(heads, pairs.images[:n], pairs.texts[pairs.starts[:n]])
-    return min(torch.linspace(0, MAX_LOGIT_SCALE, 47), key=lambda s: clip_loss(images, texts, s.exp()).item()).item()
+    losses = {s.item(): pair_loss(ClipOutput(images, texts, s.exp())) for s in torch.linspace(0, MAX_LOGIT_SCALE, 47)}
+    return min(losses, key=losses.get)
+
+
+def pair_loss(outputs: ClipOutput, batch: dict | None = None, sigmoid: bool = False) -> Tensor:
+    """CLIP's loss, or SigLIP's, of a batch without duplicates that is all here. Other processes, whose rows the losses
+    of a run gather, wait for what this one finds."""
+    logits, own = outputs.logit_scale * outputs.image_embeds @ outputs.text_embeds.T, torch.arange(len(outputs[0]))
+    if sigmoid:
+        return -F.logsigmoid((2 * torch.eye(len(own)) - 1) * (logits + outputs.logit_bias)).sum() / len(own)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def folds(n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -315,9 +323,8 @@ def start_in_closed_form(
     prior = None if names is None else class_prior(model, names)
     if args.process_index == 0:
         loss, alone = make_loss(model, options, args), options.frozen == (True, True)
-        # The other processes wait for what this one finds: its losses must not wait for their rows.
-        with patch("torch.distributed.is_initialized", return_value=False):
-            found = [choose(model, pairs_of(records, images, texts), args, loss, alone, prior)]
+        loss = loss if args.world_size == 1 else partial(pair_loss, sigmoid=options.loss == "siglip")
+        found = [choose(model, pairs_of(records, images, texts), args, loss, alone, prior)]
     if dist.is_initialized():
         dist.broadcast_object_list(found)  # another process might find something else in the last bits
     solution, scale, trains, line = found[0]

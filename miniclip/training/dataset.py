@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import signal
 from contextlib import suppress
 
 import torch
@@ -13,9 +14,11 @@ from miniclip.data import CaptionDataset
 from miniclip.datasets.mixture import Mixture
 from miniclip.utils.bad_samples import BadSamples
 from miniclip.utils.image_files import ImageError
+from miniclip.utils.machine import return_freed_memory
 from miniclip.utils.parallel import as_table
 
 logger = logging.getLogger(__name__)
+GRACE = 30  # seconds that a data worker stays alive after a SIGTERM to all processes of a run
 MAX_BAD = 100  # more bad samples in a row than that are no accident: the disk may be gone
 
 
@@ -64,7 +67,10 @@ class RunDataset(CaptionDataset):
         """Notes for the main process what this worker reads, and returns it in the form that `label` takes, (3,)."""
         row = torch.tensor((*row, 0, 0)[:3])
         if worker := torch.utils.data.get_worker_info():
-            self.reading[worker.id % len(self.reading)] = torch.cat([torch.tensor([os.getpid()]), row])
+            place = self.reading[worker.id % len(self.reading)]
+            if place[0] != os.getpid():  # its first item; here, as a resumed epoch has a loader of accelerate's own
+                prepare_worker()
+            place[:] = torch.cat([torch.tensor([os.getpid()]), row])
         return row
 
     def label(self, row) -> dict:
@@ -79,3 +85,13 @@ class RunDataset(CaptionDataset):
         worker = torch.utils.data.get_worker_info()
         self.bad[(worker.id + 1) % len(self.bad) if worker else 0] += 1
         logger.warning("%s; the next one takes its place", error)
+
+
+def prepare_worker():
+    """Makes this process, a data worker, ignore Ctrl-C and outlive a SIGTERM by GRACE seconds: the run needs it to
+    finish its step when a signal goes to all processes. Gives back what the trainer had freed when it was forked: the
+    trainer uses that memory again, and the worker would keep a copy."""
+    return_freed_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

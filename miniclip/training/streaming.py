@@ -17,7 +17,7 @@ from miniclip.datasets.records import ReadOptions, check_captions
 from miniclip.datasets.splits import at_split, split_column
 from miniclip.datasets.tables import Cell, load_table, table_root
 from miniclip.datasets.text_files import find_columns
-from miniclip.training.dataset import MAX_BAD, RunDataset
+from miniclip.training.dataset import MAX_BAD, RunDataset, prepare_worker
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError
 
@@ -118,11 +118,8 @@ class StreamDataset(RunDataset):
     def dataloader(self, args, collate) -> DataLoader:
         """Returns the batches of this process, for the Trainer."""
         share = Share(self, args.process_index, args.world_size, args.per_device_train_batch_size)
-        workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
-        if args.dataloader_num_workers:
-            workers |= {"persistent_workers": args.dataloader_persistent_workers,
-                        "prefetch_factor": args.dataloader_prefetch_factor,
-                        "multiprocessing_context": args.dataloader_multiprocessing_context}  # fmt: skip
+        names = "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context"
+        workers = {name: getattr(args, f"dataloader_{name}") for name in names}
         loader = DataLoader(share, args.per_device_train_batch_size, collate_fn=collate, drop_last=True, **workers)
         # accelerate would read the whole stream in process 0 and send the batches around, or in each process and drop
         # the others' batches. It only needs to know that this is the loader.
@@ -141,6 +138,8 @@ class Share(IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if info:  # before the buffer is filled
+            prepare_worker()
         number = None
         if self.dataset.num_samples is not None:  # the loader takes a batch of each worker in turn
             number = (len(self) // self.batch_size - worker + workers - 1) // workers * self.batch_size

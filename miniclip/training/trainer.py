@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 from miniclip.inference.evaluator import Evaluator
 from miniclip.inference.matmul import fast_arithmetic
 from miniclip.model import MiniClip
-from miniclip.run.guard import GuardedTrainer, spare_workers
+from miniclip.run.guard import GuardedTrainer
 from miniclip.trainer import ClipTrainer
 from miniclip.training import adamw, fsdp
 from miniclip.training.arguments import RunArguments
@@ -82,7 +82,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
 
     def get_train_dataloader(self):
         own = self.train_dataset.dataloader(self.args, self.data_collator)
-        loader = spare_workers(super().get_train_dataloader() if own is None else own)
+        loader = super().get_train_dataloader() if own is None else own
         few = own is None and self.lean and self.args.world_size == 1 and not self.args.dataloader_num_workers
         return OneBatch(loader) if few else loader
 

@@ -167,15 +167,8 @@ OUT = []  # stdout, while --json keeps it for `print_json`
 def print_json(options, value):
     """With --json, prints a command's result as the only thing on stdout. NaN and infinity become null."""
     if options.json:
-        print(json.dumps(_finite(value)), file=OUT[0], flush=True)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {str(name): _finite(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        print(json.dumps(finite), file=OUT[0], flush=True)
 
 
 # System errors that the user can fix by another file name or other permissions; any other one keeps its traceback.

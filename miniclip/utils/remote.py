@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from miniclip.utils.errors import InputError
+from miniclip.utils.errors import InputError, first_line
 
 WAITS = (0.5, 2, 8)  # seconds between attempts, after those that a store's own package makes
 CHUNK = 16 << 20  # bytes of one request: what is lost when a connection breaks
@@ -66,17 +66,11 @@ def retrying(url: str, action: Callable, waits: tuple = WAITS):
         except FileNotFoundError:
             raise StoreError(f"{url}: no such file or folder on the store, or no such bucket") from None
         except Exception as error:  # every package has its own
-            reason = describe(error)
             final = isinstance(error, FINAL) or "redentials" in type(error).__name__
             if wait is None or final:
                 fix = "check the credentials and the address" if final else "check the network and try again"
-                raise StoreError(f"{url}: cannot be reached ({reason}): {fix}") from error
+                raise StoreError(f"{url}: cannot be reached ({first_line(error)}): {fix}") from error
         time.sleep(wait)
-
-
-def describe(error: BaseException) -> str:
-    """Returns an error's type and first line."""
-    return f"{type(error).__name__}: {error}".strip(": ").partition("\n")[0][:200]
 
 
 def join(url: str, name: str) -> str:

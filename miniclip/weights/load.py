@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from miniclip.checkpoint import to_miniclip
 from miniclip.config import MiniClipConfig, TextConfig, VisionConfig, list_models
 from miniclip.model import MiniClip, TextTransformer, VisionTransformer
-from miniclip.towers.hf_config import offline
 from miniclip.towers.registry import SIZED_BY_FILE, TOKENIZER_BESIDE, told_by_weights
 from miniclip.utils.errors import CheckpointError, shorten
 from miniclip.utils.weight_files import find_weights, read_checkpoint, read_json
@@ -73,8 +72,7 @@ def read_tokenizer_beside(model: MiniClip, weights: Path):
     """Lets a text tower take the tokenizer in the folder of its weights, if one is there and none was read before."""
     names, folder = TOKENIZER_BESIDE.get(type(model.config.text_cfg), ()), weights.parent
     if any((folder / name).is_file() for name in names) and model.text.own_tokenizer is None:
-        with offline():
-            model.text.own_tokenizer = model.text.read_tokenizer(folder)
+        model.text.own_tokenizer = model.text.read_tokenizer(folder)
 
 
 def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoint:

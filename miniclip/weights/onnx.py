@@ -29,7 +29,7 @@ from miniclip.model import MiniClip, Tower
 from miniclip.tokenizer import Tokenizer
 from miniclip.towers.registry import CAPTIONERS
 from miniclip.towers.tokens import without_tokens
-from miniclip.utils.errors import InputError
+from miniclip.utils.errors import InputError, first_line
 from miniclip.utils.files import replacing, write_json, write_manifest
 
 FORMS = ("onnx", "torch")
@@ -188,8 +188,7 @@ def traced(module: nn.Module, export: Callable, args: tuple, kwargs: dict):
         return export(module, *args, **kwargs)
     except Exception as error:  # of many kinds, from torch and from the code of the tower
         towers = ", ".join(type(part.tower).__name__ for part in module.modules() if isinstance(part, UnitTower))
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise InputError(f"the tower cannot be exported ({towers}): {type(error).__name__}: {reason}") from error
+        raise InputError(f"the tower cannot be exported ({towers}): {first_line(error)}") from error
 
 
 def runner(file: Path) -> Callable[..., tuple]:
@@ -199,9 +198,7 @@ def runner(file: Path) -> Callable[..., tuple]:
         return lambda x: (module(x),)
     session = open_session(file)
     names = [one.name for one in session.get_inputs()]
-    return lambda *inputs: tuple(
-        map(torch.from_numpy, session.run(None, dict(zip(names, (x.numpy() for x in inputs)))))
-    )
+    return lambda *inputs: tuple(map(torch.from_numpy, session.run(None, dict(zip(names, map(Tensor.numpy, inputs))))))
 
 
 def open_session(file: Path, providers: Iterable[str] = ("CPUExecutionProvider",)):

@@ -91,20 +91,15 @@ def download_pretrained(cfg: dict, prefer_hf_hub: bool = True, cache_dir: str | 
         lambda: find_weights(download_repo(cfg["hf_hub"].rstrip("/"), cache_dir=cache_dir)),
         lambda: download_url(cfg["url"], cfg.get("sha256", ""), cfg.get("size"), cache_dir),
     ]
-    ways = [way for way, name in zip(ways, ("hf_hub", "url")) if cfg.get(name)]
-    if not ways:
-        raise InputError("these weights have neither a repository nor an address")
-    first, *second = ways if prefer_hf_hub else ways[::-1]
-    try:
-        return first()
-    except InputError as error:
-        if not second:
-            raise
-        logger.warning("%s. The other source is tried", error)
+    ways, problems = [way for way, name in zip(ways, ("hf_hub", "url")) if cfg.get(name)], []
+    for way in ways if prefer_hf_hub else ways[::-1]:
+        if problems:
+            logger.warning("%s. The other source is tried", problems[0])
         try:
-            return second[0]()
-        except InputError as other:
-            raise InputError(f"{error}; and {other}") from None
+            return way()
+        except InputError as error:
+            problems.append(str(error))
+    raise InputError("; and ".join(problems) or "these weights have neither a repository nor an address")
 
 
 def is_folder(name: str | Path | None) -> bool:

@@ -1,6 +1,7 @@
 """`--precision auto`: what is measured decides, once for a model and a machine."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from miniclip.commands import speed
 from miniclip.config import MiniClipConfig
 from miniclip.inference import peak, precision
 from miniclip.inference.fast import InferenceClip, inference_copy
-from miniclip.inference.precision import compare, made_up, settle
+from miniclip.inference.precision import Seconds, compare, made_up, settle
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def measured(monkeypatch, tmp_path):
 
     def play(model, precisions, cases):
         calls.append(precisions)
-        seconds = {p: dict.fromkeys(cases, 1 / found[p][0]) for p in precisions}
+        seconds = {(p, case): Seconds(9.0, 1 / found[p][0]) for p in precisions for case in cases}
         return seconds, {p: found[p][1] for p in precisions}
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -78,7 +79,8 @@ def test_load_takes_what_is_found(measured, tiny_model, tmp_path):
 def test_what_is_measured(tiny_model):
     cases = (("image", 3), ("text", 5))
     seconds, cosines = compare(tiny_model, ("fp32", "bf16", "int8"), cases, rounds=1)
-    assert all(set(one) == set(cases) and 0 < min(one.values()) < 60 for one in seconds.values())
+    assert set(seconds) == {(precision, case) for precision in ("fp32", "bf16", "int8") for case in cases}
+    assert all(0 < one.wall < 60 and 0 < one.busy < 60 for one in seconds.values())
     assert cosines["fp32"] > 1 - 1e-6 > cosines["bf16"] > 0.999 and cosines["int8"] > 0.98
     with torch.inference_mode():  # of the same pictures and sentences in each run
         assert compare(tiny_model, ("bf16",), cases, rounds=1)[1]["bf16"] == cosines["bf16"]
@@ -86,9 +88,9 @@ def test_what_is_measured(tiny_model):
 
 def test_the_limit_and_the_share_of_it(tiny_model, monkeypatch, capsys, tmp_path):
     """Operations are counted as by hand; the command prints what was measured beside them."""
-    monkeypatch.setattr(peak, "LONG", 0)
-    found = peak.matrix_peak(square=64)
-    assert {"fp32", "int8"} <= set(found) and min(found.values()) > 1e6
+    monkeypatch.setattr(peak, "LONG", 0.01)
+    found = {name: peak.least_seconds(multiply) for name, multiply in peak.products(square=64).items()}
+    assert {"fp32", "int8"} <= set(found) and max(found.values()) < 0.5
     rows, W, layers = 5, 32, 2  # a class token and 2 x 2 patches of 16 x 16
     blocks = layers * (rows * 2 * 12 * W**2 + 4 * rows**2 * W)
     image = 4 * 2 * 3 * 16**2 * W + blocks + 2 * W * 16
@@ -100,16 +102,23 @@ def test_the_limit_and_the_share_of_it(tiny_model, monkeypatch, capsys, tmp_path
     pool = miniclip.MiniClip(MiniClipConfig.from_dict({"embed_dim": 32, "vision_cfg": small, "text_cfg": text}))
     assert peak.model_flops(pool.encode_image, torch.zeros(1, 3, 16, 16)) > 4 * 2 * 12 * W**2
 
-    monkeypatch.setattr(peak, "matrix_peak", lambda device: {"fp32": 1e9, "int8": 4e9})
-    seconds = {"fp32": 2.0, "int8": 1.0}
-    monkeypatch.setattr(precision, "compare", lambda model, precisions, cases: (
-        {p: {case: seconds[p] * case[1] for case in cases} for p in precisions}, {"fp32": 1.0, "int8": 0.99}
+    matrix, seconds = 2 * peak.SQUARE**3, {"fp32": 2.0, "int8": 1.0}
+    monkeypatch.setattr(precision, "compare", lambda model, precisions, cases, **products: (
+        {(p, case): Seconds(seconds[p] * case[1], 3 * case[1]) for p in precisions for case in cases}
+        | {"fp32": Seconds(matrix / 1e9, 7.0), "int8": Seconds(matrix / 4e9, 6.0)}, {"fp32": 1.0, "int8": 0.99}
     ))  # fmt: skip
+    monkeypatch.setattr(peak, "products", lambda device: seconds)
     tiny_model.save_pretrained(tmp_path)
     speed.main(["--model", str(tmp_path), "--device", "cpu", "--json"])
     shown = capsys.readouterr()
     result = json.loads(shown.out)
     assert result["auto"] == "fp32" and result["precisions"]["int8"]["cosine"] == 0.99
     one = result["precisions"]["int8"]["32 images"]
-    assert one == {"ms": 1000.0, "share": pytest.approx(result["flops"]["image"] / 4e9)}
+    assert one == {"ms": 1000.0, "share": pytest.approx(result["flops"]["image"] / matrix * 6 / 3)}
     assert "fp32 1, int8 4 GFLOP/s" in shown.err and "1000.00" in shown.err
+
+
+def test_other_programs_change_no_ratio(tiny_model):
+    """One that has to wait as if others had the processor takes longer, but no more processor time."""
+    seconds, _ = compare(tiny_model, ("fp32",), (("image", 1),), 2, waits=lambda: time.sleep(0.2))
+    assert seconds["waits"].wall >= 0.2 > 0.1 > seconds["waits"].busy >= 0

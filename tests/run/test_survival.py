@@ -41,8 +41,7 @@ def options(recipe, **more) -> list[str]:  # noqa: F811
     config["vision_cfg"]["patch_dropout"] = 0.5
     (folder / "tiny.json").write_text(json.dumps(config))
     values = json.loads(recipe.read_text()) | {
-        "num_train_epochs": 20, "save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": 1,
-        "dataloader_persistent_workers": True, **more,
+        "num_train_epochs": 20, "save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": 1, **more,
     }  # fmt: skip
     del values["output_dir"]
     words = ([f"--{name}"] if value is None else [f"--{name}", str(value)] for name, value in values.items())
@@ -161,7 +160,6 @@ def test_a_signal_saves_first(number, processes, recipe, caption_set, run_script
     one does. A checkpoint is saved outside the schedule, and the resumed run ends like an undisturbed one."""
     run = caption_set / "run"
     more = ["--num_train_epochs", "100", "--dataloader_num_workers", "2", "--logging_steps", "1"]
-    more += ["--dataloader_persistent_workers", "true"]
     argv = ["train.py", recipe, *more]
     if processes == 2:
         argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *argv]
@@ -291,7 +289,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(recipe, tmp_path):  # noqa:
 
 def test_a_data_worker_that_dies_names_its_sample(recipe, caption_set):  # noqa: F811
     run = caption_set / "run"
-    more = ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", "true", "--num_train_epochs", "1000"]
+    more = ["--dataloader_num_workers", "2", "--num_train_epochs", "1000"]
     process = start("train.py", recipe, *more, *SAVE)
     until(lambda: logged(run) >= 3, process)
     os.kill(children(process.pid)[0], signal.SIGKILL)

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 
 import miniclip
 from miniclip.inference.embed import embed_images, embed_texts
+from miniclip.loss import clip_loss
+from miniclip.model import ClipOutput
 from miniclip.towers.packages import BEST, PACKAGES, PackagedEncoder
-from miniclip.training.closed_form import ClosedForm, Moments, Pairs, class_prior, pairs_of
+from miniclip.training.closed_form import ClosedForm, Moments, Pairs, class_prior, pair_loss, pairs_of
 from miniclip.training.parse import parse_train
+from miniclip.training.siglip import siglip_loss
 from miniclip.utils.errors import InputError
 from tests.towers.test_hf_towers import encoders, train  # noqa: F401
 
@@ -113,6 +116,26 @@ def test_a_run_starts_there_and_says_what_held_out_images_chose(encoders, captio
     for number, saved in enumerate((tmp_path / "run", f"local-dir:{tmp_path / 'run'}")):
         train(saved, caption_set, tmp_path / f"more{number}", "--num_train_epochs", "1")
         assert "projections:" not in capsys.readouterr().out, saved
+
+
+def test_one_process_knows_the_loss_of_several():
+    embeds = F.normalize(torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)), dim=2)
+    outputs = ClipOutput(*embeds, torch.tensor(9.0), torch.tensor(-3.0))
+    torch.testing.assert_close(pair_loss(outputs), clip_loss(*outputs[:3]))
+    torch.testing.assert_close(pair_loss(outputs, sigmoid=True), siglip_loss(outputs))
+
+
+@pytest.mark.parametrize("loss", ["siglip", "clip"])
+def test_two_processes_begin_where_one_does(loss, encoders, caption_set, run_script):  # noqa: F811
+    found = []
+    for processes in (1, 2):
+        done = run_script(
+            "train.py", "--model", encoders, "--train_file", caption_set / "captions.json", "--holdout", "0",
+            "--per_device_train_batch_size", 12 // processes, "--max_steps", "2", "--use_cpu", "true", "--loss", loss,
+            "--disable_tqdm", "true", "--output_dir", caption_set / str(processes), processes=processes,
+        )  # fmt: skip
+        found.append([line for line in done.stdout.splitlines() if line.startswith("projections: ")])
+    assert found[0] == found[1] and len(found[0]) == 1 and "after training" in found[0][0], found
 
 
 class Colours(PackagedEncoder):
