@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from miniclip.model import Tower
 
+CHUNK = 32  # images
+
 
 def convolution_wrappers(tower: Tower, image_size: int) -> tuple[Callable, ...]:
     """`learn_faster`, to be the innermost of the `wrappers` of a tower that has something to gain, else nothing."""
@@ -30,10 +32,14 @@ def convolution_wrappers(tower: Tower, image_size: int) -> tuple[Callable, ...]:
 
 
 def learn_faster(twin: Tower | None, tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
-    """`features(inputs)`, of the `twin` of the tower while its BatchNorms are fixed."""
-    own = twin and twin.fixed_norms is tower.fixed_norms
-    with FastDepthwise() if inputs.device.type == "cpu" else nullcontext():
-        return twin.train(tower.training).features(inputs) if own else features(inputs)
+    """`features(inputs)`, by the `twin` of the tower while its BatchNorms are fixed. Then images do not depend on each
+    other: on a CPU they go through it a few at a time, whose feature maps stay in the cache."""
+    own, on_cpu = twin and twin.fixed_norms is tower.fixed_norms, inputs.device.type == "cpu"
+    with FastDepthwise() if on_cpu else nullcontext():
+        if not own:
+            return features(inputs)
+        parts = inputs.split(CHUNK if on_cpu else len(inputs))
+        return torch.cat([twin.train(tower.training).features(part) for part in parts])
 
 
 def folded(tower: Tower, side: int) -> Tower | None:

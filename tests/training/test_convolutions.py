@@ -11,7 +11,7 @@ import miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.towers.resnet import ModifiedResNet
 from miniclip.training.arguments import RunArguments
-from miniclip.training.convolutions import FastDepthwise, convolution_wrappers
+from miniclip.training.convolutions import CHUNK, FastDepthwise, convolution_wrappers
 from miniclip.training.dataset import RunDataset
 from miniclip.training.freeze import freeze, hold_statistics
 from miniclip.training.trainer import RunTrainer
@@ -50,7 +50,7 @@ def gradients(model, images) -> dict[str, torch.Tensor]:
 def test_a_fixed_batch_norm_learns_the_same_as_part_of_a_convolution(model):
     freeze(model, f"all_but_{len(model.visual.blocks) - 1}")
     model.double().train()
-    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(CHUNK + 2, 3, 32, 32, dtype=torch.float64)
     before, expected = copy.deepcopy(model.state_dict()), gradients(model, images)
     model.visual.wrappers = convolution_wrappers(model.float().visual, 32)
     model.double()  # as a move to another device, which the twin has to follow
