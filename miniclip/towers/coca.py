@@ -20,8 +20,8 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from miniclip.checkpoint import BLOCK_ROWS, TEXT_ROWS
 from miniclip.config import LARGEST, MODELS, MiniClipConfig, TextConfig, VisionConfig
 from miniclip.model import TOWERS, Attention, Block, ClipOutput, MiniClip, TextTransformer, Tower, VisionTransformer
-from miniclip.towers.generate import Writer, attend, beam_search, processors, sample
-from miniclip.towers.registry import CAPTIONERS, CUSTOM_TEXT, IN_OPENCLIP, check_images, openclip_rows
+from miniclip.towers.generate import Writer, beam_search, processors, sample
+from miniclip.towers.registry import CAPTIONERS, CUSTOM_TEXT, IN_OPENCLIP, attend, check_images, openclip_rows
 from miniclip.utils.config_files import check, in_range
 from miniclip.utils.errors import InputError
 

@@ -1,9 +1,11 @@
-"""Registration of a new kind of tower."""
+"""Registration of a new kind of tower, and functions that several kinds share."""
 
+import copy
 import pkgutil
 import re
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
@@ -28,6 +30,20 @@ def check_images(pixel_values: Tensor, side: int):
     """Raises InputError for images of another size than (B, 3, side, side)."""
     if pixel_values.shape[1:] != (3, side, side):
         raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {side}, {side})")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, is_causal=False) -> Tensor:
+    """Attention of (B, L, W) to (B, K, W) in several heads; a mask (L, K) or (B, 1, L, K) is true where one sees."""
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal).transpose(1, 2).flatten(2)
+
+
+def altered(module: Module, modules: dict[str, Module], **attributes) -> Module:
+    """A copy with the same weights, but with these modules and attributes in place of its own."""
+    twin = copy.copy(module)
+    twin._modules = module._modules | modules
+    vars(twin).update(attributes)
+    return twin
 
 
 def openclip_rows(tower: Tower) -> list[tuple[str, str, str]]:

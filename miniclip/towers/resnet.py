@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from miniclip.config import LARGEST
 from miniclip.model import TOWERS, Tower
 from miniclip.towers.huggingface import fuse_norms
-from miniclip.towers.registry import IN_OPENCLIP, check_images
+from miniclip.towers.registry import IN_OPENCLIP, attend, check_images
 from miniclip.utils.config_files import in_range
 
 
@@ -83,9 +83,7 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)  # (B, S * S, W)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
-        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, L, W/H)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
+        return attend(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)[:, 0]
 
 
 class ModifiedResNet(Tower):
