@@ -78,7 +78,7 @@ def beam_search(
         words, length = logits.shape[1], ids.shape[1] + 1
         totals = (logits.float() + scores[:, None]).view(images, -1)
         totals, places = (t.tolist() for t in totals.topk(2 * beams, dim=1))  # enough, were all beams to end
-        continued, tokens, kept = [], [], []
+        kept = []
         for image in range(images):
             going = []
             for rank, (total, place) in enumerate(zip(totals[image], places[image])):
@@ -88,13 +88,9 @@ def beam_search(
                 elif rank < beams and not done[image]:
                     keep_best(ended[image], beams, total / length, ids[row])
             done[image] |= len(ended[image]) == beams and worst(ended[image]) >= totals[image][0] / length
-            for row, token, total in going[:beams]:
-                continued.append(row)
-                tokens.append(token)
-                kept.append(total)
-        rows = torch.tensor(continued, device=device)
-        ids = torch.cat([ids[rows], torch.tensor(tokens, device=device)[:, None]], dim=1)
-        scores = torch.tensor(kept, device=device)
+            kept += going[:beams]
+        rows, tokens, scores = (torch.tensor(column, device=device) for column in zip(*kept))
+        ids = torch.cat([ids[rows], tokens[:, None]], dim=1)
     for image in range(images):
         for row in range(image * beams, (image + 1) * beams) if not done[image] else ():
             keep_best(ended[image], beams, scores[row].item() / ids.shape[1], ids[row])
