@@ -116,6 +116,8 @@ class AttentionalPooler(nn.Module):
 
     def __init__(self, width: int, embed_dim: int, heads: int, queries: int):
         super().__init__()
+        if embed_dim % heads:
+            raise InputError(f"embed_dim {embed_dim} is not a multiple of attn_pooler_heads {heads}")
         self.query = nn.Parameter(torch.empty(queries, embed_dim))
         self.attn = nn.MultiheadAttention(embed_dim, heads, kdim=width, vdim=width, batch_first=True)
         self.ln_q, self.ln_k = nn.LayerNorm(embed_dim), nn.LayerNorm(width)
@@ -136,8 +138,6 @@ class CocaVisionTransformer(TokenTower, VisionTransformer):
     def __init__(self, cfg: CocaVisionConfig, embed_dim: int, quick_gelu: bool):
         super().__init__(cfg, embed_dim, quick_gelu)
         W, E, heads = cfg.width, embed_dim, cfg.attn_pooler_heads
-        if E % heads:
-            raise InputError(f"embed_dim {E} is not a multiple of attn_pooler_heads {heads}")
         if cfg.attentional_pool in READ_TWICE and E != W:
             raise InputError(f"attentional_pool {cfg.attentional_pool} needs embed_dim {W}, the image tower's width")
         self.width, self.cascade = E, cfg.attentional_pool == "cascade"
