@@ -61,9 +61,6 @@ def openclip_rows(tower: Tower) -> list[tuple[str, str, str]]:
 SIZED_BY_FILE: dict[type, Callable[[Module, dict[str, Tensor]], dict[str, Tensor]]] = {}
 # Text sections whose tokenizer may lie beside the weights: the files of which one has to be there.
 TOKENIZER_BESIDE: dict[type, tuple[str, ...]] = {}
-# Image towers that their weights tell: (a tensor's name, the function from the weights to the config section). Names
-# are OpenCLIP's, without the prefix.
-SIGNS = [("layer1.0.conv1.weight", "miniclip.towers.resnet:from_weights")]
 
 
 def told_by_weights(weights: dict[str, Tensor]) -> dict | None:
@@ -71,10 +68,9 @@ def told_by_weights(weights: dict[str, Tensor]) -> dict | None:
     any layout; None for others. Raises CheckpointError for a tower that lacks some."""
     names = {name: name.rpartition("visual.")[2].replace("module.", "") for name in weights if "visual." in name}
     visual = {theirs: weights[name] for name, theirs in names.items()}
-    for sign, function in SIGNS:
-        if sign in visual:
-            try:
-                return pkgutil.resolve_name(function)(visual)
-            except KeyError as error:
-                raise CheckpointError(f"the image tower has no {error}") from None
-    return None
+    if "layer1.0.conv1.weight" not in visual:  # a ResNet's, as OpenCLIP names it
+        return None
+    try:
+        return pkgutil.resolve_name("miniclip.towers.resnet:from_weights")(visual)
+    except KeyError as error:
+        raise CheckpointError(f"the image tower has no {error}") from None
