@@ -144,10 +144,7 @@ class JointVisionTower(JointTower):
     """Images (B, 3, S, S) to embeddings (B, E)."""
 
     one = HfVisionTower
-
-    def __init__(self, cfg: JointVisionConfig, embed_dim: int, quick_gelu: bool):
-        super().__init__(cfg, embed_dim, quick_gelu)
-        self.image_size = cfg.image_size
+    image_size = property(lambda self: self.cfg.image_size)
 
     @property
     def classes(self) -> dict[int, str]:
