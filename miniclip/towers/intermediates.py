@@ -49,8 +49,7 @@ def forward_intermediates(
     `image_logits` and `text_logits` with `output_logits`, `logit_scale` and `logit_bias` with the last option. Raises
     InputError for blocks that are not there, for another format, for towers of transformers, as OpenCLIP has none of
     theirs, and for `normalize_intermediates` of a CoCa whose norm has another width."""
-    output, normalize = {}, normalize and not intermediates_only
-    output_logits = output_logits and not intermediates_only
+    output, output_logits = {}, output_logits and not intermediates_only
     if output_logits and (image is None or text is None):
         raise InputError("output_logits needs image and text: give both")
     if image is not None:
