@@ -94,13 +94,8 @@ def beam_search(
     for image in range(images):
         for row in range(image * beams, (image + 1) * beams) if not done[image] else ():
             keep_best(ended[image], beams, scores[row].item() / ids.shape[1], ids[row])
-    best = [sorted(texts, key=lambda text: text[0])[-1][1] for texts in ended]
-    width = min(max(map(len, best)) + 1, seq_len)
-    out = torch.full((images, width), pad, device=device)
-    for row, text in zip(out, best):
-        row[: len(text)] = text
-        row[len(text) : len(text) + 1] = eos
-    return out
+    best = [F.pad(sorted(texts, key=lambda text: text[0])[-1][1], (0, 1), value=eos) for texts in ended]
+    return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=pad)[:, :seq_len]
 
 
 def keep_best(texts: list[tuple[float, Tensor]], count: int, score: float, ids: Tensor):
