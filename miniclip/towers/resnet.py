@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.config import LARGEST
@@ -143,16 +142,12 @@ class ModifiedResNet(Tower):
 @contextmanager
 def statistics_kept(block: nn.Module) -> Iterator[None]:
     """A context, of the second forward pass of checkpointing, in which BatchNorms do not count the batch again."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    before = [(statistic, statistic.clone()) for statistic in block.buffers()]
     try:
         yield
     finally:
-        for norm, momentum, batches in before:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+        for statistic, value in before:
+            statistic.copy_(value)
 
 
 def from_weights(weights: dict[str, Tensor]) -> dict:
