@@ -354,15 +354,14 @@ class CoCa(MiniClip):
             (repetition_penalty > 0, f"repetition_penalty {repetition_penalty} is not above 0; 1 is none"),
         ])  # fmt: skip
         next_logits = Writer(self.text, self.text_decoder, self.visual.with_tokens(image)[1])
+        rules = partial(processors, eos, min_seq_len, repetition_penalty, image.device)
         if generation_type == "beam_search":
-            rules = processors(eos, min_seq_len, repetition_penalty, image.device)
             beams = num_beams // num_beam_groups
-            ids = beam_search(next_logits, rules, len(image), beams, sot, eos, pad, seq_len, image.device)
+            ids = beam_search(next_logits, rules(), len(image), beams, sot, eos, pad, seq_len, image.device)
         else:
             warper = TopPLogitsWarper(top_p) if generation_type == "top_p" else TopKLogitsWarper(top_k)
-            rules = processors(eos, min_seq_len, repetition_penalty, image.device, warper)
             ids = torch.full((len(image), 1), sot, device=image.device) if text is None else text
-            ids = sample(next_logits, rules, ids, temperature, eos, pad, seq_len)
+            ids = sample(next_logits, rules(warper), ids, temperature, eos, pad, seq_len)
         return F.pad(ids, (0, seq_len - ids.shape[1] if fixed_output_length else 0), value=pad)
 
     def activation_checkpointing_enable(self, *, every_n_layers: int = 1, offload: bool = False, **kwargs):
