@@ -1,4 +1,11 @@
-"""Checks the gradients of a training run, before it starts, against one big fp32 batch."""
+"""Checks the gradients of a training run, before it starts, against one big fp32 batch.
+
+Takes a run's first step as train.py would, with the same options: data, model, loss, processes (torchrun -m miniclip
+check ...), GradCache, accumulation, precision, freezing. Compares its gradient with that of one big fp32 batch of the
+plain model on one process, prints a table by tower, and names the causes of what differs. Nothing is trained or
+written. With --json stdout gets the table as JSON. Ends with exit status 1 if something differs for another reason than
+accumulation, rounding or dropout.
+"""
 
 import os
 import runpy
@@ -12,7 +19,7 @@ from miniclip.utils.errors import InputError
 
 
 def main(argv: list[str]):
-    parser = Parser.command("check", DESCRIPTION, "recipes/demo.json --bf16 true")
+    parser = Parser.command("check", __doc__.partition("\n\n")[2], "recipes/demo.json --bf16 true")
     parser.usage = "miniclip check [recipe.json] [--option value ...]"
     if not argv or {"-h", "--help"} & set(argv):
         parser.print_help()
@@ -39,12 +46,3 @@ def main(argv: list[str]):
         print_json(options, found)
     if error:
         raise error
-
-
-DESCRIPTION = """\
-Takes a run's first step as train.py would, with the same options: data, model, loss, processes (torchrun -m miniclip
-check ...), GradCache, accumulation, precision, freezing. Compares its gradient with that of one big fp32 batch of the
-plain model on one process, prints a table by tower, and names the causes of what differs. Nothing is trained or
-written. With --json stdout gets the table as JSON. Ends with exit status 1 if something differs for another reason than
-accumulation, rounding or dropout.
-"""

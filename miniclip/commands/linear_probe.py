@@ -39,8 +39,7 @@ def main(argv: list[str]):
     for what, found in (("--examples", labels), ("--images", truth)):
         if found is None:
             raise InputError(f"{what}: expected a folder with one folder for each of the classes {', '.join(classes)}")
-    both = {os.path.realpath(path) for path, _ in examples} & {os.path.realpath(path) for path, _ in images}
-    if both:
+    if both := {os.path.realpath(path) for path, _ in examples} & {os.path.realpath(path) for path, _ in images}:
         raise InputError(f"{len(both)} images are both in --examples and in --images, such as {min(both)}")
     model, preprocess, tokenizer = common.open_model(options)
     bad_samples, n = BadSamples(), len(classes)

@@ -32,12 +32,11 @@ def main(argv: list[str]):
     bad_samples = BadSamples()
     if options.ask:
         wanted, no = ["yes"], "no"
-        warn_of_poor_coverage(tokenizer, [options.ask])
         score = lambda embeds: {"yes": rules.ask(model, tokenizer, embeds, options.ask, options.against)}  # noqa: E731
     else:
         wanted, no = [name for name in categories if name != rules.HARMLESS], rules.HARMLESS
-        warn_of_poor_coverage(tokenizer, wanted)
         score = lambda embeds: rules.category_scores(model, tokenizer, embeds, categories)  # noqa: E731
+    warn_of_poor_coverage(tokenizer, [options.ask] if options.ask else wanted)
     default = {"threshold": rules.THRESHOLD, "review": rules.THRESHOLD if options.ask else rules.REVIEW}
     thresholds = {name: default for name in wanted}
     embed = lambda images: common.embed_usable(options, model, preprocess, images, bad_samples)  # noqa: E731

@@ -10,12 +10,11 @@ from miniclip.utils.command_line import Parser, find_device, print_json, startin
 from miniclip.utils.machine import processor
 
 BATCHES = 1, 32
-DEFAULT = "TinyCLIP-ViT-40M-32-Text-19M"
 
 
 def main(argv: list[str]):
     parser = Parser.command("speed", __doc__, "--model runs/mine")
-    parser.share("model", default=DEFAULT)
+    parser.share("model", default="TinyCLIP-ViT-40M-32-Text-19M")
     parser.share("pretrained", "device", "json")
     options = parser.parse_args(argv)
     with starting():

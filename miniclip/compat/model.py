@@ -102,8 +102,7 @@ class CLIP(nn.Module):
 class OpenAIClip(CLIP):
     """OpenAI's model: called with images and token ids it returns the logits of both directions."""
 
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        return self.get_logits(image, text)
+    forward = CLIP.get_logits
 
     def transformer(self, x: Tensor) -> Tensor:
         """The text tower's blocks, on a sequence (L, B, W) as OpenAI's code arranges it."""

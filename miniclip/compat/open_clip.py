@@ -348,9 +348,8 @@ class ClipLoss(nn.Module):
     ):  # fmt: skip
         super().__init__()
         refuse("use_horovod", use_horovod, "processes talk through torch.distributed")
-        if world_size > 1 and not (local_loss and gather_with_grad):
-            why = "only with both are gradients those of the whole batch"
-            refuse("local_loss or gather_with_grad False", True, why)
+        apart = world_size > 1 and not (local_loss and gather_with_grad)
+        refuse("local_loss or gather_with_grad False", apart, "only with both are gradients those of the whole batch")
 
     def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict: bool = False):
         loss = clip_loss(image_features, text_features, logit_scale)  # a bias would change no softmax

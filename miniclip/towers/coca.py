@@ -20,8 +20,8 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from miniclip.checkpoint import BLOCK_ROWS, TEXT_ROWS
 from miniclip.config import LARGEST, MODELS, MiniClipConfig, TextConfig, VisionConfig
 from miniclip.model import TOWERS, Attention, Block, ClipOutput, MiniClip, TextTransformer, Tower, VisionTransformer
-from miniclip.towers.generate import Writer, attend, beam_search, processors, sample
-from miniclip.towers.registry import CAPTIONERS, CUSTOM_TEXT, IN_OPENCLIP, check_images, openclip_rows
+from miniclip.towers.generate import Writer, beam_search, processors, sample
+from miniclip.towers.registry import CAPTIONERS, CUSTOM_TEXT, IN_OPENCLIP, attend, check_images, openclip_rows
 from miniclip.utils.config_files import check, in_range
 from miniclip.utils.errors import InputError
 
@@ -116,6 +116,8 @@ class AttentionalPooler(nn.Module):
 
     def __init__(self, width: int, embed_dim: int, heads: int, queries: int):
         super().__init__()
+        if embed_dim % heads:
+            raise InputError(f"embed_dim {embed_dim} is not a multiple of attn_pooler_heads {heads}")
         self.query = nn.Parameter(torch.empty(queries, embed_dim))
         self.attn = nn.MultiheadAttention(embed_dim, heads, kdim=width, vdim=width, batch_first=True)
         self.ln_q, self.ln_k = nn.LayerNorm(embed_dim), nn.LayerNorm(width)
@@ -136,8 +138,6 @@ class CocaVisionTransformer(TokenTower, VisionTransformer):
     def __init__(self, cfg: CocaVisionConfig, embed_dim: int, quick_gelu: bool):
         super().__init__(cfg, embed_dim, quick_gelu)
         W, E, heads = cfg.width, embed_dim, cfg.attn_pooler_heads
-        if E % heads:
-            raise InputError(f"embed_dim {E} is not a multiple of attn_pooler_heads {heads}")
         if cfg.attentional_pool in READ_TWICE and E != W:
             raise InputError(f"attentional_pool {cfg.attentional_pool} needs embed_dim {W}, the image tower's width")
         self.width, self.cascade = E, cfg.attentional_pool == "cascade"
@@ -354,15 +354,14 @@ class CoCa(MiniClip):
             (repetition_penalty > 0, f"repetition_penalty {repetition_penalty} is not above 0; 1 is none"),
         ])  # fmt: skip
         next_logits = Writer(self.text, self.text_decoder, self.visual.with_tokens(image)[1])
+        rules = partial(processors, eos, min_seq_len, repetition_penalty, image.device)
         if generation_type == "beam_search":
-            rules = processors(eos, min_seq_len, repetition_penalty, image.device)
             beams = num_beams // num_beam_groups
-            ids = beam_search(next_logits, rules, len(image), beams, sot, eos, pad, seq_len, image.device)
+            ids = beam_search(next_logits, rules(), len(image), beams, sot, eos, pad, seq_len, image.device)
         else:
             warper = TopPLogitsWarper(top_p) if generation_type == "top_p" else TopKLogitsWarper(top_k)
-            rules = processors(eos, min_seq_len, repetition_penalty, image.device, warper)
             ids = torch.full((len(image), 1), sot, device=image.device) if text is None else text
-            ids = sample(next_logits, rules, ids, temperature, eos, pad, seq_len)
+            ids = sample(next_logits, rules(warper), ids, temperature, eos, pad, seq_len)
         return F.pad(ids, (0, seq_len - ids.shape[1] if fixed_output_length else 0), value=pad)
 
     def activation_checkpointing_enable(self, *, every_n_layers: int = 1, offload: bool = False, **kwargs):

@@ -19,7 +19,6 @@ from miniclip.towers.hf_config import HfVisionConfig, ask
 from miniclip.towers.huggingface import HfVisionTower
 from miniclip.towers.registry import NOT_IN_OPENCLIP, check_images
 from miniclip.towers.tokens import token_features
-from miniclip.utils.errors import InputError
 
 
 @dataclass
@@ -68,8 +67,6 @@ class CocaHfVisionTower(HfVisionTower):
                 image = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
                 cfg.channels = ask(cfg.hf_model_name, token_features, self.eval(), image).shape[2]
             self.train()
-        if embed_dim % cfg.attn_pooler_heads:
-            raise InputError(f"embed_dim {embed_dim} is not a multiple of attn_pooler_heads {cfg.attn_pooler_heads}")
         return Reader(cfg.channels, embed_dim, cfg.attn_pooler_heads, cfg.hf_proj_dropout)
 
     def features(self, pixel_values: Tensor) -> Tensor:  # (B, N * C)

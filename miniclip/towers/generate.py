@@ -4,7 +4,6 @@ Both do what OpenCLIP's `generate` does. Two things in it are its own: a beam's 
 probabilities; and its groups of beams, without a penalty for being alike, all find the same, so one is computed.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -12,15 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from miniclip.towers.registry import altered, attend
+
 # Token ids (N, T), and which text of the last call each continues, (N,), or None if all do in order, to the logits of
 # the next tokens (N, vocabulary).
 NextLogits = Callable[[Tensor, Tensor | None], Tensor]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Attention of (B, L, W) to (B, K, W) in several heads; a mask (L, K) or (B, 1, L, K) is true where one sees."""
-    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class GrowingAttention(nn.Module):
@@ -36,20 +31,14 @@ class GrowingAttention(nn.Module):
         return self.attn.out_proj(attend(q, *self.kept, self.attn.heads, mask))
 
 
-def growing(block: nn.Module) -> nn.Module:
-    """A copy of a block with the same weights and a GrowingAttention."""
-    twin = copy.copy(block)
-    twin._modules = block._modules | {"attn": GrowingAttention(block.attn)}
-    return twin
-
-
 class Writer:
     """The NextLogits of a CoCa's text tower and decoder. What it computes of an image serves all texts about it, and of
     a text's earlier positions all later ones."""
 
     def __init__(self, text: nn.Module, decoder: nn.Module, image_tokens: Tensor):
         self.text, self.decoder, self.images, self.length = text, decoder, len(image_tokens), 0
-        self.readers, self.blocks = ([growing(block) for block in part.blocks] for part in (text, decoder))
+        self.readers = [altered(block, {"attn": GrowingAttention(block.attn)}) for block in text.blocks]
+        self.blocks = [altered(block, {"attn": GrowingAttention(block.attn)}) for block in decoder.blocks]
         self.keys = [block.keys(image_tokens) for block in decoder.cross_attn]
 
     def __call__(self, ids: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -89,7 +78,7 @@ def beam_search(
         words, length = logits.shape[1], ids.shape[1] + 1
         totals = (logits.float() + scores[:, None]).view(images, -1)
         totals, places = (t.tolist() for t in totals.topk(2 * beams, dim=1))  # enough, were all beams to end
-        continued, tokens, kept = [], [], []
+        kept = []
         for image in range(images):
             going = []
             for rank, (total, place) in enumerate(zip(totals[image], places[image])):
@@ -99,23 +88,14 @@ def beam_search(
                 elif rank < beams and not done[image]:
                     keep_best(ended[image], beams, total / length, ids[row])
             done[image] |= len(ended[image]) == beams and worst(ended[image]) >= totals[image][0] / length
-            for row, token, total in going[:beams]:
-                continued.append(row)
-                tokens.append(token)
-                kept.append(total)
-        rows = torch.tensor(continued, device=device)
-        ids = torch.cat([ids[rows], torch.tensor(tokens, device=device)[:, None]], dim=1)
-        scores = torch.tensor(kept, device=device)
+            kept += going[:beams]
+        rows, tokens, scores = (torch.tensor(column, device=device) for column in zip(*kept))
+        ids = torch.cat([ids[rows], tokens[:, None]], dim=1)
     for image in range(images):
         for row in range(image * beams, (image + 1) * beams) if not done[image] else ():
             keep_best(ended[image], beams, scores[row].item() / ids.shape[1], ids[row])
-    best = [sorted(texts, key=lambda text: text[0])[-1][1] for texts in ended]
-    width = min(max(map(len, best)) + 1, seq_len)
-    out = torch.full((images, width), pad, device=device)
-    for row, text in zip(out, best):
-        row[: len(text)] = text
-        row[len(text) : len(text) + 1] = eos
-    return out
+    best = [F.pad(sorted(texts, key=lambda text: text[0])[-1][1], (0, 1), value=eos) for texts in ended]
+    return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=pad)[:, :seq_len]
 
 
 def keep_best(texts: list[tuple[float, Tensor]], count: int, score: float, ids: Tensor):

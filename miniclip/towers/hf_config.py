@@ -18,19 +18,13 @@ IMPLEMENTATIONS = (None, "eager", "sdpa", "grouped_mm", "batched_mm")  # transfo
 COUNT = 1 << 24  # transformers makes lists as long as some numbers in a config say
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 CENTER_CROP_FILE = "image_processing_torchvision_crop"  # the code that weights/to_huggingface.py puts into folders
-
-
-def _roberta(kind: str, words: int, width: int = 768, layers: int = 12) -> dict:
-    ids, sizes = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}, {"hidden_size": width, "vocab_size": words}
-    sizes |= {"num_hidden_layers": layers, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
-    more = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-    return {"model_type": kind, **sizes, **more, **ids}
-
-
 # Encoders of published CLIP models: their files need no config from the hub. Names also begin with FacebookAI/.
+ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}  # other than by default
+XLM = ROBERTA | {"model_type": "xlm-roberta", "vocab_size": 250002}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 KNOWN = {
-    "roberta-base": _roberta("roberta", 50265), "xlm-roberta-base": _roberta("xlm-roberta", 250002),
-    "xlm-roberta-large": _roberta("xlm-roberta", 250002, 1024, 24),
+    "roberta-base": ROBERTA | {"model_type": "roberta", "vocab_size": 50265}, "xlm-roberta-base": XLM,
+    "xlm-roberta-large": XLM | LARGE,
 }  # fmt: skip
 
 

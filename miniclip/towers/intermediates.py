@@ -1,7 +1,6 @@
 """What the blocks of a model's towers return, as OpenCLIP's `forward_intermediates` gives it: features of patches for
 segmentation and detection, of words, of a ResNet's stages."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial, singledispatch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from miniclip.model import MiniClip, TextTransformer, Tower, VisionTransformer
 from miniclip.towers.coca import CocaTextTransformer, CocaVisionTransformer
+from miniclip.towers.registry import altered
 from miniclip.towers.resnet import ModifiedResNet
 from miniclip.towers.siglip import SigLipVisionTransformer
 from miniclip.towers.timm_model import TimmTower
@@ -49,8 +49,7 @@ def forward_intermediates(
     `image_logits` and `text_logits` with `output_logits`, `logit_scale` and `logit_bias` with the last option. Raises
     InputError for blocks that are not there, for another format, for towers of transformers, as OpenCLIP has none of
     theirs, and for `normalize_intermediates` of a CoCa whose norm has another width."""
-    output, normalize = {}, normalize and not intermediates_only
-    output_logits = output_logits and not intermediates_only
+    output, output_logits = {}, output_logits and not intermediates_only
     if output_logits and (image is None or text is None):
         raise InputError("output_logits needs image and text: give both")
     if image is not None:
@@ -141,13 +140,6 @@ class Probe(nn.Module):
         return x
 
 
-def altered(tower: Tower, **modules: nn.Module) -> Tower:
-    """A copy with the same weights but other modules, which computes in the plain way."""
-    twin = copy.copy(tower)
-    twin._modules, twin.wrappers = tower._modules | modules, ()
-    return twin
-
-
 @singledispatch
 def run(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
     """One tower's forward pass. A tower of your own registers its function here."""
@@ -169,7 +161,7 @@ def run_blocks(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool)
     taken, found, blocks = chosen(len(tower.blocks), indices), {}, nn.ModuleList()
     for number, block in enumerate(tower.blocks[: taken[-1] + 1 if stop_early else None]):
         blocks.extend([block, Probe(found, number)] if number in taken else [block])
-    embeds = altered(tower, blocks=blocks)(inputs)
+    embeds = altered(tower, {"blocks": blocks}, wrappers=())(inputs)
     return list(found.values()), embeds
 
 
@@ -193,5 +185,5 @@ def _(tower: ModifiedResNet, inputs: Tensor, indices: Indices, stop_early: bool)
         stages[f"layer{number}"] = nn.Sequential(*tower.get_submodule(f"layer{number}"), Probe(found, number))
     stages["layer1"].insert(0, Probe(found, 0))
     taken = chosen(5, indices)
-    embeds = altered(tower, **stages)(inputs)
+    embeds = altered(tower, stages, wrappers=())(inputs)
     return Found([found[number] for number in taken], embeds)

@@ -9,7 +9,6 @@ for each other one resized to its size and given its mean and deviation. Each te
 tokenizer (`JointTokenizer`).
 """
 
-import copy
 import math
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -24,7 +23,7 @@ from miniclip.model import TOWERS
 from miniclip.towers.hf_config import HfTextConfig, HfVisionConfig
 from miniclip.towers.hf_tokenizer import JointTokenizer
 from miniclip.towers.huggingface import HfTextTower, HfTower, HfVisionTower
-from miniclip.towers.registry import check_images
+from miniclip.towers.registry import altered, check_images
 from miniclip.towers.tokens import token_features, token_section
 from miniclip.utils.config_files import fill
 from miniclip.utils.errors import InputError
@@ -138,19 +137,14 @@ class JointTower(HfTower):
             tower.checkpoint_activations(every)
 
     def for_inference(self) -> "JointTower":
-        fast = copy.copy(self)
-        fast._modules = self._modules | {"towers": nn.ModuleList(tower.for_inference() for tower in self.towers)}
-        return fast
+        return altered(self, {"towers": nn.ModuleList(tower.for_inference() for tower in self.towers)})
 
 
 class JointVisionTower(JointTower):
     """Images (B, 3, S, S) to embeddings (B, E)."""
 
     one = HfVisionTower
-
-    def __init__(self, cfg: JointVisionConfig, embed_dim: int, quick_gelu: bool):
-        super().__init__(cfg, embed_dim, quick_gelu)
-        self.image_size = cfg.image_size
+    image_size = property(lambda self: self.cfg.image_size)
 
     @property
     def classes(self) -> dict[int, str]:

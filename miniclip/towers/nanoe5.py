@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import write_json, write_manifest
+from miniclip.utils.files import write_json
 
 BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 weights: (number from 0 to 15, minus 8) x scale
 MATRICES = {  # theirs -> transformers' BERT's, in each layer
@@ -40,7 +40,6 @@ def convert(file: str | Path, folder: str | Path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", {"architectures": ["BertModel"], "model_type": "bert"} | sizes)
     make_tokenizer(pieces, scores, sizes).save_pretrained(folder)
-    write_manifest(folder)
 
 
 def read(data: bytes) -> tuple[dict, list[str], list[float], dict[str, Tensor]]:

@@ -98,6 +98,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder, first_wins=True) as scratch:
             make(scratch)
+            write_manifest(scratch)
     check_manifest(folder)
     return folder
 
@@ -125,7 +126,6 @@ def all_mpnet_base_v2() -> Path:
                             shutil.copyfileobj(file, copy)
             except (zipfile.BadZipFile, KeyError, EOFError) as error:
                 raise InputError(f"{parts[0]} and the parts after it are damaged ({error}): reinstall {pip}") from None
-        write_manifest(folder)
 
     return cached("all-mpnet-base-v2", unzip)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from miniclip.config import LARGEST, TextConfig, VisionConfig
 from miniclip.model import MLP, TOWERS, Block, MiniClip, TextTransformer, Tower, VisionTransformer
-from miniclip.towers.registry import NOT_IN_OPENCLIP, SIZED_BY_FILE, openclip_rows
+from miniclip.towers.registry import NOT_IN_OPENCLIP, SIZED_BY_FILE, attend, openclip_rows
 from miniclip.utils.config_files import in_range
 from miniclip.utils.errors import CheckpointError
 
@@ -71,10 +71,7 @@ class PrunedAttention(nn.Module):
         self.out_proj = nn.Linear(heads * head_width, width)
 
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:
-        B, L, _ = x.shape
-        q, k, v = self.in_proj(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, head width)
-        x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, -1))
+        return self.out_proj(attend(*self.in_proj(x).chunk(3, dim=2), self.heads, is_causal=is_causal))
 
 
 class PrunedBlock(Block):

@@ -1,9 +1,11 @@
-"""Registration of a new kind of tower."""
+"""Registration of a new kind of tower, and functions that several kinds share."""
 
+import copy
 import pkgutil
 import re
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
@@ -30,6 +32,20 @@ def check_images(pixel_values: Tensor, side: int):
         raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {side}, {side})")
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, is_causal=False) -> Tensor:
+    """Attention of (B, L, W) to (B, K, W) in several heads; a mask (L, K) or (B, 1, L, K) is true where one sees."""
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal).transpose(1, 2).flatten(2)
+
+
+def altered(module: Module, modules: dict[str, Module], **attributes) -> Module:
+    """A copy with the same weights, but with these modules and attributes in place of its own."""
+    twin = copy.copy(module)
+    twin._modules = module._modules | modules
+    vars(twin).update(attributes)
+    return twin
+
+
 def openclip_rows(tower: Tower) -> list[tuple[str, str, str]]:
     """The `key_rows` of a tower like those of CLIP, but with other parts or without some: a row for each weight."""
 
@@ -45,9 +61,6 @@ def openclip_rows(tower: Tower) -> list[tuple[str, str, str]]:
 SIZED_BY_FILE: dict[type, Callable[[Module, dict[str, Tensor]], dict[str, Tensor]]] = {}
 # Text sections whose tokenizer may lie beside the weights: the files of which one has to be there.
 TOKENIZER_BESIDE: dict[type, tuple[str, ...]] = {}
-# Image towers that their weights tell: (a tensor's name, the function from the weights to the config section). Names
-# are OpenCLIP's, without the prefix.
-SIGNS = [("layer1.0.conv1.weight", "miniclip.towers.resnet:from_weights")]
 
 
 def told_by_weights(weights: dict[str, Tensor]) -> dict | None:
@@ -55,10 +68,9 @@ def told_by_weights(weights: dict[str, Tensor]) -> dict | None:
     any layout; None for others. Raises CheckpointError for a tower that lacks some."""
     names = {name: name.rpartition("visual.")[2].replace("module.", "") for name in weights if "visual." in name}
     visual = {theirs: weights[name] for name, theirs in names.items()}
-    for sign, function in SIGNS:
-        if sign in visual:
-            try:
-                return pkgutil.resolve_name(function)(visual)
-            except KeyError as error:
-                raise CheckpointError(f"the image tower has no {error}") from None
-    return None
+    if "layer1.0.conv1.weight" not in visual:  # a ResNet's, as OpenCLIP names it
+        return None
+    try:
+        return pkgutil.resolve_name("miniclip.towers.resnet:from_weights")(visual)
+    except KeyError as error:
+        raise CheckpointError(f"the image tower has no {error}") from None

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.config import LARGEST
 from miniclip.model import TOWERS, Tower
 from miniclip.towers.huggingface import fuse_norms
-from miniclip.towers.registry import IN_OPENCLIP, check_images
+from miniclip.towers.registry import IN_OPENCLIP, attend, check_images
 from miniclip.utils.config_files import in_range
 
 
@@ -83,9 +82,7 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)  # (B, S * S, W)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
-        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, L, W/H)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
+        return attend(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)[:, 0]
 
 
 class ModifiedResNet(Tower):
@@ -145,16 +142,12 @@ class ModifiedResNet(Tower):
 @contextmanager
 def statistics_kept(block: nn.Module) -> Iterator[None]:
     """A context, of the second forward pass of checkpointing, in which BatchNorms do not count the batch again."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    before = [(statistic, statistic.clone()) for statistic in block.buffers()]
     try:
         yield
     finally:
-        for norm, momentum, batches in before:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+        for statistic, value in before:
+            statistic.copy_(value)
 
 
 def from_weights(weights: dict[str, Tensor]) -> dict:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.checkpoint import BLOCK_ROWS, OPERATIONS
@@ -23,7 +22,7 @@ from miniclip.config import LARGEST, VisionConfig
 from miniclip.model import MLP, TOWERS, Block, Tower
 from miniclip.towers.hf_config import open_tokenizer
 from miniclip.towers.hf_tokenizer import CLEAN, TOKENIZER_FILES
-from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE, TOKENIZER_BESIDE, check_images
+from miniclip.towers.registry import IN_OPENCLIP, SIZED_BY_FILE, TOKENIZER_BESIDE, attend, check_images
 from miniclip.towers.variants import VariantTextConfig, VariantTextTransformer, right_kwargs, set_kwargs
 from miniclip.utils.config_files import in_range
 from miniclip.utils.errors import InputError
@@ -109,8 +108,7 @@ class LatentPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, (k, v) = self.q(self.latent.to(x.dtype).expand(x.shape[0], -1, -1)), self.kv(x).chunk(2, dim=2)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, L, W/H)
-        x = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))[:, 0]
+        x = self.proj(attend(q, k, v, self.heads))[:, 0]
         return x + self.mlp(self.norm(x))
 
 

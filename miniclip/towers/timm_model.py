@@ -151,8 +151,7 @@ class TimmTower(Tower):
         group: norms, the classifier."""
         from timm.models._manipulate import group_with_matcher
 
-        nowhere = ("", None)
-        named = chain(self.trunk.named_parameters(), [nowhere])
+        named = chain(self.trunk.named_parameters(), [("", None)])  # the last is in no group
         group = ask(self.cfg.timm_model_name, group_with_matcher, named, self.trunk.group_matcher(), reverse=True)
         largest = {}
         for name, module in self.trunk.named_modules():

@@ -59,8 +59,7 @@ def add_tokens(model: MiniClip):
         cfg = getattr(model.config, name)
         if type(cfg) not in WITH_TOKENS:
             raise InputError(f"late interaction knows no patches or words of a {type(tower).__name__}")
-        values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-        setattr(model.config, name, WITH_TOKENS[type(cfg)](**values))
+        setattr(model.config, name, WITH_TOKENS[type(cfg)](**vars(cfg)))
         _add_projection(tower, TOKEN_DIM)
 
 
@@ -72,7 +71,7 @@ def without_tokens(model: MiniClip) -> MiniClip:
     model = copy.deepcopy(model)
     for name, tower in (("vision_cfg", model.visual), ("text_cfg", model.text)):
         cfg = getattr(model.config, name)
-        values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+        values = dict(vars(cfg))
         del values["token_dim"], tower.token_proj
         setattr(model.config, name, type(cfg).__base__(**values))
         tower.rows = type(tower).rows

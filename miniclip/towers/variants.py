@@ -210,8 +210,7 @@ class VariantTextTransformer(TextTransformer):
         kind = StrippedTokenizer if options.get("strip_sep_token") else HfTokenizer
         return kind(tokenizer, self.cfg.context_length, options.get("clean", "whitespace"))
 
-    def open_tokenizer(self, folder: str | Path):
-        return open_tokenizer(folder)
+    open_tokenizer = staticmethod(open_tokenizer)
 
     def save_files(self, directory: Path):
         if self.cfg.hf_tokenizer_name:

@@ -134,24 +134,22 @@ def siglip_config(values: dict, folder: Path) -> MiniClipConfig:
 
 def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[MiniClipConfig | None, str]:
     """The config that fits the weights and the reason; None and what is in doubt, if there is not exactly one."""
-    config, sizes = read_json(folder / "config.json"), infer_config(weights)
+    config, sizes = read_json(file := folder / "config.json"), infer_config(weights)
     if config.get("model_type") == "clip":  # transformers omits its defaults
         vision, text = (config.get(name) or {} for name in ("vision_config", "text_config"))
         if not (isinstance(vision, dict) and isinstance(text, dict)):
-            raise CheckpointError(f"{folder / 'config.json'}: vision_config and text_config are not both objects")
+            raise CheckpointError(f"{file}: vision_config and text_config are not both objects")
         activations = {str(tower.get("hidden_act", "quick_gelu")) for tower in (vision, text)}
         if activations not in ({"gelu"}, {"quick_gelu"}):
             raise CheckpointError(f"{folder}: hidden_act is {activations}; only gelu and quick_gelu can be converted")
         sizes["quick_gelu"] = activations == {"quick_gelu"}
-        for tower in (vision, text):
-            if tower.get("layer_norm_eps", 1e-5) != 1e-5:
-                raise CheckpointError(f"{folder / 'config.json'}: layer_norm_eps is {tower['layer_norm_eps']!r:.100};"
-                                      " only CLIP's 1e-05 can be converted")  # fmt: skip
-        heads = vision.get("num_attention_heads", 12)
-        if type(heads) is not int or heads < 1 or sizes["vision_cfg"]["width"] % heads:
-            raise CheckpointError(f"{folder / 'config.json'}: num_attention_heads is {heads!r:.100}, not a divisor of"
-                                  f" the width {sizes['vision_cfg']['width']}")  # fmt: skip
-        sizes["vision_cfg"]["head_width"] = sizes["vision_cfg"]["width"] // heads
+        for eps in (tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)):
+            if eps != 1e-5:
+                raise CheckpointError(f"{file}: layer_norm_eps is {eps!r:.100}; only CLIP's 1e-05 can be converted")
+        heads, width = vision.get("num_attention_heads", 12), sizes["vision_cfg"]["width"]
+        if type(heads) is not int or heads < 1 or width % heads:
+            raise CheckpointError(f"{file}: num_attention_heads is {heads!r:.100}, not a divisor of the width {width}")
+        sizes["vision_cfg"]["head_width"] = width // heads
         sizes["text_cfg"]["heads"] = text.get("num_attention_heads", 8)
         if images := preprocessing_of(folder, "CLIPImageProcessor"):
             if (size := images["size"]) != sizes["vision_cfg"]["image_size"]:

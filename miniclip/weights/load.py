@@ -24,7 +24,6 @@ ACTIVATIONS = {
     "tinyclip": False, "laion2b": False, "datacomp": False, "commonpool": False,
 }  # fmt: skip
 ACTIVATION_NAMES = {True: "QuickGELU", False: "GELU"}
-OWN = VisionTransformer, TextTransformer
 CLIP_KEYS = {"visual.conv1.weight", "text.blocks.0.ln_1.bias"}  # of both of them, and of ResNets
 
 
@@ -60,7 +59,7 @@ def fill(model: MiniClip, checkpoint: Checkpoint, path: Path, check_activation: 
     model.load_state_dict(fit_weights(checkpoint.weights, model.state_dict(), path), strict=True)
     read_tokenizer_beside(model, Path(path))
     ours, quick_gelu = model.config.quick_gelu, checkpoint.quick_gelu
-    own = any(type(tower) in OWN for tower in (model.visual, model.text))
+    own = any(type(tower) in (VisionTransformer, TextTransformer) for tower in (model.visual, model.text))
     if check_activation and own and quick_gelu not in (None, ours):
         fix = " or ".join(fitting_configs(checkpoint.weights, quick_gelu)) or "one that differs in quick_gelu only"
         trained = f"{path} was trained with {ACTIVATION_NAMES[quick_gelu]} ({checkpoint.evidence})"

@@ -38,7 +38,7 @@ ABOUT = "export.json"
 TOLERANCE = 1e-5  # the largest difference of an fp32 export's embeddings, which are of unit length
 ONE_FILE = 1_900_000_000  # bytes of weights: above, ONNX keeps them in a second file, since protobuf ends at 2 GB
 NAMES = {"image": ("pixel_values", "image_embeds"), "text": ("input_ids", "text_embeds")}  # of inputs and outputs
-SINGLE = {"input_names": ["image", "text"], "output_names": ["image_features", "text_features"]}
+SINGLE = ["image", "text"], ["image_features", "text_features"]
 GRAPHS = [f"{name}{suffix}" for name in ("image", "text", "clip") for suffix in (".onnx", ".onnx.data", ".pt2")]
 CAPTIONS = "a", "a dog runs through the snow", "two cats on a red sofa", f"a photo of {'a very ' * 100}big dog", "!"
 SAFE = (1, 24)  # ONNX Runtime refuses weights outside of a model's folder from here on
@@ -105,15 +105,14 @@ def export(
         folder.mkdir()
         with torch.no_grad(), quiet():
             for kind, batches in (("image", images), ("text", captions)):
-                file, (given, got) = folder / (kind + suffix), NAMES[kind]
-                names = {"input_names": [given], "output_names": [got]}
-                write(file, half[kind], (one[kind],), (shapes[kind],), precision, **names)
+                file, names = folder / (kind + suffix), ([name] for name in NAMES[kind])
+                write(file, half[kind], (one[kind],), (shapes[kind],), precision, *names)
                 run = runner(file)
                 about["checked"][file.name] = compare(file, precision, [(run(x)[0], exact[kind](x)) for x in batches])
             if single_graph:
                 file, both = folder / "clip.onnx", BothTowers(*half.values()).eval()
                 free = shapes["image"], {0: torch.export.Dim("texts", min=1), 1: length}
-                write(file, both, tuple(one.values()), free, precision, **SINGLE)
+                write(file, both, tuple(one.values()), free, precision, *SINGLE)
                 run, pairs = runner(file), []
                 for x, ids in zip(images, captions[::-1]):  # as many texts as images, fewer, more
                     pairs += zip(run(x, ids), (exact["image"](x), exact["text"](ids)))
@@ -162,14 +161,14 @@ def examples(model: MiniClip) -> tuple[list[Tensor], list[Tensor]]:
     return [images, images[2:4], images[:1]], ids
 
 
-def write_pt2(file: Path, module: nn.Module, example: tuple, shapes: tuple, precision: str, **names):
+def write_pt2(file: Path, module: nn.Module, example: tuple, shapes: tuple, *_):
     """Writes one graph of torch.export."""
     torch.export.save(traced(module, torch.export.export, (example,), {"dynamic_shapes": shapes}), file)
 
 
-def write_onnx(file: Path, module: nn.Module, example: tuple, shapes: tuple, precision: str, **names):
+def write_onnx(file: Path, module: nn.Module, example: tuple, shapes: tuple, precision: str, given: list, got: list):
     """Writes one graph of ONNX, in the opset that torch prefers, by its exporter that is built on torch.export."""
-    how = {"dynamo": True, "dynamic_shapes": shapes, "verbose": False} | names
+    how = {"dynamo": True, "dynamic_shapes": shapes, "verbose": False, "input_names": given, "output_names": got}
     program = traced(module, torch.onnx.export, (example,), how)
     large = sum(p.numel() * p.element_size() for p in module.parameters()) > ONE_FILE
     program.save(file, external_data=large)

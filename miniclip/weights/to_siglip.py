@@ -52,13 +52,12 @@ def write_siglip(path: Path, model: MiniClip):
     weights = join_in_proj(from_miniclip(model.state_dict(), "hf", (model.visual.key_rows(), model.text.key_rows())))
     weights |= {name: weights[name].reshape(1) for name in ("logit_scale", "logit_bias")}
     tokenizer = model.text.tokenizer
-    if not text.hf_tokenizer_name:
-        warnings.warn(
-            "no tokenizer is written: this text tower has CLIP's, which SiglipModel does not read", stacklevel=4
-        )
+    if text.hf_tokenizer_name:
+        special = "pad_token_id", "eos_token_id", "bos_token_id"
+        texts |= {name: getattr(tokenizer.tokenizer, name) for name in special}
     else:
-        texts |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.tokenizer.eos_token_id}
-        texts |= {"bos_token_id": tokenizer.tokenizer.bos_token_id}
+        problem = "this text tower has CLIP's, which SiglipModel does not read"
+        warnings.warn(f"no tokenizer is written: {problem}", stacklevel=4)
     path.mkdir()
     write_json(path / "config.json", {
         "architectures": ["SiglipModel"], "model_type": "siglip", "dtype": precision,
