@@ -4,7 +4,6 @@ Each worker of each process reads a share of its own, and a buffer shuffles the 
 be looked up, drawn with replacement or evaluated on.
 """
 
-import inspect
 import itertools
 import logging
 
@@ -36,10 +35,8 @@ class StreamDataset(RunDataset):
     def __init__(self, stream, columns: list[str], num_samples, spec, root, *args, **kwargs):
         super().__init__((), *args, **kwargs)
         self.columns, self.num_samples, self.spec, self.root = columns, num_samples, spec, root
-        # One file at a time: newer versions would read ten in threads, and wait for those at the end of each pass.
-        known = inspect.signature(stream.shuffle).parameters
-        single = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in known else {}
-        self.stream = stream.shuffle(seed=self.seed, buffer_size=BUFFER, **single)
+        # One file at a time: the library would read ten in threads, and wait for those at the end of each pass.
+        self.stream = stream.shuffle(seed=self.seed, buffer_size=BUFFER, max_buffer_input_shards=1)
 
     @classmethod
     def opened(cls, source: str, args, options: ReadOptions = ReadOptions(), *, num_samples: int | None = None):
@@ -87,8 +84,7 @@ class StreamDataset(RunDataset):
 
         # Whole files each if there are enough of them; else each reads all, and keeps every n-th sample.
         strategy = "shards" if self.stream.num_shards >= readers else "examples"
-        known = "strategy" in inspect.signature(split_dataset_by_node).parameters  # older versions choose the same
-        part = split_dataset_by_node(self.stream, reader, readers, *[strategy] * known)
+        part = split_dataset_by_node(self.stream, reader, readers, strategy)
         part.set_epoch(10_000 * self.epoch.item() + turn)
         number, bad = -1, 0  # bad ones in a row
         # In batches, because the library would split plain iteration between workers again, by files.
