@@ -18,7 +18,6 @@ from miniclip.inference.precision import settle
 from miniclip.model import MiniClip, Tower
 from miniclip.training.closed_form import start_in_closed_form, starts_in_closed_form
 from miniclip.training.dataset import RunDataset
-from miniclip.training.losses import MORE_FEATURES
 from miniclip.utils.errors import InputError
 
 AFTER_BLOCKS = re.compile(r"norm|^_?bn|ln_|final|proj|pool|head")  # parts of the names of what follows the blocks
@@ -144,7 +143,7 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
     if options.frozen == (False, False):
         return dataset_class, (None, None)
     more = {}
-    if options.loss in MORE_FEATURES:
-        compute = pkgutil.resolve_name(MORE_FEATURES[options.loss])
+    if options.loss == "late_interaction":
+        compute = pkgutil.resolve_name("miniclip.training.late_interaction:position_features")  # it imports much
         more = compute(model, preprocess, tokenizer, records, texts, options.feature_cache, **show)
     return partial(FrozenDataset, image_features=features[0], text_features=features[1], **more), tuple(caches)

@@ -23,9 +23,6 @@ LOSSES: dict[str, Callable | str] = {
     "affinity": "miniclip.training.distill:affinity",
     "late_interaction": "miniclip.training.late_interaction:late_interaction",
 }
-# What a loss reads of frozen towers besides their features, as arguments of a FrozenDataset: "module:function", see
-# `training/late_interaction.py`.
-MORE_FEATURES = {"late_interaction": "miniclip.training.late_interaction:position_features"}
 HELP = {  # for `train.py --help`
     "clip": "symmetric InfoNCE", "siglip": "SigLIP's sigmoid loss",
     "superclip": "InfoNCE plus the caption's words, which the image has to name",
