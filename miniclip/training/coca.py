@@ -31,21 +31,17 @@ def coca(model: MiniClip, options, args) -> Callable[[CocaOutput, dict], Tensor]
     if options.check_gradients or uses_fsdp(args):
         raise InputError("check_gradients and fsdp do not know the captions of loss coca. Remove them")
     model.train_captions()
-    caption, contrastive = map(float, options.loss.split(":")[1:] or (2, 1))
-    weights = {"caption_weight": caption, "contrastive_weight": contrastive}
-    return partial(coca_loss, contrast=clip(model, options, args), pad=model.config.text_cfg.pad_id, **weights)
+    weights = tuple(map(float, options.loss.split(":")[1:] or (2, 1)))
+    return partial(coca_loss, contrast=clip(model, options, args), pad=model.config.text_cfg.pad_id, weights=weights)
 
 
-def coca_loss(
-    outputs: CocaOutput, batch: dict[str, Tensor], contrast: Callable, pad: int = 0,
-    caption_weight: float = 2.0, contrastive_weight: float = 1.0,
-) -> Tensor:  # fmt: skip
-    """CoCa's loss of a batch, in nats, a scalar: both losses, each times its weight. `contrast` is CLIP's."""
+def coca_loss(outputs: CocaOutput, batch: dict[str, Tensor], contrast: Callable, pad: int, weights: tuple) -> Tensor:
+    """CoCa's loss of a batch, in nats, a scalar: both losses, each times its weight: (captions, `contrast`, CLIP's)."""
     words = caption_loss(outputs.caption_logits, batch["input_ids"], pad)
-    return contrastive_weight * contrast(outputs, batch) + caption_weight * words
+    return weights[1] * contrast(outputs, batch) + weights[0] * words
 
 
-def caption_loss(logits: Tensor, input_ids: Tensor, pad: int = 0) -> Tensor:
+def caption_loss(logits: Tensor, input_ids: Tensor, pad: int) -> Tensor:
     """The mean cross-entropy, in nats, of the tokens after the first of captions (B, L), by logits (B, L - 1,
     vocabulary); padding does not count. Of several processes the mean of their losses is that of all their tokens,
     where OpenCLIP takes the mean of their means."""
