@@ -39,8 +39,6 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
     dropout make, and InputError for a loss that is not finite. Weights and random numbers stay as they are; a process
     group is ended. No optimizer step is made, and nothing is written."""
     args, model, first = trainer.args, trainer.model, trainer.is_world_process_zero()
-    if trainer.is_deepspeed_enabled:
-        raise InputError("check_gradients does not work with DeepSpeed. Remove one of them")
     plain = copy.deepcopy(model, copies := {}) if first else None
     probe, clip = Probe(trainer), args.max_grad_norm
     buffers = {name: value.clone() for name, value in model.named_buffers()}
