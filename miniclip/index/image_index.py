@@ -61,9 +61,8 @@ class ImageIndex:
             if path.stat().st_size != size or (check or size <= SMALL) and sha256(path) != digest:
                 raise ImageIndexError(f"{path} is not what was written: {REMEDY}")
         self.vectors = np.load(self.place / "vectors.npy", mmap_mode="r", allow_pickle=False)
-        self.patches = None
-        if "patches.npy" in self.about["files"]:
-            self.patches = np.load(self.place / "patches.npy", mmap_mode="r", allow_pickle=False)
+        patches = self.place / "patches.npy" if "patches.npy" in self.about["files"] else None
+        self.patches = patches and np.load(patches, mmap_mode="r", allow_pickle=False)
         self.keys = np.load(self.place / "keys.npy", allow_pickle=False).tolist()
         with pyarrow.parquet.ParquetFile(self.place / "files.parquet") as file:
             self.table = file.read()  # in the order of rows; `read_table` and `to_numpy` would import pandas
