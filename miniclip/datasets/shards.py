@@ -6,16 +6,13 @@ An index of where every image and caption lies is kept beside the shards, and re
 import glob
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
 import tarfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +24,7 @@ from miniclip.datasets.remote import expand_remote
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing, user_cache
 from miniclip.utils.image_files import EXTENSIONS, ImageError, ImageFile
+from miniclip.utils.parallel import read_ahead
 from miniclip.utils.remote import StoreError, is_remote, open_remote, read_range, retrying, version
 
 VERSION = 3  # of the index: raise it when old ones must be rebuilt
@@ -105,8 +103,7 @@ class Shards(Sequence):
         if packed := [path for path in paths if re.search(r"\.(tgz|tar\.\w+)$", path)]:
             raise InputError(f"{packed[0]}: {COMPRESSED}")
         source = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-        with ThreadPoolExecutor(16) as pool:
-            states = dict(zip(paths, pool.map(_state, paths)))
+        states = dict(zip(paths, read_ahead(_state, paths, 16, len(paths))))
         missing = [(path, NO_FILE) for path, state in states.items() if state is None]
         self.paths, what = [path for path in paths if states[path]], f"{len(missing)} of {len(paths)} shards"
         options.report(source, f"{what} are missing", missing, len(self.paths), "", "no shards")
@@ -150,10 +147,10 @@ def _index(paths: list[str], states: list[tuple], caption_key: str | None):
         with suppress(Exception), np.load(place, allow_pickle=False) as saved:  # missing, or half of one
             if str(saved["state"]) == state and (texts.exists() or not is_remote(paths[0])):
                 return saved["rows"], [tuple(json.loads(problem)) for problem in saved["problems"].tolist()], texts
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # which mostly wait for the disk
-        work = pool.map(partial(_index_shard, caption_key), itertools.count(), paths, (size for size, _ in states))
-        few = len(paths) < 100 and not is_remote(paths[0])
-        parts = list(tqdm(work, "reading the shards' headers", len(paths), disable=few))
+    shards = [(number, path, size) for number, (path, (size, _)) in enumerate(zip(paths, states))]
+    work = read_ahead(lambda shard: _index_shard(caption_key, *shard), shards, None, len(paths))  # mostly disk
+    few = len(paths) < 100 and not is_remote(paths[0])
+    parts = list(tqdm(work, "reading the shards' headers", len(paths), disable=few))
     rows, problems = np.concatenate([rows for rows, *_ in parts]), [fault for _, found, _ in parts for fault in found]
     if is_remote(paths[0]):  # each would be a request to the store
         captions = [text for *_, found in parts for text in found]
