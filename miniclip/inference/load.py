@@ -7,10 +7,11 @@ import torch
 
 from miniclip.config import MiniClipConfig
 from miniclip.inference.fast import inference_copy
-from miniclip.inference.onnx import is_onnx, load_onnx
+from miniclip.inference.onnx import OnnxClip, is_onnx
 from miniclip.inference.precision import settle
 from miniclip.model import MiniClip
 from miniclip.transforms import Preprocess
+from miniclip.utils.errors import InputError
 from miniclip.utils.local_copy import localised
 from miniclip.utils.model_folder import limited_by
 from miniclip.utils.weight_files import find_weights
@@ -37,7 +38,9 @@ def load(
     for what cannot be downloaded, StoreError for an address that cannot be read, and what `load_weights` raises."""
     name_or_path, pretrained = localised(name_or_path), localised(pretrained or None)
     if is_onnx(name_or_path):
-        model = load_onnx(name_or_path, pretrained, device, None if precision == "auto" else precision)
+        if pretrained is not None:
+            raise InputError(f"{name_or_path} is an export to ONNX, with its own weights: remove pretrained")
+        model = inference_copy(OnnxClip(name_or_path, device), "fp32" if precision in (None, "auto") else precision)
         return model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer
     check_model(name_or_path)
     tag = find_tag(name_or_path, pretrained)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from miniclip.config import MiniClipConfig, TextConfig
-from miniclip.inference.fast import InferenceClip, inference_copy
+from miniclip.inference.fast import InferenceClip
 from miniclip.model import Tower
 from miniclip.tokenizer import BaseTokenizer
 from miniclip.towers.hf_config import open_tokenizer
@@ -50,7 +50,7 @@ class OnnxTower(Tower):
 
 class OnnxClip(InferenceClip):
     """A folder that `miniclip export onnx` wrote, with the interface of a MiniClip. Its embeddings have unit length,
-    with `normalize` or without."""
+    with `normalize` or without. Raises InputError for a damaged folder and a missing package."""
 
     weights_as_loaded = True
 
@@ -78,14 +78,6 @@ class OnnxClip(InferenceClip):
 
     def train(self, mode: bool = True):
         return self.state_dict() if mode else self
-
-
-def load_onnx(folder: str | Path, pretrained, device: str | torch.device, precision: str | None) -> OnnxClip:
-    """The model in an exported folder. Raises InputError for a damaged one, a missing package, and for options that
-    have no effect on it."""
-    if pretrained is not None:
-        raise InputError(f"{folder} is an export to ONNX, with its own weights: remove pretrained")
-    return inference_copy(OnnxClip(folder, device), precision or "fp32")
 
 
 def find_providers(device: torch.device) -> list[str]:
