@@ -142,27 +142,25 @@ def header(e: Evaluation) -> str:
 
 def metrics_section(e: Evaluation) -> str:
     ks = [int(name.partition("@")[2]) for name in e.metrics if name.startswith("text_to_image_R@")]
-    keys, rows = [*(f"R@{k}" for k in ks), "median_rank", "mean_rank", "MRR"], []
-    for way, name in WAYS.items():
+    keys, rows, found = [*(f"R@{k}" for k in ks), "median_rank", "mean_rank", "MRR"], [], []
+    n, m = len(e.images), len(e.texts)
+    for (way, name), gallery in zip(WAYS.items(), (n, m)):
         chance = e.chance(way)
         ranks, at = np.arange(1, len(chance) + 1), np.diff(chance, prepend=0)  # at: the share found at each rank
         by_rank = 1 + np.searchsorted(chance, 0.5 - 1e-9), (at * ranks).sum(), (at / ranks).sum()
         rows.append([name, *(e.metrics[f"{way}_{key}"] for key in keys)])
         rows.append(["by chance", *(chance[min(k, len(chance)) - 1] for k in ks), *by_rank])
+        correct = np.mean([len(right) for right in e.results[way].relevant])
+        by_chance = [min(k, gallery) / gallery for k in ks]
+        found.append([name, *(e.metrics[f"{way}_{kind}@{k}"] for kind in ("recall", "precision") for k in ks)])
+        found.append(["by chance", *by_chance, *(share * correct / k for share, k in zip(by_chance, ks))])
     rows = [[name, *map(percent, recalls), f"{median:,.0f}", f"{mean:,.1f}", f"{mrr:.3f}"]
             for name, *recalls, median, mean, mrr in rows]  # fmt: skip
     columns = ["", *(key.replace("_", " ") for key in keys)]
     shown = table(columns, rows, "R@K: share of queries with a correct result among the first K, in percent")
-    n, m = len(e.images), len(e.texts)
-    rows = []
-    for way, gallery in zip(WAYS, (n, m)):
-        correct = np.mean([len(right) for right in e.results[way].relevant])
-        by_chance = [min(k, gallery) / gallery for k in ks]
-        rows.append([WAYS[way], *(e.metrics[f"{way}_{kind}@{k}"] for kind in ("recall", "precision") for k in ks)])
-        rows.append(["by chance", *by_chance, *(share * correct / k for share, k in zip(by_chance, ks))])
     counted = "Correct results among the first K, in percent of all correct ones (recall@K) and of K (precision@K)"
     columns = ["", *(f"{kind}@{k}" for kind in ("recall", "precision") for k in ks)]
-    counts = table(columns, [[name, *map(percent, shares)] for name, *shares in rows], counted)
+    counts = table(columns, [[name, *map(percent, shares)] for name, *shares in found], counted)
     several = fill("several", each=m / n) if m > n else ""
     return fill("metrics", table=shown, counts=counts, images=n, texts=m, several=several, tie=TIE)
 
