@@ -81,11 +81,8 @@ RANGES: dict[str, tuple[str, Callable]] = {
     "grad_cache_chunk_size": _NOT_NEGATIVE,
 }  # fmt: skip
 # Arguments that do nothing without another one, by name.
-NEEDS = {
-    "liger_kernel_config": "use_liger_kernel", "fsdp_config": "fsdp",
-    "dataloader_prefetch_factor": "dataloader_num_workers", "dataloader_persistent_workers": "dataloader_num_workers",
-    "dataloader_multiprocessing_context": "dataloader_num_workers",
-}  # fmt: skip
+OF_WORKERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
+NEEDS = {"fsdp_config": "fsdp"} | dict.fromkeys(OF_WORKERS, "dataloader_num_workers")
 LAUNCHED = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}  # one of several processes
 CHECKPOINTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state"}
 NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
@@ -223,10 +220,9 @@ def check_given(options, args: TrainingArguments, given: dict, named: Collection
             if wanted:
                 raise InputError(f"{name} needs something to measure. Add --eval_file")
     elif given.get("do_eval", True) is False:
-        what, fix = "a held-out part", "Replace it by --holdout 0"
-        if options.eval_file:
-            what, fix = "eval_file", "Remove one of them"
-        raise InputError(f"do_eval is false, but {what} is measured at the end. {fix}")
+        fix = "eval_file is measured at the end. Remove one of them"
+        fix = fix if options.eval_file else "a held-out part is measured at the end. Replace it by --holdout 0"
+        raise InputError(f"do_eval is false, but {fix}")
     metric, one = (args.metric_for_best_model or "").removeprefix("eval_"), np.eye(1, dtype=np.float32)
     known = retrieval_metrics(one, one, [0], (1, 3, 5, 10))
     if metric and not metric.startswith("zero_shot_") and metric not in known:
@@ -248,9 +244,8 @@ def without_effect(options, args: TrainingArguments):
     if (schedule := args.lr_scheduler_type.value) in NO_WARMUP and args.warmup_steps:
         yield "warmup_steps", ("lr_scheduler_type",), f"with lr_scheduler_type {schedule}"
     if (optim := args.optim.value).startswith(NO_ADAM):
-        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            if not (name.startswith("adam_beta") and "lion" in optim):
-                yield name, ("optim",), f"with optim {optim}"
+        for name in ("adam_epsilon",) if "lion" in optim else ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            yield name, ("optim",), f"with optim {optim}"
     if "trackio" not in args.report_to:
         for name in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
             yield name, ("report_to",), "without --report_to trackio"
