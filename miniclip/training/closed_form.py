@@ -127,13 +127,11 @@ class ClosedForm:
             return regression, None
         return regression, (self.cxx @ self.prior if a is None else a.T @ (a @ self.prior)) + ridge * self.prior
 
-    def solve(
-        self, reg_x: float, reg_y: float, dim: int, power: float = 0.5, trust: float = 0.0
-    ) -> tuple[tuple[Tensor, Tensor], ...]:
+    def solve(self, reg_x: float, reg_y: float, dim: int, trust: float = 0.0) -> tuple[tuple[Tensor, Tensor], ...]:
         """Weight (dim, X), bias (dim,) of the images' projection, and those (dim, Y), (dim,) of the texts'. Rows beyond
         the number of directions are zero. `trust`: the size of Rx P, which a prior P adds to Cxy, relative to Cxy."""
         if self.prior is not None and not trust:
-            return self.plain().solve(reg_x, reg_y, dim, power)
+            return self.plain().solve(reg_x, reg_y, dim)
         (regression, more), cxy = self.maps(reg_x), self.cxy
         if trust:
             share = trust * self.spread / more.norm()
@@ -142,7 +140,7 @@ class ClosedForm:
         squares, v = torch.linalg.eigh(root[:, None] * (cxy.T @ regression) * root)
         pairs = slice(self.first, min(self.first + dim, *self.cxy.shape))
         s, v = squares.flip(0)[pairs].clamp_min(1e-20).sqrt(), root[:, None] * v.flip(1)[:, pairs]
-        wx, wy = (regression @ v * s ** (power - 1)).T, (self.axes_y @ v * s**power).T
+        wx, wy = (regression @ v * s**-0.5).T, (self.axes_y @ v * s**0.5).T
         wx, wy = (F.pad(w, (0, 0, 0, dim - len(s))) for w in (wx, wy))
         return (wx, -wx @ self.mean_x), (wy, -wy @ self.mean_y)
 

@@ -22,7 +22,7 @@ from miniclip.utils.errors import InputError
 from tests.towers.test_hf_towers import encoders, train  # noqa: F401
 
 
-def reference(x, captions, reg_x, reg_y, dim, power, prior, trust):
+def reference(x, captions, reg_x, reg_y, dim, prior, trust):
     """The formula of the docstring, step by step: x (n, X), and for each image its captions (k, Y)."""
     n = len(x)
     means = np.stack([y.mean(axis=0) for y in captions])
@@ -42,16 +42,15 @@ def reference(x, captions, reg_x, reg_y, dim, power, prior, trust):
         return vectors @ np.diag(values**-0.5) @ vectors.T
 
     u, s, v = np.linalg.svd(root(cxx, reg_x) @ cxy @ root(cyy, reg_y))
-    wx = (root(cxx, reg_x) @ u[:, :dim] * s[:dim] ** power).T
-    wy = (root(cyy, reg_y) @ v[:dim].T * s[:dim] ** power).T
+    wx = (root(cxx, reg_x) @ u[:, :dim] * s[:dim] ** 0.5).T
+    wy = (root(cyy, reg_y) @ v[:dim].T * s[:dim] ** 0.5).T
     return wx, -wx @ mean_x, wy, -wy @ mean_y
 
 
-@pytest.mark.parametrize("n, x, y, dim, power, trust", [
-    (200, 12, 8, 5, 0.5, 0.0), (200, 6, 9, 6, 1.0, 0.0), (9, 20, 14, 8, 0.5, 0.0), (200, 12, 8, 5, 0.5, 0.7),
-    (9, 20, 14, 8, 0.5, 0.7),
+@pytest.mark.parametrize("n, x, y, dim, trust", [
+    (200, 12, 8, 5, 0.0), (200, 7, 9, 7, 0.0), (9, 20, 14, 8, 0.0), (200, 12, 8, 5, 0.7), (9, 20, 14, 8, 0.7),
 ])  # fmt: skip
-def test_it_equals_a_reference(n, x, y, dim, power, trust):
+def test_it_equals_a_reference(n, x, y, dim, trust):
     rng = np.random.default_rng(n)
     shared = rng.standard_normal((n, 4))
     images = 3 + shared @ rng.standard_normal((4, x)) + rng.standard_normal((n, x))
@@ -61,14 +60,14 @@ def test_it_equals_a_reference(n, x, y, dim, power, trust):
     pairs = Pairs(torch.from_numpy(images), torch.from_numpy(np.concatenate(captions)), starts)
     prior = torch.from_numpy(rng.standard_normal((x, y)))
     form = ClosedForm(Moments.of(pairs), prior=prior if trust else None, images=pairs.images)
-    (wx, bx), (wy, by) = form.solve(3.0, 0.3, dim, power, trust)
-    theirs = reference(images, captions, 3.0, 0.3, dim, power, prior.numpy(), trust)
+    (wx, bx), (wy, by) = form.solve(3.0, 0.3, dim, trust)
+    theirs = reference(images, captions, 3.0, 0.3, dim, prior.numpy(), trust)
     signs = np.sign((wx.numpy() * theirs[0]).sum(axis=1))  # of a pair of directions, either
     for ours, their in zip((wx, bx, wy, by), theirs):
         assert np.abs((ours.numpy().T * signs).T - their).max() < 1e-6 * np.abs(their).max()
     # Without trust in it, the features that a prior maps are left out.
     prior[: x // 2] = 0
-    fewer, known = pairs._replace(images=pairs.images[:, : x // 2]), (3.0, 0.3, dim, power)
+    fewer, known = pairs._replace(images=pairs.images[:, : x // 2]), (3.0, 0.3, dim)
     plain = ClosedForm(Moments.of(pairs), prior=prior, images=pairs.images).solve(6.0, *known[1:])
     if x % 2 == 0:  # the regularisation is a multiple of the mean over all features
         for ours, their in zip(plain[1], ClosedForm(Moments.of(fewer)).solve(*known)[1]):
