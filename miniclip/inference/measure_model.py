@@ -37,10 +37,9 @@ class Model:
         else:
             suggest_bf16(options.precision, self.device)
             settle(self.model, options.precision)  # says what int8 takes
-        self.preprocess, self.cache = Preprocess(self.model.config.preprocess_cfg, options.decode), None
-        if options.feature_cache:
-            about = options.feature_cache, self.model, self.preprocess, options.precision
-            self.cache = FeatureCache.for_images(*about)
+        self.preprocess, folder = Preprocess(self.model.config.preprocess_cfg, options.decode), options.feature_cache
+        about = folder, self.model, self.preprocess, options.precision
+        self.cache = FeatureCache.for_images(*about) if folder else None
 
     def measure(self, options: Namespace, records: Sequence[dict]) -> dict:
         """Measures the model. Returns fields of `Measured`."""

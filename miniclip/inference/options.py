@@ -12,13 +12,10 @@ from miniclip.datasets.splits import at_split
 from miniclip.utils.command_line import FLAGS, HELP, Parser, at_least
 
 TABLES = (".txt", ".csv", ".md", ".tex")
-WITHOUT_EFFECT = (  # on --features
-    "pretrained", "batch_size", "num_workers", "precision", "decode", "feature_cache", "device", "rerank",
-)  # fmt: skip
+ON_MODELS = "pretrained batch_size num_workers precision decode feature_cache device rerank".split()  # not --features
 SOURCES = ("model", "pretrained", "features", "eval_file")
-DEFINING = (  # options that make one evaluation another than the next
-    *SOURCES, "normalize", "image_root", "columns", "split", "captions", "precision", "decode", "rerank",
-)  # fmt: skip
+# Options that make one evaluation another than the next.
+DEFINING = [*SOURCES, *"normalize image_root columns split captions precision decode rerank".split()]
 
 
 def parse_evaluate(argv: list[str]) -> Namespace:
@@ -68,7 +65,7 @@ def _problems(options: Namespace, default):
         yield "give --model and --eval_file, or --features"
     if options.features and options.model:
         yield "--features are measured without a model: remove --model"
-    for name in WITHOUT_EFFECT if options.features else ():
+    for name in ON_MODELS if options.features else ():
         if vars(options)[name] != default(name):
             yield f"--{name} has no effect on --features: remove it"
     if options.features and options.on_bad_sample == "skip":
