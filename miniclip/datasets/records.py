@@ -11,13 +11,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from miniclip.datasets.remote import RemoteRoot, remote_image
+from miniclip.datasets.remote import RemoteImage, RemoteRoot
 from miniclip.datasets.sound_images import SoundImages
 from miniclip.utils.bad_samples import BadSamples, CaptionFileError, raise_or_skip, short
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError, ImageFile, open_image
 from miniclip.utils.parallel import read_ahead
-from miniclip.utils.remote import is_remote
+from miniclip.utils.remote import is_remote, normal
 
 logger = logging.getLogger(__name__)
 NO_FILE = "no such file"
@@ -144,7 +144,11 @@ class ImageRoot:
     def file(self, image: str) -> str | ImageFile:
         """Returns the absolute path of an image. Raises InputError if it leads out, is missing or is not a file."""
         if is_remote(image):
-            return remote_image(image, self.allow_outside)
+            if not self.allow_outside:
+                root = "/".join(image.split("/")[:3])
+                fix = f"allow it with --image_root {root}, or any address with --allow_outside_image_root"
+                raise InputError(f"{image[:60]!r}: an image on another store: {fix}")
+            return RemoteImage(normal(image))
         if "\0" in image:
             raise InputError(f"{image[:60]!r}: a path cannot contain a NUL character")
         if "\\" in image and not os.path.lexists(os.path.join(self.folder, image)):  # Windows' separator

@@ -51,15 +51,6 @@ class RemoteRoot:
     path = file
 
 
-def remote_image(image: str, allow_outside: bool) -> RemoteImage:
-    """Returns the image that a record names by its address. Raises InputError unless that is allowed."""
-    if not allow_outside:
-        root = "/".join(image.split("/")[:3])
-        fix = f"allow it with --image_root {root}, or any address with --allow_outside_image_root"
-        raise InputError(f"{image[:60]!r}: an image on another store: {fix}")
-    return RemoteImage(normal(image))
-
-
 def expand_remote(pattern: str) -> list[str]:
     """Returns the addresses that a glob of one stands for, in order. Raises InputError if there is none."""
     if not re.search(r"[*?\[]", pattern):

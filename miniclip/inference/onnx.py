@@ -60,7 +60,9 @@ class OnnxClip(InferenceClip):
         check_manifest(folder)
         about, self.config = read_json(folder / ABOUT), MiniClipConfig.from_json(folder / "config.json")
         try:
-            self.precision, self.about = about["precision"], describe(about)
+            found = ", ".join(f"{values['min_cosine']:.6f} ({name})" for name, values in about["checked"].items())
+            self.precision = about["precision"]
+            self.about = f"onnx {self.precision}: cosine to PyTorch in fp32 at least {found}, when it was exported"
             scale, bias = math.log(about["logit_scale"]), about["logit_bias"]
             self.logit_scale = nn.Parameter(torch.tensor(scale), requires_grad=False)  # on the CPU, as all inputs
             self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)), requires_grad=False)
@@ -101,9 +103,3 @@ def read_tokenizer(folder: Path, config: MiniClipConfig) -> BaseTokenizer:
         text.load_files(folder)
         return text.tokenizer
     return HfTokenizer(open_tokenizer(tokenizer_folder(folder)), config.text_cfg.context_length)
-
-
-def describe(about: dict) -> str:
-    """One line on how close an export is to the model, as was found when it was made."""
-    found = [f"{values['min_cosine']:.6f} ({name})" for name, values in about["checked"].items()]
-    return f"onnx {about['precision']}: cosine to PyTorch in fp32 at least {', '.join(found)}, when it was exported"

@@ -138,8 +138,7 @@ def explain(probe: Probe, expected: Pass, alone: Pass, small: Pass, args, steps:
         return "The fast path is wrong: with --fast false the gradients are right"
     # The gradients of the embeddings tell whether the loss or the towers are wrong. A process has those of its rows.
     ours, right = ([g for step in p.embed_grads for g in step] for p in (exact, expected))
-    kept = [(a / world, b) for a, b in zip(ours, right) if a is not None]
-    cosine, error, factor, *_ = compare(kept)
+    cosine, error, factor, *_ = compare((a / world, b) for a, b in zip(ours, right) if a is not None)
     if error > TOLERANCE:
         if scaled := wrong_factor(cosine, factor, {"accumulation steps": steps, "processes": world}):
             return f"The loss {scaled}"

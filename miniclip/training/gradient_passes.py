@@ -40,9 +40,6 @@ class Pass:
     embed_grads: list[list[Tensor | None]]
     agree: bool = True  # whether all processes have the same gradient
 
-    def finite(self) -> bool:
-        return all(grad.isfinite().all() for grad in self.grads.values())
-
 
 class Measured(Exception):  # noqa: N818
     """Ends training before the optimizer changes the weights."""
@@ -75,7 +72,8 @@ class Probe(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         run, self.recording, model = self.collect(), [], self.trainer.model
         before = scale = self.scaler.get_scale() if self.scaler else 1.0
-        while self.scaler and scale > 1 and not run.finite():  # Trainer skips such a step and halves the scale
+        # Trainer skips a step that overflows and halves the scale.
+        while self.scaler and scale > 1 and not all(grad.isfinite().all() for grad in run.grads.values()):
             self.scaler.update(scale := scale / 2)
             run = self.repeat(self.batches)
         self.passes["run"], self.scales = run, (before, scale)

@@ -91,9 +91,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
             return_freed_memory()
         return super().training_step(*args, **kwargs)
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args, model=None):
-        return adamw.optimizer(args, model)
+    get_optimizer_cls_and_kwargs = staticmethod(adamw.optimizer)
 
     def create_optimizer(self, model=None):
         """Trainer's, with its groups split by learning rate. The highest, which is logged, comes first."""
