@@ -87,8 +87,7 @@ def _records(path: Path, rows: Iterable[tuple], options: ReadOptions, columns: l
         splits.append(split)
     if first and not columns:
         raise first
-    chosen = choose_split(splits, options.split, path)
-    return _grouped(path, (row for row, wanted in zip(found, chosen) if wanted))
+    return _grouped(path, (row for row, wanted in zip(found, choose_split(splits, options.split, path)) if wanted))
 
 
 def _record(row: dict, columns: list[str]) -> dict | InputError:

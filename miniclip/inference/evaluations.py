@@ -57,8 +57,7 @@ def evaluations(options: Namespace, bad_samples: BadSamples, model: type | None)
                 print(notes[-1])
             name = one.features or ADDRESSES.get(one.model, one.model)
             name += f" {one.pretrained}" if len(sources) > 1 and one.pretrained else ""
-            part = f":{one.split}" if one.split else ""
-            dataset_name = (one.eval_file or one.features) + part + first
+            dataset_name = (one.eval_file or one.features) + (f":{one.split}" if one.split else "") + first
             yield Measured(one, name, dataset_name, notes=tuple(notes), repeated=repeated, **about)
 
 

@@ -44,8 +44,7 @@ def find_features(path: str | Path) -> dict[str, list[Path]]:
     for kind in KINDS:
         inner = [file for part in sorted(path.glob("*/")) if is_kind(part.name, kind) for file in part.glob("*.npy")]
         named = [file for file in usable + inner if is_kind(file.stem, kind)]
-        exact = [file for file in named if file.name == f"{kind}.npy"]
-        found[kind] = exact or _parts(named)
+        found[kind] = [file for file in named if file.name == f"{kind}.npy"] or _parts(named)
     if not any(found.values()) and len(both := [file for file in usable if file.suffix.lower() in BOTH]) == 1:
         return dict.fromkeys(KINDS, both)
     for kind, there in found.items():

@@ -62,8 +62,7 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
             piece = (not probe.batch_norm and args.grad_cache_chunk_size) or args.per_device_train_batch_size
             loss = probe.loss  # a partial of the model's own parts, as superclip's, then has those of the copy
             loss = copy.deepcopy(loss, copies) if isinstance(loss, partial) else loss
-            reference = Reference(plain, loss, trainer.normalize, args.device, piece)
-            return report(probe, reference, inputs, args)
+            return report(probe, Reference(plain, loss, trainer.normalize, args.device, piece), inputs, args)
 
 
 def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tensor]]], args) -> dict:

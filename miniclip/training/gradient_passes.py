@@ -179,8 +179,7 @@ class Reference:
         autocast = torch.autocast(self.device.type, kind) if kind else nullcontext()
         with autocast, nullcontext() if precision == "tf32" else full_precision(), no_dropout(self.model):
             found = [self.add(batch, len(losses), piece or self.piece) for batch in losses]
-        named = self.model.named_parameters()
-        grads = {name: p.grad.cpu() / self.scale for name, p in named if p.grad is not None}
+        grads = {name: p.grad.cpu() / self.scale for name, p in self.model.named_parameters() if p.grad is not None}
         return Pass(grads, sum(loss for loss, _ in found) / len(found), [grads for _, grads in found])
 
     def add(self, batch: dict[str, Tensor], steps: int, piece: int) -> tuple[float, list[Tensor | None]]:

@@ -43,8 +43,7 @@ def local_outputs(argv: list[str]) -> Iterator[list[str]]:
         files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
         try:
             for path in filter(Path.exists, files):
-                name = path.relative_to(place).as_posix()
-                upload(path, url if path == place else join(url, name))
+                upload(path, url if path == place else join(url, path.relative_to(place).as_posix()))
         except StoreError as error:
             raise InputError(f"{error}. It is in {place}; to copy it: miniclip sync {place} {url}") from None
         print(f"copied to {url}")
