@@ -1,4 +1,5 @@
-"""The training wrappers around a tower's forward pass: pixel normalisation, GradCache and precomputed features."""
+"""The training wrappers around a tower's forward pass: captions sorted by length, pixel normalisation, GradCache and
+precomputed features."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,17 +11,30 @@ from torch.utils.checkpoint import checkpoint
 
 from miniclip.inference.fast import fast_wrappers, plain_reason
 from miniclip.model import MiniClip, TextTransformer, Tower
+from miniclip.towers.huggingface import HfTower
 
 
 def wrap_towers(model: MiniClip, normalize: Callable | None = None, chunk_size: int = 0, fast: bool = True) -> MiniClip:
-    """Sets the `wrappers` of both towers, and returns the model. From the inside out: the fast path (`fast`), the
-    normalisation of pixels by `normalize`, chunks of `chunk_size` inputs, and precomputed features."""
+    """Sets the `wrappers` of both towers, and returns the model. From the inside out: the fast path, or for encoders of
+    captions `by_length` (`fast`), the normalisation of pixels by `normalize`, chunks of `chunk_size` inputs, and
+    precomputed features."""
     for tower in (model.visual, model.text):
         pixels = (partial(normalize_pixels, normalize),) if normalize and tower is model.visual else ()
         divide = tokens_in_chunks if fast and type(tower) is TextTransformer else in_chunks
         chunks = (partial(divide, chunk_size),) if chunk_size else ()
-        tower.wrappers = (*(fast_wrappers(tower) if fast else ()), *pixels, *chunks, precomputed)
+        fastest = (by_length,) if isinstance(tower, HfTower) and tower.kind == "text" else fast_wrappers(tower)
+        tower.wrappers = (*(fastest if fast else ()), *pixels, *chunks, precomputed)
     return model
+
+
+def by_length(tower: HfTower, features: Callable, inputs: Tensor) -> Tensor:
+    """Token ids (B, L) go through the tower 32 at a time, the shortest first, with as much padding as these need. On a
+    GPU, which prefers large batches, all at once."""
+    if len(inputs) <= 32 or inputs.device.type != "cpu" or torch.compiler.is_compiling():
+        return features(inputs)
+    lengths, order = tower.tokenizer.lengths(inputs).sort()
+    parts = zip(lengths.split(32), inputs[order].split(32))
+    return torch.cat([features(ids[:, : longest[-1]]) for longest, ids in parts])[order.argsort()]
 
 
 def normalize_pixels(normalize: Callable, tower: Tower, features: Callable, inputs: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from miniclip.loss import clip_loss
 from miniclip.training.arguments import RunArguments
 from miniclip.training.grad_cache import wrap_towers
 from tests.inference.test_fast import make_batch, make_model
+from tests.towers.test_hf_towers import save_config, save_text_encoder
 from tests.training.test_training import largest_difference, recipe, weights  # noqa: F401
 
 
@@ -83,3 +84,35 @@ def test_accumulation_warns_that_it_adds_no_negatives(tmp_path, caplog):
     RunArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, gradient_accumulation_steps=4)
     assert "adds no negatives" in caplog.text
     assert "--per_device_train_batch_size 32 --grad_cache_chunk_size 8" in caplog.text
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_captions_of_similar_length_go_through_an_encoder_together(joint, tmp_path):
+    for number, kind in enumerate(("bert", "mpnet")):
+        save_text_encoder(tmp_path / kind, kind, pad=number)
+    one = {"hf_model_name": str(tmp_path / "mpnet"), "hf_pooler_type": "mean", "context_length": 20}
+    both = {"towers": [one, one | {"hf_model_name": str(tmp_path / "bert")}], "context_length": 20}
+    model, _, tokenizer = miniclip.load(save_config(tmp_path / "model.json", text=both if joint else one))
+    words = [" ".join(["dog", "red", "a"][i % 3] for i in range(1 + n * 7 % 17)) for n in range(75)]
+    ids, seen = tokenizer(words, trim=True), []
+    assert len(set(tokenizer.lengths(ids).tolist())) == 17
+    model.double().train().text.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # its random numbers come in another order
+    for part in model.text.towers if joint else [model.text]:
+        part.trunk.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+    found = {}
+    for fast in (False, True):
+        model.zero_grad()
+        embeds = wrap_towers(model, None, 0, fast).encode_text(ids)
+        (embeds * torch.arange(embeds.numel()).view_as(embeds).sin()).sum().backward()
+        found[fast] = {name: p.grad.clone() for name, p in model.text.named_parameters() if p.grad is not None}
+        found[fast]["embeds"] = embeds.detach()
+    each = 1 + joint
+    assert len(seen) == each * (1 + 3) and sum(seen[each:]) < 0.8 * sum(seen[:each])
+    assert found[True].keys() == found[False].keys()
+    for name, tensor in found[False].items():
+        assert torch.allclose(found[True][name], tensor, atol=1e-9), name
