@@ -26,6 +26,8 @@ CHUNK = 32  # images
 
 def convolution_wrappers(tower: Tower, image_size: int) -> tuple[Callable, ...]:
     """`learn_faster`, to be the innermost of the `wrappers` of a tower that has something to gain, else nothing."""
+    if not {p for p in tower.parameters() if p.requires_grad} - {*tower.projection.parameters()}:
+        return ()  # frozen: there is no backward pass
     slow = any(isinstance(module, nn.Conv2d) and is_slow(module.weight, module.stride) for module in tower.modules())
     twin = folded(tower, image_size) if tower.fixed_norms else None
     return (partial(learn_faster, twin),) if twin or slow else ()
@@ -111,7 +113,7 @@ def is_slow(weight: Tensor, stride: tuple[int, ...]) -> bool:
 
 
 def conv2d(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
-    """torch's, by `DepthwiseConv` where that is faster."""
+    """torch's, of images (B, C, H, W), by `DepthwiseConv` where that is faster."""
     stride, padding, dilation = ((n, n) if isinstance(n, int) else n for n in (stride, padding, dilation))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     plain = groups == len(weight) == x.shape[1] and {*dilation} == {1} and not isinstance(padding, str)
@@ -140,7 +142,7 @@ class DepthwiseConv(torch.autograd.Function):
 
 
 def convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], of: int):
-    """torch's gradient of a depthwise convolution's input (`of` 0) or weight (1)."""
+    """torch's gradient of a depthwise convolution's input x (B, C, H, W) (`of` 0) or weight (C, 1, K, K) (1)."""
     # Not torch.nn.grad, which does not keep the layout of x.
     sizes = (stride, stride), padding, (1, 1), False, (0, 0), len(weight)
     return torch.ops.aten.convolution_backward(gradient, x, weight, None, *sizes, (of == 0, of == 1, False))[of]

@@ -77,6 +77,13 @@ def test_statistics_that_are_no_longer_fixed(model):
     assert any("running_mean" in name for name in changed)
 
 
+def test_a_frozen_tower_gains_nothing(model):
+    freeze(model, "tower")
+    assert convolution_wrappers(model.visual, 32) == ()
+    freeze(model, "all_but_1")
+    assert convolution_wrappers(model.visual, 32) != ()
+
+
 def test_a_batch_norm_that_does_not_follow_the_convolution_beside_it(tiny_model):
     class Tower(type(tiny_model.visual)):
         def features(self, pixel_values):
