@@ -244,6 +244,28 @@ def test_search_times_equal_those_of_the_benchmark():
         assert len(numbers) == len(measured) and all(map(same, numbers, measured)), f"{stated}: {measured}"
 
 
+@pytest.mark.parametrize("vectors", ["100,000", "1,000,000"])
+def test_the_rates_of_other_search_libraries_are_those_of_the_benchmark(vectors):
+    measured = {}  # the rows of a method: its settings in turn
+    for row in table(RESULTS.read_text(encoding="utf-8").split(f"## Search of {vectors} vectors")[1], "vectors"):
+        measured.setdefault(re.sub(", (M|nlist)=.*", "", row[1]), []).append(row)
+    names = {  # of the page: the method, and which of its settings
+        "IVF of miniclip search, beside the vectors": ("miniclip search, ivf", (1, 2)),
+        "its HNSW, beside the vectors": ("miniclip search, hnsw", (0, 1)),
+        "faiss's HNSW": ("HNSW", (1, 2)),
+        "faiss's IVF": ("IVF", (2,)),
+        "usearch, 16 bits": ("usearch f16", (1, 2)),
+        "usearch, 8 bits": ("usearch i8", (1, 2)),
+    }
+    page = table((ROOT / "docs/index.md").read_text(encoding="utf-8"), "")
+    stated = {row[0]: row[1:4] if vectors == "100,000" else row[4:] for row in page}
+    for name, (method, settings) in names.items():
+        rows = [measured[method][place] for place in settings]
+        for cell, column in zip(stated[name], (8, 6, 4)):  # recall@10, queries/s, MB
+            pairs = zip(cell.split("; "), (row[column] for row in rows))
+            assert all(same(ours, theirs) for ours, theirs in pairs), f"{name}: {cell}, but {rows}"
+
+
 def test_duplicates_are_worth_what_the_page_says():
     results, page = RESULTS.read_text(encoding="utf-8"), (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     sections = re.findall(r"(\d+) pairs of rows with the same image in a batch.*?\n\n(\|.*?)\n\n", results, re.DOTALL)

@@ -242,3 +242,21 @@ def test_torch_compile_compiles_the_fast_path(fast):
     ours, plain = torch.compile(model, backend=note)(*batch), model(*batch)
     assert any("conv" in call for call in calls) != fast, "the fast path cuts patches out and multiplies"
     torch.testing.assert_close(ours[:2], plain[:2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, at_most", [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("queries, is_causal", [(11, False), (11, True), (1, False)])
+def test_attention_written_out(dtype, at_most, queries, is_causal, monkeypatch):
+    """Outputs and gradients are those of torch's attention in fp32, to `at_most` of the largest number."""
+    monkeypatch.setattr(matmul, "rounds", lambda device: True)  # without rounding, where the processor could
+    torch.manual_seed(0)
+    parts = [torch.randn(9, length, 3, 16).transpose(1, 2).mul(1.5).to(dtype) for length in (queries, 11, 11)]
+    found = []
+    for attend, kind in ((F.scaled_dot_product_attention, torch.float32), (fast._attention, dtype)):
+        qkv = [part.to(kind).requires_grad_() for part in parts]
+        attended = attend(*qkv, is_causal=is_causal)
+        attended.float().square().sum().backward()
+        found.append([attended, *(part.grad for part in qkv)])
+    assert "Bmm" in attended.grad_fn.next_functions[0][0].name()  # and not of fused attention
+    for expected, close in zip(*found):
+        assert (close - expected).abs().max() <= at_most * expected.abs().max()
