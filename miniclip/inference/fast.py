@@ -25,7 +25,6 @@ from types import CodeType, MethodType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
@@ -249,15 +248,14 @@ def _linear(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, re
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
-    """torch's fused attention, or on a CPU its steps, where they take half the time: while torch's products use oneDNN,
-    and in bf16, but for a few tokens. (The scores are then rounded to bf16, as the queries and the keys were.)"""
+    """torch's attention, or on a CPU its steps, where they take half the time: while torch's products use oneDNN, and
+    in bf16, but for a few tokens. (The scores are then rounded to bf16, as the queries and the keys were.)"""
     on_cpu, (B, H, L, D), S = q.device.type == "cpu", q.shape, k.shape[2]
     many = on_cpu and B * S >= 100
-    with matmul.fast_arithmetic("cpu") if many and not torch.is_grad_enabled() else nullcontext():
-        rounds = on_cpu and matmul.rounds("cpu")
-        if attn_mask is not None or not (rounds or many and q.dtype == torch.bfloat16):
-            with sdpa_kernel(SDPBackend.MATH) if rounds else nullcontext():
-                return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, attn_mask=attn_mask)
+    alone = many and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    with matmul.fast_arithmetic("cpu") if alone else nullcontext():
+        if attn_mask is not None or not (many and q.dtype == torch.bfloat16 or on_cpu and matmul.rounds("cpu")):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, attn_mask=attn_mask)
         q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
         later = q.new_full((L, S), -torch.inf if is_causal else 0).triu_(1)
         scores = torch.baddbmm(later.expand(B * H, L, S), q, k.transpose(1, 2), beta=int(is_causal), alpha=D**-0.5)

@@ -6,12 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from miniclip.utils.files import replacing, user_cache
 from miniclip.utils.machine import processor
@@ -168,9 +169,15 @@ def arithmetic(device: str | torch.device) -> str:
     return "oneDNN" if torch.device(device).type == "cpu" and pays("medium") else "torch"
 
 
+@contextmanager
 def fast_arithmetic(device: str | torch.device):
-    """A context in which the CPU multiplies fp32 matrices by oneDNN, if that is faster and as exact."""
-    return matmul_precision("medium") if arithmetic(device) == "oneDNN" else nullcontext()
+    """A context in which the CPU multiplies fp32 matrices by oneDNN, if that is faster and as exact. torch's attention
+    then takes its steps one by one: what fuses them would call oneDNN for each small part."""
+    if arithmetic(device) != "oneDNN":
+        yield
+        return
+    with matmul_precision("medium"), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class OneDnnLinear(nn.Module):
