@@ -55,8 +55,7 @@ def load(
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
-    """Returns token ids, int32 (n, context_length). Raises RuntimeError for a text that is too long, unless it may be
-    truncated."""
+    """Returns token ids, int32 (n, context_length). Raises RuntimeError for one too long, unless `truncate`."""
     cut = TOKENIZER.truncated
     ids = TOKENIZER(texts, context_length)
     if TOKENIZER.truncated > cut and not truncate:

@@ -120,8 +120,7 @@ def _fetch(url: str, folder: Path) -> Path:
 
 
 class Sync:
-    """Copies a run's folder to a store in a process of its own, inside its `with` block; waits for the rest at the
-    end."""
+    """Copies a run's folder to a store in a process of its own, in a `with` block; at its end waits for the rest."""
 
     def __init__(self, url: str, folder: Path, limit: int | None):
         self.url, self.folder = url, folder

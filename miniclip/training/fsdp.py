@@ -55,8 +55,7 @@ def prepare_fsdp(trainer: Trainer):
 
 
 def autocast(args: TrainingArguments) -> AbstractContextManager:
-    """What the forward pass of a sharded model runs in. A cache would keep rounded copies of all gathered weights for
-    the rest of the pass."""
+    """What the forward pass of a sharded model runs in. A cache would keep rounded copies of all gathered weights."""
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
 
 

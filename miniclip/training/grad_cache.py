@@ -1,5 +1,4 @@
-"""The training wrappers around a tower's forward pass: captions sorted by length, pixel normalisation, GradCache and
-precomputed features."""
+"""The training wrappers around a tower's forward pass: captions by length, pixels normalised, GradCache, stored features."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +15,7 @@ from miniclip.towers.huggingface import HfTower
 
 def wrap_towers(model: MiniClip, normalize: Callable | None = None, chunk_size: int = 0, fast: bool = True) -> MiniClip:
     """Sets the `wrappers` of both towers, and returns the model. From the inside out: the fast path, or for encoders of
-    captions `by_length` (`fast`), the normalisation of pixels by `normalize`, chunks of `chunk_size` inputs, and
-    precomputed features."""
+    captions `by_length` (`fast`), pixels normalised by `normalize`, chunks of `chunk_size`, precomputed features."""
     for tower in (model.visual, model.text):
         pixels = (partial(normalize_pixels, normalize),) if normalize and tower is model.visual else ()
         divide = tokens_in_chunks if fast and type(tower) is TextTransformer else in_chunks
