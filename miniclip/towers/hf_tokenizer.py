@@ -80,7 +80,7 @@ class HfTokenizer(BaseTokenizer):
         return hashlib.sha256(f"{self.context_length} {text}".encode()).hexdigest()
 
     def fast(self):
-        """The same for the library `tokenizers`, without repair of encodings and HTML. Raises InputError if there is none."""
+        """The same for the library `tokenizers`, without repairs. Raises InputError if there is no such form."""
         from tokenizers import Regex, Tokenizer, normalizers
 
         if (inner := getattr(self.tokenizer, "backend_tokenizer", None)) is None:

@@ -1,4 +1,4 @@
-"""The training wrappers around a tower's forward pass: captions by length, pixels normalised, GradCache, stored features."""
+"""Training wrappers of a tower's forward pass: captions by length, pixels normalised, GradCache, stored features."""
 
 from collections.abc import Callable
 from functools import partial

@@ -170,7 +170,7 @@ def read_recipe(path: str, parser: Parser) -> dict:
 
 
 def choose_model(given: dict, recipe: dict) -> str:
-    """Without a model, names the best encoders installed in both. Returns what to say. Raises InputError without any."""
+    """Without a model, names the best encoders installed in both. Returns what to say. Raises InputError if none is."""
     if given.get("model") or not given.get("train_file"):
         return ""
     from miniclip.towers.packages import best_installed
