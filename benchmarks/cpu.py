@@ -366,11 +366,11 @@ def render(records: list[dict]) -> str:
 INTRODUCTION = f"""
 {CONFIG} with the same random weights for all, in fp32 unless stated. Each contestant is a process of its own; they take
 turns, and the median of the rounds counts (smallest to largest in brackets); peak memory is that of its largest
-process. OpenCLIP is used as its README and its
-training script do; of two ways the faster one. `plain` is MiniCLIP's own model, used without what makes it fast:
+process. OpenCLIP is used as its README and its training script do; of two ways the faster one. `plain` is MiniCLIP's
+own model, used without what makes it fast:
 captions padded to 77, torch's default arithmetic, one image after the other. A training step goes from captions and
 decoded images to updated weights. With batches above {FOUR_FIT} not all contestants fit into memory at once: two or
-three take turns.
+three take turns. `at least / aim`: ratios that the project had set itself.
 """.strip().replace("\n", " ")
 
 
