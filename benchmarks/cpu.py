@@ -549,6 +549,8 @@ def main():
         parser.error(f"{', '.join(unknown)}: the cases are {', '.join(CASES)}")
     if not options.render and not options.peers:
         parser.error("give --peers")
+    if not options.quick and not RECORDS.exists() and (options.render or set(options.cases) < set(CASES)):
+        parser.error(f"{RECORDS} is missing: the tables of the other cases would be lost. Run all cases")
     if options.quick:
         options.captions, options.images, options.rounds = 64, 12, min(2, options.rounds)
     if options.threads:  # the one way that reaches every library's threads, in all processes alike
