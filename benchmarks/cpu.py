@@ -366,11 +366,11 @@ def render(records: list[dict]) -> str:
 INTRODUCTION = f"""
 {CONFIG} with the same random weights for all, in fp32 unless stated. Each contestant is a process of its own; they take
 turns, and the median of the rounds counts (smallest to largest in brackets); peak memory is that of its largest
-process. OpenCLIP is used as its README and its
-training script do; of two ways the faster one. `plain` is MiniCLIP's own model, used without what makes it fast:
+process. OpenCLIP is used as its README and its training script do; of two ways the faster one. `plain` is MiniCLIP's
+own model, used without what makes it fast:
 captions padded to 77, torch's default arithmetic, one image after the other. A training step goes from captions and
 decoded images to updated weights. With batches above {FOUR_FIT} not all contestants fit into memory at once: two or
-three take turns.
+three take turns. `at least / aim`: ratios that the project had set itself.
 """.strip().replace("\n", " ")
 
 
@@ -549,6 +549,8 @@ def main():
         parser.error(f"{', '.join(unknown)}: the cases are {', '.join(CASES)}")
     if not options.render and not options.peers:
         parser.error("give --peers")
+    if not options.quick and not RECORDS.exists() and (options.render or set(options.cases) < set(CASES)):
+        parser.error(f"{RECORDS} is missing: the tables of the other cases would be lost. Run all cases")
     if options.quick:
         options.captions, options.images, options.rounds = 64, 12, min(2, options.rounds)
     if options.threads:  # the one way that reaches every library's threads, in all processes alike

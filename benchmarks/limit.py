@@ -1,6 +1,6 @@
 """What is the limit? Prints this machine's speed in large matrix products and the operations of a model, as JSON.
 
-    python benchmarks/limit.py CONFIG captions.json
+    python benchmarks/limit.py CONFIG captions.json     (a list of captions)
 """
 
 import json

@@ -104,8 +104,8 @@ def main(argv: list[str]):
         f" {options.rounds} rounds in which all take turns (smallest to largest). In bold: times as fast as MiniCLIP in"
         " fp32. After it, the share of this machine's speed in large matrix products of the same precision"
         f" ({', '.join(f'{name} {speed / 1e9:,.0f}' for name, speed in peak.items())} GFLOP/s; operations are those of"
-        " the plain model). In brackets after the name: the lowest cosine to the model in PyTorch, of images and"
-        " captions.\n",
+        " the plain model, with padding, which MiniCLIP leaves out). In brackets after the name: the lowest cosine to"
+        " the model in PyTorch, of images and captions.\n",
         f"| runtime, precision (cosines) | {' | '.join(head)} |\n|---|{'---|' * len(head)}",
     ]
     for name, both in cosines.items():

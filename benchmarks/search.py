@@ -1,6 +1,6 @@
 """How long does it take to index pictures, to bring an index up to date, and to search in it?
 
-    python benchmarks/search.py --model runs/encoders_unlocked --pictures data/flickr8k/flickr8k-images
+    python benchmarks/search.py --model runs/lite0 --pictures data/flickr8k/flickr8k-images
     python benchmarks/search.py --part vectors                  100k and 1M vectors, without a model; peak about 6 GB
     python benchmarks/search.py --part vectors --quick          10k, in a minute
 
@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000], help="vectors to search in")
     parser.add_argument("--quick", action="store_true", help="10,000 vectors and 200 pictures only")
     parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--model", type=Path, default=Path("runs/encoders_unlocked"), help="a folder saved by MiniCLIP")
+    parser.add_argument("--model", type=Path, default=Path("runs/lite0"), help="a folder saved by MiniCLIP")
     parser.add_argument("--pictures", type=Path, default=Path("data/flickr8k/flickr8k-images"))
     parser.add_argument("--limit", type=int, default=2000, help="pictures to index")
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="the file that gets the tables")

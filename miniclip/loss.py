@@ -23,7 +23,7 @@ def clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) ->
 
 def clip_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This process's rows against everybody's: logits of images (B, N) and of texts (B, N), and the right columns (B,).
-    In float32 also under autocast: a logit of 30 in bf16 is off by up to 0.06."""
+    N counts the rows of all processes. In float32 also under autocast: a logit of 30 in bf16 is off by up to 0.06."""
     with torch.autocast(image_embeds.device.type, enabled=False):
         image_embeds, text_embeds, logit_scale = image_embeds.float(), text_embeds.float(), logit_scale.float()
         logits_per_image = logit_scale * image_embeds @ gather(text_embeds).T

@@ -4,7 +4,7 @@ Two transformers, one for images and one for texts, that end in the same space: 
 nearly the same direction there. Both are stacks of one pre-norm block; they differ in how the sequence is made
 (patches, tokens), whether a position may look ahead (images yes, texts no) and which position is read out.
 
-Shape letters: B batch, L sequence length, W width of a tower, H heads, E embedding size.
+Shape letters: B batch, S image size, P patch size, L sequence length, W width of a tower, H heads, E embedding size.
 Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
 """
 
@@ -93,7 +93,7 @@ class Block(nn.Module):
     def init_parameters(self, layers: int):
         """Draws the weights of one of a tower's `layers` blocks."""
         width = self.ln_1.normalized_shape[0]
-        # A branch adds to the residual stream 2 x layers times: its last matrix starts that much smaller.
+        # Branches add to the residual stream 2 x layers times: their last matrices start smaller by the root of that.
         attention, mlp, last = width**-0.5, (2 * width) ** -0.5, (width * 2 * layers) ** -0.5
         linears = self.attn.in_proj, self.attn.out_proj, self.mlp.c_fc, self.mlp.c_proj
         for linear, std in zip(linears, (attention, last, mlp, last)):

@@ -24,7 +24,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     before = set(sys.modules)
     yield
-    for name in {"gpu", "inputs", "results", "retrieval"} - before:
+    for name in {"cpu", "gpu", "inputs", "results", "retrieval"} - before:
         sys.modules.pop(name, None)
 
 
@@ -188,6 +188,21 @@ def test_the_speed_run_is_checked(target, caption_set, run_script):
     )
     assert row and float(row[1]) > 1, done.stderr
     assert (done.returncode, "misses the target of 101" in done.stderr) == ((0, False) if target == 0 else (1, True))
+
+
+@pytest.mark.parametrize("argv", [["--render"], ["--peers", "python", "--cases", "texts"]], ids=" ".join)
+def test_tables_are_not_replaced_without_their_records(benchmarks, argv, tmp_path, monkeypatch, capsys):
+    """A clone has the tables of cpu.py, but not the file of measurements that they are made from."""
+    import cpu
+    import results
+
+    monkeypatch.setattr(cpu, "RECORDS", tmp_path / "cpu.jsonl")
+    monkeypatch.setattr(results, "write_section", lambda *_: pytest.fail("the tables were replaced"))
+    monkeypatch.setattr(cpu, "measure", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", ["cpu.py", *argv])
+    with pytest.raises(SystemExit):
+        cpu.main()
+    assert "cpu.jsonl is missing" in capsys.readouterr().err
 
 
 def test_each_processor_has_its_table(benchmarks, tmp_path, monkeypatch):
