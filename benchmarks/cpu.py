@@ -6,7 +6,7 @@
 
 All contestants load the same random weights, get the same inputs, work one at a time and take turns, in another order
 each round; what is reported is the median of the rounds. Each is a process of its own (`contestants.py`). What is
-measured goes to benchmarks/cpu.jsonl as it comes, and from there to the part of RESULTS.md between the marks "cpu".
+measured goes to results/<processor>.jsonl as it comes, and from there to the part "cpu" of RESULTS.md.
 """
 
 import argparse
@@ -23,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 from inputs import make_inputs
+from results import file_name, write_section
 
 HERE = Path(__file__).resolve().parent
-RECORDS = HERE / "cpu.jsonl"
+RECORDS = HERE / "results" / f"{file_name()}.jsonl"
 CONFIG = "TinyCLIP-ViT-40M-32-Text-19M"
 CASES = (
     "texts", "one_text", "images", "one_image", "picture", "evaluate", "train", "train_bf16", "memory", "features",
@@ -549,8 +550,10 @@ def main():
         parser.error(f"{', '.join(unknown)}: the cases are {', '.join(CASES)}")
     if not options.render and not options.peers:
         parser.error("give --peers")
+    table = RECORDS.with_suffix(".json")
     if not options.quick and not RECORDS.exists() and (options.render or set(options.cases) < set(CASES)):
-        parser.error(f"{RECORDS} is missing: the tables of the other cases would be lost. Run all cases")
+        if table.exists() and "cpu" in json.loads(table.read_text()):
+            parser.error(f"{RECORDS} is missing: the tables of the other cases would be lost. Run all cases")
     if options.quick:
         options.captions, options.images, options.rounds = 64, 12, min(2, options.rounds)
     if options.threads:  # the one way that reaches every library's threads, in all processes alike
@@ -560,8 +563,6 @@ def main():
     else:
         with tempfile.TemporaryDirectory() as temporary:
             records = measure(options, options.folder or Path(temporary))
-    from results import write_section  # last of all: processes would inherit the memory of what it imports
-
     if options.quick:
         print(render(records))
     else:

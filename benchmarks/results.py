@@ -35,7 +35,7 @@ def write_section(name: str, markdown: str, results: Path | None = None):
 def each_processor(folder: Path, name: str, markdown: str) -> str:
     """Keeps this processor's part of a name, and returns those of all, each with the processor in its heading."""
     folder.mkdir(parents=True, exist_ok=True)
-    mine = folder / f"{re.sub('[^a-z0-9]+', '-', cpu_name().lower()).strip('-')}.json"
+    mine = folder / f"{file_name()}.json"
     kept = json.loads(mine.read_text()) if mine.exists() else {"processor": cpu_name()}
     partial = mine.with_suffix(".tmp")
     partial.write_text(json.dumps(kept | {name: markdown.splitlines()}, indent=1) + "\n")
@@ -64,6 +64,11 @@ def cpu_name() -> str:
         return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
     except (OSError, KeyError):  # no Linux, or no x86
         return platform.processor() or platform.machine()
+
+
+def file_name() -> str:
+    """This processor's, of the files in results/."""
+    return re.sub("[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
 
 
 def memory_gb() -> float:

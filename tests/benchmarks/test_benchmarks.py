@@ -192,17 +192,16 @@ def test_the_speed_run_is_checked(target, caption_set, run_script):
 
 @pytest.mark.parametrize("argv", [["--render"], ["--peers", "python", "--cases", "texts"]], ids=" ".join)
 def test_tables_are_not_replaced_without_their_records(benchmarks, argv, tmp_path, monkeypatch, capsys):
-    """A clone has the tables of cpu.py, but not the file of measurements that they are made from."""
     import cpu
-    import results
 
-    monkeypatch.setattr(cpu, "RECORDS", tmp_path / "cpu.jsonl")
-    monkeypatch.setattr(results, "write_section", lambda *_: pytest.fail("the tables were replaced"))
+    (tmp_path / "mine.json").write_text('{"processor": "mine", "cpu": ["## On the CPU"]}')
+    monkeypatch.setattr(cpu, "RECORDS", tmp_path / "mine.jsonl")
+    monkeypatch.setattr(cpu, "write_section", lambda *_: pytest.fail("the tables were replaced"))
     monkeypatch.setattr(cpu, "measure", lambda *_: [])
     monkeypatch.setattr(sys, "argv", ["cpu.py", *argv])
     with pytest.raises(SystemExit):
         cpu.main()
-    assert "cpu.jsonl is missing" in capsys.readouterr().err
+    assert "mine.jsonl is missing" in capsys.readouterr().err
 
 
 def test_each_processor_has_its_table(benchmarks, tmp_path, monkeypatch):
