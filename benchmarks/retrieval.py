@@ -276,8 +276,9 @@ def table(rows: list[dict], options: argparse.Namespace) -> str:
         return f"{share:.4f} ({100 * (1 - share):.2f})"
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    of = f" of {options.sizes[0]:,} vectors" if len(options.sizes) == 1 else ""
     lines = [
-        "## Search", "",
+        f"## Search{of}{', and usearch' if of and 'usearch' in options.methods else ''}", "",
         f"{results.machine()}; faiss {faiss.__version__}, threads: {faiss.omp_get_max_threads()}; peak {peak:.1f} GB."
         f" `python benchmarks/retrieval.py --sizes {' '.join(map(str, options.sizes))} --methods"
         f" {' '.join(options.methods)}`.", "",
@@ -313,10 +314,11 @@ def main():
     results.RESULTS = options.results
     if hasattr(os, "sched_getaffinity"):  # faiss's threads wait in a loop: with more of them than cores it crawls
         faiss.omp_set_num_threads(min(faiss.omp_get_max_threads(), len(os.sched_getaffinity(0))))
+    name = " ".join(["retrieval", *map(str, options.sizes if len(options.sizes) == 1 else [])])  # a table of its own
     start, rows = time.perf_counter(), []
     for n in options.sizes:
         rows += measure(n, options)
-        results.write_section("retrieval", table(rows, options))
+        results.write_section(name, table(rows, options))
         tqdm.write(f"{n:,} vectors: done after {time.perf_counter() - start:.0f} s", sys.stderr)
     print(table(rows, options))
 
