@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from miniclip.inference.fast import fast_wrappers, plain_reason
 from miniclip.model import MiniClip, TextTransformer, Tower
 from miniclip.towers.huggingface import HfTower
+from miniclip.utils.machine import return_freed_memory
 
 
 def wrap_towers(model: MiniClip, normalize: Callable | None = None, chunk_size: int = 0, fast: bool = True) -> MiniClip:
@@ -48,7 +49,16 @@ def in_chunks(size: int, tower: Tower, features: Callable, inputs: Tensor) -> Te
     lies within one forward pass, so DistributedDataParallel and autocast work as usual."""
     if len(inputs) <= size:
         return features(inputs)
-    return torch.cat([checkpoint(features, part, use_reentrant=False) for part in inputs.split(size)])
+    on_cpu, parts = inputs.device.type == "cpu" and not torch.compiler.is_compiling(), inputs.split(size)
+    ways = [features] * (len(parts) - 1) + [partial(tidily, features) if on_cpu else features]
+    return torch.cat([checkpoint(way, part, use_reentrant=False) for way, part in zip(ways, parts)])
+
+
+def tidily(features: Callable, inputs: Tensor) -> Tensor:
+    """`features` of the last chunk, with which the backward pass begins: what the chunks of the other tower have left,
+    gaps between the gradients, would not fit those of this one."""
+    return_freed_memory()
+    return features(inputs)
 
 
 def tokens_in_chunks(size: int, tower: TextTransformer, features: Callable, inputs: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
 
     def training_step(self, *args, **kwargs):
         if self.lean:  # the images of the batch were in memory twice until it was put together
-            return_freed_memory(always=True)
+            return_freed_memory()
         return super().training_step(*args, **kwargs)
 
     get_optimizer_cls_and_kwargs = staticmethod(adamw.optimizer)

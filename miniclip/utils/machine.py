@@ -27,11 +27,8 @@ def keep_freed_memory():
     _glibc("mallopt", -1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which stays as large as it was
 
 
-def return_freed_memory(always: bool = False):
-    """Returns all freed memory to the system, once, or from now on blocks of a megabyte and more at once: by default
-    glibc keeps them, and the gaps between those in use add up, to 0.1 GB for a batch of 1,024 in chunks of 8."""
-    if always:
-        _glibc("mallopt", -3, 1 << 20)
+def return_freed_memory():
+    """Returns all freed memory to the system, once."""
     _glibc("malloc_trim", 0)
 
 
