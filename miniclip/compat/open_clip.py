@@ -33,7 +33,7 @@ from miniclip.utils.errors import InputError
 from miniclip.utils.imagenet import IMAGENET
 from miniclip.utils.weight_files import find_weights, mismatch, read_state_dict
 from miniclip.weights.layouts import load_folder, named_config
-from miniclip.weights.load import fill, fit_weights, open_checkpoint
+from miniclip.weights.load import empty_model, fill, fit_weights, open_checkpoint
 from miniclip.weights.load import load_weights as load_file
 from miniclip.weights.pretrained import (  # noqa: F401
     check_model,
@@ -307,9 +307,9 @@ def get_tokenizer(
     if values is None:
         check_model(name)  # which raises, with the nearest names
     text = values.get("text_cfg", {})
-    if {"hf_model_name", "hf_model_config"} & text.keys():
+    if any(map(text.get, ("hf_model_name", "hf_model_config", "hf_tokenizer_name"))):
         refuse(", ".join(kwargs), kwargs, "the text tower's own tokenizer has no options")
-        model = load_folder(folder) if folder else MiniClip(MiniClipConfig.from_dict(values, name))
+        model = load_folder(folder) if folder else empty_model(MiniClipConfig.from_dict(values, name))
         tokenizer = model.text.tokenizer
         tokenizer.context_length = context_length or tokenizer.context_length
         return tokenizer
@@ -357,8 +357,7 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """SigLIP's sigmoid loss. Of several processes each compares its images with the texts of all, whichever way
-    `dist_impl` names: the results are equal."""
+    """SigLIP's sigmoid loss. Each process compares its images with all texts, whichever way `dist_impl` names."""
 
     def __init__(self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None):
         super().__init__()
