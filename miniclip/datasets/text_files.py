@@ -29,9 +29,8 @@ class ColumnError(CaptionFileError):
 
 
 def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list[str]:
-    """Returns the columns of the image and of the caption among those that are there: as named, or else the first with
-    a known name, or for captions all that have it with a number: caption_0, caption_1. Raises InputError, `where` in
-    front."""
+    """Returns the columns of the image and of the caption among those there: as named, or else the first with a known
+    name, or for captions all that have it with a number: caption_0, caption_1. Raises InputError, `where` in front."""
     columns, there = [], list(there)
     twice = [name for name, count in Counter(there).items() if count > 1 and str(name).strip()]
     if twice:
