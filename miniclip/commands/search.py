@@ -149,6 +149,7 @@ def query(options):
     if options.html:
         raise InputError("--html shows the results of one query: give a text or --image")
     failed = False
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     for line in map(str.strip, sys.stdin):
         if line or options.json:  # with JSON every line has an answer
             try:
@@ -164,6 +165,8 @@ def query(options):
 
 def answer(search, options, text: str):
     """Searches once and prints the results."""
+    if text != text.encode(errors="ignore").decode():
+        raise InputError(f"the query {text!a} is not UTF-8")
     weights = {"image_weight": options.image_weight, "minus_weight": options.minus_weight}
     found = search.query(text, options.k, options.image, options.minus, options.rerank, **weights)
     title = " + ".join([*([text] if text else []), *options.image]) + "".join(f" - {minus}" for minus in options.minus)

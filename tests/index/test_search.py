@@ -565,6 +565,17 @@ def test_queries_come_a_line_each(album):
     assert "the query is empty" in done.stderr and "the query is empty" in answers[2]["error"]
 
 
+def test_queries_that_are_not_utf8_are_named(album):
+    album()
+    command = [sys.executable, "-m", "miniclip", "search", "query", album.folder / "products.mc", "-k", "1", "--json"]
+    lines = b"\xef\xbb\xbfa dog -cat\ncaf\xe9\na cat\n"  # a byte order mark, as Windows writes it, and Latin-1
+    done = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, timeout=600)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["query"] for one in answers] == ["a dog -cat", "caf\udce9", "a cat"] and done.returncode == 1
+    assert ["results" in one for one in answers] == [True, False, True]
+    assert answers[1]["error"] == "the query 'caf\\udce9' is not UTF-8" and b"Traceback" not in done.stderr
+
+
 def test_a_query_imports_only_what_it_uses(album):
     """And looks for garbage neither in what torch makes nor in the model, a third of the time to the answer."""
     album()
