@@ -13,8 +13,7 @@ from miniclip.datasets.records import parse_json, read_text
 from miniclip.utils.errors import InputError
 from miniclip.utils.imagenet import IMAGENET
 
-# Files beside a folder of classes, with lines `id words` or words alone, or JSON: ImageNet's (Kaggle, Caffe, Tiny
-# ImageNet, Keras) and common names.
+# Files beside a folder of classes, with lines `id words` or words alone, or JSON: ImageNet's, and common names.
 FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt", "map_clsloc.txt", "imagenet_class_index.json",
          "class_index.json", "class_to_idx.json", "classes.txt", "class_names.txt", "names.txt", "labels.txt",
          "classes.json", "class_names.json", "labels.json")  # fmt: skip

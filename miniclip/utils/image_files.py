@@ -21,8 +21,7 @@ from miniclip.utils.errors import InputError
 MAX_ASPECT = 100  # 4000 x 1 would be resized to 896000 x 224
 # Pillow reads forty more: rare ones, less well tested, and EPS, for which it runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO", "TGA")
-# Extensions of image names: those of FORMATS, and of HEIC, which pillow-heif reads. Of several images in one sample the
-# first of these counts.
+# Extensions of image names: those of FORMATS, and HEIC's, for pillow-heif. Of several images of one sample the first.
 HEIC = ("heic", "heif", "hif")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "ico", "tga",
               "jfif", "jpe", "jif", "jfi", "mpo", "apng", "avifs", "dib", "j2k", "j2c", "jpc", "jpf", "jpx",

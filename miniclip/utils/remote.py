@@ -56,8 +56,7 @@ def store(url: str) -> tuple:
 
 
 def retrying(url: str, action: Callable, waits: tuple = WAITS):
-    """Returns `action(filesystem, path)` for an address, tried again after `waits` seconds when it fails, except where
-    that is useless. Raises StoreError."""
+    """Returns `action(filesystem, path)`, tried again after `waits` seconds where that may help. Raises StoreError."""
     for wait in (*waits, None):
         try:
             return action(*store(url))

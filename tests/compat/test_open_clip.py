@@ -354,7 +354,7 @@ def test_tokenizers(names, small):
     with pytest.raises(InputError, match="nearest"):
         open_clip.get_tokenizer("ViT-B-33")
     with pytest.raises(RuntimeError, match="Input .* is too long for context length 5"):
-        clip.tokenize(["a", "one two three four"], context_length=5)
+        clip.tokenize((text for text in ("a", "one two three four")), context_length=5)
     assert clip.tokenize("one two three four", 5, truncate=True)[0, -1] == 49407
 
 
