@@ -31,8 +31,8 @@ from miniclip.training.siglip import siglip_loss
 from miniclip.utils.config_files import parse_json
 from miniclip.utils.errors import InputError
 from miniclip.utils.imagenet import IMAGENET
-from miniclip.utils.weight_files import find_weights, mismatch, read_state_dict
-from miniclip.weights.layouts import load_folder, named_config
+from miniclip.utils.weight_files import find_weights, mismatch, read_json, read_state_dict
+from miniclip.weights.layouts import config_file, load_folder, named_config
 from miniclip.weights.load import empty_model, fill, fit_weights, open_checkpoint
 from miniclip.weights.load import load_weights as load_file
 from miniclip.weights.pretrained import (  # noqa: F401
@@ -58,6 +58,7 @@ convert_weights_to_fp16 = convert_weights_to_lp
 get_input_dtype = LOW.get  # by a precision
 get_cast_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get
 ADDED: dict[str, dict] = {}  # configs that `add_model_config` read
+CUSTOM_TEXT = re.compile(r"EVA0|MobileCLIP|PE-Core|ViTamin|.*SigLIP")  # configs with custom_text in OpenCLIP
 
 MODULES = "factory loss model pretrained tokenizer transform zero_shot_classifier zero_shot_metadata".split()
 ABSENT = {  # what OpenCLIP exports and MiniCLIP does not have, and why
@@ -192,13 +193,14 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
             model.visual.load_files(folder)
             model.text.load_files(folder)
 
-        return MiniClipConfig.from_dict(saved.config.to_dict() | more, name), False, load
+        custom_text = (read_json(config_file(folder)).get("model_cfg") or {}).get("custom_text", False)
+        return MiniClipConfig.from_dict(saved.config.to_dict() | more, name), custom_text, load
     name = name.replace("/", "-")
     values = get_model_config(name)
     if values is None and not {"embed_dim", "vision_cfg", "text_cfg"} <= more.keys():
         check_model(name)  # which raises, with the nearest names
     values = (values or {}) | more
-    custom_text = values.pop("custom_text", False)
+    custom_text = values.pop("custom_text", name not in ADDED and bool(CUSTOM_TEXT.match(name)))
     config, tag = MiniClipConfig.from_dict(values, name), find_tag(name, pretrained)
     if tag is None:
         return config, custom_text, (lambda model: load_file(model, pretrained)) if pretrained else None
