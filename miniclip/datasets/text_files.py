@@ -68,8 +68,7 @@ def _numbered(columns: list[str]) -> list[str]:
 
 
 def _records(path: Path, rows: Iterable[tuple], options: ReadOptions, columns: list[str] | None = None) -> Raw:
-    """Returns, of (name, object or InputError) each, those of the chosen split as records, one for each image. Columns
-    are found in the first object that has them."""
+    """Returns, of (name, object or InputError) each, the split as records, by image; the first has the columns."""
     found, splits, first = [], [], None
     for name, row in rows:
         split = None

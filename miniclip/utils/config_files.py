@@ -47,8 +47,7 @@ def check(*problems: Iterable[tuple[bool, str]]):
 
 
 def in_range(prefix: str, section, largest: dict[str, float]):
-    """For `check`: the fields of a config's section, named behind a prefix, have values of their types, and those that
-    `largest` names are above 0 and no larger."""
+    """For `check`: the fields of a section, named behind a prefix, have their types, those in `largest` in range."""
     for field in dataclasses.fields(section):
         value, limit = getattr(section, field.name), largest.get(field.name)
         yield dataclasses.is_dataclass(value) or fits(value, field.type), wrong(prefix + field.name, value, field.type)
