@@ -24,8 +24,8 @@ def main(argv: list[str]):
             from miniclip.inference.measure_model import Model
 
     files = [output, *(options.table or ()), *([report_file(options.report)] if options.report else [])]
-    for folder in (options.save_features, options.feature_cache, *(Path(file).parent for file in files)):
-        make_folder(folder) if folder else None
+    for folder in filter(None, [options.save_features, *(Path(file).parent for file in files)]):
+        make_folder(folder)
 
     # Each model, or embeddings from files, on each data set: a table
     bad_samples, results, hits = BadSamples(), [], []
