@@ -92,6 +92,8 @@ def index(options):
         raise InputError(f"--shard {options.shard}: use 1/8, 2/8, ... 8/8")
     if not os.path.isdir(options.pictures):
         raise InputError(f"{options.pictures} is not a folder")
+    if options.pretrained and not options.model:
+        raise InputError("--pretrained has no effect without --model: add it")
     if options.model:
         named = model_name(options.model, options.pretrained)
     elif not (Path(options.index) / INDEX).is_file():

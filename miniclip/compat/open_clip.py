@@ -214,8 +214,7 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
 
 
 def load_tower(model: CLIP, path: str | Path, is_image: bool):
-    """Loads the weights of one tower: those of a file with the tower's own names, or its part of a whole model's.
-    Raises CheckpointError if they are not complete."""
+    """Loads all weights of one tower, from a file with its own names or a whole model's. Raises CheckpointError."""
     file, full, part = read_state_dict(find_weights(path)), model.state_dict(), "visual." if is_image else "text."
     wanted = [key for key in full if key.startswith("visual.") == is_image and not key.startswith("logit_")]
     names = {key: (key, f"text.{key}", key.removeprefix(part)) for key in wanted}
@@ -233,8 +232,7 @@ def load_checkpoint(
     model: CLIP | MiniClip, checkpoint_path: str | Path, strict: bool = True, weights_only: bool = True,
     device: str | torch.device = "cpu",
 ) -> _IncompatibleKeys:  # fmt: skip
-    """Loads a weight file of any known layout into a model. Returns the missing and unexpected keys: there are none,
-    as CheckpointError is raised for such files."""
+    """Loads a weight file of any known layout into a model. No keys are missing or unexpected: that is an error."""
     refuse("strict", not strict, "parts of a file are for model.load_state_dict(..., strict=False)")
     refuse("weights_only", not weights_only, CODE)
     load_file(model.miniclip if isinstance(model, CLIP) else model, checkpoint_path)

@@ -70,8 +70,7 @@ def split_pairs(seed: int) -> tuple[list[frozenset[Kind]], list[frozenset[Kind]]
 
 
 def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
-    """Returns `number` different scenes, so that a perfect model reaches R@1 of 100%, with all pairs equally frequent.
-    Raises InputError if there are not as many."""
+    """Returns `number` different scenes (R@1 can be 100%), all pairs equally often. Raises InputError for too many."""
     possible = len(pairs) * 2 * 2 * (len(COUNTS) * len(SIZES)) ** 2  # relations, orders, counts and sizes of both
     if number > possible:
         raise InputError(f"{number:,} scenes asked for, but only {possible:,} different ones exist")

@@ -260,8 +260,7 @@ def write(
 
 
 class IndexedImage(ImageFile):
-    """An image identified by the sha256 of its content, in one or several files. `read` returns the content, or raises
-    ImageError if none of the files has it any more."""
+    """An image identified by the sha256 of its content, in one or several files, of which one must still have it."""
 
     def __init__(self, digest: bytes):
         self.digest, self.paths = digest, []

@@ -46,6 +46,8 @@ class ImageSearch:
         self.index = ImageIndex(index)
         about = self.index.about
         name = model if isinstance(model, (str, Path)) else None
+        if pretrained and name is None:
+            raise InputError("pretrained has no effect without the name of a model: add it (--model)")
         if model is None:
             name, pretrained = about["model"]["name"], about["model"]["pretrained"]
         if name is not None:

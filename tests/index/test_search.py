@@ -550,6 +550,8 @@ def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_
         (["index", tmp_path / "none", "--index", index], "is not a folder"),
         (["index", album.pictures, "--index", tmp_path / "new.mc"], "is not an index yet. Add --model to make one"),
         (["index", album.pictures, "--index", index, "--shard", "3/2"], "--shard 3/2: use"),
+        (["index", album.pictures, "--index", index, "--pretrained", "x.pt"], "no effect without --model"),
+        (["query", index, "x", "--pretrained", "x.pt"], "no effect without the name of a model"),
     ):  # fmt: skip
         done = run_script(*SEARCH, *words, check=False)
         assert done.returncode and problem in done.stderr and "Traceback" not in done.stderr
