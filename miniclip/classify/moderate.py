@@ -31,8 +31,7 @@ def ask(model, tokenizer, image_embeds: np.ndarray, thing: str, against: list[st
 
 
 def category_scores(model, tokenizer, image_embeds: np.ndarray, categories: dict) -> dict[str, np.ndarray]:
-    """Returns the probability of each category for images, {name: (N,)}, each against the HARMLESS texts alone, so
-    that it does not depend on the other categories."""
+    """Returns the probability of each category for images, {name: (N,)}, each alone against the HARMLESS texts."""
     names = [name for name in categories if name != HARMLESS]
     positives = embed_classes(model, tokenizer, [categories[name] for name in names]).split(1, dim=1)
     negatives = embed_classes(model, tokenizer, [[text] for text in categories[HARMLESS]])

@@ -51,8 +51,7 @@ def warn_of_ids(names: Sequence[str]):
 
 
 def find_words(ids: Sequence[str], folders: Iterable[str]) -> dict[str, str] | None:
-    """Returns {id: words} from the first of FILES, in the folders or those around them, that has words for all ids, or
-    from ImageNet's own classes; None if there are none."""
+    """Returns {id: words} from the first of FILES, in or around the folders, with words for all ids, or ImageNet's."""
     places = [place for folder in folders if os.path.isdir(folder) for place in (Path(folder), Path(folder, ".."))]
     for path in (place / name for place in places for name in FILES):
         with suppress(InputError, OSError):  # any file may have such a name

@@ -101,8 +101,7 @@ def make_families(pairs: list[frozenset[Kind]], number: int, rng: random.Random)
 
 
 def captions(scene: Scene, rng: random.Random, number: int = 5, second_first: float = SECOND_FIRST) -> list[str]:
-    """Describes the scene completely in `number` (up to 9) different sentences. `second_first` is the share of those
-    that name the second group first."""
+    """Describes all of a scene in `number` (up to 9) sentences, the share `second_first` from its second group on."""
 
     def words(group: Group) -> tuple[str, str]:
         count, size = rng.choice(COUNTS[group.count]), rng.choice(SIZES[group.size])

@@ -148,8 +148,7 @@ class _Positions(Tower):
 
 
 def positions(model: MiniClip, name: str) -> InferenceClip:
-    """An inference copy of a model in which the features of a tower, "visual" or "text", are those of its positions,
-    for `embed_images` or `embed_texts` without projection."""
+    """An inference copy of a model in which the features of a tower, "visual" or "text", are those of its positions."""
     twin, length = copy.copy(inference_copy(model)), WORDS
     if name == "visual":
         with twin.inference():

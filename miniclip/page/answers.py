@@ -85,8 +85,7 @@ class Page:
         return f'{head}<ol class="mc-bars">{items}</ol>{note(say(kind, n=len(rows)))}'
 
     def heat(self, say: Words, paths: list[str] | None, text: str) -> str:
-        """Compares several images with several captions: a table of cosines and probabilities. A cell's colour is the
-        position of its cosine between the lowest and the highest."""
+        """Compares images with captions: a table of probabilities and cosines, coloured from lowest to highest."""
         captions, paths = parts(say, text, CAPTIONS, "\n"), paths or [None]
         if not captions:
             raise InputError(say("no_captions"))

@@ -93,8 +93,7 @@ def version(about: dict) -> str:
 
 
 def list_files(url: str, waits: tuple = WAITS) -> dict[str, dict]:
-    """Returns the `info` of all files below a folder, by their names relative to it; nothing for a missing folder.
-    Raises StoreError for a name that leads out of it."""
+    """Returns the `info` of all files below a folder by their names in it. Raises StoreError for one that leads out."""
 
     def find(fs, path):
         found = fs.find(path, detail=True)

@@ -247,6 +247,16 @@ def test_shards_and_back_are_the_same_bits(records, caption_set, form, tmp_path_
     assert sorted(path.name for path in out.iterdir()) == ["s"]
 
 
+@pytest.mark.parametrize("target", ["a.json", "a.jsonl", "a.csv", "a.tsv", "000.tar"])
+def test_any_caption_is_converted_as_it_is(caption_set, tmp_path, target):
+    texts = [" two\nlines\r", '"quoted", "too"', "tab\there", "('hi')", '["a", "b"]', "[null]", "['it's']", "[]", "(x)"]
+    records = [{"image": str(caption_set / f"{n}.png"), "caption": [text]} for n, text in enumerate(texts)]
+    records.append({"image": str(caption_set / "11.png"), "caption": texts})
+    convert(records, str(tmp_path / "out" / target))
+    found = read_source(str(tmp_path / "out" / target), ReadOptions("/"))
+    assert [record["caption"] for record in found] == [record["caption"] for record in records]
+
+
 def test_the_converter_counts_shards_and_leaves_bad_images_out(records, caption_set, capsys):
     (caption_set / "3.png").write_text("<html>")
     target = str(caption_set / "s" / "07.tar")
