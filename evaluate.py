@@ -1,7 +1,5 @@
 """Measures a model, or embeddings made elsewhere, by retrieval: `python evaluate.py --help`."""
 
-from pathlib import Path
-
 from miniclip.inference.options import parse_evaluate, result_file
 from miniclip.utils.command_line import print_json, run, starting
 
@@ -14,22 +12,18 @@ def main(argv: list[str]):
         from miniclip.inference.evaluations import evaluations
         from miniclip.inference.measure import save_features
         from miniclip.reports.comparison import as_text, compare, count_hits, write_table
-        from miniclip.reports.html_page import Evaluation, format_table, report_file, write_report
+        from miniclip.reports.html_page import Evaluation, format_table, write_report
         from miniclip.run.metadata import evaluation_metadata, run_metadata
         from miniclip.utils.bad_samples import BadSamples
-        from miniclip.utils.files import make_folder, write_json
+        from miniclip.utils.files import write_json
 
         Model = None
         if options.model:  # embeddings are measured without torch
             from miniclip.inference.measure_model import Model
 
-    files = [output, *(options.table or ()), *([report_file(options.report)] if options.report else [])]
-    for folder in filter(None, [options.save_features, *(Path(file).parent for file in files)]):
-        make_folder(folder)
-
     # Each model, or embeddings from files, on each data set: a table
     bad_samples, results, hits = BadSamples(), [], []
-    for e in evaluations(options, bad_samples, Model):
+    for e in evaluations(options, output, bad_samples, Model):
         evaluator, source, dataset = e.evaluator, e.model, e.dataset
         if options.save_features:
             save_features(options.save_features, evaluator.image_embeds, evaluator.text_embeds)

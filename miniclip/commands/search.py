@@ -170,7 +170,10 @@ def answer(search, options, text: str):
     if text != text.encode(errors="ignore").decode():
         raise InputError(f"the query {text!a} is not UTF-8")
     weights = {"image_weight": options.image_weight, "minus_weight": options.minus_weight}
+    cut = search.tokenizer.truncated
     found = search.query(text, options.k, options.image, options.minus, options.rerank, **weights)
+    if search.tokenizer.truncated > cut:
+        print(f"the query was cut off at {search.tokenizer.context_length} tokens", file=sys.stderr)
     title = " + ".join([*([text] if text else []), *options.image]) + "".join(f" - {minus}" for minus in options.minus)
     if options.html:
         search.write_sheet(options.html, title, found)

@@ -92,6 +92,9 @@ def _problems(options: Namespace, default):
             yield f"--{name} takes one model and one data set at a time"
     if options.report and not options.eval_file:
         yield "--report shows images: add --eval_file"
+    report = Path(options.report or "")
+    if report.is_file() and report.suffix.lower() not in (".html", ".htm", ".png"):
+        yield f"--report takes a folder, or a name that ends in .html or .png: {options.report} is a file"
     for name in options.table or ():
         if Path(name).suffix.lower() not in TABLES:
             yield f"--table {name}: its ending says how to write it: {', '.join(TABLES)}"

@@ -218,8 +218,7 @@ def ask(name: str, function, /, *args, **kwargs):
 
 
 def open_tokenizer(folder: str | Path, kind=None):
-    """A tokenizer of transformers, from a folder, which is complete, or the hub, read by its class `kind` or any one.
-    Raises InputError."""
+    """A tokenizer of transformers, from a folder or the hub, read by its class `kind` or any. Raises InputError."""
     from transformers import AutoTokenizer
 
     try:

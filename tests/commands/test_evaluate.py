@@ -230,9 +230,9 @@ def test_no_result_replaces_that_of_another_model_data_set_or_setting(models, mo
 def test_what_cannot_be_written_is_said_before_the_work(features, monkeypatch, capsys):
     monkeypatch.chdir(features)
     argv, file = ["--features", ".", "--output_file", "result.json"], features / "image.npy"
-    report = ["--report", file, "--eval_file", "c.json"]
+    report = ["--report", file / "report.html", "--eval_file", "c.json"]
     for more in (["--table", file / "table.md"], report, ["--save_features", file]):
-        with pytest.raises((OSError, InputError), match=r"File exists|Not a directory|image.npy is a file"):
+        with pytest.raises(OSError, match="File exists|Not a directory"):
             evaluate.main([*argv, *map(str, more)])
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "kept")
     with pytest.raises(InputError, match="kept cannot be written to: choose another folder"):

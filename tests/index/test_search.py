@@ -535,6 +535,8 @@ def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_
     lines = done.stdout.splitlines()
     assert len(lines) == 5 and re.fullmatch(r" +1 +-?0\.\d{4}  \S+\.png", lines[1]), lines
     assert len(Sheet((tmp_path / "found.html").read_text()).images) == 3
+    long = run_script(*SEARCH, "query", index, "red dress " * 20, "--json")
+    assert "the query was cut off at 16 tokens" in long.stderr and "cut off" not in done.stderr
     image = album.pictures / "0.png"
     done = run_script(
         *SEARCH, "query", index, "--image", image, "a dress -floral", "--minus", "blue", "-k", 2, "--json"
