@@ -38,7 +38,6 @@ def main(argv: list[str]):
         from miniclip.reports.charts import draw_sweep
         from miniclip.training.wise_ft import ALPHAS, best, format_sweep, sweep
         from miniclip.utils.bad_samples import BadSamples
-        from miniclip.utils.files import make_folder
         from miniclip.weights.interpolate import interpolate
         from miniclip.weights.pretrained import is_folder
 
@@ -48,7 +47,6 @@ def main(argv: list[str]):
     alphas = {*(options.alphas or ALPHAS), *({save} - {None, "best"})}
     if outside := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
         raise InputError(f"alpha {outside[0]} lies outside of 0 (the model before) to 1 (the model after)")
-    make_folder(options.output_dir)
     device = find_device(options.device)
     before, *_ = load(options.before, options.pretrained, device)
     after, preprocess, tokenizer = load(options.after, None, device)

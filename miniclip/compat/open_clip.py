@@ -309,6 +309,7 @@ def get_tokenizer(
     text = values.get("text_cfg", {})
     if any(map(text.get, ("hf_model_name", "hf_model_config", "hf_tokenizer_name"))):
         refuse(", ".join(kwargs), kwargs, "the text tower's own tokenizer has no options")
+        values.pop("custom_text", None)
         model = load_folder(folder) if folder else empty_model(MiniClipConfig.from_dict(values, name))
         tokenizer = model.text.tokenizer
         tokenizer.context_length = context_length or tokenizer.context_length

@@ -215,7 +215,7 @@ def test_openclips_calls_use_its_tokenizer(theirs, tmp_path, form):
     model, _, tokenizer = miniclip.load(theirs[0])
     values, name, precision = model.config.to_dict(), "siglip-mine", "fp32"
     values["text_cfg"]["hf_tokenizer_name"] = str(theirs[0])
-    (tmp_path / "siglip-mine.json").write_text(json.dumps(values))
+    (tmp_path / "siglip-mine.json").write_text(json.dumps(values | {"custom_text": True}))
     face.add_model_config(tmp_path / "siglip-mine.json")
     if form == "folder":  # which alone has the tokenizer
         model.save_pretrained(tmp_path / "saved")
