@@ -33,7 +33,7 @@ from miniclip.utils.errors import InputError
 from miniclip.utils.imagenet import IMAGENET
 from miniclip.utils.weight_files import find_weights, mismatch, read_json, read_state_dict
 from miniclip.weights.layouts import config_file, load_folder, named_config
-from miniclip.weights.load import empty_model, fill, fit_weights, open_checkpoint
+from miniclip.weights.load import empty_model, fill, fit_weights, open_checkpoint, read_tokenizer_beside
 from miniclip.weights.load import load_weights as load_file
 from miniclip.weights.pretrained import (  # noqa: F401
     check_model,
@@ -190,8 +190,10 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
 
         def load(model: MiniClip):
             model.load_state_dict(fit_weights(saved.state_dict(), model.state_dict(), folder))
-            model.visual.load_files(folder)
-            model.text.load_files(folder)
+            if (folder / "tokenizer").is_dir():
+                model.text.load_files(folder)
+            else:  # in folders of OpenCLIP and transformers
+                read_tokenizer_beside(model, folder / "config.json")
 
         custom_text = (read_json(config_file(folder)).get("model_cfg") or {}).get("custom_text", False)
         return MiniClipConfig.from_dict(saved.config.to_dict() | more, name), custom_text, load
@@ -340,8 +342,7 @@ def build_zero_shot_classifier(
 
 
 class ClipLoss(nn.Module):
-    """Symmetric InfoNCE. Of several processes each returns the loss of its own rows against all: their mean is that of
-    the whole batch, as with OpenCLIP's local_loss and gather_with_grad."""
+    """Symmetric InfoNCE. Each process returns the loss of its rows against all: local_loss, gather_with_grad."""
 
     def __init__(
         self, local_loss: bool = False, gather_with_grad: bool = False, cache_labels: bool = False, rank: int = 0,

@@ -209,7 +209,7 @@ def test_it_is_fine_tuned_on_two_processes_and_resumes_bit_for_bit(theirs, recip
     assert AutoModel.from_pretrained(caption_set / "hf").logit_bias.item() == trained["logit_bias"].item()
 
 
-@pytest.mark.parametrize("form", ["config", "folder"])
+@pytest.mark.parametrize("form", ["config", "our folder", "their folder"])
 def test_openclips_calls_use_its_tokenizer(theirs, tmp_path, form):
     """Not CLIP's, whose ids mean other words here; and its padding, which has a part in the result."""
     model, _, tokenizer = miniclip.load(theirs[0])
@@ -217,7 +217,9 @@ def test_openclips_calls_use_its_tokenizer(theirs, tmp_path, form):
     values["text_cfg"]["hf_tokenizer_name"] = str(theirs[0])
     (tmp_path / "siglip-mine.json").write_text(json.dumps(values | {"custom_text": True}))
     face.add_model_config(tmp_path / "siglip-mine.json")
-    if form == "folder":  # which alone has the tokenizer
+    if form == "their folder":
+        name = f"local-dir:{theirs[0]}"
+    if form == "our folder":  # which alone has the tokenizer
         model.save_pretrained(tmp_path / "saved")
         shutil.rmtree(theirs[0])
         name, precision = f"local-dir:{tmp_path / 'saved'}", "pure_bf16"
