@@ -194,7 +194,7 @@ def _index_shard(caption_key: str | None, number: int, path: str, end: int) -> t
                         problems.append((path, f"damaged or cut off at byte {tar.offset}: the rest is lost"))
                     elif any(rest):  # and at the first of several
                         fix = "was it joined by cat? Name its parts instead"
-                        problems.append((path, f"another archive begins after the end at byte {tar.offset}: {fix}"))
+                        problems.append((path, f"there is more after its end at byte {tar.offset}: {fix}"))
     except (tarfile.TarError, OSError) as error:
         problems.append((path, f"damaged or cut off ({error}): the rest is lost"))
     for key, members in samples.items():
