@@ -23,7 +23,7 @@ def main(argv: list[str]):
 
     # Each model, or embeddings from files, on each data set: a table
     bad_samples, results, hits = BadSamples(), [], []
-    for e in evaluations(options, bad_samples, Model):
+    for e in evaluations(options, output, bad_samples, Model):
         evaluator, source, dataset = e.evaluator, e.model, e.dataset
         if options.save_features:
             save_features(options.save_features, evaluator.image_embeds, evaluator.text_embeds)

@@ -35,6 +35,7 @@ def main(argv: list[str]):
         evaluator = make_evaluator(
             held_out, options.eval_classes, preprocess, tokenizer, precision=precision, caches=caches,
             batch_size=args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers or None,
+            bad={"on_bad_sample": options.on_bad_sample or "stop", "bad_samples": run.bad_samples},
         )  # fmt: skip
         metadata = training_metadata(argv, options, args, model, train, held_out, arithmetic(args.device))
         trainer = RunTrainer(

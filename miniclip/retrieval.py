@@ -150,7 +150,7 @@ def check_embeds(image_embeds: np.ndarray, text_embeds: np.ndarray, image_of_tex
         if len(bad):
             raise InputError(f"{kind} embedding {bad[0]} is not finite ({len(bad)} of {len(embeds)} are not)")
         off = np.abs(norms - 1)
-        if off.max() > 1e-3:
+        if off.max(initial=0) > 1e-3:
             raise InputError(f"{kind} embedding {off.argmax()} is not of unit length: divide each row by its norm")
     if len(image_embeds) == 0 or not np.array_equal(np.unique(image_of_text), np.arange(len(image_embeds))):
         raise InputError(f"{len(image_embeds)} images, but captions for {len(np.unique(image_of_text))} of them")

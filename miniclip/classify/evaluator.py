@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from miniclip.classify.images import choose_classes, find_images
+from miniclip.classify.images import choose_classes, find_images, usable
 from miniclip.classify.prompts import TEMPLATES
 from miniclip.classify.zero_shot import build_zero_shot_classifier
 from miniclip.inference.embed import embed_images, on_all_processes
@@ -20,15 +20,15 @@ from miniclip.utils.errors import InputError
 class ZeroShotEvaluator(Evaluator):
     """Zero-shot accuracy on `folder`, with one folder of images for each class, on all processes. The classes are asked
     for in English, by the names of their folders or the words that lie beside folders of ids (names.py). Raises
-    InputError for another folder."""
+    InputError for another folder, and for damaged images, unless `on_bad_sample` is "skip": before a run starts."""
 
     primary_metric = "zero_shot_top1"
 
     def __init__(
         self, folder: str | Path, preprocess, tokenizer, *, precision: str = "fp32", batch_size: int = 64,
-        num_workers: int | None = None, cache=None,
+        num_workers: int | None = None, cache=None, on_bad_sample: str = "stop", bad_samples=None,
     ):  # fmt: skip
-        found = find_images([str(folder)])
+        found = usable(find_images([str(folder)]), str(folder), on_bad_sample, bad_samples, num_workers)
         self.preprocess, self.tokenizer, self.precision = preprocess, tokenizer, precision
         self.for_images = dict(batch_size=batch_size, num_workers=num_workers, cache=cache)
         classes, truth = choose_classes(None, [name for _, name in found], "en", [str(folder)])
@@ -49,8 +49,9 @@ class ZeroShotEvaluator(Evaluator):
         return {f"zero_shot_{name}": value for name, value in metrics.items()}
 
 
-def make_evaluator(records, folder, preprocess, tokenizer, *, caches=(None, None), **how) -> Evaluator | None:
-    """The evaluator of caption records, of a folder of class folders, or of both; None without either."""
+def make_evaluator(records, folder, preprocess, tokenizer, *, caches=(None, None), bad=(), **how) -> Evaluator | None:
+    """The evaluator of caption records, of a folder of classes (`bad`: its bad images), or of both; None without."""
     parts = [RetrievalEvaluator(records, preprocess, tokenizer, caches=caches, **how)] if records else []
-    parts += [ZeroShotEvaluator(folder, preprocess, tokenizer, cache=caches[0], **how)] if folder else []
+    how |= {"cache": caches[0], **dict(bad)}
+    parts += [ZeroShotEvaluator(folder, preprocess, tokenizer, **how)] if folder else []
     return Evaluators(parts) if len(parts) > 1 else next(iter(parts), None)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from miniclip.classify.names import ID, find_words, spell, spell_out
 from miniclip.classify.prompts import OBJECTS
-from miniclip.datasets.records import ImageRoot
+from miniclip.datasets.records import ImageRoot, image_faults
+from miniclip.utils.bad_samples import raise_or_skip
 from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ENDINGS
 
@@ -16,8 +17,7 @@ def find_images(paths: Sequence[str]) -> list[tuple[str, str | None]]:
     """Returns the images in paths, sorted within each, with the folder that may be their class.
 
     A path is an image, or a folder with images at any depth. In a folder with none of its own, each folder is a class.
-    Links are followed, hidden files ignored. Raises InputError for a path that is missing, contains no image or cannot
-    be read; warns of empty class folders."""
+    Links are followed, hidden files ignored. Raises InputError for a path without images; warns of empty classes."""
     found = []
     for path in paths:
         if not os.path.exists(path):
@@ -41,6 +41,20 @@ def _images_in(path: str) -> list[tuple[str, str | None]]:
     if empty := [name for name, n in counts.items() if not n and not flat]:
         warnings.warn(f"{path}: no image in {', '.join(sorted(empty))}", stacklevel=3)
     return [(os.path.join(path, name), None if flat else name.split(os.sep)[0]) for name in sorted(names)]
+
+
+def usable(images: list[tuple], name: str, on_bad_sample: str, bad_samples, num_workers=None, decode=True) -> list:
+    """Returns the readable ones of `images`, tuples that begin with a path. Raises InputError for the others, or with
+    `on_bad_sample` "skip" lists them in `bad_samples`. Without `decode` only names are checked."""
+    paths = [image[0] for image in images]
+    unnamable = "the name is no valid Unicode: rename the file"  # the output could not contain it
+    found = image_faults([{"image": path} for path in paths], name, num_workers) if decode else [None] * len(paths)
+    faults = [bad if path.encode(errors="ignore").decode() == path else unnamable for path, bad in zip(paths, found)]
+    bad = [(path, fault) for path, fault in zip(paths, faults) if fault]
+    images = [image for image, fault in zip(images, faults) if not fault]
+    what = f"{len(bad)} of {len(paths)} images cannot be used"
+    raise_or_skip(name, what, bad, len(images), "", on_bad_sample, bad_samples, "no images")
+    return images
 
 
 def choose_classes(

@@ -24,16 +24,14 @@ THRESHOLD, REVIEW = 0.5, 0.25  # defaults without examples
 
 
 def ask(model, tokenizer, image_embeds: np.ndarray, thing: str, against: list[str] | None = None) -> np.ndarray:
-    """Returns the probability (N,) that images (N, E) show a thing, such as "a dog", against NOTHING as one class or
-    against each of the texts `against`."""
+    """Returns the probability (N,) that images (N, E) show a thing ("a dog"), against NOTHING or each of some texts."""
     against = [[text] for text in against] if against else [NOTHING]
     vectors = embed_classes(model, tokenizer, [[text.format(thing) for text in ASK], *against])
     return shares(model, image_embeds, vectors)[:, 0]
 
 
 def category_scores(model, tokenizer, image_embeds: np.ndarray, categories: dict) -> dict[str, np.ndarray]:
-    """Returns the probability of each category for images, {name: (N,)}, each against the HARMLESS texts alone, so
-    that it does not depend on the other categories."""
+    """Returns the probability of each category for images, {name: (N,)}, each alone against the HARMLESS texts."""
     names = [name for name in categories if name != HARMLESS]
     positives = embed_classes(model, tokenizer, [categories[name] for name in names]).split(1, dim=1)
     negatives = embed_classes(model, tokenizer, [[text] for text in categories[HARMLESS]])
@@ -80,9 +78,8 @@ def calibrate_from(folder: str, wanted: list[str], no: str, score, embed) -> dic
 
 
 def decide(scores: dict[str, float], thresholds: dict[str, dict]) -> dict:
-    """Returns `{"status", "reason", "confidence"}` for the scores of an image: rejected if one reaches its category's
-    threshold, else review if one reaches "review", for the highest of these; otherwise approved, with confidence 1
-    minus the highest."""
+    """Returns `{"status", "reason", "confidence"}` for an image's scores: rejected if one reaches its category's
+    threshold, else review if one reaches "review", for the highest of these; else approved, at 1 minus the highest."""
     for status, limit in ("rejected", "threshold"), ("review", "review"):
         if reached := {name: score for name, score in scores.items() if score >= thresholds[name][limit]}:
             reason = max(reached, key=reached.get)

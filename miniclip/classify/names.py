@@ -13,8 +13,7 @@ from miniclip.datasets.records import parse_json, read_text
 from miniclip.utils.errors import InputError
 from miniclip.utils.imagenet import IMAGENET
 
-# Files beside a folder of classes, with lines `id words` or words alone, or JSON: ImageNet's (Kaggle, Caffe, Tiny
-# ImageNet, Keras) and common names.
+# Files beside a folder of classes, with lines `id words` or words alone, or JSON: ImageNet's, and common names.
 FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt", "map_clsloc.txt", "imagenet_class_index.json",
          "class_index.json", "class_to_idx.json", "classes.txt", "class_names.txt", "names.txt", "labels.txt",
          "classes.json", "class_names.json", "labels.json")  # fmt: skip
@@ -52,8 +51,7 @@ def warn_of_ids(names: Sequence[str]):
 
 
 def find_words(ids: Sequence[str], folders: Iterable[str]) -> dict[str, str] | None:
-    """Returns {id: words} from the first of FILES, in the folders or those around them, that has words for all ids, or
-    from ImageNet's own classes; None if there are none."""
+    """Returns {id: words} from the first of FILES, in or around the folders, with words for all ids, or ImageNet's."""
     places = [place for folder in folders if os.path.isdir(folder) for place in (Path(folder), Path(folder, ".."))]
     for path in (place / name for place in places for name in FILES):
         with suppress(InputError, OSError):  # any file may have such a name

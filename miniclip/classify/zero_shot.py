@@ -58,8 +58,7 @@ def probabilities(model, image_embeds: np.ndarray, classifier: Tensor) -> np.nda
 
 
 def shares(model, image_embeds: np.ndarray, classifier: Tensor) -> np.ndarray:
-    """Returns the softmax over classes (N, C) of the cosines with the model's own temperature. SigLIP's bias, equal for
-    all classes, would not change it."""
+    """Returns the softmax over classes (N, C) of cosines at the model's temperature; a bias would change nothing."""
     cosines = torch.from_numpy(image_embeds) @ classifier.cpu()
     return (model.logit_scale.detach().cpu().exp() * cosines).softmax(dim=1).numpy()
 

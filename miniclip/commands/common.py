@@ -45,8 +45,9 @@ def open_model(options):
     """Returns `(model, preprocess, tokenizer)` with an inference copy of the model."""
     from miniclip.inference.load import load
     from miniclip.inference.matmul import suggest_bf16
+    from miniclip.utils.files import make_folder
 
-    Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
+    make_folder(options.output_dir)
     device = find_device(options.device)
     suggest_bf16(options.precision, device)
     with starting():
@@ -54,22 +55,11 @@ def open_model(options):
 
 
 def find_usable(options, images: list[tuple], bad_samples) -> list[tuple]:
-    """Returns the readable ones of `images`, tuples that begin with a path. Raises InputError for the others, or with
-    `--on_bad_sample skip` lists them in `bad_samples`."""
-    from miniclip.datasets.records import image_faults
-    from miniclip.utils.bad_samples import raise_or_skip
+    """Returns the `usable` images. They are decoded first only to skip bad ones: the encoding finds all of them."""
+    from miniclip.classify.images import usable
 
-    paths = [image[0] for image in images]
-    unnamable = "the name is no valid Unicode: rename the file"  # the output could not contain it
-    faults = [None if path.encode(errors="ignore").decode() == path else unnamable for path in paths]
-    if options.on_bad_sample == "skip":
-        found = image_faults([{"image": path} for path in paths], ", ".join(options.images), options.num_workers)
-        faults = [unnamed or damaged for unnamed, damaged in zip(faults, found)]
-    bad = [(path, fault) for path, fault in zip(paths, faults) if fault]
-    images = [image for image, fault in zip(images, faults) if not fault]
-    what, where = f"{len(bad)} of {len(paths)} images cannot be used", ", ".join(options.images)
-    raise_or_skip(where, what, bad, len(images), "", options.on_bad_sample, bad_samples, "no images")
-    return images
+    how = options.on_bad_sample, bad_samples, options.num_workers, options.on_bad_sample == "skip"
+    return usable(images, ", ".join(options.images), *how)
 
 
 def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):

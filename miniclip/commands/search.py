@@ -92,6 +92,8 @@ def index(options):
         raise InputError(f"--shard {options.shard}: use 1/8, 2/8, ... 8/8")
     if not os.path.isdir(options.pictures):
         raise InputError(f"{options.pictures} is not a folder")
+    if options.pretrained and not options.model:
+        raise InputError("--pretrained has no effect without --model: add it")
     if options.model:
         named = model_name(options.model, options.pretrained)
     elif not (Path(options.index) / INDEX).is_file():
@@ -149,6 +151,7 @@ def query(options):
     if options.html:
         raise InputError("--html shows the results of one query: give a text or --image")
     failed = False
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     for line in map(str.strip, sys.stdin):
         if line or options.json:  # with JSON every line has an answer
             try:
@@ -164,8 +167,13 @@ def query(options):
 
 def answer(search, options, text: str):
     """Searches once and prints the results."""
+    if text != text.encode(errors="ignore").decode():
+        raise InputError(f"the query {text!a} is not UTF-8")
     weights = {"image_weight": options.image_weight, "minus_weight": options.minus_weight}
+    cut = search.tokenizer.truncated
     found = search.query(text, options.k, options.image, options.minus, options.rerank, **weights)
+    if search.tokenizer.truncated > cut:
+        print(f"the query was cut off at {search.tokenizer.context_length} tokens", file=sys.stderr)
     title = " + ".join([*([text] if text else []), *options.image]) + "".join(f" - {minus}" for minus in options.minus)
     if options.html:
         search.write_sheet(options.html, title, found)

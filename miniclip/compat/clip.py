@@ -55,11 +55,10 @@ def load(
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
-    """Returns token ids, int32 (n, context_length). Raises RuntimeError for one too long, unless `truncate`."""
-    cut = TOKENIZER.truncated
+    """Returns token ids, int32 (n, context_length). Raises RuntimeError for too long a text, unless `truncate`."""
+    cut, texts = TOKENIZER.truncated, [texts] if isinstance(texts, (str, bytes)) else list(texts)
     ids = TOKENIZER(texts, context_length)
     if TOKENIZER.truncated > cut and not truncate:
-        texts = [texts] if isinstance(texts, str) else texts
         long = next(text for text in texts if len(TOKENIZER.encode(text)) > context_length - 2)
         raise RuntimeError(f"Input {long} is too long for context length {context_length}")
     return ids.int()

@@ -29,8 +29,7 @@ class CoCa(CLIP):
         image_embs: Tensor | None = None, output_labels: bool = True,
     ) -> dict[str, Tensor]:  # fmt: skip
         """`logits` (B, L - 1, vocabulary) of the tokens after each but the last, and those tokens as `labels`; without
-        `output_labels` logits (B, L, vocabulary). Of images alone `image_features` and the decoder's `image_embs`,
-        which can be given back in place of images."""
+        `output_labels` (B, L, vocabulary). Of images alone `image_features` and `image_embs`, to be given back."""
         if image_latent is None or image_embs is None:
             image_latent, image_embs = self.visual.with_tokens(image.to(self.dtype))
             image_latent = F.normalize(image_latent, dim=-1)

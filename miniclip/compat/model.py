@@ -1,5 +1,6 @@
 """A MiniClip behind the calls, results and weight names of OpenCLIP's and OpenAI's models."""
 
+import copy
 from functools import wraps
 
 import torch
@@ -145,9 +146,11 @@ def full_precision(model: CLIP | MiniClip) -> MiniClip:
     inner = model.miniclip if isinstance(model, CLIP) else model
     if all(p.dtype == torch.float32 for p in inner.parameters()):
         return inner
-    copy = MiniClip(inner.config).to(inner.logit_scale.device).eval()
-    copy.load_state_dict(inner.state_dict())
-    return copy
+    twin = copy.deepcopy(inner).float().eval()  # with its tokenizer, which may say what padding is
+    for module in twin.modules():
+        if isinstance(module, LayerNormFp32):
+            module.__class__ = nn.LayerNorm
+    return twin
 
 
 def _locked(tower: Tower, groups: int) -> str:  # OpenCLIP's groups count the projection too, and what is before blocks

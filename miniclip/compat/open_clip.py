@@ -31,9 +31,9 @@ from miniclip.training.siglip import siglip_loss
 from miniclip.utils.config_files import parse_json
 from miniclip.utils.errors import InputError
 from miniclip.utils.imagenet import IMAGENET
-from miniclip.utils.weight_files import find_weights, mismatch, read_state_dict
-from miniclip.weights.layouts import load_folder, named_config
-from miniclip.weights.load import fill, fit_weights, open_checkpoint
+from miniclip.utils.weight_files import find_weights, mismatch, read_json, read_state_dict
+from miniclip.weights.layouts import config_file, load_folder, named_config
+from miniclip.weights.load import empty_model, fill, fit_weights, open_checkpoint, read_tokenizer_beside
 from miniclip.weights.load import load_weights as load_file
 from miniclip.weights.pretrained import (  # noqa: F401
     check_model,
@@ -58,6 +58,7 @@ convert_weights_to_fp16 = convert_weights_to_lp
 get_input_dtype = LOW.get  # by a precision
 get_cast_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get
 ADDED: dict[str, dict] = {}  # configs that `add_model_config` read
+CUSTOM_TEXT = re.compile(r"EVA0|MobileCLIP|PE-Core|ViTamin|.*SigLIP")  # configs with custom_text in OpenCLIP
 
 MODULES = "factory loss model pretrained tokenizer transform zero_shot_classifier zero_shot_metadata".split()
 ABSENT = {  # what OpenCLIP exports and MiniCLIP does not have, and why
@@ -189,16 +190,19 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
 
         def load(model: MiniClip):
             model.load_state_dict(fit_weights(saved.state_dict(), model.state_dict(), folder))
-            model.visual.load_files(folder)
-            model.text.load_files(folder)
+            if (folder / "tokenizer").is_dir():
+                model.text.load_files(folder)
+            else:  # in folders of OpenCLIP and transformers
+                read_tokenizer_beside(model, folder / "config.json")
 
-        return MiniClipConfig.from_dict(saved.config.to_dict() | more, name), False, load
+        custom_text = (read_json(config_file(folder)).get("model_cfg") or {}).get("custom_text", False)
+        return MiniClipConfig.from_dict(saved.config.to_dict() | more, name), custom_text, load
     name = name.replace("/", "-")
     values = get_model_config(name)
     if values is None and not {"embed_dim", "vision_cfg", "text_cfg"} <= more.keys():
         check_model(name)  # which raises, with the nearest names
     values = (values or {}) | more
-    custom_text = values.pop("custom_text", False)
+    custom_text = values.pop("custom_text", name not in ADDED and bool(CUSTOM_TEXT.match(name)))
     config, tag = MiniClipConfig.from_dict(values, name), find_tag(name, pretrained)
     if tag is None:
         return config, custom_text, (lambda model: load_file(model, pretrained)) if pretrained else None
@@ -212,8 +216,7 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
 
 
 def load_tower(model: CLIP, path: str | Path, is_image: bool):
-    """Loads the weights of one tower: those of a file with the tower's own names, or its part of a whole model's.
-    Raises CheckpointError if they are not complete."""
+    """Loads all weights of one tower, from a file with its own names or a whole model's. Raises CheckpointError."""
     file, full, part = read_state_dict(find_weights(path)), model.state_dict(), "visual." if is_image else "text."
     wanted = [key for key in full if key.startswith("visual.") == is_image and not key.startswith("logit_")]
     names = {key: (key, f"text.{key}", key.removeprefix(part)) for key in wanted}
@@ -231,8 +234,7 @@ def load_checkpoint(
     model: CLIP | MiniClip, checkpoint_path: str | Path, strict: bool = True, weights_only: bool = True,
     device: str | torch.device = "cpu",
 ) -> _IncompatibleKeys:  # fmt: skip
-    """Loads a weight file of any known layout into a model. Returns the missing and unexpected keys: there are none,
-    as CheckpointError is raised for such files."""
+    """Loads a weight file of any known layout into a model. No keys are missing or unexpected: that is an error."""
     refuse("strict", not strict, "parts of a file are for model.load_state_dict(..., strict=False)")
     refuse("weights_only", not weights_only, CODE)
     load_file(model.miniclip if isinstance(model, CLIP) else model, checkpoint_path)
@@ -307,9 +309,10 @@ def get_tokenizer(
     if values is None:
         check_model(name)  # which raises, with the nearest names
     text = values.get("text_cfg", {})
-    if {"hf_model_name", "hf_model_config"} & text.keys():
+    if any(map(text.get, ("hf_model_name", "hf_model_config", "hf_tokenizer_name"))):
         refuse(", ".join(kwargs), kwargs, "the text tower's own tokenizer has no options")
-        model = load_folder(folder) if folder else MiniClip(MiniClipConfig.from_dict(values, name))
+        values.pop("custom_text", None)
+        model = load_folder(folder) if folder else empty_model(MiniClipConfig.from_dict(values, name))
         tokenizer = model.text.tokenizer
         tokenizer.context_length = context_length or tokenizer.context_length
         return tokenizer
@@ -339,8 +342,7 @@ def build_zero_shot_classifier(
 
 
 class ClipLoss(nn.Module):
-    """Symmetric InfoNCE. Of several processes each returns the loss of its own rows against all: their mean is that of
-    the whole batch, as with OpenCLIP's local_loss and gather_with_grad."""
+    """Symmetric InfoNCE. Each process returns the loss of its rows against all: local_loss, gather_with_grad."""
 
     def __init__(
         self, local_loss: bool = False, gather_with_grad: bool = False, cache_labels: bool = False, rank: int = 0,
@@ -357,8 +359,7 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """SigLIP's sigmoid loss. Of several processes each compares its images with the texts of all, whichever way
-    `dist_impl` names: the results are equal."""
+    """SigLIP's sigmoid loss. Each process compares its images with all texts, whichever way `dist_impl` names."""
 
     def __init__(self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None):
         super().__init__()

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from contextlib import suppress
 
 from miniclip.datasets.records import MISSING, check_captions, parse_json
 from miniclip.utils.errors import InputError
@@ -58,6 +59,14 @@ def parse_list(text: str) -> str | list:
                 raise InputError(f"a list of captions that cannot be read: {cell[:60]}") from None
             return text  # "[none of them]"
     return text if isinstance(found, str) else list(found)
+
+
+def as_cell(caption: str) -> str:
+    """Returns a caption as a cell that is read as it is: one that looks like a list becomes a list of one."""
+    with suppress(InputError):
+        if parse_list(caption) == caption:
+            return caption
+    return json.dumps([caption], ensure_ascii=False)
 
 
 def parse_caption(data: bytes, is_json: bool, name: str, key: str | None = None) -> list[str]:

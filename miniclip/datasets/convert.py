@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm.auto import tqdm
 
+from miniclip.datasets.captions import as_cell
 from miniclip.datasets.records import ReadOptions
 from miniclip.datasets.shards import add_sample, expand
 from miniclip.utils.errors import InputError
@@ -92,7 +93,7 @@ def _to_file(source: Sequence[dict], target: Path, options: ReadOptions) -> int:
             else:
                 table = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\r\n")
                 table.writerow(["filepath", "title"])  # OpenCLIP's names
-                table.writerows((record["image"], text) for record in records for text in record["caption"])
+                table.writerows((record["image"], as_cell(text)) for record in records for text in record["caption"])
         if own:
             os.rename(folder, images)
     if outside:

@@ -1,5 +1,4 @@
-"""JSON as data sets are published (Karpathy's splits, COCO's images and annotations, {"image": [captions]}), and as
-pandas writes a table."""
+"""JSON as data sets are published (Karpathy's splits, COCO's lists, {"image": [captions]}) and as pandas writes it."""
 
 from pathlib import Path
 

@@ -70,8 +70,7 @@ def split_pairs(seed: int) -> tuple[list[frozenset[Kind]], list[frozenset[Kind]]
 
 
 def make_scenes(pairs: list[frozenset[Kind]], number: int, rng: random.Random) -> list[Scene]:
-    """Returns `number` different scenes, so that a perfect model reaches R@1 of 100%, with all pairs equally frequent.
-    Raises InputError if there are not as many."""
+    """Returns `number` different scenes (R@1 can be 100%), all pairs equally often. Raises InputError for too many."""
     possible = len(pairs) * 2 * 2 * (len(COUNTS) * len(SIZES)) ** 2  # relations, orders, counts and sizes of both
     if number > possible:
         raise InputError(f"{number:,} scenes asked for, but only {possible:,} different ones exist")
@@ -102,8 +101,7 @@ def make_families(pairs: list[frozenset[Kind]], number: int, rng: random.Random)
 
 
 def captions(scene: Scene, rng: random.Random, number: int = 5, second_first: float = SECOND_FIRST) -> list[str]:
-    """Describes the scene completely in `number` (up to 9) different sentences. `second_first` is the share of those
-    that name the second group first."""
+    """Describes all of a scene in `number` (up to 9) sentences, the share `second_first` from its second group on."""
 
     def words(group: Group) -> tuple[str, str]:
         count, size = rng.choice(COUNTS[group.count]), rng.choice(SIZES[group.size])

@@ -27,7 +27,7 @@ from miniclip.utils.image_files import EXTENSIONS, ImageError, ImageFile
 from miniclip.utils.parallel import read_ahead
 from miniclip.utils.remote import StoreError, is_remote, open_remote, read_range, retrying, version
 
-VERSION = 3  # of the index: raise it when old ones must be rebuilt
+VERSION = 4  # of the index: raise it when old ones must be rebuilt
 ROW = np.dtype([("shard", "<i4"), ("header", "<i8"), ("offset", "<i8"), ("size", "<i8"),
                 ("text_offset", "<i8"), ("text_size", "<i8"), ("json", "?")])  # fmt: skip
 COMPRESSED = "a compressed shard has no random access: decompress it (gunzip)"
@@ -189,8 +189,12 @@ def _index_shard(caption_key: str | None, number: int, path: str, end: int) -> t
                         break
                 else:
                     file.seek(tar.offset)
-                    if file.read(512) != bytes(512):  # tarfile stops silently where there is no end mark
+                    rest = file.read(1 << 16)
+                    if rest[:512] != bytes(512):  # tarfile stops silently where there is no end mark
                         problems.append((path, f"damaged or cut off at byte {tar.offset}: the rest is lost"))
+                    elif any(rest):  # and at the first of several
+                        fix = "was it joined by cat? Name its parts instead"
+                        problems.append((path, f"there is more after its end at byte {tar.offset}: {fix}"))
     except (tarfile.TarError, OSError) as error:
         problems.append((path, f"damaged or cut off ({error}): the rest is lost"))
     for key, members in samples.items():

@@ -22,7 +22,7 @@ class SoundImages:
     def __init__(self, images: Sequence):
         self.keys = np.array([_key(image) for image in images], np.uint64)
         folder = os.path.dirname(next((image for image in images if isinstance(image, str)), ""))
-        self.path = user_cache() / f"sound-{hashlib.sha256(folder.encode()).hexdigest()[:16]}.npy"
+        self.path = user_cache() / f"sound-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.npy"
         self.known = np.zeros(0, np.uint64)
         with suppress(OSError, ValueError, EOFError):  # there is none, or half of one
             self.known = np.load(self.path, allow_pickle=False).astype(np.uint64)

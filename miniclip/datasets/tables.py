@@ -1,5 +1,6 @@
 """Hugging Face datasets: from the hub, from `save_to_disk`, and .parquet and .arrow files."""
 
+import glob
 import itertools
 import os
 import re
@@ -72,7 +73,8 @@ def load_table(source: str, part: str | None = None, streaming: bool = False) ->
         elif kinds == {"arrow"} and not streaming:
             found = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
         elif files:
-            found = datasets.load_dataset(*kinds, data_files=files, split="train", streaming=streaming)
+            names = [file if is_remote(file) else glob.escape(file) for file in files]  # a folder may be called x[1]
+            found = datasets.load_dataset(*kinds, data_files=names, split="train", streaming=streaming)
         else:
             found = datasets.load_from_disk(str(path))
     except Exception as error:  # the network, the hub, the file: the library names it

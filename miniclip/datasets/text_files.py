@@ -29,8 +29,8 @@ class ColumnError(CaptionFileError):
 
 
 def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list[str]:
-    """Returns the columns of the image and of the caption among those that are there: as named, or else the first with
-    a known name, or for captions all with a number: caption_0, caption_1. Raises InputError, `where` in front."""
+    """Returns the columns of the image and of the caption among those there: as named, or else the first with a known
+    name, or for captions all that have it with a number: caption_0, caption_1. Raises InputError, `where` in front."""
     columns, there = [], list(there)
     twice = [name for name, count in Counter(there).items() if count > 1 and str(name).strip()]
     if twice:
@@ -68,8 +68,7 @@ def _numbered(columns: list[str]) -> list[str]:
 
 
 def _records(path: Path, rows: Iterable[tuple], options: ReadOptions, columns: list[str] | None = None) -> Raw:
-    """Returns, of (name, object or InputError) each, those of the chosen split as records, one for each image. Columns
-    are found in the first object that has them."""
+    """Returns, of (name, object or InputError) each, the split as records, by image; the first has the columns."""
     found, splits, first = [], [], None
     for name, row in rows:
         split = None

@@ -195,8 +195,7 @@ def open_to_write(folder: Path, check: bool, *same) -> tuple[ImageIndex | None, 
 
 
 def kept_rows(old: ImageIndex, used: dict, method: str) -> tuple[list[int], Neighbours | None]:
-    """Returns the rows of the old index to keep, and its approximate index if that only has to grow: rows can be added
-    to one and ignored, but not removed."""
+    """Returns the rows of the old index to keep, and its approximate index if that only grows: it can lose no rows."""
     n = len(old.keys)
     rows = [row for row, key in enumerate(old.keys) if key in used]
     wanted = choose(len(used))[0] if method == "auto" else method
@@ -215,8 +214,7 @@ def write(
     texts: np.ndarray, method: str, grown: Neighbours | None, progress: bool, patches: tuple | None = None,
 ):  # fmt: skip
     """Writes a generation and, once all of it is on the disk, switches to it in one step. Completes `about`, its
-    `index.json`. `grown`: an approximate index without the last rows. `patches`: the shape of late interaction's, and
-    their rows."""
+    `index.json`. `grown`: an approximate index without the last rows. `patches`: late interaction's shape and rows."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -262,8 +260,7 @@ def write(
 
 
 class IndexedImage(ImageFile):
-    """An image identified by the sha256 of its content, in one or several files. `read` returns the content, or raises
-    ImageError if none of the files has it any more."""
+    """An image identified by the sha256 of its content, in one or several files, of which one must still have it."""
 
     def __init__(self, digest: bytes):
         self.digest, self.paths = digest, []

@@ -37,9 +37,8 @@ class ImageIndex:
     """An index in the generation that was current when it was opened. Later runs do not touch its files.
 
     `about` is the content of `index.json`, `vectors` are (N, E) float32, `keys` the sha256 of each row's content;
-    `patches` (N, P, D) float16, or None, are those of late interaction.
-    Raises ImageIndexError for a folder without an index and for changed files; of those above 64 MB only the size is
-    compared, unless `check`."""
+    `patches` (N, P, D) float16, or None, are those of late interaction. Raises ImageIndexError for a folder without an
+    index and for changed files; of those above 64 MB only the size is compared, unless `check`."""
 
     def __init__(self, folder: str | Path, check: bool = False):
         self.folder = Path(folder)

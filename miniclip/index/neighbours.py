@@ -85,8 +85,7 @@ class Neighbours:
             self.index.add(np.ascontiguousarray(vectors[start : start + 10_000]))
 
     def find(self, vectors: np.ndarray, queries: np.ndarray, k: int, alive: np.ndarray | None = None):
-        """As `exact`, among the candidates of the index. Queries with fewer than k, because k is large or many rows are
-        dead, are compared with all."""
+        """As `exact`, among the candidates of the index. Queries with fewer than k of them are compared with all."""
         import faiss
 
         k = min(k, len(vectors) if alive is None else int(alive.sum()))

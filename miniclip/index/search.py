@@ -46,6 +46,8 @@ class ImageSearch:
         self.index = ImageIndex(index)
         about = self.index.about
         name = model if isinstance(model, (str, Path)) else None
+        if pretrained and name is None:
+            raise InputError("pretrained has no effect without the name of a model: add it (--model)")
         if model is None:
             name, pretrained = about["model"]["name"], about["model"]["pretrained"]
         if name is not None:
@@ -73,8 +75,7 @@ class ImageSearch:
         self, texts: Iterable[str] = (), images: Iterable = (), minus: Iterable[str] = (),
         image_weight: float | None = None, minus_weight: float = 0.5,
     ) -> np.ndarray:  # fmt: skip
-        """Returns the query vector (E,) by the formula above. Raises InputError if there is neither text nor image,
-        ImageError for an image that cannot be read."""
+        """Returns the query vector (E,) by the formula above. Raises InputError for neither or a bad image."""
         texts, images, minus = ([x] if isinstance(x, (str, Path)) else list(x) for x in (texts, images, minus))
         texts, minus = ([text for text in x if text.strip()] for x in (texts, minus))
         if not texts and not images:
@@ -105,8 +106,7 @@ class ImageSearch:
         return self.nearest(vector, k, " ".join(texts), n) if texts and n else self.nearest(vector, k)
 
     def nearest(self, vector: np.ndarray, k: int, text: str = "", rerank: int = 0) -> list[Found]:
-        """Returns the k images nearest to a vector (E,), the first `rerank` in the order of late interaction with a
-        text."""
+        """Returns the k images nearest to a vector (E,), the first `rerank` in late interaction's order for a text."""
         found = self.index.find(vector, max(k, rerank))
         if rerank:
             scores, rows = (np.array(values) for values in zip(*found))
@@ -119,8 +119,7 @@ class ImageSearch:
         return [Found(rank, score, names[0], names[1:]) for rank, (score, names) in enumerate(paths, 1)]
 
     def file(self, path: str) -> str:
-        """Returns the absolute path of an image that was found. Raises InputError if it is gone or leads out of the
-        image folder."""
+        """Returns the absolute path of an image found. Raises InputError if it is gone or leads out of the folder."""
         return ImageRoot(self.root.folder, self.root.allow_outside).file(path)  # a new one: links may have changed
 
     def write_sheet(self, path: str | Path, title: str, found: list[Found]):

@@ -31,9 +31,8 @@ def caption_images(
     model: MiniClip, preprocess: Preprocess, tokenizer, paths: Sequence, batch_size: int = 32,
     num_workers: int | None = None, progress: bool = False, **how,
 ) -> list[str]:  # fmt: skip
-    """Captions of n images, by path or as an ImageFile, in their order. `how`: arguments of `CoCa.generate`; without
-    any, what `miniclip caption` does by default. Raises InputError for a model without a decoder, and ImageError for a
-    file that cannot be read."""
+    """Captions of n images, by path or as an ImageFile, in their order. `how`: arguments of `CoCa.generate`; by default
+    as `miniclip caption`. Raises InputError for a model without a decoder, ImageError for a file that is damaged."""
     if captioner(model) is None:
         raise InputError("this model has no decoder, so it writes no captions: take a CoCa model, as coca_ViT-B-32")
     captions, levels, how = [], [], lengths(model) | how

@@ -1,5 +1,4 @@
-"""Embeddings of image files and texts, and of their patches and words, in batches, with threads that read ahead and
-feature caches."""
+"""Embeddings of images and texts, and of their patches and words: batches, threads that read ahead, feature caches."""
 
 import copy
 import os
@@ -149,8 +148,7 @@ class _Positions(Tower):
 
 
 def positions(model: MiniClip, name: str) -> InferenceClip:
-    """An inference copy of a model in which the features of a tower, "visual" or "text", are those of its positions,
-    for `embed_images` or `embed_texts` without projection."""
+    """An inference copy of a model in which the features of a tower, "visual" or "text", are those of its positions."""
     twin, length = copy.copy(inference_copy(model)), WORDS
     if name == "visual":
         with twin.inference():
@@ -163,8 +161,7 @@ def positions(model: MiniClip, name: str) -> InferenceClip:
 def in_pieces(
     items: Sequence, embed: Callable, finish: Callable[[Tensor], Tensor], faults: dict[int, str] | None = None
 ) -> np.ndarray:
-    """`finish(embed(items))`, a piece at a time: the features of all positions would not fit the memory. `faults` is
-    that of `embed_images`."""
+    """`finish(embed(items))` in pieces: all features would not fit the memory. `faults`: that of `embed_images`."""
     found = []
     for start in range(0, len(items), PIECE):
         wrong = {}
@@ -179,8 +176,7 @@ def in_pieces(
 def embed_patches(
     model: MiniClip, preprocess, paths: Sequence, faults: dict[int, str] | None = None, **how
 ) -> np.ndarray:
-    """The vectors of the patches of n images, (n, P, D) float16, from the top left, row by row. `faults` and `how`:
-    options of `embed_images`."""
+    """The vectors of the patches of n images, (n, P, D) float16, row by row. `faults` and `how`: of `embed_images`."""
     tower, device = model.visual, model.logit_scale.device
     embed = partial(embed_images, positions(model, "visual"), preprocess, project=False, **how)
     return in_pieces(
@@ -190,8 +186,7 @@ def embed_patches(
 
 @torch.inference_mode()
 def embed_words(model: MiniClip, tokenizer, texts: Sequence[str], **how) -> np.ndarray:
-    """The vectors of the words of n texts, (n, WORDS, D) float32, zeros behind the end. `how`: options of
-    `embed_texts`."""
+    """The vectors of the words of n texts, (n, WORDS, D) float32, zeros behind the end. `how`: of `embed_texts`."""
     embed = partial(embed_texts, positions(model, "text"), tokenizer, project=False, **how)
     tower, device = model.text, model.logit_scale.device
     return in_pieces(texts, embed, lambda x: word_vectors(tower, x.to(device).unflatten(1, (WORDS, -1))))

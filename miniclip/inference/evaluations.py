@@ -12,6 +12,7 @@ from miniclip.inference.measure import RetrievalMeasure
 from miniclip.inference.options import merged, single
 from miniclip.retrieval import KS
 from miniclip.utils.bad_samples import BadSamples
+from miniclip.utils.files import make_folder
 from miniclip.utils.local_copy import ADDRESSES
 
 
@@ -34,9 +35,13 @@ class Measured:
     write: Callable | None = None  # images -> the captions that the model writes; of a model with a decoder
 
 
-def evaluations(options: Namespace, bad_samples: BadSamples, model: type | None) -> Iterator[Measured]:
-    """Measures all that evaluate.py's options name, one after the other. Reads all data sets, and looks for all models,
-    before it starts. `model` is `measure_model.Model`, or None for embeddings."""
+def evaluations(options: Namespace, output: Path, bad_samples: BadSamples, model: type | None) -> Iterator[Measured]:
+    """Measures all that evaluate.py's options name, one after the other. Makes the folders of all results, reads all
+    data sets, and looks for all models, before it starts. `model`: `measure_model.Model`, or None for embeddings."""
+    report, files = Path(options.report or ""), [output, *map(Path, options.table or ())]
+    folders = [*(file.parent for file in files), report.parent if report.suffix else options.report]
+    for folder in filter(None, [*folders, options.save_features]):
+        make_folder(folder)
     sources, datasets = single(options)
     # The images are decoded first only to skip bad ones: the encoding finds all that is wrong.
     skip, need = options.on_bad_sample == "skip", not options.features or bool(options.report)

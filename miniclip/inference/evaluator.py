@@ -58,11 +58,11 @@ class RetrievalEvaluator(RetrievalMeasure, Evaluator):
         return set(retrieval_metrics(one, one, [0], self.ks))
 
     def __call__(self, model: MiniClip) -> dict[str, float]:
-        fast = inference_copy(model, self.precision)
+        fast, n = inference_copy(model, self.precision), reranked(model, self.rerank)  # refused before the work
         images = partial(embed_images, fast, self.preprocess, **self.for_images)
         texts = partial(embed_texts, fast, self.tokenizer, **self.for_texts)
         metrics = self.measure(on_all_processes(self.images, images), on_all_processes(self.texts, texts))
-        return metrics if (n := reranked(model, self.rerank)) == 0 else self.measure_again(model, n)
+        return self.measure_again(model, n) if n else metrics
 
     def measure_again(self, model: MiniClip, n: int) -> dict[str, float]:
         """The metrics when late interaction has re-ranked the first n results of each query."""

@@ -27,8 +27,7 @@ RERANKED = 100  # results of a search that are put into a new order
 
 
 def maxsim(words: Tensor, patches: Tensor) -> Tensor:
-    """The sum over words of their largest product with a patch: (n, L, D), in which zeros are no words, and (m, P, D)
-    to (n, m)."""
+    """The sum over words of their largest product with a patch: (n, L, D), zeros for none, and (m, P, D) to (n, m)."""
     n, m, used = len(words), len(patches), words.detach().abs().sum(dim=2) > 0  # (n, L)
     products = words[used] @ patches.flatten(0, 1).T  # (all words, m P)
     best = products.view(-1, m, patches.shape[1]).max(dim=2).values
@@ -77,8 +76,7 @@ def where_seen(model: MiniClip, preprocess, tokenizer, image, text: str) -> tupl
 
 
 def reranked(model: MiniClip, n: int | None) -> int:
-    """How many results of a query a model re-ranks, of which `n` are asked for: by default 100, or none if it cannot.
-    Raises InputError if it cannot and should."""
+    """How many results of a query a model re-ranks: `n`, by default 100 or none. Raises InputError if it cannot."""
     if n and not has_tokens(model):
         raise InputError("only a model with late interaction re-ranks: train it with --loss late_interaction")
     return n if n is not None else RERANKED if has_tokens(model) else 0

@@ -10,8 +10,7 @@ from miniclip.utils.files import replacing, write_npy
 
 
 class RetrievalMeasure:
-    """The metrics of embeddings of the images and captions of `records`. For reports it keeps the last `result` by
-    direction, `image_embeds` (N, E) and `text_embeds` (M, E)."""
+    """The metrics of embeddings of `records`. Keeps `result`, `image_embeds` (N, E) and `text_embeds` (M, E)."""
 
     def __init__(self, records: list[dict], ks=KS, first_caption_only: bool = False):
         if first_caption_only:

@@ -61,7 +61,7 @@ def parse_evaluate(argv: list[str]) -> Namespace:
 
 def _problems(options: Namespace, default):
     """Yields what is wrong with the options."""
-    if not options.features and not (options.model and options.eval_file):
+    if not all(options.features or [*(options.model or [""]), *(options.eval_file or [""])]):
         yield "give --model and --eval_file, or --features"
     if options.features and options.model:
         yield "--features are measured without a model: remove --model"
@@ -119,8 +119,8 @@ def merged(options: Namespace, *parts: Namespace) -> Namespace:
 
 
 def result_file(options: Namespace) -> tuple[Path, str]:
-    """The JSON file to write, whose folder is created, and what there is to say about it. Without --output_file, no
-    result of another model, data set or setting is replaced: the name gets a number."""
+    """The JSON file to write, and what there is to say about it. Without --output_file, no result of another model,
+    data set or setting is replaced: the name gets a number."""
     options = options if options.several else merged(options, *(part for found in single(options) for part in found))
     folder, name = _default_name(options)
     path, number, said = Path(options.output_file or folder / f"{name}.json"), 1, ""
@@ -135,7 +135,6 @@ def result_file(options: Namespace) -> tuple[Path, str]:
             break
         number, said = number + 1, f" ({path} is the result for {about})"
         path = folder / f"{name}_{number}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path, said
 
 
@@ -143,7 +142,8 @@ def _default_name(options: Namespace) -> tuple[Path, str]:
     if options.several:
         return Path(), "retrieval_comparison"
     folder = Path(options.model) if options.model and Path(options.model).is_dir() else None
-    if folder and re.fullmatch(r"[0-9a-f]{16}", folder.parent.name):  # a copy of one on a store, in the user's cache
+    # A copy of one on a store, in the user's cache; or others share it.
+    if folder and (re.fullmatch(r"[0-9a-f]{16}", folder.parent.name) or not os.access(folder, os.W_OK)):
         folder = None
     source, part = at_split(options.eval_file or options.features)
     parts = [Path(source).stem, part or options.split, "first" if options.captions == "first" else ""]
@@ -162,7 +162,8 @@ def _defining(options: dict, folder: str) -> dict:
         path = os.path.join(folder, value) if isinstance(value, str) else ""
         return os.path.abspath(path) if os.path.exists(path) else value
 
-    return {name: absolute(options[name]) for name in DEFINING if options.get(name)}
+    given = ((name, options.get(name)) for name in DEFINING)
+    return {name: absolute(value) for name, value in given if value or type(value) is int}  # also --rerank 0
 
 
 def _is_empty(path: Path) -> bool:

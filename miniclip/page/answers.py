@@ -48,8 +48,8 @@ class Page:
         self.model, self.preprocess, self.tokenizer = loaded
 
     def words(self, say: Words, text: str, minus: str, k: int) -> str:
-        unwanted = parts(say, minus, CAPTIONS)
-        if not split_minus([checked(say, text)])[0]:
+        text, unwanted = checked(say, text), parts(say, minus, CAPTIONS)
+        if not split_minus([text])[0]:
             raise InputError(say("nothing"))
         title = f"{text.strip()} − {minus.strip()}" if unwanted else text.strip()
         found = self.search.query(text, int(k), minus=unwanted)
@@ -57,8 +57,8 @@ class Page:
 
     def image(self, say: Words, path: str | None, text: str, k: int) -> str:
         """Searches by an image and optional words."""
-        image, shown = self.upload(say, path)
-        found = self.search.query(checked(say, text), int(k), image=[image])
+        (image, shown), text = self.upload(say, path), checked(say, text)
+        found = self.search.query(text, int(k), image=[image])
         asked = f'<div class="mc-asked">{figure(shown, image)}{note(text and f"+ {text}")}</div>'
         return (self.coverage(say, [text]) if text.strip() else "") + self.cards(say, "like", found, asked, name=image)
 
@@ -85,8 +85,7 @@ class Page:
         return f'{head}<ol class="mc-bars">{items}</ol>{note(say(kind, n=len(rows)))}'
 
     def heat(self, say: Words, paths: list[str] | None, text: str) -> str:
-        """Compares several images with several captions: a table of cosines and probabilities. A cell's colour is the
-        position of its cosine between the lowest and the highest."""
+        """Compares images with captions: a table of probabilities and cosines, coloured from lowest to highest."""
         captions, paths = parts(say, text, CAPTIONS, "\n"), paths or [None]
         if not captions:
             raise InputError(say("no_captions"))
@@ -192,10 +191,10 @@ class Page:
 
 
 def checked(say: Words, text: str | None) -> str:
-    """Returns a text. Raises InputError if it is too long."""
+    """Returns a text, half of an emoji as "?", which no answer can hold. Raises InputError if it is too long."""
     if len(text or "") > LETTERS:
         raise InputError(say("too_long", most=LETTERS))
-    return text or ""
+    return (text or "").encode("utf-8", "replace").decode()
 
 
 def parts(say: Words, text: str, most: int, separators: str = "\n,;，、；") -> list[str]:

@@ -40,8 +40,7 @@ def build(page: Page):
                 problem = words("fault")
             return f'<p class="mc-problem" role="alert">{escape(problem)}</p>'
 
-        # One at a time: an answer uses all cores. A request made before the answer to the last one is repeated after
-        # it; otherwise gradio would drop it.
+        # One at a time: an answer uses all cores. What is asked meanwhile is asked again: gradio would drop it.
         output = gr.HTML(elem_id=f"found-{place}", elem_classes="mc-answer")  # here on the page
         gr.on(triggers, answer, inputs, output, concurrency_id="model", concurrency_limit=1,
               api_visibility="private", show_progress="minimal", trigger_mode="always_last")  # fmt: skip

@@ -149,5 +149,4 @@ WRITERS = {".txt": as_text, ".csv": as_csv, ".md": as_markdown, ".tex": as_latex
 
 def write_table(path: str | Path, rows: Sequence[Row]):
     """Writes the table in the form that the ending of a file, one of WRITERS, says."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, WRITERS[Path(path).suffix.lower()](rows))

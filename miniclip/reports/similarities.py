@@ -83,8 +83,7 @@ def chance_curve(gallery: int, n_relevant: np.ndarray) -> np.ndarray:
 
 
 def worst_and_best(ranks: np.ndarray, margins: np.ndarray, image_of_query: np.ndarray, n_worst: int, n_best: int):
-    """The worst queries, by rank and then by lowest margin, and the best ones, first by largest margin: two lists with
-    at most one query per image."""
+    """The worst queries, by rank and then lowest margin, and the best, by largest margin: at most one of each image."""
     worst, best = np.lexsort((margins, -ranks)), np.argsort(-margins, kind="stable")
     chosen = []
     for queries, most in (worst[ranks[worst] > 1], n_worst), (best[ranks[best] == 1], n_best):

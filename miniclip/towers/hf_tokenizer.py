@@ -80,7 +80,7 @@ class HfTokenizer(BaseTokenizer):
         return hashlib.sha256(f"{self.context_length} {text}".encode()).hexdigest()
 
     def fast(self):
-        """The same for the library `tokenizers`, without repairs. Raises InputError if there is no such form."""
+        """The same for the library `tokenizers`, which repairs no encodings nor HTML. Raises InputError without."""
         from tokenizers import Regex, Tokenizer, normalizers
 
         if (inner := getattr(self.tokenizer, "backend_tokenizer", None)) is None:

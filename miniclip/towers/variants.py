@@ -164,7 +164,8 @@ class VariantTextTransformer(TextTransformer):
         if self.as_clips:
             return super().features(input_ids)
         if cfg.no_causal_mask or cfg.pool_type == "last":  # padding, which a batch may lack, has a part in the result
-            padding = cfg.pad_id if self.own_tokenizer is None else self.own_tokenizer.pad_token_id
+            unread = self.own_tokenizer is None and input_ids.shape[1] >= cfg.context_length  # nor is it needed
+            padding = cfg.pad_id if unread else self.tokenizer.pad_token_id
             input_ids = F.pad(input_ids, (0, max(0, cfg.context_length - input_ids.shape[1])), value=padding)
         x = self.run_blocks(self.embed_tokens(input_ids), is_causal=not cfg.no_causal_mask)
         if cfg.pool_type in ("first", "last"):

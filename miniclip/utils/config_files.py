@@ -47,8 +47,7 @@ def check(*problems: Iterable[tuple[bool, str]]):
 
 
 def in_range(prefix: str, section, largest: dict[str, float]):
-    """For `check`: the fields of a config's section, named behind a prefix, have values of their types, and those that
-    `largest` names are above 0 and no larger."""
+    """For `check`: the fields of a section, named behind a prefix, have their types, those in `largest` in range."""
     for field in dataclasses.fields(section):
         value, limit = getattr(section, field.name), largest.get(field.name)
         yield dataclasses.is_dataclass(value) or fits(value, field.type), wrong(prefix + field.name, value, field.type)
@@ -58,8 +57,7 @@ def in_range(prefix: str, section, largest: dict[str, float]):
 
 def fill(cls, values: dict, where: str, sections: Iterable[tuple[type, Callable[[dict], bool], type | str]] = ()):
     """Makes a dataclass from a dict, section by section, or the class that `sections` has for these values: (base, what
-    tells it from the values, the class or "module:name"). Raises InputError, which begins with `where`, for an unknown
-    field and a value of another type."""
+    tells it from the values, the class or "module:name"). Raises InputError, which begins with `where`."""
     if dataclasses.is_dataclass(values):
         return values  # made already
     for base, tells, section in sections:

@@ -42,6 +42,9 @@ def replacing(path: str | Path, first_wins: bool = False, shared: bool = False) 
     `with` block. After an exception it is deleted, and `path` is as it was. A folder's files join those of an existing
     one, each in one step, the manifest last. With `first_wins` what another process put there meanwhile stays."""
     path, scratch = Path(path), scratch_path(path, shared)
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe, such as /dev/null, stays one
+        yield path
+        return
     delete(scratch)  # left by a killed process with the same id
     try:
         yield scratch
@@ -103,6 +106,13 @@ def write_text(path: str | Path, text: str):
 def write_json(path: str | Path, value):
     """Writes a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def make_folder(folder: str | Path):
+    """Makes the folder of an output before the work, so that what cannot be written fails now. Raises InputError."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if not os.access(Path(folder), os.W_OK):
+        raise InputError(f"{folder} cannot be written to: choose another folder")
 
 
 def lock(output_dir: str | Path, option: str = "--output_dir", wait: bool = False):

@@ -39,8 +39,7 @@ def local_copy(url: str, wanted: Callable[[str], bool] = lambda name: True) -> P
 
 
 def localised(value):
-    """Returns an option, or a list of them, with addresses replaced by local copies: weight files, or model folders
-    without their checkpoints."""
+    """Returns an option, or several, with local copies for addresses: weight files, models without checkpoints."""
     if isinstance(value, list):
         return [localised(one) for one in value]
     if not is_remote(value) or value.startswith("http"):

@@ -56,8 +56,7 @@ def store(url: str) -> tuple:
 
 
 def retrying(url: str, action: Callable, waits: tuple = WAITS):
-    """Returns `action(filesystem, path)` for an address, tried again after `waits` seconds when it fails, except where
-    that is useless. Raises StoreError."""
+    """Returns `action(filesystem, path)`, tried again after `waits` seconds where that may help. Raises StoreError."""
     for wait in (*waits, None):
         try:
             return action(*store(url))
@@ -94,8 +93,7 @@ def version(about: dict) -> str:
 
 
 def list_files(url: str, waits: tuple = WAITS) -> dict[str, dict]:
-    """Returns the `info` of all files below a folder, by their names relative to it; nothing for a missing folder.
-    Raises StoreError for a name that leads out of it."""
+    """Returns the `info` of all files below a folder by their names in it. Raises StoreError for one that leads out."""
 
     def find(fs, path):
         found = fs.find(path, detail=True)

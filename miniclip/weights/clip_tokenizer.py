@@ -39,8 +39,7 @@ def write_tokenizer(folder: Path, context_length: int):
 
 
 def clip_tokenizer() -> Tokenizer:
-    """The tokenizer of tokenizer.py in a form that can be saved. It repairs no broken encoding ("voilÃ "), and only
-    the common entities of HTML."""
+    """The tokenizer of tokenizer.py in a form that can be saved. It repairs no encoding, and common HTML."""
     merges = [tuple(line.split(" ")) for line in gzip.decompress(MERGES_FILE.read_bytes()).decode().splitlines()]
     symbols = list(bytes_to_unicode().values())
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), START, END]

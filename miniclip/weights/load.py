@@ -135,7 +135,7 @@ def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: s
 
 
 def resize_positions(old: Tensor, length: int, is_grid: bool) -> Tensor:
-    """(L, W) to (length, W), as OpenCLIP resizes: a grid, behind a class token if L is no square, or a line."""
+    """(L, W) to (length, W) as OpenCLIP: a grid of patches, behind a class token unless square, or a line of tokens."""
     if not is_grid:
         return F.interpolate(old.float().T[None], length, mode="linear", align_corners=False)[0].T
     first = math.isqrt(len(old)) ** 2 != len(old)  # of the patches

@@ -71,7 +71,7 @@ def check_license(license: str | None):
 
 def write_files(folder: Path, model: MiniClip) -> dict[str, list[str] | str]:
     """Writes a model in the forms of the libraries that can hold it, each weight file once: MiniCLIP reads OpenCLIP's,
-    whose config gets what OpenCLIP skips. Returns what the form of each library cannot hold, or why there is none."""
+    whose config gets what OpenCLIP skips. Returns what each library's form cannot hold, or why there is none."""
     folder.mkdir()
     notes = {"miniclip": []} | {form: write_form(folder, form, model) for form in ("openclip", "hf")}
     config = folder / "open_clip_config.json"

@@ -39,8 +39,7 @@ def write_hf(path: Path, model: MiniClip):
 
 
 def write_sentence_transformers(path: Path, model: MiniClip):
-    """A folder for `SentenceTransformer(path)`, whose `encode` takes texts and images and returns unit vectors; also
-    all that `write_hf` writes."""
+    """A folder for `SentenceTransformer(path)`, which encodes texts and images, with all that `write_hf` writes."""
     _write(path, model)
     modules = {"CLIPModel": "", "Normalize": "1_Normalize"}
     write_json(path / "modules.json", [

@@ -22,8 +22,7 @@ FOLDER = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_c
 
 
 def write_openclip(path: Path, model: MiniClip):
-    """A .safetensors or .pt file for OpenCLIP, of CLIP or, with another text tower, of CustomTextCLIP; or with another
-    name a folder, for its `local-dir:`."""
+    """A .safetensors or .pt file for OpenCLIP, of CLIP or CustomTextCLIP; or else a `local-dir:` folder."""
     model = without_tokens(model)
     if path.suffix in (".bin", ".pth", ".ckpt"):
         raise CheckpointError("OpenCLIP: end the target in .safetensors or .pt for a file, in neither for a folder")

@@ -71,6 +71,20 @@ def test_it_works_without_captions(run_script, caption_set, class_folder, tiny_m
     assert "zero shot top1" in done.stdout and "median rank" not in done.stdout
 
 
+def test_damaged_images_of_classes_are_found_before_the_first_step(run_script, caption_set, class_folder, tiny_model):
+    """As those of caption files: after an epoch they would end the run."""
+    tiny_model.save_pretrained(caption_set / "m")
+    bad = class_folder / "red" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    done = train(run_script, caption_set, class_folder, "--max_steps", 1, check=False)
+    assert done.returncode == 1 and "1 of 12 images cannot be used:" in done.stderr and str(bad) in done.stderr
+    assert "skip them with --on_bad_sample skip" in done.stderr and "loss" not in done.stdout + done.stderr
+    done = train(run_script, caption_set, class_folder, "--max_steps", 1, "--on_bad_sample", "skip")
+    assert "zero shot top1" in done.stdout
+    listed = (caption_set / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample"] for line in listed] == [str(bad)]
+
+
 def test_what_cannot_be_measured_is_refused(run_script, caption_set, class_folder, tiny_model, capsys):
     with pytest.raises(InputError, match="zero-shot accuracy needs a folder with a folder of images for each class"):
         ZeroShotEvaluator(caption_set, None, None)

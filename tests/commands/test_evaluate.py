@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_misuse_is_said_in_one_line(features, run_script):
         (["--features", features / "none"], "there is no image.npy in"),
         (["--features", features, "--model", "ViT-B-32"], "remove --model"),
         (["--model", "ViT-B-32"], "give --model and --eval_file, or --features"),
+        (["--model", "", "--eval_file", "x"], "give --model and --eval_file, or --features"),  # "$MODEL"
         (["--features", features, "--report", "x.png"], "add --eval_file"),
         (["--features", features, features / "x"], "several --features: add --eval_file"),
         (["--features", features, "--eval_file", "x", "x"], "x is given twice"),
@@ -198,6 +200,7 @@ def test_no_result_replaces_that_of_another_model_data_set_or_setting(models, mo
         "a/retrieval_captions.json": ["--model", "a", *data],
         "a/retrieval_captions_2.json": ["--model", "a", *half],
         "a/retrieval_captions_3.json": ["--model", "a", *data, "--precision", "bf16"],
+        "a/retrieval_captions_4.json": ["--model", "a", *data, "--rerank", "0"],
         "a/retrieval_captions_first.json": ["--model", "a", *data, *first],
         "retrieval_captions_a_model.json": [*config, "a/model.safetensors", *data],
         "retrieval_captions_a_model_2.json": [*config, "b/model.safetensors", *data],
@@ -220,6 +223,21 @@ def test_no_result_replaces_that_of_another_model_data_set_or_setting(models, mo
     assert result_file(parse_evaluate(argv)) == (Path("../a/retrieval_captions.json"), "")
     path, said = result_file(parse_evaluate([*argv, "--output_file", "../retrieval_a.json"]))
     assert path == Path("../retrieval_a.json") and said == ", instead of the result for a"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "a")  # a model that others share
+    assert result_file(parse_evaluate(argv))[0] == Path("retrieval_captions_a.json")
+
+
+def test_what_cannot_be_written_is_said_before_the_work(features, monkeypatch, capsys):
+    monkeypatch.chdir(features)
+    argv, file = ["--features", ".", "--output_file", "result.json"], features / "image.npy"
+    report = ["--report", file / "report.html", "--eval_file", "c.json"]
+    for more in (["--table", file / "table.md"], report, ["--save_features", file]):
+        with pytest.raises(OSError, match="File exists|Not a directory"):
+            evaluate.main([*argv, *map(str, more)])
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "kept")
+    with pytest.raises(InputError, match="kept cannot be written to: choose another folder"):
+        evaluate.main([*argv, "--table", "kept/table.md"])
+    assert "R@1" not in capsys.readouterr().out and not (features / "result.json").exists()
 
 
 def test_features_one_after_the_other_keep_their_results(features, monkeypatch, capsys):

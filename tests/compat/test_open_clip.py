@@ -229,6 +229,20 @@ def test_weight_names(small, file, tmp_path):
         open_clip.load_checkpoint(model, file, strict=False)
 
 
+def test_models_of_custom_text_have_its_names(names):
+    """Those that OpenCLIP builds so by their configs, in its package or on the hub."""
+    with torch.device("meta"):
+        model = open_clip.create_model("ViT-B-16-SigLIP", device="meta")
+    assert {"text.ln_final.bias", "text.text_projection.bias"} <= model.state_dict().keys()
+    (about,) = (names.parent / "cache").glob("*laion2B*/snapshots/*/open_clip_config.json")
+    values = json.loads(about.read_text())
+    for custom in (False, True):
+        values["model_cfg"]["custom_text"] = custom
+        about.write_text(json.dumps(values))
+        found = open_clip.create_model("hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K").state_dict()
+        assert ("text.ln_final.bias" in found) == custom != ("ln_final.bias" in found)
+
+
 def model_text(small):
     return small["ViT-B-32"].encode_text(torch.ones(1, 3, dtype=int))
 
@@ -354,7 +368,7 @@ def test_tokenizers(names, small):
     with pytest.raises(InputError, match="nearest"):
         open_clip.get_tokenizer("ViT-B-33")
     with pytest.raises(RuntimeError, match="Input .* is too long for context length 5"):
-        clip.tokenize(["a", "one two three four"], context_length=5)
+        clip.tokenize((text for text in ("a", "one two three four")), context_length=5)
     assert clip.tokenize("one two three four", 5, truncate=True)[0, -1] == 49407
 
 

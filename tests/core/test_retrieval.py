@@ -129,6 +129,7 @@ def test_published_features(flickr8k):
     (unit(np.eye(2, 3)), unit(np.eye(2, 3)), [0, 0], "2 images, but captions for 1"),
     (np.full((2, 3), np.nan), unit(np.eye(2, 3)), [0, 1], "image embedding 0 is not finite"),
     (unit(np.eye(2, 3)), 3 * np.eye(2, 3), [0, 1], "text embedding 0 is not of unit length"),
+    (np.ones((0, 3)), np.ones((0, 3)), [], "0 images, but captions for 0"),
 ])  # fmt: skip
 def test_embeddings_that_cannot_be_measured_raise(image, text, owner, problem):
     with pytest.raises(ValueError, match=problem):

@@ -147,6 +147,16 @@ def test_what_is_wrong_in_shards_is_named_and_the_rest_used(tmp_path):
             read_source(str(tmp_path / name))
 
 
+def test_archives_joined_end_to_end_lose_nothing_unsaid(tmp_path):
+    """tar stops at the end mark of the first, as the other archives after it may be anything."""
+    parts = [pack(tmp_path / f"{n}.tar", {f"{n}.jpg": b"x", f"{n}.txt": b"a dog"}).read_bytes() for n in "ab"]
+    (tmp_path / "all.tar").write_bytes(b"".join(parts))
+    with pytest.raises(InputError, match=r"all.tar: there is more after its end at byte \d+"):
+        Shards([str(tmp_path / "all.tar")])
+    with pytest.warns(UserWarning, match="The other 1 are used"):
+        assert len(Shards([str(tmp_path / "all.tar")], SKIP)) == 1
+
+
 def test_many_shards_are_indexed_once(tmp_path, monkeypatch):
     read, index = [], shards_module._index_shard
     monkeypatch.setattr(shards_module, "_index_shard", lambda *about: read.append(about) or index(*about))

@@ -51,3 +51,9 @@ def test_what_has_just_been_written_and_half_a_cache_are_not_trusted(caption_set
     assert read_captions(source) and len(opened) == 96
     source.write_text(json.dumps(json.loads(source.read_text())[:11]))
     assert read_captions(source) and len(opened) == 107  # few are quickly read
+
+
+def test_a_folder_whose_name_is_not_unicode(opened):
+    """Its images are reported as such, not by an error of Python's."""
+    images = [{"image": os.fsdecode(b"/no such folder\xff/%d.png" % number)} for number in range(12)]
+    assert all("no such file" in fault for fault in records.image_faults(images, "images"))

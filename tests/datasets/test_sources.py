@@ -155,6 +155,14 @@ def test_paths_in_tables_stay_in_their_folder(caption_set):
         open_image(source[1]["image"])
 
 
+def test_tables_in_a_folder_whose_name_is_a_pattern(caption_set):
+    folder = caption_set / "run[1]"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"image": ["../0.png"], "caption": ["a dog"]}).to_parquet(folder / "t.parquet")
+    for source in (folder, folder / "t.parquet"):
+        assert read_source(str(source), ReadOptions("."))[0]["caption"] == ["a dog"]
+
+
 def test_the_evaluation_file_may_have_other_columns(caption_set, run_script, tiny_config):
     (caption_set / "tiny.json").write_text(json.dumps(tiny_config.to_dict()))
     rows = [f"{i}.png,sheet {i}" for i in range(24)]
@@ -239,6 +247,16 @@ def test_shards_and_back_are_the_same_bits(records, caption_set, form, tmp_path_
     assert sorted(path.name for path in out.iterdir()) == ["s"]
 
 
+@pytest.mark.parametrize("target", ["a.json", "a.jsonl", "a.csv", "a.tsv", "000.tar"])
+def test_any_caption_is_converted_as_it_is(caption_set, tmp_path, target):
+    texts = [" two\nlines\r", '"quoted", "too"', "tab\there", "('hi')", '["a", "b"]', "[null]", "['it's']", "[]", "(x)"]
+    records = [{"image": str(caption_set / f"{n}.png"), "caption": [text]} for n, text in enumerate(texts)]
+    records.append({"image": str(caption_set / "11.png"), "caption": texts})
+    convert(records, str(tmp_path / "out" / target))
+    found = read_source(str(tmp_path / "out" / target), ReadOptions("/"))
+    assert [record["caption"] for record in found] == [record["caption"] for record in records]
+
+
 def test_the_converter_counts_shards_and_leaves_bad_images_out(records, caption_set, capsys):
     (caption_set / "3.png").write_text("<html>")
     target = str(caption_set / "s" / "07.tar")
@@ -258,6 +276,9 @@ def test_the_converter_counts_shards_and_leaves_bad_images_out(records, caption_
         convert(records, str(caption_set / "s" / "out.tar"), 10)
     with pytest.raises(InputError, match="expected .json"):
         convert(records, str(caption_set / "out.zip"))
+    for target in (str(caption_set / "s" / "{1..3}.tar"), str(caption_set / "out.csv")):  # as many as are named; none
+        with pytest.raises(InputError, match="--samples_per_shard has no effect on .*: remove it"):
+            main([command[0], target, *command[2:]])
 
 
 def test_factors_and_resampling():

@@ -535,6 +535,8 @@ def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_
     lines = done.stdout.splitlines()
     assert len(lines) == 5 and re.fullmatch(r" +1 +-?0\.\d{4}  \S+\.png", lines[1]), lines
     assert len(Sheet((tmp_path / "found.html").read_text()).images) == 3
+    long = run_script(*SEARCH, "query", index, "red dress " * 20, "--json")
+    assert "the query was cut off at 16 tokens" in long.stderr and "cut off" not in done.stderr
     image = album.pictures / "0.png"
     done = run_script(
         *SEARCH, "query", index, "--image", image, "a dress -floral", "--minus", "blue", "-k", 2, "--json"
@@ -550,6 +552,8 @@ def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_
         (["index", tmp_path / "none", "--index", index], "is not a folder"),
         (["index", album.pictures, "--index", tmp_path / "new.mc"], "is not an index yet. Add --model to make one"),
         (["index", album.pictures, "--index", index, "--shard", "3/2"], "--shard 3/2: use"),
+        (["index", album.pictures, "--index", index, "--pretrained", "x.pt"], "no effect without --model"),
+        (["query", index, "x", "--pretrained", "x.pt"], "no effect without the name of a model"),
     ):  # fmt: skip
         done = run_script(*SEARCH, *words, check=False)
         assert done.returncode and problem in done.stderr and "Traceback" not in done.stderr
@@ -563,6 +567,17 @@ def test_queries_come_a_line_each(album):
     assert [one["query"] for one in answers] == ["a dog", "", "-x", "a cat"] and done.returncode == 1, done.stderr
     assert ["error" in one for one in answers] == [False, True, True, False]
     assert "the query is empty" in done.stderr and "the query is empty" in answers[2]["error"]
+
+
+def test_queries_that_are_not_utf8_are_named(album):
+    album()
+    command = [sys.executable, "-m", "miniclip", "search", "query", album.folder / "products.mc", "-k", "1", "--json"]
+    lines = b"\xef\xbb\xbfa dog -cat\ncaf\xe9\na cat\n"  # a byte order mark, as Windows writes it, and Latin-1
+    done = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, timeout=600)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["query"] for one in answers] == ["a dog -cat", "caf\udce9", "a cat"] and done.returncode == 1
+    assert ["results" in one for one in answers] == [True, False, True]
+    assert answers[1]["error"] == "the query 'caf\\udce9' is not UTF-8" and b"Traceback" not in done.stderr
 
 
 def test_a_query_imports_only_what_it_uses(album):

@@ -435,6 +435,15 @@ def test_a_call_cannot_name_a_file_that_was_not_sent(site):
 
 
 @needs_gradio
+def test_odd_texts_are_answered(site):
+    """Half of an emoji, which would break the stream of answers, and no text at all."""
+    file = upload(site, "a.png", (site.pictures / "scene_00.png").read_bytes())
+    for kinds, data in ((WORDS, ["a dog \ud83d", None, 3]), (PICTURE, [file, None, 3]), (PICTURE, [file, "\ude00", 3])):
+        answer, _ = call(site, kinds, data)
+        assert "3 of 13 pictures" in answer["output"]["data"][0] and "mc-problem" not in str(answer)
+
+
+@needs_gradio
 def test_the_pictures_shown_are_those_of_the_index(site):
     done, text = call(site, WORDS, ["a red circle", "", 100])
     html = done["output"]["data"][0]

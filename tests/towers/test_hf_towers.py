@@ -19,6 +19,7 @@ import miniclip
 from benchmarks.make_hf_golden import CASES, draw, record
 from benchmarks.make_towers_golden import contrastive, summary
 from miniclip.checkpoint import from_miniclip
+from miniclip.compat import open_clip as face
 from miniclip.compat.model import CLIP
 from miniclip.config import MiniClipConfig
 from miniclip.inference.embed import embed_images, embed_texts
@@ -639,6 +640,9 @@ def test_openclips_names_and_files_need_no_network(tmp_path, monkeypatch):
     convert(file, tmp_path / "folder", "openclip", model=str(config))
     said = json.loads((tmp_path / "folder" / "open_clip_config.json").read_text())
     assert said["model_cfg"]["text_cfg"] == text | {"hf_proj_type": "mlp", "context_length": 16}
+    ours = face.create_model(f"local-dir:{tmp_path / 'folder'}").eval()  # by OpenCLIP's calls, the tokenizer too
+    assert torch.equal(ours.encode_text(face.get_tokenizer(f"local-dir:{tmp_path / 'folder'}")("a red shape")),
+                       model.encode_text(ids[:1]))  # fmt: skip
     if find_spec("open_clip"):
         import open_clip
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Sigl
 import miniclip
 from miniclip.checkpoint import from_miniclip
 from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilities, zero_shot_classify
+from miniclip.compat import open_clip as face
 from miniclip.compat.model import CLIP
 from miniclip.config import MiniClipConfig, list_models
 from miniclip.model import MiniClip
@@ -205,6 +207,32 @@ def test_it_is_fine_tuned_on_two_processes_and_resumes_bit_for_bit(theirs, recip
     shutil.rmtree(theirs[0])  # what was trained is complete
     convert(caption_set / "run", caption_set / "hf", "hf")
     assert AutoModel.from_pretrained(caption_set / "hf").logit_bias.item() == trained["logit_bias"].item()
+
+
+@pytest.mark.parametrize("form", ["config", "our folder", "their folder"])
+def test_openclips_calls_use_its_tokenizer(theirs, tmp_path, form):
+    """Not CLIP's, whose ids mean other words here; and its padding, which has a part in the result."""
+    model, _, tokenizer = miniclip.load(theirs[0])
+    values, name, precision = model.config.to_dict(), "siglip-mine", "fp32"
+    values["text_cfg"]["hf_tokenizer_name"] = str(theirs[0])
+    (tmp_path / "siglip-mine.json").write_text(json.dumps(values | {"custom_text": True}))
+    face.add_model_config(tmp_path / "siglip-mine.json")
+    if form == "their folder":
+        name = f"local-dir:{theirs[0]}"
+    if form == "our folder":  # which alone has the tokenizer
+        model.save_pretrained(tmp_path / "saved")
+        shutil.rmtree(theirs[0])
+        name, precision = f"local-dir:{tmp_path / 'saved'}", "pure_bf16"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "siglip-mine has random weights")
+        peer = face.create_model(name, precision=precision).eval()
+    found = face.get_tokenizer(name)
+    assert torch.equal(found(CAPTIONS), tokenizer(CAPTIONS))
+    assert face.get_tokenizer(name, context_length=9)("a dog").shape == (1, 9)
+    classifier = face.build_zero_shot_classifier(peer, found, ["dog", "cat"], ["a photo of a {}"])
+    with torch.no_grad():
+        wanted = peer.encode_text(found(["a photo of a dog", "a photo of a cat"]), normalize=True).T
+    torch.testing.assert_close(classifier, wanted, atol=1e-5 if precision == "fp32" else 1e-2, rtol=0)
 
 
 def test_openclips_file_and_folder(theirs, tmp_path):

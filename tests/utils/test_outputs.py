@@ -1,9 +1,12 @@
 """Outputs of commands on another store, and addresses in places where only a path can be."""
 
+import os
+
 import fsspec
 import pytest
 
 from miniclip.utils.errors import InputError
+from miniclip.utils.files import write_text
 from miniclip.utils.outputs import local_outputs
 
 
@@ -59,3 +62,13 @@ def test_no_folder_is_called_s3(words, tmp_path):
         with local_outputs(words):
             pass
     assert not list(tmp_path.glob("*:*"))
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    """Nor is a device: as root `--html /dev/null` would leave a file in its place."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "found")
+    assert os.read(reader, 100) == b"found" and (tmp_path / "pipe").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    os.close(reader)
