@@ -49,16 +49,14 @@ def in_chunks(size: int, tower: Tower, features: Callable, inputs: Tensor) -> Te
     lies within one forward pass, so DistributedDataParallel and autocast work as usual."""
     if len(inputs) <= size:
         return features(inputs)
-    on_cpu, parts = inputs.device.type == "cpu" and not torch.compiler.is_compiling(), inputs.split(size)
-    ways = [features] * (len(parts) - 1) + [partial(tidily, features) if on_cpu else features]
+
+    def tidily(part: Tensor) -> Tensor:  # what the other tower's chunks have left are gaps, which would not fit these
+        return_freed_memory()
+        return features(part)
+
+    parts, on_cpu = inputs.split(size), inputs.device.type == "cpu" and not torch.compiler.is_compiling()
+    ways = [features] * (len(parts) - 1) + [tidily if on_cpu else features]  # the backward pass begins with the last
     return torch.cat([checkpoint(way, part, use_reentrant=False) for way, part in zip(ways, parts)])
-
-
-def tidily(features: Callable, inputs: Tensor) -> Tensor:
-    """`features` of the last chunk, with which the backward pass begins: what the chunks of the other tower have left,
-    gaps between the gradients, would not fit those of this one."""
-    return_freed_memory()
-    return features(inputs)
 
 
 def tokens_in_chunks(size: int, tower: TextTransformer, features: Callable, inputs: Tensor) -> Tensor:
