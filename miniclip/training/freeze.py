@@ -16,6 +16,7 @@ from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.inference.precision import settle
 from miniclip.model import MiniClip, Tower
+from miniclip.towers.huggingface import HfTower
 from miniclip.training.closed_form import start_in_closed_form, starts_in_closed_form
 from miniclip.training.dataset import RunDataset
 from miniclip.utils.errors import InputError
@@ -134,7 +135,8 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
         whose = "frozen towers" if any(options.frozen) else "the start"
         print(f"{whose}: features computed once, without random crops; {', '.join(counts)} were cached")
     if start:
-        prompts = [f"a photo of a {name}" for name in model.visual.classes.values()]
+        known = model.visual.classes if isinstance(model.visual, HfTower) else {}
+        prompts = [f"a photo of a {name}" for name in known.values()]
         names = embed_texts(fast, tokenizer, prompts, cache=caches[1], project=False) if prompts else None
         start_in_closed_form(model, options, args, records, *features, names)
     for number, frozen in enumerate(options.frozen):
