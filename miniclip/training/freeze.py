@@ -119,7 +119,7 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
     model.to(args.device)
     show = {"progress": not args.disable_tqdm and args.process_index == 0, "project": False}
     features, caches, counts = [None, None], [None, None], []
-    precision = settle(model, "auto", args.process_index > 0) if args.bf16 else "fp32"
+    precision = settle(model, "auto", args.process_index > 0) if args.bf16 and not options.check_gradients else "fp32"
     fast = inference_copy(model, precision)
     if wanted[0]:
         caches[0] = FeatureCache.for_images(options.feature_cache, model, preprocess, precision)
