@@ -75,14 +75,14 @@ class FrozenDataset(RunDataset):
 
     def __init__(self, *args, image_features=None, text_features=None, patches=None, words=None, **kwargs):
         super().__init__(*args, **kwargs)
-        arrays = image_features, text_features, patches, words
-        shared = [x if x is None else torch.from_numpy(x).share_memory_() for x in arrays]
-        self.image_features, self.text_features, self.patches, self.words = shared  # worker processes need no copies
+        # Not in shared memory, of which a container has 64 MB: workers are forked, or torch moves the tensors itself.
+        arrays = [x if x is None else torch.from_numpy(x) for x in (image_features, text_features, patches, words)]
+        self.image_features, self.text_features, self.patches, self.words = arrays
         self.first_caption = np.cumsum([0, *(len(record["caption"]) for record in self.records)]).tolist()
         if image_features is not None:  # the images are not read again, so their ids are computed here
             images = ((image_id(record["image"]), record["caption"]) for record in self.records)
             ids = [(image, text_id(caption)) for image, captions in images for caption in captions]
-            self.caption_ids = torch.tensor(ids).share_memory_()
+            self.caption_ids = torch.tensor(ids)
 
     def item(self, index: int) -> dict:
         row = index % len(self)

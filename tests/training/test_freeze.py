@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,6 +167,7 @@ def test_a_frozen_dataset_draws_the_captions_that_the_usual_one_draws(parts):
     captions = FrozenDataset(records, preprocess, seed=5, image_features=None, text_features=text)
     for dataset in (usual, ours, both, captions):
         dataset.set_epoch(2)
+    assert np.shares_memory(ours.image_features.numpy(), image), "not a second time, in shared memory"
     for i in range(24):
         assert ours[i]["caption"] == usual[i]["caption"] == texts[int(both[i]["text_features"])]
         assert torch.equal(captions[i]["pixel_values"], usual[i]["pixel_values"])
