@@ -275,7 +275,9 @@ class InferenceClip(MiniClip):
         layer = Int8Linear if precision == "int8" else copy.copy
         if model.logit_scale.device.type == "cpu" and pack and packs(precision):
             layer = OneDnnLinear
-        self.visual, self.text = (_tower_copy(t.for_inference(), self.dtype, layer) for t in (model.visual, model.text))
+        with matmul.full_precision():  # `for_inference` compares towers, and TF32, the default of GPUs, is off by 1%
+            towers = [tower.for_inference() for tower in (model.visual, model.text)]
+        self.visual, self.text = (_tower_copy(tower, self.dtype, layer) for tower in towers)
         self.logit_scale = nn.Parameter(model.logit_scale.detach().float(), requires_grad=False)
         self.logit_bias = model.logit_bias
 

@@ -74,7 +74,7 @@ class FeatureCache(dict):
             logger.warning("%s: the feature cache in %s is neither read nor written", reason, folder)
             folder = None
         form = (positions * tower.width, "<f2") if positions else (tower.width,)
-        found = cls(folder, fingerprint(model, tower, about), *form)
+        found = cls(folder, "" if folder is None else fingerprint(model, tower, about), *form)
         found.precision = precision
         return found
 

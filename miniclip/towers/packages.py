@@ -56,6 +56,7 @@ class EfficientNetLite(PackagedEncoder):
         from efficientnet_lite_pytorch import EfficientNet
 
         self.net = EfficientNet.from_name(self.NAME)
+        self.drop_connect = self.net._global_params.drop_connect_rate  # in training; here, where it can be set
         self.classifier = self.net._fc if self.CLASSES else None  # of ImageNet's thousand classes
         self.net._fc = nn.Identity()
 
@@ -67,6 +68,7 @@ class EfficientNetLite(PackagedEncoder):
         return torch.cat([features, probabilities * features.norm(dim=1, keepdim=True) / 2], dim=1)
 
     def feature_map(self, pixel_values: Tensor) -> Tensor:
+        self.net._global_params = self.net._global_params._replace(drop_connect_rate=self.drop_connect)
         return self.net.extract_features(pixel_values)
 
     def load_pretrained(self):

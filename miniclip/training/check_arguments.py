@@ -239,6 +239,8 @@ def without_effect(options, args: TrainingArguments):
         strategy = f"{kind}_strategy"
         if (value := getattr(args, strategy).value) != "steps":
             yield f"{kind}_steps", (strategy,), f"with {strategy} {value}"
+    if options.frozen[0] and options.crop_scale < 1:
+        yield "crop_scale", ("freeze_image", "model"), "on a frozen image tower, which sees each image once, as it is"
     if args.eval_strategy == "no":
         yield "eval_delay", ("eval_strategy",), "without evaluation during training"
     if (schedule := args.lr_scheduler_type.value) in NO_WARMUP and args.warmup_steps:

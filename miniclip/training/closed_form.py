@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import SchedulerType, get_scheduler
 
 from miniclip.data import image_id
 from miniclip.model import MAX_LOGIT_SCALE, ClipOutput, MiniClip
@@ -220,7 +221,8 @@ def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: 
              {"params": [*(p for p in heads.parameters() if p.ndim < 2), scale], "weight_decay": 0.0}]  # fmt: skip
     betas = args.adam_beta1, args.adam_beta2
     optimizer = torch.optim.AdamW(decay, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
-    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
+    warmup, kwargs = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, kwargs)
     for step in range(steps):
         if step % (n // batch) == 0:
             order = torch.from_numpy(generator.permutation(n))
@@ -229,10 +231,11 @@ def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: 
         drawn = part.starts[:-1] + torch.from_numpy(generator.integers(part.starts.diff().numpy()))
         outputs = ClipOutput(*embed(heads, part.images, part.texts[drawn]), scale.exp(), bias)
         loss(outputs, {"pair_ids": rows[:, None].expand(-1, 2)}).backward()
-        nn.utils.clip_grad_norm_([*heads.parameters(), scale], args.max_grad_norm)
+        nn.utils.clip_grad_norm_([*heads.parameters(), scale], args.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        if isinstance(schedule, LambdaLR):  # others follow a metric, and nothing is measured meanwhile
+            schedule.step()
         scale.data.clamp_(0, MAX_LOGIT_SCALE)
 
 
@@ -247,10 +250,9 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
     batch, total = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, Moments.of(pairs)
     form = ClosedForm(total, centred, prior, pairs.images)
     if n < FEW:
-        few = STRENGTHS[-1], STRENGTHS[-2]
         then = "not trained further" if alone else "then trained with the last blocks"
         line = f"projections: regularised CCA, {then}: {n} images are too few to hold any out"
-        solution = form.solve(*few, dim, trust=0.0 if prior is None else TRUST[-1])
+        solution = form.solve(STRENGTHS[-1], STRENGTHS[-2], dim, trust=0.0 if prior is None else TRUST[-1])
         return solution, model.logit_scale.item(), not alone, line
     parts = [(kept, pairs.take(held)) for kept, held in folds(n, args.seed)]
     forms = [ClosedForm(total.without(Moments.of(held)), centred, prior, pairs.images[kept]) for kept, held in parts]
@@ -331,5 +333,6 @@ def start_in_closed_form(
         model.logit_scale.data.fill_(scale)
     if not trains:
         args.learning_rate, args.num_train_epochs, args.max_steps = 0.0, 1, -1
+        args.lr_scheduler_type, args.lr_scheduler_kwargs = SchedulerType.CONSTANT, None
     if args.process_index == 0:
         print(line)

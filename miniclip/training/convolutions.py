@@ -9,19 +9,21 @@ depthwise    oneDNN is fast at 3 x 3 kernels moved by one pixel. For others its 
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from miniclip.inference.matmul import full_precision
 from miniclip.model import Tower
 
 CHUNK = 32  # images
+Layers = dict[nn.Module, dict[str, nn.Module]]  # of modules, children that take the places of their own
 
 
 def convolution_wrappers(tower: Tower, image_size: int) -> tuple[Callable, ...]:
@@ -29,74 +31,55 @@ def convolution_wrappers(tower: Tower, image_size: int) -> tuple[Callable, ...]:
     if not {p for p in tower.parameters() if p.requires_grad} - {*tower.projection.parameters()}:
         return ()  # frozen: there is no backward pass
     slow = any(isinstance(module, nn.Conv2d) and is_slow(module.weight, module.stride) for module in tower.modules())
-    twin = folded(tower, image_size) if tower.fixed_norms else None
-    return (partial(learn_faster, twin),) if twin or slow else ()
+    layers = folded(tower, image_size) if tower.fixed_norms else {}
+    return (partial(learn_faster, layers, tower.fixed_norms),) if layers or slow else ()
 
 
-def learn_faster(twin: Tower | None, tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
-    """`features(inputs)`, by the `twin` of the tower while its BatchNorms are fixed. Then images do not depend on each
+def learn_faster(layers: Layers, fixed: tuple, tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
+    """`features(inputs)`, with other `layers` while the same BatchNorms are `fixed`. Then images do not depend on each
     other: on a CPU they go through it a few at a time, whose feature maps stay in the cache."""
-    own, on_cpu = twin and twin.fixed_norms is tower.fixed_norms, inputs.device.type == "cpu"
-    with FastDepthwise() if on_cpu else nullcontext():
-        if not own:
-            return features(inputs)
-        parts = inputs.split(CHUNK if on_cpu else len(inputs))
-        return torch.cat([twin.train(tower.training).features(part) for part in parts])
+    on_cpu, layers = inputs.device.type == "cpu", layers if fixed == tower.fixed_norms else {}
+    with FastDepthwise() if on_cpu else nullcontext(), replaced(layers):
+        return torch.cat([features(part) for part in (inputs.split(CHUNK) if on_cpu and layers else [inputs])])
 
 
-def folded(tower: Tower, side: int) -> Tower | None:
-    """A twin of the tower that has the same parameters, fixed BatchNorms as parts of the convolutions before them, and
-    ReLUs that overwrite. None if that makes a difference to an image: the order of modules is a guess at their use."""
-    twin, before, device = _twin(tower, set(tower.fixed_norms)), tower.training, next(tower.parameters()).device
-    image = torch.linspace(-2, 2, 3 * side * side, device=device).sin().view(1, 3, side, side)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        expected, found = (one.eval().features(image) for one in (tower, twin))
+@contextmanager
+def replaced(layers: Layers):
+    """A context in which modules have other children. All else about them, a rate of dropout for example, is theirs."""
+    with ExitStack() as stack:
+        for module, children in layers.items():
+            stack.callback(module._modules.update, dict(module._modules))
+            module._modules.update(children)
+        yield
+
+
+def folded(tower: Tower, side: int) -> Layers:
+    """Layers with the parameters of the tower's own: convolutions with the fixed BatchNorms behind them, and ReLUs that
+    overwrite; none if they make a difference to an image: the order of modules is a guess at their use."""
+    layers, before, fixed = {}, tower.training, {*tower.fixed_norms}
+    for module in tower.modules():
+        children = list(module._modules.items())
+        found = {n: type(child)(inplace=True) for n, child in children if type(child) in (nn.ReLU, nn.ReLU6)}
+        for (n, conv), (m, norm) in pairwise(children):
+            if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and norm in fixed and norm.affine:
+                found |= {n: copy.copy(conv), m: nn.Identity()}  # a copy, of whose sizes others may ask
+                found[n].forward = partial(convolve, conv, norm)
+        layers |= {module: found} if found else {}
+    image = torch.linspace(-2, 2, 3 * side * side, device=next(tower.parameters()).device).sin().view(1, 3, side, side)
+    with torch.no_grad(), full_precision(), torch.autocast(image.device.type, enabled=False):  # TF32 is off by as much
+        expected = tower.eval().features(image)
+        with replaced(layers):
+            found = tower.features(image)
     tower.train(before)
-    return twin if torch.allclose(found, expected, atol=1e-3 * expected.abs().max().item()) else None
+    return layers if torch.allclose(found, expected, atol=1e-3 * expected.abs().max().item()) else {}
 
 
-def _twin(module: nn.Module, fixed: set[nn.Module]) -> nn.Module:
-    twin, children = copy.copy(module), list(module._modules.items())
-    twin._modules = {name: child and _twin(child, fixed) for name, child in children}
-    if isinstance(twin, nn.ReLU | nn.ReLU6):
-        twin.inplace = True
-    for (before, conv), (name, norm) in pairwise(children):
-        if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and norm in fixed and norm.affine:
-            twin._modules |= {before: _folded(conv, norm), name: nn.Identity()}
-    return twin
-
-
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    twin = copy.copy(conv)
-    for kind in ("_parameters", "_buffers", "_modules"):
-        vars(twin)[kind] = dict(vars(conv)[kind])
-    if conv.bias is None:
-        del twin._parameters["bias"]
-        twin.register_buffer("bias", torch.zeros(()))  # of no dimension: it belongs to any device
-    register_parametrization(twin, "weight", Gain(norm))
-    register_parametrization(twin, "bias", Shift(norm), unsafe=True)  # which gives it the shape (C,)
-    return twin
-
-
-class Gain(nn.Module):
-    """The kernels (C, ...) of a convolution, times what a BatchNorm after it multiplies each channel by."""
-
-    def __init__(self, norm: nn.BatchNorm2d):
-        super().__init__()
-        self.norm = norm
-
-    def gain(self) -> Tensor:
-        return self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.gain().view(-1, 1, 1, 1)
-
-
-class Shift(Gain):
-    """The bias (C,) of a convolution and a BatchNorm after it."""
-
-    def forward(self, bias: Tensor) -> Tensor:
-        return (bias - self.norm.running_mean) * self.gain() + self.norm.bias
+def convolve(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """`norm(conv(x))`, by kernels (C, ...) and a bias (C,) that have the fixed BatchNorm in them."""
+    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * gain
+    bias = shift if conv.bias is None else shift + conv.bias * gain
+    return functional_call(conv, {"weight": conv.weight * gain.view(-1, 1, 1, 1), "bias": bias}, x)
 
 
 class FastDepthwise(TorchFunctionMode):
@@ -164,9 +147,8 @@ def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, pa
     K, found = weight.shape[2], torch.empty_like(weight)
     H, W = ((n - 1) * stride + 3 for n in gradient.shape[2:])  # of the part of the image that such a kernel sees
     places = [min(place, K - 3) for place in range(0, K, 3)]
-    for top in places:
-        for left in places:
-            part = x[:, :, top : top + H, left : left + W].contiguous(memory_format=torch.channels_last)
-            place = slice(None), slice(None), slice(top, top + 3), slice(left, left + 3)
-            found[place] = convolution_backward(gradient, part, weight[place], stride, (0, 0), of=1)
+    for top, left in product(places, places):
+        part = x[:, :, top : top + H, left : left + W].contiguous(memory_format=torch.channels_last)
+        place = slice(None), slice(None), slice(top, top + 3), slice(left, left + 3)
+        found[place] = convolution_backward(gradient, part, weight[place], stride, (0, 0), of=1)
     return found

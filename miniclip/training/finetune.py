@@ -136,8 +136,9 @@ class EMA(TrainerCallback):
         self.model.load_state_dict(self.average.module.state_dict())
 
     @torch.no_grad()
-    def move(self, average: list[Tensor], weights: list[Tensor], t: Tensor):
+    def move(self, average: list[Tensor], weights: list[Tensor], _):
         if average[0].is_floating_point():  # bit-equal where nothing changed
-            torch._foreach_lerp_(average, weights, 1 - min(self.decay, (1 + int(t)) / (10 + int(t))))
+            t = int(self.average.n_averaged)  # torch passes it on the device of the weights
+            torch._foreach_lerp_(average, weights, 1 - min(self.decay, (1 + t) / (10 + t)))
         else:  # counters
             torch._foreach_copy_(average, weights)

@@ -16,6 +16,7 @@ from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.inference.precision import settle
 from miniclip.model import MiniClip, Tower
+from miniclip.towers.huggingface import HfTower
 from miniclip.training.closed_form import start_in_closed_form, starts_in_closed_form
 from miniclip.training.dataset import RunDataset
 from miniclip.utils.errors import InputError
@@ -74,14 +75,14 @@ class FrozenDataset(RunDataset):
 
     def __init__(self, *args, image_features=None, text_features=None, patches=None, words=None, **kwargs):
         super().__init__(*args, **kwargs)
-        arrays = image_features, text_features, patches, words
-        shared = [x if x is None else torch.from_numpy(x).share_memory_() for x in arrays]
-        self.image_features, self.text_features, self.patches, self.words = shared  # worker processes need no copies
+        # Not in shared memory, of which a container has 64 MB: workers are forked, or torch moves the tensors itself.
+        arrays = [x if x is None else torch.from_numpy(x) for x in (image_features, text_features, patches, words)]
+        self.image_features, self.text_features, self.patches, self.words = arrays
         self.first_caption = np.cumsum([0, *(len(record["caption"]) for record in self.records)]).tolist()
         if image_features is not None:  # the images are not read again, so their ids are computed here
             images = ((image_id(record["image"]), record["caption"]) for record in self.records)
             ids = [(image, text_id(caption)) for image, captions in images for caption in captions]
-            self.caption_ids = torch.tensor(ids).share_memory_()
+            self.caption_ids = torch.tensor(ids)
 
     def item(self, index: int) -> dict:
         row = index % len(self)
@@ -118,7 +119,7 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
     model.to(args.device)
     show = {"progress": not args.disable_tqdm and args.process_index == 0, "project": False}
     features, caches, counts = [None, None], [None, None], []
-    precision = settle(model, "auto", args.process_index > 0) if args.bf16 else "fp32"
+    precision = settle(model, "auto", args.process_index > 0) if args.bf16 and not options.check_gradients else "fp32"
     fast = inference_copy(model, precision)
     if wanted[0]:
         caches[0] = FeatureCache.for_images(options.feature_cache, model, preprocess, precision)
@@ -134,7 +135,8 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
         whose = "frozen towers" if any(options.frozen) else "the start"
         print(f"{whose}: features computed once, without random crops; {', '.join(counts)} were cached")
     if start:
-        prompts = [f"a photo of a {name}" for name in model.visual.classes.values()]
+        known = model.visual.classes if isinstance(model.visual, HfTower) else {}
+        prompts = [f"a photo of a {name}" for name in known.values()]
         names = embed_texts(fast, tokenizer, prompts, cache=caches[1], project=False) if prompts else None
         start_in_closed_form(model, options, args, records, *features, names)
     for number, frozen in enumerate(options.frozen):

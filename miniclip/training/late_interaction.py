@@ -14,6 +14,7 @@ from miniclip.inference.late_interaction import maxsim
 from miniclip.loss import find_duplicates, gather
 from miniclip.model import ClipOutput, MiniClip
 from miniclip.towers.tokens import add_tokens, has_tokens, patch_vectors, word_vectors
+from miniclip.training.fsdp import uses_fsdp
 from miniclip.utils.errors import InputError
 from miniclip.weights.pretrained import is_folder
 
@@ -44,8 +45,8 @@ def late_interaction(model: MiniClip, options, args) -> Callable[[ClipOutput, di
     model.logit_scale.requires_grad_(False)
     for tower in (model.visual, model.text):
         tower.token_proj.requires_grad_(True)
-    if options.check_gradients:
-        raise InputError("check_gradients does not check late interaction, whose loss holds weights of its own")
+    if options.check_gradients or uses_fsdp(args):
+        raise InputError("check_gradients and fsdp do not know the weights of loss late_interaction. Remove them")
     return partial(late_interaction_loss, model=model)
 
 

@@ -212,8 +212,9 @@ def defaults(given: dict) -> dict:
             need = "early_stopping_patience and load_best_model_at_end need a checkpoint at each evaluation"
             found = f"eval_strategy is {when!r} and save_strategy is {save!r}"
             raise InputError(f"{need}, but {found}. Remove both or set both to epoch or steps")
-        if save == when == "steps" and float(every) % float(steps):
-            raise InputError(f"save_steps {every} is not a multiple of the {steps} steps between evaluations")
+        if save == when == "steps" and float(every) != float(steps):
+            fix = "the best model would not always be saved. Remove it, or use --save_strategy best"
+            raise InputError(f"save_steps {every} differs from the {steps} steps between evaluations: {fix}")
         evaluation = {"eval_strategy": when, "save_strategy": when, "save_steps": steps, "load_best_model_at_end": True}
     return usual | freeze | evaluation
 

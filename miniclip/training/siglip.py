@@ -23,9 +23,10 @@ def siglip(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Tenso
 
 
 def add_logit_bias(model: MiniClip):
-    """Gives a model the bias and the initial temperature of this loss."""
+    """Gives a model the bias and the initial temperature of this loss, unless the temperature is fixed."""
     model.config.init_logit_scale, model.config.init_logit_bias = INIT_LOGIT_SCALE, INIT_LOGIT_BIAS
-    model.logit_scale.data.fill_(INIT_LOGIT_SCALE)
+    if model.logit_scale.requires_grad:
+        model.logit_scale.data.fill_(INIT_LOGIT_SCALE)
     model.logit_bias = nn.Parameter(torch.full_like(model.logit_scale, INIT_LOGIT_BIAS))
 
 

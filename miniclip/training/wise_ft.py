@@ -34,6 +34,8 @@ def sweep(
         for tower, cache in zip(("visual", "text"), caches):
             if tower in learned:
                 cache.clear()
+        for evaluator in evaluators.values():
+            evaluator.positions = ()  # late interaction's caches, of the mix before
         fast = inference_copy(model, precision)
         metrics = {name: evaluator(fast) for name, evaluator in evaluators.items()}
         mean = sum(task["mean_recall"] for task in metrics.values()) / len(metrics)

@@ -154,3 +154,13 @@ def test_what_is_refused(more, message, tiny_model, caption_set, tmp_path):
     with pytest.raises(InputError, match=message):
         main(["--model", str(tmp_path / "model"), "--train_file", data, "--output_dir", out, "--use_cpu", "true",
               "--loss", "late_interaction", *more])  # fmt: skip
+
+
+def test_fsdp_is_refused_as_it_would_learn_nothing(tiny_model, caption_set, tmp_path, run_script):
+    tiny_model.save_pretrained(tmp_path / "model")
+    refused = run_script(
+        "train.py", "--model", tmp_path / "model", "--train_file", caption_set / "captions.json", "--use_cpu", "true",
+        "--loss", "late_interaction", "--output_dir", tmp_path / "out", "--fsdp", "full_shard",
+        "--fsdp_config", '{"version": 2}', processes=2, check=False,
+    )  # fmt: skip
+    assert refused.returncode and "fsdp do not know the weights of loss late_interaction" in refused.stderr

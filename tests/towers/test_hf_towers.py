@@ -28,9 +28,9 @@ from miniclip.inference.feature_cache import FeatureCache, text_key
 from miniclip.model import MiniClip
 from miniclip.towers.hf_config import KNOWN
 from miniclip.towers.huggingface import HfTextTower
-from miniclip.towers.packages import PACKAGES
+from miniclip.towers.packages import PACKAGES, EfficientNetLite
 from miniclip.training.distill import Distillation
-from miniclip.training.finetune import layer_rates
+from miniclip.training.finetune import layer_rates, no_dropout
 from miniclip.training.freeze import depths, freeze
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.training.parse import parse_train
@@ -607,6 +607,19 @@ def test_the_packaged_encoders_load_and_tell_things_apart(tmp_path):
     pixels = torch.randn(2, 3, 224, 224)
     assert torch.equal(model.encode_image(pixels), again.encode_image(pixels))
     assert isinstance(again.text, HfTextTower) and set(PACKAGES) >= {"all-MiniLM-L6-v2", "efficientnet-lite0"}
+
+
+def test_the_dropped_layers_of_a_packaged_encoder_can_be_kept():
+    pytest.importorskip("efficientnet_lite_pytorch", reason="pip install -r requirements-encoders.txt")
+    encoder, images = EfficientNetLite().eval(), torch.randn(2, 3, 224, 224)
+    encoder.load_pretrained()
+    with torch.no_grad():
+        expected = encoder(images)
+        for module in encoder.train().modules():
+            module.training = not isinstance(module, torch.nn.BatchNorm2d)
+        assert not torch.allclose(encoder(images), expected, rtol=0.1)
+        with no_dropout(encoder):
+            torch.testing.assert_close(encoder(images), expected)
 
 
 def test_learning_from_a_teacher(encoders, caption_set, tmp_path, capsys):

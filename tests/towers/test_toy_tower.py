@@ -18,6 +18,7 @@ from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.weight_files import read_state_dict
 from miniclip.weights.convert import convert
 from miniclip.weights.load import load_weights
+from tests.towers.test_hf_towers import save_config, save_text_encoder, train
 
 
 @dataclass
@@ -145,3 +146,15 @@ def test_its_config_is_checked():
         MiniClipConfig.from_dict({"vision_cfg": {"toy_channels": 0}})
     values = MiniClipConfig.from_dict({"vision_cfg": {"toy_channels": 8}}).to_dict()
     assert isinstance(MiniClipConfig.from_dict(values).vision_cfg, ToyConfig)
+
+
+def test_its_projection_begins_in_closed_form_beside_another_pretrained_encoder(
+    caption_set, tmp_path, monkeypatch, capsys
+):
+    for name, value in {"pretrained": True, "hf_proj_type": "linear"}.items():
+        monkeypatch.setattr(ToyConfig, name, value, raising=False)
+    save_text_encoder(tmp_path / "bert")
+    text = {"hf_model_name": str(tmp_path / "bert"), "hf_proj_type": "linear", "context_length": 16}
+    config = save_config(tmp_path / "toy.json", {"toy_channels": 8}, text)
+    train(config, caption_set, tmp_path / "run", "--num_train_epochs", "1")
+    assert "projections: regularised CCA" in capsys.readouterr().out

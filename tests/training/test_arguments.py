@@ -138,6 +138,9 @@ def test_what_does_nothing_is_refused_by_name(name, tmp_path, capsys):
     (["--data_seed", "1", "--train_file", "a::b"], "data_seed"),
     (["--resume_from_checkpoint", "x", "--overwrite_output_dir"], "resume continues the run"),
     (["--resume_from_checkpoint", "x", "--resume"], "contradict"),
+    (["--eval_strategy", "steps", "--eval_steps", "5", "--save_steps", "10", "--load_best_model_at_end", *EVAL],
+     "save_steps 10.0 differs from the 5.0 steps between evaluations"),
+    (["--freeze_image", "tower", "--crop_scale", "0.5"], "crop_scale has no effect on a frozen image tower"),
 ])  # fmt: skip
 def test_what_needs_something_else_says_so(argv, words, tmp_path):
     with pytest.raises(InputError) as refused:

@@ -15,6 +15,8 @@ from miniclip.inference.embed import embed_images, embed_texts
 from miniclip.loss import clip_loss
 from miniclip.model import ClipOutput
 from miniclip.towers.packages import BEST, PACKAGES, PackagedEncoder
+from miniclip.training import closed_form
+from miniclip.training.arguments import RunArguments
 from miniclip.training.closed_form import ClosedForm, Moments, Pairs, class_prior, pair_loss, pairs_of
 from miniclip.training.parse import parse_train
 from miniclip.training.siglip import siglip_loss
@@ -188,3 +190,24 @@ def test_without_a_model_the_best_encoders_installed_are_taken(monkeypatch, tmp_
     there.clear()
     with pytest.raises(InputError, match="model is missing, and no encoders are installed.*requirements-encoders.txt"):
         parse_train(argv)
+
+
+@pytest.mark.parametrize("given, like", [
+    ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},  # nothing is measured there
+     {"lr_scheduler_type": "constant"}),
+    ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-2}},
+     {"lr_scheduler_type": "constant"}),
+    ({"max_grad_norm": 0.0}, {"max_grad_norm": 1e9}),  # no clipping, as in Trainer
+])  # fmt: skip
+def test_training_is_tried_by_the_arguments_of_the_run(given, like, tmp_path):
+    x, y = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0))
+    pairs, found = Pairs(x, x @ torch.ones(6, 6) + y, torch.arange(41)), []
+    how = {"learning_rate": 1e-2, "warmup_steps": 0, "num_train_epochs": 3, "per_device_train_batch_size": 8}
+    for more in (given, like):
+        torch.manual_seed(1)
+        heads = [torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)]
+        before = heads[0].weight.detach().clone()
+        closed_form.train(heads, 2.0, None, pairs, RunArguments(str(tmp_path), use_cpu=True, **how | more), pair_loss)
+        found.append(heads[0].weight)
+        assert (heads[0].weight - before).abs().max() > 1e-3
+    assert torch.equal(*found)

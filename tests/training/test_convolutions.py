@@ -9,10 +9,12 @@ from torch import nn
 
 import miniclip
 from miniclip.config import MiniClipConfig
+from miniclip.inference.fast import inference_copy
 from miniclip.towers.resnet import ModifiedResNet
 from miniclip.training.arguments import RunArguments
 from miniclip.training.convolutions import CHUNK, FastDepthwise, convolution_wrappers
 from miniclip.training.dataset import RunDataset
+from miniclip.training.finetune import no_dropout
 from miniclip.training.freeze import freeze, hold_statistics
 from miniclip.training.trainer import RunTrainer
 
@@ -54,7 +56,7 @@ def test_a_fixed_batch_norm_learns_the_same_as_part_of_a_convolution(model):
     before, expected = copy.deepcopy(model.state_dict()), gradients(model, images)
     model.visual.wrappers = convolution_wrappers(model.float().visual, 32)
     model.double()  # as a move to another device, which the twin has to follow
-    modules = {type(module) for module in model.visual.wrappers[0].args[0].modules()}
+    modules = {type(module) for found in model.visual.wrappers[0].args[0].values() for module in found.values()}
     calls = []
     for norm in model.visual.fixed_norms:
         norm.register_forward_hook(lambda *_: calls.append(1))
@@ -95,6 +97,37 @@ def test_a_batch_norm_that_does_not_follow_the_convolution_beside_it(tiny_model)
     nn.init.constant_(tower.norm.running_mean, 1.0)
     hold_statistics(tower)
     assert convolution_wrappers(tower, tower.image_size) == ()
+
+
+def test_what_is_set_in_the_tower_holds(tiny_model):
+    class Tower(type(tiny_model.visual)):
+        def features(self, pixel_values):
+            return super().features(self.drop(self.norm(self.conv(pixel_values))))
+
+    tower, images = tiny_model.visual, torch.randn(4, 3, 32, 32)
+    tower.__class__, tower.drop = Tower, nn.Dropout(0.5)
+    tower.conv, tower.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    hold_statistics(tower)
+    expected, tower.wrappers = tower.eval()(images), convolution_wrappers(tower, tower.image_size)
+    assert tower.wrappers and not torch.allclose(tower.train()(images), expected, atol=1e-3)
+    with no_dropout(tower):
+        torch.testing.assert_close(tower(images), expected)
+
+
+def test_what_a_gpu_rounds_by_default_hides_nothing(model, monkeypatch):
+    """A deep network and its folded form differ by 1% of TF32; these small ones do if eight bits are left."""
+    convolve = F.conv2d
+
+    def rounding(x, weight, *more):
+        if torch.backends.cudnn.conv.fp32_precision == "tf32":
+            x, weight = (t.bfloat16().float() for t in (x, weight))
+        return convolve(x, weight, *more)
+
+    monkeypatch.setattr(F, "conv2d", rounding)
+    hold_statistics(model.visual)
+    assert any(wrapper.args[0] for wrapper in convolution_wrappers(model.visual, 32))
+    fused = inference_copy(model).visual
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
 
 
 @pytest.mark.parametrize("bias", [False, True])

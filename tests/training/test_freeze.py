@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,6 +152,9 @@ def test_in_bf16_training_features_are_bf16_where_that_is_proved(parts, monkeypa
         evaluator = RetrievalEvaluator(records, preprocess, tokenizer, precision=taken, caches=caches)
         assert evaluator(model) and caches[0].reused == len(records)
     assert 1e-5 < (found["fp32"] - found["bf16"]).abs().max() < 0.1
+    options.check_gradients = True  # against fp32, so that what the tower rounds would count as a mistake
+    _, caches = freeze_towers(model, options, args, records, preprocess, tokenizer)
+    assert [cache.precision for cache in caches] == ["fp32"] * 2
 
 
 def test_a_frozen_dataset_draws_the_captions_that_the_usual_one_draws(parts):
@@ -163,6 +167,7 @@ def test_a_frozen_dataset_draws_the_captions_that_the_usual_one_draws(parts):
     captions = FrozenDataset(records, preprocess, seed=5, image_features=None, text_features=text)
     for dataset in (usual, ours, both, captions):
         dataset.set_epoch(2)
+    assert np.shares_memory(ours.image_features.numpy(), image), "not a second time, in shared memory"
     for i in range(24):
         assert ours[i]["caption"] == usual[i]["caption"] == texts[int(both[i]["text_features"])]
         assert torch.equal(captions[i]["pixel_values"], usual[i]["pixel_values"])

@@ -153,6 +153,13 @@ def test_siglip_starts_where_the_paper_says(tiny_config, tmp_path):
         assert torch.allclose(model.get_logits(images, ids)[0], expected, atol=1e-5)
 
 
+def test_siglip_keeps_a_fixed_scale(tiny_model):
+    tiny_model.logit_scale.data.fill_(math.log(50))
+    tiny_model.logit_scale.requires_grad_(False)
+    make_loss(tiny_model, TrainOptions(loss="siglip"), None)
+    assert tiny_model.logit_scale.exp().item() == pytest.approx(50) and tiny_model.logit_bias.item() == -10
+
+
 def test_a_student_equal_to_its_teacher_has_no_gradient(tiny_model):
     """The cross-entropy is then the entropy, its minimum."""
     preprocess = Preprocess(tiny_model.config.preprocess_cfg)

@@ -11,8 +11,10 @@ from PIL import Image
 import miniclip
 from miniclip.commands import wise_ft
 from miniclip.inference.embed import embed_images, embed_texts
+from miniclip.inference.evaluator import RetrievalEvaluator
 from miniclip.inference.fast import InferenceClip
 from miniclip.retrieval import retrieval_metrics
+from miniclip.towers.tokens import add_tokens
 from miniclip.training.wise_ft import best, format_sweep, sweep
 from miniclip.utils.errors import InputError
 from miniclip.weights.interpolate import check_same, interpolate
@@ -93,6 +95,18 @@ def test_the_command_measures_each_mix_and_writes_what_it_found(two, capsys):
     assert table.splitlines()[2].startswith(f"| 0 | {100 * entries[0]['new']['mean_recall']:.1f} |")
     with Image.open(out / "wise_ft.png") as image:
         assert image.width == 2360 and len(image.getcolors(1 << 20)) > 20
+
+
+def test_late_interaction_is_measured_of_each_mix(two):
+    before, after, folder = two
+    for model in (before, after):
+        add_tokens(model)
+    preprocess, tokenizer = miniclip.Preprocess(before.config.preprocess_cfg), miniclip.Tokenizer(16)
+    records = {"old": miniclip.read_captions(folder / "old.json")}
+    found = sweep(before, after, preprocess, tokenizer, records, (0.0, 1.0))
+    for entry, model in zip(found, (before, after)):
+        assert entry["old"] == pytest.approx(RetrievalEvaluator(records["old"], preprocess, tokenizer)(model))
+    assert found[0]["old"] != found[1]["old"]
 
 
 def test_shared_images_and_towers_are_encoded_once(two, monkeypatch):
