@@ -39,8 +39,7 @@ class ImageSearch:
     """An index together with the model that made it.
 
     `model` is a folder or a config's name (with `pretrained`), or the result of `miniclip.load` without a precision;
-    default: the model that made the index, from its original place. `pictures` is the image folder, if it was moved.
-    Raises ImageIndexError for a folder without an index and for an index of another model."""
+    default: the one that made the index, in its place. `pictures`: the image folder, if moved. Raises InputError."""
 
     def __init__(self, index: str | Path, model=None, pretrained=None, device="cpu", pictures=None):
         self.index = ImageIndex(index)
@@ -59,6 +58,8 @@ class ImageSearch:
         self.index.check_same(fingerprint(self.model, self.preprocess), str(name or "the one given"))
         self.captioner = captioner(self.model)  # the copy writes no captions
         self.model = inference_copy(self.model)  # once, instead of for each query
+        if pictures and not Path(pictures).is_dir():
+            raise InputError(f"{pictures} is not a folder")
         self.root = ImageRoot(pictures or about["root"], about["allow_outside"])
 
     @classmethod
@@ -95,9 +96,8 @@ class ImageSearch:
     def query(
         self, text: str | Iterable[str] = (), k: int = 10, image=(), minus=(), rerank: int | None = None, **weights
     ) -> list[Found]:
-        """Returns the k best images, best first, or fewer if there are no more. `text`, `image` (files) and `minus` are
-        one or several each; in a text, -word is not wanted. `weights` are those of `vector`. Where there is a text and
-        the model has late interaction, that puts the first `rerank` (default: 100) into a new order."""
+        """Returns the k best images, best first. `text`, `image` (files), `minus` are one or several each; in a text,
+        -word is not wanted. `weights`: of `vector`. Late interaction reorders the first `rerank` (100) of a text."""
         if k < 1:
             raise InputError(f"k is {k}: it must be at least 1")
         texts, unwanted = split_minus([text] if isinstance(text, str) else text)

@@ -554,6 +554,7 @@ def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_
         (["index", album.pictures, "--index", index, "--shard", "3/2"], "--shard 3/2: use"),
         (["index", album.pictures, "--index", index, "--pretrained", "x.pt"], "no effect without --model"),
         (["query", index, "x", "--pretrained", "x.pt"], "no effect without the name of a model"),
+        (["query", index, "x", "--image_root", tmp_path / "none"], "none is not a folder"),
     ):  # fmt: skip
         done = run_script(*SEARCH, *words, check=False)
         assert done.returncode and problem in done.stderr and "Traceback" not in done.stderr
