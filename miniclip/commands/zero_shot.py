@@ -23,12 +23,6 @@ def format_images(images: list[dict], most: int = 20) -> str:
     return "\n".join(rows + [f"| and {len(images) - most} more | | |"] * (len(images) > most))
 
 
-def drawable(classes: dict[str, str], folders: Sequence[str]) -> list[str]:
-    """Returns the names that the chart's font can draw: the name of a class, its words or its folder."""
-    rows = zip(classes, classes.values(), folders)
-    return [next((text for text in row if text and text.isprintable() and max(text) < "\u0250"), "?") for row in rows]
-
-
 def why_no_truth(paths: Sequence[str], images: list[tuple[str, str | None]]) -> str | None:
     """Returns why the true classes of images are unknown, where one might expect otherwise. `paths`: the arguments."""
     loose = [path for path, folder in images if folder is None]
@@ -83,7 +77,9 @@ def main(argv: list[str]):
         about["metrics"], confusion = classification_metrics(found, np.array([row for *_, row in rows]), len(names))
         about["confusion"] = confusion.tolist()
         folders = {row: name for (_, name), row in zip(images, truth)}
-        labels = drawable(classes, [folders.get(row, "") for row in range(len(names))])
+        calls = [(name, words, folders.get(row, "")) for row, (name, words) in enumerate(classes.items())]
+        # What the chart's font can draw: the name of a class, its words or its folder.
+        labels = [next((t for t in call if t and t.isprintable() and max(t) < "\u0250"), "?") for call in calls]
         percent = format_metrics(about["metrics"], len(names))
         draw_confusion(folder / "confusion.png", confusion, labels, f"{options.model}: {percent}")
         table = f"{format_classes(names, confusion)}\n\n{percent}"

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from typing import NamedTuple
 
@@ -34,8 +34,7 @@ def cpu_routes() -> dict[str, Route]:
 
 
 def remembered(name: str, key: str, about: str, kind: type[tuple], measure: Callable[[], dict]) -> dict:
-    """What `measure` found on this machine the first time, values of `kind` by name, kept in the user's cache. `about`
-    says all that it depends on."""
+    """What `measure` found here the first time, `kind`s by name, kept in the user's cache for the same `about`."""
     path = user_cache() / f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
     def kept() -> dict:
@@ -173,11 +172,9 @@ def arithmetic(device: str | torch.device) -> str:
 def fast_arithmetic(device: str | torch.device):
     """A context in which the CPU multiplies fp32 matrices by oneDNN, if that is faster and as exact. torch's attention
     then takes its steps one by one: what fuses them would call oneDNN for each small part."""
-    if arithmetic(device) != "oneDNN":
-        yield
-        return
-    with matmul_precision("medium"), sdpa_kernel(SDPBackend.MATH):
-        yield
+    ways = (matmul_precision("medium"), sdpa_kernel(SDPBackend.MATH)) if arithmetic(device) == "oneDNN" else ()
+    with ExitStack() as stack:
+        yield [*map(stack.enter_context, ways)]
 
 
 class OneDnnLinear(nn.Module):

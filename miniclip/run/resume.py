@@ -61,8 +61,7 @@ def _lookup(table: dict[str, str], name: str) -> str | None:
 
 
 def check_same_run(checkpoint: str | Path, metadata: dict) -> dict[str, str]:
-    """Raises InputError if a run differs from its checkpoint in what must be the same. Warns of other differences, with
-    what they do, and returns them."""
+    """Raises InputError if a run differs from its checkpoint where it must not. Warns of others and returns them."""
     path = Path(checkpoint) / RECORD
     if not path.is_file():
         logger.warning("%s has no %s: data and options cannot be compared with those of this run", checkpoint, RECORD)

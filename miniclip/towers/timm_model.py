@@ -147,8 +147,7 @@ class TimmTower(Tower):
             raise InputError(f"{self.cfg.timm_model_name} of timm leaves out no patches. Remove patch_dropout")
 
     def name_blocks(self) -> list[str]:
-        """The largest module in each group of layers that timm tells, without the stem and without what it names in no
-        group: norms, the classifier."""
+        """The largest module in each group of layers that timm tells, but the stem, norms and the classifier."""
         from timm.models._manipulate import group_with_matcher
 
         named = chain(self.trunk.named_parameters(), [("", None)])  # the last is in no group

@@ -17,8 +17,7 @@ CUDA = torch.cuda.is_available()
 
 @dataclass
 class RunArguments(ClipTrainingArguments):
-    """ClipTrainingArguments for RunTrainer and train.py. Raises InputError for an argument that cannot work or would do
-    nothing (check_arguments.py)."""
+    """ClipTrainingArguments for RunTrainer and train.py. Raises InputError for what cannot work or does nothing."""
 
     bf16: bool | None = None  # by default on a CUDA device that computes in it
     dataloader_pin_memory: bool = CUDA

@@ -66,8 +66,7 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
 
 
 def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tensor]]], args) -> dict:
-    """Prints the table and the causes. Returns the figures of the table. Raises WrongGradients for a difference without
-    a known cause."""
+    """Prints the table and the causes. Returns its figures. Raises WrongGradients for a difference without a cause."""
     passes, pad = probe.passes, probe.trainer.data_collator.tokenize.pad_token_id
     steps = [concatenate(step, pad) for step in inputs]
     everything = concatenate(steps, pad)

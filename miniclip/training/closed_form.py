@@ -40,8 +40,7 @@ FEW = 10  # images, below which nothing is held out
 
 
 class Pairs(NamedTuple):
-    """Features of n images (n, X) and of their m captions (m, Y), sorted by image; `starts` (n + 1,) says where those
-    of each image begin."""
+    """Features of n images (n, X) and of their m captions (m, Y), by image, from `starts` (n + 1,) on."""
 
     images: Tensor
     texts: Tensor

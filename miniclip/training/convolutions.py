@@ -7,7 +7,6 @@ depthwise    oneDNN is fast at 3 x 3 kernels moved by one pixel. For others its 
              times as long, half of a training step of EfficientNet: they are put together from the fast case
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -62,8 +61,7 @@ def folded(tower: Tower, side: int) -> Layers:
         found = {n: type(child)(inplace=True) for n, child in children if type(child) in (nn.ReLU, nn.ReLU6)}
         for (n, conv), (m, norm) in pairwise(children):
             if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and norm in fixed and norm.affine:
-                found |= {n: copy.copy(conv), m: nn.Identity()}  # a copy, of whose sizes others may ask
-                found[n].forward = partial(convolve, conv, norm)
+                found |= {n: FoldedConv(conv, norm), m: nn.Identity()}
         layers |= {module: found} if found else {}
     image = torch.linspace(-2, 2, 3 * side * side, device=next(tower.parameters()).device).sin().view(1, 3, side, side)
     with torch.no_grad(), full_precision(), torch.autocast(image.device.type, enabled=False):  # TF32 is off by as much
@@ -74,12 +72,18 @@ def folded(tower: Tower, side: int) -> Layers:
     return layers if torch.allclose(found, expected, atol=1e-3 * expected.abs().max().item()) else {}
 
 
-def convolve(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """`norm(conv(x))`, by kernels (C, ...) and a bias (C,) that have the fixed BatchNorm in them."""
-    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * gain
-    bias = shift if conv.bias is None else shift + conv.bias * gain
-    return functional_call(conv, {"weight": conv.weight * gain.view(-1, 1, 1, 1), "bias": bias}, x)
+class FoldedConv(nn.Conv2d):
+    """A convolution and the fixed BatchNorm after it in one; its sizes and parameters are the convolution's."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d):
+        vars(self).update(vars(conv))
+        self.layers = conv, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self.layers
+        gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = norm.bias + ((0 if conv.bias is None else conv.bias) - norm.running_mean) * gain
+        return functional_call(conv, {"weight": conv.weight * gain.view(-1, 1, 1, 1), "bias": bias}, x)
 
 
 class FastDepthwise(TorchFunctionMode):

@@ -101,7 +101,8 @@ def open_image(path: str | Path | ImageFile, scale: int | None = None, as_stored
             image.load()
             if as_stored:
                 return image
-            if deep and _is_dark(image):
+            deep = deep and image.mode in ("RGB", "RGBA")
+            if deep and max(high for _, high in image.getextrema()[:3]) <= WHITE[-2] >> 8:
                 image = _scaled(image, _identify(file, path))
             image = upright(image)
             check_aspect(image, path)  # again: the image within an icon may have another size than its header says
@@ -263,10 +264,6 @@ def _layout(tile) -> tuple:
     """How the pixels lie in a file, and what else Pillow's decoder is told."""
     layout, *more = tile.args if isinstance(tile.args, tuple) and tile.args else [tile.args]
     return str(layout), *more
-
-
-def _is_dark(image: Image.Image) -> bool:
-    return image.mode in ("RGB", "RGBA") and max(high for _, high in image.getextrema()[:3]) <= WHITE[-2] >> 8
 
 
 def _scaled(image: Image.Image, again: Image.Image) -> Image.Image:
