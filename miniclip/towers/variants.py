@@ -151,7 +151,7 @@ class VariantVisionTransformer(VisionTransformer):
 class VariantTextTransformer(TextTransformer):
     def __init__(self, cfg: VariantTextConfig, embed_dim: int, quick_gelu: bool):
         super().__init__(cfg, embed_dim, quick_gelu)
-        self.cfg = cfg
+        self.cfg, self.token_dropout = cfg, cfg.token_dropout
         if cfg.hf_tokenizer_name:
             self.own_tokenizer = None  # read when first needed
         if cfg.proj_bias:
@@ -174,7 +174,7 @@ class VariantTextTransformer(TextTransformer):
         return self.ln_final(x.gather(1, end[:, None, None].expand(-1, -1, x.shape[2]))[:, 0])
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:  # a hidden token is a zero, its place included
-        x, share = super().embed_tokens(input_ids), self.cfg.token_dropout
+        x, share = super().embed_tokens(input_ids), self.token_dropout
         if self.training and share:
             seen = torch.rand(input_ids.shape, device=x.device) >= share
             # The first position sees no other: as a zero it would meet norms of zeros, whose gradients are huge.

@@ -15,6 +15,7 @@ from miniclip.config import MiniClipConfig
 from miniclip.inference.fast import fast_features, inference_copy
 from miniclip.model import MiniClip
 from miniclip.training.distill import Distillation
+from miniclip.training.finetune import no_dropout
 from miniclip.training.freeze import depths, freeze
 from miniclip.training.grad_cache import wrap_towers
 from miniclip.transforms import Preprocess
@@ -334,6 +335,8 @@ def test_a_share_of_the_tokens_is_hidden_in_training_only(tmp_path):
     zeros = (hidden == 0).all(dim=2)
     assert torch.equal(hidden[~zeros], whole[~zeros]) and not zeros[:, [0, 30]].any()
     assert 0.3 < zeros[:, 1:30].float().mean() < 0.5
+    with no_dropout(model):  # as for a check of the gradients
+        assert torch.equal(model.text.embed_tokens(input_ids), whole)
     model.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", "openclip")  # which has no such field
     assert "token_dropout" not in (tmp_path / "theirs" / "open_clip_config.json").read_text()
