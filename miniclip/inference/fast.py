@@ -25,6 +25,7 @@ from types import CodeType, MethodType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
@@ -242,19 +243,18 @@ def _linear(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, re
     """A linear layer, then an activation or the residual, fused where the layer can do that."""
     if isinstance(layer, OneDnnLinear):
         return layer(x, activation, residual)
-    x = layer(x)
-    x = x if activation is None else activation(x)
+    x = layer(x) if activation is None else activation(layer(x))
     return x if residual is None else residual + x
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
-    """torch's attention, or on a CPU its steps, where they take half the time: while torch's products use oneDNN, and
-    in bf16, but for a few tokens. (The scores are then rounded to bf16, as the queries and the keys were.)"""
-    on_cpu, (B, H, L, D), S = q.device.type == "cpu", q.shape, k.shape[2]
-    many = on_cpu and B * S >= 100
-    alone = many and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    with matmul.fast_arithmetic("cpu") if alone else nullcontext():
-        if attn_mask is not None or not (many and q.dtype == torch.bfloat16 or on_cpu and matmul.rounds("cpu")):
+    """torch's attention, or on a CPU its steps, where they take half the time: while torch's products use oneDNN, for
+    many tokens in fp32, and for images in bf16 (whose scores are then rounded, as queries and keys were)."""
+    (B, H, L, D), S, on_cpu = q.shape, k.shape[2], q.device.type == "cpu"
+    alone = on_cpu and q.dtype == torch.float32 and B * S >= 100 and not torch.is_grad_enabled()
+    with matmul.fast_arithmetic("cpu") if alone and not torch.compiler.is_compiling() else nullcontext():
+        faster = on_cpu and (matmul.rounds("cpu") or q.dtype == torch.bfloat16 and not is_causal)
+        if attn_mask is not None or q.dtype == torch.float16 or not faster:
             return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, attn_mask=attn_mask)
         q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
         later = q.new_full((L, S), -torch.inf if is_causal else 0).triu_(1)
@@ -303,8 +303,9 @@ class InferenceClip(MiniClip):
     @contextmanager
     def inference(self):
         """No gradients, and the copy's own precision whatever autocast is active outside, as during training."""
-        autocast = torch.autocast(self.logit_scale.device.type, enabled=False)
-        with torch.inference_mode(), autocast, matmul_precision("highest"):
+        kind = self.logit_scale.device.type
+        attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if kind == "cpu" else nullcontext()
+        with torch.inference_mode(), torch.autocast(kind, enabled=False), matmul_precision("highest"), attention:
             yield
 
     def train(self, mode: bool = True):

@@ -61,8 +61,7 @@ def measure_routes() -> dict[str, Route]:
     processors with matrix units do. "packed" is oneDNN in strict fp32 with weights laid out for it, for inference. A
     way is used if it is at least 1.2 times as fast as the default and its error at most four times as large: rounding
     to bf16 makes it a thousand times as large. "bf16" is measured only to be suggested (`suggest_bf16`)."""
-    draw = torch.Generator().manual_seed(0)
-    linear = nn.Linear(512, 2048)
+    draw, linear = torch.Generator().manual_seed(0), nn.Linear(512, 2048)
     linear.weight.data, x = (torch.randn(rows, 512, generator=draw) for rows in (2048, 256))
     linear.bias.data.zero_()
     ways = {"default": linear}
