@@ -248,18 +248,16 @@ def _linear(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, re
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
-    """torch's attention, or on a CPU its steps, where they take half the time: while torch's products use oneDNN, for
-    many tokens in fp32, and for images in bf16, but a small one (scores are then rounded, as queries and keys were)."""
+    """torch's attention, or on a CPU its steps, where they take half the time: while torch's products use oneDNN, and
+    for images in bf16, but a small one (the scores are then rounded, as the queries and the keys were)."""
     (B, H, L, D), S, on_cpu = q.shape, k.shape[2], q.device.type == "cpu"
-    alone = on_cpu and q.dtype == torch.float32 and B * S >= 100 and not torch.is_grad_enabled()
-    with matmul.fast_arithmetic("cpu") if alone and not torch.compiler.is_compiling() else nullcontext():
-        faster = on_cpu and (matmul.rounds("cpu") or q.dtype == torch.bfloat16 and not is_causal and B * S >= 64)
-        if attn_mask is not None or q.dtype == torch.float16 or not faster:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, attn_mask=attn_mask)
-        q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
-        later = q.new_full((L, S), -torch.inf if is_causal else 0).triu_(1)
-        scores = torch.baddbmm(later.expand(B * H, L, S), q, k.transpose(1, 2), beta=int(is_causal), alpha=D**-0.5)
-        return torch.bmm(scores.softmax(dim=-1), v).view(B, H, L, D)
+    faster = on_cpu and (matmul.rounds("cpu") or q.dtype == torch.bfloat16 and not is_causal and B * S >= 64)
+    if attn_mask is not None or q.dtype == torch.float16 or not faster:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, attn_mask=attn_mask)
+    q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
+    later = q.new_full((L, S), -torch.inf if is_causal else 0).triu_(1)
+    scores = torch.baddbmm(later.expand(B * H, L, S), q, k.transpose(1, 2), beta=int(is_causal), alpha=D**-0.5)
+    return torch.bmm(scores.softmax(dim=-1), v).view(B, H, L, D)
 
 
 class InferenceClip(MiniClip):
