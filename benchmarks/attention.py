@@ -56,7 +56,7 @@ def cases(name: str, images: int):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names of configs")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--results", type=Path, help="write here, not to RESULTS.md")
     options = parser.parse_args()
     keep_freed_memory()
