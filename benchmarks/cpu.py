@@ -223,7 +223,7 @@ class Benchmark:
             raise WorkerLost((output.strip().splitlines() or ["no output"])[-1])
         cpu = usage.ru_utime + usage.ru_stime
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "cpu": cpu, "peak_gb": usage.ru_maxrss * 1024 / 1e9, "output": output}
+        return {"seconds": seconds, "cpu": cpu, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
 
     # The cases
 
@@ -283,7 +283,7 @@ class Benchmark:
                 found = {name: [run[name] for run in runs] for name in ("seconds", "cpu")}
                 way = " ".join(best[label][-2:]) if len(contestants[label]) > 1 else {}
                 peak = max(run["peak_gb"] for run in runs)
-                self.record(case, label, size, **found, peak_gb=peak, way=way, table=runs[0]["output"])
+                self.record(case, label, size, **found, peak_gb=peak, way=way)
 
     def train(self):
         for batch in self.sizes["batches"]:
