@@ -80,7 +80,8 @@ def make(recipe: dict, data: Path, output: Path, seed: int):
     args = SimpleNamespace(
         **{name: recipe[name] for name in ("num_train_epochs", "train_batch_size", "learning_rate")}, seed=seed,
         world_size=1, gradient_accumulation_steps=1, max_steps=0, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.98,
-        adam_epsilon=1e-6, lr_scheduler_type="cosine", get_warmup_steps=lambda steps: steps // 20, max_grad_norm=1.0,
+        adam_epsilon=1e-6, lr_scheduler_type="cosine", lr_scheduler_kwargs=None, max_grad_norm=1.0,
+        get_warmup_steps=lambda steps: steps // 20,
     )  # fmt: skip
     train(heads, math.log(20), None, pairs, args, lambda outputs, _: clip_loss(*outputs[:3]))
     model.save_pretrained(output)
