@@ -16,7 +16,8 @@ def fit(features, labels, num_classes: int, strength: float, start=None, scale: 
 
         mean cross-entropy(scale * features @ weight + bias, labels) + strength / 2 * |weight - start|^2
 
-    for features (N, E) of unit length and labels (N,). `start` (E, C): 0 or zero-shot's; `scale`: the logits'."""
+    for features (N, E) of unit length and labels (N,). `start` (E, C) is 0 or the zero-shot classifier, `scale` the
+    inverse of the model's temperature."""
     features, labels = torch.as_tensor(features, dtype=torch.float64), torch.as_tensor(labels)
     start = features.new_zeros(features.shape[1], num_classes) if start is None else start.double()
     moved, bias = torch.zeros_like(start, requires_grad=True), start.new_zeros(num_classes, requires_grad=True)

@@ -222,7 +222,8 @@ def check_captions(captions, image) -> list[str]:
 
 
 def image_faults(records: Sequence[dict], name: str, num_workers: int | None = None) -> list[str | None]:
-    """Returns what is wrong with each record's image, or None. Of 1,000 files those known to be sound are not read."""
+    """Returns what is wrong with each record's image, or None. For a thousand or more with a progress bar, and files
+    that were found sound before are not read again."""
 
     def fault(index: int) -> str | None:
         try:

@@ -59,7 +59,7 @@ class ImageSearch:
         self.captioner = captioner(self.model)  # the copy writes no captions
         self.model = inference_copy(self.model)  # once, instead of for each query
         if pictures and not Path(pictures).is_dir():
-            raise InputError(f"{pictures} is not a folder")
+            raise InputError(f"{pictures} is not a folder: name the one that the images are in")
         self.root = ImageRoot(pictures or about["root"], about["allow_outside"])
 
     @classmethod
