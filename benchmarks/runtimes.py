@@ -25,6 +25,7 @@ from results import machine, write_section
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import miniclip  # noqa: E402
 from miniclip.inference.peak import model_flops  # noqa: E402
+from miniclip.utils.machine import keep_freed_memory  # noqa: E402
 from miniclip.weights.onnx import export, runner  # noqa: E402
 
 KINDS, OURS = ("image", "text"), "MiniCLIP, fp32"
@@ -77,6 +78,7 @@ def main(argv: list[str]):
     parser.add_argument("--results", type=Path, help="file to write to (default: RESULTS.md)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as embed_images and embed_texts do
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runs = contestants(options.config, Path(folder), options.threads)
         config = miniclip.MiniClipConfig.from_name(options.config)

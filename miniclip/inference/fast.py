@@ -269,10 +269,11 @@ class InferenceClip(MiniClip):
     def __init__(self, model: MiniClip, precision: str, pack: bool):
         nn.Module.__init__(self)
         self.config, self.precision, self.training = model.config, precision, False
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        layer = Int8Linear if precision == "int8" else copy.copy
-        if model.logit_scale.device.type == "cpu" and pack and packs(precision):
-            layer = OneDnnLinear
+        int8 = precision == "int8"  # between its products it computes in bf16, where that saves time
+        bf16 = packs("int8") and packs("bf16") if int8 else precision == "bf16"
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        one_dnn = model.logit_scale.is_cpu and pack and packs(precision)
+        layer = Int8Linear if int8 else OneDnnLinear if one_dnn else copy.copy
         with matmul.full_precision():  # `for_inference` compares towers, and TF32, the default of GPUs, is off by 1%
             towers = [tower.for_inference() for tower in (model.visual, model.text)]
         self.visual, self.text = (_tower_copy(tower, self.dtype, layer) for tower in towers)
@@ -351,10 +352,8 @@ def _module_copy(module: nn.Module, dtype: torch.dtype, layer) -> nn.Module:
     if isinstance(forward := vars(module).get("forward"), partial) and forward.func is checkpoint:
         del twin.__dict__["forward"]  # of an encoder from elsewhere, whose blocks are checkpointed by this
     kept = torch.float32 if isinstance(module, _BatchNorm) else dtype  # its statistics are in fp32 in any case
-    twin._parameters = {
-        name: None if p is None else nn.Parameter(p.detach().to(kept), requires_grad=False)
-        for name, p in module._parameters.items()
-    }
+    twin._parameters = {name: None if p is None else nn.Parameter(p.detach().to(kept), requires_grad=False)
+                        for name, p in module._parameters.items()}  # fmt: skip
     if type(module) is nn.Linear and "forward" not in vars(module):  # a subclass's weights may be read elsewhere
         linear = layer(twin)
         linear.__dict__.update((name, value) for name, value in vars(module).items() if name.startswith("_forward_"))

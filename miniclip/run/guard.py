@@ -119,11 +119,10 @@ class Guard(TrainerCallback):
         path = Path(args.output_dir) / f"nonfinite-step{step}{rank}.json"
         rate, loss = self.trainer._get_learning_rate(), sum(losses) / max(1, len(losses))
         report = {
-            "step": step, "loss": losses, "grad_norm": norm, "learning_rate": rate,
+            "step": step, "loss": losses, "grad_norm": norm, "learning_rate": rate, "records": self.records(),
             "logit_scale": math.exp(self.trainer.model.logit_scale.detach().float().sum()),
             "weights_not_finite": [name for name, p in named if not p.isfinite().all()],
             "gradients_not_finite": [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()],
-            "records": self.records(),
         }  # fmt: skip
         write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         self.trainer.log({"loss": loss, "grad_norm": norm, "learning_rate": rate})

@@ -35,13 +35,10 @@ def run_metadata(command: Sequence[str], device) -> dict:
     name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else processor()
     threads = torch.get_num_threads() if torch else CORES
     return {
-        "command": shlex.join([Path(sys.executable).name, *command]),
-        "folder": os.getcwd(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions,
+        "command": shlex.join([Path(sys.executable).name, *command]), "folder": os.getcwd(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(), "versions": versions,
         "machine": {"device": f"{device}: {name}", "threads": threads, "system": platform.platform()},
-    }
+    }  # fmt: skip
 
 
 def commit() -> str | None:
@@ -64,20 +61,17 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
     drawn = eval_records and not options.eval_file  # of the training data: told by its captions
     held = [record["caption"] for record in eval_records] if drawn else None
     return {
-        **run_metadata(["train.py", *argv], args.device),
-        **readers,
+        **run_metadata(["train.py", *argv], args.device), **readers,
         "model": json.loads(json.dumps(model.config.to_dict())),
         "data": fingerprint(options.train_file, records),
         "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,
         "eval_classes": fingerprint(options.eval_classes) if options.eval_classes else None,
         "holdout": held and {"images": len(held), "sha256": hashlib.sha256(json.dumps(held).encode()).hexdigest()},
-        "seed": args.seed,
+        "seed": args.seed, "processes": args.world_size, "arithmetic": arithmetic if args.fast else "plain",
         "pairs_per_step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
-        "processes": args.world_size,
-        "arithmetic": arithmetic if args.fast else "plain",
         "options": dataclasses.asdict(options),
         "arguments": {name: value for name, value in args.to_dict().items() if isinstance(value, plain)},
-    }
+    }  # fmt: skip
 
 
 def evaluation_metadata(argv: Sequence[str], options, records, device, files: Sequence = ()) -> dict:

@@ -27,11 +27,10 @@ LAYERS = FROM_SCRATCH | {"weight_decay": 0.1}
 LATE = FROM_SCRATCH | {"weight_decay": 0.1, "num_train_epochs": 8.0}  # late interaction: two matrices, soon overfitted
 
 ALIASES = {  # OpenCLIP's names, and --split of other commands
-    "split": "train_file FILE:SPLIT",
-    "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "columns", "csv-caption-key": "columns",
-    "batch-size": "per_device_train_batch_size", "epochs": "num_train_epochs", "lr": "learning_rate",
-    "wd": "weight_decay", "warmup": "warmup_steps", "workers": "dataloader_num_workers", "logs": "output_dir",
-    "distill-model": "teacher", "distill-pretrained": "teacher", "lock-image": "freeze_image",
+    "split": "train_file FILE:SPLIT", "train-data": "train_file", "val-data": "eval_file", "csv-img-key": "columns",
+    "csv-caption-key": "columns", "batch-size": "per_device_train_batch_size", "epochs": "num_train_epochs",
+    "lr": "learning_rate", "wd": "weight_decay", "warmup": "warmup_steps", "workers": "dataloader_num_workers",
+    "logs": "output_dir", "distill-model": "teacher", "distill-pretrained": "teacher", "lock-image": "freeze_image",
     "imagenet-val": "eval_file CAPTIONS CLASS_FOLDER", "imagenet-v2": "eval_file CAPTIONS CLASS_FOLDER",
     "zeroshot-frequency": "eval_strategy and eval_steps", "val-frequency": "eval_strategy and eval_steps",
     "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
@@ -41,11 +40,10 @@ ALIASES = {  # OpenCLIP's names, and --split of other commands
     "coca-caption-loss-weight": "loss coca:2:1", "coca-contrastive-loss-weight": "loss coca:2:1",
     "lr-scheduler": "lr_scheduler_type", "lr-cooldown-end": "lr_scheduler_kwargs", "name": "output_dir",
     "lr-cooldown-power": "lr_scheduler_kwargs", "skip-scheduler": "lr_scheduler_type constant", "precision": "bf16",
-    "save-frequency": "save_strategy, save_steps",
-    "save-most-recent": "save_total_limit 1", "delete-previous-checkpoint": "save_total_limit 1",
-    "torchcompile": "torch_compile", "dist-backend": "ddp_backend", "ddp-static-graph": "ddp_static_graph",
-    "force-patch-dropout": "patch_dropout", "force-quick-gelu": "model NAME-quickgelu",
-    "dataset-resampled": "train_num_samples", "dataset-type": "train_file",
+    "save-frequency": "save_strategy, save_steps", "save-most-recent": "save_total_limit 1",
+    "delete-previous-checkpoint": "save_total_limit 1", "torchcompile": "torch_compile", "dist-backend": "ddp_backend",
+    "ddp-static-graph": "ddp_static_graph", "force-patch-dropout": "patch_dropout",
+    "force-quick-gelu": "model NAME-quickgelu", "dataset-resampled": "train_num_samples", "dataset-type": "train_file",
     "remote-sync": "output_dir s3://BUCKET/RUN", "remote-sync-frequency": "output_dir s3://BUCKET/RUN",
     "remote-sync-protocol": "output_dir s3://BUCKET/RUN",
 }  # fmt: skip

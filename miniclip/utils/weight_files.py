@@ -332,9 +332,8 @@ class _Tensors(pickle._Unpickler):
     dispatch |= {
         pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()]),
         pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()),
-        pickle.NEWOBJ[0]: load_newobj,
-        pickle.BUILD[0]: load_build,
-    }
+        pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build,
+    }  # fmt: skip
 
 
 def _script_tensors(root: _Module) -> dict[str, Tensor]:

@@ -78,8 +78,7 @@ def openclip_text(cfg) -> dict | None:
     if cfg.pooler == "max":
         raise CheckpointError("OpenCLIP's max_pooler does not work: end the target in .safetensors, or keep miniclip")
     return {
-        "context_length": cfg.context_length, "hf_model_name": cfg.hf_model_name,
-        "hf_tokenizer_name": cfg.hf_tokenizer_name or cfg.hf_model_name,
+        "hf_model_name": cfg.hf_model_name, "hf_tokenizer_name": cfg.hf_tokenizer_name or cfg.hf_model_name,
         "hf_proj_type": None if cfg.hf_proj_type == "none" else cfg.hf_proj_type,
-        "hf_pooler_type": cfg.pooler and f"{cfg.pooler}_pooler",
+        "context_length": cfg.context_length, "hf_pooler_type": cfg.pooler and f"{cfg.pooler}_pooler",
     }  # fmt: skip
