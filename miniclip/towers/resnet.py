@@ -135,8 +135,7 @@ class ModifiedResNet(Tower):
     @torch.no_grad()
     def for_inference(self) -> "ModifiedResNet":
         """A copy with each BatchNorm fused into the convolution before it."""
-        fused = fuse_norms(copy.deepcopy(self).float().eval())
-        return fused.to(memory_format=torch.channels_last)
+        return fuse_norms(copy.deepcopy(self).float().eval()).to(memory_format=torch.channels_last)
 
 
 @contextmanager
