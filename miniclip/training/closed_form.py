@@ -295,14 +295,17 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
     return solution, sum(scales) / len(scales), not alone or after > before, line
 
 
-def starts_in_closed_form(model: MiniClip, options) -> bool:
-    """Whether projections begin there: both are one linear layer, which has not been trained, and of the encoders,
-    which are pretrained, at most the last blocks learn."""
-    pretrained = model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained
+def may_start_in_closed_form(options) -> bool:
+    """Whether options allow it: projections have not been trained, and of encoders at most the last blocks learn."""
     trained = options.pretrained or is_folder(options.model) or options.check_gradients
-    whole = options.streaming or "none" in (options.freeze_image, options.freeze_text)
+    return not (trained or options.streaming or "none" in (options.freeze_image, options.freeze_text))
+
+
+def starts_in_closed_form(model: MiniClip, options) -> bool:
+    """Whether projections begin there: options allow it, encoders are pretrained, and projections one linear layer."""
+    pretrained = model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained
     one = all(linear(tower.projection) for tower in (model.visual, model.text))
-    return bool(pretrained and one and not trained and not whole)
+    return bool(pretrained and one and may_start_in_closed_form(options))
 
 
 def class_prior(model: MiniClip, names: np.ndarray) -> Tensor:
