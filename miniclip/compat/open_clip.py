@@ -34,7 +34,6 @@ from miniclip.utils.imagenet import IMAGENET
 from miniclip.utils.weight_files import find_weights, mismatch, read_json, read_state_dict
 from miniclip.weights.layouts import config_file, load_folder, named_config
 from miniclip.weights.load import empty_model, fill, fit_weights, open_checkpoint, read_tokenizer_beside
-from miniclip.weights.load import load_weights as load_file
 from miniclip.weights.pretrained import (  # noqa: F401
     check_model,
     download_pretrained,
@@ -189,7 +188,7 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
             warnings.warn(f"pretrained {pretrained!r} is ignored: {name} has weights of its own", stacklevel=3)
 
         def load(model: MiniClip):
-            model.load_state_dict(fit_weights(saved.state_dict(), model.state_dict(), folder))
+            model.load_state_dict(fit_weights(with_bias(saved.state_dict(), model), model.state_dict(), folder))
             if (folder / "tokenizer").is_dir():
                 model.text.load_files(folder)
             else:  # in folders of OpenCLIP and transformers
@@ -207,12 +206,21 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
     if tag is None:
         return config, custom_text, (lambda model: load_file(model, pretrained)) if pretrained else None
     follow(config, tag, f"{name} {pretrained}")
+    return config, custom_text, lambda model: load_file(model, download_pretrained(tag, cache_dir=cache_dir), False)
 
-    def load_tag(model: MiniClip):
-        path = find_weights(download_pretrained(tag, cache_dir=cache_dir))
-        fill(model, open_checkpoint(path, model), path, check_activation=False)
 
-    return config, custom_text, load_tag
+def with_bias(weights: dict[str, Tensor], model: MiniClip) -> dict[str, Tensor]:
+    """The weights; where only the model has a bias of the logits, with 0 as in OpenCLIP, which keeps their logits."""
+    if model.logit_bias is None or "logit_bias" in weights:
+        return weights
+    warnings.warn("the weights have no logit_bias: it is 0, as in OpenCLIP, whatever init_logit_bias", stacklevel=4)
+    return weights | {"logit_bias": torch.zeros_like(model.logit_bias)}
+
+
+def load_file(model: MiniClip, path: str | Path, check_activation: bool = True):
+    """Loads a weight file, or that in a folder, into a model."""
+    checkpoint = open_checkpoint(path := find_weights(path), model)
+    fill(model, checkpoint._replace(weights=with_bias(checkpoint.weights, model)), path, check_activation)
 
 
 def load_tower(model: CLIP, path: str | Path, is_image: bool):
