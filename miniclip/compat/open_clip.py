@@ -94,7 +94,7 @@ def list_models() -> list[str]:
 
 
 def add_model_config(path: str | Path):
-    """Makes a config file, or those of a folder, known to this module by their names. Raises InputError."""
+    """Makes a config file, or those of a folder, known here by their names. Raises InputError for what is no config."""
     files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
     if not files:
         raise InputError(f"{path}: contains no model config (.json)")
@@ -224,7 +224,7 @@ def load_file(model: MiniClip, path: str | Path, check_activation: bool = True):
 
 
 def load_tower(model: CLIP, path: str | Path, is_image: bool):
-    """Loads all weights of one tower, from a file with its own names or a whole model's. Raises CheckpointError."""
+    """Loads one tower from a file with its own names or a whole model's. Raises CheckpointError if weights lack."""
     file, full, part = read_state_dict(find_weights(path)), model.state_dict(), "visual." if is_image else "text."
     wanted = [key for key in full if key.startswith("visual.") == is_image and not key.startswith("logit_")]
     names = {key: (key, f"text.{key}", key.removeprefix(part)) for key in wanted}

@@ -117,7 +117,7 @@ def _(tower: TimmTower, image: Tensor, indices: Indices, stop_early: bool, norm:
 
 
 def chosen(count: int, indices: Indices) -> list[int]:
-    """The numbers of the blocks that `indices` means, of `count`, in order. Raises InputError."""
+    """The numbers of the blocks that `indices` means, of `count`, in order. Raises InputError for those not there."""
     if isinstance(indices, Sequence):
         wanted = sorted({i + count if i < 0 else i for i in indices})
     else:
