@@ -136,8 +136,7 @@ def create_model(
     refuse("cast_dtype", model_kwargs.pop("cast_dtype", None), "precision decides it")
     output_dict = model_kwargs.pop("output_dict", output_dict)
     config, custom_text, load = find_model(model_name, pretrained, model_kwargs, cache_dir)
-    load = load if load_weights else None
-    captions = type(config) in MODELS
+    load, captions = load if load_weights else None, type(config) in MODELS
     refuse(f"precision {precision}", captions and precision in ("fp16", "bf16"), "a decoder takes amp or pure_bf16")
     refuse("require_pretrained", require_pretrained and load is None, f"{model_name} comes without weights: name some")
     refuse("pretrained_image", pretrained_image and not config.vision_cfg.pretrained, "its config names no weights")

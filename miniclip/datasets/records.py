@@ -198,7 +198,7 @@ class ImageRoot:
             yield here, sorted(name for name in files if not name.startswith("."))
 
 
-def as_stored(image: str, folder: str) -> str:
+def as_stored(image: str, folder: str | Path) -> str:
     """The path of an image as its folder has it, which may be written with Windows' separator, or with é as a letter
     and an accent where the folder has one character, or the other way round: Macs and other systems differ in that."""
     if ("\\" in image or not image.isascii()) and not os.path.lexists(os.path.join(folder, image)):

@@ -254,12 +254,10 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
 
 def _read_metadata(root: ImageRoot, file: str, options: ReadOptions) -> Raw:
     """Reads a table of a folder whose image paths start at its own place."""
-    place = Path(root.file(file))
-    rows = []
+    place, rows = Path(root.file(file)), []
     for name, record in READERS[place.suffix](place, options):
         if not isinstance(record, InputError) and isinstance(record["image"], str) and record["image"]:
-            image = as_stored(record["image"], str(place.parent))
-            record = record | {"image": os.path.join(os.path.dirname(file), image)}
+            record = record | {"image": os.path.join(os.path.dirname(file), as_stored(record["image"], place.parent))}
         rows.append((f"{file}, {name}", record))
     return rows
 

@@ -193,8 +193,7 @@ class CocaTextTransformer(TokenTower, TextTransformer):
         if L > room:
             raise InputError(f"{L} tokens; the context is {room}")
         # One token of padding is enough, for the class token to see (`mask`); an export needs one length for all.
-        whole = torch.compiler.is_exporting() or torch.jit.is_tracing()
-        padding = room - L if whole else min(1, room - L)
+        padding = room - L if torch.compiler.is_exporting() or torch.jit.is_tracing() else min(1, room - L)
         ids = F.pad(input_ids, (0, padding), value=self.cfg.pad_id)
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         last = (self.cls_emb + self.positional_embedding[room]).expand(x.shape[0], 1, -1)  # wherever padding ends

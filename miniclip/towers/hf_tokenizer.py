@@ -81,7 +81,7 @@ class HfTokenizer(BaseTokenizer):
         return hashlib.sha256(f"{self.context_length} {text}".encode()).hexdigest()
 
     def fast(self):
-        """The same for the library `tokenizers`, which repairs no encodings nor HTML. Raises InputError for a slow one."""
+        """Its form in the library `tokenizers`, which repairs no encodings nor HTML. Raises InputError without one."""
         from tokenizers import Regex, Tokenizer, normalizers
 
         if (inner := getattr(self.tokenizer, "backend_tokenizer", None)) is None:

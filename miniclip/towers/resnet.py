@@ -74,8 +74,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, grid: int, width: int, heads: int, embed_dim: int):
         super().__init__()
-        self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.empty(1 + grid**2, width))
+        self.heads, self.positional_embedding = heads, nn.Parameter(torch.empty(1 + grid**2, width))
         self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.c_proj = nn.Linear(width, embed_dim)
 

@@ -101,8 +101,7 @@ class ClosedForm:
         self.factor = (images.double() - self.mean_x) / n.sqrt() if few else None  # Cxx is its square
         values, self.axes_y = torch.linalg.eigh(yy / n - self.mean_y.outer(self.mean_y))
         self.values_y = values.clamp_min(0)
-        self.cxy = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y
-        self.prior = None
+        self.cxy, self.prior = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y, None
         if prior is not None:
             mask = (~prior.any(dim=1)).double()
             rest = None if images is None else images * mask
@@ -194,8 +193,7 @@ def pair_loss(outputs: ClipOutput, batch: dict | None = None, sigmoid: bool = Fa
 def folds(n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows of n images that are trained on and those that are held out, for each fold. Of many images only as many
     are ever held out as are enough to measure."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    size = min(n // FOLDS, SCORED)
+    order, size = torch.randperm(n, generator=torch.Generator().manual_seed(seed)), min(n // FOLDS, SCORED)
     for start in range(0, size * max(1, min(FOLDS, SCORED // size)), size):
         yield torch.cat([order[:start], order[start + size :]]), order[start : start + size]
 
