@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from inputs import make_captions  # noqa: E402
-from results import machine, write_section  # noqa: E402
+from results import machine, section, write_section  # noqa: E402
 
 import miniclip  # noqa: E402
 from miniclip.inference import fast  # noqa: E402
@@ -80,7 +80,8 @@ def main():
         " everything but attention is the same."
     )
     head = ["| model | what | torch's, ms | MiniCLIP's, ms | times as fast |", "|---|---|---|---|---|"]
-    write_section("attention", "\n".join(["## Attention on the CPU", "", about, "", *head, *rows]), options.results)
+    name = section("attention", parser, options, "models")
+    write_section(name, "\n".join(["## Attention on the CPU", "", about, "", *head, *rows]), options.results)
 
 
 if __name__ == "__main__":

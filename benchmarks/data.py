@@ -205,9 +205,10 @@ def main():
                 row["first"] = [first_step(folder), first_step(folder)]
             rows.append(row)
             print(json.dumps(row), file=sys.stderr)
-    from results import write_section
+    from results import section, write_section
 
-    write_section("data" + " unchecked" * options.unchecked, table(rows, options))
+    name = "data unchecked" if options.unchecked else section("data", parser, options, "sizes")
+    write_section(name, table(rows, options))
     print(table(rows, options))
 
 

@@ -4,7 +4,8 @@
 
 Trains the projections between each pair of encoders that is installed (requirements-encoders.txt) by train.py on
 en_train.json, measures them once on en_val.json, and times the encoders on 200 of its images and 1,000 captions. Writes
-its part of RESULTS.md and the picture docs/encoders.png. Each model runs in processes of its own.
+its part of RESULTS.md and the picture docs/encoders.png; for some of the models alone a part of their own, and no
+picture. Each model runs in processes of its own.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from results import machine, write_section  # noqa: E402
+from results import machine, section, write_section  # noqa: E402
 
 APACHE = "Apache-2.0"
 MODELS = {  # a model config, and the licences of its weights
@@ -100,18 +101,19 @@ def draw(found: dict[str, dict], path: Path):
         save_png(path, figure)
 
 
-def write(found: dict[str, dict]):
+def write(found: dict[str, dict], name: str):
     rows = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for name, row in found.items():
+    for model, row in found.items():
         ways = (
             " / ".join(f"{100 * row[f'{way}_R@{k}']:.1f}" for k in (1, 5, 10))
             for way in ("text_to_image", "image_to_text")
         )
         costs = f"{row['megabytes']:.0f} | {row['pictures']:.0f} | {row['captions']:.1f} | {row['gigabytes']:.1f}"
-        rows.append(f"| {' | '.join([name, *ways, costs, MODELS[name]])} |")
+        rows.append(f"| {' | '.join([model, *ways, costs, MODELS[model]])} |")
     about = f"{machine()}. `python benchmarks/encoders.py`: projections trained with train.py's defaults, seed 42."
-    write_section("encoders", "\n".join(["## Encoders", "", about, "", *rows]))
-    draw(found, ROOT / "docs" / "encoders.png")
+    write_section(name, "\n".join([f"## E{name.removeprefix('e')}", "", about, "", *rows]))
+    if name == "encoders":
+        draw(found, ROOT / "docs" / "encoders.png")
 
 
 def main():
@@ -132,7 +134,9 @@ def main():
             continue
         found[name] = json.loads(done.stdout.splitlines()[-1]) | recall(name, options.data, options.cache)
         print(name, found[name], flush=True)
-    write(found)
+    options.models = list(found)
+    if found:
+        write(found, section("encoders", parser, options, "models"))
 
 
 if __name__ == "__main__":

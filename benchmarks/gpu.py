@@ -8,7 +8,8 @@
 
 Every speed is the median of repetitions that alternate with large bf16 products of square matrices, so that the share
 of what the card can do holds also when its clock changes. A row that fails says why, and the next one follows. What is
-measured goes to FOLDER/gpu.jsonl as it comes, and after each part to the part of RESULTS.md between the marks "gpu".
+measured goes to FOLDER/gpu.jsonl as it comes, and after each part to the part of RESULTS.md between the marks "gpu"; a
+run of some parts, models or batches has a part of its own, such as "gpu rate train".
 
 FLOPs are those of the model's matrix products and attention, on the tokens that really went through (`flops`); what
 activation checkpointing and chunks compute again is not counted, nor are the logits.
@@ -256,7 +257,8 @@ class Benchmark:
         self.file = options.out / "gpu.jsonl"
         self.file.write_text("")
         command = " ".join(sys.argv[1:]).replace(f"--out {options.out}", "").strip()
-        self.keep({"part": "machine", "result": results.machine(), "command": command})
+        about = {"result": results.machine(), "command": command, "section": options.section}
+        self.keep({"part": "machine", **about})
 
     # The frame of every row
 
@@ -783,7 +785,8 @@ def speed(record: dict) -> tuple[str, str, str]:
 def report(records: list[dict]) -> str:
     """The part of RESULTS.md."""
     about = next(r for r in records if r["part"] == "machine")
-    lines = ["## GPU", "", f"{about['result']}. `python benchmarks/gpu.py {about['command']}`.", ""]
+    some = about.get("section", "").removeprefix("gpu")
+    lines = [f"## GPU{some}", "", f"{about['result']}. `python benchmarks/gpu.py {about['command']}`.", ""]
     lines += [
         "Medians (lowest to highest) of repetitions. Share: of the bf16 products measured between them; the aim is half"
         " or more. FLOPs: 2 for each weight of a matrix and token (padding included) and 4 x length x width a token and"
@@ -822,18 +825,19 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", help="the same for all models; default: what fits each")
     parser.add_argument("--chunked", type=int, nargs="+", default=[8192, 32768], help="batches that go in chunks")
     parser.add_argument("--chunk", type=int, default=1024, help="pairs in a chunk")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=7.5, help="no row begins later; compiling one may take one")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run?")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for gpu.jsonl")
     parser.add_argument("--results", type=Path, help="the file that gets the tables: RESULTS.md; of --quick none")
     parser.add_argument("--render", type=Path, help="a gpu.jsonl: only writes the tables from it")
     options = parser.parse_args()
+    options.section = results.section("gpu", parser, options, "parts", "models", "batches", "chunked", "chunk")
     write = options.results or options.render or not options.quick
     results.RESULTS = options.results or results.RESULTS
     if options.render:
         records = [json.loads(line) for line in options.render.read_text().splitlines()]
-        results.write_section("gpu", report(records))
+        results.write_section(records[0].get("section", "gpu"), report(records))
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device: --device cpu --quick tries the rest")
@@ -847,7 +851,7 @@ def main():
             benchmark.keep({"part": "fault", "of": part, "trace": traceback.format_exc()})
             traceback.print_exc()
         if write:
-            results.write_section("gpu", report(benchmark.records))
+            results.write_section(options.section, report(benchmark.records))
     print(report(benchmark.records))
 
 

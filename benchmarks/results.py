@@ -1,8 +1,10 @@
-"""Where do the results go? Each command writes its own part of RESULTS.md and leaves the others alone.
+"""Where do the results go? Each command writes its own part of RESULTS.md and leaves the others alone. A run that
+measures some things only writes a part of its own.
 
 Speeds of CPUs go to results/<processor>.json first; their part of RESULTS.md has a table for each processor there.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -30,6 +32,13 @@ def write_section(name: str, markdown: str, results: Path | None = None):
     partial = results.with_suffix(".tmp")  # so that an interrupted run leaves the old file whole
     partial.write_text(text)
     os.replace(partial, results)
+
+
+def section(name: str, parser: argparse.ArgumentParser, options: argparse.Namespace, *chosen: str) -> str:
+    """The section of a run: its command's, or if options have `chosen` some things only, one named after these too, so
+    that what a whole run has measured stays."""
+    given = [getattr(options, option) for option in chosen if getattr(options, option) != parser.get_default(option)]
+    return " ".join([name, *(str(one) for some in given for one in (some if isinstance(some, list) else [some]))])
 
 
 def each_processor(folder: Path, name: str, markdown: str) -> str:

@@ -314,7 +314,7 @@ def main():
     results.RESULTS = options.results
     if hasattr(os, "sched_getaffinity"):  # faiss's threads wait in a loop: with more of them than cores it crawls
         faiss.omp_set_num_threads(min(faiss.omp_get_max_threads(), len(os.sched_getaffinity(0))))
-    name = " ".join(["retrieval", *map(str, options.sizes if len(options.sizes) == 1 else [])])  # a table of its own
+    name = results.section("retrieval", parser, options, "sizes", "methods")
     start, rows = time.perf_counter(), []
     for n in options.sizes:
         rows += measure(n, options)

@@ -5,7 +5,8 @@
     python benchmarks/search.py --part vectors --quick          10k, in a minute
 
 Images: `miniclip search` as it is, on copies of the first images of a folder. Vectors: the search of an index, on the
-vectors of `benchmarks/retrieval.py`, one query at a time. Each writes its part of RESULTS.md.
+vectors of `benchmarks/retrieval.py`, one query at a time. Each writes its part of RESULTS.md, other
+sizes one of their own.
 """
 
 import argparse
@@ -146,7 +147,7 @@ def main():
     parser.add_argument("--model", type=Path, default=Path("runs/lite0"), help="a folder saved by MiniCLIP")
     parser.add_argument("--pictures", type=Path, default=Path("data/flickr8k/flickr8k-images"))
     parser.add_argument("--limit", type=int, default=2000, help="pictures to index")
-    parser.add_argument("--results", type=Path, default=results.RESULTS, help="the file that gets the tables")
+    parser.add_argument("--results", type=Path, help="the file that gets the tables: RESULTS.md; of --quick none")
     options = parser.parse_args()
     if options.quick:
         options.sizes, options.limit = [10_000], 200
@@ -155,7 +156,9 @@ def main():
             text = pictures(options.model.resolve(), options.pictures, options.limit)
         else:
             text = vectors(options.sizes, options.queries)
-        results.write_section(f"search {part}", text, options.results)
+        if options.results or not options.quick:
+            chosen = ["sizes"] * (part == "vectors")
+            results.write_section(results.section(f"search {part}", parser, options, *chosen), text, options.results)
         print(text)
 
 

@@ -303,7 +303,7 @@ class MiniClip(nn.Module, PushToHub):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MiniClip":
-        """Reads a folder that `save_pretrained` wrote, in evaluation mode. Raises InputError for what does not fit."""
+        """Reads a folder of `save_pretrained`, in evaluation mode. Raises InputError for missing or damaged files."""
         model = read_model_folder(Path(directory), lambda config: cls(MiniClipConfig.from_json(config)))
         model.visual.load_files(Path(directory))
         model.text.load_files(Path(directory))

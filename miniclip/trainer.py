@@ -28,6 +28,7 @@ class ClipTrainingArguments(TrainingArguments):
     adam_beta2: float = 0.98  # as OpenCLIP: a contrastive loss's gradients change fast, so a shorter memory than 0.999
     adam_epsilon: float = 1e-6
     logging_nan_inf_filter: bool = False  # it would log NaN as 0 and train on
+    dataloader_pin_memory: bool = torch.cuda.is_available()  # without a GPU torch warns that it cannot
     dataloader_drop_last: bool = True  # every batch, on every process, has the same number of negatives
     remove_unused_columns: bool = False  # the collator makes what the loss reads
     ddp_find_unused_parameters: bool = False  # every parameter is used in every step
@@ -44,8 +45,7 @@ class ClipTrainer(NoFolderUpload, Trainer):
     """Trains a MiniClip on a CaptionDataset.
 
     `loss(outputs, batch)` is CLIP's unless given: every other pair of the batch, on any process, is a negative.
-    `evaluator(model)` returns metrics by name, a `RetrievalEvaluator` for example. Everything else is Trainer's.
-    """
+    `evaluator(model)` returns metrics by name, a `RetrievalEvaluator` for example. Everything else is Trainer's."""
 
     loss_is_scaled_for_ga = False  # our loss is a mean: with gradient accumulation Trainer has to divide it
 

@@ -17,7 +17,8 @@ def find_images(paths: Sequence[str]) -> list[tuple[str, str | None]]:
     """Returns the images in paths, sorted within each, with the folder that may be their class.
 
     A path is an image, or a folder with images at any depth. In a folder with none of its own, each folder is a class.
-    Links are followed, hidden files ignored. Raises InputError for a path without images; warns of empty classes."""
+    Links are followed, hidden files ignored. Raises InputError for a path that is missing, cannot be read or has no
+    images; warns of empty classes."""
     found = []
     for path in paths:
         if not os.path.exists(path):

@@ -22,7 +22,7 @@ OBJECTS = TEXTS["objects"]  # the default classes, the same in each language
 
 
 def read_templates(path: str | Path) -> list[str]:
-    """Reads templates from a file, one per line or a JSON list; "imagenet": OpenAI's 80. Raises InputError."""
+    """Reads templates, one a line or a JSON list; "imagenet": OpenAI's 80. Raises InputError for one without {}."""
     templates = IMAGENET["templates"] if path == "imagenet" else read_list(path)
     if not isinstance(templates, list) or not templates or not all(isinstance(t, str) for t in templates):
         raise InputError(f"{path}: expected templates such as: a photo of a {{}}, one per line or as a JSON list")
@@ -50,7 +50,8 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
 
     `text` is "dog,cat" or "chien=dog,chat=cat", or a file: one class per line in either form; a JSON list of names; or
     a JSON object of name: words, where the words may be an object by language, {"en": "dog", "zh": "狗"}. A name
-    alone is spelled out: hot_dog. "imagenet": its 1,000 classes, by WordNet ids. Raises InputError for all else."""
+    alone is spelled out: hot_dog. "imagenet": its 1,000 classes, by WordNet ids. Raises InputError for anything else, a
+    name that occurs twice, and two names with the same words."""
     if text == "imagenet":
         return dict(IMAGENET["classes"])
     suffix, classes = Path(text).suffix, {}

@@ -50,8 +50,8 @@ def main(argv: list[str]):
     options.precision = None  # the decoder has no faster copy
     if options.eval_file:
         scorers()  # fails before the work, not after it, if their package is missing
-        records = read_source(options.eval_file, ReadOptions.from_args(options, bad_samples=bad_samples))
-        records = one_per_image(records, options.eval_file)
+        reading = ReadOptions.from_args(options, bad_samples=bad_samples, check_handles=True)
+        records = one_per_image(read_source(options.eval_file, reading), options.eval_file)
         paths, references = zip(*((record["image"], record["caption"]) for record in records))
     else:
         paths = [path for path, _ in common.find_usable(options, find_images(options.images), bad_samples)]

@@ -26,8 +26,7 @@ def main(argv: list[str]):
         return
     folder = Path(__file__).resolve().parent
     beside = (folder / "train.py", folder.parents[1] / "train.py")  # beside the package until it is installed
-    script = next(path for path in beside if path.exists())
-    check = runpy.run_path(str(script))["main"]
+    check = runpy.run_path(str(next(path for path in beside if path.exists())))["main"]
     if "--json" not in argv:
         return check([*argv, "--check_gradients"])
     with starting():
@@ -41,8 +40,7 @@ def main(argv: list[str]):
     except InputError as wrong:
         error, figures = wrong, wrong.figures if isinstance(wrong, WrongGradients) else {}
     print(said.getvalue(), end="", file=sys.stderr)
-    found = {"right": error is None, "error": error and str(error), "parts": figures}
     if int(os.environ.get("RANK", 0)) == 0:  # the others of torchrun compute no figures
-        print_json(options, found)
+        print_json(options, {"right": error is None, "error": error and str(error), "parts": figures})
     if error:
         raise error

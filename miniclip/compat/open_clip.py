@@ -34,7 +34,6 @@ from miniclip.utils.imagenet import IMAGENET
 from miniclip.utils.weight_files import find_weights, mismatch, read_json, read_state_dict
 from miniclip.weights.layouts import config_file, load_folder, named_config
 from miniclip.weights.load import empty_model, fill, fit_weights, open_checkpoint, read_tokenizer_beside
-from miniclip.weights.load import load_weights as load_file
 from miniclip.weights.pretrained import (  # noqa: F401
     check_model,
     download_pretrained,
@@ -95,7 +94,7 @@ def list_models() -> list[str]:
 
 
 def add_model_config(path: str | Path):
-    """Makes a config file, or those of a folder, known to this module by their names. Raises InputError."""
+    """Makes a config file, or those of a folder, known here by their names. Raises InputError for what is no config."""
     files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
     if not files:
         raise InputError(f"{path}: contains no model config (.json)")
@@ -137,8 +136,7 @@ def create_model(
     refuse("cast_dtype", model_kwargs.pop("cast_dtype", None), "precision decides it")
     output_dict = model_kwargs.pop("output_dict", output_dict)
     config, custom_text, load = find_model(model_name, pretrained, model_kwargs, cache_dir)
-    load = load if load_weights else None
-    captions = type(config) in MODELS
+    load, captions = load if load_weights else None, type(config) in MODELS
     refuse(f"precision {precision}", captions and precision in ("fp16", "bf16"), "a decoder takes amp or pure_bf16")
     refuse("require_pretrained", require_pretrained and load is None, f"{model_name} comes without weights: name some")
     refuse("pretrained_image", pretrained_image and not config.vision_cfg.pretrained, "its config names no weights")
@@ -189,7 +187,7 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
             warnings.warn(f"pretrained {pretrained!r} is ignored: {name} has weights of its own", stacklevel=3)
 
         def load(model: MiniClip):
-            model.load_state_dict(fit_weights(saved.state_dict(), model.state_dict(), folder))
+            model.load_state_dict(fit_weights(with_bias(saved.state_dict(), model), model.state_dict(), folder))
             if (folder / "tokenizer").is_dir():
                 model.text.load_files(folder)
             else:  # in folders of OpenCLIP and transformers
@@ -207,16 +205,25 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
     if tag is None:
         return config, custom_text, (lambda model: load_file(model, pretrained)) if pretrained else None
     follow(config, tag, f"{name} {pretrained}")
+    return config, custom_text, lambda model: load_file(model, download_pretrained(tag, cache_dir=cache_dir), False)
 
-    def load_tag(model: MiniClip):
-        path = find_weights(download_pretrained(tag, cache_dir=cache_dir))
-        fill(model, open_checkpoint(path, model), path, check_activation=False)
 
-    return config, custom_text, load_tag
+def with_bias(weights: dict[str, Tensor], model: MiniClip) -> dict[str, Tensor]:
+    """The weights; where only the model has a bias of the logits, with 0 as in OpenCLIP, which keeps their logits."""
+    if model.logit_bias is None or "logit_bias" in weights:
+        return weights
+    warnings.warn("the weights have no logit_bias: it is 0, as in OpenCLIP, whatever init_logit_bias", stacklevel=4)
+    return weights | {"logit_bias": torch.zeros_like(model.logit_bias)}
+
+
+def load_file(model: MiniClip, path: str | Path, check_activation: bool = True):
+    """Loads a weight file, or that in a folder, into a model."""
+    checkpoint = open_checkpoint(path := find_weights(path), model)
+    fill(model, checkpoint._replace(weights=with_bias(checkpoint.weights, model)), path, check_activation)
 
 
 def load_tower(model: CLIP, path: str | Path, is_image: bool):
-    """Loads all weights of one tower, from a file with its own names or a whole model's. Raises CheckpointError."""
+    """Loads one tower from a file with its own names or a whole model's. Raises CheckpointError if weights lack."""
     file, full, part = read_state_dict(find_weights(path)), model.state_dict(), "visual." if is_image else "text."
     wanted = [key for key in full if key.startswith("visual.") == is_image and not key.startswith("logit_")]
     names = {key: (key, f"text.{key}", key.removeprefix(part)) for key in wanted}

@@ -52,7 +52,8 @@ def read_captions(source: str | Path, image_root: str | Path | None = None, **op
     """Reads and checks captions in any form: `[{"image": "dogs/rex.jpg", "caption": ["a dog", "my dog Rex"]}, ...]`.
 
     Returns `[{"image": absolute path or ImageFile, "caption": [strings]}, ...]`. Image paths start at `image_root`, by
-    default the source's own folder. `options`: other fields of ReadOptions. Raises InputError with all bad records."""
+    default the source's own folder. `options`: other fields of ReadOptions. Raises InputError for a source that cannot
+    be read, and one that names all bad records, with what is wrong with each."""
     return read_source(str(source), ReadOptions(image_root, **options))
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -151,9 +152,7 @@ class ImageRoot:
             return RemoteImage(normal(image))
         if "\0" in image:
             raise InputError(f"{image[:60]!r}: a path cannot contain a NUL character")
-        if "\\" in image and not os.path.lexists(os.path.join(self.folder, image)):  # Windows' separator
-            image = image.replace("\\", "/")
-        file = os.path.abspath(os.path.join(self.folder, image))
+        file = os.path.abspath(os.path.join(self.folder, image := as_stored(image, self.folder)))
         if not self.allow_outside and not is_within(file, self.folder):
             raise InputError(f"{image}: {self.leads_out}")
         try:
@@ -197,6 +196,16 @@ class ImageRoot:
             links = {name: os.path.islink(os.path.join(folder, name)) for name in folders if not name.startswith(".")}
             folders[:] = sorted(links, key=lambda name: (links[name], name))  # by its own name rather than by a link's
             yield here, sorted(name for name in files if not name.startswith("."))
+
+
+def as_stored(image: str, folder: str | Path) -> str:
+    """The path of an image as its folder has it, which may be written with Windows' separator, or with é as a letter
+    and an accent where the folder has one character, or the other way round: Macs and other systems differ in that."""
+    if ("\\" in image or not image.isascii()) and not os.path.lexists(os.path.join(folder, image)):
+        image = image.replace("\\", "/")
+        forms = (unicodedata.normalize(form, image) for form in ("NFC", "NFD"))
+        return next((name for name in forms if os.path.lexists(os.path.join(folder, name))), image)
+    return image
 
 
 def is_within(path: str, folder: str) -> bool:

@@ -173,8 +173,7 @@ class Table(Sequence):
 
 def _column(dataset, column: str) -> Iterator:
     """Yields the values of a column without keeping them all."""
-    batches = (batch[column] for batch in dataset.select_columns([column]).iter(1000))
-    return itertools.chain.from_iterable(batches)
+    return itertools.chain.from_iterable(batch[column] for batch in dataset.select_columns([column]).iter(1000))
 
 
 def _splits(dataset) -> list[str]:

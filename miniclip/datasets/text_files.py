@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from miniclip.datasets.captions import CAPTION_KEYS, CAPTIONS, IMAGE_KEYS, caption_kind, captions_of, parse_caption
 from miniclip.datasets.published import published_records
-from miniclip.datasets.records import ImageRoot, Raw, ReadOptions, check_captions, parse_json, read_text
+from miniclip.datasets.records import ImageRoot, Raw, ReadOptions, as_stored, check_captions, parse_json, read_text
 from miniclip.datasets.splits import choose_split, split_column, split_of
 from miniclip.utils.bad_samples import CaptionFileError, short
 from miniclip.utils.errors import InputError
@@ -191,7 +192,7 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
     """Reads images with a caption file beside each, in folders at any depth, in order of their names, or with lines in
     a metadata.csv or .jsonl of their folder, as in Hugging Face's imagefolder."""
     root = ImageRoot(path, options.allow_outside_image_root)
-    raw, beside, tables = [], {}, []  # beside: path without its extension -> {extension: path}
+    raw, beside, tables = [], {}, []  # beside: path in NFC, no extension -> {extension: path}
     for here, files in root.walk(lambda name, reason: raw.append((name, InputError(reason)))):
         for name in files:
             stem, extension = os.path.splitext(os.path.normpath(os.path.join(here, name)))
@@ -199,9 +200,9 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
             if name in METADATA:
                 tables.append(file)
             elif kind in (*EXTENSIONS, *CAPTIONS):
-                first = beside.setdefault(stem, {}).setdefault(kind, file)
+                first = beside.setdefault(unicodedata.normalize("NFC", stem), {}).setdefault(kind, file)
                 if first != file:
-                    raw.append((file, InputError(f"it differs from {first} only in letter case: rename one")))
+                    raw.append((file, InputError(f"{first} differs only in letter case or Unicode form: rename one")))
     found = []
     for file in tables:
         try:
@@ -253,14 +254,10 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
 
 def _read_metadata(root: ImageRoot, file: str, options: ReadOptions) -> Raw:
     """Reads a table of a folder whose image paths start at its own place."""
-    place = Path(root.file(file))
-    rows = []
+    place, rows = Path(root.file(file)), []
     for name, record in READERS[place.suffix](place, options):
         if not isinstance(record, InputError) and isinstance(record["image"], str) and record["image"]:
-            image = record["image"]
-            if "\\" in image and not (place.parent / image).exists():  # Windows' separator
-                image = image.replace("\\", "/")
-            record = record | {"image": os.path.join(os.path.dirname(file), image)}
+            record = record | {"image": os.path.join(os.path.dirname(file), as_stored(record["image"], place.parent))}
         rows.append((f"{file}, {name}", record))
     return rows
 

@@ -39,12 +39,12 @@ class ImageSearch:
     """An index together with the model that made it.
 
     `model` is a folder or a config's name (with `pretrained`), or the result of `miniclip.load` without a precision;
-    default: the one that made the index, in its place. `pictures`: the image folder, if moved. Raises InputError."""
+    default: the one that made the index, in its place. `pictures`: the image folder, if moved. Raises InputError for a
+    folder without an index, for a model other than the index's, and for one that cannot be loaded."""
 
     def __init__(self, index: str | Path, model=None, pretrained=None, device="cpu", pictures=None):
         self.index = ImageIndex(index)
-        about = self.index.about
-        name = model if isinstance(model, (str, Path)) else None
+        about, name = self.index.about, model if isinstance(model, (str, Path)) else None
         if pretrained and name is None:
             raise InputError("pretrained has no effect without the name of a model: add it (--model)")
         if model is None:
@@ -76,7 +76,8 @@ class ImageSearch:
         self, texts: Iterable[str] = (), images: Iterable = (), minus: Iterable[str] = (),
         image_weight: float | None = None, minus_weight: float = 0.5,
     ) -> np.ndarray:  # fmt: skip
-        """Returns the query vector (E,) by the formula above. Raises InputError for neither or a bad image."""
+        """Returns the query vector (E,) by the formula above. Raises InputError for an empty query, weights out of
+        range and a query that `minus` cancels, ImageError for an image that cannot be read."""
         texts, images, minus = ([x] if isinstance(x, (str, Path)) else list(x) for x in (texts, images, minus))
         texts, minus = ([text for text in x if text.strip()] for x in (texts, minus))
         if not texts and not images:

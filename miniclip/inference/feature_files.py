@@ -66,7 +66,7 @@ def _parts(files: list[Path]) -> list[Path]:
 
 
 def read_embeds(files: Iterable[Path], kind: str, normalize: bool) -> np.ndarray:
-    """Returns the embeddings (N, E) float32 in the files of a kind. Raises InputError."""
+    """Returns the embeddings (N, E) float32 in the files of a kind. Raises InputError for other shapes or lengths."""
     parts = [_read(file, kind) for file in files]
     if len({part.shape[1:] for part in parts}) > 1:
         raise InputError(f"{shorten(files)}: parts of different widths: {shorten(part.shape for part in parts)}")
@@ -154,7 +154,8 @@ def read_features(
     path: str | Path, records: list[dict] | None, first_caption_only: bool = False, normalize: bool = False
 ) -> Features:
     """Returns embeddings made elsewhere, images (N, E) and texts (M, E), and their records. Without `records` each
-    image has M / N captions. If only first captions count, those of the others are dropped. Raises InputError."""
+    image has M / N captions. If only first captions count, those of the others are dropped. Raises InputError for
+    files that cannot be read and numbers of embeddings that do not fit the records."""
     images, texts = (read_embeds(files, kind, normalize) for kind, files in find_features(path).items())
     if records is None:
         records = [{"image": row, "caption": [""] * (len(texts) // len(images))} for row in range(len(images))]

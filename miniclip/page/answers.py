@@ -103,8 +103,7 @@ class Page:
             )
             rows += f'<tr><th scope="row">{escape(caption)}</th>{cells}</tr>'
         names = [f"{figure(url, '')}<span>{escape(str(image))}</span>" for image, url in uploads]
-        heads = "".join(f'<th scope="col">{name}</th>' for name in names)
-        title = say("heat_title")
+        heads, title = "".join(f'<th scope="col">{name}</th>' for name in names), say("heat_title")
         return (
             f'{self.coverage(say, captions)}{heading(title)}<div class="mc-scroll" tabindex="0" role="region"'
             f' aria-label="{escape(title)}"><table class="mc-heat"><thead><tr><td>{escape(say("caption"))}</td>{heads}'
@@ -117,10 +116,9 @@ class Page:
         answer = ""
         for image, caption in zip(images, captions) if has_tokens(self.model) else ():
             levels, words = where_seen(self.model, self.preprocess, self.tokenizer, image, caption)
-            urls = heat_maps(levels, [heat for _, _, heat in words])
             items = (
                 f"<li>{figure(url, say('seen_word', word=word))}<div>{escape(word)}</div><small>{n:.3f}</small></li>"
-                for url, (word, n, _) in zip(urls, words)
+                for url, (word, n, _) in zip(heat_maps(levels, [heat for _, _, heat in words]), words)
             )
             title = escape(say("seen", name=image, caption=caption))
             answer += f'<h2>{title}</h2><ol class="mc-cards mc-words">{"".join(items)}</ol>'

@@ -59,8 +59,7 @@ def histogram(cosines: np.ndarray) -> np.ndarray:
 
 def roc_auc(matching: np.ndarray, others: np.ndarray) -> float:
     """The area under the ROC curve, from histograms. Pairs in the same bin count half."""
-    below = others.cumsum() - others / 2
-    return float((matching * below).sum() / (matching.sum() * others.sum()))
+    return float((matching * (others.cumsum() - others / 2)).sum() / (matching.sum() * others.sum()))
 
 
 def overlap(matching: np.ndarray, others: np.ndarray) -> float:

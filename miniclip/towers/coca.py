@@ -193,8 +193,7 @@ class CocaTextTransformer(TokenTower, TextTransformer):
         if L > room:
             raise InputError(f"{L} tokens; the context is {room}")
         # One token of padding is enough, for the class token to see (`mask`); an export needs one length for all.
-        whole = torch.compiler.is_exporting() or torch.jit.is_tracing()
-        padding = room - L if whole else min(1, room - L)
+        padding = room - L if torch.compiler.is_exporting() or torch.jit.is_tracing() else min(1, room - L)
         ids = F.pad(input_ids, (0, padding), value=self.cfg.pad_id)
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         last = (self.cls_emb + self.positional_embedding[room]).expand(x.shape[0], 1, -1)  # wherever padding ends
@@ -337,7 +336,8 @@ class CoCa(MiniClip):
         `generation_type` is "beam_search", which keeps `num_beams` / `num_beam_groups` texts, or "top_p" or "top_k",
         which draw each token from the likeliest: those that together have the probability `top_p`, or `top_k` many
         (1: the likeliest, without chance). These can go on from a `text` (B, T). A caption has at least `min_seq_len`
-        tokens, T is at most `seq_len`, and exactly that with `fixed_output_length`. Raises InputError."""
+        tokens, T is at most `seq_len`, and exactly that with `fixed_output_length`. Raises InputError for values out of
+        range or that do not go together."""
         room, tokenizer = self.config.text_cfg.context_length, self.text.tokenizer
         sot, eos = ((sot_token_id, tokenizer.sot_token_id), (eos_token_id, tokenizer.eot_token_id))
         sot, eos = (usual if given is None else given for given, usual in (sot, eos))

@@ -218,7 +218,7 @@ def ask(name: str, function, /, *args, **kwargs):
 
 
 def open_tokenizer(folder: str | Path, kind=None):
-    """A tokenizer of transformers, from a folder or the hub, read by its class `kind` or any. Raises InputError."""
+    """A tokenizer of transformers in a folder or on the hub, of class `kind` or any. Raises InputError without one."""
     from transformers import AutoTokenizer
 
     try:

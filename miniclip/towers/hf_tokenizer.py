@@ -61,8 +61,9 @@ class HfTokenizer(BaseTokenizer):
             self.truncated += 1
         return rows
 
-    def lengths(self, ids: Tensor) -> Tensor:
-        return (ids != self.pad_token_id).sum(dim=1)
+    def lengths(self, ids: Tensor) -> Tensor:  # up to the last word: "[PAD]" may be typed, or padding be the end token
+        found = (ids != self.pad_token_id).flip(1).cumsum(dim=1).count_nonzero(dim=1)
+        return (found + (self.pad_token_id == self.tokenizer.eos_token_id)).clamp_max(ids.shape[1])
 
     def text_of(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -80,7 +81,7 @@ class HfTokenizer(BaseTokenizer):
         return hashlib.sha256(f"{self.context_length} {text}".encode()).hexdigest()
 
     def fast(self):
-        """The same for the library `tokenizers`, which repairs no encodings nor HTML. Raises InputError without."""
+        """Its form in the library `tokenizers`, which repairs no encodings nor HTML. Raises InputError without one."""
         from tokenizers import Regex, Tokenizer, normalizers
 
         if (inner := getattr(self.tokenizer, "backend_tokenizer", None)) is None:

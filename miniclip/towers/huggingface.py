@@ -281,5 +281,4 @@ def _(tower: HfVisionTower, pixel_values: Tensor) -> Tensor:
 @token_features.register
 def _(tower: HfTextTower, input_ids: Tensor) -> Tensor:
     mask = input_ids != tower.pad_token_id
-    x = tower.trunk(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
-    return x * mask[..., None]
+    return tower.trunk(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state * mask[..., None]

@@ -117,7 +117,7 @@ def _(tower: TimmTower, image: Tensor, indices: Indices, stop_early: bool, norm:
 
 
 def chosen(count: int, indices: Indices) -> list[int]:
-    """The numbers of the blocks that `indices` means, of `count`, in order. Raises InputError."""
+    """The numbers of the blocks that `indices` means, of `count`, in order. Raises InputError for those not there."""
     if isinstance(indices, Sequence):
         wanted = sorted({i + count if i < 0 else i for i in indices})
     else:
@@ -184,6 +184,5 @@ def _(tower: ModifiedResNet, inputs: Tensor, indices: Indices, stop_early: bool)
     for number in range(1, 5):
         stages[f"layer{number}"] = nn.Sequential(*tower.get_submodule(f"layer{number}"), Probe(found, number))
     stages["layer1"].insert(0, Probe(found, 0))
-    taken = chosen(5, indices)
-    embeds = altered(tower, stages, wrappers=())(inputs)
+    taken, embeds = chosen(5, indices), altered(tower, stages, wrappers=())(inputs)
     return Found([found[number] for number in taken], embeds)

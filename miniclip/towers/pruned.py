@@ -66,8 +66,7 @@ class PrunedAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()
-        self.heads = heads
-        self.in_proj = nn.Linear(width, 3 * heads * head_width)
+        self.heads, self.in_proj = heads, nn.Linear(width, 3 * heads * head_width)
         self.out_proj = nn.Linear(heads * head_width, width)
 
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:

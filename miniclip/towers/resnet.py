@@ -74,8 +74,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, grid: int, width: int, heads: int, embed_dim: int):
         super().__init__()
-        self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.empty(1 + grid**2, width))
+        self.heads, self.positional_embedding = heads, nn.Parameter(torch.empty(1 + grid**2, width))
         self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.c_proj = nn.Linear(width, embed_dim)
 
@@ -135,8 +134,7 @@ class ModifiedResNet(Tower):
     @torch.no_grad()
     def for_inference(self) -> "ModifiedResNet":
         """A copy with each BatchNorm fused into the convolution before it."""
-        fused = fuse_norms(copy.deepcopy(self).float().eval())
-        return fused.to(memory_format=torch.channels_last)
+        return fuse_norms(copy.deepcopy(self).float().eval()).to(memory_format=torch.channels_last)
 
 
 @contextmanager

@@ -101,8 +101,7 @@ class LatentPool(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
-        self.heads = heads
-        self.latent = nn.Parameter(torch.empty(1, 1, width))
+        self.heads, self.latent = heads, nn.Parameter(torch.empty(1, 1, width))
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
         self.norm, self.mlp = nn.LayerNorm(width), MLP(width, int(width * mlp_ratio), quick_gelu=False)
 
@@ -124,8 +123,7 @@ class SigLipVisionTransformer(Tower):
         self.conv1 = nn.Conv2d(3, W, cfg.patch_size, stride=cfg.patch_size)
         self.positional_embedding = nn.Parameter(torch.empty((cfg.image_size // cfg.patch_size) ** 2, W))
         self.blocks = nn.ModuleList(Block(W, heads, cfg.mlp_ratio, quick_gelu) for _ in range(cfg.layers))
-        self.ln_post = nn.LayerNorm(W)
-        self.attn_pool = LatentPool(W, heads, cfg.mlp_ratio)
+        self.ln_post, self.attn_pool = nn.LayerNorm(W), LatentPool(W, heads, cfg.mlp_ratio)
         self.proj = nn.Identity()
         set_kwargs(self, cfg.act_kwargs, {"eps": EPS})
 

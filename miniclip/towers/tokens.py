@@ -87,8 +87,7 @@ def token_features(tower: Tower, inputs: Tensor) -> Tensor:
 
 @token_features.register
 def _(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
-    x = tower.embed_patches(tower.conv1(pixel_values))
-    return tower.ln_post(tower.run_blocks(x, is_causal=False)[:, 1:])
+    return tower.ln_post(tower.run_blocks(tower.embed_patches(tower.conv1(pixel_values)), is_causal=False)[:, 1:])
 
 
 @token_features.register

@@ -20,7 +20,6 @@ class RunArguments(ClipTrainingArguments):
     """ClipTrainingArguments for RunTrainer and train.py. Raises InputError for what cannot work or does nothing."""
 
     bf16: bool | None = None  # by default on a CUDA device that computes in it
-    dataloader_pin_memory: bool = CUDA
     dataloader_num_workers: int = min(8, CORES if CUDA else CORES // 5)  # few cores are better spent on training
     dataloader_persistent_workers: bool | None = None  # by default if any: they start while the trainer is small
     use_cpu: bool = not torch.accelerator.is_available()  # explicitly, so that --bf16 is allowed there

@@ -241,6 +241,10 @@ def without_effect(options, args: TrainingArguments):
             yield f"{kind}_steps", (strategy,), f"with {strategy} {value}"
     if options.frozen[0] and options.crop_scale < 1:
         yield "crop_scale", ("freeze_image", "model"), "on a frozen image tower, which sees each image once, as it is"
+    useless = {"grad_cache_chunk_size": args.grad_cache_chunk_size, "layer_decay": options.layer_decay < 1}
+    useless |= dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), args.activation_checkpointing)
+    for name in (name for name, wanted in useless.items() if wanted and all(options.frozen)):
+        yield name, ("freeze_image", "freeze_text", "model"), "between frozen towers, of which only projections learn"
     if args.eval_strategy == "no":
         yield "eval_delay", ("eval_strategy",), "without evaluation during training"
     if (schedule := args.lr_scheduler_type.value) in NO_WARMUP and args.warmup_steps:

@@ -101,8 +101,7 @@ class ClosedForm:
         self.factor = (images.double() - self.mean_x) / n.sqrt() if few else None  # Cxx is its square
         values, self.axes_y = torch.linalg.eigh(yy / n - self.mean_y.outer(self.mean_y))
         self.values_y = values.clamp_min(0)
-        self.cxy = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y
-        self.prior = None
+        self.cxy, self.prior = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y, None
         if prior is not None:
             mask = (~prior.any(dim=1)).double()
             rest = None if images is None else images * mask
@@ -194,8 +193,7 @@ def pair_loss(outputs: ClipOutput, batch: dict | None = None, sigmoid: bool = Fa
 def folds(n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows of n images that are trained on and those that are held out, for each fold. Of many images only as many
     are ever held out as are enough to measure."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    size = min(n // FOLDS, SCORED)
+    order, size = torch.randperm(n, generator=torch.Generator().manual_seed(seed)), min(n // FOLDS, SCORED)
     for start in range(0, size * max(1, min(FOLDS, SCORED // size)), size):
         yield torch.cat([order[:start], order[start + size :]]), order[start : start + size]
 
@@ -295,14 +293,17 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
     return solution, sum(scales) / len(scales), not alone or after > before, line
 
 
-def starts_in_closed_form(model: MiniClip, options) -> bool:
-    """Whether projections begin there: both are one linear layer, which has not been trained, and of the encoders,
-    which are pretrained, at most the last blocks learn."""
-    pretrained = model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained
+def may_start_in_closed_form(options) -> bool:
+    """Whether options allow it: projections have not been trained, and of encoders at most the last blocks learn."""
     trained = options.pretrained or is_folder(options.model) or options.check_gradients
-    whole = options.streaming or "none" in (options.freeze_image, options.freeze_text)
+    return not (trained or options.streaming or "none" in (options.freeze_image, options.freeze_text))
+
+
+def starts_in_closed_form(model: MiniClip, options) -> bool:
+    """Whether projections begin there: options allow it, encoders are pretrained, and projections one linear layer."""
+    pretrained = model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained
     one = all(linear(tower.projection) for tower in (model.visual, model.text))
-    return bool(pretrained and one and not trained and not whole)
+    return bool(pretrained and one and may_start_in_closed_form(options))
 
 
 def class_prior(model: MiniClip, names: np.ndarray) -> Tensor:

@@ -76,8 +76,8 @@ class FoldedConv(nn.Conv2d):
     """A convolution and the fixed BatchNorm after it in one; its sizes and parameters are the convolution's."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d):
-        vars(self).update(vars(conv))
-        self.layers = conv, norm
+        super().__init__(1, 1, 1, device="meta")  # which draws no random numbers; then all is the convolution's
+        vars(self).update(vars(conv), layers=(conv, norm))
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = self.layers

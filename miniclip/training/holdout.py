@@ -98,8 +98,7 @@ def epoch_length(records: Sequence[dict]) -> int:
 def fit_batch(args, number: int, given: bool):
     """Lowers the batch of all processes to the `number` of pairs in an epoch, unless its size was `given`. Returns a
     line about that, or None. Raises InputError if no batch can be made, before anything slow has run."""
-    batch = args.per_device_train_batch_size * args.world_size
-    least = max(2, args.world_size)
+    batch, least = args.per_device_train_batch_size * args.world_size, max(2, args.world_size)
     if number < least:
         pairs = "1 pair" if number == 1 else f"{number} pairs"
         raise InputError(f"{pairs} to train on: {least} at least are needed, to tell them apart. Add images")

@@ -16,6 +16,7 @@ from miniclip.inference import matmul
 from miniclip.inference.fast import InferenceClip
 from miniclip.inference.load import load
 from miniclip.training.augment import TrainTransform
+from miniclip.training.closed_form import may_start_in_closed_form
 from miniclip.training.dataset import RunDataset
 from miniclip.training.holdout import epoch_length, fit_batch, hold_out
 from miniclip.training.streaming import StreamDataset
@@ -38,8 +39,9 @@ def read_data(options, args, bad_samples: BadSamples):
     try:
         if options.streaming:
             make_dataset = StreamDataset.opened(options.train_file, args, reading, num_samples=num_samples)
-        else:  # a frozen tower sees all images at once, before the first step
-            checked, factors = replace(reading, check_handles=options.frozen[0]), options.train_data_upsampling_factors
+        else:  # a frozen tower and the closed form see all images at once, before the first step
+            checked = replace(reading, check_handles=options.frozen[0] or may_start_in_closed_form(options))
+            factors = options.train_data_upsampling_factors
             records = read_source(options.train_file, checked, factors=factors, num_samples=num_samples)
     except InputError as error:
         problems.append(str(error))

@@ -167,8 +167,7 @@ OUT = []  # stdout, while --json keeps it for `print_json`
 def print_json(options, value):
     """With --json, prints a command's result as the only thing on stdout. NaN and infinity become null."""
     if options.json:
-        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
-        print(json.dumps(finite), file=OUT[0], flush=True)
+        print(json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None)), file=OUT[0], flush=True)
 
 
 # System errors that the user can fix by another file name or other permissions; any other one keeps its traceback.

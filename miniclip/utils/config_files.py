@@ -57,7 +57,8 @@ def in_range(prefix: str, section, largest: dict[str, float]):
 
 def fill(cls, values: dict, where: str, sections: Iterable[tuple[type, Callable[[dict], bool], type | str]] = ()):
     """Makes a dataclass from a dict, section by section, or the class that `sections` has for these values: (base, what
-    tells it from the values, the class or "module:name"). Raises InputError, which begins with `where`."""
+    tells it from the values, the class or "module:name"). Raises InputError, which begins with `where`, for an unknown
+    field, a value of another type and what the class itself refuses."""
     if dataclasses.is_dataclass(values):
         return values  # made already
     for base, tells, section in sections:

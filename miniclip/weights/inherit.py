@@ -42,7 +42,8 @@ def inherit(
     Depth: the blocks `layers_image` and `layers_text`, from 0; by default, and in a decoder, those of `spaced`. Width,
     MLP and embedding: the first channels of each matrix, gain and bias; the first heads of queries, keys and values, so
     heads must be as wide as the source's. Positions of another number are interpolated before their channels are cut.
-    Images are preprocessed as the source's weights expect. Raises InputError with all problems."""
+    Images are preprocessed as the source's weights expect. Raises InputError, listing all problems, if the source has
+    no such slices: blocks it lacks, more channels, other heads or another kind of tower."""
     layers = check(source.config, config, {"visual": layers_image, "text": layers_text})
     images = dataclasses.replace(source.config.preprocess_cfg, size=config.vision_cfg.image_size)
     model = empty_model(dataclasses.replace(config, preprocess_cfg=images))

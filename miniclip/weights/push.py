@@ -106,8 +106,7 @@ def explain_upload(error: Exception, repo: str, revision: str | None) -> str:
         return f"{constants.ENDPOINT} refuses the card: {' '.join(str(error).split())}"
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, errors.HfHubHTTPError) and status:
-        owner = repo.partition("/")[0]
-        token = f"a token that may write to {owner} is needed: set HF_TOKEN, or run `hf auth login`"
+        token = f"a token that may write to {repo.partition('/')[0]} is needed: set HF_TOKEN, or run `hf auth login`"
         fix = {401: token, 403: token}.get(status, f"try again later ({first_line(cause)})")
         return f"{constants.ENDPOINT} answered {status}, and nothing there was changed: {fix}"
     return explain(cause, repo, revision)

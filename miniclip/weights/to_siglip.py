@@ -53,8 +53,7 @@ def write_siglip(path: Path, model: MiniClip):
     weights |= {name: weights[name].reshape(1) for name in ("logit_scale", "logit_bias")}
     tokenizer = model.text.tokenizer
     if text.hf_tokenizer_name:
-        special = "pad_token_id", "eos_token_id", "bos_token_id"
-        texts |= {name: getattr(tokenizer.tokenizer, name) for name in special}
+        texts |= {name: getattr(tokenizer.tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     else:
         problem = "this text tower has CLIP's, which SiglipModel does not read"
         warnings.warn(f"no tokenizer is written: {problem}", stacklevel=4)

@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     before = set(sys.modules)
     yield
-    for name in {"cpu", "gpu", "inputs", "results", "retrieval"} - before:
+    for name in {"contestants", "cpu", "encoders", "gpu", "inputs", "results", "retrieval"} - before:
         sys.modules.pop(name, None)
 
 
@@ -121,6 +122,44 @@ def test_flops_are_those_that_torch_counts(benchmarks, tiny_config):
     assert forward.get_total_flops() == flops(tiny_config, images, captions, length)
     counted = forward.get_total_flops() + backward.get_total_flops()
     assert counted == flops(tiny_config, images, captions, length, training=True)
+
+
+def test_a_run_of_some_parts_leaves_what_the_others_measured(benchmarks, tmp_path, monkeypatch):
+    import encoders
+    import gpu
+    import results
+
+    whole = "<!-- {0} -->\n## what all parts of {0} measured\n<!-- /{0} -->\n"
+    before = "".join(whole.format(name) for name in ("gpu", "encoders"))
+    table, again = tmp_path / "RESULTS.md", tmp_path / "again.md"
+    for file in (table, again):
+        file.write_text(before)
+    quick = ["--device", "cpu", "--quick", "--parts", "rate", "--out", str(tmp_path), "--results", str(table)]
+    monkeypatch.setattr(gpu.logging.getLogger("transformers"), "setLevel", lambda _: None)
+    for argv in (quick, ["--render", str(tmp_path / "gpu.jsonl"), "--results", str(again)]):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *argv])
+        gpu.main()
+    text = table.read_text()
+    assert again.read_text() == text and text.startswith(before) and "<!-- gpu rate -->\n## GPU rate\n" in text
+    # A model that is not asked for, and one that cannot be measured.
+    names, row = list(encoders.MODELS), {"megabytes": 1, "pictures": 1, "captions": 1, "gigabytes": 1}
+    recall = {f"{way}_R@{k}": 0.5 for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
+    monkeypatch.setattr(results, "RESULTS", table)
+    monkeypatch.setattr(encoders, "recall", lambda *_: recall)
+    monkeypatch.setattr(encoders, "draw", lambda *_: pytest.fail("the picture of all of them"))
+
+    def run(command, **_):
+        missing = command[3] == names[1]
+        return subprocess.CompletedProcess(command, int(missing), "" if missing else json.dumps(row), "no package")
+
+    monkeypatch.setattr(encoders.subprocess, "run", run)
+    for argv, kept in ((["--models", *names[:2]], names[:1]), ([], [names[0], *names[2:]])):
+        monkeypatch.setattr(sys, "argv", ["encoders.py", *argv])
+        encoders.main()
+        text = table.read_text()
+        title = " ".join(["encoders", *kept])
+        assert text.startswith(before) and f"<!-- {title} -->" in text
+    assert text.count("| EfficientNet-") == 1 + len(names) - 1
 
 
 @pytest.mark.slow

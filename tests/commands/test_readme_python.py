@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.filterwarnings("error:.*pin_memory")
 def test_the_python_example_trains_measures_and_saves(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     (example,) = [block for block in blocks if "ClipTrainer(" in block]

@@ -229,6 +229,35 @@ def test_weight_names(small, file, tmp_path):
         open_clip.load_checkpoint(model, file, strict=False)
 
 
+@pytest.mark.parametrize("peer", [False, True], ids=["here", "openclip"])
+def test_a_bias_that_the_weights_lack_is_zero(peer, small, file, names):
+    """From a tag (not asked of OpenCLIP, which would download it), a file and a folder; the logits stay the same."""
+    library = real_open_clip() if peer else open_clip
+    sizes = json.loads((names.parent / "configs" / "ViT-B-32.json").read_text()) | {"init_logit_bias": -10.0}
+    (names / "with-bias.json").write_text(json.dumps(sizes))
+    library.add_model_config(names / "with-bias.json")
+    with warnings.catch_warnings(action="ignore"):
+        made = library.create_model("with-bias", init_logit_scale=1.0)
+        found = [library.create_model("with-bias", file)]
+    assert made.logit_bias.item() == -10 and made.logit_scale.item() == 1
+    if not peer:
+        small["ViT-B-32"].save_pretrained(names / "folder")
+        for name, tag in (("ViT-B-32", "laion2b_s34b_b79k"), (f"local-dir:{names / 'folder'}", None)):
+            with pytest.warns(UserWarning, match="have no logit_bias: it is 0, as in OpenCLIP"):
+                found.append(library.create_model(name, tag, init_logit_bias=-10.0, init_logit_scale=1.0))
+        assert found[-1].config["init_logit_bias"] == -10.0
+    with warnings.catch_warnings(action="ignore"):
+        library.load_checkpoint(made, file)
+    for model in [*found, made]:
+        assert model.logit_bias.item() == 0 and model.logit_scale.item() == small["ViT-B-32"].logit_scale.item()
+        logits = model.eval().get_logits(IMAGE, torch.ones(1, 77, dtype=int))[0]
+        assert_near(logits, small["ViT-B-32"].get_logits(IMAGE, torch.ones(1, 77, dtype=int))[0])
+    if not peer:  # a bias that they have is theirs
+        torch.save(found[0].state_dict() | {"logit_bias": torch.tensor(-3.0)}, names / "own.pt")
+        for given in ({"init_logit_bias": -10.0}, {}):
+            assert create(pretrained=str(names / "own.pt"), **given).logit_bias.item() == -3
+
+
 def test_models_of_custom_text_have_its_names(names):
     """Those that OpenCLIP builds so by their configs, in its package or on the hub."""
     with torch.device("meta"):

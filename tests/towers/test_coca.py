@@ -26,6 +26,7 @@ from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.weights.convert import convert
 from miniclip.weights.load import empty_model, load_weights
 from miniclip.weights.onnx import PIP, examples, export
+from tests.datasets.test_shards import pack
 from tests.training.test_training import recipe, trained_and_resumed  # noqa: F401
 
 RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))
@@ -227,6 +228,26 @@ def test_the_command_writes_captions_and_measures_them(tmp_path, caption_set, ca
     metrics = caption_metrics(*texts)
     assert metrics["BLEU-1"] == pytest.approx(3 / 7) and 0 < metrics["CIDEr"] < 10
     assert caption_metrics([refs[0] for refs in texts[1]], texts[1])["BLEU-3"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:(.|\n)*1 of 4 images are damaged:UserWarning")
+def test_a_damaged_image_of_a_shard_gets_no_caption(tmp_path, caption_set, monkeypatch):
+    MiniClip(MiniClipConfig.from_dict(TINY)).save_pretrained(tmp_path / "coca")
+    members = {}
+    for i in range(4):
+        members[f"{i}.png"] = b"<html>" if i == 2 else (caption_set / f"{i}.png").read_bytes()
+        members[f"{i}.txt"] = b"a sheet"
+    pack(tmp_path / "a.tar", members)
+    monkeypatch.setattr("miniclip.inference.caption.scorers", lambda: None)  # of a package that may be missing
+    monkeypatch.setattr("miniclip.inference.caption.caption_metrics", lambda captions, references: {})
+    command = ["--model", str(tmp_path / "coca"), "--output_dir", str(tmp_path / "out"), "--seq_len", "8"]
+    command += ["--eval_file", str(tmp_path / "a.tar")]
+    with pytest.raises(InputError, match="1 of 4 images are damaged:\n .*2.png(.|\n)*--on_bad_sample skip"):
+        write_captions(command)
+    write_captions([*command, "--on_bad_sample", "skip"])
+    written = json.loads((tmp_path / "out" / "captions.json").read_text())["captions"]
+    assert [picture["image"].partition(": ")[2] for picture in written] == ["0.png", "1.png", "3.png"]
+    assert "2.png" in (tmp_path / "out" / "bad_samples.jsonl").read_text()
 
 
 def test_the_report_has_the_captions_that_the_command_writes(caption_set, run_script):

@@ -207,6 +207,23 @@ def test_captions_are_cut_and_counted_and_keep_their_last_token(tmp_path):
         tokenizer(["a", 3])
 
 
+def test_the_text_of_a_special_token_in_a_caption_cuts_nothing_off(tmp_path):
+    """Embedded alone, among others, in training's batches by length, and beside another encoder."""
+    save_text_encoder(tmp_path / "bert")
+    text = {"hf_model_name": str(tmp_path / "bert"), "context_length": 16}
+    texts = ["a [PAD] red [PAD][PAD] shape", "the [SEP] wide [CLS] shape", "in [PAD]", "[PAD]", "a tall shape"]
+    for cfg in (text, {"towers": [text, text], "context_length": 32}):
+        model, _, tokenizer = miniclip.load(save_config(tmp_path / "c.json", text=cfg))
+        rows = tokenizer.rows(texts, tokenizer.context_length)
+        assert tokenizer.lengths(tokenizer(texts)).tolist() == [len(row) for row in rows]
+        with torch.no_grad():
+            whole = model.eval().encode_text(tokenizer(texts), normalize=True)
+            for batch_size in (1, 5):
+                torch.testing.assert_close(torch.from_numpy(embed_texts(model, tokenizer, texts, batch_size)), whole)
+            found = wrap_towers(model).encode_text(tokenizer(texts * 8), normalize=True)
+            torch.testing.assert_close(found, whole.repeat(8, 1))
+
+
 @pytest.mark.parametrize("kind, said, processor", [
     ("vit", {"size": {"height": 32, "width": 32}, "resample": 2}, "ViTImageProcessorPil"),
     ("vit", {"size": 32, "image_processor_type": "ViTImageProcessor"}, "ViTImageProcessorPil"),

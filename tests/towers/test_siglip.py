@@ -18,6 +18,7 @@ from miniclip.classify.zero_shot import build_zero_shot_classifier, probabilitie
 from miniclip.compat import open_clip as face
 from miniclip.compat.model import CLIP
 from miniclip.config import MiniClipConfig, list_models
+from miniclip.inference.embed import embed_texts
 from miniclip.model import MiniClip
 from miniclip.towers.siglip import join_in_proj
 from miniclip.training.freeze import depths
@@ -105,6 +106,21 @@ def test_it_computes_what_transformers_does(theirs, tmp_path):
     assert their_ids["input_ids"] == tokenizer(CAPTIONS).tolist() and "attention_mask" not in their_ids
     with pytest.raises(CheckpointError, match="CLIPModel has no other towers"):
         convert(folder, tmp_path / "st", "sentence-transformers")
+
+
+@pytest.mark.parametrize("pool", ["last", "eos"])
+def test_an_end_token_that_is_padding_too_ends_no_caption_early(pool, theirs, tmp_path):
+    """SigLIP's "</s>" typed in a caption, and, where the end token is pooled, the only one of a caption."""
+    published, _, _ = miniclip.load(theirs[0])
+    text = {"context_length": 24, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1, "pool_type": pool}
+    text |= {"hf_tokenizer_name": str(theirs[0]), "eos_id": 1}
+    values = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}}
+    own = MiniClip(MiniClipConfig.from_dict(values | {"text_cfg": text})).eval()
+    for model in (published, own):
+        texts = ["two </s> cats", "a dog", "a very long story </s></s> about it", *CAPTIONS]
+        with torch.no_grad():
+            whole = model.encode_text(model.text.tokenizer(texts), normalize=True)
+        torch.testing.assert_close(torch.from_numpy(embed_texts(model, model.text.tokenizer, texts, 1)), whole)
 
 
 def test_a_folder_is_complete_and_probabilities_are_sigmoids(theirs, tmp_path):

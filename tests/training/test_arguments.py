@@ -15,6 +15,7 @@ from tests.training.test_training import recipe  # noqa: F401
 # Each argument with a value that works on a CPU, and the options that it needs beside it.
 EVAL, NOTHING = ("--eval_file", "x.json"), ("--holdout", "0")  # to measure
 WORKERS = ("--dataloader_num_workers", "1")
+FROZEN = ("--freeze_image", "all", "--freeze_text", "tower")
 WORKS = {
     "output_dir": "out", "per_device_train_batch_size": 7, "num_train_epochs": 2.5, "max_steps": 3,
     "learning_rate": 0.5, "lr_scheduler_type": "linear", "warmup_steps": 0.5, "weight_decay": 0.5,
@@ -141,6 +142,11 @@ def test_what_does_nothing_is_refused_by_name(name, tmp_path, capsys):
     (["--eval_strategy", "steps", "--eval_steps", "5", "--save_steps", "10", "--load_best_model_at_end", *EVAL],
      "save_steps 10.0 differs from the 5.0 steps between evaluations"),
     (["--freeze_image", "tower", "--crop_scale", "0.5"], "crop_scale has no effect on a frozen image tower"),
+    ([*FROZEN, "--grad_cache_chunk_size", "8"], "grad_cache_chunk_size has no effect between frozen towers"),
+    ([*FROZEN, "--layer_decay", "0.8"], "layer_decay has no effect between frozen towers"),
+    ([*FROZEN, "--activation_checkpointing"], "activation_checkpointing has no effect between frozen towers"),
+    ([*FROZEN, "--gradient_checkpointing"], "gradient_checkpointing has no effect between frozen towers"),
+    (["--loss", "late_interaction", "--layer_decay", "0.8"], "layer_decay has no effect between frozen towers"),
 ])  # fmt: skip
 def test_what_needs_something_else_says_so(argv, words, tmp_path):
     with pytest.raises(InputError) as refused:
@@ -149,6 +155,10 @@ def test_what_needs_something_else_says_so(argv, words, tmp_path):
 
 
 def test_an_argument_of_a_recipe_may_become_useless_on_the_command_line(tmp_path):
+    args = parse(tmp_path, *FROZEN, layer_decay=0.8, grad_cache_chunk_size=8)
+    assert args.grad_cache_chunk_size == 8
+    args = parse(tmp_path, *FROZEN[:3], "all_but_1", "--layer_decay", "0.8", "--grad_cache_chunk_size", "8")
+    assert args.grad_cache_chunk_size == 8, "the last block learns"
     args = parse(tmp_path, "--eval_strategy", "epoch", eval_file="x.json", eval_strategy="steps", eval_steps=3)
     assert args.eval_strategy == "epoch"
     assert parse(tmp_path, "--bf16", "--no_dataloader_drop_last").bf16 is True

@@ -21,6 +21,7 @@ from miniclip.training.closed_form import ClosedForm, Moments, Pairs, class_prio
 from miniclip.training.parse import parse_train
 from miniclip.training.siglip import siglip_loss
 from miniclip.utils.errors import InputError
+from tests.datasets.test_shards import pack
 from tests.towers.test_hf_towers import encoders, train  # noqa: F401
 
 
@@ -117,6 +118,25 @@ def test_a_run_starts_there_and_says_what_held_out_images_chose(encoders, captio
     for number, saved in enumerate((tmp_path / "run", f"local-dir:{tmp_path / 'run'}")):
         train(saved, caption_set, tmp_path / f"more{number}", "--num_train_epochs", "1")
         assert "projections:" not in capsys.readouterr().out, saved
+
+
+@pytest.mark.filterwarnings("ignore:(.|\n)*1 of 24 images are damaged:UserWarning")
+@pytest.mark.parametrize("kept", ["tower", "all_but_1"])
+def test_a_damaged_image_in_a_shard_is_skipped_before_the_start(kept, encoders, caption_set, tmp_path, capsys):  # noqa: F811
+    """All images are read for the start, also where the encoders' last blocks then learn."""
+    members = {}
+    for i, record in enumerate(json.loads((caption_set / "captions.json").read_text())):
+        members[f"{i:02d}.png"] = b"<html>" if i == 5 else (caption_set / record["image"]).read_bytes()
+        members[f"{i:02d}.txt"] = record["caption"][0].encode()
+    pack(caption_set / "shard" / "0.tar", members)
+    more = ["--train_file", str(caption_set / "shard" / "0.tar"), "--max_steps", "2"]
+    more += ["--freeze_image", kept, "--freeze_text", kept]
+    with pytest.raises(InputError, match="1 of 24 images are damaged:\n .*05.png(.|\n)*--on_bad_sample skip"):
+        train(encoders, caption_set, tmp_path / "stops", *more)
+    train(encoders, caption_set, tmp_path / "run", *more, "--on_bad_sample", "skip")
+    assert "projections: regularised CCA" in capsys.readouterr().out
+    (listed,) = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert "05.png" in listed and "before the start" in listed
 
 
 def test_one_process_knows_the_loss_of_several():

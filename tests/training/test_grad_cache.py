@@ -5,6 +5,7 @@ import torch
 
 import miniclip
 from miniclip.loss import clip_loss
+from miniclip.training import grad_cache
 from miniclip.training.arguments import RunArguments
 from miniclip.training.grad_cache import wrap_towers
 from tests.inference.test_fast import make_batch, make_model
@@ -61,6 +62,27 @@ def test_the_backward_pass_keeps_one_chunk():
             wrap_towers(model, None, chunk_size, fast=False)(pixel_values, input_ids)
         kept[chunk_size] = sum(sizes)
     assert kept[1] < kept[0] / 20
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_each_tower_starts_its_backward_pass_in_memory_without_gaps(fast, monkeypatch):
+    """Before the backward pass computes a tower's first chunk again, which is its last, freed memory goes back to the
+    system: the chunks of the tower before it have left gaps that these would not fit. Not before each chunk."""
+    model, (pixel_values, input_ids) = make_model().train(), make_batch()
+    events = []
+    monkeypatch.setattr(grad_cache, "return_freed_memory", lambda: events.append("freed"))
+    for name, tower in (("image", model.visual), ("text", model.text)):
+        tower.blocks[0].ln_1.register_forward_hook(lambda *_, name=name: events.append(name))
+    outputs = wrap_towers(model, None, 2, fast)(pixel_values, input_ids)
+    forward, chunks = len(events), -(-len(pixel_values) // 2)
+    clip_loss(*outputs[:3]).backward()
+    backward = events[forward:]
+    assert backward.count("freed") == 2
+    if not fast:  # whose blocks are not called as modules
+        assert backward in (
+            ["freed", *["text"] * chunks, "freed", *["image"] * chunks],
+            ["freed", *["image"] * chunks, "freed", *["text"] * chunks],
+        )
 
 
 def test_uint8_pixels_are_normalised_by_the_model():
