@@ -13,16 +13,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 from miniclip import config as configs
 from miniclip.checkpoint import HARMLESS
 from miniclip.classify import zero_shot
+from miniclip.compat import transforms
 from miniclip.compat.coca import CoCa
 from miniclip.compat.model import CLIP, LOW, convert_weights_to_lp, full_precision, set_precision
-from miniclip.compat.transforms import (  # noqa: F401
-    AugmentationCfg,
-    Compose,
-    PreprocessCfg,
-    image_transform,
-    image_transform_v2,
-    square,
-)
+from miniclip.compat.transforms import AugmentationCfg, Compose, PreprocessCfg, image_transform, image_transform_v2  # noqa: F401
 from miniclip.config import MODEL_CONFIGS, MODELS, MiniClipConfig, PreprocessConfig
 from miniclip.loss import clip_loss
 from miniclip.model import ClipOutput, MiniClip
@@ -136,11 +130,12 @@ def create_model(
     refuse("cast_dtype", model_kwargs.pop("cast_dtype", None), "precision decides it")
     output_dict = model_kwargs.pop("output_dict", output_dict)
     config, custom_text, load = find_model(model_name, pretrained, model_kwargs, cache_dir)
-    load, captions = load if load_weights else None, type(config) in MODELS
+    load = load if load_weights else None
+    captions = type(config) in MODELS
     refuse(f"precision {precision}", captions and precision in ("fp16", "bf16"), "a decoder takes amp or pure_bf16")
     refuse("require_pretrained", require_pretrained and load is None, f"{model_name} comes without weights: name some")
     refuse("pretrained_image", pretrained_image and not config.vision_cfg.pretrained, "its config names no weights")
-    size = None if force_image_size is None else square(force_image_size, "force_image_size")
+    size = None if force_image_size is None else transforms.square(force_image_size, "force_image_size")
     values = config.to_dict()
     if "patch_dropout" not in values["vision_cfg"]:
         refuse("force_patch_dropout", force_patch_dropout, "this image tower drops no patches")

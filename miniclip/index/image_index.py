@@ -67,7 +67,8 @@ class ImageIndex:
             self.table = file.read()  # in the order of rows; `read_table` and `to_numpy` would import pandas
         self.rows = np.frombuffer(self.table["row"].combine_chunks().buffers()[1], np.int64)[: len(self.table)]
         used = np.bincount(self.rows, minlength=len(self.vectors)) > 0
-        self.alive, self.neighbours = None if used.all() else used, None
+        self.alive = None if used.all() else used
+        self.neighbours = None
         lines = (self.place / NAME).read_text(encoding="utf-8").splitlines() if NAME in self.about["files"] else []
         self.bad = {entry["sample"]: entry["reason"] for entry in map(json.loads, lines)}  # unreadable files
         if (how := self.about["search"])["method"] != "exact":
@@ -95,7 +96,8 @@ class ImageIndex:
 
     def find(self, vector: np.ndarray, k: int) -> list[tuple[float, int]]:
         """Returns the k rows nearest to a vector (E,), or all if there are fewer: (score, row), best first."""
-        query, find = vector[None].astype(np.float32), self.neighbours.find if self.neighbours else exact
+        query = vector[None].astype(np.float32)
+        find = self.neighbours.find if self.neighbours else exact
         scores, rows = find(self.vectors, query, k, self.alive)
         return list(zip(scores[0].tolist(), rows[0].tolist()))
 

@@ -44,7 +44,8 @@ class ImageSearch:
 
     def __init__(self, index: str | Path, model=None, pretrained=None, device="cpu", pictures=None):
         self.index = ImageIndex(index)
-        about, name = self.index.about, model if isinstance(model, (str, Path)) else None
+        about = self.index.about
+        name = model if isinstance(model, (str, Path)) else None
         if pretrained and name is None:
             raise InputError("pretrained has no effect without the name of a model: add it (--model)")
         if model is None:

@@ -103,7 +103,8 @@ class Page:
             )
             rows += f'<tr><th scope="row">{escape(caption)}</th>{cells}</tr>'
         names = [f"{figure(url, '')}<span>{escape(str(image))}</span>" for image, url in uploads]
-        heads, title = "".join(f'<th scope="col">{name}</th>' for name in names), say("heat_title")
+        heads = "".join(f'<th scope="col">{name}</th>' for name in names)
+        title = say("heat_title")
         return (
             f'{self.coverage(say, captions)}{heading(title)}<div class="mc-scroll" tabindex="0" role="region"'
             f' aria-label="{escape(title)}"><table class="mc-heat"><thead><tr><td>{escape(say("caption"))}</td>{heads}'

@@ -139,7 +139,8 @@ class Copier:
     def tidy(self):
         """Deletes checkpoints on the store that the run has deleted, once its newest one is complete there, and parts
         of others. Those that the folder never had are kept up to the limit."""
-        local, sent = self.checkpoints(), {name for name in self.sent if name.endswith(f"/{MANIFEST}")}
+        local = self.checkpoints()
+        sent = {name for name in self.sent if name.endswith(f"/{MANIFEST}")}
         if not local or f"{local[0]}/{MANIFEST}" not in sent or self.tidied == (local, sent):
             return
         files = [name for name in list_files(self.url, ()) if CHECKPOINT.match(name) and "/" in name]

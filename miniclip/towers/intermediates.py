@@ -184,5 +184,6 @@ def _(tower: ModifiedResNet, inputs: Tensor, indices: Indices, stop_early: bool)
     for number in range(1, 5):
         stages[f"layer{number}"] = nn.Sequential(*tower.get_submodule(f"layer{number}"), Probe(found, number))
     stages["layer1"].insert(0, Probe(found, 0))
-    taken, embeds = chosen(5, indices), altered(tower, stages, wrappers=())(inputs)
+    taken = chosen(5, indices)
+    embeds = altered(tower, stages, wrappers=())(inputs)
     return Found([found[number] for number in taken], embeds)

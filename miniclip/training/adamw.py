@@ -63,7 +63,8 @@ class AdamWBf16(torch.optim.AdamW):
 
 def _make_averages(state: dict, p: Tensor):
     """Makes the averages of a parameter, or of those of its rows that have a gradient for the first time."""
-    used, shape = p.grad.any(dim=1) if p.ndim == 2 else torch.ones(1), p.shape
+    used = p.grad.any(dim=1) if p.ndim == 2 else torch.ones(1)
+    shape = p.shape
     if not state:
         state["step"] = torch.zeros(())
         if some := 2 * int(used.sum()) < len(used):

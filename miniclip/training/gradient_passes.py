@@ -202,7 +202,8 @@ class Reference:
 def concatenate(batches: list[dict[str, Tensor]], pad: int, rows: int | None = None) -> dict[str, Tensor]:
     """One batch of the first rows of several, whose token ids are padded to the same length."""
     texts = [row for batch in batches for row in batch["input_ids"][:rows]]
-    ids, names = pad_sequence(texts, batch_first=True, padding_value=pad), batches[0].keys() - {"input_ids"}
+    ids = pad_sequence(texts, batch_first=True, padding_value=pad)
+    names = batches[0].keys() - {"input_ids"}
     return {name: torch.cat([batch[name][:rows] for batch in batches]) for name in names} | {"input_ids": ids}
 
 

@@ -189,7 +189,8 @@ def defaults(given: dict) -> dict:
     from miniclip.weights.pretrained import is_folder  # takes a second: torch
 
     freeze, linear = default_freeze(given)
-    frozen, usual = [how in ("tower", "all", "all_but_0") for how in freeze.values()], FROM_SCRATCH
+    frozen = [how in ("tower", "all", "all_but_0") for how in freeze.values()]
+    usual = FROM_SCRATCH
     if given.get("loss") == "late_interaction":
         usual = LATE
     elif len(frozen) == 2 and all(frozen):

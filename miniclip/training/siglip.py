@@ -42,7 +42,8 @@ def siglip_loss(outputs: ClipOutput, ids: Tensor | None = None, duplicates="posi
         images, texts = outputs.image_embeds.float(), gather(outputs.text_embeds.float())
         scale, bias = outputs.logit_scale.float(), outputs.logit_bias.float()
         own = torch.arange(len(images), device=images.device) + process_index() * len(images)  # each image's caption
-        all_ids, loss = None if ids is None else gather(ids), images.new_zeros(())
+        all_ids = None if ids is None else gather(ids)
+        loss = images.new_zeros(())
         for start in range(0, len(texts), chunk_size):
             part = slice(start, start + chunk_size)
             inputs = images, texts[part], scale, bias, own - start, duplicates

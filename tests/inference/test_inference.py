@@ -6,7 +6,7 @@ from PIL import Image
 import miniclip
 from miniclip.inference.embed import embed_images
 from miniclip.inference.feature_cache import FeatureCache
-from miniclip.model import MiniClip
+from miniclip.model import MiniClip, VisionTransformer
 from miniclip.transforms import Preprocess
 
 
@@ -62,6 +62,16 @@ def test_one_string_a_generator_a_half_precision_model_and_training_mode(tiny_mo
     assert np.array_equal(one, miniclip.embed_images(tiny_model, preprocess, path)) and tiny_model.training
     half = miniclip.embed_images(tiny_model.to(torch.bfloat16), preprocess, path)
     assert half.dtype == np.float32 and 0 < np.abs(half - one).max() < 0.05
+
+
+def test_a_few_texts_do_not_wait_for_the_image_tower(tiny_model, monkeypatch):
+    """Fusing the BatchNorms of a convolutional tower takes longer than a text: only many items are worth it."""
+    fused = []
+    monkeypatch.setattr(VisionTransformer, "for_inference", lambda tower: fused.append(1) or tower)
+    few = miniclip.embed_texts(tiny_model, miniclip.Tokenizer(16), ["a dog", "a cat"])
+    assert not fused
+    many = miniclip.embed_texts(tiny_model, miniclip.Tokenizer(16), ["a dog", "a cat"] * 40)
+    assert fused and np.allclose(few, many[:2], atol=1e-6)
 
 
 def test_nothing_to_embed(tiny_model):
