@@ -1,6 +1,7 @@
 """Towers from transformers and from packages: the same numbers as their own libraries and as OpenCLIP, in all that a
 MiniClip is used for. The encoders are tiny, random ones that the tests save to disk; real ones are marked slow."""
 
+import copy
 import json
 import shutil
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
 
 import miniclip
 from benchmarks.make_hf_golden import CASES, draw, record
@@ -27,8 +29,8 @@ from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache, text_key
 from miniclip.model import MiniClip
 from miniclip.towers.hf_config import KNOWN
-from miniclip.towers.huggingface import HfTextTower
-from miniclip.towers.packages import PACKAGES, EfficientNetLite
+from miniclip.towers.huggingface import HfTextTower, fuse_norms
+from miniclip.towers.packages import PACKAGES, EfficientNetLite, EfficientNetLite2Classes, ReluConv
 from miniclip.training.distill import Distillation
 from miniclip.training.finetune import layer_rates, no_dropout
 from miniclip.training.freeze import depths, freeze
@@ -637,6 +639,39 @@ def test_the_dropped_layers_of_a_packaged_encoder_can_be_kept():
         assert not torch.allclose(encoder(images), expected, rtol=0.1)
         with no_dropout(encoder):
             torch.testing.assert_close(encoder(images), expected)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 1, (1, 1, 1, 1)), (5, 1, (2, 2, 2, 2)), (3, 2, (0, 1, 0, 1)),
+                                                     (5, 2, (1, 2, 1, 2)), (1, 1, None)])  # fmt: skip
+def test_a_convolution_takes_its_padding_and_relu(kernel, stride, padding):
+    """`padding` as of TensorFlow's SAME: for images of even sides and a stride of 2 it differs from side to side."""
+    conv, images = nn.Conv2d(8, 8, kernel, stride, groups=8 if kernel > 1 else 1), 9 * torch.randn(2, 8, 14, 14)
+    conv.static_padding = nn.ZeroPad2d(padding) if padding else nn.Sequential()
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = F.relu6(conv(conv.static_padding(images)))
+        found = ReluConv(conv)(images)
+        assert 0 == expected.min() < expected.max() == 6 and found.shape[2] == 14 // stride
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        rounded = ReluConv(conv.bfloat16())(images.bfloat16())
+        torch.testing.assert_close(rounded.float(), expected, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", [EfficientNetLite, EfficientNetLite2Classes])
+def test_a_packaged_encoder_without_its_norms_and_relus(kind):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="pip install -r requirements-encoders.txt")
+    encoder, images = kind().eval(), torch.randn(2, 3, kind.PREPROCESS["size"], kind.PREPROCESS["size"])
+    for norm in encoder.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(std=0.3)
+            norm.bias.data.normal_(std=0.3)
+    fused = fuse_norms(copy.deepcopy(encoder))
+    fused.fuse_relus()
+    assert not any(isinstance(module, (nn.BatchNorm2d, nn.ReLU6)) for module in fused.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(fused(images), encoder(images), atol=1e-4, rtol=1e-3)
+        assert any(isinstance(module, nn.ReLU6) for module in encoder.modules())
 
 
 def test_learning_from_a_teacher(encoders, caption_set, tmp_path, capsys):
