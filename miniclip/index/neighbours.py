@@ -67,8 +67,7 @@ class Neighbours:
             index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
             clustering = faiss.extract_index_ivf(index).cp
             clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 40
-        sample = min(n, max(100_000, 40 * lists))
-        index.train(np.ascontiguousarray(vectors[np.linspace(0, n - 1, sample).astype(int)]))
+        index.train(np.ascontiguousarray(vectors[np.linspace(0, n - 1, min(n, max(100_000, 40 * lists))).astype(int)]))
         found = cls(index, method, n, EFFORTS[method][0])
         found.add(vectors, progress)
         return found
