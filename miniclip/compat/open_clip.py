@@ -218,7 +218,7 @@ def load_file(model: MiniClip, path: str | Path, check_activation: bool = True):
 
 
 def load_tower(model: CLIP, path: str | Path, is_image: bool):
-    """Loads one tower from a file with its own names or a whole model's. Raises CheckpointError if weights lack."""
+    """Loads one tower from a file with its own names or a whole model's. Raises CheckpointError if some are missing."""
     file, full, part = read_state_dict(find_weights(path)), model.state_dict(), "visual." if is_image else "text."
     wanted = [key for key in full if key.startswith("visual.") == is_image and not key.startswith("logit_")]
     names = {key: (key, f"text.{key}", key.removeprefix(part)) for key in wanted}
