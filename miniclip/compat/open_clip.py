@@ -204,7 +204,7 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
 
 
 def with_bias(weights: dict[str, Tensor], model: MiniClip) -> dict[str, Tensor]:
-    """The weights; where only the model has a bias of the logits, with 0 as in OpenCLIP, which keeps their logits."""
+    """The weights; if only the model has a bias of the logits, with one of 0, as in OpenCLIP: their logits stay."""
     if model.logit_bias is None or "logit_bias" in weights:
         return weights
     warnings.warn("the weights have no logit_bias: it is 0, as in OpenCLIP, whatever init_logit_bias", stacklevel=4)

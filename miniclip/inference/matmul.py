@@ -205,7 +205,7 @@ class OneDnnLinear(nn.Module):
 
 class Int8Linear(nn.Module):
     """A linear layer for inference in 8-bit integers, with a scale for each row of the weights and of the input. oneDNN
-    turns its sums into numbers before it stores them; torch's own product, for other processors, stores integers."""
+    scales its sums before it stores them; torch's own product, on other processors, stores them as integers."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
