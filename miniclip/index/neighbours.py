@@ -62,8 +62,7 @@ class Neighbours:
             index = faiss.index_factory(width, "HNSW32,SQ8", faiss.METRIC_INNER_PRODUCT)
             index.hnsw.efConstruction = 200 if n <= 200_000 else 40
         else:
-            pairs = n >= FEW and width % 2 == 0
-            kind = f"RR{width},IVF{lists},PQ{width // 2}x4fs" if pairs else f"IVF{lists},SQ8"
+            kind = f"RR{width},IVF{lists},PQ{width // 2}x4fs" if n >= FEW and width % 2 == 0 else f"IVF{lists},SQ8"
             index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
             clustering = faiss.extract_index_ivf(index).cp
             clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 40

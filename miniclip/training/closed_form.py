@@ -101,7 +101,8 @@ class ClosedForm:
         self.factor = (images.double() - self.mean_x) / n.sqrt() if few else None  # Cxx is its square
         values, self.axes_y = torch.linalg.eigh(yy / n - self.mean_y.outer(self.mean_y))
         self.values_y = values.clamp_min(0)
-        self.cxy, self.prior = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y, None
+        self.cxy = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y
+        self.prior = None
         if prior is not None:
             mask = (~prior.any(dim=1)).double()
             rest = None if images is None else images * mask
