@@ -340,7 +340,7 @@ def _tower_copy(tower: Tower, dtype: torch.dtype, layer) -> Tower:
 
 def _module_copy(module: nn.Module, dtype: torch.dtype, layer) -> nn.Module:
     """A copy of a tree of modules with other linear layers, which shares what it can with the original."""
-    twin = copy.copy(module)
+    twin = copy.deepcopy(module).float() if isinstance(module, _BatchNorm) else copy.copy(module)
     twin.training = False
     for name, value in vars(module).items():
         if isinstance(value, MethodType) and value.__self__ is module:
