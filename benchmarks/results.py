@@ -35,8 +35,8 @@ def write_section(name: str, markdown: str, results: Path | None = None):
 
 
 def section(name: str, parser: argparse.ArgumentParser, options: argparse.Namespace, *chosen: str) -> str:
-    """The section of a run: its command's, or if options have `chosen` some things only, one named after these too, so
-    that what a whole run has measured stays."""
+    """The section that a run writes: its command's or, if one of the options `chosen` is not its default, one that is
+    named after its values too. So what a whole run has measured stays."""
     given = [getattr(options, option) for option in chosen if getattr(options, option) != parser.get_default(option)]
     return " ".join([name, *(str(one) for some in given for one in (some if isinstance(some, list) else [some]))])
 

@@ -5,8 +5,8 @@
     python benchmarks/search.py --part vectors --quick          10k, in a minute
 
 Images: `miniclip search` as it is, on copies of the first images of a folder. Vectors: the search of an index, on the
-vectors of `benchmarks/retrieval.py`, one query at a time. Each writes its part of RESULTS.md, other
-sizes one of their own.
+vectors of `benchmarks/retrieval.py`, one query at a time. Each writes its part of RESULTS.md; vectors of other sizes
+have a part of their own.
 """
 
 import argparse

@@ -20,8 +20,7 @@ class CaptionDataset(Dataset):
     `records` are `[{"image": path or ImageFile, "caption": [strings]}, ...]`. What is drawn depends on (seed, epoch,
     index) and on nothing else, so that a run can be repeated and resumed exactly, whatever the number of workers.
     `transform(image, rng)` augments (`training/augment.py`); without one the image is prepared as in evaluation. An
-    index of n or more is another draw of item index - n. Raises ImageError for an image that cannot be read.
-    """
+    index of n or more is another draw of item index - n. Raises ImageError for an image that cannot be read."""
 
     def __init__(self, records: Sequence[dict], preprocess, seed: int = 0, transform=None):
         self.records, self.preprocess, self.seed, self.transform = records, preprocess, seed, transform

@@ -18,8 +18,7 @@ class Preprocess:
     center_crop "transformers" to CLIPImageProcessorPil. `load` starts from a file. `decode`: "full"; "fast" decodes
     large JPEGs at a half, a quarter or an eighth of their size, but at no less than twice the target size, which is 0.2
     of 255 levels off on average; "openclip" reads files as OpenCLIP and OpenAI do: not turned by EXIF, transparent
-    pixels in their hidden colour, converted to RGB only when resized. Raises ValueError for another `decode`.
-    """
+    pixels in their hidden colour, converted to RGB only when resized. Raises ValueError for another `decode`."""
 
     def __init__(self, cfg: PreprocessConfig, decode: str = "fast"):
         if decode not in ("fast", "full", "openclip"):

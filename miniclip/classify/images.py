@@ -1,6 +1,7 @@
 """Folders of images, one folder per class or all in one, and the classes they stand for."""
 
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ def choose_classes(
     """Returns the classes, {name: words}, and the number of each image's class if its folder determines it.
 
     Default classes: the folders (the words of "hot_dog" are "hot dog"; those of ids may lie beside `paths`) or else the
-    ten OBJECTS. A folder is named after a given class or after its words. Raises InputError if only some are."""
+    ten OBJECTS. A folder is named after a given class, or else after its words. Raises InputError if only some are."""
+    folders = [name and unicodedata.normalize("NFC", name) for name in folders]  # Macs may write é as two characters
     there = list(dict.fromkeys(folders))
     if given is None:
         if None in there:
@@ -72,7 +74,7 @@ def choose_classes(
         given = spell_out(there)
         if all(map(ID.fullmatch, there)) and (found := find_words(there, paths)):
             given = {name: spell(words) for name, words in found.items()}
-    row = {key: i for keys in (given.values(), given) for i, key in enumerate(keys)}  # names go before words
+    row = {unicodedata.normalize("NFC", key): i for keys in (given.values(), given) for i, key in enumerate(keys)}
     unknown = [name for name in there if name not in row]
     if unknown and len(unknown) < len(there) and None not in there:
         raise InputError(f"the folder {unknown[0]!r} is not one of the classes {', '.join(given)}: add it to --classes")

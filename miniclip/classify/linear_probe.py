@@ -26,8 +26,7 @@ def fit(features, labels, num_classes: int, strength: float, start=None, scale: 
 
     def loss():
         solver.zero_grad()
-        cross_entropy = F.cross_entropy(scale * features @ (start + moved) + bias, labels)
-        value = cross_entropy + strength / 2 * moved.square().sum()
+        value = F.cross_entropy(scale * features @ (start + moved) + bias, labels) + strength / 2 * moved.square().sum()
         value.backward()
         return value
 

@@ -30,6 +30,5 @@ def main(argv: list[str]):
     bad_samples = BadSamples()
     reading = ReadOptions.from_args(options, bad_samples=bad_samples, check_images=False)
     records, n = read_source(options.source, reading), options.samples_per_shard or 10_000
-    written = convert(records, options.target, n, reading)
-    print(f"{options.target}: {written} images")
+    print(f"{options.target}: {convert(records, options.target, n, reading)} images")
     bad_samples.report(re.sub(r"[{}*]+", "_", options.target) + ".bad_samples.jsonl")

@@ -30,8 +30,7 @@ class CLIP(nn.Module):
     def __init__(self, model: MiniClip, output_dict: bool = False, custom_text: bool = False):
         super().__init__()
         self.miniclip, self.output_dict = model, output_dict
-        own_text = isinstance(model.config.text_cfg, TextConfig) and not custom_text
-        self.layout = "openclip" if own_text else "custom_text"
+        self.layout = "openclip" if isinstance(model.config.text_cfg, TextConfig) and not custom_text else "custom_text"
         for tower in (model.visual, model.text):
             if type(tower) in (VisionTransformer, TextTransformer):  # stored as OpenCLIP does: no copy to rename it
                 tower.projection.weight.data = tower.projection.weight.data.mT.contiguous().mT

@@ -204,7 +204,7 @@ def find_model(name: str, pretrained: str | None, more: dict, cache_dir: str | N
 
 
 def with_bias(weights: dict[str, Tensor], model: MiniClip) -> dict[str, Tensor]:
-    """The weights; where only the model has a bias of the logits, with 0 as in OpenCLIP, which keeps their logits."""
+    """The weights; if only the model has a bias of the logits, with one of 0, as in OpenCLIP: their logits stay."""
     if model.logit_bias is None or "logit_bias" in weights:
         return weights
     warnings.warn("the weights have no logit_bias: it is 0, as in OpenCLIP, whatever init_logit_bias", stacklevel=4)
@@ -218,7 +218,7 @@ def load_file(model: MiniClip, path: str | Path, check_activation: bool = True):
 
 
 def load_tower(model: CLIP, path: str | Path, is_image: bool):
-    """Loads one tower from a file with its own names or a whole model's. Raises CheckpointError if weights lack."""
+    """Loads one tower from a file with its own names or a whole model's. Raises CheckpointError if some are missing."""
     file, full, part = read_state_dict(find_weights(path)), model.state_dict(), "visual." if is_image else "text."
     wanted = [key for key in full if key.startswith("visual.") == is_image and not key.startswith("logit_")]
     names = {key: (key, f"text.{key}", key.removeprefix(part)) for key in wanted}

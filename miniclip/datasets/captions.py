@@ -70,7 +70,7 @@ def as_cell(caption: str) -> str:
 
 
 def parse_caption(data: bytes, is_json: bool, name: str, key: str | None = None) -> list[str]:
-    """The captions in a file beside an image: each line of a text, `captions_in` JSON. Raises InputError for none."""
+    """The captions beside an image: each line of a text, `captions_in` JSON. Raises InputError if none can be read."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -199,8 +199,8 @@ class ImageRoot:
 
 
 def as_stored(image: str, folder: str | Path) -> str:
-    """The path of an image as its folder has it, which may be written with Windows' separator, or with é as a letter
-    and an accent where the folder has one character, or the other way round: Macs and other systems differ in that."""
+    """An image's path as its folder has it. In a path that the folder lacks, Windows' separator may stand for its own,
+    and é for a letter and an accent, two characters, or these for é: Macs and other systems differ in that."""
     if ("\\" in image or not image.isascii()) and not os.path.lexists(os.path.join(folder, image)):
         image = image.replace("\\", "/")
         forms = (unicodedata.normalize(form, image) for form in ("NFC", "NFD"))

@@ -65,5 +65,4 @@ def expand_remote(pattern: str) -> list[str]:
 def list_folder(url: str) -> list[str]:
     """Returns the addresses of the files and folders directly in a folder on a store; nothing if there is none."""
     found = retrying(url, lambda fs, path: fs.ls(path, detail=False) if fs.isdir(path) else [])
-    names = (posixpath.basename(name.rstrip("/")) for name in found)
-    return sorted(join(url, name) for name in names if name)
+    return sorted(join(url, name) for path in found if (name := posixpath.basename(path.rstrip("/"))))

@@ -129,7 +129,8 @@ OUTLINES = SCENES["outlines"] | {"star": STAR}
 def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
     """Draws the scene as a (size, size) RGB image; `rng` moves, scales and shades everything a little."""
     oversampling = 4  # draw large and shrink: smooth edges
-    unit, shade = size * oversampling / 64, rng.randint(222, 250)
+    unit = size * oversampling / 64
+    shade = rng.randint(222, 250)
     background = tuple(min(255, shade + rng.randint(-8, 8)) for _ in range(3))
     image = Image.new("RGB", (size * oversampling, size * oversampling), background)
     canvas = ImageDraw.Draw(image)

@@ -62,13 +62,11 @@ class Neighbours:
             index = faiss.index_factory(width, "HNSW32,SQ8", faiss.METRIC_INNER_PRODUCT)
             index.hnsw.efConstruction = 200 if n <= 200_000 else 40
         else:
-            pairs = n >= FEW and width % 2 == 0
-            kind = f"RR{width},IVF{lists},PQ{width // 2}x4fs" if pairs else f"IVF{lists},SQ8"
+            kind = f"RR{width},IVF{lists},PQ{width // 2}x4fs" if n >= FEW and width % 2 == 0 else f"IVF{lists},SQ8"
             index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
             clustering = faiss.extract_index_ivf(index).cp
             clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 40
-        sample = min(n, max(100_000, 40 * lists))
-        index.train(np.ascontiguousarray(vectors[np.linspace(0, n - 1, sample).astype(int)]))
+        index.train(np.ascontiguousarray(vectors[np.linspace(0, n - 1, min(n, max(100_000, 40 * lists))).astype(int)]))
         found = cls(index, method, n, EFFORTS[method][0])
         found.add(vectors, progress)
         return found

@@ -24,7 +24,8 @@ from miniclip.utils.image_files import ImageError, ImageFile, open_image
 from miniclip.utils.machine import keep_freed_memory, return_freed_memory
 from miniclip.utils.parallel import read_ahead
 
-MANY = 64  # items that are worth a costlier start
+MANY = 64  # items that are worth laying out weights for oneDNN
+SOME = 8  # images that are worth fusing BatchNorms
 WORDS = 32  # positions of a text that count, start and end included: those after them do not
 PIECE = 512  # items of whose positions features are in memory at once
 
@@ -49,8 +50,7 @@ def embed_texts(
     order = order[~np.isin(order, known)]
     for start in tqdm(range(0, len(order), batch_size), desc="texts", disable=not progress, leave=False):
         rows = order[start : start + batch_size]
-        batch = ids[rows, : lengths[rows].max()]
-        features[rows] = fast.features(fast.text, batch.to(device)).cpu().numpy()
+        features[rows] = fast.features(fast.text, ids[rows, : lengths[rows].max()].to(device)).cpu().numpy()
         if cache is not None:
             cache.update((keys[row], features[row]) for row in rows)
     if cache is not None:
@@ -70,7 +70,7 @@ def embed_images(
     are neither decoded nor encoded. Raises an ImageError that names every unreadable file; with `faults`, a dict, their
     row numbers and errors go there instead, and these rows are NaN."""
     paths = [paths] if isinstance(paths, (str, Path, ImageFile, Image.Image)) else list(paths)
-    fast, device = for_inference(model, len(paths)), model.logit_scale.device
+    fast, device = for_inference(model, len(paths), fuse=len(paths) >= SOME), model.logit_scale.device
     features = np.empty((len(paths), model.visual.width), np.float32)
     pending, stop = [], faults is None  # (row, key, levels) of the next batch
     faults = {} if stop else faults
@@ -114,12 +114,12 @@ def embed_images(
     return fast.project(fast.visual, torch.from_numpy(features).to(device)).cpu().numpy() if project else features
 
 
-def for_inference(model: MiniClip, n: int) -> InferenceClip:
+def for_inference(model: MiniClip, n: int, fuse: bool = False) -> InferenceClip:
     """An inference copy to embed n items with. If they are many, weights are laid out for oneDNN, and on a CPU freed
     memory is kept for the next batch: returning large activations to the system costs more than their convolutions."""
     if n >= MANY and model.logit_scale.device.type == "cpu":
         keep_freed_memory()
-    return model if isinstance(model, InferenceClip) else inference_copy(model, pack=n >= MANY)
+    return model if isinstance(model, InferenceClip) else inference_copy(model, pack=n >= MANY, fuse=fuse)
 
 
 def on_all_processes(items: list, embed: Callable[[list], np.ndarray]) -> np.ndarray:

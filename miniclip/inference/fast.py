@@ -177,7 +177,7 @@ def image_features(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
 def text_features(tower: TextTransformer, input_ids: Tensor) -> Tensor:
     """What `tower.features(input_ids)` returns: (B, L) to (B, W)."""
     x, (B, L) = tower.embed_tokens(input_ids), input_ids.shape
-    x, end = x.reshape(B * L, -1), input_ids.argmax(dim=1)
+    x, end = x.flatten(0, 1), input_ids.argmax(dim=1)
     ends, kept = torch.arange(B, device=x.device) * L + end, None
     if x.device.type == "cpu":  # elsewhere sizes that change with the batch cost more than they save
         inside = (torch.arange(L) <= end[:, None]).flatten()
@@ -208,11 +208,11 @@ def _blocks(tower, x: Tensor, shape: tuple[int, int], ends: Tensor, is_causal: b
 
 def _block(block: nn.Module, x: Tensor, ends: Tensor | None, shape: tuple[int, int], is_causal: bool, kept):
     """`block(x)` for rows (T, W); with `ends`, for those rows alone."""
-    (B, L), W = shape, x.shape[1]
+    (B, L), W, H = shape, x.shape[1], block.attn.heads
     qkv = _linear(block.attn.in_proj, _norm(block.ln_1, x))  # (T, 3 W)
     if kept is not None:
         qkv = qkv.new_zeros(B * L, 3 * W).index_copy(0, kept, qkv)
-    q, k, v = (part.transpose(1, 2) for part in qkv.view(B, L, 3, block.attn.heads, -1).unbind(2))  # (B, H, L, W / H)
+    q, k, v = (part.transpose(1, 2) for part in qkv.view(B, L, 3, H, W // H).unbind(2))  # (B, H, L, W / H)
     if ends is None:
         attended = _attention(q, k, v, is_causal=is_causal).transpose(1, 2).reshape(B * L, W)
         attended = attended if kept is None else attended[kept]
@@ -261,16 +261,16 @@ class InferenceClip(MiniClip):
     weights_as_loaded = False  # whether `state_dict` of a tower tells its features from those of any other
     about = ""  # how close it is to the model in fp32, where that is known
 
-    def __init__(self, model: MiniClip, precision: str, pack: bool):
+    def __init__(self, model: MiniClip, precision: str, pack: bool, fuse: bool):
         nn.Module.__init__(self)
         self.config, self.precision, self.training = model.config, precision, False
-        int8 = precision == "int8"  # between its products it computes in bf16, where that saves time
-        bf16 = packs("int8") and packs("bf16") if int8 else precision == "bf16"
+        int8 = precision == "int8"  # between its products it computes in bf16, if the processor has instructions for it
+        bf16 = packs("int8") and torch.cpu._is_avx512_bf16_supported() if int8 else precision == "bf16"
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         one_dnn = model.logit_scale.is_cpu and pack and packs(precision)
         layer = Int8Linear if int8 else OneDnnLinear if one_dnn else copy.copy
         with matmul.full_precision():  # `for_inference` compares towers, and TF32, the default of GPUs, is off by 1%
-            towers = [tower.for_inference() if pack else tower for tower in (model.visual, model.text)]
+            towers = [tower.for_inference() if fuse else tower for tower in (model.visual, model.text)]
         self.visual, self.text = (_tower_copy(tower, self.dtype, layer) for tower in towers)
         self.logit_scale = nn.Parameter(model.logit_scale.detach().float(), requires_grad=False)
         self.logit_bias = model.logit_bias
@@ -311,11 +311,12 @@ class InferenceClip(MiniClip):
         raise InputError("a model loaded with a precision cannot be saved: load it without")
 
 
-def inference_copy(model: MiniClip, precision: str = "fp32", pack: bool = True) -> InferenceClip:
+def inference_copy(model: MiniClip, precision: str = "fp32", pack: bool = True, fuse: bool = True) -> InferenceClip:
     """A faster copy of a model for inference on its device. Its embeddings, float32, are the same (fp32) or nearly
-    so (bf16, int8); changes of the weights after its first use do not reach it. `pack` lays them out for oneDNN then,
-    and fuses BatchNorms: up to half a second for a large model. A copy is returned as it is. Raises InputError for an unknown precision,
-    for int8 not on the CPU, and for another precision than a copy has."""
+    so (bf16, int8); changes of the weights after its first use do not reach it. `pack` lays them out for oneDNN then:
+    half a second for a large model on the CPU. `fuse` makes one of each convolution and its BatchNorm. A copy is
+    returned as it is. Raises InputError for an unknown precision, for int8 not on the CPU, and for another precision
+    than a copy has."""
     if isinstance(model, InferenceClip) and precision in ("fp32", model.precision):
         return model
     if isinstance(model, InferenceClip):
@@ -324,7 +325,7 @@ def inference_copy(model: MiniClip, precision: str = "fp32", pack: bool = True) 
         raise InputError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     if precision == "int8" and model.logit_scale.device.type != "cpu":
         raise InputError(f"precision int8 is for the CPU; on {model.logit_scale.device} take bf16")
-    return InferenceClip(model, precision, pack)
+    return InferenceClip(model, precision, pack, fuse)
 
 
 def _tower_copy(tower: Tower, dtype: torch.dtype, layer) -> Tower:
@@ -339,7 +340,7 @@ def _tower_copy(tower: Tower, dtype: torch.dtype, layer) -> Tower:
 
 def _module_copy(module: nn.Module, dtype: torch.dtype, layer) -> nn.Module:
     """A copy of a tree of modules with other linear layers, which shares what it can with the original."""
-    twin = copy.copy(module)
+    twin = copy.deepcopy(module).float() if isinstance(module, _BatchNorm) else copy.copy(module)
     twin.training = False
     for name, value in vars(module).items():
         if isinstance(value, MethodType) and value.__self__ is module:

@@ -28,7 +28,7 @@ from miniclip.utils.image_files import ImageFile
 logger = logging.getLogger(__name__)
 
 PART = 4096  # rows: as many as a killed process may lose
-FORMAT = 1  # raise it when features change for a reason other than weights and preprocessing
+FORMATS = {"int8": 2}  # by precision, 1 for others: raise it when features or speeds change but weights do not
 
 
 class FeatureCache(dict):
@@ -66,7 +66,7 @@ class FeatureCache(dict):
 
     @classmethod
     def _of(cls, folder, model: MiniClip, tower: Tower, section, precision: str, about: dict, positions: int):
-        about |= {"precision": precision, "format": FORMAT, "quick_gelu": model.config.quick_gelu}
+        about |= {"precision": precision, "format": FORMATS.get(precision, 1), "quick_gelu": model.config.quick_gelu}
         about |= {"positions": positions} if positions else {}
         after = "hf_proj", "token_dim"  # what the features do not depend on
         about["tower"] = {name: value for name, value in vars(section).items() if not name.startswith(after)}

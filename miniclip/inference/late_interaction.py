@@ -58,7 +58,7 @@ def where_seen(model: MiniClip, preprocess, tokenizer, image, text: str) -> tupl
     a model without late interaction, ImageError for an image that cannot be read."""
     if not has_tokens(model):
         raise InputError("only a model with late interaction sees words in places: --loss late_interaction")
-    model = inference_copy(model, pack=False)
+    model = inference_copy(model, pack=False, fuse=False)
     levels = preprocess.levels(open_image(image, preprocess.scale, preprocess.stored))
     patches = torch.from_numpy(embed_patches(model, preprocess, [image])[0]).float()
     vectors = torch.from_numpy(embed_words(model, tokenizer, [text])[0])

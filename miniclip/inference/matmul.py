@@ -197,10 +197,15 @@ class OneDnnLinear(nn.Module):
         x = product(x, weight, self.bias, "none", [], "")
         return x if activation is None else activation(x)
 
+    def __deepcopy__(self, memo: dict) -> nn.Module:  # with the same weight, since oneDNN's layout cannot be copied
+        twin, memo[id(self.weight)] = copy.copy(self), self.weight
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
 
 class Int8Linear(nn.Module):
     """A linear layer for inference in 8-bit integers, with a scale for each row of the weights and of the input. oneDNN
-    turns its sums into numbers before it stores them; torch's own product, for other processors, stores integers."""
+    scales its sums before it stores them; torch's own product, on other processors, stores them as integers."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -218,7 +223,9 @@ class Int8Linear(nn.Module):
         else:
             product = torch._int_mm(rows, self.weight).mul(self.scale).to(x.dtype)
         product = product.mul_(scale) if self.bias is None else torch.addcmul(self.bias, product, scale)
-        return product.view(*x.shape[:-1], -1)
+        return product.view(*x.shape[:-1], len(self.scale))
+
+    __deepcopy__ = OneDnnLinear.__deepcopy__
 
 
 def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,5 +253,5 @@ class PatchLinear(nn.Module):
 def patch_product(pixel_values: Tensor, patch_size: int, linear) -> Tensor:
     """A convolution with stride and size P, by a linear layer from 3 P P to W: (B, 3, S, S) to (B, W, S / P, S / P)."""
     (B, C), P, side = pixel_values.shape[:2], patch_size, pixel_values.shape[2] // patch_size
-    patches = pixel_values.view(B, C, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B * side * side, C * P * P)
-    return linear(patches).view(B, side * side, -1).transpose(1, 2).unflatten(2, (side, side))
+    patches = pixel_values.view(B, C, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, C * P * P)
+    return linear(patches).transpose(1, 2).unflatten(2, (side, side))

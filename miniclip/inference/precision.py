@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from miniclip.inference.fast import InferenceClip, inference_copy
-from miniclip.inference.feature_cache import fingerprint
+from miniclip.inference.feature_cache import FORMATS, fingerprint
 from miniclip.inference.matmul import packs, remembered
 from miniclip.model import MiniClip
 from miniclip.utils.machine import processor
@@ -76,7 +76,8 @@ def rates(model: MiniClip, precisions: tuple[str, ...]) -> dict[str, Rate]:
     """What `measure` found for this model on this machine the first time."""
     device = model.logit_scale.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    weights = [fingerprint(model, tower, {}) for tower in (model.visual, model.text)]
+    formats = {name: FORMATS[name] for name in precisions if name in FORMATS}
+    weights = [fingerprint(model, tower, formats) for tower in (model.visual, model.text)]
     about = " ".join([machine, torch.__version__, str(torch.get_num_threads()), *precisions, *weights])
 
     def measure() -> dict[str, Rate]:

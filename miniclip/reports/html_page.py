@@ -167,8 +167,7 @@ def metrics_section(e: Evaluation) -> str:
 
 def depths(longest: int) -> list[int]:
     """1, 5, 10, 50, 100, ... below `longest`, then `longest`."""
-    marks = [k * 10**power for power in range(len(str(longest))) for k in (1, 5)]
-    return [k for k in marks if k < longest] + [longest]
+    return [n for power in range(len(str(longest))) for k in (1, 5) if (n := k * 10**power) < longest] + [longest]
 
 
 def recall_section(e: Evaluation) -> str:
@@ -199,8 +198,7 @@ def histogram_section(e: Evaluation) -> str:
         said = fill("others", others=others, mean=other_mean, bin=2 / similarities.BINS, auc=auc, overlap=common)
     named = {f"{n:,} matching pairs": shares[0], f"{others:,} other pairs": shares[1]}
     edges = width * np.arange(start, stop + 1) * 2 / similarities.BINS - 1
-    chart = histogram_svg(edges, named, e.similar.means, f"{about}.")
-    return fill("pairs", chart=chart, n=n, mean=mean, others=said)
+    return fill("pairs", chart=histogram_svg(edges, named, e.similar.means, f"{about}."), n=n, mean=mean, others=said)
 
 
 def temperature_section(e: Evaluation) -> str:

@@ -100,8 +100,7 @@ class EfficientNetLite(PackagedEncoder):
 
     def load_pretrained(self):
         weights, _ = read_checkpoint(package_file(self.package, self.WEIGHTS, self.pip))
-        net = {name: t for name, t in weights.items() if not name.startswith("_fc.")}
-        self.net.load_state_dict(net, strict=True)
+        self.net.load_state_dict({name: t for name, t in weights.items() if not name.startswith("_fc.")}, strict=True)
         if self.classifier is not None:
             self.classifier.load_state_dict({name: weights[f"_fc.{name}"] for name in ("weight", "bias")})
 

@@ -101,7 +101,8 @@ class ClosedForm:
         self.factor = (images.double() - self.mean_x) / n.sqrt() if few else None  # Cxx is its square
         values, self.axes_y = torch.linalg.eigh(yy / n - self.mean_y.outer(self.mean_y))
         self.values_y = values.clamp_min(0)
-        self.cxy, self.prior = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y, None
+        self.cxy = (xy / n - self.mean_x.outer(self.mean_y)) @ self.axes_y
+        self.prior = None
         if prior is not None:
             mask = (~prior.any(dim=1)).double()
             rest = None if images is None else images * mask
@@ -294,13 +295,13 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
 
 
 def may_start_in_closed_form(options) -> bool:
-    """Whether options allow it: projections have not been trained, and of encoders at most the last blocks learn."""
+    """Whether options allow such a start: projections are untrained, and of encoders at most the last blocks learn."""
     trained = options.pretrained or is_folder(options.model) or options.check_gradients
     return not (trained or options.streaming or "none" in (options.freeze_image, options.freeze_text))
 
 
 def starts_in_closed_form(model: MiniClip, options) -> bool:
-    """Whether projections begin there: options allow it, encoders are pretrained, and projections one linear layer."""
+    """Whether it takes place: if options allow it, encoders are pretrained, and each projection is one linear layer."""
     pretrained = model.config.vision_cfg.pretrained and model.config.text_cfg.pretrained
     one = all(linear(tower.projection) for tower in (model.visual, model.text))
     return bool(pretrained and one and may_start_in_closed_form(options))

@@ -72,8 +72,7 @@ class PatchDropout(TrainerCallback):
         tower.patch_dropout = share  # refused here, before training, where a model of timm leaves out no patches
 
     def on_step_begin(self, args, state, control, **kwargs):
-        drop = state.global_step < round((1 - self.off) * state.max_steps)
-        self.tower.patch_dropout = self.share if drop else 0.0
+        self.tower.patch_dropout = self.share * (state.global_step < round((1 - self.off) * state.max_steps))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.tower.patch_dropout = self.own

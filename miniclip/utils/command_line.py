@@ -76,8 +76,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, example: str | None = None, **more):
         epilog = example and "example:\n" + "\n".join(f"  {line}" for line in example.splitlines())
-        how = {"formatter_class": HelpFormatter, "epilog": epilog, "allow_abbrev": False}
-        super().__init__(*args, **how | more)
+        super().__init__(*args, **{"formatter_class": HelpFormatter, "epilog": epilog, "allow_abbrev": False} | more)
 
     @classmethod
     def command(cls, name: str, docstring: str, example: str):

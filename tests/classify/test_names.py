@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 import warnings
 
 import pytest
@@ -63,6 +64,15 @@ def test_words_of_ids_are_found_beside_the_folders(tmp_path, caplog, ids, name, 
         (tmp_path / name).write_bytes(bad.encode(errors="surrogateescape"))
         own = {key: IMAGENET["classes"].get(key, key) for key in ids}  # ImageNet's words are known
         assert choose_classes(None, folders, "en", [str(tmp_path / "val")]) == (own, [0, 1, 0])
+
+
+def test_an_accent_in_a_folder_may_be_written_in_the_other_form():
+    """é is one character here and two there: a folder from a Mac has the name of a class that was typed on Linux."""
+    one, two = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    for given, folder in ((one, two), (two, one)):
+        assert choose_classes({given: "coffee", "thé": "tea"}, [folder, "thé"], "en")[1] == [0, 1]
+        assert choose_classes({"a": given, "b": "tea"}, ["b", folder], "en")[1] == [1, 0]
+    assert choose_classes(None, [one, two, "the"], "en") == ({"café": "café", "the": "the"}, [0, 0, 1])
 
 
 def test_imagenet():

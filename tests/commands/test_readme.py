@@ -13,6 +13,8 @@ from unittest import mock
 import pytest
 
 import miniclip
+from miniclip.training.parse import parse_train
+from miniclip.utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -290,11 +292,19 @@ def test_code_is_sound(page):
 
 
 @each_page
-def test_commands_parse(page, monkeypatch):
-    """Complete command lines are parsed by the command's own parser; of others the options must exist."""
+def test_commands_parse(page, monkeypatch, tmp_path):
+    """Complete command lines are parsed by the command's own parser; of others the options must exist. train.py refuses
+    none of its own for options that contradict each other or do nothing."""
     monkeypatch.chdir(ROOT)
     for program, argv, complete in command_lines(page.read_text(encoding="utf-8")):
         parser, shown = parser_of(program), f"{page.name}: {program} {shlex.join(argv)}"
+        if program == "train.py" and complete and "--fsdp" not in argv:  # which needs torchrun
+            encoders = "--train_file photos" in shown  # whose names depend on what is installed
+            model = ["--model", "EfficientNet-Lite0-MiniLM"] if encoders else []
+            try:
+                parse_train([*argv, *model, "--output_dir", str(tmp_path)])
+            except InputError as error:
+                pytest.fail(f"{shown}: {error}")
         if program == "train.py" and argv and not argv[0].startswith("-"):
             recipe = json.loads(Path(argv.pop(0)).read_text(encoding="utf-8"))
             known = {action.dest for action in parser._actions}

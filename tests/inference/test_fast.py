@@ -13,7 +13,7 @@ import miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.inference import fast, matmul
 from miniclip.inference.fast import InferenceClip, inference_copy
-from miniclip.inference.matmul import OneDnnLinear, Route, cpu_routes, fast_arithmetic, suggest_bf16
+from miniclip.inference.matmul import Int8Linear, OneDnnLinear, Route, cpu_routes, fast_arithmetic, suggest_bf16
 from miniclip.loss import clip_loss
 from miniclip.model import MiniClip
 from miniclip.training.grad_cache import wrap_towers
@@ -132,6 +132,28 @@ def test_an_inference_copy_is_for_inference(tmp_path):
     assert ours.eval() is ours and model.requires_grad_(True).visual.proj.weight.requires_grad
     with pytest.raises(InputError, match="int8 is for the CPU"):
         inference_copy(model.to("meta"), "int8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_an_inference_copy_can_be_copied_and_takes_an_empty_batch(precision):
+    model, (pixel_values, input_ids) = make_model(), make_batch()
+    ours = inference_copy(model, precision)
+    image, text = ours.encode_image(pixel_values), ours.encode_text(input_ids)
+    again = copy.deepcopy(ours)
+    again.visual.blocks[0].attn.in_proj.register_forward_hook(lambda *_: pytest.fail("that of the copy"))
+    assert torch.equal(ours.encode_image(pixel_values), image)
+    assert torch.equal(again.encode_text(input_ids), text)
+    assert ours.encode_image(pixel_values[:0]).shape == ours.encode_text(input_ids[:0]).shape == (0, image.shape[1])
+    assert Int8Linear(nn.Linear(32, 8))(torch.zeros(2, 0, 32)).shape == (2, 0, 8)
+
+
+def test_int8_computes_in_bf16_only_where_the_processor_does(monkeypatch):
+    """oneDNN takes bf16 on others too, but converts it to fp32 and back for each product: slower than fp32 as it is."""
+    for able in (True, False):
+        monkeypatch.setattr(fast, "packs", lambda precision: True)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
+        ours = inference_copy(make_model(), "int8")
+        assert ours.dtype == ours.visual.ln_post.weight.dtype == (torch.bfloat16 if able else torch.float32)
 
 
 def test_load_with_a_precision(tmp_path):

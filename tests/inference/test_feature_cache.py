@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import miniclip
+from miniclip.inference import feature_cache
 from miniclip.inference.fast import inference_copy
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.utils.errors import InputError
@@ -27,7 +28,7 @@ def test_evaluate_takes_features_from_the_cache(tiny_model, caption_set, run_scr
     assert "bf16: cosine to plain fp32 at least 0.99" in done.stdout
 
 
-def test_a_cache_is_for_one_tower_and_finds_damage(tiny_model, caption_set, tmp_path):
+def test_a_cache_is_for_one_tower_and_finds_damage(tiny_model, caption_set, tmp_path, monkeypatch):
     preprocess = miniclip.Preprocess(tiny_model.config.preprocess_cfg)
     paths = [caption_set / f"{i}.png" for i in range(24)]
     folder = tmp_path / "cache"
@@ -44,6 +45,10 @@ def test_a_cache_is_for_one_tower_and_finds_damage(tiny_model, caption_set, tmp_
     assert cache.reused == 24 and (embeds != plain).any()
     assert (embeds == miniclip.embed_images(tiny_model, preprocess, paths)).all()
     assert embed(miniclip.Preprocess(preprocess.cfg, "full"))[0].reused == 0
+    caches = [FeatureCache.for_images(folder, tiny_model, preprocess, name).folder for name in ("fp32", "bf16", "int8")]
+    monkeypatch.setitem(feature_cache.FORMATS, "int8", 0)  # as before the arithmetic of int8 became another
+    caches.append(FeatureCache.for_images(folder, tiny_model, preprocess, "int8").folder)
+    assert len(set(caches)) == 4
     with torch.no_grad():
         tiny_model.visual.blocks[1].mlp.c_proj.bias[0] += 1e-3
     assert embed()[0].reused == 0

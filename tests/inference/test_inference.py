@@ -64,14 +64,17 @@ def test_one_string_a_generator_a_half_precision_model_and_training_mode(tiny_mo
     assert half.dtype == np.float32 and 0 < np.abs(half - one).max() < 0.05
 
 
-def test_a_few_texts_do_not_wait_for_the_image_tower(tiny_model, monkeypatch):
-    """Fusing the BatchNorms of a convolutional tower takes longer than a text: only many items are worth it."""
-    fused = []
+def test_neither_texts_nor_a_single_image_wait_for_batchnorms(tiny_model, monkeypatch):
+    """Fusing those of a convolutional tower takes longer than an image, and texts have nothing from it."""
+    fused, tokenizer = [], miniclip.Tokenizer(16)
+    preprocess = Preprocess(tiny_model.config.preprocess_cfg)
     monkeypatch.setattr(VisionTransformer, "for_inference", lambda tower: fused.append(1) or tower)
-    few = miniclip.embed_texts(tiny_model, miniclip.Tokenizer(16), ["a dog", "a cat"])
-    assert not fused
-    many = miniclip.embed_texts(tiny_model, miniclip.Tokenizer(16), ["a dog", "a cat"] * 40)
-    assert fused and np.allclose(few, many[:2], atol=1e-6)
+    few, many = (miniclip.embed_texts(tiny_model, tokenizer, ["a dog", "a cat"] * n) for n in (1, 40))
+    images = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue", "white", "green")]
+    one = miniclip.embed_images(tiny_model, preprocess, images[0])
+    assert not fused and np.allclose(few, many[:2], atol=1e-6)
+    some = miniclip.embed_images(tiny_model, preprocess, images * 2)
+    assert fused and np.allclose(one, some[:1], atol=1e-6)
 
 
 def test_nothing_to_embed(tiny_model):

@@ -45,7 +45,7 @@ def test_both_ways_to_set_the_precision(way, tiny_model):
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("one_dnn", [True, False])
 def test_products_of_8_bit_integers(one_dnn, dtype, error, bias, monkeypatch):
-    """Each row and each column has a scale of its own, whatever is in the others; rows may be zero."""
+    """Each row and each column has a scale of its own, whatever is in the others, NaN included; rows may be zero."""
     if one_dnn and not packs("int8"):
         pytest.skip("this processor has no instruction for it")
     monkeypatch.setattr(matmul, "packs", lambda precision: one_dnn)
@@ -53,8 +53,12 @@ def test_products_of_8_bit_integers(one_dnn, dtype, error, bias, monkeypatch):
     linear.weight.data *= torch.logspace(-3, 3, 40)[:, None]
     x = torch.randn(5, 96).mul(torch.tensor([1e-3, 1, 0, 1e3, 7])[:, None]).to(dtype)
     with torch.inference_mode():
-        products, alone = (layer := Int8Linear(linear))(x), layer(x[3:4])
+        alone = (layer := Int8Linear(linear))(x[3:4])
+        x[1, 7] = torch.nan
+        broken, x[1, 7] = layer(x), 1
+        products, rest = layer(x), [0, 2, 3, 4]
     assert products.dtype == dtype and torch.equal(alone, products[3:4])
+    assert broken[1].isnan().all() and torch.equal(broken[rest], products[rest])
     if bias:
         assert torch.equal(products[2], linear.bias)
     integers, scales = [], []

@@ -61,10 +61,15 @@ def test_where_nothing_is_measured(measured, tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize("int8, said", [(0.5, "int8 takes 4.0 times as long as bf16 here"), (2.5, None)])
-def test_int8_is_computed_but_slower_int8_is_told(int8, said, measured, tiny_model, capsys):
+def test_int8_is_computed_but_slower_int8_is_told(int8, said, measured, tiny_model, capsys, monkeypatch):
     measured.found |= {"bf16": (2.0, 0.99995), "int8": (int8, 0.999)}
     assert settle(tiny_model, "int8") == "int8" and measured.calls == [("bf16", "int8")]
     assert capsys.readouterr().err.startswith(said) if said else not capsys.readouterr().err
+    settle(tiny_model, "int8")
+    assert len(measured.calls) == 1
+    monkeypatch.setitem(precision.FORMATS, "int8", 0)  # as before its arithmetic became another
+    settle(tiny_model, "int8")
+    assert len(measured.calls) == 2
 
 
 def test_load_takes_what_is_found(measured, tiny_model, tmp_path):

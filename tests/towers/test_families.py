@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from PIL import Image
 
 import miniclip
 from benchmarks.make_towers_golden import GOLDEN, MODELS, VIT, contrastive, make_inputs, make_weights, record, summary
@@ -166,6 +167,18 @@ def test_openais_archives_of_resnets(tmp_path, recwarn):
         assert fitting_configs(shapes, quick_gelu=False) == [name]
     with pytest.raises(CheckpointError, match=r"none that ships, but one with .*'layers': \(1, 2, 1, 1\), 'width': 8"):
         load_weights(MiniClip(config_of(values | {"embed_dim": 25})), tmp_path / "RN.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_resnet_of_another_type_embeds_one_image_and_some(dtype):
+    """One is not worth fusing BatchNorms, whose statistics are of that type too; from eight on they are."""
+    model = MiniClip(config_of(MODELS["ResNet"])).eval()
+    preprocess = Preprocess(model.config.preprocess_cfg)
+    images = [Image.new("RGB", (40, 30), (20 * i, 90, 255 - 20 * i)) for i in range(8)]
+    exact = miniclip.embed_images(model, preprocess, images)
+    for n in (1, 8):
+        found = miniclip.embed_images(model.to(dtype), preprocess, images[:n])
+        assert found.dtype == exact.dtype and (found * exact[:n]).sum(axis=1).min() > 0.999
 
 
 def test_a_frozen_resnet_keeps_its_statistics():
