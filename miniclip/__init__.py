@@ -10,10 +10,9 @@ _PUBLIC = {  # where the public names live; imported when first used, so that `i
     "transforms": "Preprocess", "data": "CaptionDataset", "trainer": "ClipTrainer ClipTrainingArguments",
     "retrieval": "retrieval_metrics search", "utils.image_files": "open_image", "datasets.read": "read_captions",
     "weights.pretrained": "list_pretrained list_pretrained_tags_by_model list_pretrained_models_by_tag"
-    " get_pretrained_cfg download_pretrained",
-    "weights.load": "load_weights", "training.trainer": "RunTrainer", "training.arguments": "RunArguments",
-    "training.dataset": "RunDataset", "inference.evaluator": "RetrievalEvaluator", "inference.load": "load",
-    "inference.embed": "embed_images embed_texts", "index.search": "ImageSearch",
+    " get_pretrained_cfg download_pretrained", "weights.load": "load_weights", "training.trainer": "RunTrainer",
+    "training.arguments": "RunArguments", "training.dataset": "RunDataset", "inference.evaluator": "RetrievalEvaluator",
+    "inference.load": "load", "inference.embed": "embed_images embed_texts", "index.search": "ImageSearch",
     "classify.evaluator": "ZeroShotEvaluator", "classify.zero_shot": "build_zero_shot_classifier zero_shot_classify",
 }  # fmt: skip
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names.split()}

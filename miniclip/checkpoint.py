@@ -122,8 +122,7 @@ def rename(state_dict: dict[str, Tensor], layout: str, rows, export: bool) -> di
         if absent := [key for key in old if key not in left]:
             missing += [key for key in absent if key != "logit_bias"]
         else:
-            tensors = OPERATIONS[operation][export]([left.pop(key) for key in old])
-            renamed |= zip(new, tensors, strict=True)
+            renamed |= zip(new, OPERATIONS[operation][export]([left.pop(key) for key in old]), strict=True)
     if missing or left:
         towers = {key.partition(".")[0] for key in renamed} & {"visual", "text"}
         alone = ": one tower alone; save the whole model" if len(towers) == 1 and not (left or export) else ""

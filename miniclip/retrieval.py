@@ -81,10 +81,9 @@ def metrics_from_hits(hits: np.ndarray, ranks: np.ndarray, n_relevant: np.ndarra
         **{f"R@{k}": float(hits[:, :k].any(1).mean()) for k in ks},
         **{f"precision@{k}": float(hits[:, :k].sum(1).mean() / k) for k in ks},
         **{f"recall@{k}": float((hits[:, :k].sum(1) / n_relevant).mean()) for k in ks},
-        "mean_rank": float(ranks.mean()),
-        "median_rank": float(np.floor(np.median(ranks))),
+        "mean_rank": float(ranks.mean()), "median_rank": float(np.floor(np.median(ranks))),
         "MRR": float((1 / ranks).mean()),
-    }
+    }  # fmt: skip
 
 
 class RetrievalResult(NamedTuple):

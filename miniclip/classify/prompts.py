@@ -92,11 +92,10 @@ def tokenizer_coverage(tokenizer, names: Sequence[str]) -> dict:
     times = Counter(row_of.values())
     return {
         "tokens_per_character": len(tokens) / max(1, sum(len("".join(name.split())) for name in names)),
-        "unknown": tokens.count("unknown") / count,
-        "fragments": tokens.count("fragment") / count,
+        "unknown": tokens.count("unknown") / count, "fragments": tokens.count("fragment") / count,
         "unreadable": [name for name, row in zip(names, rows) if 2 * sum(kinds[i] != "" for i in row) >= len(row)],
         "identical": [name for name, row in row_of.items() if times[row] > 1],
-    }
+    }  # fmt: skip
 
 
 def describe_coverage(coverage: dict) -> str:

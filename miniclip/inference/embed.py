@@ -173,9 +173,7 @@ def in_pieces(
 
 
 @torch.inference_mode()
-def embed_patches(
-    model: MiniClip, preprocess, paths: Sequence, faults: dict[int, str] | None = None, **how
-) -> np.ndarray:
+def embed_patches(model: MiniClip, preprocess, paths: Sequence, faults: dict | None = None, **how) -> np.ndarray:
     """The vectors of the patches of n images, (n, P, D) float16, row by row. `faults` and `how`: of `embed_images`."""
     tower, device = model.visual, model.logit_scale.device
     embed = partial(embed_images, positions(model, "visual"), preprocess, project=False, **how)

@@ -50,11 +50,10 @@ WRITTEN_FOR = {
 }  # fmt: skip
 LINEAR, NORM = ((nn.Linear, OneDnnLinear, Int8Linear), {}), ((nn.LayerNorm,), {})
 PARTS = {  # of a block: their types, and their own parts
-    "ln_1": NORM,
+    "ln_1": NORM, "ln_2": NORM,
     "attn": ((Attention,), {"in_proj": LINEAR, "out_proj": LINEAR}),
-    "ln_2": NORM,
     "mlp": ((MLP,), {"c_fc": LINEAR, "act": ((nn.GELU, QuickGELU), {}), "c_proj": LINEAR}),
-}
+}  # fmt: skip
 
 
 def plain_reason(tower: Tower) -> str | None:

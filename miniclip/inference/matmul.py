@@ -93,9 +93,8 @@ def packs(precision: str) -> bool:
     """Whether an inference copy's weights are laid out for oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return False
-    if precision == "int8":
-        return torch.cpu._is_vnni_supported()  # elsewhere nothing is gained
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() if precision == "bf16" else pays("packed")
+    ways = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "int8": torch.cpu._is_vnni_supported}
+    return ways.get(precision, lambda: pays("packed"))()
 
 
 @cache

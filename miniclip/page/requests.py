@@ -22,9 +22,8 @@ HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self'"
     " 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none';"
     " frame-ancestors 'none'; form-action 'self'; base-uri 'self'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
+    "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+}  # fmt: skip
 HOUR, OFTEN = 3600, 600  # seconds after which uploads are deleted, and between checks
 
 

@@ -129,13 +129,9 @@ def as_latex(rows: Sequence[Row]) -> str:
     special = str.maketrans(special | {character: f"\\{character}" for character in "&%$#_{}"})
     head = "".join(rf" & \multicolumn{{{len(KS)}}}{{c}}{{{way.replace('_', ' ')}}}" for way in WAYS)
     lines = [
-        f"% \\usepackage{{booktabs}}. {NOTE}",
-        rf"\begin{{tabular}}{{ll{'r' * len(NAMES)}}}",
-        r"\toprule",
-        rf" &{head} & mean \\",
-        rf"data & model & {' & '.join([f'R@{k}' for k in KS] * 2)} & recall \\",
-        r"\midrule",
-    ]
+        f"% \\usepackage{{booktabs}}. {NOTE}", rf"\begin{{tabular}}{{ll{'r' * len(NAMES)}}}", r"\toprule",
+        rf" &{head} & mean \\", rf"data & model & {' & '.join([f'R@{k}' for k in KS] * 2)} & recall \\", r"\midrule",
+    ]  # fmt: skip
     for row in rows:
         names = (" ".join(name.split()) for name in (row.dataset, row.model, row.minus or ""))
         data, *models = (name.translate(special) for name in names)

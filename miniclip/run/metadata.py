@@ -62,8 +62,7 @@ def training_metadata(argv: Sequence[str], options, args, model, records, eval_r
     held = [record["caption"] for record in eval_records] if drawn else None
     return {
         **run_metadata(["train.py", *argv], args.device), **readers,
-        "model": json.loads(json.dumps(model.config.to_dict())),
-        "data": fingerprint(options.train_file, records),
+        "model": json.loads(json.dumps(model.config.to_dict())), "data": fingerprint(options.train_file, records),
         "eval_data": fingerprint(options.eval_file, eval_records) if options.eval_file else None,
         "eval_classes": fingerprint(options.eval_classes) if options.eval_classes else None,
         "holdout": held and {"images": len(held), "sha256": hashlib.sha256(json.dumps(held).encode()).hexdigest()},

@@ -20,20 +20,19 @@ _SCHEDULE = "the learning rate would jump from one schedule into the middle of a
 _BEST = "the best checkpoint so far was chosen by it"
 # What must be the same for a run to resume, by its name in the metadata, and why.
 SAME = {
-    "data": _ORDER, "holdout": "images would move between training and evaluation",
-    "seed": _DRAWS, "arguments.data_seed": _ORDER, "arguments.train_sampling_strategy": _ORDER,
-    "options.streaming": _ORDER, "options.train_num_samples": _ORDER, "options.train_data_upsampling_factors": _ORDER,
+    "data": _ORDER, "holdout": "images would move between training and evaluation", "seed": _DRAWS,
+    "arguments.data_seed": _ORDER, "arguments.train_sampling_strategy": _ORDER, "options.streaming": _ORDER,
+    "options.train_num_samples": _ORDER, "options.train_data_upsampling_factors": _ORDER,
     "arguments.dataloader_drop_last": "an epoch would have another number of steps",
     "pairs_per_step": "the position in the epoch is counted in steps of the old size",
     "arguments.gradient_accumulation_steps": "each pair would be contrasted with another number of pairs",
     "model": "the checkpoint has the weights of another model",
     "readers": "each worker of each process reads a share of the stream, and the shares would change",
     "options.loss": _LOSS, "options.teacher": _LOSS, "options.duplicates": _LOSS, "options.fixed_logit_scale": _LOSS,
-    "options.freeze_image": _TRAINED, "options.freeze_text": _TRAINED,
-    "options.tower_lr_scales": _TRAINED, "options.layer_decay": _TRAINED,
-    "options.ema": "the average would mix two decays, or lack the steps so far",
-    "arguments.optim": _OPTIMIZER, "arguments.optim_args": _OPTIMIZER,
-    "arguments.lr_scheduler_type": _SCHEDULE, "arguments.lr_scheduler_kwargs": _SCHEDULE,
+    "options.freeze_image": _TRAINED, "options.freeze_text": _TRAINED, "options.tower_lr_scales": _TRAINED,
+    "options.layer_decay": _TRAINED, "options.ema": "the average would mix two decays, or lack the steps so far",
+    "arguments.optim": _OPTIMIZER, "arguments.optim_args": _OPTIMIZER, "arguments.lr_scheduler_type": _SCHEDULE,
+    "arguments.lr_scheduler_kwargs": _SCHEDULE,
 }  # fmt: skip
 # The same, if both runs choose a best checkpoint.
 BEST = ("eval_data", "eval_classes", "arguments.metric_for_best_model", "arguments.greater_is_better")

@@ -78,9 +78,7 @@ class PrunedBlock(Block):
 
     def __init__(self, width: int, heads: int, head_width: int, hidden: int, quick_gelu: bool):
         nn.Module.__init__(self)
-        self.ln_1, self.attn = (
-            (nn.LayerNorm(width), PrunedAttention(width, heads, head_width)) if heads else (None, None)
-        )
+        self.ln_1, self.attn = (nn.LayerNorm(width), PrunedAttention(width, heads, head_width)) if heads else [None] * 2
         self.ln_2, self.mlp = (nn.LayerNorm(width), MLP(width, hidden, quick_gelu)) if hidden else (None, None)
 
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:

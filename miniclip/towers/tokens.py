@@ -105,5 +105,4 @@ def patch_vectors(tower: Tower, features: Tensor) -> Tensor:
 def word_vectors(tower: Tower, features: Tensor) -> Tensor:
     """Features of words (B, L, W), zero where there is none, to vectors (B, L, D)."""
     features = features.to(tower.token_proj.weight.dtype)
-    count = (features != 0).any(dim=2).sum(dim=1).clamp_min(1)
-    return tower.token_proj(features) / count[:, None, None]
+    return tower.token_proj(features) / (features != 0).any(dim=2).sum(dim=1).clamp_min(1)[:, None, None]

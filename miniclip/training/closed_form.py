@@ -315,9 +315,7 @@ def class_prior(model: MiniClip, names: np.ndarray) -> Tensor:
     return prior
 
 
-def start_in_closed_form(
-    model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray, names: np.ndarray | None
-):
+def start_in_closed_form(model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray, names):
     """Sets a model's projections, from the features of its records, to their closed form, and the logit scale to what
     suits held-out pairs. Sets the learning rate to 0, for one epoch, if training projections alone does not help."""
     found: list = [None]

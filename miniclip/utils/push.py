@@ -13,9 +13,8 @@ class PushToHub:
     push: ClassVar[Callable[..., str]]
 
     def push_to_hub(
-        self, repo_id: str, *, license: str | None = None, private: bool | None = None,
-        token: str | bool | None = None, revision: str | None = None, run: str | Path | None = None,
-        commit_message: str = "Upload a CLIP model",
+        self, repo_id: str, *, license: str | None = None, private: bool | None = None, token: str | bool | None = None,
+        revision: str | None = None, run: str | Path | None = None, commit_message: str = "Upload a CLIP model",
     ) -> str:  # fmt: skip
         """Uploads the model to the repository `repo_id` ("org/name"), which is made if it does not exist, in one commit
         of files that MiniCLIP, OpenCLIP and transformers load, with a model card. Returns the commit's address.

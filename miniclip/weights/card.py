@@ -90,8 +90,7 @@ def describe_training(record: dict) -> str:
     rows += [("measured on", data(options.get("eval_file"), record.get("eval_data") or record.get("holdout")))]
     rows += [("start", " ".join(Path(options[k]).name for k in ("model", "pretrained") if options.get(k)))]
     rows += [("pairs per step", record.get("pairs_per_step"))]
-    values = options | arguments
-    rows += [(name, values.get(name)) for name in RECIPE]
+    rows += [(name, (options | arguments).get(name)) for name in RECIPE]
     versions = record.get("versions") or {}
     known = [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
     rows += [("versions", ", ".join(known))]
