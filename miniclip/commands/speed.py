@@ -28,13 +28,13 @@ def main(argv: list[str]):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights are as fast
         model, _, _ = load(options.model, options.pretrained, device)
-    multiply, cases = products(device), [(kind, n) for kind in ("image", "text") for n in BATCHES]
+    name, square = (torch.cuda.get_device_name(device), 4 * SQUARE) if device.type == "cuda" else (processor(), SQUARE)
+    multiply, cases = products(device, square), [(kind, n) for kind in ("image", "text") for n in BATCHES]
     seconds, cosines = compare(model, tuple(multiply), cases, **multiply)
-    peak = {precision: 2 * SQUARE**3 / seconds[precision].wall for precision in multiply}
+    peak = {precision: 2 * square**3 / seconds[precision].wall for precision in multiply}
     inputs = made_up(model, max(BATCHES))
     flops = {"image": model_flops(model.encode_image, inputs["image"][:1]),
              "text": model_flops(model.encode_text, inputs["text"]) / max(BATCHES)}  # fmt: skip
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     limits = ", ".join(f"{precision} {speed / 1e9:,.0f}" for precision, speed in peak.items())
     print(f"{name}, {torch.get_num_threads()} threads: {limits} GFLOP/s in large matrix products")
     print(f"{options.model}, ms each (share of that speed); captions of {inputs['text'].shape[1]} tokens")
@@ -45,7 +45,7 @@ def main(argv: list[str]):
         rows[precision] = {"cosine": cosines[precision]}
         cells = []
         for head, (kind, n) in zip(heads, cases):
-            took, least = seconds[precision, (kind, n)], seconds[precision].busy * flops[kind] / (2 * SQUARE**3)
+            took, least = seconds[precision, (kind, n)], seconds[precision].busy * flops[kind] / (2 * square**3)
             rows[precision][head] = {"ms": 1e3 * took.wall / n, "share": n * least / took.busy}
             cells.append("{ms:.2f} ({share:.0%})".format(**rows[precision][head]))
         print(f"{precision:6}" + "".join(f"{cell:>17}" for cell in cells) + f"   {cosines[precision]:.5f}")

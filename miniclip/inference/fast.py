@@ -31,7 +31,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.inference import matmul
-from miniclip.inference.matmul import Int8Linear, OneDnnLinear, PatchLinear, matmul_precision, packs, patch_product
+from miniclip.inference.matmul import Int8Linear, OneDnnLinear, PatchLinear, packs, patch_product
 from miniclip.model import MLP, TOWERS, Attention, Block, MiniClip, QuickGELU, TextTransformer, Tower, VisionTransformer
 from miniclip.towers import AS_IN_MODEL
 from miniclip.utils.errors import InputError
@@ -298,7 +298,7 @@ class InferenceClip(MiniClip):
         """No gradients, and the copy's own precision whatever autocast is active outside, as during training."""
         kind = self.logit_scale.device.type
         attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if kind == "cpu" else nullcontext()
-        with torch.inference_mode(), torch.autocast(kind, enabled=False), matmul_precision("highest"), attention:
+        with torch.inference_mode(), torch.autocast(kind, enabled=False), matmul.full_precision(), attention:
             yield
 
     def train(self, mode: bool = True):

@@ -21,7 +21,7 @@ from miniclip.utils.machine import processor
 
 LEAST, FASTER = 0.9999, 1.3
 SMALL = 5_000_000  # weights in the layers of a model whose images take longer to read than to encode
-IMAGES, TEXTS = 8, 32  # at once
+CASES = ((("image", 8), ("text", 32)), (("image", 64), ("text", 64)))  # so many at once, on a CPU and elsewhere
 LONG = 5  # seconds after which no further round begins
 SENTENCES = [f"a photo of {what} {where}" for what in ("a person", "two dogs on the grass", "a red car", "some food")
              for where in ("", "outdoors", "on white", "at night", "in the snow", "by the sea", "in an old street",
@@ -81,7 +81,7 @@ def rates(model: MiniClip, precisions: tuple[str, ...]) -> dict[str, Rate]:
     about = " ".join([machine, torch.__version__, str(torch.get_num_threads()), *precisions, *weights])
 
     def measure() -> dict[str, Rate]:
-        seconds, cosines = compare(model, precisions, cases := (("image", IMAGES), ("text", TEXTS)))
+        seconds, cosines = compare(model, precisions, cases := CASES[device.type != "cpu"])
         return {p: Rate(*(seconds[p, case].busy / case[1] for case in cases), cosines[p]) for p in precisions}
 
     return remembered("precisions", "rates", about, Rate, measure)

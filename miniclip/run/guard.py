@@ -156,8 +156,8 @@ class Guard(TrainerCallback):
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether an exception means that memory ran out, on a GPU or on the CPU."""
-    words = "can't allocate memory|out of memory|not enough memory|could not create a"  # the last: oneDNN
+    """Whether an exception means that memory ran out, on a GPU or on the CPU: that of torch, oneDNN or cuBLAS."""
+    words = "can't allocate memory|out of memory|not enough memory|could not create a|STATUS_ALLOC_FAILED"
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(words, str(error)) is not None
 
 

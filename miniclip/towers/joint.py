@@ -163,7 +163,7 @@ class JointVisionTower(JointTower):
                 x = F.interpolate(x.float(), (look["size"],) * 2, mode="bicubic", antialias=True).to(x.dtype)
             if (look["mean"], look["std"]) != (given["mean"], given["std"]):
                 values = given["mean"], given["std"], look["mean"], look["std"]
-                mean, std, wanted_mean, wanted_std = torch.tensor(values).to(x).view(4, 3, 1, 1)
+                mean, std, wanted_mean, wanted_std = torch.tensor(values).to(x, non_blocking=True).view(4, 3, 1, 1)
                 x = (x * std + mean - wanted_mean) / wanted_std
             found.append(x)
         return found

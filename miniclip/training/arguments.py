@@ -39,7 +39,7 @@ class RunArguments(ClipTrainingArguments):
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         if self.bf16 is None:
-            self.bf16 = CUDA and not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported()
+            self.bf16 = CUDA and not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported(False)  # natively
         if CUDA and self.accelerator_config is None:
             self.accelerator_config = {"non_blocking": True}  # what pinned memory is for
         try:

@@ -32,6 +32,8 @@ def test_both_ways_to_set_the_precision(way, tiny_model):
         assert [setting.fp32_precision for setting in SETTINGS] == before
         copy = inference_copy(tiny_model)
         assert copy.encode_text(torch.tensor([[49406, 320, 49407]])).isfinite().all()
+        with copy.inference():
+            assert [s.fp32_precision for s in SETTINGS] == ["ieee"] * 4, "nor do convolutions round on a GPU"
         assert [setting.fp32_precision for setting in SETTINGS] == before
         if way.startswith("as Trainer"):  # what it sets later still counts
             BACKENDS.fp32_precision = "ieee"

@@ -1,5 +1,6 @@
 """`--precision auto`: what is measured decides, once for a model and a machine."""
 
+import copy
 import json
 import time
 
@@ -47,6 +48,17 @@ def test_bf16_is_taken_where_it_is_proved(speed, cosine, chosen, measured, tiny_
     assert measured.calls == [("fp32", "bf16")] and not capsys.readouterr().err
     tiny_model.text.ln_final.weight.data *= 2
     assert settle(tiny_model, "auto") != chosen, "another model is measured anew"
+
+
+def test_a_gpu_is_measured_with_as_many_as_make_it_work(measured, tiny_model, monkeypatch):
+    """In batches of a few it waits for the CPU in either precision."""
+    seen, play = [], precision.compare
+    monkeypatch.setattr(precision, "compare", lambda *args: seen.append(args[2]) or play(*args))
+    measured.found["bf16"] = (2.0, 0.99995)
+    for model in (tiny_model, copy.deepcopy(tiny_model).to("meta")):
+        monkeypatch.setattr(precision, "fingerprint", lambda *_, device=model.logit_scale.device: str(device))
+        precision.rates(model, ("fp32", "bf16"))
+    assert seen == [(("image", 8), ("text", 32)), (("image", 64), ("text", 64))]
 
 
 def test_where_nothing_is_measured(measured, tiny_model, monkeypatch):
@@ -112,7 +124,7 @@ def test_the_limit_and_the_share_of_it(tiny_model, monkeypatch, capsys, tmp_path
         {(p, case): Seconds(seconds[p] * case[1], 3 * case[1]) for p in precisions for case in cases}
         | {"fp32": Seconds(matrix / 1e9, 7.0), "int8": Seconds(matrix / 4e9, 6.0)}, {"fp32": 1.0, "int8": 0.99}
     ))  # fmt: skip
-    monkeypatch.setattr(peak, "products", lambda device: seconds)
+    monkeypatch.setattr(peak, "products", lambda device, square: seconds)
     tiny_model.save_pretrained(tmp_path)
     speed.main(["--model", str(tmp_path), "--device", "cpu", "--json"])
     shown = capsys.readouterr()

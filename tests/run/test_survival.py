@@ -403,6 +403,20 @@ def test_equal_runs_are_equal_and_leave_their_record(recipe, caption_set, run_sc
     assert record["machine"]["threads"] == 1 and record["pairs_per_step"] == 12
 
 
+def test_a_library_of_the_gpu_that_finds_no_memory(tmp_path):
+    trainer = make_trainer(tmp_path, batch=8)
+    loss = trainer.loss
+
+    def needs_memory(outputs, batch):
+        if len(batch["input_ids"]) > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return loss(outputs, batch)
+
+    trainer.loss = needs_memory
+    with pytest.raises(InputError, match=r"out of memory with 8 pairs at once .*: 2 fit \(tried\)"):
+        trainer.train()
+
+
 @pytest.mark.slow
 def test_out_of_memory_says_which_batch_fits(tmp_path, run_script):
     """In an address space too small for a batch of 2,048; the batch size that the message names then fits."""

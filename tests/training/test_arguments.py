@@ -4,9 +4,11 @@ import json
 from dataclasses import fields
 
 import pytest
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, training_args
 
 from miniclip.run.progress import check_reporters
+from miniclip.training import arguments
 from miniclip.training.arguments import RunArguments
 from miniclip.training.parse import parse_train
 from miniclip.utils.errors import InputError
@@ -189,6 +191,16 @@ def test_it_is_refused_before_anything_is_read(recipe, run_script):  # noqa: F81
         done = run_script("train.py", recipe, "--train_file", "nowhere.json", *argv, check=False)
         assert done.returncode == 1 and argv[0][2:] in done.stderr and "nowhere" not in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_the_default_on_gpus_that_compute_in_it(native, tmp_path, monkeypatch):
+    """torch also calls it supported where it is emulated, which takes longer than fp32."""
+    monkeypatch.setattr(arguments, "CUDA", True)
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert RunArguments(str(tmp_path), use_cpu=False).bf16 is native
+    assert not RunArguments(str(tmp_path), use_cpu=True).bf16
 
 
 @pytest.mark.parametrize("given, steps", [([], [1, 2, 3]), (["--logging_steps", "2"], [2])])
