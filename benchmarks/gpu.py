@@ -1,6 +1,7 @@
 """How much of a GPU does MiniCLIP use, and how fast does it train and encode there?
 
-    python benchmarks/gpu.py --out FOLDER                       everything, in under 9 minutes on a large card
+    python benchmarks/gpu.py --out FOLDER                       what 9 minutes on a large card are enough for
+    python benchmarks/gpu.py --parts rate compiled chunks       what they may not be enough for
     python benchmarks/gpu.py --parts rate train --models ViT-B-16 --batches 512
     python benchmarks/gpu.py --parts rate profile peers         where time goes; OpenCLIP by turns, if installed
     python benchmarks/gpu.py --render FOLDER/gpu.jsonl          RESULTS.md from what was measured elsewhere
@@ -9,7 +10,8 @@
 Every speed is the median of repetitions that alternate with large bf16 products of square matrices, so that the share
 of what the card can do holds also when its clock changes. A row that fails says why, and the next one follows. What is
 measured goes to FOLDER/gpu.jsonl as it comes, and after each part to the part of RESULTS.md between the marks "gpu"; a
-run of some parts, models or batches has a part of its own, such as "gpu rate train".
+run of some parts, models or batches has a part of its own, such as "gpu rate train". A run that was killed has its rows
+in gpu.jsonl.
 
 FLOPs are those of the model's matrix products and attention, on the tokens that really went through (`flops`); what
 activation checkpointing and chunks compute again is not counted, nor are the logits.
@@ -84,6 +86,10 @@ TITLES = {
     "compiled": "With torch.compile: training, `RunTrainer` and inference",
     "chunks": "Training with large batches in chunks (`grad_cache_chunk_size`), a bare loop",
 }
+
+
+class Skipped(Exception):  # noqa: N818
+    """Why a row is not measured."""
 
 
 # What a model costs
@@ -248,8 +254,9 @@ class Benchmark:
         }
         batches = [4, 8] if options.quick else options.batches
         self.batches = {name: batches or BATCHES.get(name, [64, 256, 1024, 4096]) for name in names}
-        # Where one batch has to do: one that any card has the memory for.
-        self.middle = {name: max([b for b in own if b <= 1024] or [min(own)]) for name, own in self.batches.items()}
+        # Where one batch has to do: one that any card has the memory for, of OpenCLIP's step too.
+        some = {name: [b for b in own if b <= 1024 and name not in LARGE] for name, own in self.batches.items()}
+        self.middle = {name: max(some[name] or [min(own)]) for name, own in self.batches.items()}
         self.small = [name for name in names if name not in LARGE] or names
         self.repetitions, self.span = (2, 0.01) if options.quick else (5, 0.2)  # seconds that one is to take, or more
         self.square = 256 if options.quick else 8192
@@ -270,29 +277,36 @@ class Benchmark:
     def row(self, part: str, measure: Callable[[], dict], needs_cuda: bool = False, **about):
         """Measures a row and keeps it, or keeps why there is none. `about` are the cells that tell rows apart."""
         record, began = {"part": part, **about}, time.perf_counter()
-        if needs_cuda and not self.cuda:
-            record["error"] = "skipped: for CUDA only"
-        elif began - self.start > 60 * self.options.minutes:
-            record["error"] = f"skipped: {self.options.minutes:g} minutes are over"
-        else:
-            try:
-                record |= measure()
-            except torch.OutOfMemoryError:
-                record["error"] = "out of memory"
-            except ModuleNotFoundError as error:
-                record["error"] = f"skipped: {error.name} is not installed"
-            except Exception as error:  # whatever it is, the other rows are worth having
-                record["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-                record["trace"] = traceback.format_exc()[-4000:]
-            gc.collect()  # models and their hooks refer to one another
-            if self.cuda:
-                with contextlib.suppress(RuntimeError):
-                    torch.cuda.empty_cache()
+        try:
+            if needs_cuda and not self.cuda:
+                raise Skipped("for CUDA only")
+            self.check_time()
+            record |= measure()
+        except Skipped as reason:
+            record["error"] = f"skipped: {reason}"
+        except torch.OutOfMemoryError:
+            record["error"] = "out of memory"
+        except ModuleNotFoundError as error:
+            record["error"] = f"skipped: {error.name} is not installed"
+        except Exception as error:  # whatever it is, the other rows are worth having
+            record["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            record["trace"] = traceback.format_exc()[-4000:]
+        self.tidy()
         record["took"] = round(time.perf_counter() - began, 1)
         self.keep(record)
         summary = record.get("error") or record.get("result") or f"{speed(record)[0]} a second, {speed(record)[2]}"
         label = ", ".join(str(value) for value in about.values())
         print(f"{time.perf_counter() - self.start:4.0f} s  {part:9} {label}: {summary}", file=sys.stderr, flush=True)
+
+    def check_time(self):
+        if time.perf_counter() - self.start > 60 * self.options.minutes:
+            raise Skipped(f"{self.options.minutes:g} minutes are over")
+
+    def tidy(self):
+        gc.collect()  # models and their hooks refer to one another
+        if self.cuda:
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
     def synchronize(self):
         if self.cuda:
@@ -366,35 +380,45 @@ class Benchmark:
 
     def peers(self):
         """By turns, the first model compiled too. A peer that is missing or fails leaves the others their rows."""
-        first = next(iter(self.configs))
-        for name, config in self.configs.items():
-            for compiled in (False, True) if name == first and not self.options.quick else (False,):
-                torch.compiler.reset()
-                args, settings = (config, self.device, self.middle[name]), {"compiled": compiled}
-                makers = {
-                    "MiniCLIP": partial(Step, *args, **settings),
-                    "MiniCLIP, text not trimmed": partial(Step, *args, **settings, trimmed=False),
-                    "OpenCLIP": partial(OpenClipStep, *args, **settings),
-                }
-                turns = cache(partial(self.by_turns, makers, self.middle[name]))
-                for maker in makers:
-                    how = f"{maker}, {'compiled' if compiled else 'eager'}"
-                    measure = partial(self.of_turns, turns, maker)
-                    self.row("peers", measure, model=name, batch=self.middle[name], how=how)
+        cases = [(name, False) for name in self.configs] + [(next(iter(self.configs)), True)] * (not self.options.quick)
+        for name, compiled in cases:
+            torch.compiler.reset()
+            args, settings = (self.configs[name], self.device, self.middle[name]), {"compiled": compiled}
+            makers = {
+                "MiniCLIP": partial(Step, *args, **settings),
+                "MiniCLIP, text not trimmed": partial(Step, *args, **settings, trimmed=False),
+                "OpenCLIP": partial(OpenClipStep, *args, **settings),
+            }
+            turns = cache(partial(self.by_turns, makers, self.middle[name]))
+            for maker in makers:
+                how = f"{maker}, {'compiled' if compiled else 'eager'}"
+                measure = partial(self.of_turns, turns, maker)
+                self.row("peers", measure, model=name, batch=self.middle[name], how=how)
 
     def by_turns(self, makers: dict[str, Callable], batch: int) -> dict[str, dict | Exception]:
         found, works = {}, {}
-        for name, make in makers.items():
+
+        def attempt(name: str, work: Callable):
             try:
-                step = make()
-                found[name], times = self.warm(step, batch, step.flops())
-                found[name]["tokens"] = list(step.batch.values())[1].shape[1]
-                works[name] = step, times
+                work()
             except Exception as error:  # its row says so
+                traceback.clear_frames(error.__traceback__)  # which would keep what filled the memory
                 found[name] = error
+                works.pop(name, None)
+                self.tidy()
+
+        def start(name: str, make: Callable):
+            self.check_time()
+            step = make()
+            known, times = self.warm(step, batch, step.flops())
+            found[name] = known | {"tokens": list(step.batch.values())[1].shape[1]}
+            works[name] = step, times
+
+        for name, make in makers.items():
+            attempt(name, partial(start, name, make))
         for _ in range(self.repetitions):
-            for name, (step, times) in works.items():
-                self.repeat(step, found[name], times)
+            for name, (step, times) in list(works.items()):
+                attempt(name, partial(self.repeat, step, found[name], times))
         return found
 
     @staticmethod
@@ -606,8 +630,6 @@ class Benchmark:
             self.row("compiled", measure, model=name, batch=batch, how="RunTrainer, --torch_compile")
 
     def chunks(self):
-        if not hasattr(RunArguments, "grad_cache_chunk_size"):
-            return
         sizes, chunk = ([16], 4) if self.options.quick else (self.options.chunked, self.options.chunk)
         repetitions, self.repetitions = self.repetitions, 2  # a step takes seconds
         for batch in sizes:

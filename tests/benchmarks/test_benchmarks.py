@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,46 @@ def test_a_run_of_some_parts_leaves_what_the_others_measured(benchmarks, tmp_pat
         title = " ".join(["encoders", *kept])
         assert text.startswith(before) and f"<!-- {title} -->" in text
     assert text.count("| EfficientNet-") == 1 + len(names) - 1
+
+
+def test_who_has_no_memory_leaves_the_others_theirs(benchmarks, tmp_path, monkeypatch):
+    """By turns: what a failed step allocated is free before the next one, whenever it fails."""
+    import gpu
+
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "--device", "cpu", "--quick", "--parts", "rate", "--out", str(tmp_path)]
+    )
+    monkeypatch.setattr(gpu.logging.getLogger("transformers"), "setLevel", lambda _: None)
+    made = []
+    monkeypatch.setattr(gpu, "Benchmark", lambda options, make=gpu.Benchmark: made.append(make(options)) or made[0])
+    gpu.main()
+    (benchmark,), kept = made, []
+
+    class Greedy(gpu.Step):
+        def __init__(self, fails_at: int):
+            super().__init__(next(iter(benchmark.configs.values())), "cpu", 4)
+            self.left = fails_at
+
+        def __call__(self):
+            self.left -= 1
+            activations = torch.zeros(3)
+            kept.append(weakref.ref(activations))
+            if not self.left:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__()
+
+    def others():
+        assert not any(ref() is not None for ref in kept)
+        return Greedy(0)
+
+    found = benchmark.by_turns({"at once": partial(Greedy, 1), "later": partial(Greedy, 4), "never": others}, 4)
+    assert len(found["never"]["seconds"]) == benchmark.repetitions and not any(ref() is not None for ref in kept)
+    for name in ("at once", "later"):
+        with pytest.raises(torch.OutOfMemoryError):
+            benchmark.of_turns(lambda: found, name)
+    benchmark.options.minutes = 0
+    with pytest.raises(gpu.Skipped, match="0 minutes are over"):
+        benchmark.of_turns(partial(benchmark.by_turns, {"late": others}, 4), "late")
 
 
 @pytest.mark.slow
