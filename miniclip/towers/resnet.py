@@ -117,8 +117,8 @@ class ModifiedResNet(Tower):
         x = F.avg_pool2d(x, 2)
         for number, block in enumerate(self.blocks):
             recompute = self.checkpoint_every and number % self.checkpoint_every == 0 and torch.is_grad_enabled()
-            again = lambda block=block: (nullcontext(), statistics_kept(block))  # noqa: E731
-            x = checkpoint(block, x, use_reentrant=False, context_fn=again) if recompute else block(x)
+            again = {} if torch.compiler.is_compiling() else {"context_fn": lambda b=block: (nullcontext(), kept(b))}
+            x = checkpoint(block, x, use_reentrant=False, **again) if recompute else block(x)
         return self.attnpool(x)
 
     def init_parameters(self):
@@ -138,7 +138,7 @@ class ModifiedResNet(Tower):
 
 
 @contextmanager
-def statistics_kept(block: nn.Module) -> Iterator[None]:
+def kept(block: nn.Module) -> Iterator[None]:
     """A context, of the second forward pass of checkpointing, in which BatchNorms do not count the batch again."""
     before = [(statistic, statistic.clone()) for statistic in block.buffers()]
     try:

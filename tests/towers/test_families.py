@@ -88,6 +88,21 @@ def test_it_computes_what_openclip_does(name, source):
             assert mine[kind] == pytest.approx(peer[kind], abs=1e-6, rel=1e-6), kind
 
 
+def test_a_resnet_whose_activations_are_checkpointed_can_be_compiled():
+    """The gradients are the same, and BatchNorm counts the batch once."""
+    torch.manual_seed(0)
+    tower, images = MiniClip(config_of(MODELS["ResNet"])).visual.train(), make_inputs(MODELS["ResNet"])[0]
+    tower.checkpoint_activations(1)
+    before, found = {name: t.clone() for name, t in tower.state_dict().items()}, []
+    for run in (tower, torch.compile(tower, backend="aot_eager")):
+        tower.load_state_dict(before)
+        tower.zero_grad()
+        run(images).square().sum().backward()
+        found.append([*(p.grad for p in tower.parameters()), *(t.clone() for t in tower.buffers())])
+    for ours, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, ours)
+
+
 @pytest.fixture(params=TRAINED)
 def config_file(request, tmp_path):
     text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
