@@ -62,10 +62,10 @@ def test_both_languages_have_the_same_code_output_and_figures(page):
 
 
 @each_page
-def test_links_files_and_commands_exist(page, monkeypatch):
+def test_links_files_and_commands_exist(page, monkeypatch, tmp_path):
     rules.test_links_lead_somewhere(page)
     rules.test_named_files_exist(page)
-    rules.test_commands_parse(page, monkeypatch)
+    rules.test_commands_parse(page, monkeypatch, tmp_path)
 
 
 @each_chapter
