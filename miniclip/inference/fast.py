@@ -314,8 +314,7 @@ def inference_copy(model: MiniClip, precision: str = "fp32", pack: bool = True, 
     """A faster copy of a model for inference on its device. Its embeddings, float32, are the same (fp32) or nearly
     so (bf16, int8); changes of the weights after its first use do not reach it. `pack` lays them out for oneDNN then:
     half a second for a large model on the CPU. `fuse` makes one of each convolution and its BatchNorm. A copy is
-    returned as it is. Raises InputError for an unknown precision, for int8 not on the CPU, and for another precision
-    than a copy has."""
+    returned as it is. Raises InputError for an unknown precision, int8 off the CPU, and another than a copy has."""
     if isinstance(model, InferenceClip) and precision in ("fp32", model.precision):
         return model
     if isinstance(model, InferenceClip):

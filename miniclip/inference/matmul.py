@@ -203,8 +203,7 @@ class OneDnnLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer for inference in 8-bit integers, with a scale for each row of the weights and of the input. oneDNN
-    scales its sums before it stores them; torch's own product, on other processors, stores them as integers."""
+    """A linear layer for inference in 8-bit integers, with a scale for each row of the weights and of the input."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -219,7 +218,7 @@ class Int8Linear(nn.Module):
             rows = rows.view(torch.uint8).bitwise_xor_(128)  # oneDNN's integers are unsigned, and 128 stands for zero
             weight, out = (self.weight, self.scale, self.zero, None), (1.0, 0, x.dtype, "none", [], "")
             product = torch.ops.onednn.qlinear_pointwise(rows, 1.0, 128, *weight, *out)
-        else:
+        else:  # torch stores the sums as integers, which oneDNN scales before it stores them
             product = torch._int_mm(rows, self.weight).mul(self.scale).to(x.dtype)
         product = product.mul_(scale) if self.bias is None else torch.addcmul(self.bias, product, scale)
         return product.view(*x.shape[:-1], len(self.scale))

@@ -17,7 +17,7 @@ from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FORMATS, fingerprint
 from miniclip.inference.matmul import packs, remembered
 from miniclip.model import MiniClip
-from miniclip.utils.machine import processor
+from miniclip.utils.machine import keep_freed_memory, processor, return_freed_memory
 
 LEAST, FASTER = 0.9999, 1.3
 SMALL = 5_000_000  # weights in the layers of a model whose images take longer to read than to encode
@@ -92,6 +92,7 @@ def compare(model: MiniClip, precisions: tuple[str, ...], cases: tuple[tuple[str
     """Times inference copies of a model on made-up images and sentences, from pixel values and token ids to embeddings.
     They take turns with the functions `others`. `cases` are ("image" or "text", how many at once). Returns `Seconds` by
     (precision, case) or name, and the lowest cosine of each precision to the model in fp32."""
+    keep_freed_memory()  # as embedding a set does
     inputs = made_up(model, max(n for _, n in cases))
     copies = {precision: inference_copy(model, precision) for precision in precisions}
     plain = copies.get("fp32") or inference_copy(model)
@@ -109,6 +110,7 @@ def compare(model: MiniClip, precisions: tuple[str, ...], cases: tuple[tuple[str
             work()
             took = time.perf_counter() - start[0], busy() - start[1]
             seconds[name] = Seconds(*map(min, took, seconds.get(name, took)))
+    return_freed_memory()
     return seconds, cosines
 
 
