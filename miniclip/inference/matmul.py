@@ -203,20 +203,20 @@ class OneDnnLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer for inference in 8-bit integers, with a scale for each row of the weights and of the input."""
+    """A linear layer for inference in 8-bit integers, (..., in) to (..., out): weights and input have a scale a row."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight, scale = _to_int8(linear.weight.float())
         self.one_dnn, self.scale, self.bias = packs("int8"), scale.flatten(), linear.bias  # (out,), (out,)
-        self.zero = torch.zeros(len(weight), dtype=torch.int32)
+        self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
         self.weight = torch.ops.onednn.qlinear_prepack(weight, None) if self.one_dnn else weight.T
 
     def forward(self, x: Tensor) -> Tensor:
         rows, scale = _to_int8(x.reshape(-1, x.shape[-1]))
         if self.one_dnn:
             rows = rows.view(torch.uint8).bitwise_xor_(128)  # oneDNN's integers are unsigned, and 128 stands for zero
-            weight, out = (self.weight, self.scale, self.zero, None), (1.0, 0, x.dtype, "none", [], "")
+            weight, out = (self.weight, self.scale, self.zero_points, None), (1.0, 0, x.dtype, "none", [], "")
             product = torch.ops.onednn.qlinear_pointwise(rows, 1.0, 128, *weight, *out)
         else:  # torch stores the sums as integers, which oneDNN scales before it stores them
             product = torch._int_mm(rows, self.weight).mul(self.scale).to(x.dtype)
@@ -227,7 +227,7 @@ class Int8Linear(nn.Module):
 
 
 def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of integers, and the scale to multiply each with. Without their signs, the bits of bf16 numbers are integers
+    """Rows (N, K) as integers, and the scale (N, 1) of each. The bits of bf16 numbers without their signs are integers
     of the same order, of which the largest is found in a third of the time."""
     bits = rows.view(torch.int16) & 0x7FFF if rows.dtype == torch.bfloat16 else rows.abs()
     scale = bits.amax(dim=1, keepdim=True).view(rows.dtype).clamp_min_(1e-12) / 126  # bf16 rounds: 127 might overflow

@@ -45,7 +45,7 @@ class PackagedEncoder(nn.Module):
 
 
 class ReluConv(nn.Module):
-    """A convolution, the padding before it and the ReLU6 behind it, in one pass through memory, by oneDNN."""
+    """A convolution of images (B, C, H, W), the padding before it and the ReLU6 behind it in one pass, by oneDNN."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()

@@ -20,7 +20,7 @@ from miniclip.training.fsdp import uses_fsdp
 from miniclip.utils.errors import InputError
 
 _EVALUATION = "evaluation embeds the whole set and searches it, instead of predicting batch by batch. Remove it"
-_UPLOAD = "it would upload a folder with paths and a wrong card. Afterwards: python -m miniclip push --model OUTPUT_DIR"
+_UPLOAD = "it publishes paths. Afterwards: python -m miniclip push --model OUTPUT_DIR --repo ORG/NAME --license LICENCE"
 _TOKENS = "the loss is an average over pairs, not tokens. Remove it"
 _TRANSFORMERS = "it rewrites models of transformers, and MiniCLIP's is not one. Remove it"
 # Arguments of which no value but the default is accepted, and why.
