@@ -277,11 +277,13 @@ def table(rows: list[dict], options: argparse.Namespace) -> str:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     of = f" of {options.sizes[0]:,} vectors" if len(options.sizes) == 1 else ""
+    beside = any(row["method"].startswith("usearch") for row in rows)
+    missing = "" if beside or "usearch" not in options.methods else " usearch was not installed."
     lines = [
-        f"## Search{of}{', and usearch' if of and 'usearch' in options.methods else ''}", "",
+        f"## Search{of}{', and usearch' if of and beside else ''}", "",
         f"{results.machine()}; faiss {faiss.__version__}, threads: {faiss.omp_get_max_threads()}; peak {peak:.1f} GB."
         f" `python benchmarks/retrieval.py --sizes {' '.join(map(str, options.sizes))} --methods"
-        f" {' '.join(options.methods)}`.", "",
+        f" {' '.join(options.methods)}`.{missing}", "",
         f"The {K} nearest of N vectors by inner product, {DIM} dimensions, float32. The vectors are made, clustered and"
         " with a falling spectrum fitted to TinyCLIP's embeddings of Flickr8k (`make_gallery`), not uniform; the"
         f" queries are members of the gallery moved to a cosine of about 0.8. Queries/s: median (lowest to highest) of"
