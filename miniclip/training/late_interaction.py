@@ -54,7 +54,8 @@ def position_features(model: MiniClip, preprocess, tokenizer, records, texts, fo
     """The features that the loss reads, float16: `patches` (images, P, W) and `words` (texts, L, W). With a `folder`
     they are read from feature caches in it, or written there. `how`: options of `embed_images` and `embed_texts`."""
     image_twin, text_twin = positions(model, "visual"), positions(model, "text")
-    paths, length = [record["image"] for record in records], image_twin.visual.length
+    length = image_twin.visual.length
+    paths = [record["image"] for record in records]
     image_cache = folder and FeatureCache.for_images(folder, model, preprocess, positions=length)
     text_cache = folder and FeatureCache.for_texts(folder, model, positions=WORDS)
     patches = in_pieces(paths, partial(embed_images, image_twin, preprocess, cache=image_cache, **how), Tensor.half)

@@ -88,7 +88,8 @@ class TrainOptions:
     def problems(self):
         """Yields what is wrong with the options and what to do about it."""
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            value = getattr(self, f.name)
+            choices = f.metadata.get("choices")
             allowed, test = RANGES.get(f.name, (None, None))
             if value is not None and choices and value not in choices:
                 yield f"{f.name} {value!r} is not one of {', '.join(choices)}"

@@ -32,8 +32,11 @@ def read_data(options, args, bad_samples: BadSamples):
     for name in ("model", "train_file"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing (see --help)")
-    records, eval_records, make_dataset, problems = None, None, RunDataset, []
-    roots, num_samples = options.image_root or [None], options.train_num_samples
+    records, eval_records = None, None
+    make_dataset = RunDataset
+    problems = []
+    roots = options.image_root or [None]
+    num_samples = options.train_num_samples
     check = {"check_images": not options.check_gradients}  # that is for one step
     reading = ReadOptions.from_args(options, image_root=roots[0], bad_samples=bad_samples, **check)
     try:
@@ -105,6 +108,6 @@ def load_model(options, args, records):
 
 def make_transform(options, model) -> TrainTransform:
     """The random crops, flips and colours of training images."""
-    jitter, scale = options.color_jitter, (options.crop_scale, 1.0)
+    jitter = options.color_jitter
     color_jitter = (jitter, jitter, jitter, 0.0) if jitter else None
-    return TrainTransform(model.config.preprocess_cfg, scale, hflip=options.hflip, color_jitter=color_jitter)
+    return TrainTransform(model.config.preprocess_cfg, (options.crop_scale, 1.0), options.hflip, color_jitter)
