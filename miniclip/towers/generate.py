@@ -86,7 +86,7 @@ def beam_search(
                     going.append((row, token, total))
                 elif rank < beams and not done[image]:
                     keep_best(ended[image], beams, total / length, ids[row])
-            done[image] |= len(ended[image]) == beams and worst(ended[image]) >= totals[image][0] / length
+            done[image] |= len(ended[image]) == beams and ended[image][-1][0] >= totals[image][0] / length
             kept += going[:beams]
         rows, tokens, scores = (torch.tensor(column, device=device) for column in zip(*kept))
         ids = torch.cat([ids[rows], tokens[:, None]], dim=1)
@@ -98,15 +98,10 @@ def beam_search(
 
 
 def keep_best(texts: list[tuple[float, Tensor]], count: int, score: float, ids: Tensor):
-    """Adds a text to the `count` best ones, if it is one of them."""
-    if len(texts) < count or score > worst(texts):
-        texts.append((score, ids))
-        if len(texts) > count:
-            del texts[min(range(len(texts)), key=lambda i: texts[i][0])]
-
-
-def worst(texts: list[tuple[float, Tensor]]) -> float:
-    return min(score for score, _ in texts)
+    """Adds a text to the `count` best ones, best first, if it is one of them."""
+    texts.append((score, ids))
+    texts.sort(key=lambda text: -text[0])
+    del texts[count:]
 
 
 def sample(

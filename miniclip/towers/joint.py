@@ -183,10 +183,8 @@ class JointTextTower(JointTower):
     def inputs(self, input_ids: Tensor) -> list[Tensor]:
         """Each encoder's own ids."""
         turns = (input_ids[:, number :: len(self.towers)] for number in range(len(self.towers)))
-        return [
-            torch.where(ids == 0, tower.pad_token_id, ids - first)
-            for ids, tower, first in zip(turns, self.towers, self.firsts)
-        ]
+        each = zip(turns, self.towers, self.firsts)
+        return [torch.where(ids == 0, tower.pad_token_id, ids - first) for ids, tower, first in each]
 
     @property
     def tokenizer(self) -> JointTokenizer:

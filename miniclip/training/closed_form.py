@@ -140,8 +140,7 @@ class ClosedForm:
         cxy = self.cxy
         if trust:
             share = trust * self.spread / more.norm()
-            regression = regression + share * self.prior
-            cxy = cxy + share * more
+            regression, cxy = regression + share * self.prior, cxy + share * more
         root = (self.values_y + reg_y * self.unit_y).rsqrt()
         squares, v = torch.linalg.eigh(root[:, None] * (cxy.T @ regression) * root)
         pairs = slice(self.first, min(self.first + dim, *self.cxy.shape))

@@ -35,8 +35,7 @@ def freeze(model: MiniClip, image: str = "none", text: str = "none"):
         if how == "none":
             continue
         blocks = int(how[8:]) if how.startswith("all_but_") else 0
-        n = len(tower.blocks)
-        if blocks > n:
+        if blocks > (n := len(tower.blocks)):
             raise InputError(f"{how}: the {kind} tower has {n} blocks. Choose a number from 0 to {n}")
         depth = depths(tower)
         for name, p in tower.named_parameters():

@@ -110,20 +110,19 @@ class Probe(TrainerCallback):
 
     def repeat(self, batches: list[dict[str, Tensor]], rows: int | None = None) -> Pass:
         """The step again, on the first rows of these batches, as `Trainer` takes it, with the same random numbers."""
-        accelerator = self.trainer.accelerator
         self.trainer.model.zero_grad()
         self.losses, self.embed_grads = [], []
         torch.manual_seed(self.seed)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
-            accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last else accelerator.no_sync(self.trainer.model_wrapped):
+            self.trainer.accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else self.trainer.accelerator.no_sync(self.trainer.model_wrapped):
                 inputs = {name: value[:rows] for name, value in batch.items()}
                 self.trainer.training_step(self.trainer.model_wrapped, inputs)
         self.trainer.guard.batches.clear()
         if self.scaler:
             self.scaler.update(self.scaler.get_scale())  # forgets that the gradient was unscaled before
-            accelerator.unscale_gradients()
+            self.trainer.accelerator.unscale_gradients()
         return self.collect()
 
     def collect(self) -> Pass:
@@ -193,14 +192,13 @@ class Reference:
 
     def add(self, batch: dict[str, Tensor], steps: int, piece: int) -> tuple[float, list[Tensor | None]]:
         """Adds the gradient of one loss, divided by their number. Returns the loss and its embeddings' gradients."""
-        model = self.model
         batch = {name: value.to(self.device) for name, value in batch.items()}
-        sides = (model.encode_image, batch["pixel_values"]), (model.encode_text, batch["input_ids"])
+        sides = (self.model.encode_image, batch["pixel_values"]), (self.model.encode_text, batch["input_ids"])
         with torch.no_grad():
             embeds = [torch.cat([f(part, normalize=True).float() for part in x.split(piece)]) for f, x in sides]
         leaves = [e.requires_grad_() for e in embeds]
-        bias = None if model.logit_bias is None else model.logit_bias.sum()
-        loss = self.loss(ClipOutput(*leaves, model.logit_scale.exp().sum(), bias), batch)
+        bias = None if self.model.logit_bias is None else self.model.logit_bias.sum()
+        loss = self.loss(ClipOutput(*leaves, self.model.logit_scale.exp().sum(), bias), batch)
         (loss * self.scale / steps).backward()
         for (encode, inputs), leaf in zip(sides, leaves):
             for part, grad in zip(inputs.split(piece), leaf.grad.split(piece)):

@@ -89,9 +89,8 @@ class TrainOptions:
         """Yields what is wrong with the options and what to do about it."""
         for f in fields(self):
             value = getattr(self, f.name)
-            choices = f.metadata.get("choices")
             allowed, test = RANGES.get(f.name, (None, None))
-            if value is not None and choices and value not in choices:
+            if value is not None and (choices := f.metadata.get("choices")) and value not in choices:
                 yield f"{f.name} {value!r} is not one of {', '.join(choices)}"
             if value is not None and test and not test(value):
                 yield f"{f.name} is {value}. It must be {allowed}"

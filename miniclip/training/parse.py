@@ -116,9 +116,7 @@ def parse_train(argv: list[str]):
     folder = tempfile.TemporaryDirectory() if given.get("check_gradients") else None  # in place of output_dir
     more = [*CHECK, folder.name] if folder else []
     options, args, *_ = parser.parse_args_into_dataclasses([*argv, *more], look_for_args_file=False)
-    vars(options).update(fetched(vars(options)))
-    options.given = frozenset(given)
-    options.note = note
+    vars(options).update(fetched(vars(options)), given=frozenset(given), note=note)
     if is_remote(args.output_dir):
         from miniclip.run.store import local_folder
 
