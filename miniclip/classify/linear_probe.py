@@ -1,8 +1,7 @@
 """Linear probe: logistic regression on frozen image embeddings, from scratch or from the zero-shot classifier.
 
 Sources: CLIP (Radford et al., arXiv 2103.00020, section 3.2); staying near the zero-shot classifier, which loses little
-with few examples: cf. Silva-Rodriguez et al., arXiv 2312.12730. Numbers: docs/classify.md.
-"""
+with few examples: cf. Silva-Rodriguez et al., arXiv 2312.12730. Numbers: docs/classify.md."""
 
 import numpy as np
 import torch

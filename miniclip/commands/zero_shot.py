@@ -1,8 +1,7 @@
 """Zero-shot classification: which of several classes an image shows, from the class names alone.
 
 Reads images and class names, and writes zero_shot.json and zero_shot.md to --output_dir; for images in class folders
-also the accuracy and confusion.png.
-"""
+also the accuracy and confusion.png."""
 
 import os
 import time
@@ -61,10 +60,9 @@ def main(argv: list[str]):
     rows = [(*image, row) for image, row in zip(images, truth or [None] * len(images))]
     rows, embeds = common.embed_usable(options, model, preprocess, rows, bad_samples)
     seconds = {"classes": ready - start, "pictures": time.perf_counter() - ready}
-    shares = probabilities(model, embeds, classifier)
     found = search(classifier.T.numpy(), embeds, min(5, len(names)))[1]  # among equals the first
     results = []
-    for (path, _, row), best, share in zip(rows, found, shares):
+    for (path, _, row), best, share in zip(rows, found, probabilities(model, embeds, classifier)):
         top = [(names[c], float(share[c])) for c in best]
         results.append({"image": path, "class": None if row is None else names[row], "top": top})
     coverage = tokenizer_coverage(tokenizer, list(classes.values()))

@@ -59,9 +59,7 @@ class CLIP(nn.Module):
         return self.miniclip.encode_text(text, normalize)
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.logit_scale.exp() * self.encode_image(image, True) @ self.encode_text(text, True).T
-        logits = logits if self.logit_bias is None else logits + self.logit_bias
-        return logits, logits.T
+        return self.miniclip.get_logits(image.to(self.dtype), text)
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None):
         """(image_features, text_features, logit_scale), and logit_bias if there is one; a dict with `output_dict`."""

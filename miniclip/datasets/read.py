@@ -1,7 +1,6 @@
 """Reading a source in any form (docs/datasets.md) to records {"image": path or ImageFile, "caption": [strings]}.
 
-A::B stands for several sources, A:val for the split `val` of one, and A[:300] for its first 300 records.
-"""
+A::B stands for several sources, A:val for the split `val` of one, and A[:300] for its first 300 records."""
 
 import hashlib
 import itertools

@@ -7,8 +7,7 @@ An index is a folder. What is searched is one generation in it, and a small file
                                     the sha256 of its content; files.parquet, the row of each file; search.faiss above
                                     100,000 images; texts.npy; bad_samples.jsonl; of a model with late
                                     interaction patches.npy (N, P, D) float16
-    products.mc/under-way/          vectors of a run that has not finished
-"""
+    products.mc/under-way/          vectors of a run that has not finished"""
 
 import hashlib
 import json

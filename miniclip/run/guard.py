@@ -1,8 +1,7 @@
 """Interruptions, NaN, dead data workers and resuming: when a run ends early, and what it leaves behind (docs/run.md).
 
 SIGTERM and Ctrl-C finish the step and save a checkpoint. A NaN or infinite loss stops the run before the weights are
-updated, a dead data worker names its sample, and an error about memory says which batch size fits.
-"""
+updated, a dead data worker names its sample, and an error about memory says which batch size fits."""
 
 import gc
 import json

@@ -1,7 +1,6 @@
 """Progress of a training run: a bar or lines on the terminal, `log.jsonl`, curves and warnings.
 
-python -m miniclip progress runs/mine     # draws curves.png from log.jsonl, also while the run is going
-"""
+python -m miniclip progress runs/mine     # draws curves.png from log.jsonl, also while the run is going"""
 
 import json
 import logging

@@ -4,8 +4,7 @@
 
 256 learned queries read the image tower by attention: the first becomes the image's embedding, the others are image
 tokens. A class token behind the caption becomes its embedding, the positions of the caption are text tokens. The
-decoder predicts each next word from the text tokens so far and all image tokens.
-"""
+decoder predicts each next word from the text tokens so far and all image tokens."""
 
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,8 +1,7 @@
 """Decoding: the logits of each next token, one position at a time, and beam search and sampling by them.
 
 Both do what OpenCLIP's `generate` does. Two things in it are its own: a beam's score is the sum of logits, not of log
-probabilities; and its groups of beams, without a penalty for being alike, all find the same, so one is computed.
-"""
+probabilities; and its groups of beams, without a penalty for being alike, all find the same, so one is computed."""
 
 from collections.abc import Callable
 

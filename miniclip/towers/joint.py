@@ -6,8 +6,7 @@
 Each entry of `towers` is the section of one encoder; its own projection does not exist. Each encoder's features count
 the same: they are brought to unit length. Images are prepared as the encoder with the largest ones wants them, and then
 for each other one resized to its size and given its mean and deviation. Each text encoder reads tokens of its own
-tokenizer (`JointTokenizer`).
-"""
+tokenizer (`JointTokenizer`)."""
 
 import math
 from dataclasses import asdict, dataclass, field

@@ -6,8 +6,7 @@ all see each other, read at its last position, which is padding in most captions
     "text_cfg": {..., "no_causal_mask": true, "proj_bias": true, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
 
 as in OpenCLIP, whose image tower timm builds; here a name of timm's only says the sizes, and `"pool_type": "map"` with
-sizes of your own makes another. The features of images are the embeddings: there is no projection.
-"""
+sizes of your own makes another. The features of images are the embeddings: there is no projection."""
 
 import re
 from dataclasses import dataclass

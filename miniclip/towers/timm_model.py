@@ -5,8 +5,7 @@ any other image model of timm.
 
 timm builds `trunk` by its name and with `timm_pool`. `timm_proj` "linear" or "mlp" adds a projection, `head`; with null
 or "" timm's own classifier is the projection, and with "none" the features are the embeddings. Submodules have
-OpenCLIP's names, so weights need no table of names. timm is an optional package, which needs torchvision.
-"""
+OpenCLIP's names, so weights need no table of names. timm is an optional package, which needs torchvision."""
 
 import re
 from collections import OrderedDict

@@ -2,8 +2,7 @@
 
 `cache_dir`, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub. A
 file of a plain address is kept in `miniclip-files/` of the same folder. It has its name once all of it is there and its
-size and sha256 are right; until then it is NAME.incomplete, which the next call continues.
-"""
+size and sha256 are right; until then it is NAME.incomplete, which the next call continues."""
 
 import hashlib
 import logging

@@ -5,8 +5,7 @@
 
 The file says for each tag what is published: the repository on the Hugging Face hub, the address of a single file with
 its sha256 (or the first digits of it), the activation, and the preprocessing where it is not OpenAI's. Each tag of
-QuickGELU weights is also one of the config whose name ends in `-quickgelu`, if there is one.
-"""
+QuickGELU weights is also one of the config whose name ends in `-quickgelu`, if there is one."""
 
 import functools
 import json
