@@ -80,9 +80,8 @@ class RetrievalEvaluator(RetrievalMeasure, Evaluator):
         if isinstance(model, InferenceClip):
             return model.about
         n = 8 if self.precision == "fp32" else 64
-        device = model.logit_scale.device
-        pixel_values = torch.stack([self.preprocess.load(path) for path in self.images[:n]]).to(device)
-        input_ids = self.tokenizer(self.texts[:n], trim=True).to(device)
+        pixel_values = torch.stack(list(map(self.preprocess.load, self.images[:n]))).to(model.logit_scale.device)
+        input_ids = self.tokenizer(self.texts[:n], trim=True).to(model.logit_scale.device)
         with torch.inference_mode():
             models = model, inference_copy(model, self.precision)
             exact, ours = ((m.encode_image(pixel_values, True), m.encode_text(input_ids, True)) for m in models)

@@ -58,10 +58,10 @@ class SigLipVisionConfig(VisionConfig):
         if (found := re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)", name)) is None or found[1] not in TIMM:
             sizes = ", ".join(TIMM)
             raise InputError(f"timm_model_name is {name!r}, not SigLIP's ViT of a fixed image size ({sizes})")
-        (width, layers, heads, ratio), patch, size = TIMM[found[1]], int(found[2]), int(found[3])
+        width, layers, heads, ratio = TIMM[found[1]]
         head_width = width // heads if self.timm_model_name or not self.width else 64
-        usual = {"width": width, "layers": layers, "head_width": head_width, "mlp_ratio": ratio, "patch_size": patch}
-        usual |= {"image_size": size}
+        usual = {"width": width, "layers": layers, "head_width": head_width, "mlp_ratio": ratio}
+        usual |= {"patch_size": int(found[2]), "image_size": int(found[3])}
         if self.timm_model_name:
             usual["act_kwargs"] = TANH if WITH_TANH.match(name) else None
         for field, value in usual.items():

@@ -39,8 +39,7 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
     dropout make, and InputError for a loss that is not finite. Weights and random numbers stay as they are; a process
     group is ended. No optimizer step is made, and nothing is written."""
     args, model = trainer.args, trainer.model
-    first = trainer.is_world_process_zero()
-    plain = copy.deepcopy(model, copies := {}) if first else None
+    plain = copy.deepcopy(model, copies := {}) if trainer.is_world_process_zero() else None
     probe = Probe(trainer)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     max_grad_norm = args.max_grad_norm
@@ -61,7 +60,7 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
             value.copy_(buffers[name])
         if dist.is_initialized():
             dist.destroy_process_group()  # from here on the loss is that of one process
-        if first:
+        if plain is not None:
             piece = (not probe.batch_norm and args.grad_cache_chunk_size) or args.per_device_train_batch_size
             loss = probe.loss  # a partial of the model's own parts, as superclip's, then has those of the copy
             loss = copy.deepcopy(loss, copies) if isinstance(loss, partial) else loss
@@ -70,7 +69,6 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
 
 def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tensor]]], args) -> dict:
     """Prints the table and the causes. Returns its figures. Raises WrongGradients for a difference without a cause."""
-    passes = probe.passes
     pad = probe.trainer.data_collator.tokenize.pad_token_id
     steps = [concatenate(step, pad) for step in inputs]
     everything = concatenate(steps, pad)
@@ -78,7 +76,7 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
     expected = reference(steps)
     piece = count if probe.batch_norm else reference.piece
     one = expected if len(steps) == 1 and piece == reference.piece else reference([everything], piece=piece)
-    exact, run = passes["exact"], passes["run"]
+    exact, run = probe.passes["exact"], probe.passes["run"]
     columns: dict[str, tuple[Pass, Pass]] = {}  # what explains a difference -> the passes with it and without
     causes, faults = [], []  # sentences: on each of the columns, and on what nothing explains
     if len(steps) > 1:
@@ -91,14 +89,14 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
         causes.append("each process has statistics of its own")
         columns["BatchNorm"] = expected, one
     if probe.dropout:
-        columns["dropout"] = run, passes.get("without dropout", exact)
+        columns["dropout"] = run, probe.passes.get("without dropout", exact)
         rates = {f"{name} {rate:g}" for _, name, rate in drop_rates(probe.trainer.model)}
         causes.append(f"the one batch is computed without it ({', '.join(sorted(rates))})")
         if not all(abs(slope - 1) < 0.03 for slope in probe.slopes):
             how = f"along the gradient the loss changes {min(probe.slopes):.2f} times as much as it should"
             faults.append(f"The backward pass does not repeat the random numbers of the forward pass: {how}")
     low = probe.precision
-    judged = passes.get("without dropout", run)
+    judged = probe.passes.get("without dropout", run)
     if low == "tf32" and not rounding(judged, exact):
         low = None  # torch's default, for convolutions alone, of which the fast path has none
     before, scale = probe.scales

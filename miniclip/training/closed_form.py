@@ -254,8 +254,7 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
     blocks of the encoders with them, training is not tried."""
     heads = [copy.deepcopy(tower.projection).cpu().float() for tower in (model.visual, model.text)]
     centred = all(linear(head).bias is not None for head in heads)
-    n = len(pairs.images)
-    dim = model.config.embed_dim
+    n, dim = len(pairs.images), model.config.embed_dim
     bias = None if model.logit_bias is None else model.logit_bias.detach().cpu()
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     total = Moments.of(pairs)
