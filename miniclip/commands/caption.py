@@ -69,6 +69,5 @@ def main(argv: list[str]):
         results["metrics"] = caption_metrics(captions, references)
         for picture, texts in zip(pictures, references):
             picture["references"] = list(texts)
-        figures = ", ".join(f"{name} {100 * value:.1f}" for name, value in results["metrics"].items())
-        summary += f": {figures}"
+        summary += ": " + ", ".join(f"{name} {100 * value:.1f}" for name, value in results["metrics"].items())
     common.finish(options, "captions", results, "\n".join(lines), bad_samples, summary)

@@ -246,9 +246,8 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
     if twice:
         logger.warning("%s: %d images have a caption file beside them too, which is not used", tables[0], twice)
     if all(isinstance(record, InputError) for _, record in raw):
-        listed = "".join(f"\n  {name}: {error}" for name, error in raw[:10])
         what = "no image in it has a caption file beside it, and it has no tar shards or tables"
-        raise CaptionFileError(f"{root.folder}: {what}{listed}")
+        raise CaptionFileError(f"{root.folder}: {what}" + "".join(f"\n  {name}: {error}" for name, error in raw[:10]))
     return raw
 
 

@@ -61,8 +61,7 @@ def where_seen(model: MiniClip, preprocess, tokenizer, image, text: str) -> tupl
     model = inference_copy(model, pack=False, fuse=False)
     levels = preprocess.levels(open_image(image, preprocess.scale, preprocess.stored))
     patches = torch.from_numpy(embed_patches(model, preprocess, [image])[0]).float()
-    vectors = torch.from_numpy(embed_words(model, tokenizer, [text])[0])
-    products = (vectors @ patches.T).numpy()
+    products = (torch.from_numpy(embed_words(model, tokenizer, [text])[0]) @ patches.T).numpy()
     side = math.isqrt(len(patches))
     # A text's tokens are those of its words, one word after the other, behind a start token if there is one.
     ids = tokenizer([text], trim=True)[0].tolist()

@@ -56,8 +56,7 @@ class SigLipVisionConfig(VisionConfig):
     def __post_init__(self):
         name = self.timm_model_name or "vit_base_patch16_siglip_224"
         if (found := re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)", name)) is None or found[1] not in TIMM:
-            sizes = ", ".join(TIMM)
-            raise InputError(f"timm_model_name is {name!r}, not SigLIP's ViT of a fixed image size ({sizes})")
+            raise InputError(f"timm_model_name is {name!r}, not SigLIP's ViT of a fixed image size ({', '.join(TIMM)})")
         width, layers, heads, ratio = TIMM[found[1]]
         head_width = width // heads if self.timm_model_name or not self.width else 64
         usual = {"width": width, "layers": layers, "head_width": head_width, "mlp_ratio": ratio}

@@ -293,12 +293,11 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
             train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
             trained.append(mean_recall(heads, held))
     before = measure(best)
-    where = sum(len(held.images) for _, held in parts)
     names = "" if prior is None else f", trust in class names {trust:g}"
     times = "1 fold" if len(parts) == 1 else f"{len(parts)} folds"
     line = (
         f"projections: regularised CCA (images {strengths[0]:g}, captions {strengths[1]:g}{names}), mean recall"
-        f" {before:.1f} on {where} images held out for a moment in {times}"
+        f" {before:.1f} on {sum(len(held.images) for _, held in parts)} images held out for a moment in {times}"
     )
     if alone:
         after = sum(trained) / len(trained)

@@ -124,11 +124,11 @@ class DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        needed = ctx.needs_input_grad
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        functions = (input_gradient, weight_gradient)
-        x, weight = (f(gradient, *ctx.saved_tensors, *ctx.sizes) if n else None for f, n in zip(functions, needed))
-        return x, weight, gradient.sum(dim=(0, 2, 3)) if needed[2] else None, None, None
+        x = input_gradient(gradient, *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
+        weight = weight_gradient(gradient, *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[1] else None
+        bias = gradient.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return x, weight, bias, None, None
 
 
 def convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], of: int):

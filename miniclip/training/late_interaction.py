@@ -27,9 +27,8 @@ def late_interaction_loss(outputs: ClipOutput, batch: dict[str, Tensor], model: 
         images, texts, scale = (x.float() for x in outputs[:3])
         all_patches, all_words = gather(patches), gather(words)
         per_text = scale * (texts @ gather(images).T + maxsim(words, all_patches))
-        per_image = per_text.T
-        if all_words is not words:
-            per_image = scale * (images @ gather(texts).T + maxsim(all_words, patches).T)
+        alone = all_words is words  # one process
+        per_image = per_text.T if alone else scale * (images @ gather(texts).T + maxsim(all_words, patches).T)
         same = find_duplicates(batch["pair_ids"], gather(batch["pair_ids"]))
         target = same / same.sum(dim=1, keepdim=True)
         return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2

@@ -207,5 +207,4 @@ def write_npy(path: str | Path, dtype, shape: tuple, parts: Iterable[np.ndarray]
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
-        for part in parts:
-            file.write(part.astype(dtype, copy=False).tobytes())
+        file.writelines(part.astype(dtype, copy=False).tobytes() for part in parts)
