@@ -45,8 +45,7 @@ def choose_strength(features, labels, num_classes: int, start=None, scale: float
     labels, turn = np.asarray(labels), np.empty(len(labels), dtype=np.int64)
     for row in np.unique(labels):
         turn[labels == row] = np.arange((labels == row).sum())
-    folds = min(4, int(np.bincount(labels, minlength=num_classes).min()))
-    if folds < 2:
+    if (folds := min(4, int(np.bincount(labels, minlength=num_classes).min()))) < 2:
         return STRENGTHS[-1]
     losses = dict.fromkeys(STRENGTHS, 0.0)
     for fold in range(folds):

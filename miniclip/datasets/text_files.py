@@ -33,8 +33,7 @@ def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list
     """Returns the columns of the image and of the caption among those there: as named, or else the first with a known
     name, or for captions all that have it with a number: caption_0, caption_1. Raises InputError, `where` in front."""
     columns, there = [], list(there)
-    twice = [name for name, count in Counter(there).items() if count > 1 and str(name).strip()]
-    if twice:
+    if twice := [name for name, count in Counter(there).items() if count > 1 and str(name).strip()]:
         raise InputError(f"{where}: two columns are named {twice[0]!r}: rename or remove one")
     wanted = ("image", options.image_column, IMAGE_KEYS), ("caption", options.caption_column, TEXT_KEYS)
     for what, name, known in wanted:

@@ -184,8 +184,7 @@ def open_to_write(folder: Path, check: bool, *same) -> tuple[ImageIndex | None, 
         remedy = "move that away, or choose another --index" if exists else "choose another --index"
         raise ImageIndexError(f"{folder} must contain nothing but the index, and has {min(strange)!r}{more}: {remedy}")
     held = lock(folder, "--index")
-    old = ImageIndex(folder, check) if (folder / INDEX).is_file() else None
-    if old:
+    if old := ImageIndex(folder, check) if (folder / INDEX).is_file() else None:
         old.check_same(*same)
     remove_scratch(folder)
     for path in folder.iterdir():

@@ -67,8 +67,7 @@ class Page:
     def classes(self, say: Words, path: str | None, text: str, sentences: str) -> str:
         """Classifies an image. Shows probabilities as bars, highest first: as text, too, for screen readers."""
         classes = read_classes(say, text)
-        templates = parts(say, sentences, CAPTIONS, "\n")
-        if not templates:
+        if not (templates := parts(say, sentences, CAPTIONS, "\n")):
             raise InputError(say("no_sentences"))
         # Other braces would be instructions to Python's formatting.
         if wrong := [text for text in templates if not re.fullmatch(r"[^{}]*{}[^{}]*", text)]:

@@ -126,10 +126,10 @@ class ModifiedResNet(Tower):
     def init_parameters(self):
         """Draws attention as OpenAI's code does. With a gain of 0 each block begins as the identity (arXiv
         1706.02677). Convolutions start as PyTorch's do."""
-        pool, std = self.attnpool, self.width**-0.5
+        pool = self.attnpool
         weights = (layer.weight for layer in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj))
         for parameter in (pool.positional_embedding, *weights):
-            nn.init.normal_(parameter, std=std)
+            nn.init.normal_(parameter, std=self.width**-0.5)
         for block in self.blocks:
             nn.init.zeros_(block.bn3.weight)
 
@@ -153,8 +153,8 @@ def statistics_kept(block: nn.Module) -> Iterator[None]:
 def from_weights(weights: dict[str, Tensor]) -> dict:
     """The section with the sizes of an image tower's weights, named as in OpenCLIP without the prefix."""
     stages = [{name.split(".")[1] for name in weights if name.startswith(f"layer{i}.")} for i in (1, 2, 3, 4)]
-    grid, width = math.isqrt(len(weights["attnpool.positional_embedding"]) - 1), len(weights["layer1.0.conv1.weight"])
-    return {"layers": tuple(map(len, stages)), "width": width, "image_size": 32 * grid}
+    grid = math.isqrt(len(weights["attnpool.positional_embedding"]) - 1)
+    return {"layers": tuple(map(len, stages)), "width": len(weights["layer1.0.conv1.weight"]), "image_size": 32 * grid}
 
 
 TOWERS[ResNetConfig] = ModifiedResNet

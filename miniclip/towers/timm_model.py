@@ -109,11 +109,12 @@ class TimmTower(Tower):
         self.block_names = self.name_blocks()
 
     def make_trunk(self, pretrained: bool = False) -> nn.Module:
-        cfg, timm, side = self.cfg, import_timm(), self.image_size
+        cfg = self.cfg
+        side = self.image_size
         options = {"drop_path_rate": cfg.timm_drop_path}
         if not self.has_head:
             options |= {"num_classes": 0 if cfg.timm_proj == "none" else self.embed_dim, "global_pool": cfg.timm_pool}
-        trunk = timm.create_model(cfg.timm_model_name, pretrained=pretrained, **options)
+        trunk = import_timm().create_model(cfg.timm_model_name, pretrained=pretrained, **options)
         if self.has_head:
             trunk.reset_classifier(0, **({"global_pool": cfg.timm_pool} if cfg.timm_pool else {}))
         if (usual := trunk.default_cfg["input_size"][-1]) != side:
@@ -188,10 +189,11 @@ class TimmTower(Tower):
         return self.trunk.forward_head(self.trunk.forward_features(pixel_values), pre_logits=True)
 
     def checkpoint_activations(self, every: int):
-        name, norms = self.cfg.timm_model_name, [m for m in self.trunk.modules() if isinstance(m, _BatchNorm)]
+        name = self.cfg.timm_model_name
+        norms = {module for module in self.trunk.modules() if isinstance(module, _BatchNorm)}
         if every > 1:
             raise InputError(f"timm recomputes all blocks of {name} or none: remove every_n_layers")
-        if every and not set(norms) <= set(self.fixed_norms):
+        if every and not norms <= set(self.fixed_norms):
             problem = f"the BatchNorm of {name} would count each batch twice"
             raise InputError(f"{problem}: remove --gradient_checkpointing, or add --freeze_image all_but_N")
         ask(name, self.trunk.set_grad_checkpointing, bool(every))

@@ -84,8 +84,7 @@ def use(form: str, note: list[str] | str, repo: str) -> str:
 
 def describe_training(record: dict) -> str:
     """Data and recipe, from a run's run.json. Of paths only the last part is told."""
-    options = record.get("options") or {}
-    if not options:
+    if not (options := record.get("options")):
         return "How this model was trained is not recorded."
     settings = options | (record.get("arguments") or {})
     rows = [("data", data(options.get("train_file"), record.get("data")))]

@@ -55,8 +55,7 @@ def chosen(names: Iterable[str], repo: str) -> tuple[list[str], list[str]]:
     for weights in weight_names("open_clip_config.json" in names):
         if weights in names:
             return sorted(known), [weights]
-        shards = {name for name in names if (part := SHARD.fullmatch(name)) and part[1] + part[3] == weights}
-        if shards:
+        if shards := {name for name in names if (part := SHARD.fullmatch(name)) and part[1] + part[3] == weights}:
             return sorted(known), sorted(shards | names & {weights + ".index.json"})
     listed = ", ".join(weight_names(False))
     raise InputError(f"the repository {repo} has no weights named {listed}, but {shorten(sorted(names))}")
@@ -96,7 +95,8 @@ def download_repo(repo: str, revision: str | None = None, cache_dir: str | Path 
             info = HfApi().model_info(repo, revision=revision)
             # Weights come last: where they are, also after an interruption, the rest is.
             for names in chosen((file.rfilename for file in info.siblings or ()), repo):
-                new, patterns = [name for name in names if not cached(name, info.sha)], list(map(escape, names))
+                new = [name for name in names if not cached(name, info.sha)]
+                patterns = list(map(escape, names))
                 folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache, allow_patterns=patterns))
                 for name in new:
                     check_content(folder / name, repo)

@@ -133,7 +133,8 @@ def siglip_config(values: dict, folder: Path) -> MiniClipConfig:
 
 def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[MiniClipConfig | None, str]:
     """The config that fits the weights and the reason; None and what is in doubt, if there is not exactly one."""
-    config, sizes = read_json(file := folder / "config.json"), infer_config(weights)
+    config = read_json(file := folder / "config.json")
+    sizes = infer_config(weights)
     if config.get("model_type") == "clip":  # transformers omits its defaults
         vision, text = (config.get(name) or {} for name in ("vision_config", "text_config"))
         if not (isinstance(vision, dict) and isinstance(text, dict)):
