@@ -67,7 +67,8 @@ def beam_search(
     device: torch.device | str = "cpu",
 ) -> Tensor:  # fmt: skip
     """Token ids (images, T), T up to `seq_len`: of each image the text with the highest mean score of a token."""
-    ids, rows = torch.full((images * beams, 1), sot, device=device), None
+    ids = torch.full((images * beams, 1), sot, device=device)
+    rows = None
     scores = torch.tensor([0.0] + [-1e9] * (beams - 1), device=device).repeat(images)  # all begin alike: one counts
     ended: list[list[tuple[float, Tensor]]] = [[] for _ in range(images)]  # (mean score, ids) of the best texts
     done = [False] * images

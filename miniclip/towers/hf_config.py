@@ -87,9 +87,9 @@ class HfVisionConfig(HfConfig):
 
     def preprocess(self) -> dict:
         """The encoder's own preprocessing, from its preprocessor_config.json."""
-        size, name = {} if self.image_size is None else {"size": self.image_size}, self.hf_model_name
-        entry = packaged(name)
-        if isinstance(entry, type):
+        name = self.hf_model_name
+        size = {} if self.image_size is None else {"size": self.image_size}
+        if isinstance(entry := packaged(name), type):
             return entry.PREPROCESS | size
         if name and not self.hf_model_config:
             from transformers.utils import cached_file

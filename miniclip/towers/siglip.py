@@ -64,8 +64,7 @@ class SigLipVisionConfig(VisionConfig):
         if self.timm_model_name:
             usual["act_kwargs"] = TANH if WITH_TANH.match(name) else None
         for field, value in usual.items():
-            given = getattr(self, field)
-            if given is None:
+            if (given := getattr(self, field)) is None:
                 setattr(self, field, value)
             elif self.timm_model_name and given != value:
                 raise InputError(f"{field} is {given}, but {value} in {name}: remove timm_model_name or {field}")

@@ -88,7 +88,7 @@ class TimmTower(Tower):
     def __init__(self, cfg: TimmVisionConfig, embed_dim: int, quick_gelu: bool):
         super().__init__()
         self.cfg, self.image_size, self.embed_dim = cfg, cfg.image_size, embed_dim
-        self.has_head, layers = cfg.timm_proj in ("linear", "mlp"), OrderedDict()
+        self.has_head = cfg.timm_proj in ("linear", "mlp")
         # On the CPU even if the model is on "meta", for its shapes alone: some of timm's constants are not weights.
         with torch.device("cpu"), limited_by(None):
             self.trunk = ask(cfg.timm_model_name, self.make_trunk)
@@ -96,6 +96,7 @@ class TimmTower(Tower):
         self.width = W = self.trunk.num_features
         if cfg.timm_proj == "none" and embed_dim != W:
             raise InputError(f"timm_proj none: {cfg.timm_model_name} is {W} wide, embed_dim is {embed_dim}")
+        layers = {}
         if cfg.timm_proj == "linear":
             layers = {"drop": nn.Dropout(cfg.timm_drop), "proj": nn.Linear(W, embed_dim, bias=cfg.timm_proj_bias)}
         elif cfg.timm_proj == "mlp":

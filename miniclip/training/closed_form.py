@@ -120,8 +120,7 @@ class ClosedForm:
         """Rx^-1 Cxy and, with a prior P, Rx P. The former saves the roots of Rx, which is often the largest: what is
         left is the eigenvectors V of Ry^-1/2 Cyx Rx^-1 Cxy Ry^-1/2, whose eigenvalues are the squares of S."""
         ridge = reg_x * self.unit_x
-        a = self.factor
-        if a is None:
+        if (a := self.factor) is None:
             root = torch.linalg.cholesky(self.cxx + ridge * torch.eye(len(self.cxx), dtype=self.cxx.dtype))
             regression = torch.cholesky_solve(self.cxy, root)
         else:  # Woodbury's identity: n x n instead of X x X

@@ -71,8 +71,7 @@ def read_data(options, args, bad_samples: BadSamples):
             raise InputError(f"the best model cannot be found: {line}")
         if not measured and "eval_strategy" not in options.given:
             args.eval_strategy = IntervalStrategy.NO  # it was on because there should have been something to measure
-    number = options.train_num_samples if options.streaming else records and epoch_length(records)
-    if number is not None:
+    if (number := options.train_num_samples if options.streaming else records and epoch_length(records)) is not None:
         lines.append(fit_batch(args, number, "per_device_train_batch_size" in options.given))
     if args.process_index == 0:
         print(*filter(None, lines), sep="\n", end="\n" * any(lines), flush=True)

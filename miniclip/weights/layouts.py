@@ -29,7 +29,8 @@ SIGLIP_TEXT = SIGLIP | {"max_position_embeddings": 64, "vocab_size": 32000, "pro
 def load_folder(folder: Path) -> MiniClip:
     """Returns the model in a folder of MiniCLIP, OpenCLIP (`open_clip_config.json`) or transformers (CLIPModel,
     SiglipModel), in evaluation mode. Raises InputError for another folder, damaged files and unknown towers."""
-    values, theirs = read_json(folder / "config.json"), (folder / "open_clip_config.json").is_file()
+    values = read_json(folder / "config.json")
+    theirs = (folder / "open_clip_config.json").is_file()
     if "vision_cfg" in values or not theirs and "model_type" not in values:
         return MiniClip.from_pretrained(folder)
     if not theirs and values["model_type"] not in ("clip", "siglip"):

@@ -88,7 +88,8 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
         weights, source = to_miniclip(state_dict, (model.visual.key_rows(), model.text.key_rows()))
     except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
         raise CheckpointError(f"{path}: {error}") from None
-    shapes, towers = {}, {"visual.blocks.": model.visual, "text.blocks.": model.text}
+    shapes = {}
+    towers = {"visual.blocks.": model.visual, "text.blocks.": model.text}
     alike = tuple(start for start, tower in towers.items() if any("{b}" in row[0] for row in tower.key_rows()))
     for key, tensor in ((key, tensor) for key, tensor in weights.items() if key.startswith(alike)):
         first, shape = shapes.setdefault(first_block(key), (key, tuple(tensor.shape)))
