@@ -24,8 +24,7 @@ def format_images(images: list[dict], most: int = 20) -> str:
 
 def why_no_truth(paths: Sequence[str], images: list[tuple[str, str | None]]) -> str | None:
     """Returns why the true classes of images are unknown, where one might expect otherwise. `paths`: the arguments."""
-    loose = [path for path, folder in images if folder is None]
-    if len(loose) < len(images):
+    if len(loose := [path for path, folder in images if folder is None]) < len(images):
         return f"{loose[0]} is not in a class folder" if loose else "the folders are none of the classes"
     for top in filter(os.path.isdir, paths):
         if len({os.path.dirname(path) for path in loose if path.startswith(os.path.join(top, ""))}) > 1:

@@ -58,8 +58,7 @@ def read_captions(source: str | Path, image_root: str | Path | None = None, **op
 
 def split(source: str | Path) -> list[str]:
     """Returns the sources in a specification, which `::` separates."""
-    parts = [part.strip() for part in str(source).split("::")]
-    if not all(parts):
+    if not all(parts := [part.strip() for part in str(source).split("::")]):
         raise InputError(f"{source!r}: nothing on one side of a ::")
     return parts
 

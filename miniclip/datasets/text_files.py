@@ -226,8 +226,7 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
         text = caption_kind(files, options.caption_column)
         kinds = [kind for kind in EXTENSIONS if kind in files]
         # A phone's HEIC beside the JPEG that was made of it is not a second image.
-        images = [files[kind] for kind in [kind for kind in kinds if kind not in HEIC] or kinds[:1]]
-        if not images:
+        if not (images := [files[kind] for kind in [kind for kind in kinds if kind not in HEIC] or kinds[:1]]):
             raw.append((next(iter(files.values())), InputError("there is no image beside it")))
         for image in images:
             if image in named:

@@ -125,8 +125,7 @@ def update(
     kept = {name: found for name, found in before.items()
             if name.startswith(closed) or broken.get(name, "").startswith(UNOPENED)}  # fmt: skip
     broken |= {name: faulty[key] for name, (key, _) in files.items() if key in faulty}
-    files = kept | {name: found for name, found in files.items() if found[0] not in faulty}
-    if not files:
+    if not (files := kept | {name: found for name, found in files.items() if found[0] not in faulty}):
         raise no_images(f"{root.folder}: none of its {len(names)} images can be read. The first:", broken)
 
     changes = Counter(bad=len(broken), encoded=len(journal) - resumed, resumed=resumed, kept=len(kept))

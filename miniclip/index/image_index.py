@@ -95,9 +95,8 @@ class ImageIndex:
 
     def find(self, vector: np.ndarray, k: int) -> list[tuple[float, int]]:
         """Returns the k rows nearest to a vector (E,), or all if there are fewer: (score, row), best first."""
-        query = vector[None].astype(np.float32)
         find = self.neighbours.find if self.neighbours else exact
-        scores, rows = find(self.vectors, query, k, self.alive)
+        scores, rows = find(self.vectors, vector[None].astype(np.float32), k, self.alive)
         return list(zip(scores[0].tolist(), rows[0].tolist()))
 
     def files(self) -> dict[str, tuple[bytes, tuple]]:

@@ -129,8 +129,7 @@ def for_inference(model: MiniClip, n: int, fuse: bool = False) -> InferenceClip:
 
 def on_all_processes(items: list, embed: Callable[[list], np.ndarray]) -> np.ndarray:
     """`embed(items)` on every process, of which process i of n computes items i, i + n, i + 2n, ..."""
-    n = dist.get_world_size() if dist.is_initialized() else 1
-    if n == 1:
+    if (n := dist.get_world_size() if dist.is_initialized() else 1) == 1:
         return embed(items)
     shares: list = [None] * n
     dist.all_gather_object(shares, embed(items[dist.get_rank() :: n]))

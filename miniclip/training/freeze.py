@@ -112,8 +112,7 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("logit_")):
         raise InputError("both towers are frozen, projections included: nothing is left to train. Freeze one of them")
     start = starts_in_closed_form(model, options)  # from all features, also of towers whose last blocks then learn
-    wanted = [frozen or start for frozen in options.frozen]
-    if not any(wanted):
+    if not any(wanted := [frozen or start for frozen in options.frozen]):
         if options.feature_cache and not options.check_gradients:
             raise InputError("feature_cache has no effect: no tower is frozen and no projection begins in closed form")
         return dataset_class, (None, None)

@@ -158,8 +158,7 @@ def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[
                 warnings.warn(f"{folder}: images are cropped to {size}, but {model_size}, which is kept", stacklevel=3)
             sizes["preprocess_cfg"] = images | {"size": sizes["vision_cfg"]["image_size"]}
         return MiniClipConfig.from_dict(sizes, f"the config in {folder}"), f"config of {folder}"
-    fitting = fitting_configs(weights, quick_gelu)
-    if len(fitting) == 1:
+    if len(fitting := fitting_configs(weights, quick_gelu)) == 1:
         return MiniClipConfig.from_name(fitting[0]), f"config {fitting[0]}, the only one shipped that fits"
     sizes = json.dumps(sizes)
     return None, f"it fits {' and '.join(fitting)}" if fitting else f"no shipped config has its sizes, {sizes}"
