@@ -2,8 +2,7 @@
 
 Everybody stores the same tensors under other names. One table lists the names side by side; read in one direction it
 loads, in the other it exports. A tensor without a row and a row without its tensor both raise, so nothing is dropped or
-left random without a word. A tower of another kind brings its own rows (`Tower.key_rows`).
-"""
+left random without a word. A tower of another kind brings its own rows (`Tower.key_rows`)."""
 
 from collections.abc import Iterable, Iterator
 
@@ -117,7 +116,8 @@ def pair_names(rules: dict, names: Iterable[str], export: bool) -> Iterator[tupl
 
 def rename(state_dict: dict[str, Tensor], layout: str, rows, export: bool) -> dict[str, Tensor]:
     """The weights under their new names. Raises CheckpointError for missing and unknown keys."""
-    left, renamed, missing = dict(state_dict), {}, []
+    left = dict(state_dict)
+    renamed, missing = {}, []
     for old, new, operation in pair_names(make_layout(layout, rows), state_dict, export):
         if absent := [key for key in old if key not in left]:
             missing += [key for key in absent if key != "logit_bias"]

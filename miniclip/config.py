@@ -2,8 +2,7 @@
 
 A JSON file in OpenCLIP's form describes a model: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`. `model_configs/`
 has some. A folder saved by MiniCLIP has its own `config.json`, which includes the image preprocessing: with the wrong
-activation or preprocessing, weights are worse and nothing says so.
-"""
+activation or preprocessing, weights are worse and nothing says so."""
 
 import dataclasses
 import difflib

@@ -1,8 +1,7 @@
 """What is CLIP trained to do?
 
 In a batch of pairs, every image has to pick its own caption among all captions, and every caption its own image: two
-classifications, whose logits are cosine similarities times the learned scale. All other pairs are the negatives.
-"""
+classifications, whose logits are cosine similarities times the learned scale. All other pairs are the negatives."""
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,7 @@ def clip_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) ->
 
     `image_embeds` and `text_embeds` (B, E) are of unit length, and row i of one belongs to row i of the other;
     `logit_scale` is a scalar. Of several processes each holds B rows and scores them against the rows of all: the mean
-    over the processes is the loss of the whole batch, gradients included.
-    """
+    over the processes is the loss of the whole batch, gradients included."""
     logits_per_image, logits_per_text, target = clip_logits(image_embeds, text_embeds, logit_scale)
     return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_text, target)) / 2
 
@@ -47,8 +45,7 @@ def clip_loss_with_duplicates(
         "positive"   -1/|P_i| sum over j in P_i of log(exp l_ij / sum over all k of exp l_ik): all of P_i are right
                      answers, with equal shares (UniCL: Yang et al., arXiv 2204.03610, equations 2 to 4)
         "exclude"    -log(exp l_ii / sum over k outside P_i, and i, of exp l_ik): duplicates do not count
-        "ignore"     -log(exp l_ii / sum over all k of exp l_ik): duplicates are negatives, as in CLIP
-    """
+        "ignore"     -log(exp l_ii / sum over all k of exp l_ik): duplicates are negatives, as in CLIP"""
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates {duplicates!r} is not one of {', '.join(DUPLICATES)}")
     logits_per_image, logits_per_text, target = clip_logits(image_embeds, text_embeds, logit_scale)

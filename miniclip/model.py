@@ -5,8 +5,7 @@ nearly the same direction there. Both are stacks of one pre-norm block; they dif
 (patches, tokens), whether a position may look ahead (images yes, texts no) and which position is read out.
 
 Shape letters: B batch, S image size, P patch size, L sequence length, W width of a tower, H heads, E embedding size.
-Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
-"""
+Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -94,9 +93,9 @@ class Block(nn.Module):
         """Draws the weights of one of a tower's `layers` blocks."""
         width = self.ln_1.normalized_shape[0]
         # Branches add to the residual stream 2 x layers times: their last matrices start smaller by the root of that.
-        attention, mlp, last = width**-0.5, (2 * width) ** -0.5, (width * 2 * layers) ** -0.5
+        last = (width * 2 * layers) ** -0.5
         linears = self.attn.in_proj, self.attn.out_proj, self.mlp.c_fc, self.mlp.c_proj
-        for linear, std in zip(linears, (attention, last, mlp, last)):
+        for linear, std in zip(linears, (width**-0.5, last, (2 * width) ** -0.5, last)):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 
@@ -208,7 +207,8 @@ class TextTransformer(Tower):
     """Token ids (B, L), L up to the context length, to embeddings (B, E), read out at the end token. With causal
     attention nothing after the end token reaches it, so padding can be cut off without changing the result."""
 
-    rows, projection_name = TEXT_ROWS, "text_projection"
+    rows = TEXT_ROWS
+    projection_name = "text_projection"
 
     def __init__(self, cfg: TextConfig, embed_dim: int, quick_gelu: bool):
         super().__init__()

@@ -3,8 +3,7 @@
 Every caption searches the images and every image the captions, with faiss. The ranks of the right answers give the
 field's metrics. All functions take and return plain numpy arrays; none knows a model.
 
-Words: *queries* search the *gallery*; `relevant[q]` holds the gallery rows that are right answers to query q.
-"""
+Words: *queries* search the *gallery*; `relevant[q]` holds the gallery rows that are right answers to query q."""
 
 from typing import NamedTuple
 
@@ -21,8 +20,7 @@ def search(gallery: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray
     """The k gallery rows with the highest inner product for each query, exactly, best first.
 
     `gallery` (N, E), `queries` (Q, E) float32: scores (Q, k) float32 and rows (Q, k) int64, k at most N. In a tie the
-    lower row comes first, as in OpenCLIP: a model that embeds everything alike scores no better than chance.
-    """
+    lower row comes first, as in OpenCLIP: a model that embeds everything alike scores no better than chance."""
     gallery, queries = (np.ascontiguousarray(x, dtype=np.float32) for x in (gallery, queries))
     k = min(k, len(gallery))
     scores, found = _order(*_first(gallery, queries, min(k + 1, len(gallery))))  # one more, to see ties that cross k
@@ -100,8 +98,7 @@ def search_both(image_embeds, text_embeds, image_of_text, k: int) -> dict[str, R
     """Both directions, `image_to_text` and `text_to_image`: the first k answers to every query.
 
     `image_embeds` (N, E), `text_embeds` (M, E), float32, of unit length; caption m belongs to image `image_of_text[m]`,
-    and any caption of an image is right. Raises InputError for shapes that do not fit, NaN, images without captions.
-    """
+    and any caption of an image is right. Raises InputError for shapes that do not fit, NaN, images without captions."""
     image_of_text = np.asarray(image_of_text)
     check_embeds(image_embeds, text_embeds, image_of_text)
     texts_of_image = np.split(np.argsort(image_of_text, kind="stable"), np.bincount(image_of_text).cumsum()[:-1])

@@ -15,7 +15,7 @@ import gzip
 import html
 from functools import cache, lru_cache
 from heapq import heapify, heappop, heappush
-from itertools import chain, pairwise
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 
 import ftfy
@@ -43,7 +43,8 @@ def load_table() -> tuple[dict[int, int], Merges, list[bytes]]:
     symbols = bytes_to_unicode()
     ids = {symbol: i for i, symbol in enumerate(symbols.values())}  # 0..255: a byte inside a word
     ids |= {symbol + "</w>": i + 256 for symbol, i in ids.items()}  # 256..511: a byte that ends a word
-    pieces, merges = [bytes([byte]) for byte in symbols] + [bytes([byte, 32]) for byte in symbols], {}
+    pieces = [bytes([byte]) for byte in symbols] + [bytes([byte, 32]) for byte in symbols]
+    merges = {}
     for new, line in enumerate(gzip.decompress(MERGES_FILE.read_bytes()).decode("utf-8").splitlines(), 512):
         left, right = line.split(" ")
         a, b = ids[left], ids[right]
@@ -63,7 +64,8 @@ def clean(text: str) -> str:
 def bpe(ids: tuple[int, ...], merges: Merges) -> tuple[int, ...]:
     """Joins neighbouring ids, always everywhere the pair that was learned first, until no pair is known. A merge makes
     only pairs that were learned later, so a heap holds the next one; a "word" of a million letters takes seconds."""
-    joined, n = list(ids), len(ids)
+    n = len(ids)
+    joined = list(ids)  # None where a token has become part of the one on its left
     left, right = list(range(-1, n - 1)), list(range(1, n + 1))  # the remaining neighbours of each place
     heap = [(merges[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in merges]
     heapify(heap)
@@ -84,7 +86,8 @@ def bpe(ids: tuple[int, ...], merges: Merges) -> tuple[int, ...]:
 @lru_cache(maxsize=1 << 16)  # captions repeat their words; bounded, as a service may run for months
 def encode_piece(piece: str) -> tuple[int, ...]:
     """Token ids of cleaned text without white space, such as "dog's." (the words dog, 's and the stop)."""
-    (byte_ids, merges, _), ids = load_table(), []
+    byte_ids, merges, _ = load_table()
+    ids = []
     for word in WORD.findall(piece):
         *inner, last = (byte_ids[byte] for byte in word.encode("utf-8"))
         ids += bpe((*inner, last + 256), merges)
@@ -99,14 +102,14 @@ class BaseTokenizer:
     lengths(ids)         number of tokens in each row (n, L), special ones included and padding not: (n,)
     text_of(ids)         the text of one caption's ids
     vocabulary()         what the ids stand for; equal for two tokenizers whose ids mean the same
-    fingerprint()        a hash of everything that decides the ids of a caption
-    """
+    fingerprint()        a hash of everything that decides the ids of a caption"""
 
     pad_token_id: int = 0
     unk_token_id: int | None = None  # what stands for unknown words; None where nothing is unknown
 
     def __init__(self, context_length: int = 77):
-        self.context_length, self.truncated = context_length, 0
+        self.context_length = context_length
+        self.truncated = 0
 
     def __call__(self, texts, context_length: int | None = None, trim: bool = False) -> torch.LongTensor:
         """Token ids of captions, (n, context_length), special tokens included, padded at the end; a caption that is too
@@ -153,15 +156,11 @@ class Tokenizer(BaseTokenizer):
 
     def text_of(self, ids: list[int]) -> str:
         """Text up to the end token, a space after each word ("dog 's"). Bytes that are not UTF-8 become U+FFFD."""
-        pieces, text = self.vocabulary(), []
-        for i in ids:
-            if i == self.eot_token_id:
-                break
-            if i != self.sot_token_id:
-                if not 0 <= i < len(pieces):
-                    raise ValueError(f"token id {i} is outside the vocabulary, 0 to {self.eot_token_id}")
-                text.append(pieces[i])
-        return b"".join(text).decode("utf-8", errors="replace").strip()
+        pieces = self.vocabulary()
+        words = [i for i in takewhile(lambda i: i != self.eot_token_id, ids) if i != self.sot_token_id]
+        if unknown := [i for i in words if not 0 <= i < len(pieces)]:
+            raise ValueError(f"token id {unknown[0]} is outside the vocabulary, 0 to {self.eot_token_id}")
+        return b"".join(pieces[i] for i in words).decode("utf-8", errors="replace").strip()
 
     def vocabulary(self) -> list[bytes]:
         return load_table()[2]

@@ -89,8 +89,8 @@ class ClipTrainer(NoFolderUpload, Trainer):
 
 def contrastive_loss(outputs: ClipOutput, batch: dict[str, Tensor], duplicates: str = "positive") -> Tensor:
     """CLIP's loss, in which an image or caption that occurs twice in a batch is not its own negative."""
-    embeds, ids = outputs[:3], batch.get("pair_ids")  # and their scale
-    return clip_loss(*embeds) if ids is None else clip_loss_with_duplicates(*embeds, ids, duplicates)
+    ids = batch.get("pair_ids")
+    return clip_loss(*outputs[:3]) if ids is None else clip_loss_with_duplicates(*outputs[:3], ids, duplicates)
 
 
 class ContrastiveCallback(TrainerCallback):

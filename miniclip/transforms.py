@@ -23,7 +23,8 @@ class Preprocess:
     def __init__(self, cfg: PreprocessConfig, decode: str = "fast"):
         if decode not in ("fast", "full", "openclip"):
             raise ValueError(f"decode {decode!r} is not one of fast, full, openclip")
-        self.cfg, self.interpolation = cfg, Image.Resampling[cfg.interpolation.upper()]
+        self.cfg = cfg
+        self.interpolation = Image.Resampling[cfg.interpolation.upper()]
         self.stored = decode == "openclip"
         self.mean, self.std = torch.tensor([cfg.mean, cfg.std], dtype=torch.float32).view(2, 3, 1, 1)
         self.moments = {}  # mean and std by device
@@ -52,7 +53,8 @@ class Preprocess:
 
     def resize(self, image: Image.Image) -> Image.Image:
         """Resizes and crops or pads to a square of the model's size."""
-        size, (width, height) = self.cfg.size, image.size
+        size = self.cfg.size
+        width, height = image.size
         if self.cfg.resize_mode == "squash":
             return image.resize((size, size), self.interpolation)
         if self.cfg.resize_mode == "longest":
@@ -62,7 +64,8 @@ class Preprocess:
             border = left, top, size - image.width - left, size - image.height - top
             return ImageOps.expand(image, border, (self.cfg.fill_color,) * len(image.getbands()))
         check_aspect(image)
-        short, resized = min(width, height), int(size / self.cfg.crop_pct + 1e-6)
+        short = min(width, height)
+        resized = int(size / self.cfg.crop_pct + 1e-6)  # the shorter side before it is cropped
         across, down = int(resized * width / short), int(resized * height / short)
         half = round if self.cfg.center_crop == "torchvision" else int
         left, top = half((across - size) / 2), half((down - size) / 2)

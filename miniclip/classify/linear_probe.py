@@ -1,8 +1,7 @@
 """Linear probe: logistic regression on frozen image embeddings, from scratch or from the zero-shot classifier.
 
 Sources: CLIP (Radford et al., arXiv 2103.00020, section 3.2); staying near the zero-shot classifier, which loses little
-with few examples: cf. Silva-Rodriguez et al., arXiv 2312.12730. Numbers: docs/classify.md.
-"""
+with few examples: cf. Silva-Rodriguez et al., arXiv 2312.12730. Numbers: docs/classify.md."""
 
 import numpy as np
 import torch
@@ -46,8 +45,7 @@ def choose_strength(features, labels, num_classes: int, start=None, scale: float
     labels, turn = np.asarray(labels), np.empty(len(labels), dtype=np.int64)
     for row in np.unique(labels):
         turn[labels == row] = np.arange((labels == row).sum())
-    folds = min(4, int(np.bincount(labels, minlength=num_classes).min()))
-    if folds < 2:
+    if (folds := min(4, int(np.bincount(labels, minlength=num_classes).min()))) < 2:
         return STRENGTHS[-1]
     losses = dict.fromkeys(STRENGTHS, 0.0)
     for fold in range(folds):

@@ -2,8 +2,7 @@
 
 Probabilities among classes add up to 1, so one of six banned classes always looks likely, even on a harmless image. A
 question about one class needs an alternative: texts that say nothing (a photo), or that name harmless things, each of
-which may win. "A photo without a dog" is none: CLIP does not understand negation (docs/classify.md has the numbers).
-"""
+which may win. "A photo without a dog" is none: CLIP does not understand negation (docs/classify.md has the numbers)."""
 
 from pathlib import Path
 

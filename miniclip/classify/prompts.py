@@ -1,8 +1,7 @@
 """Class names, prompt templates, and tokenizer coverage: can the text tower read the words?
 
 CLIP's tokenizer splits a Chinese character into two or three pieces of bytes, which mean nothing to a tower that never
-learned them, and the scores are near chance.
-"""
+learned them, and the scores are near chance."""
 
 import json
 import os

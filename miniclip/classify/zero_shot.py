@@ -2,8 +2,7 @@
 
 Each class becomes a vector, the mean of sentences about it (CLIP: Radford et al., arXiv 2103.00020, section 3.1).
 Probabilities are among the named classes, one of which always wins; those of SigLIP's models are of each class alone.
-For "is there any?" see moderate.py.
-"""
+For "is there any?" see moderate.py."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,8 +1,7 @@
 """Captions of images, written by a CoCa model.
 
 Reads images, or a caption file, and writes captions.json and captions.md to --output_dir. With --eval_file the model's
-captions are compared with those of the file, by CIDEr and BLEU (printed times 100, as in papers).
-"""
+captions are compared with those of the file, by CIDEr and BLEU (printed times 100, as in papers)."""
 
 from miniclip.commands import common
 from miniclip.utils.command_line import Parser, at_least, starting
@@ -70,6 +69,5 @@ def main(argv: list[str]):
         results["metrics"] = caption_metrics(captions, references)
         for picture, texts in zip(pictures, references):
             picture["references"] = list(texts)
-        figures = ", ".join(f"{name} {100 * value:.1f}" for name, value in results["metrics"].items())
-        summary += f": {figures}"
+        summary += ": " + ", ".join(f"{name} {100 * value:.1f}" for name, value in results["metrics"].items())
     common.finish(options, "captions", results, "\n".join(lines), bad_samples, summary)

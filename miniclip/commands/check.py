@@ -4,8 +4,7 @@ Takes a run's first step as train.py would, with the same options: data, model, 
 check ...), GradCache, accumulation, precision, freezing. Compares its gradient with that of one big fp32 batch of the
 plain model on one process, prints a table by tower, and names the causes of what differs. Nothing is trained or
 written. With --json stdout gets the table as JSON. Ends with exit status 1 if something differs for another reason than
-accumulation, rounding or dropout.
-"""
+accumulation, rounding or dropout."""
 
 import os
 import runpy

@@ -1,7 +1,6 @@
 """Conversion of CLIP models between MiniCLIP, OpenCLIP, Hugging Face and sentence-transformers.
 
-Reads a weight file or a model folder (SRC) and writes a weight file or a model folder (DST).
-"""
+Reads a weight file or a model folder (SRC) and writes a weight file or a model folder (DST)."""
 
 from miniclip.commands.common import plain_warnings
 from miniclip.utils.command_line import Parser, starting

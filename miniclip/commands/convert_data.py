@@ -1,7 +1,6 @@
 """Conversion of captioned images between file formats.
 
-Reads captions and images in any form that train.py reads, and writes them as JSON, CSV, TSV or tar shards.
-"""
+Reads captions and images in any form that train.py reads, and writes them as JSON, CSV, TSV or tar shards."""
 
 import logging
 import re

@@ -1,8 +1,7 @@
 """Export of a model to other runtimes and libraries: ONNX, torch.export, OpenCLIP and others.
 
 Reads a model and writes a folder. For onnx and torch: a graph of each tower, checked against PyTorch, with what other
-programs need to prepare images and captions (docs/inference.md). For the others: what `miniclip convert` writes.
-"""
+programs need to prepare images and captions (docs/inference.md). For the others: what `miniclip convert` writes."""
 
 from argparse import SUPPRESS
 from pathlib import Path

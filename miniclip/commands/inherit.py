@@ -1,7 +1,6 @@
 """A small model made of slices of a large one.
 
-Reads a model and a config, and writes the small model, which still has to be trained, to --output_dir.
-"""
+Reads a model and a config, and writes the small model, which still has to be trained, to --output_dir."""
 
 import dataclasses
 from pathlib import Path

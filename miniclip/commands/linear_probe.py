@@ -1,8 +1,7 @@
 """Linear probe: few-shot classification by logistic regression on image embeddings.
 
 Reads labelled examples and held-out images, both in class folders, and writes linear_probe.json, linear_probe.md and
-probe.npz to --output_dir.
-"""
+probe.npz to --output_dir."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,6 @@
 """Moderation: whether images show a thing, or something that should not be shown.
 
-Reads images, and writes moderation.json and moderation.md to --output_dir.
-"""
+Reads images, and writes moderation.json and moderation.md to --output_dir."""
 
 from miniclip.commands import common
 from miniclip.utils.command_line import Parser, starting

@@ -1,7 +1,6 @@
 """A web page that searches images and answers questions about them.
 
-Reads a model, a search index or both, and serves the page until it is stopped; writes nothing but temporary uploads.
-"""
+Reads a model, a search index or both, and serves the page until it is stopped; writes nothing but temporary uploads."""
 
 import os
 import re

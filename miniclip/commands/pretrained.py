@@ -1,7 +1,6 @@
 """Published weights: the models and tags for --model and --pretrained, and where they come from.
 
-With a model and a tag, downloads the weights into the cache and prints their path: for machines without a network.
-"""
+With a model and a tag, downloads the weights into the cache and prints their path: for machines without a network."""
 
 from miniclip.commands.common import plain_warnings
 from miniclip.utils.command_line import Parser, print_json, starting

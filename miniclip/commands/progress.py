@@ -1,7 +1,6 @@
 """Training curves of a run, drawn from its log.
 
-Reads log.jsonl in the --output_dir of a run, which may still be going, and writes curves.png beside it.
-"""
+Reads log.jsonl in the --output_dir of a run, which may still be going, and writes curves.png beside it."""
 
 from miniclip.utils.command_line import Parser, starting
 

@@ -1,8 +1,7 @@
 """Upload of a model to the Hugging Face hub, with a model card.
 
 Reads a model and what its folder records of training and results, and writes to the hub what MiniCLIP, OpenCLIP and
-transformers load. Checkpoints, logs and paths of your data are never uploaded.
-"""
+transformers load. Checkpoints, logs and paths of your data are never uploaded."""
 
 from pathlib import Path
 

@@ -1,7 +1,6 @@
 """A quiz on colours, shapes and positions in held-out scenes of the demo data set.
 
-Reads a model that was trained on that data set, prints its zero-shot accuracy and writes it to a JSON file.
-"""
+Reads a model that was trained on that data set, prints its zero-shot accuracy and writes it to a JSON file."""
 
 from pathlib import Path
 

@@ -1,8 +1,7 @@
 """Search for images by text or by image, in an index of a folder.
 
 `miniclip search index` reads a folder of images and writes an index; `miniclip search query` reads the index and prints
-a table, JSON or an HTML page. Again on the same folder, `index` updates. In Python: `miniclip.ImageSearch`.
-"""
+a table, JSON or an HTML page. Again on the same folder, `index` updates. In Python: `miniclip.ImageSearch`."""
 
 import json
 import os

@@ -1,7 +1,6 @@
 """The demo data set: scenes of coloured shapes, with captions.
 
-Writes images, train.json and eval.json to OUTPUT_DIR.
-"""
+Writes images, train.json and eval.json to OUTPUT_DIR."""
 
 from miniclip.utils.command_line import Parser, at_least, starting
 

@@ -1,8 +1,7 @@
 """What this machine gives: milliseconds per image and caption in each precision, beside its limit.
 
 Takes some seconds; no data are needed. The limit is the speed of large matrix products, which take turns with the
-model; the share of it is a ratio of processor times, which other programs change little. Writes nothing.
-"""
+model; the share of it is a ratio of processor times, which other programs change little. Writes nothing."""
 
 import warnings
 

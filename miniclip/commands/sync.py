@@ -1,7 +1,6 @@
 """Copies the folder of a run, or any file, to another store: s3://, gs://, hf://, ...
 
-What is there already is left as it is. A checkpoint's manifest is copied last.
-"""
+What is there already is left as it is. A checkpoint's manifest is copied last."""
 
 import os
 import signal

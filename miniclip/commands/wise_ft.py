@@ -1,7 +1,6 @@
 """WiSE-FT: mixtures of the weights before and after fine-tuning, measured on the old and the new task.
 
-Reads two models and two caption files, and writes wise_ft.json, wise_ft.md and wise_ft.png to --output_dir.
-"""
+Reads two models and two caption files, and writes wise_ft.json, wise_ft.md and wise_ft.png to --output_dir."""
 
 from pathlib import Path
 

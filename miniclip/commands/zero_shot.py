@@ -1,8 +1,7 @@
 """Zero-shot classification: which of several classes an image shows, from the class names alone.
 
 Reads images and class names, and writes zero_shot.json and zero_shot.md to --output_dir; for images in class folders
-also the accuracy and confusion.png.
-"""
+also the accuracy and confusion.png."""
 
 import os
 import time
@@ -25,8 +24,7 @@ def format_images(images: list[dict], most: int = 20) -> str:
 
 def why_no_truth(paths: Sequence[str], images: list[tuple[str, str | None]]) -> str | None:
     """Returns why the true classes of images are unknown, where one might expect otherwise. `paths`: the arguments."""
-    loose = [path for path, folder in images if folder is None]
-    if len(loose) < len(images):
+    if len(loose := [path for path, folder in images if folder is None]) < len(images):
         return f"{loose[0]} is not in a class folder" if loose else "the folders are none of the classes"
     for top in filter(os.path.isdir, paths):
         if len({os.path.dirname(path) for path in loose if path.startswith(os.path.join(top, ""))}) > 1:
@@ -61,10 +59,9 @@ def main(argv: list[str]):
     rows = [(*image, row) for image, row in zip(images, truth or [None] * len(images))]
     rows, embeds = common.embed_usable(options, model, preprocess, rows, bad_samples)
     seconds = {"classes": ready - start, "pictures": time.perf_counter() - ready}
-    shares = probabilities(model, embeds, classifier)
     found = search(classifier.T.numpy(), embeds, min(5, len(names)))[1]  # among equals the first
     results = []
-    for (path, _, row), best, share in zip(rows, found, shares):
+    for (path, _, row), best, share in zip(rows, found, probabilities(model, embeds, classifier)):
         top = [(names[c], float(share[c])) for c in best]
         results.append({"image": path, "class": None if row is None else names[row], "top": top})
     coverage = tokenizer_coverage(tokenizer, list(classes.values()))

@@ -1,7 +1,6 @@
 """A MiniCLIP model for MTEB, which has 130 tasks of images and texts: `mteb.evaluate(MtebEncoder("runs/mine"), tasks)`.
 
-The interface is mteb's EncoderProtocol, of version 2.
-"""
+The interface is mteb's EncoderProtocol, of version 2."""
 
 from pathlib import Path
 

@@ -89,8 +89,7 @@ def list_models() -> list[str]:
 
 def add_model_config(path: str | Path):
     """Makes a config file, or those of a folder, known here by their names. Raises InputError for what is no config."""
-    files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
-    if not files:
+    if not (files := sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]):
         raise InputError(f"{path}: contains no model config (.json)")
     for file in files:
         try:
@@ -307,8 +306,7 @@ def get_tokenizer(
     """Returns the tokenizer of a model, called with one text or several and, if need be, `context_length`."""
     folder = find_folder(model_name, cache_dir)
     name = f"local-dir:{folder}" if folder else model_name.replace("/", "-")
-    values = get_model_config(name) if name else {}
-    if values is None:
+    if (values := get_model_config(name) if name else {}) is None:
         check_model(name)  # which raises, with the nearest names
     text = values.get("text_cfg", {})
     if any(map(text.get, ("hf_model_name", "hf_model_config", "hf_tokenizer_name"))):

@@ -55,15 +55,16 @@ def _to_shards(source: Sequence[dict], target: str, samples_per_shard: int, opti
             raise InputError(f"{target}: {many} shards of {samples_per_shard} need a number in their name: 000000.tar")
         ends = [min(n, samples_per_shard * (i + 1)) for i in range(len(paths))]
     _prepare(*paths)
-    width, written, faults, rows = max(6, len(str(n))), 0, [], iter(tqdm(range(n), "packing"))
+    width = max(6, len(str(n)))
+    rows = iter(tqdm(range(n), "packing"))
+    faults = []
     with ExitStack() as stack:  # all shards or none
         for path, start, end in zip(paths, [0, *ends], ends):
             with tarfile.open(stack.enter_context(replacing(path)), "w") as tar:
                 for index, record, data, kind in _readable(source, islice(rows, end - start), faults):
                     add_sample(tar, f"{index:0{width}d}", data, kind, record["caption"])
-                    written += 1
-        options.report(target, f"{len(faults)} of {n} images cannot be used", faults, written, "")
-    return written
+        options.report(target, f"{len(faults)} of {n} images cannot be used", faults, n - len(faults), "")
+    return n - len(faults)
 
 
 def _to_file(source: Sequence[dict], target: Path, options: ReadOptions) -> int:
@@ -104,7 +105,7 @@ def _to_file(source: Sequence[dict], target: Path, options: ReadOptions) -> int:
 def _readable(source: Sequence[dict], rows: Iterable[int], faults: list, read_files: bool = True) -> Iterator:
     """Yields (row, record, the image's bytes and extension: None for files unless `read_files`), or adds a fault."""
     for row in rows:
-        record, data, kind = None, None, None
+        record = data = kind = None
         try:
             record = source[row]
             image = record["image"]

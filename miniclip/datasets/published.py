@@ -41,7 +41,8 @@ def _karpathy(record):
 
 
 def _coco(images: list, annotations: list, path: Path, key: str | None) -> Raw:
-    captions, rows, known = {}, [], set()
+    captions = {}  # of an image's id: (number of the annotation, its captions)
+    rows, known = [], set()
     keys = {key} if key else set(CAPTION_KEYS)
     if annotations and not any(isinstance(annotation, dict) and annotation.keys() & keys for annotation in annotations):
         where = f" under {key!r}" if key else ": take COCO's captions_*.json"

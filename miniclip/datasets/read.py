@@ -1,7 +1,6 @@
 """Reading a source in any form (docs/datasets.md) to records {"image": path or ImageFile, "caption": [strings]}.
 
-A::B stands for several sources, A:val for the split `val` of one, and A[:300] for its first 300 records.
-"""
+A::B stands for several sources, A:val for the split `val` of one, and A[:300] for its first 300 records."""
 
 import hashlib
 import itertools
@@ -59,8 +58,7 @@ def read_captions(source: str | Path, image_root: str | Path | None = None, **op
 
 def split(source: str | Path) -> list[str]:
     """Returns the sources in a specification, which `::` separates."""
-    parts = [part.strip() for part in str(source).split("::")]
-    if not all(parts):
+    if not all(parts := [part.strip() for part in str(source).split("::")]):
         raise InputError(f"{source!r}: nothing on one side of a ::")
     return parts
 

@@ -56,8 +56,7 @@ def expand_remote(pattern: str) -> list[str]:
     if not re.search(r"[*?\[]", pattern):
         return [pattern]
     scheme = pattern.partition("://")[0]
-    paths = retrying(pattern, lambda fs, path: fs.glob(path))
-    if not paths:
+    if not (paths := retrying(pattern, lambda fs, path: fs.glob(path))):
         raise InputError(f"{pattern}: no file matches this pattern")
     return sorted(f"{scheme}://{path if scheme == 'file' else path.lstrip('/')}" for path in paths)
 

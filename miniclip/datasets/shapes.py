@@ -7,8 +7,7 @@ The two kinds of shape of an eval scene (say, red circle and blue star) never me
 there with other partners: memorising scenes does not help, the model has to compose what it learned of their parts.
 
 Training scenes come in families of eight with equal colours, sizes and numbers, one after the other. In a batch that
-keeps this order they are one another's hard negatives: only shapes and places tell them apart.
-"""
+keeps this order they are one another's hard negatives: only shapes and places tell them apart."""
 
 import itertools
 import json

@@ -1,7 +1,6 @@
 """WebDataset shards: tar files in which `000123.jpg` and `000123.txt` are one sample, read in any order.
 
-An index of where every image and caption lies is kept beside the shards, and rebuilt when one of them changes.
-"""
+An index of where every image and caption lies is kept beside the shards, and rebuilt when one of them changes."""
 
 import glob
 import hashlib
@@ -105,10 +104,12 @@ class Shards(Sequence):
         source = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
         states = dict(zip(paths, read_ahead(_state, paths, 16, len(paths))))
         missing = [(path, NO_FILE) for path, state in states.items() if state is None]
-        self.paths, what = [path for path in paths if states[path]], f"{len(missing)} of {len(paths)} shards"
-        options.report(source, f"{what} are missing", missing, len(self.paths), "", "no shards")
+        self.paths = [path for path in paths if states[path]]
+        what = f"{len(missing)} of {len(paths)} shards are missing"
+        options.report(source, what, missing, len(self.paths), "", "no shards")
         self.rows, problems, self.texts = _index(self.paths, [states[path] for path in self.paths], self.caption_key)
-        what, example = f"{len(problems)} problems in the shards", "a sample is 000.jpg with 000.txt or 000.json"
+        what = f"{len(problems)} problems in the shards"
+        example = "a sample is 000.jpg with 000.txt or 000.json"
         options.report(source, what, problems, len(self.rows), "", f"no samples: {example}")
         if not len(self.rows):
             raise InputError(f"{source}: no samples in it: {example}")

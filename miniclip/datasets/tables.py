@@ -50,8 +50,7 @@ def load_table(source: str, part: str | None = None, streaming: bool = False) ->
     files = [] if hub or saved else _files(path) if not is_remote(source) else expand(source)  # those are streamed
     if missing := [file for file in files if not (is_remote(file) or os.path.isfile(file))]:
         raise InputError(f"{missing[0]}: {NO_FILE} ({len(missing)} of {len(files)} are missing)")
-    kinds = {Path(file).suffix.lower()[1:] for file in files}
-    if len(kinds) > 1:
+    if len(kinds := {Path(file).suffix.lower()[1:] for file in files}) > 1:
         raise InputError(f"{source}: parquet and arrow files together")
     if streaming and not hub and not files:
         raise InputError(f"{source}: only hf:NAME, .parquet and .arrow can be streamed")

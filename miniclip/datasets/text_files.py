@@ -33,8 +33,7 @@ def find_columns(there: Iterable[str], options: ReadOptions, where: str) -> list
     """Returns the columns of the image and of the caption among those there: as named, or else the first with a known
     name, or for captions all that have it with a number: caption_0, caption_1. Raises InputError, `where` in front."""
     columns, there = [], list(there)
-    twice = [name for name, count in Counter(there).items() if count > 1 and str(name).strip()]
-    if twice:
+    if twice := [name for name, count in Counter(there).items() if count > 1 and str(name).strip()]:
         raise InputError(f"{where}: two columns are named {twice[0]!r}: rename or remove one")
     wanted = ("image", options.image_column, IMAGE_KEYS), ("caption", options.caption_column, TEXT_KEYS)
     for what, name, known in wanted:
@@ -227,8 +226,7 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
         text = caption_kind(files, options.caption_column)
         kinds = [kind for kind in EXTENSIONS if kind in files]
         # A phone's HEIC beside the JPEG that was made of it is not a second image.
-        images = [files[kind] for kind in [kind for kind in kinds if kind not in HEIC] or kinds[:1]]
-        if not images:
+        if not (images := [files[kind] for kind in [kind for kind in kinds if kind not in HEIC] or kinds[:1]]):
             raw.append((next(iter(files.values())), InputError("there is no image beside it")))
         for image in images:
             if image in named:
@@ -246,9 +244,8 @@ def read_folder(path: Path, options: ReadOptions) -> Raw:
     if twice:
         logger.warning("%s: %d images have a caption file beside them too, which is not used", tables[0], twice)
     if all(isinstance(record, InputError) for _, record in raw):
-        listed = "".join(f"\n  {name}: {error}" for name, error in raw[:10])
         what = "no image in it has a caption file beside it, and it has no tar shards or tables"
-        raise CaptionFileError(f"{root.folder}: {what}{listed}")
+        raise CaptionFileError(f"{root.folder}: {what}" + "".join(f"\n  {name}: {error}" for name, error in raw[:10]))
     return raw
 
 

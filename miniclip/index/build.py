@@ -125,8 +125,7 @@ def update(
     kept = {name: found for name, found in before.items()
             if name.startswith(closed) or broken.get(name, "").startswith(UNOPENED)}  # fmt: skip
     broken |= {name: faulty[key] for name, (key, _) in files.items() if key in faulty}
-    files = kept | {name: found for name, found in files.items() if found[0] not in faulty}
-    if not files:
+    if not (files := kept | {name: found for name, found in files.items() if found[0] not in faulty}):
         raise no_images(f"{root.folder}: none of its {len(names)} images can be read. The first:", broken)
 
     changes = Counter(bad=len(broken), encoded=len(journal) - resumed, resumed=resumed, kept=len(kept))
@@ -184,8 +183,7 @@ def open_to_write(folder: Path, check: bool, *same) -> tuple[ImageIndex | None, 
         remedy = "move that away, or choose another --index" if exists else "choose another --index"
         raise ImageIndexError(f"{folder} must contain nothing but the index, and has {min(strange)!r}{more}: {remedy}")
     held = lock(folder, "--index")
-    old = ImageIndex(folder, check) if (folder / INDEX).is_file() else None
-    if old:
+    if old := ImageIndex(folder, check) if (folder / INDEX).is_file() else None:
         old.check_same(*same)
     remove_scratch(folder)
     for path in folder.iterdir():

@@ -7,8 +7,7 @@ An index is a folder. What is searched is one generation in it, and a small file
                                     the sha256 of its content; files.parquet, the row of each file; search.faiss above
                                     100,000 images; texts.npy; bad_samples.jsonl; of a model with late
                                     interaction patches.npy (N, P, D) float16
-    products.mc/under-way/          vectors of a run that has not finished
-"""
+    products.mc/under-way/          vectors of a run that has not finished"""
 
 import hashlib
 import json
@@ -96,9 +95,8 @@ class ImageIndex:
 
     def find(self, vector: np.ndarray, k: int) -> list[tuple[float, int]]:
         """Returns the k rows nearest to a vector (E,), or all if there are fewer: (score, row), best first."""
-        query = vector[None].astype(np.float32)
         find = self.neighbours.find if self.neighbours else exact
-        scores, rows = find(self.vectors, query, k, self.alive)
+        scores, rows = find(self.vectors, vector[None].astype(np.float32), k, self.alive)
         return list(zip(scores[0].tolist(), rows[0].tolist()))
 
     def files(self) -> dict[str, tuple[bytes, tuple]]:

@@ -4,8 +4,7 @@ HNSW is a graph that leads from neighbour to neighbour (Malkov and Yashunin, arX
 around the nearest centroids. They propose candidates, among which the float32 vectors decide. So scores and order are
 exact, and the only possible error is a missed vector. HNSW stores 8 bits per number and proposes 4 k; IVF stores 2 bits
 per number and proposes 8 k: a product quantizer of 16 centroids for each pair of numbers, whose products are looked up
-in registers (Andre et al., arXiv 1812.09162), after a random rotation, which makes the numbers matter equally.
-"""
+in registers (Andre et al., arXiv 1812.09162), after a random rotation, which makes the numbers matter equally."""
 
 import time
 from pathlib import Path

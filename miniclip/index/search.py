@@ -5,8 +5,7 @@ A query combines texts, images, and texts of what is not wanted. Their unit vect
     q = unit((1 - a) unit(sum of texts) + a unit(sum of images) - b unit(sum of what is not wanted))
 
 `a` is `image_weight`: 1 without texts, 0 without images, else 0.5 by default. `b` is `minus_weight`: 0.5. The score of
-an image is its cosine to q. Scores of texts are low, 0.2 to 0.4 for a good match: compare them within a query only.
-"""
+an image is its cosine to q. Scores of texts are low, 0.2 to 0.4 for a good match: compare them within a query only."""
 
 import re
 from collections.abc import Iterable

@@ -35,7 +35,8 @@ def caption_images(
     as `miniclip caption`. Raises InputError for a model without a decoder, ImageError for a file that is damaged."""
     if captioner(model) is None:
         raise InputError("this model has no decoder, so it writes no captions: take a CoCa model, as coca_ViT-B-32")
-    captions, levels, how = [], [], lengths(model) | how
+    how = lengths(model) | how
+    captions, levels = [], []
     read = lambda path: preprocess.levels(open_image(path, preprocess.scale))  # noqa: E731
     files = read_ahead(read, paths, num_workers, batch_size)
     for row, found in enumerate(tqdm(files, "captions", len(paths), disable=not progress, leave=False)):

@@ -39,8 +39,10 @@ def embed_texts(
     Texts of similar length share a batch as long as its longest text: with causal attention padding has no influence.
     Those in the `cache` are not encoded. Raises TypeError with the position of anything that is not a string."""
     texts = [texts] if isinstance(texts, str) else list(texts)
-    fast, device = for_inference(model, len(texts)), model.logit_scale.device
-    features, ids = np.empty((len(texts), model.text.width), np.float32), tokenizer(texts, trim=True)
+    fast = for_inference(model, len(texts))
+    device = model.logit_scale.device
+    features = np.empty((len(texts), model.text.width), np.float32)
+    ids = tokenizer(texts, trim=True)
     lengths = tokenizer.lengths(ids)
     keys = [] if cache is None else [text_key(text) for text in texts]
     known = [row for row, key in enumerate(keys) if key in cache]
@@ -70,9 +72,11 @@ def embed_images(
     are neither decoded nor encoded. Raises an ImageError that names every unreadable file; with `faults`, a dict, their
     row numbers and errors go there instead, and these rows are NaN."""
     paths = [paths] if isinstance(paths, (str, Path, ImageFile, Image.Image)) else list(paths)
-    fast, device = for_inference(model, len(paths), fuse=len(paths) >= SOME), model.logit_scale.device
+    fast = for_inference(model, len(paths), fuse=len(paths) >= SOME)
+    device = model.logit_scale.device
     features = np.empty((len(paths), model.visual.width), np.float32)
-    pending, stop = [], faults is None  # (row, key, levels) of the next batch
+    pending = []  # (row, key, levels) of the next batch
+    stop = faults is None
     faults = {} if stop else faults
 
     def read(path: str | Path | ImageFile | Image.Image):
@@ -93,7 +97,8 @@ def embed_images(
     files = read_ahead(read, paths, num_workers, 2 * batch_size)
     for row, (key, found) in enumerate(tqdm(files, "images", len(paths), disable=not progress, leave=False)):
         if isinstance(found, ImageError):
-            faults[row], features[row] = str(found), np.nan
+            faults[row] = str(found)
+            features[row] = np.nan
         elif isinstance(found, np.ndarray):
             features[row] = found
         elif not (stop and faults):  # after an error files are read on, to name all the bad ones, but not encoded
@@ -124,8 +129,7 @@ def for_inference(model: MiniClip, n: int, fuse: bool = False) -> InferenceClip:
 
 def on_all_processes(items: list, embed: Callable[[list], np.ndarray]) -> np.ndarray:
     """`embed(items)` on every process, of which process i of n computes items i, i + n, i + 2n, ..."""
-    n = dist.get_world_size() if dist.is_initialized() else 1
-    if n == 1:
+    if (n := dist.get_world_size() if dist.is_initialized() else 1) == 1:
         return embed(items)
     shares: list = [None] * n
     dist.all_gather_object(shares, embed(items[dist.get_rank() :: n]))
@@ -149,7 +153,8 @@ class _Positions(Tower):
 
 def positions(model: MiniClip, name: str) -> InferenceClip:
     """An inference copy of a model in which the features of a tower, "visual" or "text", are those of its positions."""
-    twin, length = copy.copy(inference_copy(model)), WORDS
+    twin = copy.copy(inference_copy(model))
+    length = WORDS
     if name == "visual":
         with twin.inference():
             image = torch.zeros(1, 3, *(twin.visual.image_size,) * 2, dtype=twin.dtype, device=twin.logit_scale.device)

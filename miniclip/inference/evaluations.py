@@ -44,7 +44,8 @@ def evaluations(options: Namespace, output: Path, bad_samples: BadSamples, model
         make_folder(folder)
     sources, datasets = single(options)
     # The images are decoded first only to skip bad ones: the encoding finds all that is wrong.
-    skip, need = options.on_bad_sample == "skip", not options.features or bool(options.report)
+    skip = options.on_bad_sample == "skip"
+    need = not options.features or bool(options.report)
     check = {"check_images": skip and need, "check_handles": need, "image_files": need, "bad_samples": bad_samples}
     each = [merged(options, dataset) for dataset in datasets]
     read = [one.eval_file and read_source(one.eval_file, ReadOptions.from_args(one, **check)) for one in each]
@@ -56,8 +57,8 @@ def evaluations(options: Namespace, output: Path, bad_samples: BadSamples, model
             one = merged(options, source, dataset)
             first = " (first captions)" if options.captions == "first" else ""
             about = measure(one, records)
-            repeated, notes = about["evaluator"].repeated_captions(), about.pop("notes", [])
-            if repeated:
+            notes = about.pop("notes", [])
+            if repeated := about["evaluator"].repeated_captions():
                 notes.append(describe_repeated(repeated, len(about["evaluator"].texts)))
                 print(notes[-1])
             name = one.features or ADDRESSES.get(one.model, one.model)

@@ -58,7 +58,8 @@ class RetrievalEvaluator(RetrievalMeasure, Evaluator):
         return set(retrieval_metrics(one, one, [0], self.ks))
 
     def __call__(self, model: MiniClip) -> dict[str, float]:
-        fast, n = inference_copy(model, self.precision), reranked(model, self.rerank)  # refused before the work
+        fast = inference_copy(model, self.precision)
+        n = reranked(model, self.rerank)  # refused before the work
         images = partial(embed_images, fast, self.preprocess, **self.for_images)
         texts = partial(embed_texts, fast, self.tokenizer, **self.for_texts)
         metrics = self.measure(on_all_processes(self.images, images), on_all_processes(self.texts, texts))
@@ -78,9 +79,9 @@ class RetrievalEvaluator(RetrievalMeasure, Evaluator):
         """One line on how close the embeddings are to those of the plain model in fp32, of the first few."""
         if isinstance(model, InferenceClip):
             return model.about
-        n, device = 8 if self.precision == "fp32" else 64, model.logit_scale.device
-        pixel_values = torch.stack([self.preprocess.load(path) for path in self.images[:n]]).to(device)
-        input_ids = self.tokenizer(self.texts[:n], trim=True).to(device)
+        n = 8 if self.precision == "fp32" else 64
+        pixel_values = torch.stack(list(map(self.preprocess.load, self.images[:n]))).to(model.logit_scale.device)
+        input_ids = self.tokenizer(self.texts[:n], trim=True).to(model.logit_scale.device)
         with torch.inference_mode():
             models = model, inference_copy(model, self.precision)
             exact, ours = ((m.encode_image(pixel_values, True), m.encode_text(input_ids, True)) for m in models)

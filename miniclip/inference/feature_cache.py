@@ -3,8 +3,7 @@
     <folder>/<sha256 of weights, preprocessing and precision>/<sha256 of the part>.npy
 
 The path depends on everything that decides the features. A part has rows (sha256 of the image file, features). Parts
-are only added, by atomic renames: a killed process leaves no partial file, and processes may share a folder.
-"""
+are only added, by atomic renames: a killed process leaves no partial file, and processes may share a folder."""
 
 import hashlib
 import json
@@ -42,7 +41,8 @@ class FeatureCache(dict):
         self.folder = None if folder is None else Path(folder) / fingerprint[:32]
         self.row = np.dtype([("key", "V32"), ("features", dtype, (width,))])
         self.part = max(1, min(PART, (1 << 26) // width))
-        self.added, self.reused = {}, 0  # what is not yet written; how often something was found
+        self.added = {}  # what is not yet written
+        self.reused = 0  # how often something was found
         for path in sorted(self.folder.glob("*.npy")) if self.folder else ():
             if sha256(path) != path.stem:
                 warnings.warn(f"{path} is damaged: its features are computed again; it can be deleted", stacklevel=3)

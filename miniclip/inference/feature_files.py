@@ -1,8 +1,7 @@
 """Embeddings made elsewhere: found under their usual names, and read without running any code in their files.
 
 A folder holds one array for the images and one for the texts: `image.npy`, `text_embeds.npy`, `image_features.pt`, or
-the parts that clip-retrieval writes, `img_emb/img_emb_0.npy`. One .npz, .safetensors or .pt may also hold both.
-"""
+the parts that clip-retrieval writes, `img_emb/img_emb_0.npy`. One .npz, .safetensors or .pt may also hold both."""
 
 import math
 import re

@@ -4,8 +4,7 @@
 
 Patches p are unit vectors. A word's vector w is divided by the number of words, and its length says how much the word
 counts: "the" can weigh less than "dog". The sum is ColBERT's (Khattab and Zaharia, arXiv 2004.12832, equation 3), of
-patches as in FILIP (Yao et al., arXiv 2111.07783). With it the first results of a search are put into a new order.
-"""
+patches as in FILIP (Yao et al., arXiv 2111.07783). With it the first results of a search are put into a new order."""
 
 import math
 from typing import NamedTuple
@@ -28,7 +27,8 @@ RERANKED = 100  # results of a search that are put into a new order
 
 def maxsim(words: Tensor, patches: Tensor) -> Tensor:
     """The sum over words of their largest product with a patch: (n, L, D), zeros for none, and (m, P, D) to (n, m)."""
-    n, m, used = len(words), len(patches), words.detach().abs().sum(dim=2) > 0  # (n, L)
+    n, m = len(words), len(patches)
+    used = words.detach().abs().sum(dim=2) > 0  # (n, L)
     products = words[used] @ patches.flatten(0, 1).T  # (all words, m P)
     best = products.view(-1, m, patches.shape[1]).max(dim=2).values
     return best.new_zeros(n, m).index_add(0, used.nonzero()[:, 0], best)
@@ -61,13 +61,14 @@ def where_seen(model: MiniClip, preprocess, tokenizer, image, text: str) -> tupl
     model = inference_copy(model, pack=False, fuse=False)
     levels = preprocess.levels(open_image(image, preprocess.scale, preprocess.stored))
     patches = torch.from_numpy(embed_patches(model, preprocess, [image])[0]).float()
-    vectors = torch.from_numpy(embed_words(model, tokenizer, [text])[0])
-    products, side = (vectors @ patches.T).numpy(), math.isqrt(len(patches))
+    products = (torch.from_numpy(embed_words(model, tokenizer, [text])[0]) @ patches.T).numpy()
+    side = math.isqrt(len(patches))
     # A text's tokens are those of its words, one word after the other, behind a start token if there is one.
-    ids, words = tokenizer([text], trim=True)[0].tolist(), text.split()
-    lengths = [len(tokenizer.encode(word)) for word in words]
-    start, seen = int(ids[:1] != tokenizer.encode(text)[:1]), []
-    for word, n in zip(words, lengths):
+    ids = tokenizer([text], trim=True)[0].tolist()
+    start = int(ids[:1] != tokenizer.encode(text)[:1])
+    seen = []
+    for word in text.split():
+        n = len(tokenizer.encode(word))
         rows = products[start : min(start + n, len(ids), WORDS)]
         start += n
         if len(rows):
@@ -86,9 +87,11 @@ def reranked(model: MiniClip, n: int | None) -> int:
 def rerank(results: dict[str, RetrievalResult], words: np.ndarray, patches: np.ndarray, n: int) -> dict:
     """Results of `retrieval.search_both`, of which the first n of each query are in the order of their scores plus
     MaxSim, from the words of all texts and the patches of all images. Nothing else changes its place."""
-    words, patches, ordered = torch.from_numpy(words), torch.from_numpy(patches), {}
+    words, patches = torch.from_numpy(words), torch.from_numpy(patches)
+    ordered = {}
     for way, result in results.items():
-        scores, order = result.scores.copy(), np.tile(np.arange(result.scores.shape[1]), (len(result.scores), 1))
+        scores = result.scores.copy()
+        order = np.tile(np.arange(scores.shape[1]), (len(scores), 1))
         for row, found in enumerate(result.found[:, :n]):
             if way == "text_to_image":
                 late = maxsim(words[row : row + 1], patches[found].float())[0]

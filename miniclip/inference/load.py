@@ -44,9 +44,8 @@ def load(
         return model, Preprocess(model.config.preprocess_cfg), model.text.tokenizer
     check_model(name_or_path)
     tag = find_tag(name_or_path, pretrained)
-    weights = find_folder(pretrained or "", cache_dir) or pretrained
-    if tag is not None:
-        weights = download_pretrained(tag, cache_dir=cache_dir)
+    found = find_folder(pretrained or "", cache_dir)
+    weights = download_pretrained(tag, cache_dir=cache_dir) if tag else found or pretrained
     if folder := find_folder(name_or_path, cache_dir):
         model = load_folder(folder)
     else:

@@ -37,13 +37,13 @@ class RetrievalMeasure:
         shared = np.bincount(pairs[0])[ids] > 1
         if not shared.any() or not any(self.texts):  # without a caption file the texts are unknown
             return None
-        n, (images, texts) = len(self.images), (self.result[way] for way in ("image_to_text", "text_to_image"))
-        right, metrics = pairs[0] * n + pairs[1], {}
-        for way, found in (
-            ("image_to_text", ids[images.found] * n + np.arange(n)[:, None]),
-            ("text_to_image", ids[:, None] * n + texts.found),
-        ):
-            hits = np.isin(found, right)
+        n = len(self.images)
+        found = {"image_to_text": ids[self.result["image_to_text"].found] * n + np.arange(n)[:, None]}
+        found["text_to_image"] = ids[:, None] * n + self.result["text_to_image"].found
+        right = pairs[0] * n + pairs[1]
+        metrics = {}
+        for way, numbers in found.items():  # of pairs
+            hits = np.isin(numbers, right)
             metrics |= {f"{way}_R@{k}": float(hits[:, :k].any(1).mean()) for k in self.ks}
         return {"captions": int(shared.sum()), "metrics": metrics}
 

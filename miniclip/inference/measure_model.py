@@ -37,9 +37,9 @@ class Model:
         else:
             suggest_bf16(options.precision, self.device)
             settle(self.model, options.precision)  # says what int8 takes
-        self.preprocess, folder = Preprocess(self.model.config.preprocess_cfg, options.decode), options.feature_cache
-        about = folder, self.model, self.preprocess, options.precision
-        self.cache = FeatureCache.for_images(*about) if folder else None
+        self.preprocess = Preprocess(self.model.config.preprocess_cfg, options.decode)
+        about = options.feature_cache, self.model, self.preprocess, options.precision
+        self.cache = FeatureCache.for_images(*about) if options.feature_cache else None
 
     def measure(self, options: Namespace, records: Sequence[dict]) -> dict:
         """Measures the model. Returns fields of `Measured`."""
@@ -52,21 +52,23 @@ class Model:
             text_batch_size=options.batch_size or text_batch, num_workers=options.num_workers,
             caches=(self.cache, None), rerank=options.rerank,
         )  # fmt: skip
-        reused, tokenizer.truncated = self.cache.reused if self.cache else 0, 0
-        metrics, notes = evaluator(model), []
+        reused = self.cache.reused if self.cache else 0
+        tokenizer.truncated = 0
+        metrics = evaluator(model)
+        notes = []
         if tokenizer.truncated:
             length = tokenizer.context_length
             notes.append(f"{tokenizer.truncated} of {len(evaluator.texts)} captions were truncated to {length} tokens")
-            print(notes[0])
         if n := reranked(model, options.rerank):
             notes.append(f"late interaction re-ranked the first {n} results of each query: cosine plus MaxSim")
-            print(notes[-1])
+        print(*notes, sep="\n", end="\n" * bool(notes))
         if self.cache is not None:
             reused = self.cache.reused - reused
             print(f"{reused} of {len(evaluator.images)} images were in {options.feature_cache}")
         print(evaluator.check_precision(model))
-        scale, bias, start = model.logit_scale.exp().item(), model.logit_bias, math.exp(model.config.init_logit_scale)
-        temperature = {"scale": scale, "bias": None if bias is None else bias.item(), "start": start}
+        bias = None if model.logit_bias is None else model.logit_bias.item()
+        temperature = {"scale": model.logit_scale.exp().item(), "bias": bias}
+        temperature["start"] = math.exp(model.config.init_logit_scale)
         return {
             "records": records, "evaluator": evaluator, "metrics": metrics, "device": self.device,
             "temperature": temperature, "notes": notes, "files": self.files,

@@ -31,7 +31,9 @@ class OnnxTower(Tower):
 
     def __init__(self, kind: str, folder: Path, config: MiniClipConfig, providers: list[str]):
         super().__init__()
-        self.kind, self.width, self.proj, file = kind, config.embed_dim, nn.Identity(), folder / f"{kind}.onnx"
+        self.kind, self.width = kind, config.embed_dim
+        self.proj = nn.Identity()
+        file = folder / f"{kind}.onnx"
         self.session = open_session(file, providers)
         size = config.vision_cfg.image_size
         given, got = self.session.get_inputs(), self.session.get_outputs()
@@ -58,7 +60,8 @@ class OnnxClip(InferenceClip):
         nn.Module.__init__(self)
         folder = Path(str(folder).removeprefix(LOCAL))
         check_manifest(folder)
-        about, self.config = read_json(folder / ABOUT), MiniClipConfig.from_json(folder / "config.json")
+        about = read_json(folder / ABOUT)
+        self.config = MiniClipConfig.from_json(folder / "config.json")
         try:
             found = ", ".join(f"{values['min_cosine']:.6f} ({name})" for name, values in about["checked"].items())
             self.precision = about["precision"]

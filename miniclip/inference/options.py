@@ -123,17 +123,19 @@ def result_file(options: Namespace) -> tuple[Path, str]:
     data set or setting is replaced: the name gets a number."""
     options = options if options.several else merged(options, *(part for found in single(options) for part in found))
     folder, name = _default_name(options)
-    path, number, said = Path(options.output_file or folder / f"{name}.json"), 1, ""
+    path = Path(options.output_file or folder / f"{name}.json")
+    number, said = 1, ""
     while path.exists() and not _is_empty(path):
-        before, about = _read_result(path), "something else"
-        if before:
+        about = "something else"
+        if before := _read_result(path):
             if _defining(before["options"], before["folder"]) == _defining(vars(options), ""):
                 break
             about = " ".join(str(before["options"][key]) for key in SOURCES if before["options"].get(key))
         if options.output_file:
             said = f", instead of the result for {about}"
             break
-        number, said = number + 1, f" ({path} is the result for {about})"
+        number += 1
+        said = f" ({path} is the result for {about})"
         path = folder / f"{name}_{number}.json"
     return path, said
 

@@ -48,7 +48,8 @@ class Page:
         self.model, self.preprocess, self.tokenizer = loaded
 
     def words(self, say: Words, text: str, minus: str, k: int) -> str:
-        text, unwanted = checked(say, text), parts(say, minus, CAPTIONS)
+        text = checked(say, text)
+        unwanted = parts(say, minus, CAPTIONS)
         if not split_minus([text])[0]:
             raise InputError(say("nothing"))
         title = f"{text.strip()} − {minus.strip()}" if unwanted else text.strip()
@@ -57,15 +58,16 @@ class Page:
 
     def image(self, say: Words, path: str | None, text: str, k: int) -> str:
         """Searches by an image and optional words."""
-        (image, shown), text = self.upload(say, path), checked(say, text)
+        image, shown = self.upload(say, path)
+        text = checked(say, text)
         found = self.search.query(text, int(k), image=[image])
         asked = f'<div class="mc-asked">{figure(shown, image)}{note(text and f"+ {text}")}</div>'
         return (self.coverage(say, [text]) if text.strip() else "") + self.cards(say, "like", found, asked, name=image)
 
     def classes(self, say: Words, path: str | None, text: str, sentences: str) -> str:
         """Classifies an image. Shows probabilities as bars, highest first: as text, too, for screen readers."""
-        classes, templates = read_classes(say, text), parts(say, sentences, CAPTIONS, "\n")
-        if not templates:
+        classes = read_classes(say, text)
+        if not (templates := parts(say, sentences, CAPTIONS, "\n")):
             raise InputError(say("no_sentences"))
         # Other braces would be instructions to Python's formatting.
         if wrong := [text for text in templates if not re.fullmatch(r"[^{}]*{}[^{}]*", text)]:
@@ -86,7 +88,8 @@ class Page:
 
     def heat(self, say: Words, paths: list[str] | None, text: str) -> str:
         """Compares images with captions: a table of probabilities and cosines, coloured from lowest to highest."""
-        captions, paths = parts(say, text, CAPTIONS, "\n"), paths or [None]
+        captions = parts(say, text, CAPTIONS, "\n")
+        paths = paths or [None]
         if not captions:
             raise InputError(say("no_captions"))
         if len(paths) > IMAGES:
@@ -94,8 +97,10 @@ class Page:
         uploads = [self.upload(say, path) for path in paths]
         embeds = embed_images(self.model, self.preprocess, [image for image, _ in uploads])
         texts = embed_texts(self.model, self.tokenizer, captions)
-        shares, cosines = probabilities(self.model, embeds, torch.from_numpy(texts).T), texts @ embeds.T
-        heats, rows = (cosines - cosines.min()) / max(np.ptp(cosines), 1e-9), ""
+        shares = probabilities(self.model, embeds, torch.from_numpy(texts).T)
+        cosines = texts @ embeds.T
+        heats = (cosines - cosines.min()) / max(np.ptp(cosines), 1e-9)
+        rows = ""
         for caption, *numbers in zip(captions, heats, cosines, shares.T):
             cells = "".join(
                 f'<td style="--heat:{heat:.2f}">{cosine:.3f}<small>{share:.0%}</small>'
@@ -181,7 +186,8 @@ class Page:
 
     def coverage(self, say: Words, texts: list[str]) -> str:
         """Returns a warning, with the numbers, if the text tower cannot read the texts."""
-        found, said = tokenizer_coverage(self.tokenizer, texts), []
+        found = tokenizer_coverage(self.tokenizer, texts)
+        said = []
         if bad := found["unreadable"]:
             said.append(say("unreadable", names=", ".join(bad[:6]), **tokenizer_coverage(self.tokenizer, bad)))
         if same := found["identical"]:

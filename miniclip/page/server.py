@@ -1,8 +1,7 @@
 """The page: search, classification and a heat map in the browser, built with Gradio.
 
 By default only this machine can reach it. It connects to no other machine, serves no file, and answers only the
-requests that the page itself sends (docs/page.md).
-"""
+requests that the page itself sends (docs/page.md)."""
 
 import os
 import shlex

@@ -3,8 +3,7 @@
 A resample draws as many images as there are, with replacement, and counts each with all its captions; the gallery stays
 as it is. Models on the same data set meet the same resamples, so that their differences are paired: an interval that
 excludes 0 shows a difference that the choice of test images does not explain. The interval is from the 2.5th to the
-97.5th percentile (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
-"""
+97.5th percentile (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13)."""
 
 import csv
 import io

@@ -142,7 +142,8 @@ def header(e: Evaluation) -> str:
 
 def metrics_section(e: Evaluation) -> str:
     ks = [int(name.partition("@")[2]) for name in e.metrics if name.startswith("text_to_image_R@")]
-    keys, rows, found = [*(f"R@{k}" for k in ks), "median_rank", "mean_rank", "MRR"], [], []
+    keys = [*(f"R@{k}" for k in ks), "median_rank", "mean_rank", "MRR"]
+    rows, found = [], []
     n, m = len(e.images), len(e.texts)
     for (way, name), gallery in zip(WAYS.items(), (n, m)):
         chance = e.chance(way)

@@ -31,7 +31,8 @@ def similarities(
     n, m = len(image_embeds), len(text_embeds)
     (right, wrong_image), wrong_text = np.empty((2, m), np.float32), np.full(n, -np.inf, np.float32)
     p_right, p_first = (None, None) if scale is None else np.empty((2, m))
-    counts, total, block = np.zeros(BINS, np.int64), 0.0, max(1, min(1024, memory // (4 * n)))
+    block = max(1, min(1024, memory // (4 * n)))  # captions at a time
+    counts, total = np.zeros(BINS, np.int64), 0.0  # of all pairs
     for start in range(0, m, block):
         rows = slice(start, start + block)
         scores = text_embeds[rows] @ image_embeds.T

@@ -1,7 +1,6 @@
 """The one style of all charts, charts.mplstyle: figures that need no display, byte-identical PNG and SVG.
 
-Matplotlib takes half a second to import, so it is imported here, when a chart is drawn, and nowhere else.
-"""
+Matplotlib takes half a second to import, so it is imported here, when a chart is drawn, and nowhere else."""
 
 import io
 import re

@@ -1,7 +1,6 @@
 """Checkpoints: atomic saving, validation, and deletion of old ones.
 
-A checkpoint gets its name when all of it is on the disk; its manifest (`utils/files.py`) detects later damage.
-"""
+A checkpoint gets its name when all of it is on the disk; its manifest (`utils/files.py`) detects later damage."""
 
 import logging
 import shutil

@@ -1,8 +1,7 @@
 """Interruptions, NaN, dead data workers and resuming: when a run ends early, and what it leaves behind (docs/run.md).
 
 SIGTERM and Ctrl-C finish the step and save a checkpoint. A NaN or infinite loss stops the run before the weights are
-updated, a dead data worker names its sample, and an error about memory says which batch size fits.
-"""
+updated, a dead data worker names its sample, and an error about memory says which batch size fits."""
 
 import gc
 import json
@@ -48,7 +47,8 @@ class Guard(TrainerCallback):
     """Handles the signals, NaN and dead data workers of a GuardedTrainer."""
 
     def __init__(self, trainer):
-        self.trainer, self.signal, self.signalled_at = trainer, 0, 0.0  # what signal this process received, and when
+        self.trainer = trainer
+        self.signal, self.signalled_at = 0, 0.0  # what signal this process received, and when
         self.agreed, self.due = 0, False  # the signal that all processes agreed on, and whether to save for it
         self.batches = []  # of this step: (loss, rows for RunDataset.label, token ids or None)
 
@@ -56,7 +56,8 @@ class Guard(TrainerCallback):
     def handle_signals(self):
         """Within it, the first SIGTERM or Ctrl-C saves a checkpoint and the second stops at once. Signals that were
         ignored before, as Ctrl-C is in the background, stay ignored."""
-        self.signal, self.agreed, self.due, before = 0, 0, False, {}
+        self.signal, self.agreed, self.due = 0, 0, False
+        before = {}
         main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
         for number in (signal.SIGTERM, signal.SIGINT) if main else ():
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -132,7 +133,8 @@ class Guard(TrainerCallback):
 
     def records(self) -> list[dict]:
         """Image and caption of all pairs of this step."""
-        dataset, tokenizer, found = self.trainer.train_dataset, self.trainer.data_collator.tokenize, []
+        dataset, tokenizer = self.trainer.train_dataset, self.trainer.data_collator.tokenize
+        found = []
         for _, rows, input_ids in self.batches:
             for i, row in enumerate(rows.tolist()):
                 found.append(dataset.label(row))

@@ -1,7 +1,6 @@
 """Run metadata: the command line, data, versions and machine of a run, enough to repeat it or compare it with others.
 
-`train.py` writes it as `run.json` into output_dir and each checkpoint; `evaluate.py` adds it to its metrics.
-"""
+`train.py` writes it as `run.json` into output_dir and each checkpoint; `evaluate.py` adds it to its metrics."""
 
 import dataclasses
 import hashlib

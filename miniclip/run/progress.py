@@ -1,7 +1,6 @@
 """Progress of a training run: a bar or lines on the terminal, `log.jsonl`, curves and warnings.
 
-python -m miniclip progress runs/mine     # draws curves.png from log.jsonl, also while the run is going
-"""
+python -m miniclip progress runs/mine     # draws curves.png from log.jsonl, also while the run is going"""
 
 import json
 import logging
@@ -203,8 +202,7 @@ def _measured(logs: dict) -> str:
 
 def to_json(entry: dict) -> str:
     """An entry as a line of JSON. NaN and infinity become strings, and a `reason` is added for them."""
-    odd = {name: json.dumps(v) for name, v in entry.items() if isinstance(v, float) and not math.isfinite(v)}
-    if odd:
+    if odd := {name: json.dumps(v) for name, v in entry.items() if isinstance(v, float) and not math.isfinite(v)}:
         fix = "the computation overflowed. Lower --learning_rate or raise --warmup_steps"
         odd["reason"] = f"{', '.join(odd)} not finite: {fix}"
     return json.dumps(entry | odd, allow_nan=False)

@@ -100,8 +100,7 @@ def _same(url: str, folder: Path) -> bool:
 
 def _fetch(url: str, folder: Path) -> Path:
     """Copies a checkpoint, whole or not at all. Raises InputError for one that is incomplete, damaged or not there."""
-    files = list_files(url)
-    if not files:
+    if not (files := list_files(url)):
         raise InputError(f"the checkpoint {url} does not exist")
     if MANIFEST not in files:
         raise InputError(f"the checkpoint {url} is incomplete: it has no {MANIFEST}, which is copied last")

@@ -2,8 +2,7 @@
 
 train.py starts it as a process of its own, which shares neither memory nor random numbers with the training, and ends
 what it has begun when the training is killed. A checkpoint is complete on the store once its manifest is there, which
-is copied last and deleted first.
-"""
+is copied last and deleted first."""
 
 import os
 import re

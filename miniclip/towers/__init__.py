@@ -1,8 +1,7 @@
 """Encoders other than CLIP's own: each is one file with its config section, its module and its key rows.
 
 This table says by which fields of the model config each is recognised; it is imported only then. Of several rows that
-apply the first one does.
-"""
+apply the first one does."""
 
 from miniclip.config import SECTIONS, MiniClipConfig, TextConfig, VisionConfig
 

@@ -4,8 +4,7 @@
 
 256 learned queries read the image tower by attention: the first becomes the image's embedding, the others are image
 tokens. A class token behind the caption becomes its embedding, the positions of the caption are text tokens. The
-decoder predicts each next word from the text tokens so far and all image tokens.
-"""
+decoder predicts each next word from the text tokens so far and all image tokens."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -338,9 +337,9 @@ class CoCa(MiniClip):
         (1: the likeliest, without chance). These can go on from a `text` (B, T). A caption has at least `min_seq_len`
         tokens, T is at most `seq_len`, and exactly that with `fixed_output_length`. Raises InputError for values out of
         range or that do not go together."""
-        room, tokenizer = self.config.text_cfg.context_length, self.text.tokenizer
-        sot, eos = ((sot_token_id, tokenizer.sot_token_id), (eos_token_id, tokenizer.eot_token_id))
-        sot, eos = (usual if given is None else given for given, usual in (sot, eos))
+        room = self.config.text_cfg.context_length
+        sot = self.text.tokenizer.sot_token_id if sot_token_id is None else sot_token_id
+        eos = self.text.tokenizer.eot_token_id if eos_token_id is None else eos_token_id
         pad = self.config.text_cfg.pad_id if pad_token_id is None else pad_token_id
         check([
             (min_seq_len < seq_len <= room, f"seq_len {seq_len} is not above min_seq_len {min_seq_len}, up to {room}"),

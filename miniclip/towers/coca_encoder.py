@@ -4,8 +4,7 @@
 
 The tower's features are the encoder's last feature map, all its positions. Its projection, which learns, makes the
 decoder's image tokens of them, one of each position, and reads the embedding from these by attention. So the features
-of a frozen encoder are computed once, before training, like those of other frozen towers.
-"""
+of a frozen encoder are computed once, before training, like those of other frozen towers."""
 
 from dataclasses import dataclass
 from functools import partial

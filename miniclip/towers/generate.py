@@ -1,8 +1,7 @@
 """Decoding: the logits of each next token, one position at a time, and beam search and sampling by them.
 
 Both do what OpenCLIP's `generate` does. Two things in it are its own: a beam's score is the sum of logits, not of log
-probabilities; and its groups of beams, without a penalty for being alike, all find the same, so one is computed.
-"""
+probabilities; and its groups of beams, without a penalty for being alike, all find the same, so one is computed."""
 
 from collections.abc import Callable
 
@@ -68,7 +67,8 @@ def beam_search(
     device: torch.device | str = "cpu",
 ) -> Tensor:  # fmt: skip
     """Token ids (images, T), T up to `seq_len`: of each image the text with the highest mean score of a token."""
-    ids, rows = torch.full((images * beams, 1), sot, device=device), None
+    ids = torch.full((images * beams, 1), sot, device=device)
+    rows = None
     scores = torch.tensor([0.0] + [-1e9] * (beams - 1), device=device).repeat(images)  # all begin alike: one counts
     ended: list[list[tuple[float, Tensor]]] = [[] for _ in range(images)]  # (mean score, ids) of the best texts
     done = [False] * images
@@ -86,7 +86,7 @@ def beam_search(
                     going.append((row, token, total))
                 elif rank < beams and not done[image]:
                     keep_best(ended[image], beams, total / length, ids[row])
-            done[image] |= len(ended[image]) == beams and worst(ended[image]) >= totals[image][0] / length
+            done[image] |= len(ended[image]) == beams and ended[image][-1][0] >= totals[image][0] / length
             kept += going[:beams]
         rows, tokens, scores = (torch.tensor(column, device=device) for column in zip(*kept))
         ids = torch.cat([ids[rows], tokens[:, None]], dim=1)
@@ -98,15 +98,10 @@ def beam_search(
 
 
 def keep_best(texts: list[tuple[float, Tensor]], count: int, score: float, ids: Tensor):
-    """Adds a text to the `count` best ones, if it is one of them."""
-    if len(texts) < count or score > worst(texts):
-        texts.append((score, ids))
-        if len(texts) > count:
-            del texts[min(range(len(texts)), key=lambda i: texts[i][0])]
-
-
-def worst(texts: list[tuple[float, Tensor]]) -> float:
-    return min(score for score, _ in texts)
+    """Adds a text to the `count` best ones, best first, if it is one of them."""
+    texts.append((score, ids))
+    texts.sort(key=lambda text: -text[0])
+    del texts[count:]
 
 
 def sample(

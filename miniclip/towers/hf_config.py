@@ -87,9 +87,9 @@ class HfVisionConfig(HfConfig):
 
     def preprocess(self) -> dict:
         """The encoder's own preprocessing, from its preprocessor_config.json."""
-        size, name = {} if self.image_size is None else {"size": self.image_size}, self.hf_model_name
-        entry = packaged(name)
-        if isinstance(entry, type):
+        name = self.hf_model_name
+        size = {} if self.image_size is None else {"size": self.image_size}
+        if isinstance(entry := packaged(name), type):
             return entry.PREPROCESS | size
         if name and not self.hf_model_config:
             from transformers.utils import cached_file
@@ -171,7 +171,8 @@ def preprocessing_of(folder: Path, maker: str) -> dict:
 def _from_transformers(theirs: dict, path: Path, maker: str) -> dict:
     maker = str(theirs.get("image_processor_type") or theirs.get("feature_extractor_type") or maker)
     clip = "CLIP" in maker  # whose defaults are others
-    size, crop, resample = theirs.get("size", 224), theirs.get("crop_size"), theirs.get("resample", 3 if clip else 2)
+    resample = theirs.get("resample", 3 if clip else 2)
+    size, crop = theirs.get("size", 224), theirs.get("crop_size")
     crop = 224 if clip and crop is None else crop
     if isinstance(size, int):  # old files: some makers mean the shorter side, ViT's and most others a square
         shorter = "crop_pct" in theirs or any(name in maker for name in ("CLIP", "ConvNext", "Bit"))
@@ -188,7 +189,8 @@ def _from_transformers(theirs: dict, path: Path, maker: str) -> dict:
         ours["resize_mode"] = "squash"
     elif ours["resize_mode"] == "shortest" and crop and side and crop <= side:
         side, ours["crop_pct"] = crop, crop / side
-    factor, squash = theirs.get("rescale_factor", 1 / 255), ours["resize_mode"] == "squash"
+    factor = theirs.get("rescale_factor", 1 / 255)
+    squash = ours["resize_mode"] == "squash"
     for supported, problem in (
         (resample in RESAMPLE, f"resample {resample} is neither 2 (bilinear) nor 3 (bicubic)"),
         (type(side) is int and side > 0, f"size {size} has neither a shortest_edge nor a height"),

@@ -72,8 +72,7 @@ class HfTokenizer(BaseTokenizer):
         return self.tokenizer.get_vocab()
 
     def fingerprint(self) -> str:
-        inner = getattr(self.tokenizer, "backend_tokenizer", None)
-        if inner is not None:
+        if (inner := getattr(self.tokenizer, "backend_tokenizer", None)) is not None:
             inner.no_truncation()  # each call sets both anew: what the last one left there decides nothing
             inner.no_padding()
         text = inner.to_str() if inner is not None else json.dumps(sorted(self.tokenizer.get_vocab().items()))

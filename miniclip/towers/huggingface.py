@@ -8,8 +8,7 @@ thousand pairs. Fields of the model config that begin with `hf_`, most of them O
 
 `hf_model_name` is a folder, a name on the Hugging Face hub, or `package:` and a key of `packages.PACKAGES`. Without it,
 and with a transformers config as `hf_model_config`, the tower starts from random weights. The folder of a saved model
-is complete: nothing is downloaded again. Code that comes with weights never runs.
-"""
+is complete: nothing is downloaded again. Code that comes with weights never runs."""
 
 import copy
 import math

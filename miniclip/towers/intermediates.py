@@ -53,8 +53,8 @@ def forward_intermediates(
     if output_logits and (image is None or text is None):
         raise InputError("output_logits needs image and text: give both")
     if image is not None:
-        image, how = image.to(next(model.visual.parameters()).dtype), (image_indices, stop_early)
-        how += normalize_intermediates, image_output_fmt, image_output_extra_tokens
+        image = image.to(next(model.visual.parameters()).dtype)
+        how = image_indices, stop_early, normalize_intermediates, image_output_fmt, image_output_extra_tokens
         layers, embeds = run_image(model.visual, image, *how)
         output |= layers
         if not intermediates_only:

@@ -6,8 +6,7 @@
 Each entry of `towers` is the section of one encoder; its own projection does not exist. Each encoder's features count
 the same: they are brought to unit length. Images are prepared as the encoder with the largest ones wants them, and then
 for each other one resized to its size and given its mean and deviation. Each text encoder reads tokens of its own
-tokenizer (`JointTokenizer`).
-"""
+tokenizer (`JointTokenizer`)."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -183,10 +182,8 @@ class JointTextTower(JointTower):
     def inputs(self, input_ids: Tensor) -> list[Tensor]:
         """Each encoder's own ids."""
         turns = (input_ids[:, number :: len(self.towers)] for number in range(len(self.towers)))
-        return [
-            torch.where(ids == 0, tower.pad_token_id, ids - first)
-            for ids, tower, first in zip(turns, self.towers, self.firsts)
-        ]
+        each = zip(turns, self.towers, self.firsts)
+        return [torch.where(ids == 0, tower.pad_token_id, ids - first) for ids, tower, first in each]
 
     @property
     def tokenizer(self) -> JointTokenizer:

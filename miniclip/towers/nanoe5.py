@@ -2,8 +2,7 @@
 
 The package (MIT) carries multilingual-e5-small (Wang et al., arXiv 2402.05672: a BERT of 12 layers and width 384, a
 hundred languages) in its own file format, with matrices in 4 bits. `hf_model_name: "package:multilingual-e5-small"`
-converts it, once, to a folder for transformers.
-"""
+converts it, once, to a folder for transformers."""
 
 import struct
 from itertools import pairwise

@@ -6,8 +6,7 @@ heads and its own MLP width, and the width is no multiple of a head's. Only the 
     miniclip.load("TinyCLIP-auto-ViT-45M-32-Text-18M", pretrained="TinyCLIP-auto-ViT-45M-32-Text-18M-LAION400M.pt")
 
 In a config `block_heads` and `block_mlp_widths` list them; where they are empty, as in the configs that ship, every
-block is whole, until weights are loaded.
-"""
+block is whole, until weights are loaded."""
 
 import dataclasses
 import re

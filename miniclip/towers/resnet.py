@@ -2,8 +2,7 @@
 
 A ResNet-D (He et al., arXiv 1812.01187) whose strided convolutions are averaged first, against aliasing (Zhang, arXiv
 1904.11486), and which ends in attention from the mean of its positions to each of them: section 2.4 of the paper. A
-list in `layers` tells it, as in OpenCLIP. Submodules have OpenCLIP's names, so weights need no table of names.
-"""
+list in `layers` tells it, as in OpenCLIP. Submodules have OpenCLIP's names, so weights need no table of names."""
 
 import copy
 import math
@@ -74,7 +73,8 @@ class AttentionPool(nn.Module):
 
     def __init__(self, grid: int, width: int, heads: int, embed_dim: int):
         super().__init__()
-        self.heads, self.positional_embedding = heads, nn.Parameter(torch.empty(1 + grid**2, width))
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.empty(1 + grid**2, width))
         self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.c_proj = nn.Linear(width, embed_dim)
 
@@ -98,7 +98,8 @@ class ModifiedResNet(Tower):
         self.conv3, self.bn3 = nn.Conv2d(W // 2, W, 3, padding=1, bias=False), nn.BatchNorm2d(W)
         inputs = W
         for number, blocks in enumerate(cfg.layers):
-            stage, width = nn.Sequential(), W << number
+            stage = nn.Sequential()
+            width = W << number
             for i in range(blocks):
                 stage.append(Bottleneck(inputs, width, stride=2 if number and i == 0 else 1))
                 inputs = 4 * width
@@ -117,17 +118,18 @@ class ModifiedResNet(Tower):
         x = F.avg_pool2d(x, 2)
         for number, block in enumerate(self.blocks):
             recompute = self.checkpoint_every and number % self.checkpoint_every == 0 and torch.is_grad_enabled()
-            again = {} if torch.compiler.is_compiling() else {"context_fn": lambda b=block: (nullcontext(), kept(b))}
-            x = checkpoint(block, x, use_reentrant=False, **again) if recompute else block(x)
+            how = {"context_fn": lambda block=block: (nullcontext(), statistics_kept(block))}
+            how = {} if torch.compiler.is_compiling() else how
+            x = checkpoint(block, x, use_reentrant=False, **how) if recompute else block(x)
         return self.attnpool(x)
 
     def init_parameters(self):
         """Draws attention as OpenAI's code does. With a gain of 0 each block begins as the identity (arXiv
         1706.02677). Convolutions start as PyTorch's do."""
-        pool, std = self.attnpool, self.width**-0.5
+        pool = self.attnpool
         weights = (layer.weight for layer in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj))
         for parameter in (pool.positional_embedding, *weights):
-            nn.init.normal_(parameter, std=std)
+            nn.init.normal_(parameter, std=self.width**-0.5)
         for block in self.blocks:
             nn.init.zeros_(block.bn3.weight)
 
@@ -138,7 +140,7 @@ class ModifiedResNet(Tower):
 
 
 @contextmanager
-def kept(block: nn.Module) -> Iterator[None]:
+def statistics_kept(block: nn.Module) -> Iterator[None]:
     """A context, of the second forward pass of checkpointing, in which BatchNorms do not count the batch again."""
     before = [(statistic, statistic.clone()) for statistic in block.buffers()]
     try:
@@ -151,8 +153,8 @@ def kept(block: nn.Module) -> Iterator[None]:
 def from_weights(weights: dict[str, Tensor]) -> dict:
     """The section with the sizes of an image tower's weights, named as in OpenCLIP without the prefix."""
     stages = [{name.split(".")[1] for name in weights if name.startswith(f"layer{i}.")} for i in (1, 2, 3, 4)]
-    grid, width = math.isqrt(len(weights["attnpool.positional_embedding"]) - 1), len(weights["layer1.0.conv1.weight"])
-    return {"layers": tuple(map(len, stages)), "width": width, "image_size": 32 * grid}
+    grid = math.isqrt(len(weights["attnpool.positional_embedding"]) - 1)
+    return {"layers": tuple(map(len, stages)), "width": len(weights["layer1.0.conv1.weight"]), "image_size": 32 * grid}
 
 
 TOWERS[ResNetConfig] = ModifiedResNet

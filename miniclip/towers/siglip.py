@@ -6,8 +6,7 @@ all see each other, read at its last position, which is padding in most captions
     "text_cfg": {..., "no_causal_mask": true, "proj_bias": true, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
 
 as in OpenCLIP, whose image tower timm builds; here a name of timm's only says the sizes, and `"pool_type": "map"` with
-sizes of your own makes another. The features of images are the embeddings: there is no projection.
-"""
+sizes of your own makes another. The features of images are the embeddings: there is no projection."""
 
 import re
 from dataclasses import dataclass
@@ -57,17 +56,15 @@ class SigLipVisionConfig(VisionConfig):
     def __post_init__(self):
         name = self.timm_model_name or "vit_base_patch16_siglip_224"
         if (found := re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)", name)) is None or found[1] not in TIMM:
-            sizes = ", ".join(TIMM)
-            raise InputError(f"timm_model_name is {name!r}, not SigLIP's ViT of a fixed image size ({sizes})")
-        (width, layers, heads, ratio), patch, size = TIMM[found[1]], int(found[2]), int(found[3])
+            raise InputError(f"timm_model_name is {name!r}, not SigLIP's ViT of a fixed image size ({', '.join(TIMM)})")
+        width, layers, heads, ratio = TIMM[found[1]]
         head_width = width // heads if self.timm_model_name or not self.width else 64
-        usual = {"width": width, "layers": layers, "head_width": head_width, "mlp_ratio": ratio, "patch_size": patch}
-        usual |= {"image_size": size}
+        usual = {"width": width, "layers": layers, "head_width": head_width, "mlp_ratio": ratio}
+        usual |= {"patch_size": int(found[2]), "image_size": int(found[3])}
         if self.timm_model_name:
             usual["act_kwargs"] = TANH if WITH_TANH.match(name) else None
         for field, value in usual.items():
-            given = getattr(self, field)
-            if given is None:
+            if (given := getattr(self, field)) is None:
                 setattr(self, field, value)
             elif self.timm_model_name and given != value:
                 raise InputError(f"{field} is {given}, but {value} in {name}: remove timm_model_name or {field}")

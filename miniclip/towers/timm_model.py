@@ -5,8 +5,7 @@ any other image model of timm.
 
 timm builds `trunk` by its name and with `timm_pool`. `timm_proj` "linear" or "mlp" adds a projection, `head`; with null
 or "" timm's own classifier is the projection, and with "none" the features are the embeddings. Submodules have
-OpenCLIP's names, so weights need no table of names. timm is an optional package, which needs torchvision.
-"""
+OpenCLIP's names, so weights need no table of names. timm is an optional package, which needs torchvision."""
 
 import re
 from collections import OrderedDict
@@ -89,7 +88,7 @@ class TimmTower(Tower):
     def __init__(self, cfg: TimmVisionConfig, embed_dim: int, quick_gelu: bool):
         super().__init__()
         self.cfg, self.image_size, self.embed_dim = cfg, cfg.image_size, embed_dim
-        self.has_head, layers = cfg.timm_proj in ("linear", "mlp"), OrderedDict()
+        self.has_head = cfg.timm_proj in ("linear", "mlp")
         # On the CPU even if the model is on "meta", for its shapes alone: some of timm's constants are not weights.
         with torch.device("cpu"), limited_by(None):
             self.trunk = ask(cfg.timm_model_name, self.make_trunk)
@@ -97,6 +96,7 @@ class TimmTower(Tower):
         self.width = W = self.trunk.num_features
         if cfg.timm_proj == "none" and embed_dim != W:
             raise InputError(f"timm_proj none: {cfg.timm_model_name} is {W} wide, embed_dim is {embed_dim}")
+        layers = {}
         if cfg.timm_proj == "linear":
             layers = {"drop": nn.Dropout(cfg.timm_drop), "proj": nn.Linear(W, embed_dim, bias=cfg.timm_proj_bias)}
         elif cfg.timm_proj == "mlp":
@@ -110,11 +110,12 @@ class TimmTower(Tower):
         self.block_names = self.name_blocks()
 
     def make_trunk(self, pretrained: bool = False) -> nn.Module:
-        cfg, timm, side = self.cfg, import_timm(), self.image_size
+        cfg = self.cfg
+        side = self.image_size
         options = {"drop_path_rate": cfg.timm_drop_path}
         if not self.has_head:
             options |= {"num_classes": 0 if cfg.timm_proj == "none" else self.embed_dim, "global_pool": cfg.timm_pool}
-        trunk = timm.create_model(cfg.timm_model_name, pretrained=pretrained, **options)
+        trunk = import_timm().create_model(cfg.timm_model_name, pretrained=pretrained, **options)
         if self.has_head:
             trunk.reset_classifier(0, **({"global_pool": cfg.timm_pool} if cfg.timm_pool else {}))
         if (usual := trunk.default_cfg["input_size"][-1]) != side:
@@ -189,10 +190,11 @@ class TimmTower(Tower):
         return self.trunk.forward_head(self.trunk.forward_features(pixel_values), pre_logits=True)
 
     def checkpoint_activations(self, every: int):
-        name, norms = self.cfg.timm_model_name, [m for m in self.trunk.modules() if isinstance(m, _BatchNorm)]
+        name = self.cfg.timm_model_name
+        norms = {module for module in self.trunk.modules() if isinstance(module, _BatchNorm)}
         if every > 1:
             raise InputError(f"timm recomputes all blocks of {name} or none: remove every_n_layers")
-        if every and not set(norms) <= set(self.fixed_norms):
+        if every and not norms <= set(self.fixed_norms):
             problem = f"the BatchNorm of {name} would count each batch twice"
             raise InputError(f"{problem}: remove --gradient_checkpointing, or add --freeze_image all_but_N")
         ask(name, self.trunk.set_grad_checkpointing, bool(every))

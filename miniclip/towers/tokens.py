@@ -39,9 +39,10 @@ WITH_TOKENS: dict[type, type] = {}  # a section of the config -> the same one wi
 
 def token_section(section: type, module: str) -> type:
     """The section with `token_dim`, for a module, whose tower is that of the section with the projection."""
-    name, fields = f"Token{section.__name__}", [("token_dim", int, TOKEN_DIM)]
-    WITH_TOKENS[section] = cls = dataclasses.make_dataclass(name, fields, bases=(section,))
-    TOWERS[cls], cls.__module__ = partial(_build, TOWERS[section]), module  # where pickle finds it
+    fields = [("token_dim", int, TOKEN_DIM)]
+    WITH_TOKENS[section] = cls = dataclasses.make_dataclass(f"Token{section.__name__}", fields, bases=(section,))
+    TOWERS[cls] = partial(_build, TOWERS[section])
+    cls.__module__ = module  # where pickle finds it
     return cls
 
 

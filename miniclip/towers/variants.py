@@ -3,8 +3,7 @@ token, a text tower without causal mask, layer scale, other tokenizers.
 
     "vision_cfg": {..., "no_ln_pre": true, "pool_type": "avg"}, "text_cfg": {..., "no_causal_mask": true}
 
-These are the fields of published models with these towers; any other is refused by its name.
-"""
+These are the fields of published models with these towers; any other is refused by its name."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -30,7 +30,8 @@ class AdamWBf16(torch.optim.AdamW):
                     self._update(p, group)
 
     def _update(self, p: Tensor, group: dict):
-        state, weights, grad = self.state[p], p, p.grad
+        state = self.state[p]
+        weights, grad = p, p.grad
         if not state or "rows" in state:
             _make_averages(state, p)
         if "rows" in state:
@@ -64,15 +65,14 @@ class AdamWBf16(torch.optim.AdamW):
 def _make_averages(state: dict, p: Tensor):
     """Makes the averages of a parameter, or of those of its rows that have a gradient for the first time."""
     used = p.grad.any(dim=1) if p.ndim == 2 else torch.ones(1)
-    shape = p.shape
     if not state:
+        some = 2 * int(used.sum()) < len(used)
         state["step"] = torch.zeros(())
-        if some := 2 * int(used.sum()) < len(used):
-            state["rows"], shape = torch.zeros(0, dtype=torch.long, device=p.device), (0, p.shape[1])
         for name in AVERAGES:
-            state[name] = torch.zeros(shape, dtype=torch.bfloat16, device=p.device)
+            state[name] = torch.zeros((0, p.shape[1]) if some else p.shape, dtype=torch.bfloat16, device=p.device)
         if not some:
             return
+        state["rows"] = torch.zeros(0, dtype=torch.long, device=p.device)
     used[state["rows"]] = False
     if len(new := used.nonzero().squeeze(1)):
         state["rows"] = torch.cat([state["rows"], new])

@@ -173,7 +173,8 @@ def check_optimizer(args: TrainingArguments):
 
 def check_schedule(args: TrainingArguments):
     """Raises InputError for a schedule without what it needs, by trying it on an optimizer of one number."""
-    name, kwargs = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs or {}
+    name = str(args.lr_scheduler_type.value)
+    kwargs = args.lr_scheduler_kwargs or {}
     if not isinstance(kwargs, dict):
         raise InputError(f"lr_scheduler_kwargs {kwargs!r} is not a JSON object. Write, for example, '{{\"power\": 2}}'")
     if kwargs and name in NO_KWARGS:
@@ -220,7 +221,8 @@ def check_given(options, args: TrainingArguments, given: dict, named: Collection
         fix = "eval_file is measured at the end. Remove one of them"
         fix = fix if options.eval_file else "a held-out part is measured at the end. Replace it by --holdout 0"
         raise InputError(f"do_eval is false, but {fix}")
-    metric, one = (args.metric_for_best_model or "").removeprefix("eval_"), np.eye(1, dtype=np.float32)
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    one = np.eye(1, dtype=np.float32)  # an embedding, for the names of the metrics
     known = retrieval_metrics(one, one, [0], (1, 3, 5, 10))
     if metric and not metric.startswith("zero_shot_") and metric not in known:
         raise InputError(f"metric_for_best_model {metric!r} is not one of {', '.join(sorted(known))}")

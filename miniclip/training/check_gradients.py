@@ -2,8 +2,7 @@
 
 The steps are those of `gradient_passes.py`. Dropout and low precision make "run" and "exact" differ, accumulation
 "expected" and "one batch". Those in the middle have to be equal, up to the rounding of fp32: a difference there is a
-mistake, whose cause `explain` looks for.
-"""
+mistake, whose cause `explain` looks for."""
 
 import copy
 import math
@@ -22,6 +21,7 @@ from miniclip.utils.errors import InputError
 
 LOSS_SCALE = "loss scale of fp16"
 NEGLIGIBLE = 1e-5, 1e-6  # of the whole gradient, and of a loss of about 1: smaller differences are not judged
+TINY = 1e-300  # instead of a division by 0
 PROJECTION = re.compile(r"visual\.proj\b|text\.(text_projection|proj)\b")
 
 
@@ -38,11 +38,13 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
     its `figures` in the first process. Raises WrongGradients if they differ by more than accumulation, rounding and
     dropout make, and InputError for a loss that is not finite. Weights and random numbers stay as they are; a process
     group is ended. No optimizer step is made, and nothing is written."""
-    args, model, first = trainer.args, trainer.model, trainer.is_world_process_zero()
-    plain = copy.deepcopy(model, copies := {}) if first else None
-    probe, clip = Probe(trainer), args.max_grad_norm
+    args, model = trainer.args, trainer.model
+    plain = copy.deepcopy(model, copies := {}) if trainer.is_world_process_zero() else None
+    probe = Probe(trainer)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    trainer.loss, args.max_grad_norm = probe.recorded_loss, 0  # clipping would hide a wrong factor
+    max_grad_norm = args.max_grad_norm
+    args.max_grad_norm = 0  # clipping would hide a wrong factor
+    trainer.loss = probe.recorded_loss
     trainer.add_callback(probe)
     with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
         try:
@@ -53,12 +55,12 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
             raise InputError("the first step's loss or gradient is NaN or infinite; training lists its batch") from None
         finally:
             trainer.remove_callback(probe)
-            trainer.loss, args.max_grad_norm = probe.loss, clip
+            trainer.loss, args.max_grad_norm = probe.loss, max_grad_norm
         for name, value in model.named_buffers():
             value.copy_(buffers[name])
         if dist.is_initialized():
             dist.destroy_process_group()  # from here on the loss is that of one process
-        if first:
+        if plain is not None:
             piece = (not probe.batch_norm and args.grad_cache_chunk_size) or args.per_device_train_batch_size
             loss = probe.loss  # a partial of the model's own parts, as superclip's, then has those of the copy
             loss = copy.deepcopy(loss, copies) if isinstance(loss, partial) else loss
@@ -67,14 +69,16 @@ def check_gradients(trainer) -> dict[str, dict[str, float]] | None:
 
 def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tensor]]], args) -> dict:
     """Prints the table and the causes. Returns its figures. Raises WrongGradients for a difference without a cause."""
-    passes, pad = probe.passes, probe.trainer.data_collator.tokenize.pad_token_id
+    pad = probe.trainer.data_collator.tokenize.pad_token_id
     steps = [concatenate(step, pad) for step in inputs]
     everything = concatenate(steps, pad)
     count = len(everything["pixel_values"])
     expected = reference(steps)
     piece = count if probe.batch_norm else reference.piece
     one = expected if len(steps) == 1 and piece == reference.piece else reference([everything], piece=piece)
-    exact, run, columns, causes, faults = passes["exact"], passes["run"], {}, [], []
+    exact, run = probe.passes["exact"], probe.passes["run"]
+    columns: dict[str, tuple[Pass, Pass]] = {}  # what explains a difference -> the passes with it and without
+    causes, faults = [], []  # sentences: on each of the columns, and on what nothing explains
     if len(steps) > 1:
         fix = f"--per_device_train_batch_size {count // args.world_size}"
         fix += f" --grad_cache_chunk_size {reference.piece}" * (not probe.batch_norm)
@@ -85,13 +89,14 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
         causes.append("each process has statistics of its own")
         columns["BatchNorm"] = expected, one
     if probe.dropout:
-        columns["dropout"] = run, passes.get("without dropout", exact)
+        columns["dropout"] = run, probe.passes.get("without dropout", exact)
         rates = {f"{name} {rate:g}" for _, name, rate in drop_rates(probe.trainer.model)}
         causes.append(f"the one batch is computed without it ({', '.join(sorted(rates))})")
         if not all(abs(slope - 1) < 0.03 for slope in probe.slopes):
             how = f"along the gradient the loss changes {min(probe.slopes):.2f} times as much as it should"
             faults.append(f"The backward pass does not repeat the random numbers of the forward pass: {how}")
-    low, judged = probe.precision, passes.get("without dropout", run)
+    low = probe.precision
+    judged = probe.passes.get("without dropout", run)
     if low == "tf32" and not rounding(judged, exact):
         low = None  # torch's default, for convolutions alone, of which the fast path has none
     before, scale = probe.scales
@@ -125,7 +130,8 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
 
 def explain(probe: Probe, expected: Pass, alone: Pass, small: Pass, args, steps: int) -> str:
     """Names the most likely mistake that makes a step differ from what is expected."""
-    passes, exact, world = probe.passes, probe.passes["exact"], args.world_size
+    passes, world = probe.passes, args.world_size
+    exact = passes["exact"]
     if not exact.agree:
         return "The processes end with different gradients: they are not averaged (DistributedDataParallel does that)"
     if args.grad_cache_chunk_size and same(passes["small"], small):
@@ -181,9 +187,10 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> Compared:
     squares = torch.zeros(3, dtype=torch.float64)
     for x, y in pairs:
         squares += torch.stack([torch.linalg.vector_norm(v, dtype=torch.float64) for v in (x, y, x - y)]).square()
-    (a, b, distance), (aa, bb, dd) = squares.sqrt().tolist(), squares.tolist()
-    product, tiny = (aa + bb - dd) / 2, 1e-300
-    return Compared(product / max(a * b, tiny), distance / max(b, tiny), product / max(bb, tiny), b, distance)
+    a, b, distance = squares.sqrt().tolist()
+    aa, bb, dd = squares.tolist()
+    product = (aa + bb - dd) / 2
+    return Compared(product / max(a * b, TINY), distance / max(b, TINY), product / max(bb, TINY), b, distance)
 
 
 def pairs_of(a: Pass, b: Pass, names) -> Iterator[tuple[Tensor, Tensor]]:
@@ -223,7 +230,7 @@ def figures(run: Pass, one: Pass, columns: dict[str, tuple[Pass, Pass]]) -> dict
     found = {}
     for part, names in parts(run, one).items():
         cosine, error, _, size, _ = compare(pairs_of(run, one, names))
-        shares = (compare(pairs_of(*passes, names)).distance / max(size, 1e-300) for passes in columns.values())
+        shares = (compare(pairs_of(*passes, names)).distance / max(size, TINY) for passes in columns.values())
         found[part] = {"cosine": cosine, "error": error} | dict(zip(columns, shares))
     return found
 

@@ -10,8 +10,7 @@ between two sets of variates", 1936; weights by powers of S: Gong et al., arXiv 
 each of its captions as a share of it, as when training draws one caption at random.
 
 Layers without a bias cannot subtract the means. For them C are second moments, less nothing (the regularisation stays
-the same), and the first pair of directions, which then is the means' and tells nothing, is left out.
-"""
+the same), and the first pair of directions, which then is the means' and tells nothing, is left out."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,9 @@ from miniclip.weights.pretrained import is_folder
 CHUNK = 4096  # images whose features are float64 at a time
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of regularisation
 TRUST = (0.0, 0.1, 0.3, 1.0)  # in the names of classes
-FOLDS, SCORED, ENOUGH = 5, 1500, 6000  # folds; images that are held out in all, and those trained on, at most
+FOLDS = 5
+SCORED = 1500  # images that are held out in all, at most
+ENOUGH = 6000  # images that are trained on while others are held out, at most
 FEW = 10  # images, below which nothing is held out
 
 
@@ -71,7 +72,8 @@ class Moments(NamedTuple):
         total = None
         for rows in torch.arange(len(pairs.images)).split(CHUNK):
             part = pairs.take(rows)
-            x, y, owner = part.images.double(), part.texts.double(), part.owner()
+            owner = part.owner()
+            x, y = part.images.double(), part.texts.double()
             shares = y / part.starts.diff()[owner, None]
             mean = torch.zeros(len(x), y.shape[1], dtype=y.dtype).index_add_(0, owner, shares)
             sums = torch.tensor(len(x)), x.sum(0), mean.sum(0), x.T @ x, shares.T @ y, x.T @ mean
@@ -93,7 +95,8 @@ class ClosedForm:
 
     def __init__(self, moments: Moments, bias: bool = True, prior: Tensor | None = None, images: Tensor | None = None):
         n, x, y, xx, yy, xy = moments
-        x, y, self.first = x / n, y / n, 0 if bias else 1
+        x, y = x / n, y / n
+        self.first = 0 if bias else 1  # without a bias the first pair of directions is the means'
         self.unit_x, self.unit_y = ((m.trace() / n - mean @ mean) / len(m) for m, mean in ((xx, x), (yy, y)))
         self.mean_x, self.mean_y = bias * x, bias * y  # what is subtracted
         self.cxx = xx / n - self.mean_x.outer(self.mean_x)
@@ -116,8 +119,8 @@ class ClosedForm:
     def maps(self, reg_x: float) -> tuple[Tensor, Tensor | None]:
         """Rx^-1 Cxy and, with a prior P, Rx P. The former saves the roots of Rx, which is often the largest: what is
         left is the eigenvectors V of Ry^-1/2 Cyx Rx^-1 Cxy Ry^-1/2, whose eigenvalues are the squares of S."""
-        ridge, a = reg_x * self.unit_x, self.factor
-        if a is None:
+        ridge = reg_x * self.unit_x
+        if (a := self.factor) is None:
             root = torch.linalg.cholesky(self.cxx + ridge * torch.eye(len(self.cxx), dtype=self.cxx.dtype))
             regression = torch.cholesky_solve(self.cxy, root)
         else:  # Woodbury's identity: n x n instead of X x X
@@ -132,14 +135,16 @@ class ClosedForm:
         the number of directions are zero. `trust`: the size of Rx P, which a prior P adds to Cxy, relative to Cxy."""
         if self.prior is not None and not trust:
             return self.plain().solve(reg_x, reg_y, dim)
-        (regression, more), cxy = self.maps(reg_x), self.cxy
+        regression, more = self.maps(reg_x)
+        cxy = self.cxy
         if trust:
             share = trust * self.spread / more.norm()
             regression, cxy = regression + share * self.prior, cxy + share * more
         root = (self.values_y + reg_y * self.unit_y).rsqrt()
         squares, v = torch.linalg.eigh(root[:, None] * (cxy.T @ regression) * root)
         pairs = slice(self.first, min(self.first + dim, *self.cxy.shape))
-        s, v = squares.flip(0)[pairs].clamp_min(1e-20).sqrt(), root[:, None] * v.flip(1)[:, pairs]
+        s = squares.flip(0)[pairs].clamp_min(1e-20).sqrt()
+        v = root[:, None] * v.flip(1)[:, pairs]
         wx, wy = (regression @ v * s**-0.5).T, (self.axes_y @ v * s**0.5).T
         wx, wy = (F.pad(w, (0, 0, 0, dim - len(s))) for w in (wx, wy))
         return (wx, -wx @ self.mean_x), (wy, -wy @ self.mean_y)
@@ -153,7 +158,8 @@ def linear(projection: nn.Module) -> nn.Linear | None:
 
 def pairs_of(records: Sequence[dict], images: np.ndarray, texts: np.ndarray) -> Pairs:
     """The features of each image once, and of all captions, whichever records they are in."""
-    numbers, rows, owner = {}, [], []
+    numbers: dict[int, int] = {}  # id of an image -> its place in the result
+    rows, owner = [], []  # of each image the first record; of each caption the place of its image
     for row, record in enumerate(records):
         number = numbers.setdefault(image_id(record["image"]), len(numbers))
         rows += [row] * (number == len(rows))
@@ -185,7 +191,8 @@ def fit_scale(heads: Sequence[nn.Module], pairs: Pairs, batch: int) -> float:
 def pair_loss(outputs: ClipOutput, batch: dict | None = None, sigmoid: bool = False) -> Tensor:
     """CLIP's loss, or SigLIP's, of a batch without duplicates that is all here. Other processes, whose rows the losses
     of a run gather, wait for what this one finds."""
-    logits, own = outputs.logit_scale * outputs.image_embeds @ outputs.text_embeds.T, torch.arange(len(outputs[0]))
+    logits = outputs.logit_scale * outputs.image_embeds @ outputs.text_embeds.T
+    own = torch.arange(len(logits))
     if sigmoid:
         return -F.logsigmoid((2 * torch.eye(len(own)) - 1) * (logits + outputs.logit_bias)).sum() / len(own)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -194,7 +201,8 @@ def pair_loss(outputs: ClipOutput, batch: dict | None = None, sigmoid: bool = Fa
 def folds(n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows of n images that are trained on and those that are held out, for each fold. Of many images only as many
     are ever held out as are enough to measure."""
-    order, size = torch.randperm(n, generator=torch.Generator().manual_seed(seed)), min(n // FOLDS, SCORED)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    size = min(n // FOLDS, SCORED)
     for start in range(0, size * max(1, min(FOLDS, SCORED // size)), size):
         yield torch.cat([order[:start], order[start + size :]]), order[start : start + size]
 
@@ -211,16 +219,18 @@ def install(heads: Sequence[nn.Module], solution):
 
 def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: Pairs, args, loss: Callable):
     """Trains projections on features, like the run that is to come, but without its Trainer."""
-    heads, scale = nn.ModuleList(heads).train(), nn.Parameter(torch.tensor(scale))
-    n, generator = len(pairs.images), np.random.default_rng(args.seed)
+    heads = nn.ModuleList(heads).train()
+    scale = nn.Parameter(torch.tensor(scale))
+    generator = np.random.default_rng(args.seed)
+    n = len(pairs.images)
     batch = min(args.train_batch_size * args.world_size * args.gradient_accumulation_steps, n)
     steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * (n // batch))
     decay = [{"params": [p for p in heads.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
              {"params": [*(p for p in heads.parameters() if p.ndim < 2), scale], "weight_decay": 0.0}]  # fmt: skip
     betas = args.adam_beta1, args.adam_beta2
     optimizer = torch.optim.AdamW(decay, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
-    warmup, kwargs = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
-    schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, kwargs)
+    warmup = args.get_warmup_steps(steps)
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, args.lr_scheduler_kwargs)
     for step in range(steps):
         if step % (n // batch) == 0:
             order = torch.from_numpy(generator.permutation(n))
@@ -243,9 +253,10 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
     blocks of the encoders with them, training is not tried."""
     heads = [copy.deepcopy(tower.projection).cpu().float() for tower in (model.visual, model.text)]
     centred = all(linear(head).bias is not None for head in heads)
-    n, dim, bias = len(pairs.images), model.config.embed_dim, model.logit_bias
-    bias = None if bias is None else bias.detach().cpu()
-    batch, total = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, Moments.of(pairs)
+    n, dim = len(pairs.images), model.config.embed_dim
+    bias = None if model.logit_bias is None else model.logit_bias.detach().cpu()
+    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    total = Moments.of(pairs)
     form = ClosedForm(total, centred, prior, pairs.images)
     if n < FEW:
         then = "not trained further" if alone else "then trained with the last blocks"
@@ -265,7 +276,8 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
             found.append(mean_recall(heads, held))
         return sum(found) / len(found)
 
-    best, tried = (*((4, 2) if n < 1000 else (3, 1)), 2 * int(prior is not None)), None
+    best = (*((4, 2) if n < 1000 else (3, 1)), 2 * int(prior is not None))
+    tried = None
     while best != tried:  # uphill, one at a time; where few images show no difference, to what is stronger
         tried = best
         for axis, values in reversed(list(enumerate(axes))):
@@ -279,12 +291,12 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
         if alone:
             train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
             trained.append(mean_recall(heads, held))
-    before, where = measure(best), sum(len(held.images) for _, held in parts)
+    before = measure(best)
     names = "" if prior is None else f", trust in class names {trust:g}"
     times = "1 fold" if len(parts) == 1 else f"{len(parts)} folds"
     line = (
         f"projections: regularised CCA (images {strengths[0]:g}, captions {strengths[1]:g}{names}), mean recall"
-        f" {before:.1f} on {where} images held out for a moment in {times}"
+        f" {before:.1f} on {sum(len(held.images) for _, held in parts)} images held out for a moment in {times}"
     )
     if alone:
         after = sum(trained) / len(trained)
@@ -321,9 +333,9 @@ def start_in_closed_form(model: MiniClip, options, args, records, images: np.nda
     found: list = [None]
     prior = None if names is None else class_prior(model, names)
     if args.process_index == 0:
-        loss, alone = make_loss(model, options, args), options.frozen == (True, True)
+        loss = make_loss(model, options, args)
         loss = loss if args.world_size == 1 else partial(pair_loss, sigmoid=options.loss == "siglip")
-        found = [choose(model, pairs_of(records, images, texts), args, loss, alone, prior)]
+        found = [choose(model, pairs_of(records, images, texts), args, loss, all(options.frozen), prior)]
     if dist.is_initialized():
         dist.broadcast_object_list(found)  # another process might find something else in the last bits
     solution, scale, trains, line = found[0]
@@ -331,7 +343,8 @@ def start_in_closed_form(model: MiniClip, options, args, records, images: np.nda
     if model.logit_scale.requires_grad and model.logit_bias is None:
         model.logit_scale.data.fill_(scale)
     if not trains:
-        args.learning_rate, args.num_train_epochs, args.max_steps = 0.0, 1, -1
+        args.learning_rate = 0.0
+        args.num_train_epochs, args.max_steps = 1, -1
         args.lr_scheduler_type, args.lr_scheduler_kwargs = SchedulerType.CONSTANT, None
     if args.process_index == 0:
         print(line)

@@ -46,10 +46,10 @@ def caption_loss(logits: Tensor, input_ids: Tensor, pad: int) -> Tensor:
     vocabulary); padding does not count. Of several processes the mean of their losses is that of all their tokens,
     where OpenCLIP takes the mean of their means."""
     labels = input_ids[:, 1:]
-    count, processes = (labels != pad).sum(), 1
+    count = (labels != pad).sum()
     if dist.is_initialized():
         dist.all_reduce(count)
-        processes = dist.get_world_size()
+    processes = dist.get_world_size() if dist.is_initialized() else 1
     with torch.autocast(logits.device.type, enabled=False):
         total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=pad, reduction="sum")
     return total * processes / count

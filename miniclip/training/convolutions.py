@@ -4,8 +4,7 @@ BatchNorm    with fixed statistics it is linear, so its gains and shifts, which 
              convolution before it. Neither pass reads feature maps for its sake, and none is kept for it
 ReLU         overwrites what it reads: of three feature maps a layer, the backward pass needs one
 depthwise    oneDNN is fast at 3 x 3 kernels moved by one pixel. For others its gradients in bf16 take up to thirty
-             times as long, half of a training step of EfficientNet: they are put together from the fast case
-"""
+             times as long, half of a training step of EfficientNet: they are put together from the fast case"""
 
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -37,7 +36,8 @@ def convolution_wrappers(tower: Tower, image_size: int) -> tuple[Callable, ...]:
 def learn_faster(layers: Layers, fixed: tuple, tower: Tower, features: Callable, inputs: Tensor) -> Tensor:
     """`features(inputs)`, with other `layers` while the same BatchNorms are `fixed`. Then images do not depend on each
     other: on a CPU they go through it a few at a time, whose feature maps stay in the cache."""
-    on_cpu, layers = inputs.device.type == "cpu", layers if fixed == tower.fixed_norms else {}
+    on_cpu = inputs.device.type == "cpu"
+    layers = layers if fixed == tower.fixed_norms else {}
     with FastDepthwise() if on_cpu else nullcontext(), replaced(layers):
         return torch.cat([features(part) for part in (inputs.split(CHUNK) if on_cpu and layers else [inputs])])
 
@@ -55,7 +55,8 @@ def replaced(layers: Layers):
 def folded(tower: Tower, side: int) -> Layers:
     """Layers with the parameters of the tower's own: convolutions with the fixed BatchNorms behind them, and ReLUs that
     overwrite; none if they make a difference to an image: the order of modules is a guess at their use."""
-    layers, before, fixed = {}, tower.training, {*tower.fixed_norms}
+    layers = {}
+    fixed = {*tower.fixed_norms}
     for module in tower.modules():
         children = list(module._modules.items())
         found = {n: type(child)(inplace=True) for n, child in children if type(child) in (nn.ReLU, nn.ReLU6)}
@@ -64,11 +65,12 @@ def folded(tower: Tower, side: int) -> Layers:
                 found |= {n: FoldedConv(conv, norm), m: nn.Identity()}
         layers |= {module: found} if found else {}
     image = torch.linspace(-2, 2, 3 * side * side, device=next(tower.parameters()).device).sin().view(1, 3, side, side)
+    was_training = tower.training
     with torch.no_grad(), full_precision(), torch.autocast(image.device.type, enabled=False):  # TF32 is off by as much
         expected = tower.eval().features(image)
         with replaced(layers):
             found = tower.features(image)
-    tower.train(before)
+    tower.train(was_training)
     return layers if torch.allclose(found, expected, atol=1e-3 * expected.abs().max().item()) else {}
 
 
@@ -122,10 +124,11 @@ class DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient, needed = gradient.contiguous(memory_format=torch.channels_last), ctx.needs_input_grad
-        functions = (input_gradient, weight_gradient)
-        x, weight = (f(gradient, *ctx.saved_tensors, *ctx.sizes) if n else None for f, n in zip(functions, needed))
-        return x, weight, gradient.sum(dim=(0, 2, 3)) if needed[2] else None, None, None
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        x = input_gradient(gradient, *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
+        weight = weight_gradient(gradient, *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[1] else None
+        bias = gradient.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return x, weight, bias, None, None
 
 
 def convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], of: int):
@@ -148,9 +151,10 @@ def input_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, pad
 def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
     """The 3 x 3 kernels that cover a larger one have its gradient, each for the image moved by its place."""
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
-    K, found = weight.shape[2], torch.empty_like(weight)
+    K = weight.shape[2]
     H, W = ((n - 1) * stride + 3 for n in gradient.shape[2:])  # of the part of the image that such a kernel sees
     places = [min(place, K - 3) for place in range(0, K, 3)]
+    found = torch.empty_like(weight)
     for top, left in product(places, places):
         part = x[:, :, top : top + H, left : left + W].contiguous(memory_format=torch.channels_last)
         place = slice(None), slice(None), slice(top, top + 3), slice(left, left + 3)

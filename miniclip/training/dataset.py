@@ -31,7 +31,8 @@ class RunDataset(CaptionDataset):
 
     def __init__(self, records, preprocess, seed=0, transform=None, on_bad: str | None = None, bad_samples=None):
         super().__init__(as_table(records), preprocess, seed, transform)
-        self.on_bad, self.bad_samples = on_bad, BadSamples() if bad_samples is None else bad_samples
+        self.on_bad = on_bad
+        self.bad_samples = BadSamples() if bad_samples is None else bad_samples
         self.bad = torch.zeros(256, dtype=torch.long).share_memory_()  # number of bad samples, by worker
         self.reading = torch.zeros(256, 4, dtype=torch.long).share_memory_()  # each worker's process, and its row
 
@@ -75,7 +76,8 @@ class RunDataset(CaptionDataset):
 
     def label(self, row) -> dict:
         """The record, image and caption of an item of this epoch, by its `row`."""
-        index, record = int(row[0]), self.records[int(row[0]) % len(self)]
+        index = int(row[0])
+        record = self.records[index % len(self)]
         caption = record["caption"][self.rng(index).randrange(len(record["caption"]))]
         return {"record": index % len(self), "image": str(record["image"]), "caption": caption}
 

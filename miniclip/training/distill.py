@@ -44,8 +44,9 @@ class Distillation:
             reads = f"reads {theirs.context_length} tokens from a vocabulary of {theirs.vocab_size}"
             wanted = f"the student {ours.context_length} from {ours.vocab_size}"
             raise InputError(f"the teacher {reads}, {wanted}. Use a teacher with the student's tokenizer")
-        self.teacher, self.preprocess = teacher.float().eval().requires_grad_(False), preprocess
-        self.contrast, self.precision = contrast, "bf16" if bf16 else "fp32"
+        self.teacher = teacher.float().eval().requires_grad_(False)
+        self.preprocess, self.contrast = preprocess, contrast
+        self.precision = "bf16" if bf16 else "fp32"
 
     def __call__(self, outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
         loss = affinity_loss(outputs, self.embed(batch["pixel_values"], batch["input_ids"]))
@@ -56,7 +57,8 @@ class Distillation:
         """The teacher's outputs for uint8 pixels (B, 3, S, S) and token ids (B, L)."""
         if not isinstance(self.teacher, InferenceClip):  # not before: its weights are laid out for a device
             self.teacher = inference_copy(self.teacher.to(pixel_values.device), self.precision)
-        images, texts, size = [], [], (self.preprocess.cfg.size,) * 2
+        size = (self.preprocess.cfg.size,) * 2
+        images, texts = [], []
         for levels, ids in zip(pixel_values.split(CHUNK), input_ids.split(CHUNK)):
             if levels.shape[2:] != size:
                 levels = F.interpolate(levels.float(), size, mode="bicubic", antialias=True).clamp(0, 255)

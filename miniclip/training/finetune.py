@@ -1,7 +1,6 @@
 """Fine-tuning with less forgetting: rates by layer and tower, patch dropout, early stopping and a weight average.
 
-Freezing is in freeze.py, mixing with the old weights afterwards in wise_ft.py. When to use what: docs/finetuning.md.
-"""
+Freezing is in freeze.py, mixing with the old weights afterwards in wise_ft.py. When to use what: docs/finetuning.md."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,8 @@ from miniclip.utils.errors import InputError
 
 def fine_tuning(model: MiniClip, options, args) -> tuple[list[TrainerCallback], dict]:
     """Returns the callbacks and keyword arguments for RunTrainer that `options`, a TrainOptions, ask for."""
-    callbacks, extras, summary = [], {}, []
+    callbacks, extras = [], {}
+    summary = []  # what is printed of them
     for kind, tower, how in (("image", model.visual, options.freeze_image), ("text", model.text, options.freeze_text)):
         if how.startswith("all_but_"):
             summary.append(f"the last {how[8:]} of {len(tower.blocks)} blocks of the {kind} tower are trained")

@@ -34,8 +34,8 @@ def freeze(model: MiniClip, image: str = "none", text: str = "none"):
     for kind, tower, how in (("image", model.visual, image), ("text", model.text, text)):
         if how == "none":
             continue
-        blocks, n = int(how[8:]) if how.startswith("all_but_") else 0, len(tower.blocks)
-        if blocks > n:
+        blocks = int(how[8:]) if how.startswith("all_but_") else 0
+        if blocks > (n := len(tower.blocks)):
             raise InputError(f"{how}: the {kind} tower has {n} blocks. Choose a number from 0 to {n}")
         depth = depths(tower)
         for name, p in tower.named_parameters():
@@ -50,7 +50,8 @@ def depths(tower: nn.Module) -> dict[str, int]:
     the last block, n in the first, n + 1 before them (embeddings, positions). Between two blocks the upper one counts.
     Parameters are registered in the order of their use, except embeddings and attention biases in some encoders."""
     number = {p: i for i, block in enumerate(tower.blocks) for p in block.parameters()}
-    n, found = len(tower.blocks), {}
+    n = len(tower.blocks)
+    found = {}
     last, place = -1, ""  # the last block met, of the encoder at this place
     for name, p in tower.named_parameters():
         if "trunk." in name and place != (here := name.partition("trunk.")[0]):  # of several, the next one begins
@@ -111,14 +112,14 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("logit_")):
         raise InputError("both towers are frozen, projections included: nothing is left to train. Freeze one of them")
     start = starts_in_closed_form(model, options)  # from all features, also of towers whose last blocks then learn
-    wanted = [frozen or start for frozen in options.frozen]
-    if not any(wanted):
+    if not any(wanted := [frozen or start for frozen in options.frozen]):
         if options.feature_cache and not options.check_gradients:
             raise InputError("feature_cache has no effect: no tower is frozen and no projection begins in closed form")
         return dataset_class, (None, None)
     model.to(args.device)
     show = {"progress": not args.disable_tqdm and args.process_index == 0, "project": False}
-    features, caches, counts = [None, None], [None, None], []
+    features, caches = [None, None], [None, None]  # of images, of texts
+    counts = []  # what is printed of them
     precision = settle(model, "auto", args.process_index > 0) if args.bf16 and not options.check_gradients else "fp32"
     fast = inference_copy(model, precision)
     if wanted[0]:

@@ -37,7 +37,8 @@ def prepare_fsdp(trainer: Trainer):
     args, state, model = trainer.args, trainer.accelerator.state, trainer.model
     if args.device.type == "cpu":  # accelerate silently skips FSDP there; torch supports it
         plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
-        state.distributed_type, state.fsdp_plugin, trainer.is_fsdp_enabled = DistributedType.FSDP, plugin, True
+        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+        trainer.is_fsdp_enabled = True
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # where every new state looks it up
     plugin = state.fsdp_plugin
     # Checkpoints hold whole weights, as without FSDP: any number of processes can resume from them.

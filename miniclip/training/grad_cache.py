@@ -54,7 +54,8 @@ def in_chunks(size: int, tower: Tower, features: Callable, inputs: Tensor) -> Te
         return_freed_memory()
         return features(part)
 
-    parts, on_cpu = inputs.split(size), inputs.device.type == "cpu" and not torch.compiler.is_compiling()
+    parts = inputs.split(size)
+    on_cpu = inputs.device.type == "cpu" and not torch.compiler.is_compiling()
     ways = [features] * (len(parts) - 1) + [tidily if on_cpu else features]  # the backward pass begins with the last
     return torch.cat([checkpoint(way, part, use_reentrant=False) for way, part in zip(ways, parts)])
 

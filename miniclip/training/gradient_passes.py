@@ -5,8 +5,7 @@
     expected   the plain model on one process, with one loss for each accumulation step
     one batch  the plain model on one process, with one loss for all pairs of the step
 
-A `Probe` computes the first two, a `Reference` the others; `check_gradients.py` compares them.
-"""
+A `Probe` computes the first two, a `Reference` the others; `check_gradients.py` compares them."""
 
 import re
 from collections.abc import Callable
@@ -49,15 +48,19 @@ class Probe(TrainerCallback):
     """Repeats a trainer's first step in the ways described above, on all processes together, and ends the training."""
 
     def __init__(self, trainer):
-        args, self.trainer, self.loss = trainer.args, trainer, trainer.loss
-        self.batches, self.passes, self.losses, self.embed_grads, self.dropout = [], {}, [], [], False
+        args = trainer.args
+        self.trainer, self.loss = trainer, trainer.loss
+        self.passes: dict[str, Pass] = {}
+        self.batches: list[dict[str, Tensor]] = []  # of the step
+        self.losses, self.embed_grads = [], []  # of the pass under way, by batch
         self.precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "tf32" if tf32(args.device) else None
         self.scaler = trainer.accelerator.scaler  # of the loss, in fp16
         self.batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in trainer.model.modules())
 
     def recorded_loss(self, outputs: ClipOutput, batch: dict[str, Tensor]) -> Tensor:
         """The trainer's loss, which sees each batch and what it makes of it."""
-        loss, grads = self.loss(outputs, batch), [None, None]
+        loss = self.loss(outputs, batch)
+        grads = [None, None]
         for number, embeds in enumerate(outputs[:2]):
             if embeds.requires_grad:
                 embeds.register_hook(lambda grad, number=number: grads.__setitem__(number, grad.float().cpu()))
@@ -67,16 +70,20 @@ class Probe(TrainerCallback):
         return loss
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.seed, self.recording = torch.initial_seed(), self.batches  # ContrastiveCallback has just set it
+        self.seed = torch.initial_seed()  # ContrastiveCallback has just set it
+        self.recording = self.batches
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        run, self.recording, model = self.collect(), [], self.trainer.model
+        model = self.trainer.model
+        run = self.collect()
+        self.recording = []  # of the repetitions, which nothing reads
         before = scale = self.scaler.get_scale() if self.scaler else 1.0
         # Trainer skips a step that overflows and halves the scale.
         while self.scaler and scale > 1 and not all(grad.isfinite().all() for grad in run.grads.values()):
             self.scaler.update(scale := scale / 2)
             run = self.repeat(self.batches)
-        self.passes["run"], self.scales = run, (before, scale)
+        self.passes["run"] = run
+        self.scales = before, scale
         self.dropout = bool(list(drop_rates(model)))
         if self.dropout:
             with exactly(model, args):
@@ -104,18 +111,18 @@ class Probe(TrainerCallback):
     def repeat(self, batches: list[dict[str, Tensor]], rows: int | None = None) -> Pass:
         """The step again, on the first rows of these batches, as `Trainer` takes it, with the same random numbers."""
         self.trainer.model.zero_grad()
-        self.losses, self.embed_grads, accelerator = [], [], self.trainer.accelerator
+        self.losses, self.embed_grads = [], []
         torch.manual_seed(self.seed)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
-            accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last else accelerator.no_sync(self.trainer.model_wrapped):
+            self.trainer.accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else self.trainer.accelerator.no_sync(self.trainer.model_wrapped):
                 inputs = {name: value[:rows] for name, value in batch.items()}
                 self.trainer.training_step(self.trainer.model_wrapped, inputs)
         self.trainer.guard.batches.clear()
         if self.scaler:
             self.scaler.update(self.scaler.get_scale())  # forgets that the gradient was unscaled before
-            accelerator.unscale_gradients()
+            self.trainer.accelerator.unscale_gradients()
         return self.collect()
 
     def collect(self) -> Pass:
@@ -137,8 +144,9 @@ class Probe(TrainerCallback):
         """The slope of the loss along the gradient of a tower, by moving its weights, over what the gradient says: 1,
         or the backward pass has not repeated the random numbers of the forward pass."""
         moved = [(p, p.clone(), p.grad.clone()) for p in tower.parameters() if p.grad is not None]
-        square, losses = sum(float(whole(grad).square().sum()) for _, _, grad in moved), []
+        square = sum(float(whole(grad).square().sum()) for _, _, grad in moved)
         far = 1e-3 / max(square, 1e-12)  # enough to change the loss by 0.001
+        losses = []
         for distance in (far, -far):
             for p, before, grad in moved:
                 p.copy_(before.add(grad, alpha=distance))
@@ -184,13 +192,13 @@ class Reference:
 
     def add(self, batch: dict[str, Tensor], steps: int, piece: int) -> tuple[float, list[Tensor | None]]:
         """Adds the gradient of one loss, divided by their number. Returns the loss and its embeddings' gradients."""
-        batch, model = {name: value.to(self.device) for name, value in batch.items()}, self.model
-        sides = (model.encode_image, batch["pixel_values"]), (model.encode_text, batch["input_ids"])
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        sides = (self.model.encode_image, batch["pixel_values"]), (self.model.encode_text, batch["input_ids"])
         with torch.no_grad():
             embeds = [torch.cat([f(part, normalize=True).float() for part in x.split(piece)]) for f, x in sides]
         leaves = [e.requires_grad_() for e in embeds]
-        bias = None if model.logit_bias is None else model.logit_bias.sum()
-        loss = self.loss(ClipOutput(*leaves, model.logit_scale.exp().sum(), bias), batch)
+        bias = None if self.model.logit_bias is None else self.model.logit_bias.sum()
+        loss = self.loss(ClipOutput(*leaves, self.model.logit_scale.exp().sum(), bias), batch)
         (loss * self.scale / steps).backward()
         for (encode, inputs), leaf in zip(sides, leaves):
             for part, grad in zip(inputs.split(piece), leaf.grad.split(piece)):
@@ -215,7 +223,7 @@ def whole(tensor: Tensor) -> Tensor:
 @contextmanager
 def exactly(model: MiniClip, args):
     """A context in which a trainer's towers compute in fp32 and uncompiled."""
-    calls, bf16 = ExitStack(), args.bf16
+    calls = ExitStack()
 
     def enter(*_):
         calls.enter_context(torch.autocast(args.device.type, enabled=False))
@@ -226,8 +234,8 @@ def exactly(model: MiniClip, args):
             stack.enter_context(tower.register_forward_hook(lambda *_: calls.close(), always_call=True))
         stack.enter_context(full_precision())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(setattr, args, "bf16", args.bf16)
         args.bf16 = False  # read by the wrapper of FSDP
-        stack.callback(setattr, args, "bf16", bf16)
         yield
 
 

@@ -77,7 +77,8 @@ def take(records: Sequence[dict], rows: list[int], evaluate: bool = False) -> Se
     if isinstance(records, list):
         return [records[row] for row in rows]
     if isinstance(records, Mixture):
-        starts, numbers = records.ends - records.sizes, np.array(rows, np.int64)
+        starts = records.ends - records.sizes
+        numbers = np.array(rows, np.int64)
         inside = [numbers[(numbers >= start) & (numbers < end)] - start for start, end in zip(starts, records.ends)]
         parts = [take(source, part.tolist()) for source, part in zip(records.sources, inside)]
         return Mixture(parts) if evaluate else Mixture(parts, None if records.plain else records.factors,
@@ -98,8 +99,8 @@ def epoch_length(records: Sequence[dict]) -> int:
 def fit_batch(args, number: int, given: bool):
     """Lowers the batch of all processes to the `number` of pairs in an epoch, unless its size was `given`. Returns a
     line about that, or None. Raises InputError if no batch can be made, before anything slow has run."""
-    batch, least = args.per_device_train_batch_size * args.world_size, max(2, args.world_size)
-    if number < least:
+    batch = args.per_device_train_batch_size * args.world_size
+    if number < (least := max(2, args.world_size)):
         pairs = "1 pair" if number == 1 else f"{number} pairs"
         raise InputError(f"{pairs} to train on: {least} at least are needed, to tell them apart. Add images")
     if number >= batch or not args.dataloader_drop_last:

@@ -27,9 +27,8 @@ def late_interaction_loss(outputs: ClipOutput, batch: dict[str, Tensor], model: 
         images, texts, scale = (x.float() for x in outputs[:3])
         all_patches, all_words = gather(patches), gather(words)
         per_text = scale * (texts @ gather(images).T + maxsim(words, all_patches))
-        per_image = per_text.T
-        if all_words is not words:
-            per_image = scale * (images @ gather(texts).T + maxsim(all_words, patches).T)
+        alone = all_words is words  # one process
+        per_image = per_text.T if alone else scale * (images @ gather(texts).T + maxsim(all_words, patches).T)
         same = find_duplicates(batch["pair_ids"], gather(batch["pair_ids"]))
         target = same / same.sum(dim=1, keepdim=True)
         return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
@@ -54,7 +53,8 @@ def position_features(model: MiniClip, preprocess, tokenizer, records, texts, fo
     """The features that the loss reads, float16: `patches` (images, P, W) and `words` (texts, L, W). With a `folder`
     they are read from feature caches in it, or written there. `how`: options of `embed_images` and `embed_texts`."""
     image_twin, text_twin = positions(model, "visual"), positions(model, "text")
-    paths, length = [record["image"] for record in records], image_twin.visual.length
+    length = image_twin.visual.length
+    paths = [record["image"] for record in records]
     image_cache = folder and FeatureCache.for_images(folder, model, preprocess, positions=length)
     text_cache = folder and FeatureCache.for_texts(folder, model, positions=WORDS)
     patches = in_pieces(paths, partial(embed_images, image_twin, preprocess, cache=image_cache, **how), Tensor.half)

@@ -88,9 +88,9 @@ class TrainOptions:
     def problems(self):
         """Yields what is wrong with the options and what to do about it."""
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            value = getattr(self, f.name)
             allowed, test = RANGES.get(f.name, (None, None))
-            if value is not None and choices and value not in choices:
+            if value is not None and (choices := f.metadata.get("choices")) and value not in choices:
                 yield f"{f.name} {value!r} is not one of {', '.join(choices)}"
             if value is not None and test and not test(value):
                 yield f"{f.name} is {value}. It must be {allowed}"

@@ -106,7 +106,8 @@ def parse_train(argv: list[str]):
         sys.exit()
     recipe = {}
     if argv and not argv[0].startswith("-"):
-        recipe, *argv = read_recipe(argv[0], parser), *argv[1:]
+        recipe = read_recipe(argv[0], parser)
+        argv = argv[1:]
     first = vars(parser.parse_args(argv))
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
@@ -115,12 +116,12 @@ def parse_train(argv: list[str]):
     folder = tempfile.TemporaryDirectory() if given.get("check_gradients") else None  # in place of output_dir
     more = [*CHECK, folder.name] if folder else []
     options, args, *_ = parser.parse_args_into_dataclasses([*argv, *more], look_for_args_file=False)
-    vars(options).update(fetched(vars(options)))
-    options.given, options.note = frozenset(given), note
+    vars(options).update(fetched(vars(options)), given=frozenset(given), note=note)
     if is_remote(args.output_dir):
         from miniclip.run.store import local_folder
 
-        options.store, args.output_dir = args.output_dir.rstrip("/"), str(local_folder(args.output_dir))
+        options.store = args.output_dir.rstrip("/")
+        args.output_dir = str(local_folder(args.output_dir))
     if folder is None:
         check_given(options, args, given, named)
         return options, args

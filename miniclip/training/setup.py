@@ -32,17 +32,20 @@ def read_data(options, args, bad_samples: BadSamples):
     for name in ("model", "train_file"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing (see --help)")
-    records, eval_records, make_dataset, problems = None, None, RunDataset, []
-    roots, num_samples = options.image_root or [None], options.train_num_samples
+    records, eval_records = None, None
+    make_dataset = RunDataset
+    problems = []
+    roots = options.image_root or [None]
     check = {"check_images": not options.check_gradients}  # that is for one step
     reading = ReadOptions.from_args(options, image_root=roots[0], bad_samples=bad_samples, **check)
     try:
         if options.streaming:
+            num_samples = options.train_num_samples
             make_dataset = StreamDataset.opened(options.train_file, args, reading, num_samples=num_samples)
         else:  # a frozen tower and the closed form see all images at once, before the first step
             checked = replace(reading, check_handles=options.frozen[0] or may_start_in_closed_form(options))
-            factors = options.train_data_upsampling_factors
-            records = read_source(options.train_file, checked, factors=factors, num_samples=num_samples)
+            drawn = {"factors": options.train_data_upsampling_factors, "num_samples": options.train_num_samples}
+            records = read_source(options.train_file, checked, **drawn)
     except InputError as error:
         problems.append(str(error))
     try:
@@ -68,8 +71,7 @@ def read_data(options, args, bad_samples: BadSamples):
             raise InputError(f"the best model cannot be found: {line}")
         if not measured and "eval_strategy" not in options.given:
             args.eval_strategy = IntervalStrategy.NO  # it was on because there should have been something to measure
-    number = num_samples if options.streaming else records and epoch_length(records)
-    if number is not None:
+    if (number := options.train_num_samples if options.streaming else records and epoch_length(records)) is not None:
         lines.append(fit_batch(args, number, "per_device_train_batch_size" in options.given))
     if args.process_index == 0:
         print(*filter(None, lines), sep="\n", end="\n" * any(lines), flush=True)
@@ -105,6 +107,6 @@ def load_model(options, args, records):
 
 def make_transform(options, model) -> TrainTransform:
     """The random crops, flips and colours of training images."""
-    jitter, scale = options.color_jitter, (options.crop_scale, 1.0)
+    jitter = options.color_jitter
     color_jitter = (jitter, jitter, jitter, 0.0) if jitter else None
-    return TrainTransform(model.config.preprocess_cfg, scale, hflip=options.hflip, color_jitter=color_jitter)
+    return TrainTransform(model.config.preprocess_cfg, (options.crop_scale, 1.0), options.hflip, color_jitter)

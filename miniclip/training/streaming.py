@@ -1,8 +1,7 @@
 """Streams: training data too large to be here, read from the first sample to the last.
 
 Each worker of each process reads a share of its own, and a buffer shuffles the samples. There is no index: nothing can
-be looked up, drawn with replacement or evaluated on.
-"""
+be looked up, drawn with replacement or evaluated on."""
 
 import itertools
 import logging
@@ -49,18 +48,20 @@ class StreamDataset(RunDataset):
         source, part = at_split(source)
         stream, part, strict = load_table(source, part or options.split, streaming=True)
         there = stream.column_names or list(next(iter(stream), {}))
-        columns, column = find_columns(there, options, source), split_column(there)
+        columns = find_columns(there, options, source)
+        splits = split_column(there)
         import datasets
 
         if stream.features is None or isinstance(stream.features.get(columns[0]), datasets.Image):
             stream = stream.cast_column(columns[0], datasets.Image(decode=False))
         if part and strict:
-            if column is None:
+            if splits is None:
                 raise InputError(f"{source}: there is no split {part!r} in it: it has no column 'split'")
-            stream = stream.filter(lambda split: str(split).strip() in part.split("+"), input_columns=[column])
-        elif column is not None:
-            logger.warning("%s: all rows are read, whatever their column %r names", source, column)
-        stream, root = stream.select_columns(columns), table_root(source, options)
+            stream = stream.filter(lambda split: str(split).strip() in part.split("+"), input_columns=[splits])
+        elif splits is not None:
+            logger.warning("%s: all rows are read, whatever their column %r names", source, splits)
+        stream = stream.select_columns(columns)
+        root = table_root(source, options)
         return lambda records, *more, **kwargs: cls(stream, columns, num_samples, source, root, *more, **kwargs)
 
     def __len__(self) -> int:
@@ -86,7 +87,8 @@ class StreamDataset(RunDataset):
         strategy = "shards" if self.stream.num_shards >= readers else "examples"
         part = split_dataset_by_node(self.stream, reader, readers, strategy)
         part.set_epoch(10_000 * self.epoch.item() + turn)
-        number, bad = -1, 0  # bad ones in a row
+        number = -1  # of the last sample
+        bad = 0  # ones in a row
         # In batches, because the library would split plain iteration between workers again, by files.
         samples = (dict(zip(batch, row)) for batch in part.iter(16) for row in zip(*batch.values()))
         for number, sample in enumerate(samples):

@@ -6,8 +6,7 @@ y_i are the tokens of image i's caption, each once, weighted by how rare they ar
 divided by their sum. x_i is the image's embedding, w_c what the text tower's projection makes of the embedding of token
 c, of unit length; `scale` is the logit scale, without a gradient. Tokens are those of the whole batch, on all
 processes. The paper has a linear classifier on the image tower's features, for the whole vocabulary, and counts words
-in all captions seen so far. This one adds neither weights nor state to a model.
-"""
+in all captions seen so far. This one adds neither weights nor state to a model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,7 @@ from miniclip.utils.errors import InputError
 def superclip(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Tensor]:
     """CLIP's loss, with `--duplicates`, and that of the words. Raises InputError for a model without embeddings of
     tokens that its text projection can read, or with FSDP."""
-    text, contrast = model.text, clip(model, options, args)
+    text = model.text
     if isinstance(text, TextTransformer):
         table = text.token_embedding
     elif isinstance(text, HfTextTower):
@@ -39,8 +38,8 @@ def superclip(model: MiniClip, options, args) -> Callable[[ClipOutput, dict], Te
         raise InputError(f"loss superclip: {wrong}. Choose another loss or text tower")
     if uses_fsdp(args):
         raise InputError("loss superclip reads the embeddings of tokens, which FSDP divides. Remove fsdp")
-    pad = text.tokenizer.pad_token_id
-    return partial(superclip_loss, contrast=contrast, table=table, projection=text.projection, pad=pad)
+    words = {"table": table, "projection": text.projection, "pad": text.tokenizer.pad_token_id}
+    return partial(superclip_loss, contrast=clip(model, options, args), **words)
 
 
 def superclip_loss(outputs: ClipOutput, batch: dict, contrast: Callable, **words) -> Tensor:
@@ -51,10 +50,10 @@ def word_loss(outputs: ClipOutput, input_ids: Tensor, table: nn.Embedding, proje
     """The loss of the words alone, in nats: images (B, E) against the tokens (B, L) of their captions."""
     bags = torch.zeros(len(input_ids), table.num_embeddings, device=input_ids.device).scatter_(1, input_ids, 1.0)
     bags[:, pad] = 0
-    captions, total = bags.sum(dim=0), len(bags)
+    captions = bags.sum(dim=0)
     if dist.is_initialized():
         dist.all_reduce(captions)
-        total *= dist.get_world_size()
+    total = len(bags) * (dist.get_world_size() if dist.is_initialized() else 1)
     tokens = captions.nonzero().squeeze(1)
     weights = bags[:, tokens] * (total / captions[tokens]).log()
     with torch.autocast(input_ids.device.type, enabled=False):

@@ -60,8 +60,8 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         if self.sharded:
             fsdp.prepare_fsdp(self)
         if has_length(train_dataset):  # a stream may have none
-            sampler, n = train_dataset.sampler(args), len(train_dataset)
-            n = n if sampler is None else len(sampler)
+            sampler = train_dataset.sampler(args)
+            n = len(train_dataset if sampler is None else sampler)
             batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
             if n < (batch if args.dataloader_drop_last else 1):
                 raise InputError(f"{n} images do not fill a batch of {batch}. Lower per_device_train_batch_size")
@@ -98,7 +98,8 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
         made = self.optimizer is not None
         super().create_optimizer(model)
         if self.lr_scale and not made:
-            names, groups = {p: name for name, p in (model or self.model).named_parameters()}, {}
+            names = {p: name for name, p in (model or self.model).named_parameters()}
+            groups = {}
             for number, group in enumerate(self.optimizer.param_groups):
                 for p in group["params"]:
                     scale = self.lr_scale(names[p])

@@ -24,11 +24,12 @@ def sweep(
     once for all alphas by a tower that is equal in both models. Raises InputError for different architectures."""
     check_same(before.config, after.config)
     weights = before.state_dict(), after.state_dict()
-    model, found = copy.deepcopy(after), []
+    model = copy.deepcopy(after)
     caches = FeatureCache(None, "", model.visual.width), FeatureCache(None, "", model.text.width)
     how = {"batch_size": batch_size, "num_workers": num_workers, "caches": caches}
     evaluators = {name: RetrievalEvaluator(task, preprocess, tokenizer, **how) for name, task in records.items()}
     learned = {name.partition(".")[0] for name in weights[0] if not torch.equal(*(w[name] for w in weights))}
+    found = []
     for alpha in tqdm(alphas, "alphas", disable=not progress):
         model.load_state_dict(interpolate(*weights, alpha))
         for tower, cache in zip(("visual", "text"), caches):

@@ -1,7 +1,6 @@
 """The list of bad samples: each one that cannot be used becomes a line of `bad_samples.jsonl`.
 
-{"sample": "captions.json: record 3", "reason": "rex.jpg: damaged (...)", "when": "before the start"}
-"""
+{"sample": "captions.json: record 3", "reason": "rex.jpg: damaged (...)", "when": "before the start"}"""
 
 import json
 import reprlib

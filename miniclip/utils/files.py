@@ -4,8 +4,7 @@ A file or folder is written under a scratch name beside its own, `.<process id>.
 on the disk: after a kill or on a full disk the old one is there, or none. Beside weights lies `manifest.json`, which
 detects any changed bit. It is not a signature: whoever can change a file can change the manifest too.
 
-    {"sha256": {"config.json": "9f86d0...", "model.safetensors": "60303a..."}}
-"""
+    {"sha256": {"config.json": "9f86d0...", "model.safetensors": "60303a..."}}"""
 
 import errno
 import hashlib
@@ -208,5 +207,4 @@ def write_npy(path: str | Path, dtype, shape: tuple, parts: Iterable[np.ndarray]
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
-        for part in parts:
-            file.write(part.astype(dtype, copy=False).tobytes())
+        file.writelines(part.astype(dtype, copy=False).tobytes() for part in parts)

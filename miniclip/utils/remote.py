@@ -1,8 +1,7 @@
 """Files on other stores (s3://, gs://, hf://, ...) through fsspec: ranged reads, uploads, local copies, retries.
 
 Credentials and addresses of servers are those that the store's own package finds, for example AWS_ACCESS_KEY_ID and
-AWS_ENDPOINT_URL; fsspec's FSSPEC_S3_ENDPOINT_URL and its like work too.
-"""
+AWS_ENDPOINT_URL; fsspec's FSSPEC_S3_ENDPOINT_URL and its like work too."""
 
 import os
 import posixpath

@@ -2,8 +2,7 @@
 
 A pickle, and so a torch file, can name any function to be called while it is read. Here only tensors are read, and a
 file that asks for more is refused. Declared sizes are not trusted either: no file takes much more memory than it has
-bytes, or exposes memory that is not its own.
-"""
+bytes, or exposes memory that is not its own."""
 
 import io
 import json

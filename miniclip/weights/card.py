@@ -48,7 +48,8 @@ def write_card(model: MiniClip, repo: str, license: str, notes: dict[str, list[s
     ]  # fmt: skip
     forms = [form for form, note in notes.items() if isinstance(note, list)]
     library = "transformers" if "hf" in forms else "open_clip" if "openclip" in forms else "miniclip"
-    name, tags = repo.rpartition("/")[2], ["clip", "miniclip", *(["open_clip"] if "openclip" in forms else [])]
+    name = repo.rpartition("/")[2]
+    tags = ["clip", "miniclip", *(["open_clip"] if "openclip" in forms else [])]
     header = ModelCardData(
         license=license, library_name=library, pipeline_tag="zero-shot-image-classification", tags=tags,
         metrics=sorted({one.metric_type for one in found}) or None, eval_results=found or None, model_name=name,
@@ -61,15 +62,15 @@ def write_card(model: MiniClip, repo: str, license: str, notes: dict[str, list[s
 
 def describe(model: MiniClip) -> str:
     """A sentence on what the model is."""
-    config, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
-    size, kinds = config.preprocess_cfg.size, [type(tower).__name__ for tower in (model.visual, model.text)]
-    activation = "QuickGELU" if config.quick_gelu else "GELU"
-    about = f"A CLIP model of {millions:.1f}M parameters ({kinds[0]} and {kinds[1]}, {activation})"
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    image, text = (type(tower).__name__ for tower in (model.visual, model.text))
+    activation = "QuickGELU" if model.config.quick_gelu else "GELU"
+    size = model.config.preprocess_cfg.size
     return (
-        f"{about} that embeds images of {size} x {size} pixels and captions of up to"
-        f" {model.text.tokenizer.context_length} tokens as unit vectors of {config.embed_dim} numbers: an image and its"
-        " caption point the same way. It searches images by text and classifies them by the names of classes. Made"
-        " with MiniCLIP."
+        f"A CLIP model of {millions:.1f}M parameters ({image} and {text}, {activation}) that embeds images of {size} x"
+        f" {size} pixels and captions of up to {model.text.tokenizer.context_length} tokens as unit vectors of"
+        f" {model.config.embed_dim} numbers: an image and its caption point the same way. It searches images by text"
+        " and classifies them by the names of classes. Made with MiniCLIP."
     )
 
 
@@ -83,14 +84,14 @@ def use(form: str, note: list[str] | str, repo: str) -> str:
 
 def describe_training(record: dict) -> str:
     """Data and recipe, from a run's run.json. Of paths only the last part is told."""
-    options, arguments = record.get("options") or {}, record.get("arguments") or {}
-    if not options:
+    if not (options := record.get("options")):
         return "How this model was trained is not recorded."
+    settings = options | (record.get("arguments") or {})
     rows = [("data", data(options.get("train_file"), record.get("data")))]
     rows += [("measured on", data(options.get("eval_file"), record.get("eval_data") or record.get("holdout")))]
     rows += [("start", " ".join(Path(options[k]).name for k in ("model", "pretrained") if options.get(k)))]
     rows += [("pairs per step", record.get("pairs_per_step"))]
-    rows += [(name, (options | arguments).get(name)) for name in RECIPE]
+    rows += [(name, settings.get(name)) for name in RECIPE]
     versions = record.get("versions") or {}
     known = [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
     rows += [("versions", ", ".join(known))]
@@ -108,8 +109,9 @@ def data(source: str | None, about: dict | None) -> str:
 def read_results(run: Path, record: dict) -> list[tuple[str, dict[str, float]]]:
     """The metrics of the weights in a run's folder, by data set: those that evaluate.py wrote for these very weights,
     or else those of the last evaluation in the run."""
-    found, weights = [], run / "model.safetensors"
+    weights = run / "model.safetensors"
     digest = sha256(weights) if weights.is_file() else None
+    found = []
     for path in sorted(run.glob("retrieval_*.json")):
         result = read_json(path)
         if digest in ((result.get("record") or {}).get("sha256") or {}).values() and result.get("metrics"):

@@ -2,8 +2,7 @@
 
 `cache_dir`, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub. A
 file of a plain address is kept in `miniclip-files/` of the same folder. It has its name once all of it is there and its
-size and sha256 are right; until then it is NAME.incomplete, which the next call continues.
-"""
+size and sha256 are right; until then it is NAME.incomplete, which the next call continues."""
 
 import hashlib
 import logging
@@ -56,8 +55,7 @@ def chosen(names: Iterable[str], repo: str) -> tuple[list[str], list[str]]:
     for weights in weight_names("open_clip_config.json" in names):
         if weights in names:
             return sorted(known), [weights]
-        shards = {name for name in names if (part := SHARD.fullmatch(name)) and part[1] + part[3] == weights}
-        if shards:
+        if shards := {name for name in names if (part := SHARD.fullmatch(name)) and part[1] + part[3] == weights}:
             return sorted(known), sorted(shards | names & {weights + ".index.json"})
     listed = ", ".join(weight_names(False))
     raise InputError(f"the repository {repo} has no weights named {listed}, but {shorten(sorted(names))}")
@@ -97,7 +95,8 @@ def download_repo(repo: str, revision: str | None = None, cache_dir: str | Path 
             info = HfApi().model_info(repo, revision=revision)
             # Weights come last: where they are, also after an interruption, the rest is.
             for names in chosen((file.rfilename for file in info.siblings or ()), repo):
-                new, patterns = [name for name in names if not cached(name, info.sha)], list(map(escape, names))
+                new = [name for name in names if not cached(name, info.sha)]
+                patterns = list(map(escape, names))
                 folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache, allow_patterns=patterns))
                 for name in new:
                     check_content(folder / name, repo)

@@ -2,8 +2,7 @@
 
 That is a far better start than random weights (TinyCLIP's manual weight inheritance: Wu et al., ICCV 2023, arXiv
 2309.12314). It takes evenly spaced blocks, in a ResNet of each stage, and of the width the first channels and the first
-whole attention heads. The small model knows little until it is trained, but learns faster.
-"""
+whole attention heads. The small model knows little until it is trained, but learns faster."""
 
 import dataclasses
 from itertools import accumulate

@@ -29,7 +29,8 @@ SIGLIP_TEXT = SIGLIP | {"max_position_embeddings": 64, "vocab_size": 32000, "pro
 def load_folder(folder: Path) -> MiniClip:
     """Returns the model in a folder of MiniCLIP, OpenCLIP (`open_clip_config.json`) or transformers (CLIPModel,
     SiglipModel), in evaluation mode. Raises InputError for another folder, damaged files and unknown towers."""
-    values, theirs = read_json(folder / "config.json"), (folder / "open_clip_config.json").is_file()
+    values = read_json(folder / "config.json")
+    theirs = (folder / "open_clip_config.json").is_file()
     if "vision_cfg" in values or not theirs and "model_type" not in values:
         return MiniClip.from_pretrained(folder)
     if not theirs and values["model_type"] not in ("clip", "siglip"):
@@ -133,7 +134,8 @@ def siglip_config(values: dict, folder: Path) -> MiniClipConfig:
 
 def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[MiniClipConfig | None, str]:
     """The config that fits the weights and the reason; None and what is in doubt, if there is not exactly one."""
-    config, sizes = read_json(file := folder / "config.json"), infer_config(weights)
+    config = read_json(file := folder / "config.json")
+    sizes = infer_config(weights)
     if config.get("model_type") == "clip":  # transformers omits its defaults
         vision, text = (config.get(name) or {} for name in ("vision_config", "text_config"))
         if not (isinstance(vision, dict) and isinstance(text, dict)):
@@ -156,8 +158,7 @@ def guess_config(weights: dict, quick_gelu: bool | None, folder: Path) -> tuple[
                 warnings.warn(f"{folder}: images are cropped to {size}, but {model_size}, which is kept", stacklevel=3)
             sizes["preprocess_cfg"] = images | {"size": sizes["vision_cfg"]["image_size"]}
         return MiniClipConfig.from_dict(sizes, f"the config in {folder}"), f"config of {folder}"
-    fitting = fitting_configs(weights, quick_gelu)
-    if len(fitting) == 1:
+    if len(fitting := fitting_configs(weights, quick_gelu)) == 1:
         return MiniClipConfig.from_name(fitting[0]), f"config {fitting[0]}, the only one shipped that fits"
     sizes = json.dumps(sizes)
     return None, f"it fits {' and '.join(fitting)}" if fitting else f"no shipped config has its sizes, {sizes}"

@@ -88,7 +88,8 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
         weights, source = to_miniclip(state_dict, (model.visual.key_rows(), model.text.key_rows()))
     except (CheckpointError, RuntimeError) as error:  # torch's, for q, k and v that do not go together
         raise CheckpointError(f"{path}: {error}") from None
-    shapes, towers = {}, {"visual.blocks.": model.visual, "text.blocks.": model.text}
+    shapes = {}
+    towers = {"visual.blocks.": model.visual, "text.blocks.": model.text}
     alike = tuple(start for start, tower in towers.items() if any("{b}" in row[0] for row in tower.key_rows()))
     for key, tensor in ((key, tensor) for key, tensor in weights.items() if key.startswith(alike)):
         first, shape = shapes.setdefault(first_block(key), (key, tuple(tensor.shape)))
@@ -125,9 +126,8 @@ def fit_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: s
     shapes = [{key: tuple(t.shape) for key, t in tensors.items()} for tensors in (fitted, expected)]
     pairs = {key: [shape.get(key, "missing") for shape in shapes] for key in expected | fitted}
     if problems := [f"{key} is {a} in the file and {b} in the model" for key, (a, b) in pairs.items() if a != b]:
-        fix = "the one it was made with"
-        if is_clips(weights):
-            fix = " or ".join(fitting_configs(weights)) or f"none that ships, but one with {infer_config(weights)}"
+        fix = " or ".join(fitting_configs(weights)) if is_clips(weights) else "the one it was made with"
+        fix = fix or f"none that ships, but one with {infer_config(weights)}"
         raise CheckpointError(f"{path} does not fit the model: {shorten(problems)}. The config that fits: {fix}")
     for note in resized:
         warnings.warn(note, stacklevel=3)

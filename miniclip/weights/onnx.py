@@ -8,8 +8,7 @@
     export.json       precision, logit scale, context length, padding, and how close the graphs are to PyTorch
     config.json, manifest.json, tokenizer/    what MiniCLIP itself needs to measure and search with the folder
 
-For torch.export: image.pt2 and text.pt2.
-"""
+For torch.export: image.pt2 and text.pt2."""
 
 import copy
 import dataclasses
@@ -50,7 +49,8 @@ class UnitTower(nn.Module):
 
     def __init__(self, tower: Tower, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.tower, self.dtype = tower if dtype == torch.float32 else copy.deepcopy(tower).to(dtype), dtype
+        self.tower = tower if dtype == torch.float32 else copy.deepcopy(tower).to(dtype)
+        self.dtype = dtype
 
     def forward(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.dtype) if inputs.is_floating_point() else inputs
@@ -230,12 +230,11 @@ def describe(model: MiniClip, form: str, precision: str) -> dict:
     """What export.json says of a model."""
     bias, tokenizer = model.logit_bias, model.text.tokenizer
     packages = ("torch", "onnx", "onnxruntime") if form == "onnx" else ("torch",)
-    versions = {name: importlib.import_module(name).__version__ for name in packages}
     return {
         "form": form, "precision": precision, "embed_dim": model.config.embed_dim,
         "logit_scale": model.logit_scale.exp().item(), "logit_bias": None if bias is None else bias.item(),
         "context_length": tokenizer.context_length, "pad_token_id": tokenizer.pad_token_id,
-        "versions": versions, "checked": {},
+        "versions": {name: importlib.import_module(name).__version__ for name in packages}, "checked": {},
     }  # fmt: skip
 
 

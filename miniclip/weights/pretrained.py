@@ -5,8 +5,7 @@
 
 The file says for each tag what is published: the repository on the Hugging Face hub, the address of a single file with
 its sha256 (or the first digits of it), the activation, and the preprocessing where it is not OpenAI's. Each tag of
-QuickGELU weights is also one of the config whose name ends in `-quickgelu`, if there is one.
-"""
+QuickGELU weights is also one of the config whose name ends in `-quickgelu`, if there is one."""
 
 import functools
 import json
@@ -91,7 +90,8 @@ def download_pretrained(cfg: dict, prefer_hf_hub: bool = True, cache_dir: str | 
         lambda: find_weights(download_repo(cfg["hf_hub"].rstrip("/"), cache_dir=cache_dir)),
         lambda: download_url(cfg["url"], cfg.get("sha256", ""), cfg.get("size"), cache_dir),
     ]
-    ways, problems = [way for way, name in zip(ways, ("hf_hub", "url")) if cfg.get(name)], []
+    ways = [way for way, name in zip(ways, ("hf_hub", "url")) if cfg.get(name)]
+    problems = []
     for way in ways if prefer_hf_hub else ways[::-1]:
         if problems:
             logger.warning("%s. The other source is tried", problems[0])

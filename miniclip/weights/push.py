@@ -1,8 +1,7 @@
 """Uploads of a model to the Hugging Face hub, in files that MiniCLIP, OpenCLIP and transformers load.
 
 What is uploaded is made anew from the model: nothing of a run's folder (paths, locks, checkpoints, optimizer states)
-goes along, except that the card tells what run.json and the results there say.
-"""
+goes along, except that the card tells what run.json and the results there say."""
 
 import re
 import shutil

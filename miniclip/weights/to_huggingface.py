@@ -41,10 +41,9 @@ def write_hf(path: Path, model: MiniClip):
 def write_sentence_transformers(path: Path, model: MiniClip):
     """A folder for `SentenceTransformer(path)`, which encodes texts and images, with all that `write_hf` writes."""
     _write(path, model)
-    modules = {"CLIPModel": "", "Normalize": "1_Normalize"}
     write_json(path / "modules.json", [
         {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{module}"}
-        for i, (module, folder) in enumerate(modules.items())
+        for i, (module, folder) in enumerate((("CLIPModel", ""), ("Normalize", "1_Normalize")))
     ])  # fmt: skip
     write_json(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
     write_manifest(path)
@@ -52,7 +51,8 @@ def write_sentence_transformers(path: Path, model: MiniClip):
 
 def _write(path: Path, model: MiniClip):
     model = without_tokens(model)
-    config, precision = model.config, str(model.logit_scale.dtype).removeprefix("torch.")
+    config = model.config
+    precision = str(model.logit_scale.dtype).removeprefix("torch.")
     if (type(config.vision_cfg), type(config.text_cfg)) != (VisionConfig, TextConfig):
         raise CheckpointError("transformers' CLIPModel has no other towers than CLIP's own: convert to another form")
     files = {"config": hf_config(config) | {"dtype": precision}, "preprocessor_config": hf_preprocessor(config)}

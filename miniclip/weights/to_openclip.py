@@ -26,7 +26,8 @@ def write_openclip(path: Path, model: MiniClip):
     model = without_tokens(model)
     if path.suffix in (".bin", ".pth", ".ckpt"):
         raise CheckpointError("OpenCLIP: end the target in .safetensors or .pt for a file, in neither for a folder")
-    is_file, images = path.suffix in SUFFIXES, dataclasses.asdict(model.config.preprocess_cfg)
+    is_file = path.suffix in SUFFIXES
+    images = dataclasses.asdict(model.config.preprocess_cfg)
     sections = {type(model.config.vision_cfg), type(model.config.text_cfg)}
     if lacking := [NOT_IN_OPENCLIP[section] for section in sections if section in NOT_IN_OPENCLIP]:
         raise CheckpointError(f"OpenCLIP has no towers with {lacking[0]}: convert to miniclip")

@@ -35,7 +35,8 @@ def is_siglip(config: MiniClipConfig) -> bool:
 
 def write_siglip(path: Path, model: MiniClip):
     """A folder for transformers: SiglipModel, AutoProcessor, AutoTokenizer and the zero-shot pipeline."""
-    config, precision = model.config, str(model.logit_scale.dtype).removeprefix("torch.")
+    config = model.config
+    precision = str(model.logit_scale.dtype).removeprefix("torch.")
     vision, text, images = config.vision_cfg, config.text_cfg, config.preprocess_cfg
     eps = (text.norm_kwargs or {}).get("eps", 1e-5)
     for fine, problem in (
