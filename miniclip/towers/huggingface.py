@@ -207,6 +207,10 @@ class HfTextTower(HfTower):
 
     def features(self, input_ids: Tensor) -> Tensor:
         mask = input_ids != self.pad_token_id  # (B, L)
+        traced = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if input_ids.is_cpu and not traced and mask.any():  # padding takes as long as words; a GPU minds new sizes more
+            L = mask.any(dim=0).nonzero().max() + 1
+            input_ids, mask = input_ids[:, :L], mask[:, :L]
         outputs = self.trunk(input_ids=input_ids, attention_mask=mask.long())
         x = outputs.last_hidden_state  # (B, L, W)
         if self.pooler == "mean":
