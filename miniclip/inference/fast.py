@@ -7,8 +7,7 @@
     oneDNN     multiplies fp32 matrices on processors where `cpu_routes` finds it faster and as exact
 
 It runs only while model.py's code and the parts of the model are those it was written for. `plain_reason` names what
-has been changed; then the plain code runs, and one line says so. `grad_cache.wrap_towers` lets a model train this way.
-"""
+has been changed; then the plain code runs, and one line says so. `grad_cache.wrap_towers` lets a model train by it."""
 
 import ast
 import copy
@@ -175,8 +174,6 @@ def image_features(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
 
 def text_features(tower: TextTransformer, input_ids: Tensor) -> Tensor:
     """What `tower.features(input_ids)` returns: (B, L) to (B, W)."""
-    if input_ids.shape[1] > len(tower.positional_embedding):
-        return tower.features(input_ids)  # which says what is wrong
     end = input_ids.argmax(dim=1)
     cuts = input_ids.is_cpu and len(end) > 0  # elsewhere sizes that change with the batch cost more than they save
     if cuts:
