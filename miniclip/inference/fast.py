@@ -7,8 +7,7 @@
     oneDNN     multiplies fp32 matrices on processors where `cpu_routes` finds it faster and as exact
 
 It runs only while model.py's code and the parts of the model are those it was written for. `plain_reason` names what
-has been changed; then the plain code runs, and one line says so. `grad_cache.wrap_towers` lets a model train this way.
-"""
+has been changed; then the plain code runs, and one line says so. `grad_cache.wrap_towers` lets a model train by it."""
 
 import ast
 import copy
@@ -175,14 +174,18 @@ def image_features(tower: VisionTransformer, pixel_values: Tensor) -> Tensor:
 
 def text_features(tower: TextTransformer, input_ids: Tensor) -> Tensor:
     """What `tower.features(input_ids)` returns: (B, L) to (B, W)."""
-    x, (B, L) = tower.embed_tokens(input_ids), input_ids.shape
-    x, end = x.flatten(0, 1), input_ids.argmax(dim=1)
+    end = input_ids.argmax(dim=1)
+    cuts = input_ids.is_cpu and len(end) > 0  # elsewhere sizes that change with the batch cost more than they save
+    if cuts:
+        input_ids = input_ids[:, : end.max() + 1]
+    B, L = input_ids.shape
+    x = tower.embed_tokens(input_ids).flatten(0, 1)
     ends, kept = torch.arange(B, device=x.device) * L + end, None
-    if x.device.type == "cpu":  # elsewhere sizes that change with the batch cost more than they save
+    if cuts:
         inside = (torch.arange(L) <= end[:, None]).flatten()
         captions, padding = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
         # oneDNN generates code for each new number of rows: some padding rounds it.
-        room = -len(captions) % 64
+        room = -len(captions) % (8 if len(captions) < 64 else 64)
         if room < len(padding):
             kept = torch.cat([captions, padding[:room]])  # (T,)
             ends, x = end.cumsum(0) + torch.arange(B), x[kept]  # where among them the captions end

@@ -1,8 +1,7 @@
 """What is each precision worth? How fast and how exact a model is in it, measured on this machine.
 
 `--precision auto` takes bf16 where that is proved: at least 0.9999 of cosine to fp32 and more than 1.3 times its speed.
-What was found for a model is kept in the user's cache, so that the next run decides alike.
-"""
+What was found for a model is kept in the user's cache, so that the next run decides alike."""
 
 import sys
 import time

@@ -20,7 +20,7 @@ from miniclip.checkpoint import BLOCK_ROWS, TEXT_ROWS
 from miniclip.config import LARGEST, MODELS, MiniClipConfig, TextConfig, VisionConfig
 from miniclip.model import TOWERS, Attention, Block, ClipOutput, MiniClip, TextTransformer, Tower, VisionTransformer
 from miniclip.towers.generate import Writer, beam_search, processors, sample
-from miniclip.towers.registry import CAPTIONERS, CUSTOM_TEXT, IN_OPENCLIP, attend, check_images, openclip_rows
+from miniclip.towers.registry import CAPTIONERS, CUSTOM_TEXT, IN_OPENCLIP, attend, check_images, openclip_rows, trimmed
 from miniclip.utils.config_files import check, in_range
 from miniclip.utils.errors import InputError
 
@@ -186,6 +186,9 @@ class CocaTextTransformer(TokenTower, TextTransformer):
         self.cls_emb = nn.Parameter(torch.empty(cfg.width))
         for block in self.blocks:
             block.attn = MaskedAttention(cfg.width, cfg.heads)
+
+    def features(self, input_ids: Tensor) -> Tensor:
+        return super().features(trimmed(input_ids, self.cfg.pad_id))
 
     def sequence(self, input_ids: Tensor) -> Tensor:  # (B, L or L + 1, and the class token, W)
         L, room = input_ids.shape[1], self.cfg.context_length

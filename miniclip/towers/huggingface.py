@@ -25,7 +25,7 @@ from miniclip.model import TOWERS, Tower
 from miniclip.towers.hf_config import HfConfig, HfTextConfig, HfVisionConfig, ask, offline, open_tokenizer
 from miniclip.towers.hf_tokenizer import TOKENIZER_FILES, HfTokenizer, tokenizer_folder
 from miniclip.towers.packages import PackagedEncoder, packaged, source
-from miniclip.towers.registry import TOKENIZER_BESIDE, check_images
+from miniclip.towers.registry import TOKENIZER_BESIDE, check_images, trimmed
 from miniclip.towers.tokens import token_features, token_section
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import replacing
@@ -205,6 +205,7 @@ class HfTextTower(HfTower):
         self.own_tokenizer = None  # read when first needed
 
     def features(self, input_ids: Tensor) -> Tensor:
+        input_ids = trimmed(input_ids, self.pad_token_id)
         mask = input_ids != self.pad_token_id  # (B, L)
         outputs = self.trunk(input_ids=input_ids, attention_mask=mask.long())
         x = outputs.last_hidden_state  # (B, L, W)

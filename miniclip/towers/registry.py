@@ -5,6 +5,7 @@ import pkgutil
 import re
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
@@ -30,6 +31,14 @@ def check_images(pixel_values: Tensor, side: int):
     """Raises InputError for images of another size than (B, 3, side, side)."""
     if pixel_values.shape[1:] != (3, side, side):
         raise InputError(f"images are {tuple(pixel_values.shape)}, not (B, 3, {side}, {side})")
+
+
+def trimmed(input_ids: Tensor, pad: int) -> Tensor:
+    """Token ids (B, L) up to the last word of the longest caption, on a CPU. Elsewhere a new size costs more than
+    padding, and a trace keeps its sizes."""
+    used = (input_ids != pad).any(dim=0)
+    traced = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return input_ids if traced or not input_ids.is_cpu or not used.any() else input_ids[:, : used.nonzero().max() + 1]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, is_causal=False) -> Tensor:

@@ -96,6 +96,39 @@ def test_less_is_computed(monkeypatch):
     assert [rows["image", i] for i in range(3)] == [7 * 17, 7 * 17, 7]
 
 
+@pytest.mark.parametrize(
+    "captions, positions, rows", [([1], 3, 3), ([1, 2], 11, 16), ([3, 1], 3, 6), (range(1, 7), 24, 64)]
+)
+def test_padded_captions_take_no_longer_than_trimmed_ones(captions, positions, rows, monkeypatch):
+    """Whoever pads to the context, as OpenCLIP's tokenizer does: attention sees the longest caption of the batch, and
+    the products its tokens, few of them rounded up to a multiple of 8. In the batch [3, 1] there is nothing to leave
+    out that would pay for it."""
+    model, input_ids = make_model(), make_batch()[1][list(captions)]
+    seen, attention = [], fast._attention
+
+    def attend(q, k, v, **how):
+        seen.append(k.shape[2])
+        return attention(q, k, v, **how)
+
+    def multiply(layer, x, **how):
+        seen.append(-len(x))
+        return linear(layer, x, **how)
+
+    linear = fast._linear
+    monkeypatch.setattr(fast, "_attention", attend)
+    monkeypatch.setattr(fast, "_linear", multiply)
+    found = inference_copy(model).encode_text(input_ids)
+    assert seen[:2] == [-rows, positions]
+    torch.testing.assert_close(found, model.encode_text(input_ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_captions_beyond_the_context_are_refused(inference):
+    model, input_ids = make_model(), F.pad(make_batch()[1], (1, 0), value=5)
+    with pytest.raises(InputError, match="25 tokens; the context is 24"):
+        (inference_copy(model) if inference else wrap_towers(model)).encode_text(input_ids)
+
+
 @pytest.mark.parametrize("precision, least", [("fp32", 0.999999), ("bf16", 0.999), ("int8", 0.998)])
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_each_precision_is_as_close_as_it_should_be(precision, least, quick_gelu):

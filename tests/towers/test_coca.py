@@ -76,6 +76,11 @@ def test_it_computes_what_openclip_does(name, source):
     assert out.text_embeds.flatten().tolist() == pytest.approx(peer["text"], abs=1e-5)
     short = model.encode_text(input_ids[:2, :7], normalize=True)  # without padding
     torch.testing.assert_close(short, out.text_embeds[:2], atol=1e-5, rtol=0)
+    read = []
+    hook = model.text.token_embedding.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    model.encode_text(input_ids[:2])
+    hook.remove()
+    assert read == [8] and input_ids.shape[1] > 8, "of padding only the one token is computed that has a part in it"
     model.double()
     for every in (0, 1):  # the same with activation checkpointing
         model.zero_grad()

@@ -185,7 +185,12 @@ def test_text_encoders_give_what_transformers_gives_whatever_the_padding(kind, p
     model, _, tokenizer = miniclip.load(save_config(tmp_path / "c.json", text=text))
     sentences = ["a red shape", "the tall green shape in the wide blue one"]
     own = transformers.AutoTokenizer.from_pretrained(tmp_path / kind)
-    for sentence, features in zip(sentences, model.text.features(tokenizer(sentences))):
+    seen = []
+    model.text.trunk.register_forward_pre_hook(lambda trunk, args, named: seen.append(named), with_kwargs=True)
+    found = model.text.features(tokenizer(sentences))
+    assert tokenizer(sentences).shape[1] == 12
+    assert seen[0]["input_ids"].tolist() == tokenizer(sentences, trim=True).tolist(), "padding is not computed"
+    for sentence, features in zip(sentences, found):
         outputs = theirs(**own(sentence, return_tensors="pt", return_token_type_ids=False))
         words = outputs.last_hidden_state[0]
         pooled = getattr(outputs, "pooler_output", None)

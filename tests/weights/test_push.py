@@ -176,9 +176,8 @@ def test_a_tower_that_others_lack_goes_in_miniclips_own_form(tmp_path, tiny_mode
 def test_trainers_own_upload_is_refused_by_name(tmp_path):
     from miniclip.training.arguments import RunArguments
 
-    with pytest.raises(
-        InputError, match="push_to_hub is not supported.*miniclip push --model OUTPUT_DIR --repo .* --license "
-    ):
+    command = "miniclip push --model OUTPUT_DIR --repo .* --license "
+    with pytest.raises(InputError, match=f"push_to_hub is not supported.*{command}"):
         RunArguments(str(tmp_path), push_to_hub=True)
 
 
