@@ -7,6 +7,7 @@ learned them, and the scores are near chance.
 import json
 import os
 import string
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
         words = words[language] if isinstance(words, dict) else words
         if not name or not isinstance(words, str) or not words.strip():
             raise InputError(f"{text}: a class without a name or without words: {name!r}: {words!r}")
+        name, words = (unicodedata.normalize("NFC", part) for part in (name, words))  # é is one character or two
         if name in classes:
             raise InputError(f"{text}: the class {name!r} is named twice: remove one")
         if words in classes.values():

@@ -5,7 +5,7 @@ captions are compared with those of the file, by CIDEr and BLEU (printed times 1
 """
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, at_least, starting
+from miniclip.utils.command_line import Parser, at_least, cell, starting
 from miniclip.utils.errors import InputError
 
 READS = {"beam_search": ("num_beams",), "top_k": ("top_k", "temperature"), "top_p": ("top_p", "temperature")}
@@ -63,9 +63,8 @@ def main(argv: list[str]):
     pictures = [{"image": str(path), "caption": caption} for path, caption in zip(paths, captions)]
     results = {"model": str(options.model), "generation": how, "captions": pictures}
     lines = ["| image | caption |", "|---|---|"]
-    lines += [f"| {common.cell(picture['image'])} | {common.cell(picture['caption'])} |" for picture in pictures]
-    print("\n".join(lines[:22] + [f"| and {len(lines) - 22} more | |"] * (len(lines) > 22)))
-    summary = f"{len(pictures)} captions"
+    lines += [f"| {cell(picture['image'])} | {cell(picture['caption'])} |" for picture in pictures]
+    summary = f"{common.first_rows(lines)}\n{len(pictures)} captions"
     if references is not None:
         results["metrics"] = caption_metrics(captions, references)
         for picture, texts in zip(pictures, references):

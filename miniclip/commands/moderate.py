@@ -4,7 +4,7 @@ Reads images, and writes moderation.json and moderation.md to --output_dir.
 """
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, starting
+from miniclip.utils.command_line import Parser, cell, printable, starting
 from miniclip.utils.errors import InputError
 
 
@@ -54,13 +54,14 @@ def main(argv: list[str]):
     verdict, number = ("answer", "score") if options.ask else ("status", "confidence")
     lines = [f"| image | {verdict} | reason | {number} |", "|---|---|---|---|"]
     for r in results:
-        lines.append(f"| {common.cell(r['image'])} | {r[verdict]} | {r.get('reason', options.ask)} | {r[number]:.2f} |")
+        lines.append(f"| {cell(r['image'])} | {r[verdict]} | {cell(r.get('reason', options.ask))} | {r[number]:.2f} |")
     counts = {kind: sum(r[verdict] == kind for r in results) for kind in dict.fromkeys(r[verdict] for r in results)}
     about = {"model": str(options.model), "ask": options.ask, "calibrated": bool(options.examples)}
     results = {**about, "thresholds": thresholds, "pictures": results}
-    print("\n".join(lines[:22] + [f"| and {len(lines) - 22} more | | | |"] * (len(lines) > 22)))
+    said = [common.first_rows(lines)]
     for name, limits in thresholds.items():
         on = f"balanced accuracy {limits['balanced_accuracy']:.2f} on" if len(limits) > 2 else "without"
         review = "" if options.ask else f", review from {limits['review']:.3f}"
-        print(f"{name}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
-    common.finish(options, "moderation", results, "\n".join(lines), bad_samples, f"{counts} of {len(images)} images")
+        said.append(f"{printable(name)}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
+    said.append(f"{counts} of {len(images)} images")
+    common.finish(options, "moderation", results, "\n".join(lines), bad_samples, "\n".join(said))

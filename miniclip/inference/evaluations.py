@@ -27,6 +27,7 @@ class Measured:
     evaluator: RetrievalMeasure
     metrics: dict[str, float]
     device: object = "cpu"
+    precision: str | None = None  # that the model computed in: an export has its own, whatever was asked for
     files: tuple[Path, ...] = ()  # those of the embeddings, or downloaded weights
     temperature: dict | None = None  # {"scale", "bias" (or None), "start"}; None: measured without a model
     notes: tuple[str, ...] = ()  # on truncated and on repeated captions

@@ -78,6 +78,13 @@ def find_weights(path: str | Path) -> Path:
     return next((file for file in found if not file.name.endswith(".json") or find_shards(file)), path)
 
 
+def refuse_export(folder: Path):
+    """Raises CheckpointError for a folder of graphs, which `miniclip export` wrote."""
+    graphs = any((folder / name).is_file() for name in ("image.onnx", "image.pt2"))
+    if graphs and not (folder / "model.safetensors").exists():
+        raise CheckpointError(f"{folder} is an export to ONNX or torch.export, without weights: name its model")
+
+
 def weight_names(openclip_first: bool) -> list[str]:
     """The usual names of weight files, best first. With OpenCLIP's config, `model.safetensors` may be one tower's."""
     return sorted(WEIGHT_FILES, key=lambda name: openclip_first and not name.startswith("open_clip"))
@@ -129,6 +136,7 @@ def _read_one(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _read(path: Path, room: int):
     if path.is_dir():
+        refuse_export(path)
         files = shorten(sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth")))
         raise CheckpointError(f"{path} is a folder: name the weight file itself (in this folder: {files})")
     if not path.is_file():  # reading a pipe may block, a device never end

@@ -173,6 +173,34 @@ def test_names_words_and_folders(folders, capsys):
         run(zero_shot, folders, "--images", folders / "set", "--language", "de")
 
 
+def test_names_of_classes_break_no_table_and_no_terminal(folders, capsys):
+    hostile = "a|b", "x\ny", "\x1b[31mred"
+    for name, folder in zip(hostile, ("red", "green", "blue")):
+        (folders / "set" / folder).rename(folders / "set" / name)
+    run(zero_shot, folders, "--images", folders / "set")
+    run(zero_shot, folders, "--images", folders / "0.png", "--classes", "a|b,\x1b[31mred")
+    (folders / "c.json").write_text(json.dumps({"harmless": ["a"], "x\ny": ["b"], "a|b": ["c"]}))
+    run(moderate, folders, "--images", folders / "0.png", "--categories", folders / "c.json")
+    run(moderate, folders, "--images", folders / "0.png", "--ask", "a|b\x1b[31m")
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "| x\\ny |" in said and "| a\\|b |" in said and "| \\x1b[31mred |" in said
+    rows = [line for line in said.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows) and "x\\ny: threshold" in said
+
+
+def test_what_is_found_is_written_before_it_is_printed(folders, monkeypatch):
+    """A reader such as head closes the pipe after some lines."""
+
+    def closed(*args, **kwargs):
+        raise BrokenPipeError
+
+    for module, name in (zero_shot, "zero_shot"), (moderate, "moderation"):
+        with monkeypatch.context() as patched, pytest.raises(BrokenPipeError):
+            patched.setattr("builtins.print", closed)
+            run(module, folders, "--images", folders / "set")
+        assert json.loads((folders / "out" / f"{name}.json").read_text())["pictures"]
+
+
 def test_bad_pictures_stop_or_are_listed(folders):
     (folders / "set" / "red" / "bad.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="bad.png: not an image in a supported format"):
