@@ -58,8 +58,7 @@ def main(argv: list[str]):
     model, preprocess, tokenizer = common.open_model(options)
     names = "generation_type", "num_beams", "top_k", "top_p", "temperature", "repetition_penalty"
     how = {name: vars(options)[name] for name in names} | {"num_beam_groups": 1} | lengths(model, options.seq_len)
-    reading = options.batch_size, options.num_workers, True
-    captions = caption_images(model, preprocess, tokenizer, paths, *reading, **how)
+    captions = caption_images(model, preprocess, tokenizer, paths, options.batch_size, options.num_workers, True, **how)
     pictures = [{"image": str(path), "caption": caption} for path, caption in zip(paths, captions)]
     results = {"model": str(options.model), "generation": how, "captions": pictures}
     lines = ["| image | caption |", "|---|---|"]
@@ -69,6 +68,5 @@ def main(argv: list[str]):
         results["metrics"] = caption_metrics(captions, references)
         for picture, texts in zip(pictures, references):
             picture["references"] = list(texts)
-        figures = ", ".join(f"{name} {100 * value:.1f}" for name, value in results["metrics"].items())
-        summary += f": {figures}"
+        summary += ": " + ", ".join(f"{name} {100 * value:.1f}" for name, value in results["metrics"].items())
     common.finish(options, "captions", results, "\n".join(lines), bad_samples, summary)

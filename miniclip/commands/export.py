@@ -37,7 +37,7 @@ def main(argv: list[str]):
         raise InputError(f"--{given[0]} has no effect on {form}: remove it")
     if options.image_root and not options.eval_file:
         raise InputError("--image_root is for --eval_file: add it")
-    refuse_export(Path(options.model))
+    refuse_export(options.model)
     try:
         if form in FORMS:
             write(options)

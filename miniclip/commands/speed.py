@@ -5,7 +5,6 @@ model; the share of it is a ratio of processor times, which other programs chang
 """
 
 import warnings
-from pathlib import Path
 
 from miniclip.utils.command_line import Parser, find_device, print_json, starting
 from miniclip.utils.machine import processor
@@ -26,7 +25,7 @@ def main(argv: list[str]):
         from miniclip.inference.precision import compare, made_up, settle
         from miniclip.utils.weight_files import refuse_export
 
-    refuse_export(Path(options.model))
+    refuse_export(options.model)
     device = find_device(options.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights are as fast

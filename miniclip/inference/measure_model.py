@@ -38,8 +38,7 @@ class Model:
             suggest_bf16(options.precision, self.device)
             settle(self.model, options.precision)  # says what int8 takes
         self.preprocess, folder = Preprocess(self.model.config.preprocess_cfg, options.decode), options.feature_cache
-        about = folder, self.model, self.preprocess, options.precision
-        self.cache = FeatureCache.for_images(*about) if folder else None
+        self.cache = FeatureCache.for_images(folder, self.model, self.preprocess, options.precision) if folder else None
 
     def measure(self, options: Namespace, records: Sequence[dict]) -> dict:
         """Measures the model. Returns fields of `Measured`."""

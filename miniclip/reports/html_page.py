@@ -117,10 +117,9 @@ def header(e: Evaluation) -> str:
     if e.temperature:
         tiles["temperature"] = f"{1 / e.temperature['scale']:.4f}"
     when = datetime.fromisoformat(e.metadata["started"])
-    versions, machine = (e.metadata.get(name, {}) for name in ("versions", "machine"))
-    facts = {name: e.metadata.get(name) for name in ("precision", "commit")}
-    facts |= {name: versions.get(name) for name in ("python", "torch", "numpy")}
-    measured = [machine.get("device"), *(f"{name} {value}" for name, value in facts.items() if value)]
+    known = e.metadata | e.metadata.get("versions", {})
+    facts = [f"{name} {known[name]}" for name in ("precision", "commit", "python", "torch", "numpy") if known.get(name)]
+    measured = [e.metadata.get("machine", {}).get("device"), *facts]
     dataset = [f"{e.dataset}: {len(e.images):,} images, {len(e.texts):,} captions", *e.notes]
     about = {"Model" if e.temperature else "Embeddings": safe(e.model), "Dataset": safe("; ".join(dataset))}
     about["Evaluated"] = safe("; ".join([f"{when.day} {when:%B %Y, %H:%M} UTC", *filter(None, measured)]))

@@ -78,10 +78,10 @@ def find_weights(path: str | Path) -> Path:
     return next((file for file in found if not file.name.endswith(".json") or find_shards(file)), path)
 
 
-def refuse_export(folder: Path):
+def refuse_export(folder: str | Path):
     """Raises CheckpointError for a folder of graphs, which `miniclip export` wrote."""
-    graphs = any((folder / name).is_file() for name in ("image.onnx", "image.pt2"))
-    if graphs and not (folder / "model.safetensors").exists():
+    graphs = any((Path(folder) / name).is_file() for name in ("image.onnx", "image.pt2"))
+    if graphs and not (Path(folder) / "model.safetensors").exists():
         raise CheckpointError(f"{folder} is an export to ONNX or torch.export, without weights: name its model")
 
 

@@ -72,6 +72,7 @@ def test_misuse_is_said_in_one_line(features, run_script):
         ),
         (["--features", features, "--precision", "bf16"], "--precision has no effect on --features"),
         (["--features", features, "--on_bad_sample", "skip"], "mend the caption file"),
+        (["--features", features, "--eval_file", "x.csv", "--table", "x.txt", "./x.csv"], "would replace the data set"),
         (["--features", features, "--table", "a.doc"], "its ending says how to write it: .txt, .csv, .md, .tex"),
         (["--features", features, "--output_file", features / "text.npy"], "is no result of evaluate.py"),
         (

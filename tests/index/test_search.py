@@ -578,14 +578,16 @@ def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_
     for words, problem in (
         (["query", tmp_path / "nothing.mc", "x"], "is not an index"),
         (["index", tmp_path / "none", "--index", index], "is not a folder"),
-        (["index", album.pictures, "--index", tmp_path / "new.mc"], "is not an index yet. Add --model to make one"),
+        (["index", album.pictures, "--index", tmp_path / "new.mc"], "run `search index --model`"),
         (["index", album.pictures, "--index", index, "--shard", "3/2"], "--shard 3/2: use"),
         (["index", album.pictures, "--index", index, "--pretrained", "x.pt"], "no effect without --model"),
         (["query", index, "x", "--pretrained", "x.pt"], "no effect without the name of a model"),
         (["query", index, "x", "--image_root", tmp_path / "none"], "none is not a folder"),
+        (["query", index, "x", "--html", image], "0.png: give a name that ends in .html"),
     ):  # fmt: skip
         done = run_script(*SEARCH, *words, check=False)
         assert done.returncode and problem in done.stderr and "Traceback" not in done.stderr
+    assert image.read_bytes().startswith(b"\x89PNG")
 
 
 def test_queries_come_a_line_each(album):
