@@ -16,8 +16,8 @@ def main(argv: list[str]):
     parser.add_argument("--examples", help="labelled images to set thresholds: folders yes and no, or by category")
     common.share_image_flags(parser, "moderation")
     options = parser.parse_args(argv)
-    if options.ask is not None and not options.ask.strip():
-        raise InputError('--ask is empty. Name a thing: --ask "a dog"')
+    if not all(text is None or text.strip() for text in (options.ask, *(options.against or ()))):
+        raise InputError('--ask or --against is empty. Name a thing: --ask "a dog"')
     if options.ask and options.categories or options.against and not options.ask:
         raise InputError("--against needs --ask, and --ask excludes --categories")
     with starting():

@@ -115,16 +115,14 @@ def embed_images(
     return finish(fast, fast.visual, features, project, faults)
 
 
-def finish(fast: InferenceClip, tower: Tower, features: np.ndarray, project: bool, faults=()) -> np.ndarray:
-    """The embeddings (n, E) of a tower's features (n, W), or these themselves. Raises InputError for NaN and infinity,
+def finish(fast: InferenceClip, tower: Tower, found: np.ndarray, project: bool, faults=()) -> np.ndarray:
+    """The embeddings (n, E) of the features (n, W) found, or these themselves. Raises InputError for NaN and infinity,
     of which no order follows, but in the rows of `faults`."""
-    found = features
-    if project:
-        found = fast.project(tower, torch.from_numpy(features).to(fast.logit_scale.device)).cpu().numpy()
-    if n := len(set(np.flatnonzero(~np.isfinite(found.sum(axis=1))).tolist()).difference(faults)):
-        what = f"{type(tower).__name__} computes NaN or infinity for {n} of {len(found)} inputs in {fast.precision}"
+    x = fast.project(tower, torch.from_numpy(found).to(fast.logit_scale.device)).cpu().numpy() if project else found
+    if n := len(set(np.flatnonzero(~np.isfinite(x.sum(axis=1))).tolist()).difference(faults)):
+        what = f"{type(tower).__name__} computes NaN or infinity for {n} of {len(x)} inputs in {fast.precision}"
         raise InputError(f"{what}: its weights are damaged, or too large for this precision")
-    return found
+    return x
 
 
 def for_inference(model: MiniClip, n: int, fuse: bool = False) -> InferenceClip:

@@ -188,6 +188,12 @@ def test_names_of_classes_break_no_table_and_no_terminal(folders, capsys):
     assert all(line.endswith("|") for line in rows) and "x\\ny: threshold" in said
 
 
+def test_empty_words_are_no_question(folders):
+    for words in ["--ask", " "], ["--ask", "a dog", "--against", ""], ["--ask", "a dog", "--against", "a cat", " "]:
+        with pytest.raises(InputError, match="--ask or --against is empty"):
+            run(moderate, folders, "--images", folders / "0.png", *words)
+
+
 def test_what_is_found_is_written_before_it_is_printed(folders, monkeypatch):
     """A reader such as head closes the pipe after some lines."""
 
