@@ -23,8 +23,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     def add(name: str, about: str, example: str) -> Parser:
         return commands.add_parser(name, help=about, description=about, example=f"miniclip search {name} {example}")
 
-    about = "Make or update an index of a folder, written to --index."
-    index = add("index", about, "photos --model runs/mine --index x.mc")
+    index = add("index", "Make or update a folder's index, written to --index.", "photos --model runs/me --index x.mc")
     about = "Search an index. Prints rank, score and path of each image found; writes --html."
     query = add("query", about, 'photos.mc "red dress -stripes" --image photo.jpg -k 5 --html found.html')
     merge = add("merge", "Merge several indexes into one, written to --index.", "part1.mc part2.mc --index photos.mc")
