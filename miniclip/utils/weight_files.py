@@ -82,7 +82,7 @@ def refuse_export(folder: str | Path):
     """Raises CheckpointError for a folder of graphs, which `miniclip export` wrote."""
     graphs = any((Path(folder) / name).is_file() for name in ("image.onnx", "image.pt2"))
     if graphs and not (Path(folder) / "model.safetensors").exists():
-        raise CheckpointError(f"{folder} is an export to ONNX or torch.export, without weights: name its model")
+        raise CheckpointError(f"{folder} is an export to ONNX or torch.export, without weights: name the original")
 
 
 def weight_names(openclip_first: bool) -> list[str]:
