@@ -55,7 +55,7 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
     name that occurs twice, and two names with the same words."""
     if text == "imagenet":
         return dict(IMAGENET["classes"])
-    suffix, classes = Path(text).suffix, {}
+    suffix, classes = Path(text).suffix.lower(), {}
     if suffix not in ("", ".json", ".txt") and os.path.isfile(text):
         raise InputError(f"{text}: classes are read from .txt and .json")
     found = read_list(text) if suffix in (".json", ".txt") else [part.strip() for part in text.split(",")]

@@ -272,6 +272,9 @@ def test_classes_and_templates_from_files(tmp_path):
     assert prompts.read_classes(str(path)) == {"hot dog": "hot dog", "b": "b"}
     (tmp_path / "c.txt").write_text("n1=hot dog\n\ncat\n")
     assert prompts.read_classes(str(tmp_path / "c.txt")) == {"n1": "hot dog", "cat": "cat"}
+    for name, content in ("C.TXT", "a\nb"), ("C.JSON", '["a", "b"]'):
+        (tmp_path / name).write_text(content)
+        assert prompts.read_classes(str(tmp_path / name)) == {"a": "a", "b": "b"}
     missing = str(tmp_path / "no.txt")
     (tmp_path / "c.csv").write_text("a,b")
     for text, message in (
