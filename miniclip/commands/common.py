@@ -70,8 +70,8 @@ def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
 
 def first_rows(lines: list[str]) -> str:
     """Returns the head and the first 20 rows of a Markdown table, and how many more there are."""
-    more, others = len(lines) - 22, lines[1].count("|") - 2
-    return "\n".join(lines[:22] + [f"| and {more} more |{' |' * others}"] * (more > 0))
+    more = len(lines) - 22
+    return "\n".join(lines[:22] + [f"| and {more} more |" + " |" * (lines[1].count("|") - 2)] * (more > 0))
 
 
 def finish(options, name: str, results: dict, table: str, bad_samples, summary: str, *more_files: str):

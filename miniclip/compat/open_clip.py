@@ -369,7 +369,7 @@ class SigLipLoss(nn.Module):
         refuse(f"dist_impl {dist_impl!r}", dist_impl not in (None, *known), f"it is none of {', '.join(known)}")
 
     def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict: bool = False):
-        scale, bias = torch.as_tensor(logit_scale), torch.as_tensor(0.0 if logit_bias is None else logit_bias)
+        scale, bias = map(torch.as_tensor, (logit_scale, 0.0 if logit_bias is None else logit_bias))
         loss = siglip_loss(ClipOutput(image_features, text_features, scale, bias))
         return {"contrastive_loss": loss} if output_dict else loss
 

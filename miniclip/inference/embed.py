@@ -116,8 +116,7 @@ def embed_images(
 
 
 def finish(fast: InferenceClip, tower: Tower, found: np.ndarray, project: bool, faults=()) -> np.ndarray:
-    """The embeddings (n, E) of the features (n, W) found, or these themselves. Raises InputError for NaN and infinity,
-    of which no order follows, but in the rows of `faults`."""
+    """The embeddings (n, E) of features (n, W), or these. Raises InputError for NaN and infinity outside `faults`."""
     x = fast.project(tower, torch.from_numpy(found).to(fast.logit_scale.device)).cpu().numpy() if project else found
     if n := len(set(np.flatnonzero(~np.isfinite(x.sum(axis=1))).tolist()).difference(faults)):
         what = f"{type(tower).__name__} computes NaN or infinity for {n} of {len(x)} inputs in {fast.precision}"

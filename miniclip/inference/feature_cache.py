@@ -98,7 +98,8 @@ class FeatureCache(dict):
         part = np.empty(len(self.added), self.row)
         part["key"] = np.frombuffer(b"".join(self.added), "V32")
         part["features"] = np.stack(list(self.added.values()))
-        scratch, self.added = scratch_path(self.folder / "part"), {}  # its name will be its sha256
+        self.added = {}
+        scratch = scratch_path(self.folder / "part")  # its name will be its sha256
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_npy(scratch, part.dtype, part.shape, [part])

@@ -374,6 +374,7 @@ HINTS = {  # how an unknown key begins -> what that means; the first that applie
     r"(.*\.)?visual\.layer1\.": "its image tower is a ModifiedResNet (RN50), the model's is not",
     r"(vision|text)_model\.": "a Hugging Face model with other towers than CLIPModel's (SigLIP: keep its config.json)",
     r"embeddings\.|encoder\.layers\.": "one tower alone, of a Hugging Face model; save the whole CLIPModel",
+    r"logit_bias$": "it has the bias of SigLIP's loss, which this form cannot hold: OpenCLIP's and MiniCLIP's can",
 }  # fmt: skip
 
 

@@ -53,9 +53,8 @@ def write_sentence_transformers(path: Path, model: MiniClip):
 def _write(path: Path, model: MiniClip):
     model = without_tokens(model)
     config, precision = model.config, str(model.logit_scale.dtype).removeprefix("torch.")
-    own = (type(config.vision_cfg), type(config.text_cfg)) == (VisionConfig, TextConfig)
-    if lacks := "other towers than CLIP's own" * (not own) or "bias of the logits" * (model.logit_bias is not None):
-        raise CheckpointError(f"transformers' CLIPModel has no {lacks}: convert to another form")
+    if (type(config.vision_cfg), type(config.text_cfg)) != (VisionConfig, TextConfig):
+        raise CheckpointError("transformers' CLIPModel has no other towers than CLIP's own: convert to another form")
     files = {"config": hf_config(config) | {"dtype": precision}, "preprocessor_config": hf_preprocessor(config)}
     weights = from_miniclip(model.state_dict(), "hf")
     path.mkdir()

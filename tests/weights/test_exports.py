@@ -226,5 +226,5 @@ def test_what_the_forms_cannot_hold(tiny_config, tmp_path):
         with pytest.raises(CheckpointError, match="resize_mode 'longest'"):
             convert(tmp_path / "padded", tmp_path / "x", form)
         assert not (tmp_path / "x").exists()
-        with pytest.raises(CheckpointError, match="CLIPModel has no bias of the logits: convert to another form"):
+        with pytest.raises(CheckpointError, match="the bias of SigLIP's loss, which this form cannot hold: OpenCLIP's"):
             convert(tmp_path / "biased", tmp_path / "x", form)
