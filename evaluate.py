@@ -29,7 +29,7 @@ def main(argv: list[str]):
             save_features(options.save_features, evaluator.image_embeds, evaluator.text_embeds)
         print(f"{source} on {dataset}: {len(evaluator.images)} images, {len(evaluator.texts)} captions")
         print(format_table(e.metrics, evaluator.ks))
-        metadata = evaluation_metadata(argv, e.options, e.records, e.device, e.files)
+        metadata = evaluation_metadata(argv, e.options, e.records, e.device, e.files) | {"precision": e.precision}
         result = {"model": source, "dataset": dataset, "metrics": e.metrics, "repeated_captions": e.repeated}
         results.append({name: value for name, value in result.items() if value} | {"record": metadata})
         hits.append((dataset, source, count_hits(evaluator.result, evaluator.image_of_text)))
@@ -42,10 +42,10 @@ def main(argv: list[str]):
     for path in options.table or ():
         write_table(path, rows)
     if options.several:
-        print(as_text(rows), end="")
         results = [{"evaluations": results, "comparison": [vars(row) for row in rows], "record": record}]
     write_json(output, results[0])
-    print(f"written to {', '.join([str(output), *(options.table or ())])}{said}")
+    comparison = as_text(rows) if options.several else ""  # printed when it is written: a pipe may be closed
+    print(f"{comparison}written to {', '.join([str(output), *(options.table or ())])}{said}")
     notes = (*e.notes, *bad_samples.report(output.with_suffix(".bad_samples.jsonl")))
     if options.report:
         about = (

@@ -77,5 +77,5 @@ def choose_classes(
     row = {unicodedata.normalize("NFC", key): i for keys in (given.values(), given) for i, key in enumerate(keys)}
     unknown = [name for name in there if name not in row]
     if unknown and len(unknown) < len(there) and None not in there:
-        raise InputError(f"the folder {unknown[0]!r} is not one of the classes {', '.join(given)}: add it to --classes")
+        raise InputError(f"the folder {unknown[0]!r} is not one of the classes {', '.join(given)}: add or remove it")
     return given, None if unknown else [row[name] for name in folders]

@@ -65,7 +65,7 @@ def find_words(ids: Sequence[str], folders: Iterable[str]) -> dict[str, str] | N
 
 def read_list(path: str | Path):
     """Returns the content of a .json file, or the lines of another one that are not empty."""
-    text, is_json = read_text(Path(path)), Path(path).suffix == ".json"
+    text, is_json = read_text(Path(path)), Path(path).suffix.lower() == ".json"
     return parse_json(text, path) if is_json else [line.strip() for line in text.splitlines() if line.strip()]
 
 

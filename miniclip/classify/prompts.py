@@ -6,6 +6,7 @@ learned them, and the scores are near chance."""
 import json
 import os
 import string
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
     name that occurs twice, and two names with the same words."""
     if text == "imagenet":
         return dict(IMAGENET["classes"])
-    suffix, classes = Path(text).suffix, {}
+    suffix, classes = Path(text).suffix.lower(), {}
     if suffix not in ("", ".json", ".txt") and os.path.isfile(text):
         raise InputError(f"{text}: classes are read from .txt and .json")
     found = read_list(text) if suffix in (".json", ".txt") else [part.strip() for part in text.split(",")]
@@ -71,6 +72,7 @@ def read_classes(text: str, language: str = "en") -> dict[str, str]:
         words = words[language] if isinstance(words, dict) else words
         if not name or not isinstance(words, str) or not words.strip():
             raise InputError(f"{text}: a class without a name or without words: {name!r}: {words!r}")
+        name, words = (unicodedata.normalize("NFC", part) for part in (name, words))  # é is one character or two
         if name in classes:
             raise InputError(f"{text}: the class {name!r} is named twice: remove one")
         if words in classes.values():

@@ -4,7 +4,7 @@ Reads images, or a caption file, and writes captions.json and captions.md to --o
 captions are compared with those of the file, by CIDEr and BLEU (printed times 100, as in papers)."""
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, at_least, starting
+from miniclip.utils.command_line import Parser, at_least, cell, starting
 from miniclip.utils.errors import InputError
 
 READS = {"beam_search": ("num_beams",), "top_k": ("top_k", "temperature"), "top_p": ("top_p", "temperature")}
@@ -57,14 +57,12 @@ def main(argv: list[str]):
     model, preprocess, tokenizer = common.open_model(options)
     names = "generation_type", "num_beams", "top_k", "top_p", "temperature", "repetition_penalty"
     how = {name: vars(options)[name] for name in names} | {"num_beam_groups": 1} | lengths(model, options.seq_len)
-    reading = options.batch_size, options.num_workers, True
-    captions = caption_images(model, preprocess, tokenizer, paths, *reading, **how)
+    captions = caption_images(model, preprocess, tokenizer, paths, options.batch_size, options.num_workers, True, **how)
     pictures = [{"image": str(path), "caption": caption} for path, caption in zip(paths, captions)]
     results = {"model": str(options.model), "generation": how, "captions": pictures}
     lines = ["| image | caption |", "|---|---|"]
-    lines += [f"| {common.cell(picture['image'])} | {common.cell(picture['caption'])} |" for picture in pictures]
-    print("\n".join(lines[:22] + [f"| and {len(lines) - 22} more | |"] * (len(lines) > 22)))
-    summary = f"{len(pictures)} captions"
+    lines += [f"| {cell(picture['image'])} | {cell(picture['caption'])} |" for picture in pictures]
+    summary = f"{common.first_rows(lines)}\n{len(pictures)} captions"
     if references is not None:
         results["metrics"] = caption_metrics(captions, references)
         for picture, texts in zip(pictures, references):

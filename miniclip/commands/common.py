@@ -1,11 +1,8 @@
 """Flags and steps that several commands share."""
 
-import sys
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
-from miniclip.utils.command_line import AUTO, FLAGS, Parser, find_device, print_json, printable, starting
+from miniclip.utils.command_line import AUTO, FLAGS, Parser, find_device, print_json, starting
 from miniclip.utils.errors import InputError
 
 
@@ -71,8 +68,14 @@ def embed_usable(options, model, preprocess, images: list[tuple], bad_samples):
     return images, embed_images(model, preprocess, paths, options.batch_size, options.num_workers, progress=True)
 
 
+def first_rows(lines: list[str]) -> str:
+    """Returns the head and the first 20 rows of a Markdown table, and how many more there are."""
+    more = len(lines) - 22
+    return "\n".join(lines[:22] + [f"| and {more} more |" + " |" * (lines[1].count("|") - 2)] * (more > 0))
+
+
 def finish(options, name: str, results: dict, table: str, bad_samples, summary: str, *more_files: str):
-    """Writes `<name>.json`, the table as `<name>.md` and the bad samples to the output folder; prints a summary."""
+    """Writes `<name>.json`, the table as `<name>.md` and the bad samples to the output folder, and prints a summary."""
     from miniclip.utils.bad_samples import NAME
     from miniclip.utils.files import write_json, write_text
 
@@ -91,16 +94,3 @@ def check_folder_or_weights(flag: str, model: str, pretrained: str | None):
 
     if not is_folder(model) and pretrained is None:
         raise InputError(f"{flag} {model} is not a folder. If it is the name of a config, add --pretrained")
-
-
-@contextmanager
-def plain_warnings():
-    """Prints warnings as single lines."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        yield
-
-
-def cell(text: str) -> str:
-    """Returns text for a cell of a Markdown table."""
-    return printable(text).replace("|", "\\|")

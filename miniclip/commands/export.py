@@ -3,10 +3,8 @@
 Reads a model and writes a folder. For onnx and torch: a graph of each tower, checked against PyTorch, with what other
 programs need to prepare images and captions (docs/inference.md). For the others: what `miniclip convert` writes."""
 
-from argparse import SUPPRESS
 from pathlib import Path
 
-from miniclip.commands.common import plain_warnings
 from miniclip.utils.command_line import Parser, starting
 from miniclip.utils.errors import InputError
 
@@ -15,8 +13,8 @@ def main(argv: list[str]):
     parser = Parser.command("export", __doc__, "onnx --model runs/mine --output_dir mine.onnx --precision int8")
     parser.add_argument("FORM", help="onnx, torch (torch.export), or a form of miniclip convert such as openclip or hf")
     parser.share("model", required=True)
-    parser.share("pretrained", "output_dir")
-    parser.add_argument("--out", dest="output_dir", default=SUPPRESS, help=SUPPRESS)
+    parser.share("pretrained")
+    parser.share("output_dir", required=True)
     precision = "of onnx: fp32, fp16 (half the size, for GPUs) or int8 (weights of a quarter of the size, for CPUs)"
     parser.share("precision", choices=["fp32", "fp16", "int8"], help=precision)
     one = "also write clip.onnx, one graph from image and text to image_features and text_features"
@@ -26,10 +24,8 @@ def main(argv: list[str]):
     parser.add_argument("--force", action="store_true", help="replace files in output_dir")
     options = parser.parse_args(argv)
     form, for_onnx = options.FORM, ("single_graph", "eval_file", "image_root")
-    if options.output_dir is None:
-        parser.error("the following arguments are required: --output_dir")
     with starting():
-        from miniclip.inference.onnx import is_onnx
+        from miniclip.utils.weight_files import refuse_export
         from miniclip.weights.convert import EXPORTERS, convert
         from miniclip.weights.onnx import FORMS
 
@@ -40,17 +36,15 @@ def main(argv: list[str]):
         raise InputError(f"--{given[0]} has no effect on {form}: remove it")
     if options.image_root and not options.eval_file:
         raise InputError("--image_root is for --eval_file: add it")
-    if is_onnx(options.model):
-        raise InputError(f"{options.model} is an export itself: name the model it was made from")
-    with plain_warnings():
-        try:
-            if form in FORMS:
-                write(options)
-            else:
-                source, name = (options.pretrained, options.model) if options.pretrained else (options.model, None)
-                print(convert(source, options.output_dir, form, name, options.force))
-        except (ValueError, OSError) as error:
-            raise InputError(str(error)) from None
+    refuse_export(options.model)
+    try:
+        if form in FORMS:
+            write(options)
+        else:
+            source, name = (options.pretrained, options.model) if options.pretrained else (options.model, None)
+            print(convert(source, options.output_dir, form, name, options.force))
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
 
 
 def write(options):

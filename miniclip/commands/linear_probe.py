@@ -74,6 +74,5 @@ def main(argv: list[str]):
         np.savez(scratch, weight=scale * weight, bias=bias, classes=list(classes))
     about = {"model": str(options.model), "classes": classes, "examples": len(labels), "pictures": len(truth)}
     about |= {"strength": strength, "all_examples": measure(weight, bias)}
-    best = f"top1 {100 * about['all_examples']['top1']:.1f}"
-    summary = f"{table}\nall {len(labels)} examples, starting from zero-shot: {best}"
+    summary = f"{table}\nall {len(labels)} examples, from zero-shot: top1 {100 * about['all_examples']['top1']:.1f}"
     common.finish(options, "linear_probe", {**about, "found": found}, table, bad_samples, summary, "probe.npz")

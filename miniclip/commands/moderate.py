@@ -3,7 +3,7 @@
 Reads images, and writes moderation.json and moderation.md to --output_dir."""
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, starting
+from miniclip.utils.command_line import Parser, cell, printable, starting
 from miniclip.utils.errors import InputError
 
 
@@ -15,8 +15,8 @@ def main(argv: list[str]):
     parser.add_argument("--examples", help="labelled images to set thresholds: folders yes and no, or by category")
     common.share_image_flags(parser, "moderation")
     options = parser.parse_args(argv)
-    if options.ask is not None and not options.ask.strip():
-        raise InputError('--ask is empty. Name a thing: --ask "a dog"')
+    if not all(text is None or text.strip() for text in (options.ask, *(options.against or ()))):
+        raise InputError('--ask or --against is empty. Name a thing: --ask "a dog"')
     if options.ask and options.categories or options.against and not options.ask:
         raise InputError("--against needs --ask, and --ask excludes --categories")
     with starting():
@@ -53,13 +53,14 @@ def main(argv: list[str]):
     verdict, number = ("answer", "score") if options.ask else ("status", "confidence")
     lines = [f"| image | {verdict} | reason | {number} |", "|---|---|---|---|"]
     for r in results:
-        lines.append(f"| {common.cell(r['image'])} | {r[verdict]} | {r.get('reason', options.ask)} | {r[number]:.2f} |")
+        lines.append(f"| {cell(r['image'])} | {r[verdict]} | {cell(r.get('reason', options.ask))} | {r[number]:.2f} |")
     counts = {kind: sum(r[verdict] == kind for r in results) for kind in dict.fromkeys(r[verdict] for r in results)}
     about = {"model": str(options.model), "ask": options.ask, "calibrated": bool(options.examples)}
     results = {**about, "thresholds": thresholds, "pictures": results}
-    print("\n".join(lines[:22] + [f"| and {len(lines) - 22} more | | | |"] * (len(lines) > 22)))
+    said = [common.first_rows(lines)]
     for name, limits in thresholds.items():
         on = f"balanced accuracy {limits['balanced_accuracy']:.2f} on" if len(limits) > 2 else "without"
         review = "" if options.ask else f", review from {limits['review']:.3f}"
-        print(f"{name}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
-    common.finish(options, "moderation", results, "\n".join(lines), bad_samples, f"{counts} of {len(images)} images")
+        said.append(f"{printable(name)}: threshold {limits['threshold']:.3f}{review} ({on} examples)")
+    said.append(f"{counts} of {len(images)} images")
+    common.finish(options, "moderation", results, "\n".join(lines), bad_samples, "\n".join(said))

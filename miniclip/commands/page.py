@@ -29,8 +29,8 @@ def main(argv: list[str]):
     options = parser.parse_args(argv)
     if not options.model and not options.index:
         parser.error("give --index, --model or both")
-    if not options.max_upload_mb > 0:
-        parser.error("--max_upload_mb must be above 0")
+    if not 0 < options.max_upload_mb < 1 << 20:  # a terabyte
+        parser.error("--max_upload_mb must be above 0, and a number of megabytes that a disk can have")
     with starting():
         from miniclip.page.requests import listen, stay_inside
         from miniclip.page.server import serve

@@ -22,8 +22,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     def add(name: str, about: str, example: str) -> Parser:
         return commands.add_parser(name, help=about, description=about, example=f"miniclip search {name} {example}")
 
-    about = "Make or update an index of a folder, written to --index."
-    index = add("index", about, "photos --model runs/mine --index x.mc")
+    index = add("index", "Make or update a folder's index, written to --index.", "photos --model runs/me --index x.mc")
     about = "Search an index. Prints rank, score and path of each image found; writes --html."
     query = add("query", about, 'photos.mc "red dress -stripes" --image photo.jpg -k 5 --html found.html')
     merge = add("merge", "Merge several indexes into one, written to --index.", "part1.mc part2.mc --index photos.mc")
@@ -83,7 +82,7 @@ def index(options):
     """Makes or updates an index, and prints what changed."""
     with starting():
         from miniclip.index.build import update
-        from miniclip.index.image_index import INDEX, read_about
+        from miniclip.index.image_index import read_about
         from miniclip.index.search import model_name
         from miniclip.inference.load import load
 
@@ -93,12 +92,8 @@ def index(options):
         raise InputError(f"{options.pictures} is not a folder")
     if options.pretrained and not options.model:
         raise InputError("--pretrained has no effect without --model: add it")
-    if options.model:
-        named = model_name(options.model, options.pretrained)
-    elif not (Path(options.index) / INDEX).is_file():
-        raise InputError(f"{options.index} is not an index yet. Add --model to make one")
-    else:
-        named = {name: read_about(Path(options.index))["model"][name] for name in ("name", "pretrained")}
+    named = model_name(options.model, options.pretrained) if options.model else read_about(Path(options.index))["model"]
+    named = {name: named[name] for name in ("name", "pretrained")}
     device = find_device(options.device)
     with starting():
         model = load(named["name"], named["pretrained"], device)
@@ -139,6 +134,8 @@ def describe(folder: str):
 
 def query(options):
     """Answers the query of the command line, or those of stdin, one per line."""
+    if options.html and Path(options.html).suffix.lower() not in (".html", ".htm"):  # some other file
+        raise InputError(f"--html {options.html}: give a name that ends in .html")
     with starting():
         from miniclip.index.search import ImageSearch
 

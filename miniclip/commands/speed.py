@@ -22,7 +22,9 @@ def main(argv: list[str]):
         from miniclip.inference.load import load
         from miniclip.inference.peak import SQUARE, model_flops, products
         from miniclip.inference.precision import compare, made_up, settle
+        from miniclip.utils.weight_files import refuse_export
 
+    refuse_export(options.model)
     device = find_device(options.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights are as fast

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from miniclip.commands import common
-from miniclip.utils.command_line import Parser, printable, starting
+from miniclip.utils.command_line import Parser, cell, printable, starting
 from miniclip.utils.errors import InputError
 
 
-def format_images(images: list[dict], most: int = 20) -> str:
+def format_images(images: list[dict]) -> str:
     """Returns a Markdown table of the first images: the three best classes with their probabilities in percent."""
     rows = ["| image | class | then |", "|---|---|---|"]
-    for image in images[:most]:
-        first, *others = [f"{name} {100 * share:.1f}" for name, share in image["top"][:3]]
-        rows.append(f"| {common.cell(image['image'])} | {first} | {', '.join(others)} |")
-    return "\n".join(rows + [f"| and {len(images) - most} more | | |"] * (len(images) > most))
+    for image in images:
+        first, *others = [f"{cell(name)} {100 * share:.1f}" for name, share in image["top"][:3]]
+        rows.append(f"| {cell(image['image'])} | {first} | {', '.join(others)} |")
+    return common.first_rows(rows)
 
 
 def why_no_truth(paths: Sequence[str], images: list[tuple[str, str | None]]) -> str | None:
@@ -85,12 +85,12 @@ def main(argv: list[str]):
         if why := why_no_truth(options.images, images):
             table += f"\n\nno accuracy: {printable(why)}"
         (folder / "confusion.png").unlink(missing_ok=True)  # an earlier run's
-    print(table)
+    said = [table]
     if options.language != "en":
-        print(f"class names in {options.language!r}: {describe_coverage(coverage)}. These numbers do not tell whether"
-              " the tower learned the language: measure it")  # fmt: skip
+        said.append(f"class names in {options.language!r}: {describe_coverage(coverage)}. These numbers do not tell"
+                    " whether the tower learned the language: measure it")  # fmt: skip
     if tokenizer.truncated:
-        print(f"{tokenizer.truncated} sentences were truncated to {tokenizer.context_length} tokens")
-    speed = f"{len(names)} classes in {seconds['classes']:.1f} s, {len(rows)} images in {seconds['pictures']:.1f} s"
+        said.append(f"{tokenizer.truncated} sentences were truncated to {tokenizer.context_length} tokens")
+    said += [f"{len(names)} classes in {seconds['classes']:.1f} s, {len(rows)} images in {seconds['pictures']:.1f} s"]
     chart = ["confusion.png"] * bool(truth)
-    common.finish(options, "zero_shot", {**about, "pictures": results}, table, bad_samples, speed, *chart)
+    common.finish(options, "zero_shot", {**about, "pictures": results}, table, bad_samples, "\n".join(said), *chart)

@@ -18,7 +18,9 @@ class MtebEncoder:
 
     `model_name` is what `miniclip.load` takes, and `name` what results are stored under ("organisation/model")."""
 
-    def __init__(self, model_name: str | Path, revision: str | None = None, *, device=None, name: str = ""):
+    def __init__(
+        self, model_name: str | Path, revision: str | None = None, *, device: str | None = None, name: str = ""
+    ):
         try:
             from mteb.models.model_meta import ModelMeta
         except ImportError:

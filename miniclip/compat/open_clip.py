@@ -48,8 +48,8 @@ DEFAULT_CONTEXT_LENGTH = 77
 __version__ = "3.3.0"  # of OpenCLIP, whose names, arguments and results these are
 CODE = "code in weight files never runs here, and weights do not need it"
 convert_weights_to_fp16 = convert_weights_to_lp
-get_input_dtype = LOW.get  # by a precision
-get_cast_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get
+get_input_dtype = lambda precision: LOW.get(precision)  # noqa: E731
+get_cast_dtype = lambda precision: LOW[precision] if precision in ("fp16", "bf16") else None  # noqa: E731
 ADDED: dict[str, dict] = {}  # configs that `add_model_config` read
 CUSTOM_TEXT = re.compile(r"EVA0|MobileCLIP|PE-Core|ViTamin|.*SigLIP")  # configs with custom_text in OpenCLIP
 
@@ -354,7 +354,7 @@ class ClipLoss(nn.Module):
         refuse("local_loss or gather_with_grad False", apart, "only with both are gradients those of the whole batch")
 
     def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict: bool = False):
-        loss = clip_loss(image_features, text_features, logit_scale)  # a bias would change no softmax
+        loss = clip_loss(image_features, text_features, torch.as_tensor(logit_scale))  # a bias would change no softmax
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -367,8 +367,8 @@ class SigLipLoss(nn.Module):
         refuse(f"dist_impl {dist_impl!r}", dist_impl not in (None, *known), f"it is none of {', '.join(known)}")
 
     def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict: bool = False):
-        bias = torch.zeros_like(logit_scale) if logit_bias is None else logit_bias
-        loss = siglip_loss(ClipOutput(image_features, text_features, logit_scale, bias))
+        scale, bias = map(torch.as_tensor, (logit_scale, 0.0 if logit_bias is None else logit_bias))
+        loss = siglip_loss(ClipOutput(image_features, text_features, scale, bias))
         return {"contrastive_loss": loss} if output_dict else loss
 
 

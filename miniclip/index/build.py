@@ -133,14 +133,14 @@ def update(
         same = name in before and before[name][0] == files[name][0]
         changes["unchanged" if same else "changed" if name in before else "added"] += 1
     changes["removed"] = len(before.keys() - files.keys())
-    about = {"root": root.folder, "allow_outside": allow_outside}
+    about = {"root": root.folder, "allow_outside": allow_outside, "shard": list(shard)}
+    about["model"] = {**named, "fingerprint": mine, "precision": precision}  # which may lie elsewhere now
     was = old and [*(old.about[name] for name in about), old.about["search"]["asked"]]
     if files != before or was != [*about.values(), method] or broken != old.bad:
         used = dict.fromkeys(key for key, _ in files.values())
         keep, grown = kept_rows(old, used, method) if old else ([], None)
         new = [key for key in used if key not in known]
         keys = [*(old.keys[row] for row in keep), *new]
-        about |= {"model": {**named, "fingerprint": mine, "precision": precision}, "shard": list(shard)}
         vectors = chain(rows_of(old.vectors, keep) if old else (), (journal[key] for key in new))
         stored = None
         if patches is not None:

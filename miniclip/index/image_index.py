@@ -141,7 +141,7 @@ def read_about(folder: Path) -> dict:
                 raise TypeError(wrong[0])
         return about
     except FileNotFoundError:
-        raise ImageIndexError(f"{folder} is not an index, it has no {INDEX}: make one with `search index`") from None
+        raise ImageIndexError(f"{folder} is not an index, it has no {INDEX}: run `search index --model`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise

@@ -57,7 +57,7 @@ class ImageSearch:
         self.model, self.preprocess, self.tokenizer = model
         self.index.check_same(fingerprint(self.model, self.preprocess), str(name or "the one given"))
         self.captioner = captioner(self.model)  # the copy writes no captions
-        self.model = inference_copy(self.model)  # once, instead of for each query
+        self.model = inference_copy(self.model, fuse=False)  # once, not for each query, of which few are images
         if pictures and not Path(pictures).is_dir():
             raise InputError(f"{pictures} is not a folder: name the one that the images are in")
         self.root = ImageRoot(pictures or about["root"], about["allow_outside"])

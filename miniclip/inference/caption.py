@@ -13,8 +13,6 @@ from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import open_image
 from miniclip.utils.parallel import read_ahead
 
-NEEDED = "CIDEr and BLEU need the package pycocoevalcap: pip install --no-deps pycocoevalcap"
-
 
 def captioner(model: MiniClip) -> MiniClip | None:
     """The model itself if it writes captions, else None: a copy for inference, with a precision, has no decoder."""
@@ -59,7 +57,7 @@ def scorers() -> tuple[type, type]:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
     except ImportError:
-        raise InputError(NEEDED) from None
+        raise InputError("CIDEr and BLEU need the package pycocoevalcap: pip install --no-deps pycocoevalcap") from None
     return Bleu, Cider
 
 

@@ -20,6 +20,7 @@ from miniclip.model import MiniClip, Tower
 from miniclip.tokenizer import Tokenizer
 from miniclip.towers.tokens import patch_vectors, token_features, word_vectors
 from miniclip.transforms import Preprocess
+from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError, ImageFile, open_image
 from miniclip.utils.machine import keep_freed_memory, return_freed_memory
 from miniclip.utils.parallel import read_ahead
@@ -57,7 +58,7 @@ def embed_texts(
             cache.update((keys[row], features[row]) for row in rows)
     if cache is not None:
         cache.save()
-    return fast.project(fast.text, torch.from_numpy(features).to(device)).cpu().numpy() if project else features
+    return finish(fast, fast.text, features, project)
 
 
 def embed_images(
@@ -116,7 +117,16 @@ def embed_images(
         return_freed_memory()
     if stop and faults:
         raise ImageError("\n".join(faults.values()))
-    return fast.project(fast.visual, torch.from_numpy(features).to(device)).cpu().numpy() if project else features
+    return finish(fast, fast.visual, features, project, faults)
+
+
+def finish(fast: InferenceClip, tower: Tower, found: np.ndarray, project: bool, faults=()) -> np.ndarray:
+    """The embeddings (n, E) of features (n, W), or these. Raises InputError for NaN and infinity outside `faults`."""
+    x = fast.project(tower, torch.from_numpy(found).to(fast.logit_scale.device)).cpu().numpy() if project else found
+    if n := len(set(np.flatnonzero(~np.isfinite(x.sum(axis=1))).tolist()).difference(faults)):
+        what = f"{type(tower).__name__} computes NaN or infinity for {n} of {len(x)} inputs in {fast.precision}"
+        raise InputError(f"{what}: its weights are damaged, or too large for this precision")
+    return x
 
 
 def for_inference(model: MiniClip, n: int, fuse: bool = False) -> InferenceClip:

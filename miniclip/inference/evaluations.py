@@ -27,6 +27,7 @@ class Measured:
     evaluator: RetrievalMeasure
     metrics: dict[str, float]
     device: object = "cpu"
+    precision: str | None = None  # that the model computed in: an export has its own, whatever was asked for
     files: tuple[Path, ...] = ()  # those of the embeddings, or downloaded weights
     temperature: dict | None = None  # {"scale", "bias" (or None), "start"}; None: measured without a model
     notes: tuple[str, ...] = ()  # on truncated and on repeated captions
@@ -42,18 +43,17 @@ def evaluations(options: Namespace, output: Path, bad_samples: BadSamples, model
     folders = [*(file.parent for file in files), report.parent if report.suffix else options.report]
     for folder in filter(None, [*folders, options.save_features]):
         make_folder(folder)
-    sources, datasets = single(options)
+    sources, data = single(options)
     # The images are decoded first only to skip bad ones: the encoding finds all that is wrong.
     skip = options.on_bad_sample == "skip"
     need = not options.features or bool(options.report)
     check = {"check_images": skip and need, "check_handles": need, "image_files": need, "bad_samples": bad_samples}
-    each = [merged(options, dataset) for dataset in datasets]
-    read = [one.eval_file and read_source(one.eval_file, ReadOptions.from_args(one, **check)) for one in each]
+    read = [d.eval_file and read_source(d.eval_file, ReadOptions.from_args(merged(options, d), **check)) for d in data]
     for source in sources:
         find_features(source.features) if model is None else model.check(source)
     for source in sources:
         measure = measure_features if model is None else model(merged(options, source)).measure
-        for dataset, records in zip(datasets, read):
+        for dataset, records in zip(data, read):
             one = merged(options, source, dataset)
             first = " (first captions)" if options.captions == "first" else ""
             about = measure(one, records)
@@ -64,6 +64,7 @@ def evaluations(options: Namespace, output: Path, bad_samples: BadSamples, model
             name = one.features or ADDRESSES.get(one.model, one.model)
             name += f" {one.pretrained}" if len(sources) > 1 and one.pretrained else ""
             dataset_name = (one.eval_file or one.features) + (f":{one.split}" if one.split else "") + first
+            dataset_name += f" in {one.image_root}" if len(options.image_root or ()) > 1 else ""
             yield Measured(one, name, dataset_name, notes=tuple(notes), repeated=repeated, **about)
 
 

@@ -5,6 +5,7 @@
 The path depends on everything that decides the features. A part has rows (sha256 of the image file, features). Parts
 are only added, by atomic renames: a killed process leaves no partial file, and processes may share a folder."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -97,12 +98,18 @@ class FeatureCache(dict):
         part = np.empty(len(self.added), self.row)
         part["key"] = np.frombuffer(b"".join(self.added), "V32")
         part["features"] = np.stack(list(self.added.values()))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = scratch_path(self.folder / "part")  # its name will be its sha256
-        write_npy(scratch, part.dtype, part.shape, [part])
-        sync(scratch)
-        os.replace(scratch, self.folder / f"{sha256(scratch)}.npy")
         self.added = {}
+        scratch = scratch_path(self.folder / "part")  # its name will be its sha256
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_npy(scratch, part.dtype, part.shape, [part])
+            sync(scratch)
+            os.replace(scratch, self.folder / f"{sha256(scratch)}.npy")
+        except OSError as error:  # of others, for example, who share it: nothing but time is lost
+            if error.errno == errno.ENOSPC:
+                raise
+            logger.warning("%s cannot be written to (%s): new features are not kept", self.folder, error.strerror)
+            self.folder = None
 
 
 def file_key(path) -> bytes:

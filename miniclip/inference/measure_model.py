@@ -45,6 +45,7 @@ class Model:
         """Measures the model. Returns fields of `Measured`."""
         records = one_per_image(records, options.eval_file)
         model, tokenizer = self.model, self.tokenizer
+        precision = model.precision if isinstance(model, InferenceClip) else options.precision
         image_batch, text_batch = (32, 64) if self.device.type == "cpu" else (256, 256)
         evaluator = RetrievalEvaluator(
             records, self.preprocess, tokenizer, ks=None, precision=options.precision, progress=True,
@@ -71,7 +72,7 @@ class Model:
         temperature["start"] = math.exp(model.config.init_logit_scale)
         return {
             "records": records, "evaluator": evaluator, "metrics": metrics, "device": self.device,
-            "temperature": temperature, "notes": notes, "files": self.files,
+            "temperature": temperature, "notes": notes, "files": self.files, "precision": precision,
             "seen": partial(where_seen, model, self.preprocess, tokenizer) if has_tokens(model) else None,
             "write": partial(caption_images, model, self.preprocess, tokenizer) if captioner(model) else None,
         }  # fmt: skip

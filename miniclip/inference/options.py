@@ -98,6 +98,8 @@ def _problems(options: Namespace, default):
     for name in options.table or ():
         if Path(name).suffix.lower() not in TABLES:
             yield f"--table {name}: its ending says how to write it: {', '.join(TABLES)}"
+        if any(Path(name).resolve() == Path(file).resolve() for file in options.eval_file or ()):
+            yield f"--table {name} would replace the data set: choose another name"
     output = Path(options.output_file or "")
     if options.output_file and output.exists() and not (_is_empty(output) or _read_result(output)):
         yield f"--output_file {output} exists and is no result of evaluate.py: choose another name"
@@ -164,8 +166,7 @@ def _defining(options: dict, folder: str) -> dict:
         path = os.path.join(folder, value) if isinstance(value, str) else ""
         return os.path.abspath(path) if os.path.exists(path) else value
 
-    given = ((name, options.get(name)) for name in DEFINING)
-    return {name: absolute(value) for name, value in given if value or type(value) is int}  # also --rerank 0
+    return {name: absolute(value) for name in DEFINING if (value := options.get(name)) or type(value) is int}  # or 0
 
 
 def _is_empty(path: Path) -> bool:

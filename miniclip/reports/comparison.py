@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from miniclip.retrieval import KS, RetrievalResult
+from miniclip.utils.command_line import cell, printable
 from miniclip.utils.files import write_text
 
 WAYS = ("image_to_text", "text_to_image")
@@ -94,7 +95,7 @@ def as_text(rows: Sequence[Row]) -> str:
     lines += [["data", "model", *[f"R@{k}" for k in KS] * 2, "recall"]]
     for row in rows:
         values, intervals = zip(*row.cells())
-        lines += [[row.dataset, row.name, *values], ["", "", *intervals]]
+        lines += [[printable(row.dataset), printable(row.name), *values], ["", "", *intervals]]
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = ([c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines)
     return "\n".join([*("  ".join(cells).rstrip() for cells in aligned), NOTE]) + "\n"
@@ -117,7 +118,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     head = ["data", "model", *(f"{way.replace('_', ' ')} R@{k}" for way in WAYS for k in KS), "mean recall"]
     lines = [head, ["---"] * 2 + ["---:"] * len(NAMES)]
     for row in rows:
-        names = [" ".join(name.split()).replace("|", "\\|") for name in (row.dataset, row.name)]
+        names = map(cell, (row.dataset, row.name))
         lines.append([*names, *(f"{value} {interval}" for value, interval in row.cells())])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{NOTE}\n"
 
@@ -132,8 +133,7 @@ def as_latex(rows: Sequence[Row]) -> str:
         rf" &{head} & mean \\", rf"data & model & {' & '.join([f'R@{k}' for k in KS] * 2)} & recall \\", r"\midrule",
     ]  # fmt: skip
     for row in rows:
-        names = (" ".join(name.split()) for name in (row.dataset, row.model, row.minus or ""))
-        data, *models = (name.translate(special) for name in names)
+        data, *models = (printable(name).translate(special) for name in (row.dataset, row.model, row.minus or ""))
         cells = [rf"{value} {{\scriptsize {interval}}}".replace("-", "$-$") for value, interval in row.cells()]
         lines.append(" & ".join([data, " $-$ ".join(filter(None, models)), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from miniclip.reports.style import GREY, INK, PAPER, WIDTH, fit, new_figure, save_png, styled
+from miniclip.utils.command_line import cell
 
 MOST = 40  # classes drawn
 
@@ -29,9 +30,9 @@ def format_classes(names: Sequence[str], confusion: np.ndarray) -> str:
     rows = ["| class | images | recall | most often mistaken for |", "|---|---|---|---|"]
     for row, name in enumerate(names):
         wrong, images = np.where(np.arange(len(names)) == row, 0, confusion[row]), confusion[row].sum()
-        other = f"{names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
+        other = f"{cell(names[wrong.argmax()])} ({wrong.max()})" if wrong.any() else ""
         recall = f"{100 * confusion[row, row] / images:.1f}" if images else ""
-        rows.append(f"| {name} | {images} | {recall} | {other} |")
+        rows.append(f"| {cell(name)} | {images} | {recall} | {other} |")
     return "\n".join(rows)
 
 

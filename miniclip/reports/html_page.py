@@ -16,7 +16,6 @@ from miniclip.reports.charts import curve, draw_report, histogram_svg, pick_exam
 from miniclip.reports.contact_sheet import fill, safe, thumbnail, write_page
 from miniclip.reports.heat_map import heat_maps
 from miniclip.retrieval import KS, TIE
-from miniclip.utils.errors import InputError
 from miniclip.utils.image_files import ImageError
 
 WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
@@ -70,20 +69,11 @@ def format_table(metrics: dict[str, float], ks=KS) -> str:
     return "\n".join(lines)
 
 
-def report_file(name: str | Path) -> Path:
-    """`name` if it ends in .png or .html, otherwise report.html in that folder. Raises InputError for another file."""
-    path = Path(name)
-    if path.suffix.lower() in (".png", ".html", ".htm"):
-        return path
-    if path.is_file():
-        raise InputError(f"--report takes a folder, or a name that ends in .html or .png: {name} is a file")
-    return path / "report.html"
-
-
 def write_report(path: str | Path, e: Evaluation) -> Path:
-    """Writes the report to `report_file(path)`, which it returns, with training curves if the model's folder has a
-    `trainer_state.json`. An unreadable image is replaced by the reason. The same input gives the same bytes."""
-    path = report_file(path)
+    """Writes the report, a .png or .html file or report.html in a folder, and returns its path; with training curves of
+    `trainer_state.json` in the model's folder, and reasons in the place of unreadable images. It is reproducible."""
+    path = Path(path)
+    path = path if path.suffix.lower() in (".png", ".html", ".htm") else path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     log_history, title = read_log_history(e.model), f"{e.model} on {e.dataset}"
     if path.suffix.lower() == ".png":
@@ -127,10 +117,9 @@ def header(e: Evaluation) -> str:
     if e.temperature:
         tiles["temperature"] = f"{1 / e.temperature['scale']:.4f}"
     when = datetime.fromisoformat(e.metadata["started"])
-    options, versions, machine = (e.metadata.get(name, {}) for name in ("options", "versions", "machine"))
-    facts = {"precision": e.temperature and options.get("precision"), "commit": e.metadata.get("commit")}
-    facts |= {name: versions.get(name) for name in ("python", "torch", "numpy")}
-    measured = [machine.get("device"), *(f"{name} {value}" for name, value in facts.items() if value)]
+    known = e.metadata | e.metadata.get("versions", {})
+    facts = [f"{name} {known[name]}" for name in ("precision", "commit", "python", "torch", "numpy") if known.get(name)]
+    measured = [e.metadata.get("machine", {}).get("device"), *facts]
     dataset = [f"{e.dataset}: {len(e.images):,} images, {len(e.texts):,} captions", *e.notes]
     about = {"Model" if e.temperature else "Embeddings": safe(e.model), "Dataset": safe("; ".join(dataset))}
     about["Evaluated"] = safe("; ".join([f"{when.day} {when:%B %Y, %H:%M} UTC", *filter(None, measured)]))

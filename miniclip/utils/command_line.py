@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -160,6 +161,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def cell(text: str) -> str:
+    """Returns text for a cell of a Markdown table."""
+    return printable(text).replace("|", "\\|")
+
+
 OUT = []  # stdout, while --json keeps it for `print_json`
 
 
@@ -212,6 +218,7 @@ def _run(main: Callable[[list[str]], None]):
     for stream in (sys.stdout, sys.stderr):  # file names may contain characters that cannot be printed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # without a line of code
     try:
         itself = name in ("train.py", "miniclip train", "miniclip sync")  # which know addresses
         if itself or not any(":/" in word for word in sys.argv[1:]):

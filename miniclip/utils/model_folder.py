@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from miniclip.utils.errors import CheckpointError, InputError
 from miniclip.utils.files import MANIFEST, check_manifest, replacing, write_manifest
-from miniclip.utils.weight_files import check_header, find_shards, read_json, read_state_dict
+from miniclip.utils.weight_files import check_header, find_shards, read_json, read_state_dict, refuse_export
 
 READING: ContextVar[Path | None] = ContextVar("READING", default=None)  # the saved folder that is being read
 
@@ -42,8 +42,8 @@ def read_model_folder(directory: Path, make: Callable[[Path], nn.Module]) -> nn.
     it from the path of its config. Raises InputError for another folder, for a config of a far larger model than the
     weights are, DamagedFile for a changed file, and what `load_state_dict` raises."""
     missing = [name for name in ("config.json", "model.safetensors") if not (directory / name).is_file()]
-    if missing and (directory / "image.onnx").is_file():
-        raise InputError(f"{directory} is an export to ONNX, without weights: name the model it was made from")
+    if missing:
+        refuse_export(directory)
     if missing or "model_type" in read_json(directory / "config.json"):
         problem = f"it has no {missing[0]}" if missing else "its config.json is transformers'"
         advice = f"run `python -m miniclip convert {directory} NEW_FOLDER --to miniclip`"
@@ -79,7 +79,7 @@ def limited_by(path: Path | None, config: Path | str | None = None):
     Raises InputError at the first parameter too many, before it is filled: a config can ask for any size."""
     tensors, numbers, thread = 1 << 17, 1 << 34, threading.get_ident()
     reason = "this machine's memory can hold"
-    if path is not None:
+    if path is not None and not path.is_dir():  # without weights, which is said when they are read
         sizes, reason = [_declared(file) for file in find_shards(path) or [path]], f"the weights in {path} are"
         tensors, numbers = (8 * sum(size[i] for size in sizes) + room for i, room in enumerate((1000, 1 << 26)))
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

@@ -77,6 +77,13 @@ def find_weights(path: str | Path) -> Path:
     return next((file for file in found if not file.name.endswith(".json") or find_shards(file)), path)
 
 
+def refuse_export(folder: str | Path):
+    """Raises CheckpointError for a folder of graphs, which `miniclip export` wrote."""
+    graphs = any((Path(folder) / name).is_file() for name in ("image.onnx", "image.pt2"))
+    if graphs and not (Path(folder) / "model.safetensors").exists():
+        raise CheckpointError(f"{folder} is an export to ONNX or torch.export, without weights: name the original")
+
+
 def weight_names(openclip_first: bool) -> list[str]:
     """The usual names of weight files, best first. With OpenCLIP's config, `model.safetensors` may be one tower's."""
     return sorted(WEIGHT_FILES, key=lambda name: openclip_first and not name.startswith("open_clip"))
@@ -128,6 +135,7 @@ def _read_one(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _read(path: Path, room: int):
     if path.is_dir():
+        refuse_export(path)
         files = shorten(sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth")))
         raise CheckpointError(f"{path} is a folder: name the weight file itself (in this folder: {files})")
     if not path.is_file():  # reading a pipe may block, a device never end
@@ -365,6 +373,7 @@ HINTS = {  # how an unknown key begins -> what that means; the first that applie
     r"(.*\.)?visual\.layer1\.": "its image tower is a ModifiedResNet (RN50), the model's is not",
     r"(vision|text)_model\.": "a Hugging Face model with other towers than CLIPModel's (SigLIP: keep its config.json)",
     r"embeddings\.|encoder\.layers\.": "one tower alone, of a Hugging Face model; save the whole CLIPModel",
+    r"logit_bias$": "it has the bias of SigLIP's loss, which this form cannot hold: OpenCLIP's and MiniCLIP's can",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from miniclip.utils.errors import InputError, shorten
+from miniclip.utils.errors import InputError, first_line, shorten
 from miniclip.utils.files import delete, sha256, sync
 from miniclip.utils.weight_files import SHARD, find_weights, weight_names
 
@@ -141,10 +141,6 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
     return ""
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def check_content(path: Path, repo: str):
     """Raises InputError, and removes a file, if its content is not what the hub says that it is."""
     blob = path.resolve()
@@ -222,7 +218,7 @@ def fetch(url: str, partial: Path, size: int | None = None):
                     raise InputError(f"{url} cannot be downloaded: the server answered {error.code}") from None
                 problem = f"the server answered {error.code}"
             except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
-                problem = first_line(getattr(error, "reason", None) or error)
+                problem = first_line(error)
             failures = 1 if size_of(partial) > before else failures + 1
         else:
             kept = f"; {now} bytes are kept, and the next try continues there" if (now := size_of(partial)) else ""

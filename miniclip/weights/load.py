@@ -79,6 +79,9 @@ def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoi
     Raises CheckpointError as `read_state_dict` and `to_miniclip` do, and for pruned blocks, odd shapes, NaN and
     infinity. Pruned towers of `model` get the sizes of the file."""
     state_dict, run = read_checkpoint(path)
+    start = next((key for key in state_dict if key.endswith(".logit_scale")), "").removesuffix("logit_scale")
+    if start and all(key.startswith(start) for key in state_dict):  # of a module around the model: Lightning's "model."
+        state_dict = {key.removeprefix(start): tensor for key, tensor in state_dict.items()}
     try:
         if model is None:  # a block is enough: all are named alike
             sections = {"vision_cfg": told_by_weights(state_dict) or {"layers": 1}, "text_cfg": {"layers": 1}}

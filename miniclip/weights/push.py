@@ -10,12 +10,12 @@ import warnings
 from pathlib import Path
 
 from miniclip.model import MiniClip
-from miniclip.utils.errors import CheckpointError, InputError
+from miniclip.utils.errors import CheckpointError, InputError, first_line
 from miniclip.utils.files import MANIFEST, write_json, write_text
 from miniclip.utils.weight_files import read_json
 from miniclip.weights.card import MARK, write_card
 from miniclip.weights.convert import EXPORTERS
-from miniclip.weights.hub import check_repo, explain, first_line
+from miniclip.weights.hub import check_repo, explain
 
 LICENSES = "mit, apache-2.0, bsd-3-clause, cc-by-4.0, cc-by-sa-4.0, cc-by-nc-4.0, cc0-1.0, openrail, other"
 # Files that an upload may write, and that an earlier one of another model may have left.

@@ -13,6 +13,7 @@ from miniclip.classify.images import choose_classes
 from miniclip.classify.names import spell_out
 from miniclip.classify.zero_shot import build_zero_shot_classifier
 from miniclip.commands import zero_shot
+from miniclip.utils.errors import InputError
 from miniclip.utils.imagenet import IMAGENET
 
 TOKENIZER = miniclip.Tokenizer(16)
@@ -73,6 +74,9 @@ def test_an_accent_in_a_folder_may_be_written_in_the_other_form():
         assert choose_classes({given: "coffee", "thé": "tea"}, [folder, "thé"], "en")[1] == [0, 1]
         assert choose_classes({"a": given, "b": "tea"}, ["b", folder], "en")[1] == [1, 0]
     assert choose_classes(None, [one, two, "the"], "en") == ({"café": "café", "the": "the"}, [0, 0, 1])
+    for text, problem in (f"{one},{two}", "named twice"), (f"a={one},b={two}", "two classes have the words"):
+        with pytest.raises(InputError, match=problem):
+            prompts.read_classes(text)
 
 
 def test_imagenet():

@@ -173,6 +173,40 @@ def test_names_words_and_folders(folders, capsys):
         run(zero_shot, folders, "--images", folders / "set", "--language", "de")
 
 
+def test_names_of_classes_break_no_table_and_no_terminal(folders, capsys):
+    hostile = "a|b", "x\ny", "\x1b[31mred"
+    for name, folder in zip(hostile, ("red", "green", "blue")):
+        (folders / "set" / folder).rename(folders / "set" / name)
+    run(zero_shot, folders, "--images", folders / "set")
+    run(zero_shot, folders, "--images", folders / "0.png", "--classes", "a|b,\x1b[31mred")
+    (folders / "c.json").write_text(json.dumps({"harmless": ["a"], "x\ny": ["b"], "a|b": ["c"]}))
+    run(moderate, folders, "--images", folders / "0.png", "--categories", folders / "c.json")
+    run(moderate, folders, "--images", folders / "0.png", "--ask", "a|b\x1b[31m")
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "| x\\ny |" in said and "| a\\|b |" in said and "| \\x1b[31mred |" in said
+    rows = [line for line in said.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows) and "x\\ny: threshold" in said
+
+
+def test_empty_words_are_no_question(folders):
+    for words in ["--ask", " "], ["--ask", "a dog", "--against", ""], ["--ask", "a dog", "--against", "a cat", " "]:
+        with pytest.raises(InputError, match="--ask or --against is empty"):
+            run(moderate, folders, "--images", folders / "0.png", *words)
+
+
+def test_what_is_found_is_written_before_it_is_printed(folders, monkeypatch):
+    """A reader such as head closes the pipe after some lines."""
+
+    def closed(*args, **kwargs):
+        raise BrokenPipeError
+
+    for module, name in (zero_shot, "zero_shot"), (moderate, "moderation"):
+        with monkeypatch.context() as patched, pytest.raises(BrokenPipeError):
+            patched.setattr("builtins.print", closed)
+            run(module, folders, "--images", folders / "set")
+        assert json.loads((folders / "out" / f"{name}.json").read_text())["pictures"]
+
+
 def test_bad_pictures_stop_or_are_listed(folders):
     (folders / "set" / "red" / "bad.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="bad.png: not an image in a supported format"):
@@ -238,6 +272,9 @@ def test_classes_and_templates_from_files(tmp_path):
     assert prompts.read_classes(str(path)) == {"hot dog": "hot dog", "b": "b"}
     (tmp_path / "c.txt").write_text("n1=hot dog\n\ncat\n")
     assert prompts.read_classes(str(tmp_path / "c.txt")) == {"n1": "hot dog", "cat": "cat"}
+    for name, content in ("C.TXT", "a\nb"), ("C.JSON", '["a", "b"]'):
+        (tmp_path / name).write_text(content)
+        assert prompts.read_classes(str(tmp_path / name)) == {"a": "a", "b": "b"}
     missing = str(tmp_path / "no.txt")
     (tmp_path / "c.csv").write_text("a,b")
     for text, message in (

@@ -112,3 +112,14 @@ def test_garbage_is_collected_again_after_imports_that_fail():
         assert not gc.isenabled()
         import miniclip.no_such_module  # noqa: F401
     assert gc.isenabled()
+
+
+def test_a_warning_is_one_line_without_code(caption_set, tiny_model, run_script):
+    tiny_model.save_pretrained(caption_set / "model")
+    for number, name in enumerate(("n99999999", "n88888888")):
+        (caption_set / "set" / name).mkdir(parents=True)
+        (caption_set / f"{number}.png").rename(caption_set / "set" / name / "a.png")
+    done = run_script("-m", "miniclip", "zero_shot", "--model", caption_set / "model", "--images", caption_set / "set",
+                      "--output_dir", caption_set / "out")  # fmt: skip
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "class names are ids" in line]
+    assert len(lines) == 1 and lines[0].startswith("warning: 2 of 2 class names are ids") and ".py" not in done.stderr

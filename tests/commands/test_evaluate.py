@@ -72,6 +72,7 @@ def test_misuse_is_said_in_one_line(features, run_script):
         ),
         (["--features", features, "--precision", "bf16"], "--precision has no effect on --features"),
         (["--features", features, "--on_bad_sample", "skip"], "mend the caption file"),
+        (["--features", features, "--eval_file", "x.csv", "--table", "x.txt", "./x.csv"], "would replace the data set"),
         (["--features", features, "--table", "a.doc"], "its ending says how to write it: .txt, .csv, .md, .tex"),
         (["--features", features, "--output_file", features / "text.npy"], "is no result of evaluate.py"),
         (
@@ -150,6 +151,10 @@ def test_each_data_set_is_read_with_all_options(features, monkeypatch, capsys):
     assert said.count("6 images, 12 captions") == 2 and "are also those of another image" not in said
     records = [e["record"]["options"] for e in json.loads(Path("retrieval_comparison.json").read_text())["evaluations"]]
     assert [(r["eval_file"], r["image_root"]) for r in records] == [("one.csv", "one"), ("two.csv", "two")]
+    argv[3:5] = ["one.csv", "one.csv"]  # other images of the same names: two data sets, and no differences
+    evaluate.main([*argv, "one", "two", "--output_file", "o.json"])
+    rows = json.loads(Path("o.json").read_text())["comparison"]
+    assert [(row["dataset"], row["minus"]) for row in rows] == [("one.csv in one", None), ("one.csv in two", None)]
 
 
 def test_several_models_and_data_sets_in_one_table(models, monkeypatch, capsys):

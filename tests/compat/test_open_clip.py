@@ -408,9 +408,16 @@ def test_losses():
     expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))) / 2
     loss = open_clip.ClipLoss()(image, text, scale, output_dict=True)
     torch.testing.assert_close(loss["contrastive_loss"], expected)
+    torch.testing.assert_close(open_clip.ClipLoss()(image, text, 10.0), expected)  # numbers, as there
     signs = 2 * torch.eye(6) - 1
     expected = -F.logsigmoid(signs * (logits + bias)).sum() / 6
-    torch.testing.assert_close(open_clip.SigLipLoss()(image, text, scale, bias), expected)
+    for given in (scale, bias), (10.0, -5.0):
+        torch.testing.assert_close(open_clip.SigLipLoss()(image, text, *given), expected)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    for precision in ("fp32", "fp16", "bf16", "pure_bf16"):
+        name = precision.removeprefix("pure_")
+        assert open_clip.get_input_dtype(precision=precision) is half.get(name)
+        assert open_clip.get_cast_dtype(precision=precision) is half.get(precision)
     for refused in ({"world_size": 2}, {"use_horovod": True}):
         with pytest.raises(InputError, match="cannot be honoured"):
             open_clip.ClipLoss(**refused)

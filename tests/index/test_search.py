@@ -29,6 +29,7 @@ from miniclip.index.search import Found, ImageSearch, split_minus, unit
 from miniclip.inference.embed import embed_patches, embed_words
 from miniclip.inference.fast import inference_copy
 from miniclip.inference.late_interaction import maxsim
+from miniclip.model import VisionTransformer
 from miniclip.reports.contact_sheet import write_sheet
 from miniclip.towers.tokens import add_tokens
 from miniclip.utils.errors import InputError
@@ -183,6 +184,33 @@ def test_a_folder_that_cannot_be_opened_loses_nothing(album, monkeypatch, shut_f
     assert ImageIndex(album.folder / "products.mc").bad == {"deep": "cannot be opened (Permission denied)"}
     monkeypatch.undo()
     assert album()["unchanged"] == 7 and ImageIndex(album.folder / "products.mc").bad == {}
+
+
+def test_a_model_that_was_moved_is_found_again_after_an_update(album):
+    album()
+    index, folder = album.folder / "products.mc", album.folder
+    (folder / "model").rename(folder / "moved")
+    with pytest.raises(InputError, match="Pass it as --model"):
+        ImageSearch(index)
+    named = {"name": str(folder / "moved"), "pretrained": None}
+    found = update(album.pictures, index, *album.loaded, named, num_workers=0)
+    assert found["unchanged"] == 8 and not found["encoded"]
+    assert len(ImageSearch(index).query("red", k=3)) == 3
+
+
+def test_a_query_in_words_waits_for_no_batchnorms(album, monkeypatch):
+    album()
+    fused = []
+    monkeypatch.setattr(VisionTransformer, "for_inference", lambda tower: fused.append(1) or tower)
+    ImageSearch(album.folder / "products.mc", album.loaded).query("red", image=album.pictures / "0.png")
+    assert not fused
+
+
+def test_a_model_that_computes_nan_makes_no_index(album):
+    album.loaded[0].visual.proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match="VisionTransformer computes NaN or infinity for 8 of 8 inputs in fp32: its"):
+        album()
+    assert not (album.folder / "products.mc" / "index.json").exists()
 
 
 def test_a_picture_is_read_from_whichever_file_still_has_it(album):
@@ -550,14 +578,16 @@ def test_the_command_from_folder_to_table_json_and_sheet(album, run_script, tmp_
     for words, problem in (
         (["query", tmp_path / "nothing.mc", "x"], "is not an index"),
         (["index", tmp_path / "none", "--index", index], "is not a folder"),
-        (["index", album.pictures, "--index", tmp_path / "new.mc"], "is not an index yet. Add --model to make one"),
+        (["index", album.pictures, "--index", tmp_path / "new.mc"], "run `search index --model`"),
         (["index", album.pictures, "--index", index, "--shard", "3/2"], "--shard 3/2: use"),
         (["index", album.pictures, "--index", index, "--pretrained", "x.pt"], "no effect without --model"),
         (["query", index, "x", "--pretrained", "x.pt"], "no effect without the name of a model"),
         (["query", index, "x", "--image_root", tmp_path / "none"], "none is not a folder"),
+        (["query", index, "x", "--html", image], "0.png: give a name that ends in .html"),
     ):  # fmt: skip
         done = run_script(*SEARCH, *words, check=False)
         assert done.returncode and problem in done.stderr and "Traceback" not in done.stderr
+    assert image.read_bytes().startswith(b"\x89PNG")
 
 
 def test_queries_come_a_line_each(album):

@@ -1,5 +1,6 @@
 """The cache of a frozen tower's features: when it is used, when not, and how it finds damage."""
 
+import errno
 import json
 
 import pytest
@@ -26,6 +27,27 @@ def test_evaluate_takes_features_from_the_cache(tiny_model, caption_set, run_scr
     assert results[0] == results[1]
     done = run_script(*common, "--precision", "bf16", "--output_file", caption_set / "out.json")
     assert "bf16: cosine to plain fp32 at least 0.99" in done.stdout
+
+
+def test_a_cache_that_cannot_be_written_is_read_and_the_results_are_kept(tiny_model, caption_set, monkeypatch, caplog):
+    """As one that others share, on a disk that is mounted for reading."""
+    preprocess = miniclip.Preprocess(tiny_model.config.preprocess_cfg)
+    paths = [caption_set / f"{i}.png" for i in range(6)]
+
+    def embed(n):
+        cache = FeatureCache.for_images(caption_set / "cache", tiny_model, preprocess)
+        return cache, miniclip.embed_images(tiny_model, preprocess, paths[:n], cache=cache)
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    embed(4)
+    monkeypatch.setattr(feature_cache, "write_npy", read_only)
+    cache, embeds = embed(6)
+    exact = miniclip.embed_images(tiny_model, preprocess, paths)
+    assert cache.reused == 4 and embeds == pytest.approx(exact, abs=1e-6)
+    assert "cannot be written to (Read-only file system): new features are not kept" in caplog.text
+    assert len(cache) == 6 and embed(4)[0].reused == 4
 
 
 def test_a_cache_is_for_one_tower_and_finds_damage(tiny_model, caption_set, tmp_path, monkeypatch):

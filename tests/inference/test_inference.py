@@ -8,6 +8,7 @@ from miniclip.inference.embed import embed_images
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.model import MiniClip, VisionTransformer
 from miniclip.transforms import Preprocess
+from miniclip.utils.errors import InputError
 
 
 def test_load_by_name_by_file_and_by_folder(tiny_config, tmp_path):
@@ -81,6 +82,22 @@ def test_nothing_to_embed(tiny_model):
     preprocess, tokenizer = miniclip.Preprocess(tiny_model.config.preprocess_cfg), miniclip.Tokenizer(16)
     assert miniclip.embed_texts(tiny_model, tokenizer, []).shape == (0, 16)
     assert miniclip.embed_images(tiny_model, preprocess, []).shape == (0, 16)
+
+
+@pytest.mark.parametrize("what", ["proj.weight", "text_projection.weight", "blocks.0.mlp.c_fc.weight"])
+def test_embeddings_that_are_no_numbers_raise(what, tiny_model, caption_set):
+    """Comparisons with NaN are false, so that a search or a classifier would give its results in any order."""
+    preprocess, tokenizer = miniclip.Preprocess(tiny_model.config.preprocess_cfg), miniclip.Tokenizer(16)
+    paths = [caption_set / "0.png", caption_set / "missing.png", caption_set / "1.png"]
+    found = miniclip.embed_images(tiny_model, preprocess, paths, faults={})
+    assert np.isfinite(found).all(axis=1).tolist() == [True, False, True]
+    tower = tiny_model.text if what.startswith("text") else tiny_model.visual
+    tower.get_parameter(what).data[0] = torch.inf
+    project = what.startswith("blocks")
+    with pytest.raises(InputError, match="Transformer computes NaN or infinity for 2 of . inputs in fp32"):
+        if tower is tiny_model.text:
+            miniclip.embed_texts(tiny_model, tokenizer, ["a dog", "a cat"])
+        miniclip.embed_images(tiny_model, preprocess, paths, faults={}, project=not project)
 
 
 def test_an_unreadable_image_is_named(tiny_model, caption_set):

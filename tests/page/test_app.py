@@ -216,6 +216,9 @@ def test_help_answers_at_once_and_what_is_wrong_is_said(tmp_path):
         words[-1] = str(taken.getsockname()[1])
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
     assert f"cannot listen on port {words[-1]} of 127.0.0.1" in done.stderr and "Traceback" not in done.stderr
+    for size in ("0", "-1", "inf", "nan"):
+        done = subprocess.run([*words, "--max_upload_mb", size], cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 2 and "--max_upload_mb must be above 0" in done.stderr
 
 
 def test_both_languages_say_the_same_things():

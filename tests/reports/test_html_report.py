@@ -17,7 +17,7 @@ from PIL import Image
 
 from miniclip.reports import html_page
 from miniclip.reports.contact_sheet import thumbnail
-from miniclip.reports.html_page import Evaluation, depths, report_file, write_report
+from miniclip.reports.html_page import Evaluation, depths, write_report
 from miniclip.reports.similarities import (
     BINS,
     chance_curve,
@@ -34,7 +34,7 @@ KS = (1, 5, 10)
 RECORD = {
     "command": "python evaluate.py --model runs/mine", "folder": "/home/me", "started": "2026-11-21T19:43:05+00:00",
     "commit": "abc", "versions": {"python": "3.11.7", "torch": None}, "machine": {"device": "cpu: a processor"},
-    "options": {"precision": "fp32", "num_workers": 0, "captions": "all"},
+    "precision": "fp32", "options": {"num_workers": 0, "captions": "all"},
 }  # fmt: skip
 EMPTY = {"meta", "img", "line", "rect", "circle", "polyline", "polygon"}
 
@@ -390,9 +390,11 @@ def test_what_a_model_writes_of_some_pictures(tmp_path):
 
 
 def test_where_it_is_written(tmp_path):
-    assert report_file("runs/x") == report_file("runs/x/") == report_file("runs/x/report.html")
-    assert str(report_file("a.PNG")) == "a.PNG" and str(report_file("a.htm")) == "a.htm"
-    assert str(report_file("v1.2")).replace("\\", "/") == "v1.2/report.html"
+    image, text, image_of_text = vectors(5, 1, noise=1)
+    e = evaluation(tmp_path, image, text, image_of_text)
+    for given, written in ("x", "x/report.html"), ("x/", "x/report.html"), ("x/report.html", "x/report.html"), (
+        "a.PNG", "a.PNG"), ("a.htm", "a.htm"), ("v1.2", "v1.2/report.html"):  # fmt: skip
+        assert write_report(f"{tmp_path}/{given}", e) == tmp_path / written and (tmp_path / written).stat().st_size
 
 
 @pytest.fixture

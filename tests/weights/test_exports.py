@@ -220,7 +220,11 @@ def test_what_the_forms_cannot_hold(tiny_config, tmp_path):
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
     values = tiny_config.to_dict() | {"preprocess_cfg": {"resize_mode": "longest"}}
     MiniClip(MiniClipConfig.from_dict(values)).save_pretrained(tmp_path / "padded")
+    values = tiny_config.to_dict() | {"init_logit_bias": -10.0}  # trained with SigLIP's loss
+    MiniClip(MiniClipConfig.from_dict(values)).save_pretrained(tmp_path / "biased")
     for form in ("hf", "sentence-transformers"):
         with pytest.raises(CheckpointError, match="resize_mode 'longest'"):
             convert(tmp_path / "padded", tmp_path / "x", form)
         assert not (tmp_path / "x").exists()
+        with pytest.raises(CheckpointError, match="the bias of SigLIP's loss, which this form cannot hold: OpenCLIP's"):
+            convert(tmp_path / "biased", tmp_path / "x", form)

@@ -208,9 +208,8 @@ def test_without_a_connection(hub, worker, tmp_path):
     found, _, _ = worker(load)
     assert worker(load, HF_HUB_OFFLINE="1") == [found, None, []]
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    problem = (
-        "http://127.0.0.1:9 cannot be reached ([Errno 111] Connection refused): check the network, or set HF_ENDPOINT"
-    )
+    problem = "http://127.0.0.1:9 cannot be reached (ConnectError: [Errno 111] Connection refused)"
+    problem += ": check the network, or set HF_ENDPOINT"
     again, error, said = worker(load, **nowhere)
     assert again == found and not error and said == [f"org/ours is taken from the cache: {problem} to a mirror"]
     hub.status = 503

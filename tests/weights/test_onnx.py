@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 
 import miniclip
+from evaluate import main as evaluate
 from miniclip.commands.export import main
+from miniclip.commands.speed import main as speed
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import write_manifest
 from miniclip.weights import onnx as exports
+from miniclip.weights.convert import convert
 from tests.conftest import ROOT
 
 HERE = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -35,7 +38,7 @@ def saved(tmp_path_factory):
     config = {"embed_dim": 16, "vision_cfg": sizes, "text_cfg": texts, "init_logit_bias": -10.0}
     miniclip.MiniClip(miniclip.MiniClipConfig.from_dict(config)).save_pretrained(folder / "model")
     if HERE:
-        main(["onnx", "--model", str(folder / "model"), "--out", str(folder / "onnx"), "--single_graph"])
+        main(["onnx", "--model", str(folder / "model"), "--output_dir", str(folder / "onnx"), "--single_graph"])
     return folder
 
 
@@ -135,6 +138,29 @@ def test_an_export_can_be_neither_trained_nor_converted(saved, caption_set, run_
         miniclip.MiniClip.from_pretrained(saved / "onnx")
 
 
+def test_an_export_named_as_weights_is_refused_by_its_kind(tmp_path, tiny_model):
+    """Of torch.export too; and a folder without any weights is not taken for weights of a small model."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").rename(tmp_path / "config.json")
+    for name in ("image.onnx", "image.pt2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text((tmp_path / "config.json").read_text())
+        (tmp_path / name / name).write_bytes(b"a graph")
+        said = "is an export to ONNX or torch.export, without weights: name the original"
+        if name != "image.onnx":
+            with pytest.raises(InputError, match=said):
+                miniclip.load(tmp_path / name)
+        with pytest.raises(InputError, match=said):
+            miniclip.load("ViT-B-32", pretrained=tmp_path / name)
+        with pytest.raises(InputError, match=said):
+            convert(tmp_path / name, tmp_path / "out", "openclip")
+        with pytest.raises(InputError, match=said):
+            speed(["--model", str(tmp_path / name)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="is a folder: name the weight file itself"):
+        miniclip.load("ViT-B-32", pretrained=tmp_path / "empty")
+
+
 @needs_onnx
 def test_lower_precisions_say_how_close_they_are(saved, caption_set, tmp_path, capsys):
     """Smaller files, embeddings that are close, and the recall of both kept in export.json."""
@@ -148,6 +174,10 @@ def test_lower_precisions_say_how_close_they_are(saved, caption_set, tmp_path, c
         assert about["measured"]["recall"].keys() == {"PyTorch fp32", f"onnx {precision}"}
         assert (out / "text.onnx").stat().st_size < share * (saved / "onnx" / "text.onnx").stat().st_size
         assert miniclip.load(out)[0].encode_text(torch.tensor([[49406, 320, 49407]])).dtype == torch.float32
+        argv = ["--model", out, "--eval_file", caption_set / "captions.json", "--output_file", tmp_path / "e.json"]
+        evaluate([str(word) for word in [*argv, "--report", tmp_path / "r.html"]])
+        assert json.loads((tmp_path / "e.json").read_text())["record"]["precision"] == precision
+        assert f"precision {precision}" in (tmp_path / "r.html").read_text()
 
 
 @needs_onnx

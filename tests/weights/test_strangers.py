@@ -425,3 +425,20 @@ def test_a_saved_folder_never_asks_the_hub(change, preprocess, vit_folder, no_ne
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="hf_model_config"):
         miniclip.load(folder)
+
+
+# ---- A module around the model
+
+
+@pytest.mark.parametrize("start", ["model.", "clip.", "module.net."])
+def test_weights_of_a_module_around_the_model_load(start, tiny_model, tmp_path):
+    """Lightning's checkpoints call it model; more in that module is refused, as anywhere."""
+    rows = tiny_model.visual.key_rows(), tiny_model.text.key_rows()
+    weights = {f"{start}{name}": t for name, t in from_miniclip(tiny_model.state_dict(), "openclip", rows).items()}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "last.ckpt")
+    model = MiniClip(tiny_model.config)
+    load_weights(model, tmp_path / "last.ckpt")
+    assert_equal(model.state_dict(), tiny_model.state_dict())
+    torch.save({"state_dict": weights | {f"{start}head.weight": torch.ones(2)}}, tmp_path / "more.ckpt")
+    with pytest.raises(CheckpointError, match="unknown .*head.weight"):
+        load_weights(model, tmp_path / "more.ckpt")
