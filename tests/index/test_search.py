@@ -202,8 +202,12 @@ def test_a_query_in_words_waits_for_no_batchnorms(album, monkeypatch):
     album()
     fused = []
     monkeypatch.setattr(VisionTransformer, "for_inference", lambda tower: fused.append(1) or tower)
-    ImageSearch(album.folder / "products.mc", album.loaded).query("red", image=album.pictures / "0.png")
+    search = ImageSearch(album.folder / "products.mc", album.loaded)
+    search.query("red")
     assert not fused
+    for _ in range(2):
+        search.query("red", image=album.pictures / "0.png")
+    assert len(fused) == 1, "once, for the first image"
 
 
 def test_a_model_that_computes_nan_makes_no_index(album):
