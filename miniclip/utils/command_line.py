@@ -218,7 +218,7 @@ def _run(main: Callable[[list[str]], None]):
     for stream in (sys.stdout, sys.stderr):  # file names may contain characters that cannot be printed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # without a line of code
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of our code
     try:
         itself = name in ("train.py", "miniclip train", "miniclip sync")  # which know addresses
         if itself or not any(":/" in word for word in sys.argv[1:]):
