@@ -108,7 +108,8 @@ def parse_train(argv: list[str]):
     if argv and not argv[0].startswith("-"):
         recipe, *argv = read_recipe(argv[0], parser), *argv[1:]
     first = vars(parser.parse_args(argv))
-    named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
+    flags = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    named = {flag.lstrip("-").replace("-", "_") for flag in flags}  # the rest of `first` are defaults
     given = recipe | {name: value for name, value in first.items() if name in named}
     note = choose_model(given, recipe)
     parser.set_defaults(**defaults(given | fetched(given)) | recipe)
@@ -160,10 +161,24 @@ def read_recipe(path: str, parser: Parser) -> dict:
     if not isinstance(recipe, dict):
         parser.error(f"the recipe {path} is not a JSON object of options")
     recipe = {name: value for name, value in recipe.items() if not name.startswith("_")}
-    if recipe.pop("resume", False):
-        recipe["resume_from_checkpoint"] = "latest"
+    if "resume" in recipe:
+        recipe["resume_from_checkpoint"] = recipe.pop("resume")
     for name in recipe.keys() - {action.dest for action in parser._actions}:
         parser.error(f"{path}: {parser.nearest(name)}")
+    for action in parser._actions:  # values are read as on the command line: 8.5 is no batch size there either
+        name, value = action.dest, recipe.get(action.dest)
+        if value is None and name != "save_total_limit":  # of which null means none
+            recipe.pop(name, None)
+        elif not (value is None or isinstance(value, dict) or action.nargs == 0 or name == "fsdp"):
+            several = isinstance(value, list)
+            if several and action.nargs != "+" and name != "report_to":
+                parser.error(f"{path}: {name} takes one value, not a list")
+            words = (word if isinstance(word, str) else json.dumps(word) for word in (value if several else [value]))
+            try:
+                found = [parser._get_value(action, word) for word in words]
+            except argparse.ArgumentError as error:
+                parser.error(f"{path}: {error}")
+            recipe[name] = found if several else found[0]
     return recipe
 
 
