@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from miniclip.datasets.mixture import Mixture
-from miniclip.datasets.records import image_faults, one_per_image
+from miniclip.datasets.records import image_faults
 from miniclip.datasets.remote import RemoteImage
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
@@ -22,9 +22,9 @@ MANY = 100_000  # images in shards and tables, of which by default nothing is he
 def hold_out(records: Sequence[dict], share: float | None, seed: int, name: str):
     """Splits training records into some to train on and some to measure: `(records, held-out records or None, line)`.
 
-    All records of an image are on one side, also where its file has copies. What is drawn depends on the records, their
-    order and the seed alone. A `share` of None is a tenth; at least two images are held out and at least two are left.
-    Raises InputError if a given share cannot be held out."""
+    All records of an image are on one side, also where its file has copies, in shards too; held out they are one record.
+    What is drawn depends on the records, their order and the seed alone. A `share` of None is a tenth; at least two
+    images are held out and at least two are left. Raises InputError if a given share cannot be held out."""
     how = "--eval_file measures other images, --holdout 0 trains on all of these"
     handles = not isinstance(records, list)
     if handles and share is None and len(records) > MANY:
@@ -42,25 +42,28 @@ def hold_out(records: Sequence[dict], share: float | None, seed: int, name: str)
     held = [row for row, image in enumerate(images) if image in chosen]
     if handles or any(isinstance(images[row], RemoteImage) for row in held):
         # Not checked yet; a damaged one stays in training, which replaces and lists it.
-        faults = image_faults(take(records, held, evaluate=True), name)
+        faults = image_faults(take(records, held), name)
         chosen -= {images[row] for row, fault in zip(held, faults) if fault}
+        if not chosen:
+            raise InputError(f"{name}: no image that was drawn to be held out can be read. The first: {faults[0]}")
         held = [row for row, image in enumerate(images) if image in chosen]
-    if not held:
-        raise InputError(f"{name}: no image that was drawn to be held out can be read. Use --eval_file")
-    kept = [row for row, image in enumerate(images) if image not in chosen]
-    held_out = one_per_image(take(records, held, evaluate=True), name)
+    kept, found = [row for row, image in enumerate(images) if image not in chosen], {}
+    for row in held:
+        record = records[row]
+        found.setdefault(images[row], (record["image"], {}))[1].update(dict.fromkeys(record["caption"]))
+    held_out = [{"image": image, "caption": list(texts)} for image, texts in found.values()]
     line = f"held out to measure: {len(chosen)} of {len(unique)} images, drawn by seed {seed} ({how})"
     return take(records, kept), held_out, line
 
 
 def _identify(images: Iterable) -> list:
-    """Something equal for equal images: an ImageFile's key; a file's path, or its sha256 where sizes are equal; on a
-    store an image's address, because to compare the contents would be to read them all."""
+    """Something equal for equal images: an ImageFile's key; a file's path, or its sha256 where sizes are equal or there
+    are ImageFiles; on a store an image's address, because to compare the contents would be to read them all."""
     found = list(images)
     files = (image for image in found if not isinstance(image, ImageFile))
     sizes = {image: os.path.getsize(image) for image in files if os.path.isfile(image)}  # others are found when read
-    times = Counter(sizes.values())
-    content = {image: sha256(image) for image, size in sizes.items() if times[size] > 1}
+    times, inside = Counter(sizes.values()), any(type(image) not in (str, RemoteImage) for image in found)
+    content = {image: bytes.fromhex(sha256(image)) for image, size in sizes.items() if inside or times[size] > 1}
     known = content | {image: image for image in found if isinstance(image, RemoteImage)}
     return [known.get(image) or (_key(image) if isinstance(image, ImageFile) else image) for image in found]
 
@@ -72,16 +75,15 @@ def _key(image: ImageFile):
         return str(image)
 
 
-def take(records: Sequence[dict], rows: list[int], evaluate: bool = False) -> Sequence[dict]:
-    """Returns some records of a source in any form; to `evaluate`, those of a mixture once each."""
+def take(records: Sequence[dict], rows: list[int]) -> Sequence[dict]:
+    """Returns some records of a source in any form."""
     if isinstance(records, list):
         return [records[row] for row in rows]
     if isinstance(records, Mixture):
         starts, numbers = records.ends - records.sizes, np.array(rows, np.int64)
         inside = [numbers[(numbers >= start) & (numbers < end)] - start for start, end in zip(starts, records.ends)]
         parts = [take(source, part.tolist()) for source, part in zip(records.sources, inside)]
-        return Mixture(parts) if evaluate else Mixture(parts, None if records.plain else records.factors,
-                                                       records.num_samples)  # fmt: skip
+        return Mixture(parts, None if records.plain else records.factors, records.num_samples)
     if isinstance(records, Sequence):  # shards and tables
         part = copy.copy(records)
         part.rows = records.rows[rows]
