@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import shutil
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -110,6 +111,31 @@ def test_every_form_gives_the_same_records(records, caption_set, form, recwarn):
     assert dataset[7]["caption"] in source[7]["caption"]
     joined = read_source(f"{as_form(records, caption_set, 'csv')}::{caption_set}/a.csv")
     assert content(joined) == content(records) * 2
+
+
+def test_tables_as_programs_and_people_write_them(caption_set):
+    """Cells that are empty at the end of a line, left out or too many; blanks after the separators."""
+    for text in (
+        "image,caption\n0.png,a red sheet,\n1.png,a sheet,,\n2.png,\"red, wide\"\n",
+        "image,caption,note,,\n0.png,a red sheet,new,,\n1.png,a sheet\n2.png,\"red, wide\",\n",
+        "image, caption\n0.png, a red sheet\n1.png,a sheet\n2.png, \"red, wide\"\n",
+        "image , \"caption\"\n0.png , a red sheet\n 1.png,a sheet \n2.png, \"red, wide\"\n",
+    ):
+        (caption_set / "a.csv").write_text(text)
+        found = read_source(str(caption_set / "a.csv"))
+        images = [str(caption_set / f"{number}.png") for number in range(3)]
+        texts = [["a red sheet"], ["a sheet"], ["red, wide"]]
+        assert [(record["image"], record["caption"]) for record in found] == list(zip(images, texts)), text
+    (caption_set / "a.csv").write_text("image,note,caption\n0.png,new\n1.png,new,a sheet\n")
+    with pytest.raises(CaptionFileError, match="line 2: 2 cells for 3 columns"):
+        read_source(str(caption_set / "a.csv"))
+
+
+def test_shards_and_tables_in_a_folder_with_braces(records, caption_set):
+    """What is there is no pattern."""
+    usual, place = Path(as_form(records, caption_set, "shards")), caption_set / "data{1,2}"
+    shutil.copytree(usual, place)
+    assert content(read_source(str(place / "0.tar"))) == content(read_source(str(usual / "0.tar")))
 
 
 def test_a_lone_quote_costs_its_own_line_and_is_named(caption_set):
