@@ -209,14 +209,15 @@ def install(heads: Sequence[nn.Module], solution):
             linear(head).bias.data.copy_(scale * bias)
 
 
-def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: Pairs, args, loss: Callable):
-    """Trains projections on features, like the run that is to come, but without its Trainer."""
-    heads, scale = nn.ModuleList(heads).train(), nn.Parameter(torch.tensor(scale))
+def train(heads: Sequence[nn.Module], logit: Sequence[nn.Parameter], pairs: Pairs, args, loss: Callable):
+    """Trains projections and `logit`, the logits' scale and perhaps their bias, on features, like the run that is to
+    come, but without its Trainer."""
+    heads, scale = nn.ModuleList(heads).train(), logit[0]
     n, generator = len(pairs.images), np.random.default_rng(args.seed)
     batch = min(args.train_batch_size * args.world_size * args.gradient_accumulation_steps, n)
     steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * (n // batch))
     decay = [{"params": [p for p in heads.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
-             {"params": [*(p for p in heads.parameters() if p.ndim < 2), scale], "weight_decay": 0.0}]  # fmt: skip
+             {"params": [*(p for p in heads.parameters() if p.ndim < 2), *logit], "weight_decay": 0.0}]  # fmt: skip
     betas = args.adam_beta1, args.adam_beta2
     optimizer = torch.optim.AdamW(decay, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
     warmup, kwargs = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
@@ -227,9 +228,9 @@ def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: 
         rows = order[step % (n // batch) * batch :][:batch]
         part = pairs.take(rows)
         drawn = part.starts[:-1] + torch.from_numpy(generator.integers(part.starts.diff().numpy()))
-        outputs = ClipOutput(*embed(heads, part.images, part.texts[drawn]), scale.exp(), bias)
+        outputs = ClipOutput(*embed(heads, part.images, part.texts[drawn]), scale.exp(), *logit[1:])
         loss(outputs, {"pair_ids": rows[:, None].expand(-1, 2)}).backward()
-        nn.utils.clip_grad_norm_([*heads.parameters(), scale], args.max_grad_norm or float("inf"))
+        nn.utils.clip_grad_norm_([*heads.parameters(), *logit], args.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         if isinstance(schedule, LambdaLR):  # others follow a metric, and nothing is measured meanwhile
@@ -243,8 +244,7 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
     blocks of the encoders with them, training is not tried."""
     heads = [copy.deepcopy(tower.projection).cpu().float() for tower in (model.visual, model.text)]
     centred = all(linear(head).bias is not None for head in heads)
-    n, dim, bias = len(pairs.images), model.config.embed_dim, model.logit_bias
-    bias = None if bias is None else bias.detach().cpu()
+    n, dim, logit = len(pairs.images), model.config.embed_dim, (model.logit_scale, model.logit_bias)
     batch, total = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, Moments.of(pairs)
     form = ClosedForm(total, centred, prior, pairs.images)
     if n < FEW:
@@ -277,7 +277,10 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
         install(heads, one.solve(*strengths, dim, trust=trust))
         scales.append(fit_scale(heads, held, batch))
         if alone:
-            train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
+            own = [nn.Parameter(p.detach().cpu().clone(), p.requires_grad) for p in logit if p is not None]
+            if fits_scale(model):
+                own[0].data.fill_(scales[-1])
+            train(heads, own, pairs.take(kept[:ENOUGH]), args, loss)
             trained.append(mean_recall(heads, held))
     before, where = measure(best), sum(len(held.images) for _, held in parts)
     names = "" if prior is None else f", trust in class names {trust:g}"
@@ -315,6 +318,11 @@ def class_prior(model: MiniClip, names: np.ndarray) -> Tensor:
     return prior
 
 
+def fits_scale(model: MiniClip) -> bool:
+    """Whether the run begins at the scale that suits held-out pairs: it may learn, and belongs to no bias."""
+    return model.logit_scale.requires_grad and model.logit_bias is None
+
+
 def start_in_closed_form(model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray, names):
     """Sets a model's projections, from the features of its records, to their closed form, and the logit scale to what
     suits held-out pairs. Sets the learning rate to 0, for one epoch, if training projections alone does not help."""
@@ -328,7 +336,7 @@ def start_in_closed_form(model: MiniClip, options, args, records, images: np.nda
         dist.broadcast_object_list(found)  # another process might find something else in the last bits
     solution, scale, trains, line = found[0]
     install((model.visual.projection, model.text.projection), solution)
-    if model.logit_scale.requires_grad and model.logit_bias is None:
+    if fits_scale(model):
         model.logit_scale.data.fill_(scale)
     if not trains:
         args.learning_rate, args.num_train_epochs, args.max_steps = 0.0, 1, -1
