@@ -64,11 +64,12 @@ def _identify(images: Iterable) -> list:
     sizes = {image: os.path.getsize(image) for image in files if os.path.isfile(image)}  # others are found when read
     times, inside = Counter(sizes.values()), any(type(image) not in (str, RemoteImage) for image in found)
     content = {image: bytes.fromhex(sha256(image)) for image, size in sizes.items() if inside or times[size] > 1}
-    known = content | {image: image for image in found if isinstance(image, RemoteImage)}
-    return [known.get(image) or (_key(image) if isinstance(image, ImageFile) else image) for image in found]
+    return [content.get(image) or _key(image) for image in found]
 
 
-def _key(image: ImageFile):
+def _key(image: str | ImageFile):
+    if isinstance(image, str | RemoteImage):
+        return image
     try:
         return image.key()
     except ImageError:
