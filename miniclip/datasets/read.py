@@ -67,7 +67,9 @@ def split(source: str | Path) -> list[str]:
 
 def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     if not is_hub(source) and (first := re.fullmatch(r"(.+)\[:(\d+)\]", source)):
-        records, n = _read_one(first[1], options), int(first[2])
+        if not (n := int(first[2])):
+            raise InputError(f"{source}: [:0] leaves no record")
+        records = _read_one(first[1], options)
         if isinstance(records, list):
             return records[:n]
         records.rows = records.rows[:n]
@@ -147,7 +149,7 @@ def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
 
 def fingerprint(source: str, records: Sequence[dict] | None = None) -> dict:
     """Returns, for a run's metadata, the sha256 of a data set's files, or of the names and sizes of those in a folder
-    or of shards, and how many records and captions were taken from it."""
+    or of shards, but hidden ones, and how many records and captions were taken from it."""
     found = {"files": [_digest(part) for part in split(source)]}  # wherever they lie
     if records is not None:
         found["records"] = len(records)
@@ -176,7 +178,9 @@ def _digest(source: str) -> str | None:
         files = path.rglob("*") if path.is_dir() else map(Path, expand(source))
     except InputError:
         return None
-    files = sorted(file for file in files if file.is_file())
-    listing = "\n".join(f"{os.path.relpath(file, path.parent)} {file.stat().st_size}" for file in files)
+    names = {os.path.relpath(file, path.parent): file.stat().st_size for file in sorted(files) if file.is_file()}
+    # Hidden ones come and go: an index of shards, a file manager's notes.
+    files = [name for name in names if f"{os.sep}." not in os.sep + name]
+    listing = "\n".join(f"{name} {names[name]}" for name in files)
     digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
     return f"names and sizes {digest}" if files else None

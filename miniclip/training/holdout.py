@@ -22,9 +22,9 @@ MANY = 100_000  # images in shards and tables, of which by default nothing is he
 def hold_out(records: Sequence[dict], share: float | None, seed: int, name: str):
     """Splits training records into some to train on and some to measure: `(records, held-out records or None, line)`.
 
-    All records of an image are on one side, also where its file has copies, in shards too; held out they are one record.
-    What is drawn depends on the records, their order and the seed alone. A `share` of None is a tenth; at least two
-    images are held out and at least two are left. Raises InputError if a given share cannot be held out."""
+    All records of an image are on one side, also where its file has copies, in shards too; held out they are one
+    record. What is drawn depends on the records, their order and the seed alone. A `share` of None is a tenth; at least
+    two images are held out and at least two are left. Raises InputError if a given share cannot be held out."""
     how = "--eval_file measures other images, --holdout 0 trains on all of these"
     handles = not isinstance(records, list)
     if handles and share is None and len(records) > MANY:

@@ -131,6 +131,11 @@ def test_tables_as_programs_and_people_write_them(caption_set):
         read_source(str(caption_set / "a.csv"))
 
 
+def test_the_first_none_are_no_data(caption_set):
+    with pytest.raises(InputError, match=r"captions.json\[:0\]: \[:0\] leaves no record"):
+        read_source(f"{caption_set}/captions.json[:0]")
+
+
 def test_shards_and_tables_in_a_folder_with_braces(records, caption_set):
     """What is there is no pattern."""
     usual, place = Path(as_form(records, caption_set, "shards")), caption_set / "data{1,2}"

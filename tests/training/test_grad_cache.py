@@ -118,7 +118,7 @@ def test_pixels_are_normalised_within_a_compiled_graph_in_chunks(tmp_path):
 def test_accumulation_warns_that_it_adds_no_negatives(tmp_path, caplog):
     make_trainer(tmp_path, batch=2, gradient_accumulation_steps=4)
     assert "adds no negatives" in caplog.text
-    assert "--per_device_train_batch_size 8 does, and takes as little memory with --grad_cache_chunk_size 2" in caplog.text
+    assert "_batch_size 8 does, and takes as little memory with --grad_cache_chunk_size 2" in caplog.text
     make_trainer(tmp_path, batch=4, gradient_accumulation_steps=2, grad_cache_chunk_size=1)
     assert "with --grad_cache_chunk_size 1" in caplog.text, "and not with more"
 
