@@ -34,7 +34,7 @@ ALIASES = {  # OpenCLIP's names, and --split of other commands
     "imagenet-val": "eval_file CAPTIONS CLASS_FOLDER", "imagenet-v2": "eval_file CAPTIONS CLASS_FOLDER",
     "zeroshot-frequency": "eval_strategy and eval_steps", "val-frequency": "eval_strategy and eval_steps",
     "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
-    "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
+    "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "activation_checkpointing",
     "accum-freq": "grad_cache_chunk_size", "grad-clip-norm": "max_grad_norm", "log-every-n-steps": "logging_steps",
     "opt": "optim", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon", "siglip": "loss siglip",
     "coca-caption-loss-weight": "loss coca:2:1", "coca-contrastive-loss-weight": "loss coca:2:1",
