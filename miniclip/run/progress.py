@@ -128,6 +128,8 @@ class Progress(TrainerCallback):
             if self.steps and self.busy:
                 logs["samples_per_second"] = self.samples * self.steps / self.busy
             self.busy, self.steps = 0.0, 0
+        if rate := logs.get("train_steps_per_second"):  # Trainer counts the samples that are dropped too
+            logs["train_samples_per_second"] = round(self.samples * rate, 3)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.is_main:

@@ -171,6 +171,12 @@ def test_the_log_has_what_was_logged(make, caption_set, capsys):
     assert curves == drawn(caption_set, entries, 12) != drawn(caption_set, entries, None), "with the loss by chance"
 
 
+def test_the_rate_of_the_whole_run_counts_no_samples_that_were_dropped(make):
+    end = [entry for entry in run(*make(pairs=23, max_steps=-1, num_train_epochs=3)) if "train_runtime" in entry]
+    assert len(end) == 1, "three steps of 12, and each epoch leaves out 11"
+    assert end[0]["train_samples_per_second"] == pytest.approx(12 * end[0]["train_steps_per_second"])
+
+
 def drawn(folder, entries: list[dict], batch: int | None) -> bytes:
     report.draw_curves(folder / "expected.png", entries, batch, str(folder / "run"))
     return (folder / "expected.png").read_bytes()
