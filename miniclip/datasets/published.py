@@ -20,7 +20,7 @@ def published_records(raw, path: Path, caption_key: str | None = None) -> Raw:
         lists = [value for value in (images, annotations, raw.get("data")) if isinstance(value, list)]
         if records := [value for value in lists if any(isinstance(record, dict) for record in value)]:
             raw = [_karpathy(record) for record in records[0]]
-        elif all(isinstance(part, list) and all(map(_has_image, part[:1])) for part in raw.values()) and any(raw.values()):
+        elif any(raw.values()) and all(isinstance(part, list) and _have_images(part[:1]) for part in raw.values()):
             pairs = [(name, record) for name, part in raw.items() for record in part]  # lists by split
             raw = [{"split": name} | record if isinstance(record, dict) else record for name, record in pairs]
         elif any(raw.values()) and all(isinstance(value, (str, list, type(None))) for value in raw.values()):
@@ -35,8 +35,8 @@ def published_records(raw, path: Path, caption_key: str | None = None) -> Raw:
     return [(f"record {number}", record) for number, record in enumerate(raw)]
 
 
-def _has_image(record) -> bool:
-    return isinstance(record, dict) and not record.keys().isdisjoint(IMAGE_KEYS)
+def _have_images(records: list) -> bool:
+    return all(isinstance(record, dict) and record.keys() & {*IMAGE_KEYS} for record in records)
 
 
 def _karpathy(record):

@@ -36,9 +36,7 @@ COMPRESSED = "a compressed shard has no random access: decompress it (gunzip)"
 def expand(pattern: str) -> list[str]:
     """Returns the paths or addresses that a pattern stands for, in order: `{000..123}` numbers, `{a,b}`
     alternatives, `*` and `?` files. Raises InputError for a glob that matches no file."""
-    if not is_remote(pattern) and os.path.exists(pattern):  # whatever signs its folder has in its name
-        return [pattern]
-    if found := re.search(r"\{([^{}]*)\}", pattern):
+    if not os.path.exists(pattern) and (found := re.search(r"\{([^{}]*)\}", pattern)):
         choices = found[1].split(",")
         if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
             first, last = numbers.groups()
@@ -49,7 +47,7 @@ def expand(pattern: str) -> list[str]:
         return [path for c in choices for path in expand(f"{pattern[: found.start()]}{c}{pattern[found.end() :]}")]
     if is_remote(pattern):
         return expand_remote(pattern)
-    if not glob.has_magic(pattern):
+    if not glob.has_magic(pattern) or os.path.exists(pattern):
         return [pattern]
     if not (paths := sorted(glob.glob(pattern))):
         raise InputError(f"{pattern}: no file matches this pattern")

@@ -210,8 +210,7 @@ def install(heads: Sequence[nn.Module], solution):
 
 
 def train(heads: Sequence[nn.Module], logit: Sequence[nn.Parameter], pairs: Pairs, args, loss: Callable):
-    """Trains projections and `logit`, the logits' scale and perhaps their bias, on features, like the run that is to
-    come, but without its Trainer."""
+    """Trains projections and `logit`, a scale and perhaps a bias, on features like the run to come, without Trainer."""
     heads, scale = nn.ModuleList(heads).train(), logit[0]
     n, generator = len(pairs.images), np.random.default_rng(args.seed)
     batch = min(args.train_batch_size * args.world_size * args.gradient_accumulation_steps, n)
@@ -278,7 +277,7 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
         scales.append(fit_scale(heads, held, batch))
         if alone:
             own = [nn.Parameter(p.detach().cpu().clone(), p.requires_grad) for p in logit if p is not None]
-            if fits_scale(model):
+            if len(own) == 1 and own[0].requires_grad:
                 own[0].data.fill_(scales[-1])
             train(heads, own, pairs.take(kept[:ENOUGH]), args, loss)
             trained.append(mean_recall(heads, held))
@@ -318,11 +317,6 @@ def class_prior(model: MiniClip, names: np.ndarray) -> Tensor:
     return prior
 
 
-def fits_scale(model: MiniClip) -> bool:
-    """Whether the run begins at the scale that suits held-out pairs: it may learn, and belongs to no bias."""
-    return model.logit_scale.requires_grad and model.logit_bias is None
-
-
 def start_in_closed_form(model: MiniClip, options, args, records, images: np.ndarray, texts: np.ndarray, names):
     """Sets a model's projections, from the features of its records, to their closed form, and the logit scale to what
     suits held-out pairs. Sets the learning rate to 0, for one epoch, if training projections alone does not help."""
@@ -336,7 +330,7 @@ def start_in_closed_form(model: MiniClip, options, args, records, images: np.nda
         dist.broadcast_object_list(found)  # another process might find something else in the last bits
     solution, scale, trains, line = found[0]
     install((model.visual.projection, model.text.projection), solution)
-    if fits_scale(model):
+    if model.logit_scale.requires_grad and model.logit_bias is None:
         model.logit_scale.data.fill_(scale)
     if not trains:
         args.learning_rate, args.num_train_epochs, args.max_steps = 0.0, 1, -1
