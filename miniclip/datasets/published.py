@@ -20,9 +20,6 @@ def published_records(raw, path: Path, caption_key: str | None = None) -> Raw:
         lists = [value for value in (images, annotations, raw.get("data")) if isinstance(value, list)]
         if records := [value for value in lists if any(isinstance(record, dict) for record in value)]:
             raw = [_karpathy(record) for record in records[0]]
-        elif any(raw.values()) and all(isinstance(part, list) and _have_images(part[:1]) for part in raw.values()):
-            pairs = [(name, record) for name, part in raw.items() for record in part]  # lists by split
-            raw = [{"split": name} | record if isinstance(record, dict) else record for name, record in pairs]
         elif any(raw.values()) and all(isinstance(value, (str, list, type(None))) for value in raw.values()):
             raw = [{"image": image, "caption": captions} for image, captions in raw.items()]
         elif raw.keys() & set(IMAGE_KEYS) and all(isinstance(value, dict) for value in raw.values()):
@@ -33,10 +30,6 @@ def published_records(raw, path: Path, caption_key: str | None = None) -> Raw:
     if not isinstance(raw, list) or not raw:
         raise CaptionFileError(f"{path}: expected a list of records, found {short(raw)}")
     return [(f"record {number}", record) for number, record in enumerate(raw)]
-
-
-def _have_images(records: list) -> bool:
-    return all(isinstance(record, dict) and record.keys() & {*IMAGE_KEYS} for record in records)
 
 
 def _karpathy(record):

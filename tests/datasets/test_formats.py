@@ -415,18 +415,6 @@ def test_a_broken_list_is_a_bad_sample(cell, place):
         read_source(str(place / "t.parquet"))
 
 
-def test_lists_by_split_in_one_object(place):
-    one, other = NAMES[:2]
-    parts = {"train": [{"image": one, "caption": "a"}], "val": [{"image": other, "caption": "b"}], "test": []}
-    (place / "parts.json").write_text(json.dumps(parts))
-    assert read_source(f"{place}/parts.json:val") == [{"image": str(place / other), "caption": ["b"]}]
-    with pytest.raises(InputError, match="there is no split 'dev' in it: .* train .1., val .1."):
-        read_source(f"{place}/parts.json:dev")
-    (place / "parts.json").write_text(json.dumps(parts | {"train": [*parts["train"], 3]}))
-    with pytest.raises(InputError, match="1 of 3 records cannot be used:\n  record 1: expected an object, found 3"):
-        read_source(f"{place}/parts.json")
-
-
 def test_published_json_that_is_incomplete(place):
     value = json.loads(coco(place).read_text())
     value["annotations"] = [{"image_id": 99, "caption": "x"}, {"caption": "x"}, 3, *value["annotations"][3:]]
