@@ -148,7 +148,7 @@ def test_hidden_files_that_come_to_the_data_make_no_other_run(recipe, caption_se
     ({"model": "{}/run/checkpoint-2"}, "run", "checkpoint-2 is in .*run, whose run overwrite_output_dir deletes"),
     ({"model": "{}/run/checkpoint-2", "overwrite_output_dir": False}, "run", None),
     ({"pretrained": "{}/run/model.safetensors"}, "run", "model.safetensors is in"),
-    ({"loss": "distill", "teacher": "{}/run"}, "run", "run is in"),
+    ({"loss": "distill", "teacher": ["{}/run"]}, "run", "run is in"),
 ])  # fmt: skip
 def test_an_output_folder_is_not_in_the_data_and_holds_nothing_to_begin_with(more, place, words, tmp_path):
     for folder in ("photos/train", "run/checkpoint-2"):
