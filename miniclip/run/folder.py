@@ -83,7 +83,7 @@ def check_place(options, folder: str):
     """Raises InputError for an output folder within a folder of data, and for one that holds what a run that replaces
     it begins with."""
     place, sources = os.path.realpath(folder), (options.train_file, options.eval_file, options.eval_classes)
-    for source in (at_split(part)[0] for sources in sources if sources for part in split(sources)):
+    for source in (at_split(part.partition("[:")[0])[0] for parts in sources if parts for part in split(parts)):
         if os.path.isdir(source) and is_within(place, os.path.realpath(source)):
             wrong = f"lies in the data {source}, where its files would be taken for images and captions"
             raise InputError(f"output_dir {folder} {wrong}. Choose a folder elsewhere")
