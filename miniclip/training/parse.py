@@ -172,8 +172,9 @@ def read_recipe(path: str, parser: Parser) -> list[str]:
             parser.error(f"{path}: {parser.nearest(name)}")
         bare = isinstance(value, bool) and name in ("check_gradients", "fsdp")  # which take no value
         if value not in (None, []) and (value or not bare) or name == "save_total_limit":  # whose default is a number
-            values = [] if bare else value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
+            values = value if isinstance(value, list) else [value]
+            found = [word if isinstance(word, str) else json.dumps(word) for word in values]
+            words += [f"--{name}"] if bare else [f"--{name}={found[0]}"] if len(found) == 1 else [f"--{name}", *found]
     return words
 
 

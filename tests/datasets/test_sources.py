@@ -116,10 +116,10 @@ def test_every_form_gives_the_same_records(records, caption_set, form, recwarn):
 def test_tables_as_programs_and_people_write_them(caption_set):
     """Cells that are empty at the end of a line, left out or too many; blanks after the separators."""
     for text in (
-        "image,caption\n0.png,a red sheet,\n1.png,a sheet,,\n2.png,\"red, wide\"\n",
-        "image,caption,note,,\n0.png,a red sheet,new,,\n1.png,a sheet\n2.png,\"red, wide\",\n",
-        "image, caption\n0.png, a red sheet\n1.png,a sheet\n2.png, \"red, wide\"\n",
-        "image , \"caption\"\n0.png , a red sheet\n 1.png,a sheet \n2.png, \"red, wide\"\n",
+        'image,caption\n0.png,a red sheet,\n1.png,a sheet,,\n2.png,"red, wide"\n',
+        'image,caption,note,,\n0.png,a red sheet,new,,\n1.png,a sheet\n2.png,"red, wide",\n',
+        'image, caption\n0.png, a red sheet\n1.png,a sheet\n2.png, "red, wide"\n',
+        'image , "caption"\n0.png , a red sheet\n 1.png,a sheet \n2.png, "red, wide"\n',
     ):
         (caption_set / "a.csv").write_text(text)
         found = read_source(str(caption_set / "a.csv"))

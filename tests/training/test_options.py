@@ -93,6 +93,9 @@ def test_a_recipe_may_say_words_null_and_what_to_resume(tmp_path):
     assert (options.hflip, options.streaming, options.holdout) == (0.0, False, 0.0)
     assert args.eval_strategy == "no", "nothing is held out"
     assert args.lr_scheduler_kwargs == {"power": 2} and args.report_to == []
+    odd = {"max_steps": -1, "run_name": "--a run", "tower_lr_scales": [1e-5, 1], "eval_file": "-a.json"}
+    options, args = read(**odd)
+    assert [args.max_steps, args.run_name, options.tower_lr_scales, options.eval_file] == list(odd.values())
     resumed = {"x/checkpoint-5": "x/checkpoint-5", "true": "latest", True: "latest", "false": None, False: None}
     assert {value: read(resume=value)[1].resume_from_checkpoint for value in resumed} == resumed
     assert read(resume_from_checkpoint=True)[1].resume_from_checkpoint in ("true", "latest")
