@@ -104,12 +104,13 @@ def fit_batch(args, number: int, given: bool):
     batch, least = args.per_device_train_batch_size * args.world_size, max(2, args.world_size)
     if number < least:
         pairs = "1 pair" if number == 1 else f"{number} pairs"
-        raise InputError(f"{pairs} to train on: {least} at least are needed, to tell them apart. Add images")
+        fix = "Add images" + " or start fewer processes" * (args.world_size > 2)
+        raise InputError(f"{pairs} to train on: {least} at least are needed, to tell them apart. {fix}")
     if number >= batch or not args.dataloader_drop_last:
         return None
     size = number // args.world_size
     if given:
         fix = f"Use --per_device_train_batch_size {size}, or leave it out: the batch then follows the data"
-        raise InputError(f"{number} images do not fill a batch of {batch}. {fix}")
+        raise InputError(f"{number} pairs do not fill a batch of {batch}. {fix}")
     args.per_device_train_batch_size = size
     return f"the batch is {size * args.world_size} pairs: there are {number}, fewer than the usual {batch}"
