@@ -1,8 +1,5 @@
 """Flags and steps that several commands share."""
 
-import sys
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 from miniclip.utils.command_line import AUTO, FLAGS, Parser, find_device, print_json, printable, starting
@@ -91,14 +88,6 @@ def check_folder_or_weights(flag: str, model: str, pretrained: str | None):
 
     if not is_folder(model) and pretrained is None:
         raise InputError(f"{flag} {model} is not a folder. If it is the name of a config, add --pretrained")
-
-
-@contextmanager
-def plain_warnings():
-    """Prints warnings as single lines."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        yield
 
 
 def cell(text: str) -> str:

@@ -3,7 +3,6 @@
 Reads a weight file or a model folder (SRC) and writes a weight file or a model folder (DST).
 """
 
-from miniclip.commands.common import plain_warnings
 from miniclip.utils.command_line import Parser, starting
 from miniclip.utils.errors import InputError
 
@@ -20,8 +19,7 @@ def main(argv: list[str]):
     with starting():
         from miniclip.weights.convert import convert
 
-    with plain_warnings():
-        try:
-            print(convert(options.SRC, options.DST, options.to, options.model, options.force))
-        except (ValueError, OSError) as error:
-            raise InputError(str(error)) from None
+    try:
+        print(convert(options.SRC, options.DST, options.to, options.model, options.force))
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None

@@ -7,7 +7,6 @@ programs need to prepare images and captions (docs/inference.md). For the others
 from argparse import SUPPRESS
 from pathlib import Path
 
-from miniclip.commands.common import plain_warnings
 from miniclip.utils.command_line import Parser, starting
 from miniclip.utils.errors import InputError
 
@@ -43,15 +42,14 @@ def main(argv: list[str]):
         raise InputError("--image_root is for --eval_file: add it")
     if is_onnx(options.model):
         raise InputError(f"{options.model} is an export itself: name the model it was made from")
-    with plain_warnings():
-        try:
-            if form in FORMS:
-                write(options)
-            else:
-                source, name = (options.pretrained, options.model) if options.pretrained else (options.model, None)
-                print(convert(source, options.output_dir, form, name, options.force))
-        except (ValueError, OSError) as error:
-            raise InputError(str(error)) from None
+    try:
+        if form in FORMS:
+            write(options)
+        else:
+            source, name = (options.pretrained, options.model) if options.pretrained else (options.model, None)
+            print(convert(source, options.output_dir, form, name, options.force))
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
 
 
 def write(options):

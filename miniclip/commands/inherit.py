@@ -6,7 +6,7 @@ Reads a model and a config, and writes the small model, which still has to be tr
 import dataclasses
 from pathlib import Path
 
-from miniclip.commands.common import check_folder_or_weights, plain_warnings
+from miniclip.commands.common import check_folder_or_weights
 from miniclip.utils.command_line import Parser, starting
 from miniclip.utils.errors import InputError
 
@@ -32,8 +32,7 @@ def main(argv: list[str]):
         from miniclip.weights.inherit import chosen_layers, inherit
 
     config = MiniClipConfig.from_name(options.to)
-    with plain_warnings():
-        source, *_ = load(options.source, options.pretrained)
+    source, *_ = load(options.source, options.pretrained)
     model = inherit(source, config, options.layers_image, options.layers_text)
     model.save_pretrained(options.output_dir)
     sections = (source.config.vision_cfg, config.vision_cfg), (source.config.text_cfg, config.text_cfg)

@@ -3,7 +3,6 @@
 With a model and a tag, downloads the weights into the cache and prints their path: for machines without a network.
 """
 
-from miniclip.commands.common import plain_warnings
 from miniclip.utils.command_line import Parser, print_json, starting
 
 
@@ -21,8 +20,7 @@ def main(argv: list[str]):
         pretrained.check_model(options.MODEL)
     if options.TAG:
         facts = pretrained.get_pretrained_cfg(options.MODEL, options.TAG)
-        with plain_warnings():
-            path = str(pretrained.download_pretrained(facts, cache_dir=options.cache_dir))
+        path = str(pretrained.download_pretrained(facts, cache_dir=options.cache_dir))
         print(path)
         return print_json(options, {"path": path})
     pairs = [pair for pair in pretrained.list_pretrained() if options.MODEL in (None, pair[0])]

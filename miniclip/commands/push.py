@@ -6,7 +6,7 @@ transformers load. Checkpoints, logs and paths of your data are never uploaded.
 
 from pathlib import Path
 
-from miniclip.commands.common import check_folder_or_weights, plain_warnings
+from miniclip.commands.common import check_folder_or_weights
 from miniclip.utils.command_line import Parser, starting
 
 
@@ -26,9 +26,8 @@ def main(argv: list[str]):
         from miniclip.weights.push import check_license
 
     check_license(options.license)
-    with plain_warnings():
-        model, *_ = load(options.model, options.pretrained)
-        run = options.model if Path(options.model).is_dir() and not options.pretrained else None
-        private = options.private or None  # None: as the organisation's default is
-        how = {"license": options.license, "private": private, "revision": options.revision, "run": run}
-        print(f"uploaded: {model.push_to_hub(options.repo, **how)}")
+    model, *_ = load(options.model, options.pretrained)
+    run = options.model if Path(options.model).is_dir() and not options.pretrained else None
+    private = options.private or None  # None: as the organisation's default is
+    how = {"license": options.license, "private": private, "revision": options.revision, "run": run}
+    print(f"uploaded: {model.push_to_hub(options.repo, **how)}")
