@@ -178,9 +178,7 @@ def _digest(source: str) -> str | None:
         files = path.rglob("*") if path.is_dir() else map(Path, expand(source))
     except InputError:
         return None
-    names = {os.path.relpath(file, path.parent): file.stat().st_size for file in sorted(files) if file.is_file()}
-    # Hidden ones come and go: an index of shards, a file manager's notes.
-    files = [name for name in names if f"{os.sep}." not in os.sep + name]
-    listing = "\n".join(f"{name} {names[name]}" for name in files)
+    lines = (f"{os.path.relpath(file, path.parent)} {file.stat().st_size}" for file in sorted(files) if file.is_file())
+    listing = "\n".join(line for line in lines if f"{os.sep}." not in os.sep + line)  # a hidden index comes and goes
     digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
-    return f"names and sizes {digest}" if files else None
+    return f"names and sizes {digest}" if listing else None

@@ -30,7 +30,6 @@ class RunArguments(ClipTrainingArguments):
     do_train: bool = True
     fast: bool = option(True, "compute the same numbers with less work (miniclip/inference/fast.py)")
     grad_cache_chunk_size: int = option(0, "pairs in the towers at once (GradCache), for large batches; 0: all")
-
     chunks_help: ClassVar[bool] = True  # whether a run may have such chunks, so that they can be advised
 
     def __post_init__(self):
