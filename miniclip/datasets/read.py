@@ -69,11 +69,7 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     if not is_hub(source) and (first := re.fullmatch(r"(.+)\[:(\d+)\]", source)):
         if not (n := int(first[2])):
             raise InputError(f"{source}: [:0] leaves no record")
-        records = _read_one(first[1], options)
-        if isinstance(records, list):
-            return records[:n]
-        records.rows = records.rows[:n]
-        return records
+        return _read_one(first[1], replace(options, first=n))
     source, name = at_split(source)
     path, options = Path(source), replace(options, split=name or options.split)
     if is_remote(source) and not re.search(r"\.(tgz|tar(\.\w+)?)$", source):
@@ -85,7 +81,7 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     table = suffix not in READERS and is_table(source)
     shards = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else []
     if suffix in READERS or path.is_dir() and not table and not shards:
-        return check_records(path, READERS.get(suffix, read_folder)(path, options), options)
+        return check_records(path, READERS.get(suffix, read_folder)(path, options)[: options.first], options)
     if suffix in (".tar", ".tgz") or re.search(r"\.tar\.\w+$", source) or shards:
         if options.split:
             raise InputError(f"{source}: shards have no splits: name the shards of {options.split!r}")
@@ -97,6 +93,7 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
         missing = f"no such file or folder (a data set of the Hugging Face hub is hf:{source})"
         known = ", ".join((*READERS, ".tar", ".parquet", ".arrow", "a folder", "hf:NAME"))
         raise InputError(f"{source}: {f'unknown form of data; known are {known}' if path.exists() else missing}")
+    records.rows = records.rows[: options.first]
     if options.check_handles:
         faults = image_faults(records, path.name)
         problems = [(f"sample {row}", fault) for row, fault in enumerate(faults) if fault]

@@ -4,6 +4,7 @@ import csv
 import json
 import pickle
 import shutil
+import tarfile
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -22,6 +23,7 @@ from miniclip.datasets.convert import convert
 from miniclip.datasets.mixture import Mixture, parse_factors
 from miniclip.datasets.read import read_captions, read_source
 from miniclip.datasets.records import ReadOptions, flatten_captions
+from miniclip.datasets.shards import add_sample
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.streaming import StreamDataset
@@ -129,6 +131,26 @@ def test_tables_as_programs_and_people_write_them(caption_set):
     (caption_set / "a.csv").write_text("image,note,caption\n0.png,new\n1.png,new,a sheet\n")
     with pytest.raises(CaptionFileError, match="line 2: 2 cells for 3 columns"):
         read_source(str(caption_set / "a.csv"))
+
+
+@pytest.mark.parametrize("form", ["json", "shards", "bytes"])
+def test_of_the_first_few_no_others_are_checked(form, records, caption_set):
+    """A damaged image after them stops nothing; one among them does."""
+    (caption_set / "5.png").write_bytes(b"damaged")
+    source = str(caption_set / "captions.json") if form == "json" else None
+    if form == "shards":
+        with tarfile.open(caption_set / "a.tar", "w") as tar:
+            for number in range(9):
+                add_sample(tar, f"{number}", (caption_set / f"{number}.png").read_bytes(), "png", ["a sheet"])
+        source = str(caption_set / "a.tar")
+    elif form == "bytes":
+        rows = [{"image": (caption_set / f"{number}.png").read_bytes(), "text": "a sheet"} for number in range(9)]
+        datasets.Dataset.from_list(rows).to_parquet(caption_set / "a.parquet")
+        source = str(caption_set / "a.parquet")
+    how = ReadOptions(check_handles=True)
+    assert len(read_source(f"{source}[:5]", how)) == 5
+    with pytest.raises(InputError, match="1 of 6 (records|images)"):
+        read_source(f"{source}[:6]", how)
 
 
 def test_the_first_none_are_no_data(caption_set):
