@@ -106,7 +106,8 @@ def test_data_too_few_to_split(caption_set):
 
 @pytest.mark.parametrize("number, processes, given, batch", [
     (90, 1, False, 90), (90, 4, False, 22), (2, 1, False, 2), (2, 2, False, 1), (500, 1, False, 128),
-    (1, 1, False, "1 pair to train on: 2 at least"), (0, 1, False, "0 pairs"), (3, 4, False, "3 pairs to train on: 4.*fewer processes"),
+    (1, 1, False, "1 pair to train on: 2 at least"), (0, 1, False, "0 pairs"),
+    (3, 4, False, "3 pairs to train on: 4.*fewer processes"),
     (90, 1, True, "90 pairs do not fill a batch of 128. Use --per_device_train_batch_size 90"),
 ])  # fmt: skip
 def test_the_batch_follows_the_data(number, processes, given, batch):
