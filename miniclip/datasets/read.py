@@ -65,11 +65,9 @@ def split(source: str | Path) -> list[str]:
 
 def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     if not is_hub(source) and (first := re.fullmatch(r"(.+)\[:(\d+)\]", source)):
-        records, n = _read_one(first[1], options), int(first[2])
-        if isinstance(records, list):
-            return records[:n]
-        records.rows = records.rows[:n]
-        return records
+        if not (n := int(first[2])):
+            raise InputError(f"{source}: [:0] leaves no record")
+        return _read_one(first[1], replace(options, first=n))
     source, name = at_split(source)
     path, options = Path(source), replace(options, split=name or options.split)
     if is_remote(source) and not re.search(r"\.(tgz|tar(\.\w+)?)$", source):
@@ -81,7 +79,7 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     table = suffix not in READERS and is_table(source)
     shards = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else []
     if suffix in READERS or path.is_dir() and not table and not shards:
-        return check_records(path, READERS.get(suffix, read_folder)(path, options), options)
+        return check_records(path, READERS.get(suffix, read_folder)(path, options)[: options.first], options)
     if suffix in (".tar", ".tgz") or re.search(r"\.tar\.\w+$", source) or shards:
         if options.split:
             raise InputError(f"{source}: shards have no splits: name the shards of {options.split!r}")
@@ -93,6 +91,7 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
         missing = f"no such file or folder (a data set of the Hugging Face hub is hf:{source})"
         known = ", ".join((*READERS, ".tar", ".parquet", ".arrow", "a folder", "hf:NAME"))
         raise InputError(f"{source}: {f'unknown form of data; known are {known}' if path.exists() else missing}")
+    records.rows = records.rows[: options.first]
     if options.check_handles:
         faults = image_faults(records, path.name)
         problems = [(f"sample {row}", fault) for row, fault in enumerate(faults) if fault]
@@ -145,7 +144,7 @@ def describe(records: Sequence[dict], tokenizer, most: int = 100_000) -> str:
 
 def fingerprint(source: str, records: Sequence[dict] | None = None) -> dict:
     """Returns, for a run's metadata, the sha256 of a data set's files, or of the names and sizes of those in a folder
-    or of shards, and how many records and captions were taken from it."""
+    or of shards, but hidden ones, and how many records and captions were taken from it."""
     found = {"files": [_digest(part) for part in split(source)]}  # wherever they lie
     if records is not None:
         found["records"] = len(records)
@@ -174,7 +173,7 @@ def _digest(source: str) -> str | None:
         files = path.rglob("*") if path.is_dir() else map(Path, expand(source))
     except InputError:
         return None
-    files = sorted(file for file in files if file.is_file())
-    listing = "\n".join(f"{os.path.relpath(file, path.parent)} {file.stat().st_size}" for file in files)
+    lines = (f"{os.path.relpath(file, path.parent)} {file.stat().st_size}" for file in sorted(files) if file.is_file())
+    listing = "\n".join(line for line in lines if f"{os.sep}." not in os.sep + line)  # a hidden index comes and goes
     digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
-    return f"names and sizes {digest}" if files else None
+    return f"names and sizes {digest}" if listing else None

@@ -36,6 +36,7 @@ class ReadOptions:
     image_column: str | None = None  # names of columns, keys or JSON fields; guessed by default
     caption_column: str | None = None
     split: str | None = None  # the part to read of a source that has several, as SOURCE:SPLIT does; "train+val" for two
+    first: int | None = None  # how many records to read from the beginning, as SOURCE[:N] does; by default all
     on_bad_sample: str = "stop"  # "stop": raise an error that names all bad samples; "skip": warn, and read the others
     bad_samples: BadSamples | None = None  # where skipped samples are listed
     allow_outside_image_root: bool = False  # image paths may lead out of their folder: .., absolute ones, links

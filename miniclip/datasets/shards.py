@@ -35,7 +35,7 @@ COMPRESSED = "a compressed shard has no random access: decompress it (gunzip)"
 def expand(pattern: str) -> list[str]:
     """Returns the paths or addresses that a pattern stands for, in order: `{000..123}` numbers, `{a,b}`
     alternatives, `*` and `?` files. Raises InputError for a glob that matches no file."""
-    if found := re.search(r"\{([^{}]*)\}", pattern):
+    if not os.path.exists(pattern) and (found := re.search(r"\{([^{}]*)\}", pattern)):
         choices = found[1].split(",")
         if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
             first, last = numbers.groups()

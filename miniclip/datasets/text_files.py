@@ -146,7 +146,10 @@ def _read_table_text(path: Path, options: ReadOptions) -> Raw:
         # Strictly: otherwise a lone quote at the start of a cell would swallow all up to the next one.
         cells = partial(csv.reader, delimiter=delimiter, strict=True)
         try:  # OpenCLIP's .csv files have tabs: the separator is the one that gives both columns
-            head = next(cells([header.strip("\r\n")]))
+            head, padded = next(cells([header.strip("\r\n")])), delimiter == "|"
+            if not padded and any(name != name.strip() for name in head):  # image, caption
+                cells, padded = partial(cells, skipinitialspace=True), True
+                head = [name.strip() for name in next(cells([header.strip("\r\n")]))]
             columns = find_columns(head, options, str(path))
             break
         except (InputError, csv.Error) as error:
@@ -159,8 +162,9 @@ def _read_table_text(path: Path, options: ReadOptions) -> Raw:
         if delimiter == "|":  # Flickr30k's results.csv: blanks around the cells, and a line without its second |
             if len(row) == 2 and len(head) == 3 and (number := re.fullmatch(r"\s*(\d+)\s+(.+)", row[1], re.DOTALL)):
                 row = [row[0], *number.groups()]
-            row = [cell.strip() for cell in row]
-        if len(row) == len(head):
+        row = [cell.strip() for cell in row] if padded else row
+        # Programs leave out empty cells at the end of a line, or add some.
+        if max(used.values()) < len(row) and not any(cell.strip() for cell in row[len(head) :]):
             return {column: row[place] for column, place in used.items()}
         fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} within a cell needs quotes)"
         return InputError(f"{fault}: {delimiter.join(row)[:60]}")

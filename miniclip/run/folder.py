@@ -1,10 +1,14 @@
 """The output folder of a run: locked while the run lasts, cleared or resumed, with its metadata, log and curves."""
 
 import logging
+import os
 import posixpath
 from contextlib import ExitStack
 from pathlib import Path
 
+from miniclip.datasets.read import split
+from miniclip.datasets.records import is_within
+from miniclip.datasets.splits import at_split
 from miniclip.run.checkpoints import checkpoints, clean
 from miniclip.run.metadata import RECORD
 from miniclip.run.progress import CURVES, LOG, Progress, check_reporters
@@ -24,6 +28,7 @@ class Run(ExitStack):
         super().__init__()
         logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
         check_reporters(args)
+        check_place(options, args.output_dir)
         self.options, self.args, self.folder = options, args, Path(args.output_dir)
         given = args.resume_from_checkpoint
         self.resume = given in ("latest", "True", "true") or given
@@ -72,3 +77,16 @@ class Run(ExitStack):
                 print(f"bad samples were skipped {len(self.bad_samples)} times: {self.bad_samples.path}")
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()  # destroys the process group
+
+
+def check_place(options, folder: str):
+    """Raises InputError for an output folder within a folder of data, and for one that holds what a run that replaces
+    it begins with."""
+    place, sources = os.path.realpath(folder), (options.train_file, options.eval_file, options.eval_classes)
+    for source in (at_split(part.partition("[:")[0])[0] for parts in sources if parts for part in split(parts)):
+        if os.path.isdir(source) and is_within(place, os.path.realpath(source)):
+            wrong = f"lies in the data {source}, where its files would be taken for images and captions"
+            raise InputError(f"output_dir {folder} {wrong}. Choose a folder elsewhere")
+    for path in (options.model, options.pretrained, *(options.teacher or ())) if options.overwrite_output_dir else ():
+        if path and os.path.exists(path) and not path.endswith(".json") and is_within(os.path.realpath(path), place):
+            raise InputError(f"{path} is in {folder}, whose run overwrite_output_dir deletes. Use another output_dir")

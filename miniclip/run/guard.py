@@ -169,13 +169,14 @@ def batch_too_large(trainer, model, inputs: dict, cause: str) -> InputError:
     if chunk := args.grad_cache_chunk_size:
         half = chunk // 2 or 1
         return InputError(f"out of memory in chunks of {chunk} ({cause}): try --grad_cache_chunk_size {half}")
-    advice = "lower --per_device_train_batch_size, or add --grad_cache_chunk_size"
+    advice = "lower --per_device_train_batch_size" + ", or add --grad_cache_chunk_size" * args.chunks_help
     if args.world_size == 1:
         n = size // 2
         while n and not fits(trainer, model, {name: value[:n] for name, value in inputs.items()}):
             n //= 2
-        advice = f"{n} fit (tried). Use --per_device_train_batch_size {n}, or --grad_cache_chunk_size {n}, which keeps"
-        advice = advice + f" all {size} negatives" if n else "not even one pair fits. Use a smaller model or image size"
+        chunks = f", or --grad_cache_chunk_size {n}, which keeps all {size} negatives" * args.chunks_help
+        advice = f"{n} fit (tried). Use --per_device_train_batch_size {n}{chunks}"
+        advice = advice if n else "not even one pair fits. Use a smaller model or image size"
     return InputError(f"out of memory with {size} pairs at once ({cause}): {advice}")
 
 

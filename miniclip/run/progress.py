@@ -86,7 +86,7 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first_step = time.monotonic(), state.global_step
-        self.busy, self.steps = 0.0, 0  # seconds of training, and steps, since the last entry
+        self.busy, self.seen, self.all = 0.0, 0, 0  # seconds of training and samples since the last entry; all samples
         if self.is_main:
             path, step, event = self.folder / LOG, state.global_step, {"event": "start"}
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,8 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._count_time()
-        self.steps += 1
+        batches = self.trainer.current_gradient_accumulation_steps  # the last step of an epoch may have fewer
+        self.seen += self.samples * batches // args.gradient_accumulation_steps
         self.bar.update()
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -124,9 +125,11 @@ class Progress(TrainerCallback):
             scale = self.model.logit_scale.detach()
             scale = scale.full_tensor() if hasattr(scale, "full_tensor") else scale  # sharded by FSDP
             logs["logit_scale"] = scale.exp().item()
-            if self.steps and self.busy:
-                logs["samples_per_second"] = self.samples * self.steps / self.busy
-            self.busy, self.steps = 0.0, 0
+            if self.seen and self.busy:
+                logs["samples_per_second"] = self.seen / self.busy
+            self.busy, self.seen, self.all = 0.0, 0, self.all + self.seen
+        if seconds := logs.get("train_runtime"):  # Trainer counts the samples that are dropped too
+            logs["train_samples_per_second"] = round((self.all + self.seen) / seconds, 3)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.is_main:

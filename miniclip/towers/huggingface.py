@@ -115,7 +115,7 @@ class HfTower(Tower):
             return
         if isinstance(self.trunk, PackagedEncoder) or not self.trunk.supports_gradient_checkpointing:
             problem = f"the {self.kind} tower ({type(self.trunk).__name__}) does not support activation checkpointing"
-            raise InputError(f"{problem}: remove --gradient_checkpointing, or freeze the tower")
+            raise InputError(f"{problem}: remove --activation_checkpointing, or freeze the tower")
         if hasattr(self.trunk, "activation_checkpointing_enable"):
             self.trunk.activation_checkpointing_enable(every_n_layers=every)
         else:  # transformers before 5.23

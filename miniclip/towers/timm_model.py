@@ -196,7 +196,7 @@ class TimmTower(Tower):
             raise InputError(f"timm recomputes all blocks of {name} or none: remove every_n_layers")
         if every and not norms <= set(self.fixed_norms):
             problem = f"the BatchNorm of {name} would count each batch twice"
-            raise InputError(f"{problem}: remove --gradient_checkpointing, or add --freeze_image all_but_N")
+            raise InputError(f"{problem}: remove --activation_checkpointing, or add --freeze_image all_but_N")
         ask(name, self.trunk.set_grad_checkpointing, bool(every))
 
     @torch.no_grad()

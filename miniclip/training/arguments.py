@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,7 @@ class RunArguments(ClipTrainingArguments):
     do_train: bool = True
     fast: bool = option(True, "compute the same numbers with less work (miniclip/inference/fast.py)")
     grad_cache_chunk_size: int = option(0, "pairs in the towers at once (GradCache), for large batches; 0: all")
+    chunks_help: ClassVar[bool] = True  # whether a run may have such chunks, so that they can be advised
 
     def __post_init__(self):
         check_before(self)
@@ -40,6 +42,8 @@ class RunArguments(ClipTrainingArguments):
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         if self.bf16 is None:
             self.bf16 = CUDA and not self.use_cpu and not self.fp16 and torch.cuda.is_bf16_supported(False)  # natively
+        if self.use_cpu:
+            self.dataloader_pin_memory = False
         if CUDA and self.accelerator_config is None:
             self.accelerator_config = {"non_blocking": True}  # what pinned memory is for
         try:
@@ -50,9 +54,3 @@ class RunArguments(ClipTrainingArguments):
         if self.n_gpu > 1:
             logger.warning("%d GPUs are visible but one is used: start with torchrun to use all", self.n_gpu)
             self._n_gpu = 1  # Trainer would wrap the model in DataParallel, which splits the negatives
-        if (steps := self.gradient_accumulation_steps) > 1:
-            n = self.per_device_train_batch_size
-            logger.warning(
-                f"gradient accumulation averages losses of {n} pairs each and adds no negatives; a batch of them all"
-                f" takes as little memory with --per_device_train_batch_size {n * steps} --grad_cache_chunk_size {n}"
-            )

@@ -208,6 +208,8 @@ def check_given(options, args: TrainingArguments, given: dict, named: Collection
     for name, others, why in without_effect(options, args):
         if name in given and (name in named or not set(others) & set(named)):
             raise InputError(f"{name} has no effect {why}. Remove it")
+    if args.per_device_train_batch_size * args.world_size == 1 and not options.loss.startswith("coca"):
+        raise InputError("per_device_train_batch_size is 1: a pair alone has no negatives to learn from. Use 2 or more")
     if not (options.eval_file or options.eval_classes or options.holdout != 0 and not options.streaming):
         for name, wanted in (
             ("eval_strategy", args.eval_strategy != "no"), ("save_strategy best", args.save_strategy == "best"),

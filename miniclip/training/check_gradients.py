@@ -81,7 +81,7 @@ def report(probe: Probe, reference: Reference, inputs: list[list[dict[str, Tenso
     causes, faults = [], []  # sentences: on each of the columns, and on what nothing explains
     if len(steps) > 1:
         fix = f"--per_device_train_batch_size {count // args.world_size}"
-        fix += f" --grad_cache_chunk_size {reference.piece}" * (not probe.batch_norm)
+        fix += f" --grad_cache_chunk_size {reference.piece}" * args.chunks_help
         n = count // len(steps)
         causes.append(f"each loss has {n - 1} negatives for a pair, not {count - 1} ({fix} has them)")
         columns["accumulation"] = expected, one

@@ -217,16 +217,16 @@ def install(heads: Sequence[nn.Module], solution):
             linear(head).bias.data.copy_(scale * bias)
 
 
-def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: Pairs, args, loss: Callable):
-    """Trains projections on features, like the run that is to come, but without its Trainer."""
+def train(heads: Sequence[nn.Module], logit: Sequence[nn.Parameter], pairs: Pairs, args, loss: Callable):
+    """Trains projections and `logit`, a scale and perhaps a bias, on features like the run to come, without Trainer."""
     heads = nn.ModuleList(heads).train()
-    scale = nn.Parameter(torch.tensor(scale))
+    scale = logit[0]
     generator = np.random.default_rng(args.seed)
     n = len(pairs.images)
     batch = min(args.train_batch_size * args.world_size * args.gradient_accumulation_steps, n)
     steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * (n // batch))
     decay = [{"params": [p for p in heads.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
-             {"params": [*(p for p in heads.parameters() if p.ndim < 2), scale], "weight_decay": 0.0}]  # fmt: skip
+             {"params": [*(p for p in heads.parameters() if p.ndim < 2), *logit], "weight_decay": 0.0}]  # fmt: skip
     betas = args.adam_beta1, args.adam_beta2
     optimizer = torch.optim.AdamW(decay, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
     warmup = args.get_warmup_steps(steps)
@@ -237,9 +237,9 @@ def train(heads: Sequence[nn.Module], scale: float, bias: Tensor | None, pairs: 
         rows = order[step % (n // batch) * batch :][:batch]
         part = pairs.take(rows)
         drawn = part.starts[:-1] + torch.from_numpy(generator.integers(part.starts.diff().numpy()))
-        outputs = ClipOutput(*embed(heads, part.images, part.texts[drawn]), scale.exp(), bias)
+        outputs = ClipOutput(*embed(heads, part.images, part.texts[drawn]), scale.exp(), *logit[1:])
         loss(outputs, {"pair_ids": rows[:, None].expand(-1, 2)}).backward()
-        nn.utils.clip_grad_norm_([*heads.parameters(), scale], args.max_grad_norm or float("inf"))
+        nn.utils.clip_grad_norm_([*heads.parameters(), *logit], args.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         if isinstance(schedule, LambdaLR):  # others follow a metric, and nothing is measured meanwhile
@@ -254,7 +254,7 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
     heads = [copy.deepcopy(tower.projection).cpu().float() for tower in (model.visual, model.text)]
     centred = all(linear(head).bias is not None for head in heads)
     n, dim = len(pairs.images), model.config.embed_dim
-    bias = None if model.logit_bias is None else model.logit_bias.detach().cpu()
+    logit = model.logit_scale, model.logit_bias
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     total = Moments.of(pairs)
     form = ClosedForm(total, centred, prior, pairs.images)
@@ -289,7 +289,10 @@ def choose(model: MiniClip, pairs: Pairs, args, loss: Callable, alone: bool, pri
         install(heads, one.solve(*strengths, dim, trust=trust))
         scales.append(fit_scale(heads, held, batch))
         if alone:
-            train(heads, scales[-1], bias, pairs.take(kept[:ENOUGH]), args, loss)
+            own = [nn.Parameter(p.detach().cpu().clone(), p.requires_grad) for p in logit if p is not None]
+            if len(own) == 1 and own[0].requires_grad:
+                own[0].data.fill_(scales[-1])
+            train(heads, own, pairs.take(kept[:ENOUGH]), args, loss)
             trained.append(mean_recall(heads, held))
     before = measure(best)
     names = "" if prior is None else f", trust in class names {trust:g}"

@@ -28,6 +28,7 @@ def coca(model: MiniClip, options, args) -> Callable[[CocaOutput, dict], Tensor]
     if args.grad_cache_chunk_size:
         needs = "the logits of all words of all captions of a batch are in memory at once"
         raise InputError(f"grad_cache_chunk_size does not help loss coca: {needs}. Remove it, or take smaller batches")
+    args.chunks_help = False
     if options.check_gradients or uses_fsdp(args):
         raise InputError("check_gradients and fsdp do not know the captions of loss coca. Remove them")
     model.train_captions()

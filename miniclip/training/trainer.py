@@ -24,6 +24,7 @@ from miniclip.training.convolutions import convolution_wrappers
 from miniclip.training.dataset import RunDataset
 from miniclip.training.freeze import FrozenDataset
 from miniclip.training.grad_cache import OneBatch, wrap_towers
+from miniclip.training.holdout import fit_batch
 from miniclip.utils.errors import InputError
 from miniclip.utils.machine import keep_freed_memory, return_freed_memory
 
@@ -48,23 +49,28 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
             model.visual.wrappers = (*convolution_wrappers(model.visual, preprocess.cfg.size), *model.visual.wrappers)
         if model.visual.may_skip_parameters or model.text.may_skip_parameters:
             args.ddp_find_unused_parameters = True
-        learning = (isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
-        if args.grad_cache_chunk_size and any(learning):
+        if args.torch_compile:  # a graph in chunks cannot fill the cache of moments
+            preprocess.normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=args.device))
+        learning = any(isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
+        args.chunks_help &= not learning
+        if args.grad_cache_chunk_size and learning:
             wrong = "grad_cache_chunk_size: a BatchNorm would compute its statistics from a chunk, not the batch"
             raise InputError(f"{wrong}. Remove it or freeze the image tower (--freeze_image tower or all_but_N)")
         self.lr_scale, self.ema, self.measured_by, self.normalize = lr_scale, ema, evaluator, preprocess.normalize
         if evaluator:
             check_metric(args, evaluator)
+        if (steps := args.gradient_accumulation_steps) > 1 and args.process_index == 0:
+            n = args.per_device_train_batch_size
+            chunks = f", and takes as little memory with --grad_cache_chunk_size {args.grad_cache_chunk_size or n}"
+            better = f"--per_device_train_batch_size {n * steps} does{chunks * args.chunks_help}"
+            logger.warning(f"gradient accumulation averages losses of {n} pairs and adds no negatives. {better}")
         super().__init__(model, args, train_dataset, evaluator=evaluator and self.measure, **kwargs)
         self.add_callback(ReportBadSamples(train_dataset))
         if self.sharded:
             fsdp.prepare_fsdp(self)
         if has_length(train_dataset):  # a stream may have none
             sampler = train_dataset.sampler(args)
-            n = len(train_dataset if sampler is None else sampler)
-            batch = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
-            if n < (batch if args.dataloader_drop_last else 1):
-                raise InputError(f"{n} images do not fill a batch of {batch}. Lower per_device_train_batch_size")
+            fit_batch(args, len(train_dataset if sampler is None else sampler), given=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As ClipTrainer's; the precomputed features of a frozen tower replace its inputs."""
@@ -138,13 +144,13 @@ class RunTrainer(GuardedTrainer, ClipTrainer):
             save_file(self.ema.state_dict(), path, metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        folder = Path(resume_from_checkpoint)
         if self.sharded:
-            return fsdp.load_whole_weights(self.model, load_file(Path(resume_from_checkpoint, "model.safetensors")))
+            return fsdp.load_whole_weights(self.model, load_file(folder / "model.safetensors"))
         if isinstance(self.train_dataset, FrozenDataset):
-            weights = load_file(Path(resume_from_checkpoint, "model.safetensors"))
-            check_features(self.train_dataset, self.model, weights, resume_from_checkpoint)
+            check_features(self.train_dataset, self.model, load_file(folder / "model.safetensors"), folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        average = Path(resume_from_checkpoint) / "ema.safetensors"
+        average = folder / "ema.safetensors"
         if average.is_file() != (self.ema is not None):
             how = "with --ema. Resume with it" if average.is_file() else "without --ema. Resume without it"
             raise InputError(f"{resume_from_checkpoint} was saved {how}, or start a new run with --model on it")

@@ -99,8 +99,7 @@ class Parser(argparse.ArgumentParser):
     def nearest(self, word: str) -> str:
         """Returns a message about an option that does not exist."""
         name, known = word.lstrip("-").partition("=")[0], {action.dest for action in self._actions}
-        other = self.aliases.get(name.replace("_", "-"))
-        return f"unknown option {name!r}; nearest: {other or closest(name, known)}"
+        return f"unknown option {name!r}; nearest: {self.aliases.get(name.replace('_', '-')) or closest(name, known)}"
 
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
@@ -215,6 +214,7 @@ def leave():
 
 def _run(main: Callable[[list[str]], None]):
     name = Path(sys.argv[0]).name
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of our code
     for stream in (sys.stdout, sys.stderr):  # file names may contain characters that cannot be printed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

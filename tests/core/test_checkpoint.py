@@ -565,7 +565,7 @@ def test_both_activations_ship_for_some_sizes(tmp_path, monkeypatch):
     assert "it fits X and X-quickgelu" in convert(path, tmp_path / "out.pt", "openclip")
 
 
-def test_convert_to_another_image_size(tmp_path, capsys):
+def test_convert_to_another_image_size(tmp_path):
     path = saved(tmp_path, tiny())
     bigger = SIZES | {"vision_cfg": SIZES["vision_cfg"] | {"image_size": 48}}
     (tmp_path / "bigger.json").write_text(json.dumps(bigger))

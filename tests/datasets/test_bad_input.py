@@ -212,6 +212,15 @@ def test_118_bad_records_of_training_are_said_at_once_or_left_out_and_listed(
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
+def test_a_warning_is_no_line_of_our_code(caption_set, tiny_config, run_script):
+    (caption_set / "tiny.json").write_text(json.dumps(tiny_config.to_dict()))
+    (caption_set / "3.png").unlink()
+    how = ["--model", caption_set / "tiny.json", "--train_file", caption_set / "captions.json", "--max_steps", "1"]
+    done = run_script("train.py", *how, "--on_bad_sample", "skip", "--output_dir", caption_set / "run")
+    assert done.stderr.startswith(f"warning: {caption_set}/captions.json: 1 of 24 records cannot be used:\n")
+    assert "UserWarning" not in done.stderr and "read_source" not in done.stderr
+
+
 def test_evaluation_stops_or_leaves_out_alike(corpus, tmp_path, tiny_model, capsys):
     folder, good, reasons = corpus
     tiny_model.save_pretrained(tmp_path / "model")

@@ -3,6 +3,8 @@
 import csv
 import json
 import pickle
+import shutil
+import tarfile
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -21,6 +23,7 @@ from miniclip.datasets.convert import convert
 from miniclip.datasets.mixture import Mixture, parse_factors
 from miniclip.datasets.read import read_captions, read_source
 from miniclip.datasets.records import ReadOptions, flatten_captions
+from miniclip.datasets.shards import add_sample
 from miniclip.training.arguments import RunArguments
 from miniclip.training.dataset import RunDataset
 from miniclip.training.streaming import StreamDataset
@@ -110,6 +113,56 @@ def test_every_form_gives_the_same_records(records, caption_set, form, recwarn):
     assert dataset[7]["caption"] in source[7]["caption"]
     joined = read_source(f"{as_form(records, caption_set, 'csv')}::{caption_set}/a.csv")
     assert content(joined) == content(records) * 2
+
+
+def test_tables_as_programs_and_people_write_them(caption_set):
+    """Cells that are empty at the end of a line, left out or too many; blanks after the separators."""
+    for text in (
+        'image,caption\n0.png,a red sheet,\n1.png,a sheet,,\n2.png,"red, wide"\n',
+        'image,caption,note,,\n0.png,a red sheet,new,,\n1.png,a sheet\n2.png,"red, wide",\n',
+        'image, caption\n0.png, a red sheet\n1.png,a sheet\n2.png, "red, wide"\n',
+        'image , "caption"\n0.png , a red sheet\n 1.png,a sheet \n2.png, "red, wide"\n',
+    ):
+        (caption_set / "a.csv").write_text(text)
+        found = read_source(str(caption_set / "a.csv"))
+        images = [str(caption_set / f"{number}.png") for number in range(3)]
+        texts = [["a red sheet"], ["a sheet"], ["red, wide"]]
+        assert [(record["image"], record["caption"]) for record in found] == list(zip(images, texts)), text
+    (caption_set / "a.csv").write_text("image,note,caption\n0.png,new\n1.png,new,a sheet\n")
+    with pytest.raises(CaptionFileError, match="line 2: 2 cells for 3 columns"):
+        read_source(str(caption_set / "a.csv"))
+
+
+@pytest.mark.parametrize("form", ["json", "shards", "bytes"])
+def test_of_the_first_few_no_others_are_checked(form, records, caption_set):
+    """A damaged image after them stops nothing; one among them does."""
+    (caption_set / "5.png").write_bytes(b"damaged")
+    source = str(caption_set / "captions.json") if form == "json" else None
+    if form == "shards":
+        with tarfile.open(caption_set / "a.tar", "w") as tar:
+            for number in range(9):
+                add_sample(tar, f"{number}", (caption_set / f"{number}.png").read_bytes(), "png", ["a sheet"])
+        source = str(caption_set / "a.tar")
+    elif form == "bytes":
+        rows = [{"image": (caption_set / f"{number}.png").read_bytes(), "text": "a sheet"} for number in range(9)]
+        datasets.Dataset.from_list(rows).to_parquet(caption_set / "a.parquet")
+        source = str(caption_set / "a.parquet")
+    how = ReadOptions(check_handles=True)
+    assert len(read_source(f"{source}[:5]", how)) == 5
+    with pytest.raises(InputError, match="1 of 6 (records|images)"):
+        read_source(f"{source}[:6]", how)
+
+
+def test_the_first_none_are_no_data(caption_set):
+    with pytest.raises(InputError, match=r"captions.json\[:0\]: \[:0\] leaves no record"):
+        read_source(f"{caption_set}/captions.json[:0]")
+
+
+def test_shards_and_tables_in_a_folder_with_braces(records, caption_set):
+    """What is there is no pattern."""
+    usual, place = Path(as_form(records, caption_set, "shards")), caption_set / "data{1,2}"
+    shutil.copytree(usual, place)
+    assert content(read_source(str(place / "0.tar"))) == content(read_source(str(usual / "0.tar")))
 
 
 def test_a_lone_quote_costs_its_own_line_and_is_named(caption_set):

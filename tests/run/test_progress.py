@@ -171,6 +171,16 @@ def test_the_log_has_what_was_logged(make, caption_set, capsys):
     assert curves == drawn(caption_set, entries, 12) != drawn(caption_set, entries, None), "with the loss by chance"
 
 
+def test_rates_count_the_samples_that_were_seen(make):
+    """Not those of a batch that was dropped, and in the last step of an epoch no batch that is not there."""
+    how = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    entries = run(*make(pairs=23, **how))  # 5 batches of 4 an epoch, in steps of 2, 2 and 1
+    steps, (end,) = [e for e in entries if "loss" in e], [e for e in entries if "train_runtime" in e]
+    assert len(steps) == 6 and end["train_samples_per_second"] == pytest.approx(40 / end["train_runtime"], rel=1e-3)
+    seconds = [n / entry["samples_per_second"] for n, entry in zip([8, 8, 4] * 2, steps)]
+    assert sum(seconds) < end["train_runtime"]
+
+
 def drawn(folder, entries: list[dict], batch: int | None) -> bytes:
     report.draw_curves(folder / "expected.png", entries, batch, str(folder / "run"))
     return (folder / "expected.png").read_bytes()

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import fields
 
 import pytest
 import torch
 
 from miniclip.run.checkpoints import checkpoints
+from miniclip.run.folder import check_place
 from miniclip.run.metadata import RECORD
 from miniclip.run.resume import BEST, EFFECTS, SAME, check_same_run
 from miniclip.training.arguments import RunArguments
@@ -126,6 +128,37 @@ def test_every_option_says_what_it_does_on_resuming(tmp_path, caplog):
             {"arguments": {"max_grad_norm": 2}, "options": {"pretrained": "b"}})  # fmt: skip
     assert "max_grad_norm was 1 and is 2: from this step on" in caplog.text
     assert 'pretrained was "a" and is "b": without effect: the weights come from the checkpoint' in caplog.text
+
+
+def test_hidden_files_that_come_to_the_data_make_no_other_run(recipe, caption_set, run_script):  # noqa: F811
+    run_script("-m", "miniclip", "convert_data", caption_set / "captions.json", caption_set / "s" / "0.tar")
+    how = ["--train_file", caption_set / "s", "--save_strategy", "steps", "--save_steps", "1"]
+    run_script("train.py", recipe, *how, "--max_steps", "1")
+    (caption_set / "s" / ".DS_Store").write_text("a file manager's")
+    next((caption_set / "s").glob(".miniclip*")).unlink()
+    done = run_script("train.py", recipe, *how, "--max_steps", "2", "--resume")
+    assert "resuming from" in done.stderr and "max_steps was 1" in done.stderr
+
+
+@pytest.mark.parametrize("more, place, words", [
+    ({}, "photos/run", "run lies in the data .*photos, where"), ({}, "photos2", None),
+    ({"train_file": "a.json::{}/photos:train[:9]"}, "photos", "lies in"),
+    ({"train_file": "a.json", "eval_file": ["none", "{}/photos"]}, "photos/a", "lies in the data"),
+    ({"train_file": "{}/photos/a.json"}, "photos/run", None), ({"model": "{}/run/m.json"}, "run", None),
+    ({"model": "{}/run/checkpoint-2"}, "run", "checkpoint-2 is in .*run, whose run overwrite_output_dir deletes"),
+    ({"model": "{}/run/checkpoint-2", "overwrite_output_dir": False}, "run", None),
+    ({"pretrained": "{}/run/model.safetensors"}, "run", "model.safetensors is in"),
+    ({"loss": "distill", "teacher": ["{}/run"]}, "run", "run is in"),
+])  # fmt: skip
+def test_an_output_folder_is_not_in_the_data_and_holds_nothing_to_begin_with(more, place, words, tmp_path):
+    for folder in ("photos/train", "run/checkpoint-2"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("run/m.json", "run/model.safetensors", "photos/a.json"):
+        (tmp_path / file).write_text("{}")
+    values = {"train_file": "{}/photos", "overwrite_output_dir": True} | more
+    fill = {name: json.loads(json.dumps(value).replace("{}", str(tmp_path))) for name, value in values.items()}
+    with pytest.raises(InputError, match=words) if words else nullcontext():
+        check_place(TrainOptions(**fill), str(tmp_path / place))
 
 
 def test_features_of_other_weights_are_refused(tiny_model):

@@ -403,8 +403,10 @@ def test_equal_runs_are_equal_and_leave_their_record(recipe, caption_set, run_sc
     assert record["machine"]["threads"] == 1 and record["pairs_per_step"] == 12
 
 
-def test_a_library_of_the_gpu_that_finds_no_memory(tmp_path):
+@pytest.mark.parametrize("chunks", [True, False])
+def test_a_library_of_the_gpu_that_finds_no_memory(chunks, tmp_path):
     trainer = make_trainer(tmp_path, batch=8)
+    trainer.args.chunks_help = chunks
     loss = trainer.loss
 
     def needs_memory(outputs, batch):
@@ -413,8 +415,9 @@ def test_a_library_of_the_gpu_that_finds_no_memory(tmp_path):
         return loss(outputs, batch)
 
     trainer.loss = needs_memory
-    with pytest.raises(InputError, match=r"out of memory with 8 pairs at once .*: 2 fit \(tried\)"):
+    with pytest.raises(InputError, match=r"out of memory with 8 pairs at once .*: 2 fit \(tried\)") as said:
         trainer.train()
+    assert ("--grad_cache_chunk_size 2, which keeps all 8 negatives" in str(said.value)) == chunks
 
 
 @pytest.mark.slow

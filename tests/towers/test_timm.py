@@ -217,7 +217,7 @@ def test_blocks_are_timms_groups(family, timm):
 
 def test_batchnorm_is_not_recomputed(timm):
     model = MiniClip(config_of(small_tower(timm, "MobileCLIP-S")))
-    with pytest.raises(InputError, match="would count each batch twice: remove --gradient_checkpointing"):
+    with pytest.raises(InputError, match="would count each batch twice: remove --activation_checkpointing"):
         model.activation_checkpointing_enable()
     freeze(model, image="all_but_1")
     model.activation_checkpointing_enable()

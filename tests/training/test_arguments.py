@@ -128,6 +128,7 @@ def test_what_does_nothing_is_refused_by_name(name, tmp_path, capsys):
     (["--seed", "-1"], "seed is -1"),
     (["--learning_rate", "nan"], "learning_rate is nan"), (["--adam_beta1", "1"], "adam_beta1"),
     (["--per_device_train_batch_size", "0"], "per_device_train_batch_size"),
+    (["--per_device_train_batch_size", "1"], "a pair alone has no negatives"),
     (["--num_train_epochs", "-2"], "num_train"),
     (["--dataloader_num_workers", "-1"], "workers"), (["--project", "x"], "project has no effect without --report_to"),
     (["--dataloader_num_workers", "0", "--dataloader_persistent_workers"], "persistent_workers has no effect"),
@@ -191,6 +192,11 @@ def test_it_is_refused_before_anything_is_read(recipe, run_script):  # noqa: F81
         done = run_script("train.py", recipe, "--train_file", "nowhere.json", *argv, check=False)
         assert done.returncode == 1 and argv[0][2:] in done.stderr and "nowhere" not in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_memory_is_not_pinned_for_a_run_on_the_cpu(tmp_path):
+    """Where there is a GPU too, `dataloader_pin_memory` is the default."""
+    assert not RunArguments(str(tmp_path), use_cpu=True, dataloader_pin_memory=True).dataloader_pin_memory
 
 
 @pytest.mark.parametrize("native", [True, False])

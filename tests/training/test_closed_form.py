@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -227,7 +228,32 @@ def test_training_is_tried_by_the_arguments_of_the_run(given, like, tmp_path):
         torch.manual_seed(1)
         heads = [torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)]
         before = heads[0].weight.detach().clone()
-        closed_form.train(heads, 2.0, None, pairs, RunArguments(str(tmp_path), use_cpu=True, **how | more), pair_loss)
+        logit = [torch.nn.Parameter(torch.tensor(2.0))]
+        closed_form.train(heads, logit, pairs, RunArguments(str(tmp_path), use_cpu=True, **how | more), pair_loss)
         found.append(heads[0].weight)
         assert (heads[0].weight - before).abs().max() > 1e-3
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("learns, bias", [(False, None), (True, -10.0), (True, None)])
+def test_training_is_tried_with_the_scale_and_bias_of_the_run(learns, bias, tmp_path):
+    """A fixed scale stays, SigLIP's begins where its bias does and learns with it, and CLIP's is fitted first."""
+    x, y = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0))
+    tower, seen = SimpleNamespace(projection=torch.nn.Linear(6, 4)), []
+    model = SimpleNamespace(
+        visual=tower, text=tower, config=SimpleNamespace(embed_dim=4),
+        logit_scale=torch.nn.Parameter(torch.tensor(2.3), learns),
+        logit_bias=None if bias is None else torch.nn.Parameter(torch.tensor(bias)),
+    )  # fmt: skip
+
+    def loss(outputs, batch):
+        seen.append((outputs.logit_scale.item(), bias and outputs.logit_bias.item()))
+        return pair_loss(outputs, sigmoid=bias is not None)
+
+    how = {"learning_rate": 1e-2, "warmup_steps": 0, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+    args = RunArguments(str(tmp_path), use_cpu=True, **how)
+    closed_form.choose(model, Pairs(x, x @ torch.ones(6, 6) + y, torch.arange(41)), args, loss, True, None)
+    (scale, first), moved = seen[0], {one for one in seen}
+    assert first == bias and (len(moved) == 1) == (not learns)
+    assert (scale == pytest.approx(math.exp(2.3))) == (not learns or bias is not None)
+    assert bias is None or len({b for _, b in moved}) > 1

@@ -1,14 +1,16 @@
 """GradCache: large batches in chunks, the gradients of one step and whole runs."""
 
+import json
+
 import pytest
 import torch
 
 import miniclip
 from miniclip.loss import clip_loss
 from miniclip.training import grad_cache
-from miniclip.training.arguments import RunArguments
 from miniclip.training.grad_cache import wrap_towers
 from tests.inference.test_fast import make_batch, make_model
+from tests.survival_trainer import make_trainer
 from tests.towers.test_hf_towers import save_config, save_text_encoder
 from tests.training.test_training import largest_difference, recipe, weights  # noqa: F401
 
@@ -102,10 +104,38 @@ def test_a_run_in_chunks_ends_at_the_same_weights(recipe, caption_set, run_scrip
     assert largest_difference(caption_set / "whole", caption_set / "chunks") < 1e-5
 
 
+def test_pixels_are_normalised_within_a_compiled_graph_in_chunks(tmp_path):
+    """Moments are on the device before: no graph in chunks may fill a cache."""
+    how = {"torch_compile": True, "torch_compile_backend": "eager", "grad_cache_chunk_size": 2}
+    trainer = make_trainer(tmp_path, steps=1, **how)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    trainer.train()
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert not [reason for reason in breaks if "side effect" in reason]
+
+
 def test_accumulation_warns_that_it_adds_no_negatives(tmp_path, caplog):
-    RunArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, gradient_accumulation_steps=4)
+    make_trainer(tmp_path, batch=2, gradient_accumulation_steps=4)
     assert "adds no negatives" in caplog.text
-    assert "--per_device_train_batch_size 32 --grad_cache_chunk_size 8" in caplog.text
+    assert "_batch_size 8 does, and takes as little memory with --grad_cache_chunk_size 2" in caplog.text
+    make_trainer(tmp_path, batch=4, gradient_accumulation_steps=2, grad_cache_chunk_size=1)
+    assert "with --grad_cache_chunk_size 1" in caplog.text, "and not with more"
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_chunks_are_not_advised_where_they_are_refused(frozen, recipe, caption_set, run_script):  # noqa: F811
+    """Between frozen towers, and where BatchNorms learn."""
+    if not frozen:
+        tiny = json.loads((caption_set / "tiny.json").read_text())
+        tiny["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+        (caption_set / "tiny.json").write_text(json.dumps(tiny))
+    steps = ["--max_steps", "1", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    towers = "--freeze_image tower --freeze_text tower --hflip 0 --color_jitter 0".split() * frozen
+    done = run_script("train.py", recipe, *steps, *towers, processes=2)
+    assert done.stderr.count("adds no negatives. --per_device_train_batch_size 8 does\n") == 1, "nor by each process"
+    checked = run_script("train.py", recipe, *steps, *towers, "--check_gradients")
+    assert "(--per_device_train_batch_size 8 has them)" in checked.stdout
 
 
 @pytest.mark.parametrize("joint", [False, True])

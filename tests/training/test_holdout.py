@@ -1,5 +1,6 @@
 """A few photos and no evaluation file: a share of the images is held out, and the batch follows the data."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -12,12 +13,17 @@ from miniclip.data import image_id
 from miniclip.datasets.read import read_source
 from miniclip.training.holdout import fit_batch, hold_out
 from miniclip.utils.errors import InputError
+from miniclip.utils.image_files import open_image
 from tests.training.test_losses import flat
 from tests.training.test_training import largest_difference, recipe  # noqa: F401
 
 
 def images(records) -> list[int]:
     return [image_id(record["image"]) for record in records]
+
+
+def pixels(image) -> bytes:
+    return open_image(image).tobytes()
 
 
 def source(caption_set, form: str) -> str:
@@ -38,12 +44,14 @@ def source(caption_set, form: str) -> str:
 def test_no_image_is_on_both_sides(form, caption_set):
     records = read_source(f"{source(caption_set, 'tar')}::{source(caption_set, 'json')}" if form == "two"
                           else source(caption_set, form))  # fmt: skip
-    number = 2 if form != "two" else 5  # a file and a shard are not compared: 48 images
     train, held_out, line = hold_out(records, None, 7, "data")
-    assert f"{number} of {24 * (1 + (form == 'two'))} images" in line
-    assert len(set(images(held_out))) == number and not set(images(train)) & set(images(held_out))
-    everything = [text for side in (train, held_out) for record in side for text in record["caption"]]
-    assert len(everything) == 48 * (1 + (form == "two")), "all others are trained on"
+    assert "2 of 24 images" in line
+    assert len(held_out) == len(set(images(held_out))) == 2, "each is in the gallery once"
+    content = [{hashlib.sha256(pixels(record["image"])).hexdigest() for record in side} for side in (train, held_out)]
+    assert len(content[0]) == 22 and not content[0] & content[1], "also where a shard has a copy of a file"
+    assert all(len(record["caption"]) == 2 for record in held_out), "each caption is asked for once"
+    texts = {text for side in (train, held_out) for record in side for text in record["caption"]}
+    assert len(train) == (44 if form in ("parquet", "two") else 22) and len(texts) == 48, "all others are trained on"
     again, other = (images(hold_out(records, None, seed, "data")[1]) for seed in (7, 8))
     assert again == images(held_out) != other
 
@@ -55,7 +63,7 @@ def test_copies_of_a_file_stay_together(caption_set):
     copies = [{**record, "image": f"copy{record['image']}"} for record in records]
     (caption_set / "copies.json").write_text(json.dumps(records + copies))
     train, held_out, line = hold_out(read_source(str(caption_set / "copies.json")), 0.5, 0, "data")
-    assert "12 of 24 images" in line and len(held_out) == 24
+    assert "12 of 24 images" in line and len(held_out) == 12 and len(train) == 24
     sides = [{(caption_set / record["image"]).read_bytes() for record in side} for side in (train, held_out)]
     assert not sides[0] & sides[1]
 
@@ -74,6 +82,17 @@ def test_a_damaged_image_in_a_shard_is_not_measured(caption_set):
     assert all(record["image"].read().strip(b"\0") for record in held_out)
 
 
+def test_images_of_which_none_can_be_read_are_said(caption_set):
+    """The reason is: a table's paths, for example, that start somewhere else."""
+    import datasets
+
+    rows = [{"image": f"{number}.png", "text": "a sheet"} for number in range(24)]
+    (caption_set / "tables").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(caption_set / "tables" / "data.parquet")
+    with pytest.raises(InputError, match="The first: .*row [0-9]*: '[0-9]*.png': no such file in .*tables"):
+        hold_out(read_source(str(caption_set / "tables" / "data.parquet")), None, 0, "data")
+
+
 def test_data_too_few_to_split(caption_set):
     records = read_source(f"{caption_set / 'captions.json'}[:4]")
     train, held_out, _ = hold_out(records, None, 0, "data")
@@ -87,8 +106,9 @@ def test_data_too_few_to_split(caption_set):
 
 @pytest.mark.parametrize("number, processes, given, batch", [
     (90, 1, False, 90), (90, 4, False, 22), (2, 1, False, 2), (2, 2, False, 1), (500, 1, False, 128),
-    (1, 1, False, "1 pair to train on: 2 at least"), (0, 1, False, "0 pairs"), (3, 4, False, "3 pairs to train on: 4"),
-    (90, 1, True, "90 images do not fill a batch of 128. Use --per_device_train_batch_size 90"),
+    (1, 1, False, "1 pair to train on: 2 at least"), (0, 1, False, "0 pairs"),
+    (3, 4, False, "3 pairs to train on: 4.*fewer processes"),
+    (90, 1, True, "90 pairs do not fill a batch of 128. Use --per_device_train_batch_size 90"),
 ])  # fmt: skip
 def test_the_batch_follows_the_data(number, processes, given, batch):
     args = SimpleNamespace(per_device_train_batch_size=128, world_size=processes, dataloader_drop_last=True)

@@ -192,7 +192,7 @@ def test_weight_decay_spares_what_it_should(tiny_model, tmp_path, caption_set):
 
 def test_batch_larger_than_the_data_says_so(recipe, run_script):
     done = run_script("train.py", recipe, "--per_device_train_batch_size", "25", check=False)
-    assert done.returncode != 0 and "24 images do not fill a batch of 25" in done.stderr
+    assert done.returncode != 0 and "24 pairs do not fill a batch of 25" in done.stderr
 
 
 def test_bad_records_are_reported_together_or_skipped_aloud(recipe, caption_set, run_script):
