@@ -17,19 +17,13 @@ _PUBLIC = {  # where the public names live; imported when first used, so that `i
 }  # fmt: skip
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = list(_HOMES)
+PushToHub.push = "miniclip.weights.push:push_to_hub"  # the core does not know the hub
 
 
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'miniclip' has no attribute {name!r}")
     return getattr(importlib.import_module(f"miniclip.{_HOMES[name]}"), name)
-
-
-def _push(*args) -> str:  # the core does not know the hub
-    return importlib.import_module("miniclip.weights.push").push_to_hub(*args)
-
-
-PushToHub.push = staticmethod(_push)
 
 
 def __dir__():

@@ -24,7 +24,7 @@ from miniclip.inference.feature_cache import FeatureCache, has_tokens
 from miniclip.inference.precision import settle
 from miniclip.utils import bad_samples
 from miniclip.utils.errors import InputError
-from miniclip.utils.files import delete, lock, remove_scratch, sha256, sync, write_json, write_npy
+from miniclip.utils.files import delete, lock, remove_scratch, replacing, sha256, write_json, write_npy
 from miniclip.utils.image_files import ENDINGS, ImageError, ImageFile
 from miniclip.utils.parallel import read_ahead
 
@@ -218,41 +218,36 @@ def write(
 
     numbers = {int(found[1]): path for path in folder.iterdir() if (found := GENERATION.fullmatch(path.name))}
     place = folder / f"generation-{max(numbers, default=0) + 1:06d}"
-    place.mkdir()
-    try:
+    with replacing(folder / INDEX) as index, replacing(place) as scratch:
+        scratch.mkdir()
         shape = (len(keys), texts.shape[1])
-        write_npy(place / "vectors.npy", "<f4", shape, vectors)
+        write_npy(scratch / "vectors.npy", "<f4", shape, vectors)
         if patches is not None:
-            write_npy(place / "patches.npy", "<f2", *patches)
-        write_npy(place / "keys.npy", "V32", shape[:1], [np.frombuffer(b"".join(keys), "V32")])
-        write_npy(place / "texts.npy", "<f4", texts.shape, [texts])
+            write_npy(scratch / "patches.npy", "<f2", *patches)
+        write_npy(scratch / "keys.npy", "V32", shape[:1], [np.frombuffer(b"".join(keys), "V32")])
+        write_npy(scratch / "texts.npy", "<f4", texts.shape, [texts])
         row = {key: i for i, key in enumerate(keys)}
         lines = sorted((row[key], name, *stamp) for name, (key, stamp) in files.items())
         columns = dict(zip(("row", "path", "size", "mtime", "ctime"), map(list, zip(*lines))))
-        pa.parquet.write_table(pa.table(columns), place / "files.parquet")
+        pa.parquet.write_table(pa.table(columns), scratch / "files.parquet")
         bad = bad_samples.BadSamples()
         for name, reason in sorted(broken.items()):
             bad.add(name, reason, "while indexing")
-        bad.open(place / bad_samples.NAME)
+        bad.open(scratch / bad_samples.NAME)
         used = np.bincount(columns["row"], minlength=len(row)) > 0
         images = int(used.sum())
         chosen, why = choose(images) if method == "auto" else (method, "as it was asked for")
         about |= {"pictures": images, "copies": len(files) - images, "bad": len(broken)}
         about["search"] = {"method": chosen, "asked": method, "why": why}
         if chosen != "exact":
-            stored = np.load(place / "vectors.npy", mmap_mode="r")
+            stored = np.load(scratch / "vectors.npy", mmap_mode="r")
             grown = grown or Neighbours.build(stored, chosen, progress)
             grown.add(stored[grown.index.ntotal :], progress)
             about["search"] |= grown.tune(stored, None if used.all() else used, texts)
-            grown.write(place / "search.faiss")
-        for path in [*place.iterdir(), place]:
-            sync(path)
-        sizes = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(place.iterdir())}
-        write_json(folder / INDEX, {"format": FORMAT, "generation": place.name, **about, "files": sizes})
-    except BaseException:
-        if not (folder / INDEX).is_file() or read_about(folder)["generation"] != place.name:
-            delete(place)
-        raise
+            grown.write(scratch / "search.faiss")
+            del stored  # Windows renames no folder with an open file
+        sizes = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(scratch.iterdir())}
+        write_json(index, {"format": FORMAT, "generation": place.name, **about, "files": sizes})
     for path in numbers.values():
         delete(path)  # a search that has it open keeps reading it
 

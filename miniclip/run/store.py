@@ -136,10 +136,7 @@ class Sync:
 
     def __exit__(self, *error):
         try:
-            with suppress(OSError):
-                self.process.stdin.write(b"end\n")
-                self.process.stdin.close()
-            self.process.wait()
+            self.process.communicate(b"end\n")
         except KeyboardInterrupt:
             print(f"copying to {self.url} goes on in process {self.process.pid}", file=sys.stderr)
             raise

@@ -14,6 +14,7 @@ import copy
 import math
 from collections import OrderedDict
 from contextlib import nullcontext
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -202,7 +203,6 @@ class HfTextTower(HfTower):
                 raise InputError(f"context_length is {cfg.context_length}, and {name} has {room}: {error}") from None
         self.train()
         self.text_projection = self.head(embed_dim)
-        self.own_tokenizer = None  # read when first needed
 
     def features(self, input_ids: Tensor) -> Tensor:
         input_ids = trimmed(input_ids, self.pad_token_id)
@@ -226,14 +226,13 @@ class HfTextTower(HfTower):
         theirs = [name.replace("trunk.", "transformer.", 1).replace(head, "proj.", 1) for name in ours]
         return [("{t}" + name, "{t}" + their, "{t}" + name) for name, their in zip(ours, theirs)]
 
-    @property
+    @cached_property
     def tokenizer(self) -> HfTokenizer:
         """The encoder's tokenizer. Raises InputError if it cannot be read or does not fit."""
         name = self.cfg.hf_tokenizer_name or self.cfg.hf_model_name
-        if self.own_tokenizer is None and name is None:
+        if name is None:
             raise InputError("the text tower has no tokenizer: set hf_tokenizer_name")
-        self.own_tokenizer = self.own_tokenizer or self.read_tokenizer(source(name))
-        return self.own_tokenizer
+        return self.read_tokenizer(source(name))
 
     def read_tokenizer(self, folder: str | Path) -> HfTokenizer:
         tokenizer = open_tokenizer(folder)
@@ -245,12 +244,12 @@ class HfTextTower(HfTower):
         return HfTokenizer(tokenizer, self.cfg.context_length)
 
     def save_files(self, directory: Path):
-        if self.own_tokenizer or self.cfg.hf_tokenizer_name or self.cfg.hf_model_name:
+        if "tokenizer" in vars(self) or self.cfg.hf_tokenizer_name or self.cfg.hf_model_name:
             with replacing(directory / "tokenizer") as scratch:
                 self.tokenizer.tokenizer.save_pretrained(scratch)
 
     def load_files(self, directory: Path, folder: str = "tokenizer"):
-        self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory, folder))
+        self.tokenizer = self.read_tokenizer(tokenizer_folder(directory, folder))
 
 
 def fuse_norms(network: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@ segmentation and detection, of words, of a ResNet's stages."""
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial, singledispatch
+from functools import singledispatch
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -17,6 +17,10 @@ from miniclip.towers.siglip import SigLipVisionTransformer
 from miniclip.towers.timm_model import TimmTower
 from miniclip.utils.errors import InputError
 
+TRANSFORMERS = {  # the norm after the blocks, and how many class tokens there are in front and behind
+    VisionTransformer: ("ln_post", 1, 0), SigLipVisionTransformer: ("ln_post", 0, 0),
+    CocaTextTransformer: ("ln_final", 0, 1), TextTransformer: ("ln_final", 0, 0),
+}  # fmt: skip
 NO_GRID = "patch_dropout leaves no grid of patches in training: call model.eval() first"
 Indices = int | Sequence[int] | None  # the last n blocks, those with these numbers (-1: the last one), or all
 
@@ -143,7 +147,10 @@ class Probe(nn.Module):
 @singledispatch
 def run(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool) -> Found:
     """One tower's forward pass. A tower of your own registers its function here."""
-    raise InputError(f"forward_intermediates knows no blocks of a {type(tower).__name__}")
+    norm, *tokens = next((form for kind, form in TRANSFORMERS.items() if isinstance(tower, kind)), (None,))
+    if norm is None:
+        raise InputError(f"forward_intermediates knows no blocks of a {type(tower).__name__}")
+    return Found(*run_blocks(tower, inputs, indices, stop_early), getattr(tower, norm), *tokens)
 
 
 @run.register
@@ -163,19 +170,6 @@ def run_blocks(tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool)
         blocks.extend([block, Probe(found, number)] if number in taken else [block])
     embeds = altered(tower, {"blocks": blocks}, wrappers=())(inputs)
     return list(found.values()), embeds
-
-
-def run_transformer(
-    norm: str, prefix: int, suffix: int, tower: Tower, inputs: Tensor, indices: Indices, stop_early: bool
-) -> Found:
-    return Found(*run_blocks(tower, inputs, indices, stop_early), getattr(tower, norm), prefix, suffix)
-
-
-for kind, how in {  # the norm after the blocks, and how many class tokens there are in front and behind
-    VisionTransformer: ("ln_post", 1, 0), SigLipVisionTransformer: ("ln_post", 0, 0),
-    TextTransformer: ("ln_final", 0, 0), CocaTextTransformer: ("ln_final", 0, 1),
-}.items():  # fmt: skip
-    run.register(kind, partial(run_transformer, *how))
 
 
 @run.register

@@ -10,6 +10,7 @@ tokenizer (`JointTokenizer`)."""
 
 import math
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -177,7 +178,7 @@ class JointTextTower(JointTower):
         super().__init__(cfg, embed_dim, quick_gelu)
         sizes = [tower.cfg.vocab_size for tower in self.towers]
         self.firsts = [1 + sum(sizes[:number]) for number in range(len(sizes))]  # where each one's ids begin
-        cfg.vocab_size, self.own_tokenizer = 1 + sum(sizes), None
+        cfg.vocab_size = 1 + sum(sizes)
 
     def inputs(self, input_ids: Tensor) -> list[Tensor]:
         """Each encoder's own ids."""
@@ -185,11 +186,9 @@ class JointTextTower(JointTower):
         each = zip(turns, self.towers, self.firsts)
         return [torch.where(ids == 0, tower.pad_token_id, ids - first) for ids, tower, first in each]
 
-    @property
+    @cached_property
     def tokenizer(self) -> JointTokenizer:
-        if self.own_tokenizer is None:
-            self.own_tokenizer = JointTokenizer([tower.tokenizer for tower in self.towers], self.firsts)
-        return self.own_tokenizer
+        return JointTokenizer([tower.tokenizer for tower in self.towers], self.firsts)
 
     def save_files(self, directory: Path):
         with replacing(directory / "tokenizer") as scratch:

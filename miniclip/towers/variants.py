@@ -6,6 +6,7 @@ token, a text tower without causal mask, layer scale, other tokenizers.
 These are the fields of published models with these towers; any other is refused by its name."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -152,7 +153,7 @@ class VariantTextTransformer(TextTransformer):
         super().__init__(cfg, embed_dim, quick_gelu)
         self.cfg, self.token_dropout = cfg, cfg.token_dropout
         if cfg.hf_tokenizer_name:
-            self.own_tokenizer = None  # read when first needed
+            del self.tokenizer  # CLIP's
         if cfg.proj_bias:
             self.text_projection = nn.Linear(cfg.width, embed_dim)
         self.as_clips = cfg.pool_type == "argmax" and not cfg.no_causal_mask
@@ -163,7 +164,7 @@ class VariantTextTransformer(TextTransformer):
         if self.as_clips:
             return super().features(input_ids)
         if cfg.no_causal_mask or cfg.pool_type == "last":  # padding, which a batch may lack, has a part in the result
-            unread = self.own_tokenizer is None and input_ids.shape[1] >= cfg.context_length  # nor is it needed
+            unread = "tokenizer" not in vars(self) and input_ids.shape[1] >= cfg.context_length  # nor is it needed
             padding = cfg.pad_id if unread else self.tokenizer.pad_token_id
             input_ids = F.pad(input_ids, (0, max(0, cfg.context_length - input_ids.shape[1])), value=padding)
         x = self.run_blocks(self.embed_tokens(input_ids), is_causal=not cfg.no_causal_mask)
@@ -190,16 +191,10 @@ class VariantTextTransformer(TextTransformer):
         rows = openclip_rows(self)
         return [(a, a if self.cfg.proj_bias and "proj" in a and "blocks" not in a else b, c) for a, b, c in rows]
 
-    @property
+    @cached_property
     def tokenizer(self) -> BaseTokenizer:
         """CLIP's tokenizer, or the one that the config names. Raises InputError if that cannot be read."""
-        if self.own_tokenizer is None:
-            self.own_tokenizer = self.read_tokenizer(source(self.cfg.hf_tokenizer_name))
-        return self.own_tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, clips: BaseTokenizer):
-        self.own_tokenizer = clips
+        return self.read_tokenizer(source(self.cfg.hf_tokenizer_name))
 
     def read_tokenizer(self, folder: str | Path) -> HfTokenizer:
         tokenizer = self.open_tokenizer(folder)
@@ -219,7 +214,7 @@ class VariantTextTransformer(TextTransformer):
 
     def load_files(self, directory: Path):
         if self.cfg.hf_tokenizer_name:
-            self.own_tokenizer = self.read_tokenizer(tokenizer_folder(directory))
+            self.tokenizer = self.read_tokenizer(tokenizer_folder(directory))
 
 
 class StrippedTokenizer(HfTokenizer):

@@ -1,6 +1,6 @@
-"""`push_to_hub` as a method of a model: what it does is set from above, by `miniclip/__init__.py`."""
+"""`push_to_hub` as a method of a model: what it calls is named from above, by `miniclip/__init__.py`."""
 
-from collections.abc import Callable
+import pkgutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from miniclip.utils.errors import InputError
 class PushToHub:
     """Base class of a model that can be uploaded to the Hugging Face hub."""
 
-    push: ClassVar[Callable[..., str]]
+    push: ClassVar[str]  # "module:function"
 
     def push_to_hub(
         self, repo_id: str, *, license: str | None = None, private: bool | None = None, token: str | bool | None = None,
@@ -22,7 +22,8 @@ class PushToHub:
         `license` is required ("mit", "apache-2.0", ...); `run` is the output folder of its training, whose data, recipe
         and results the card tells; `private`, `token` and `revision` (a branch) as for huggingface_hub. Raises
         InputError for a missing licence, and if the hub cannot be reached or refuses, with nothing changed there."""
-        return PushToHub.push(self, repo_id, license, private, token, revision, run, commit_message)
+        push = pkgutil.resolve_name(PushToHub.push)
+        return push(self, repo_id, license, private, token, revision, run, commit_message)
 
 
 class NoFolderUpload:

@@ -1,5 +1,6 @@
 """The model card (README.md with its YAML header) of a model on the Hugging Face hub."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,20 +15,8 @@ RECIPE = (  # options and arguments of run.json that say how a model was trained
     "warmup_steps", "lr_scheduler_type", "optim", "bf16", "fp16", "crop_scale", "hflip", "color_jitter",
     "patch_dropout", "layer_decay", "tower_lr_scales", "ema", "duplicates", "fixed_logit_scale", "seed",
 )  # fmt: skip
-USES = {
-    "miniclip": """import miniclip
-
-model, preprocess, tokenizer = miniclip.load("hf-hub:{repo}")""",
-    "openclip": """import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repo}")
-tokenizer = open_clip.get_tokenizer("hf-hub:{repo}")""",
-    "hf": """from transformers import AutoProcessor, CLIPModel, pipeline
-
-model, processor = CLIPModel.from_pretrained("{repo}"), AutoProcessor.from_pretrained("{repo}"{code})
-classify = pipeline("zero-shot-image-classification", model="{repo}"{code})
-print(classify("photo.jpg", candidate_labels=["a dog", "a cat"]))""",
-}
+TEXT = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+PARTS = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n(?=<!-- |\Z)", TEXT, re.DOTALL))  # the card, and its uses
 NAMES = {"miniclip": "MiniCLIP", "openclip": "OpenCLIP", "hf": "transformers"}
 
 
@@ -54,32 +43,21 @@ def write_card(model: MiniClip, repo: str, license: str, notes: dict[str, list[s
         license=license, library_name=library, pipeline_tag="zero-shot-image-classification", tags=tags,
         metrics=sorted({one.metric_type for one in found}) or None, eval_results=found or None, model_name=name,
     )  # fmt: skip
-    parts = [f"---\n{header.to_yaml()}\n---\n{MARK}", f"# {name}", describe(model)]
-    parts += ["## Use", *(use(form, note, repo) for form, note in notes.items())]
-    parts += ["## Training", describe_training(record), "## Results", table(results), f"## Licence\n\n{license}"]
-    return "\n\n".join(parts) + "\n"
-
-
-def describe(model: MiniClip) -> str:
-    """A sentence on what the model is."""
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
     image, text = (type(tower).__name__ for tower in (model.visual, model.text))
-    activation = "QuickGELU" if model.config.quick_gelu else "GELU"
-    size = model.config.preprocess_cfg.size
-    return (
-        f"A CLIP model of {millions:.1f}M parameters ({image} and {text}, {activation}) that embeds images of {size} x"
-        f" {size} pixels and captions of up to {model.text.tokenizer.context_length} tokens as unit vectors of"
-        f" {model.config.embed_dim} numbers: an image and its caption point the same way. It searches images by text"
-        " and classifies them by the names of classes. Made with MiniCLIP."
-    )
+    return PARTS["card"].format(
+        header=header.to_yaml(), mark=MARK, name=name, millions=sum(p.numel() for p in model.parameters()) / 1e6,
+        image=image, text=text, activation="QuickGELU" if model.config.quick_gelu else "GELU",
+        size=model.config.preprocess_cfg.size, length=model.text.tokenizer.context_length, dim=model.config.embed_dim,
+        use="\n\n".join(use(form, note, repo) for form, note in notes.items()), training=describe_training(record),
+        results=table(results), license=license,
+    )  # fmt: skip
 
 
 def use(form: str, note: list[str] | str, repo: str) -> str:
     if isinstance(note, str):
         return f"{NAMES[form]} cannot load this model: {note}."
     code = ", trust_remote_code=True" if any("trust_remote_code" in one for one in note) else ""  # else it asks
-    code = f"{NAMES[form]}:\n\n```python\n{USES[form].format(repo=repo, code=code)}\n```"
-    return "\n\n".join([code, *(f"Note: {one}." for one in note)])
+    return "\n\n".join([PARTS[form].format(repo=repo, code=code), *(f"Note: {one}." for one in note)])
 
 
 def describe_training(record: dict) -> str:

@@ -70,8 +70,8 @@ def fill(model: MiniClip, checkpoint: Checkpoint, path: Path, check_activation: 
 def read_tokenizer_beside(model: MiniClip, weights: Path):
     """Lets a text tower take the tokenizer in the folder of its weights, if one is there and none was read before."""
     names, folder = TOKENIZER_BESIDE.get(type(model.config.text_cfg), ()), weights.parent
-    if any((folder / name).is_file() for name in names) and model.text.own_tokenizer is None:
-        model.text.own_tokenizer = model.text.read_tokenizer(folder)
+    if any((folder / name).is_file() for name in names) and "tokenizer" not in vars(model.text):
+        model.text.tokenizer = model.text.read_tokenizer(folder)
 
 
 def open_checkpoint(path: str | Path, model: MiniClip | None = None) -> Checkpoint:

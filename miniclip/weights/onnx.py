@@ -57,13 +57,9 @@ class UnitTower(nn.Module):
         return F.normalize(self.tower(inputs).float(), dim=-1)
 
 
-class BothTowers(nn.Module):
-    def __init__(self, image: UnitTower, text: UnitTower):
-        super().__init__()
-        self.image, self.text = image, text
-
+class BothTowers(nn.ModuleList):
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        return self.image(image), self.text(text)
+        return self[0](image), self[1](text)
 
 
 def export(
@@ -110,7 +106,7 @@ def export(
                 run = runner(file)
                 about["checked"][file.name] = compare(file, precision, [(run(x)[0], exact[kind](x)) for x in batches])
             if single_graph:
-                file, both = folder / "clip.onnx", BothTowers(*half.values()).eval()
+                file, both = folder / "clip.onnx", BothTowers(half.values()).eval()
                 free = shapes["image"], {0: torch.export.Dim("texts", min=1), 1: length}
                 write(file, both, tuple(one.values()), free, precision, *SINGLE)
                 run, pairs = runner(file), []
