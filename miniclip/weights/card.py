@@ -1,5 +1,6 @@
 """The model card (README.md with its YAML header) of a model on the Hugging Face hub."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,7 +95,8 @@ def read_results(run: Path, record: dict) -> list[tuple[str, dict[str, float]]]:
         result = read_json(path)
         if digest in ((result.get("record") or {}).get("sha256") or {}).values() and result.get("metrics"):
             found.append((Path(str(result.get("dataset"))).name, shown(result["metrics"])))
-    if not found and (history := read_json(run / "trainer_state.json").get("log_history")):
+    if not found and (state := run / "trainer_state.json").is_file():  # of a long run, which may have logged NaN
+        history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
         last = [e for e in history if any(name.startswith("eval_") for name in e)][-1:]
         name = data((record.get("options") or {}).get("eval_file"), None) or "a held-out part of the training data"
         found = [(name, shown({k.removeprefix("eval_"): v for k, v in entry.items()})) for entry in last]

@@ -13,6 +13,7 @@ import miniclip
 from miniclip.model import MiniClip
 from miniclip.utils.errors import InputError
 from miniclip.utils.files import sha256
+from miniclip.weights.card import write_card
 from tests.conftest import ROOT
 from tests.weights.push_server import PushServer
 
@@ -191,6 +192,14 @@ def test_trainers_own_upload_is_refused_before_training(tmp_path, tiny_model):
     )
     with pytest.raises(InputError, match="Trainer's push_to_hub"):
         trainer.push_to_hub()
+
+
+def test_the_results_of_a_long_run_that_logged_nan_are_on_the_card(tiny_model, tmp_path):
+    log = [{"loss": float("nan"), "step": step} for step in range(200_000)]
+    log += [{"eval_text_to_image_R@1": 0.25, "eval_loss": 1.0}, {"train_loss": 0.5}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    card = write_card(tiny_model, "org/mine", "mit", {"miniclip": []}, tmp_path)
+    assert "| a held-out part of the training data | text to image R@1 | 25.0 |" in card
 
 
 def test_a_run_that_is_not_there_is_an_error(tiny_model, tmp_path):
