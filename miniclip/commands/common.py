@@ -41,14 +41,14 @@ def read_class_flags(options) -> tuple[dict[str, str] | None, list[str]]:
 def open_model(options):
     """Returns `(model, preprocess, tokenizer)` with an inference copy of the model."""
     from miniclip.inference.load import load
-    from miniclip.inference.matmul import suggest_bf16
+    from miniclip.inference.precision import suggest_bf16
     from miniclip.utils.files import make_folder
 
     make_folder(options.output_dir)
-    device = find_device(options.device)
-    suggest_bf16(options.precision, device)
     with starting():
-        return load(options.model, options.pretrained, device, options.precision)
+        loaded = load(options.model, options.pretrained, find_device(options.device), options.precision)
+    suggest_bf16(loaded[0], options.precision)
+    return loaded
 
 
 def find_usable(options, images: list[tuple], bad_samples) -> list[tuple]:

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
@@ -95,19 +94,6 @@ def packs(precision: str) -> bool:
         return False
     ways = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "int8": torch.cpu._is_vnni_supported}
     return ways.get(precision, lambda: pays("packed"))()
-
-
-@cache
-def suggest_bf16(precision: str, device: str | torch.device):
-    """Prints a line, once, if fp32 was asked for and bf16 is at least twice as fast on this processor: one with matrix
-    units for bf16 (AMX), or whose bf16 instructions are that fast."""
-    if precision != "fp32" or torch.device(device).type != "cpu":
-        return
-    routes = cpu_routes()
-    best = max(route.speedup for way, route in routes.items() if way == "default" or route.used)
-    if "bf16" in routes and routes["bf16"].speedup >= 2 * best:
-        times = f"{routes['bf16'].speedup / best:.1f} times as fast as fp32 on this processor ({processor()})"
-        print(f"matrix products in bf16 are {times}: try --precision bf16", file=sys.stderr)
 
 
 @contextmanager

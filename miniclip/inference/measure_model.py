@@ -12,8 +12,7 @@ from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FeatureCache
 from miniclip.inference.late_interaction import reranked, where_seen
 from miniclip.inference.load import load
-from miniclip.inference.matmul import suggest_bf16
-from miniclip.inference.precision import settle
+from miniclip.inference.precision import settle, suggest_bf16
 from miniclip.towers.tokens import has_tokens
 from miniclip.transforms import Preprocess
 from miniclip.utils.command_line import find_device
@@ -35,7 +34,7 @@ class Model:
         if isinstance(self.model, InferenceClip):
             inference_copy(self.model, options.precision)  # refuses another one
         else:
-            suggest_bf16(options.precision, self.device)
+            suggest_bf16(self.model, options.precision)
             settle(self.model, options.precision)  # says what int8 takes
         self.preprocess = Preprocess(self.model.config.preprocess_cfg, options.decode)
         about = options.feature_cache, self.model, self.preprocess, options.precision

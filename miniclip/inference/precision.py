@@ -5,7 +5,7 @@ What was found for a model is kept in the user's cache, so that the next run dec
 
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -14,10 +14,11 @@ from torch import nn
 
 from miniclip.inference.fast import InferenceClip, inference_copy
 from miniclip.inference.feature_cache import FORMATS, fingerprint
-from miniclip.inference.matmul import packs, remembered
+from miniclip.inference.matmul import OneDnnLinear, cpu_routes, packs, remembered
 from miniclip.model import MiniClip
 from miniclip.utils.machine import keep_freed_memory, processor, return_freed_memory
 
+say = cache(print)  # once each
 LEAST, FASTER = 0.9999, 1.3
 SMALL = 5_000_000  # weights in the layers of a model whose images take longer to read than to encode
 CASES = ((("image", 8), ("text", 32)), (("image", 64), ("text", 64)))  # so many at once, on a CPU and elsewhere
@@ -52,9 +53,8 @@ def settle(model: MiniClip, precision: str, quiet: bool = False) -> str:
     if isinstance(model, InferenceClip):
         return model.precision if precision == "auto" else precision
     device = model.logit_scale.device
-    layers = (module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
     able = packs("bf16") if device.type == "cpu" else device.type == "cuda"
-    if precision not in ("auto", "int8") or not able or sum(layer.weight.numel() for layer in layers) < SMALL:
+    if precision not in ("auto", "int8") or not able or not large(model):
         return "fp32" if precision == "auto" else precision
     if precision == "int8":
         found = rates(model, ("bf16", "int8")) if device.type == "cpu" else {}  # elsewhere it is refused
@@ -69,6 +69,23 @@ def settle(model: MiniClip, precision: str, quiet: bool = False) -> str:
         took = f"precision auto takes {'bf16' if proved else 'fp32'}"
         print(f"{took}: bf16 is {speedup:.1f} times as fast here, cosine {cosine:.5f} or more{why}", file=sys.stderr)
     return "bf16" if proved else "fp32"
+
+
+def large(model: MiniClip) -> bool:
+    layers = (module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d, OneDnnLinear)))
+    return sum(layer.weight.numel() for layer in layers) >= SMALL
+
+
+def suggest_bf16(model: MiniClip, precision: str):
+    """Prints a line, once, if fp32 was asked for and products in bf16 are more than FASTER times as fast here, on a
+    processor with matrix units for bf16 (AMX) or fast instructions."""
+    if precision != "fp32" or model.logit_scale.device.type != "cpu" or not large(model):
+        return
+    routes = cpu_routes()
+    best = max(route.speedup for way, route in routes.items() if way == "default" or route.used)
+    if "bf16" in routes and (speedup := routes["bf16"].speedup / best) > FASTER:
+        times = f"{speedup:.1f} times as fast as fp32 on this processor ({processor()})"
+        say(f"matrix products in bf16 are {times}: try --precision bf16", file=sys.stderr)
 
 
 def rates(model: MiniClip, precisions: tuple[str, ...]) -> dict[str, Rate]:

@@ -13,7 +13,7 @@ import miniclip
 from miniclip.config import MiniClipConfig
 from miniclip.inference import fast, matmul
 from miniclip.inference.fast import InferenceClip, inference_copy
-from miniclip.inference.matmul import Int8Linear, OneDnnLinear, Route, cpu_routes, fast_arithmetic, suggest_bf16
+from miniclip.inference.matmul import Int8Linear, OneDnnLinear, cpu_routes, fast_arithmetic
 from miniclip.loss import clip_loss
 from miniclip.model import MiniClip
 from miniclip.training.grad_cache import wrap_towers
@@ -244,20 +244,6 @@ def test_the_self_check_refuses_what_is_not_exact(monkeypatch, tmp_path):
             assert torch.get_float32_matmul_precision() == "highest"
     finally:
         cpu_routes.cache_clear()
-
-
-@pytest.mark.parametrize("bf16, packed, said", [(9.2, 1.1, "9.2"), (9.2, 2.0, "4.6"), (3.0, 2.0, None)])
-def test_bf16_is_suggested_where_it_is_much_faster(bf16, packed, said, monkeypatch, capsys):
-    routes = {
-        "default": Route(False, 1.0, 1e-7), "medium": Route(False, 9.0, 1e-3),  # which rounds to bf16
-        "packed": Route(packed >= 1.2, packed, 1e-7), "bf16": Route(False, bf16, 1e-3),
-    }  # fmt: skip
-    monkeypatch.setattr(matmul, "cpu_routes", lambda: routes)
-    suggest_bf16.cache_clear()
-    for precision, device in (("bf16", "cpu"), ("int8", "cpu"), ("fp32", "cuda"), ("fp32", "cpu"), ("fp32", "cpu")):
-        suggest_bf16(precision, device)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == (said is not None) and all(f"{said} times as fast as fp32" in line for line in lines)
 
 
 def test_copies_of_a_sped_up_model_stand_alone():

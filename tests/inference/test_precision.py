@@ -12,7 +12,8 @@ from miniclip.commands import speed
 from miniclip.config import MiniClipConfig
 from miniclip.inference import peak, precision
 from miniclip.inference.fast import InferenceClip, inference_copy
-from miniclip.inference.precision import Seconds, compare, made_up, settle
+from miniclip.inference.matmul import Route
+from miniclip.inference.precision import Seconds, compare, made_up, settle, suggest_bf16
 
 
 @pytest.fixture
@@ -48,6 +49,27 @@ def test_bf16_is_taken_where_it_is_proved(speed, cosine, chosen, measured, tiny_
     assert measured.calls == [("fp32", "bf16")] and not capsys.readouterr().err
     tiny_model.text.ln_final.weight.data *= 2
     assert settle(tiny_model, "auto") != chosen, "another model is measured anew"
+
+
+@pytest.mark.parametrize("bf16, packed, said", [
+    (9.2, 1.1, "9.2"), (9.2, 2.0, "4.6"), (3.0, 2.0, "1.5"), (2.5, 2.0, None), (None, 2.0, None),
+])  # fmt: skip
+def test_bf16_is_suggested_where_it_is_faster(bf16, packed, said, monkeypatch, capsys, tiny_model):
+    routes = {
+        "default": Route(False, 1.0, 1e-7), "medium": Route(False, 9.0, 1e-3),  # which rounds to bf16
+        "packed": Route(packed >= 1.2, packed, 1e-7), **({"bf16": Route(False, bf16, 1e-3)} if bf16 else {}),
+    }  # fmt: skip
+    monkeypatch.setattr(precision, "cpu_routes", lambda: routes)
+    suggest_bf16(tiny_model, "fp32")
+    assert not capsys.readouterr().err, "a small model waits for its images"
+    monkeypatch.setattr(precision, "SMALL", 1000)
+    for asked, model in (
+        ("bf16", tiny_model), ("int8", tiny_model), ("fp32", copy.deepcopy(tiny_model).to("meta")),
+        ("fp32", tiny_model), ("fp32", inference_copy(tiny_model)),
+    ):  # fmt: skip
+        suggest_bf16(model, asked)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (said is not None) and all(f"{said} times as fast as fp32" in line for line in lines)
 
 
 def test_a_gpu_is_measured_with_as_many_as_make_it_work(measured, tiny_model, monkeypatch):
