@@ -83,7 +83,8 @@ def make(recipe: dict, data: Path, output: Path, seed: int):
         adam_epsilon=1e-6, lr_scheduler_type="cosine", lr_scheduler_kwargs=None, max_grad_norm=1.0,
         get_warmup_steps=lambda steps: steps // 20,
     )  # fmt: skip
-    train(heads, math.log(20), None, pairs, args, lambda outputs, _: clip_loss(*outputs[:3]))
+    scale = torch.nn.Parameter(torch.tensor(math.log(20)))
+    train(heads, [scale], pairs, args, lambda outputs, _: clip_loss(*outputs[:3]))
     model.save_pretrained(output)
 
 

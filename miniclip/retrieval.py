@@ -73,8 +73,7 @@ def metrics_from_hits(hits: np.ndarray, ranks: np.ndarray, n_relevant: np.ndarra
 
     - `R@K`: share of queries with at least one right answer among the first K. What CLIP papers report.
     - `precision@K`, `recall@K`: right answers among the first K, divided by K and by all right answers.
-    - `mean_rank`, `median_rank` (rounded down, as OpenCLIP does), `MRR` (mean of 1 / rank): of the first right answer.
-    """
+    - `mean_rank`, `median_rank` (rounded down, as OpenCLIP does), `MRR` (mean of 1 / rank): of the first right one."""
     return {
         **{f"R@{k}": float(hits[:, :k].any(1).mean()) for k in ks},
         **{f"precision@{k}": float(hits[:, :k].sum(1).mean() / k) for k in ks},

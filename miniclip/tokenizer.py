@@ -8,8 +8,7 @@
 Byte-pair encoding (Sennrich et al., arXiv:1508.07909) starts with one token per byte, so nothing is ever unknown, and
 has learned 48,894 merges: merge k says which two neighbours become token 512 + k. The last byte of a word is a token of
 its own kind, `</w>` in the table: so "cat" and the "cat" of "catch" have different ids, and ids keep the spaces. All
-ids equal those of openai/CLIP and OpenCLIP, except that "<|endoftext|>" typed in a caption is text and does not end it.
-"""
+ids equal those of openai/CLIP and OpenCLIP, except that "<|endoftext|>" typed in a caption is text and ends nothing."""
 
 import gzip
 import html

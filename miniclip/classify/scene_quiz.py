@@ -1,7 +1,6 @@
 """The scene quiz: which colour or shape is on one side of a scene, and on which side is the red star?
 
-With the rest of the scene given, a class describes all of it; alone, it is the mean of descriptions with a random rest.
-"""
+With the rest of the scene given, a class describes all of it; alone, it is the mean of some with a random rest."""
 
 import random
 

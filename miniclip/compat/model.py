@@ -59,14 +59,18 @@ class CLIP(nn.Module):
         return self.miniclip.encode_text(text, normalize)
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        return self.miniclip.get_logits(image.to(self.dtype), text)
+        logits = self.logit_scale.exp() * self.encode_image(image, True) @ self.encode_text(text, True).T
+        logits = logits if self.logit_bias is None else logits + self.logit_bias
+        return logits, logits.T
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None):
         """(image_features, text_features, logit_scale), and logit_bias if there is one; a dict with `output_dict`."""
-        outputs = self.miniclip(None if image is None else image.to(self.dtype), text)
+        image_features = None if image is None else self.encode_image(image, normalize=True)
+        text_features = None if text is None else self.encode_text(text, normalize=True)
+        outputs = image_features, text_features, self.logit_scale.exp(), self.logit_bias
         outputs = outputs[:3] if self.logit_bias is None else outputs
         names = "image_features", "text_features", "logit_scale", "logit_bias"
-        return dict(zip(names, outputs)) if self.output_dict else tuple(outputs)
+        return dict(zip(names, outputs)) if self.output_dict else outputs
 
     @wraps(forward_intermediates)
     def forward_intermediates(self, *args, **options) -> dict[str, Tensor | list[Tensor]]:

@@ -67,7 +67,7 @@ def _read_one(source: str, options: ReadOptions) -> Sequence[dict]:
     if not is_hub(source) and (first := re.fullmatch(r"(.+)\[:(\d+)\]", source)):
         if not (n := int(first[2])):
             raise InputError(f"{source}: [:0] leaves no record")
-        return _read_one(first[1], replace(options, first=n))
+        return _read_one(first[1], replace(options, first=min(n, options.first or n)))
     source, name = at_split(source)
     path, options = Path(source), replace(options, split=name or options.split)
     if is_remote(source) and not re.search(r"\.(tgz|tar(\.\w+)?)$", source):

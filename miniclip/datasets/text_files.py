@@ -163,8 +163,9 @@ def _read_table_text(path: Path, options: ReadOptions) -> Raw:
             if len(row) == 2 and len(head) == 3 and (number := re.fullmatch(r"\s*(\d+)\s+(.+)", row[1], re.DOTALL)):
                 row = [row[0], *number.groups()]
         row = [cell.strip() for cell in row] if padded else row
-        # Programs leave out empty cells at the end of a line, or add some.
-        if max(used.values()) < len(row) and not any(cell.strip() for cell in row[len(head) :]):
+        last = max(used.values())
+        more = row[len(head) if len(row) >= len(head) else last + 1 :]  # programs leave out empty cells, or add some
+        if last < len(row) and not any(cell.strip() for cell in more):
             return {column: row[place] for column, place in used.items()}
         fault = f"{len(row)} cells for {len(head)} columns (a {delimiter!r} within a cell needs quotes)"
         return InputError(f"{fault}: {delimiter.join(row)[:60]}")

@@ -9,7 +9,6 @@ an image is its cosine to q. Scores of texts are low, 0.2 to 0.4 for a good matc
 
 import re
 from collections.abc import Iterable
-from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +58,7 @@ class ImageSearch:
         self.index.check_same(fingerprint(self.model, self.preprocess), str(name or "the one given"))
         self.captioner = captioner(self.model)  # the copy writes no captions
         # Copies once, not for each query. A query in words does not wait for BatchNorms to be fused.
-        self.for_images = cache(partial(inference_copy, self.model))
+        self.plain, self.for_images = self.model, None
         self.model = inference_copy(self.model, fuse=False)
         if pictures and not Path(pictures).is_dir():
             raise InputError(f"{pictures} is not a folder: name the one that the images are in")
@@ -90,7 +89,9 @@ class ImageSearch:
             raise InputError(f"image_weight {a} must be from 0 to 1, minus_weight {minus_weight} at least 0")
         a = 1.0 if not texts else 0.0 if not images else a
         words = embed_texts(self.model, self.tokenizer, texts + minus)
-        shown = embed_images(self.for_images() if images else self.model, self.preprocess, images)
+        if images and self.for_images is None:
+            self.for_images = inference_copy(self.plain)
+        shown = embed_images(self.for_images or self.model, self.preprocess, images)
         parts = (1 - a, words[: len(texts)]), (a, shown), (-minus_weight, words[len(texts) :])
         total = sum(weight * unit(part.sum(axis=0, dtype=np.float32)) for weight, part in parts)
         if np.linalg.norm(total) < 1e-4:  # the rest is rounding

@@ -125,7 +125,7 @@ def finish(fast: InferenceClip, tower: Tower, found: np.ndarray, project: bool, 
     x = fast.project(tower, torch.from_numpy(found).to(fast.logit_scale.device)).cpu().numpy() if project else found
     if n := len(set(np.flatnonzero(~np.isfinite(x.sum(axis=1))).tolist()).difference(faults)):
         what = f"{type(tower).__name__} computes NaN or infinity for {n} of {len(x)} inputs in {fast.precision}"
-        raise InputError(f"{what}: its weights are damaged, or too large for this precision")
+        raise InputError(f"{what}: its weights are damaged, too large for this precision, or diverged")
     return x
 
 

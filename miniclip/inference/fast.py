@@ -176,7 +176,7 @@ def text_features(tower: TextTransformer, input_ids: Tensor) -> Tensor:
     """What `tower.features(input_ids)` returns: (B, L) to (B, W)."""
     end = input_ids.argmax(dim=1)
     cuts = input_ids.is_cpu and len(end) > 0  # elsewhere sizes that change with the batch cost more than they save
-    if cuts:
+    if cuts and not torch.compiler.is_compiling():  # the graph would break here
         input_ids = input_ids[:, : end.max() + 1]
     B, L = input_ids.shape
     x = tower.embed_tokens(input_ids).flatten(0, 1)

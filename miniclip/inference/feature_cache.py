@@ -106,7 +106,7 @@ class FeatureCache(dict):
             sync(scratch)
             os.replace(scratch, self.folder / f"{sha256(scratch)}.npy")
         except OSError as error:  # of others, for example, who share it: nothing but time is lost
-            if error.errno == errno.ENOSPC:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             logger.warning("%s cannot be written to (%s): new features are not kept", self.folder, error.strerror)
             self.folder = None

@@ -77,8 +77,7 @@ def large(model: MiniClip) -> bool:
 
 
 def suggest_bf16(model: MiniClip, precision: str):
-    """Prints a line, once, if fp32 was asked for and products in bf16 are more than FASTER times as fast here, on a
-    processor with matrix units for bf16 (AMX) or fast instructions."""
+    """Prints a line, once, if fp32 was asked for and products in bf16 are more than FASTER times as fast here."""
     if precision != "fp32" or model.logit_scale.device.type != "cpu" or not large(model):
         return
     routes = cpu_routes()

@@ -1,7 +1,6 @@
 """Cosines of matching pairs and of all others: histograms, ROC AUC, probabilities, chance, best and worst queries.
 
-Pairs are scored a block at a time, for sums and counts: all of 5,000 images and 25,000 captions take half a gigabyte.
-"""
+Pairs are scored a block at a time, for sums and counts: 5,000 images and 25,000 captions take half a gigabyte."""
 
 from typing import NamedTuple
 

@@ -87,6 +87,7 @@ def check_place(options, folder: str):
         if os.path.isdir(source) and is_within(place, os.path.realpath(source)):
             wrong = f"lies in the data {source}, where its files would be taken for images and captions"
             raise InputError(f"output_dir {folder} {wrong}. Choose a folder elsewhere")
-    for path in (options.model, options.pretrained, *(options.teacher or ())) if options.overwrite_output_dir else ():
-        if path and os.path.exists(path) and not path.endswith(".json") and is_within(os.path.realpath(path), place):
+    starts = (options.model, options.pretrained, *(options.teacher or ())) if options.overwrite_output_dir else ()
+    for path in (path.removeprefix("local-dir:") for path in starts if path):
+        if os.path.exists(path) and not path.endswith(".json") and is_within(os.path.realpath(path), place):
             raise InputError(f"{path} is in {folder}, whose run overwrite_output_dir deletes. Use another output_dir")

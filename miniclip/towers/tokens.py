@@ -2,8 +2,7 @@
 
 CLIP keeps one embedding of an image and one of a text. ColBERT (Khattab and Zaharia, arXiv 2004.12832) and FILIP (Yao
 et al., arXiv 2111.07783) keep one for each position. A section of the model config with `token_dim` gives its tower a
-second projection, `token_proj`, from the features of a position to that many numbers; the tower itself stays as it is.
-"""
+second projection, `token_proj`, from the features of a position to that many numbers; the tower itself stays."""
 
 import copy
 import dataclasses

@@ -1,7 +1,6 @@
 """FSDP 2 (fully sharded data parallel: Zhao et al., arXiv 2304.11277), through accelerate.
 
-Each process keeps a shard of every weight, gradient and optimizer state; a block's weights are gathered while it runs.
-"""
+Each process keeps a shard of every weight, gradient and optimizer state; a block's are gathered while it runs."""
 
 import os
 from contextlib import AbstractContextManager

@@ -214,7 +214,6 @@ def leave():
 
 def _run(main: Callable[[list[str]], None]):
     name = Path(sys.argv[0]).name
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of our code
     for stream in (sys.stdout, sys.stderr):  # file names may contain characters that cannot be printed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -286,6 +286,9 @@ def test_outputs(small):
     assert_near(model.get_logits(IMAGE, ids)[0], small["ViT-B-32"].get_logits(IMAGE, ids)[0])
     assert_near(model.encode_image(IMAGE, normalize=True), F.normalize(model.encode_image(IMAGE), dim=-1))
     assert (model.context_length, model.vocab_size, model.visual.output_dim) == (77, 49408, 512)
+    model.encode_image = lambda image, normalize=False: text  # of a subclass, say
+    assert model(IMAGE, ids)[0] is text and model.get_logits(IMAGE, ids)[0].shape == (2, 2)
+    del model.encode_image
     add_logit_bias(model.miniclip)
     assert len(model(IMAGE, ids)) == 4 and model(IMAGE, ids)[3] is model.logit_bias
     model.lock_image_tower(1), model.lock_text_tower(0)

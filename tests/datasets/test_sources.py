@@ -128,8 +128,12 @@ def test_tables_as_programs_and_people_write_them(caption_set):
         images = [str(caption_set / f"{number}.png") for number in range(3)]
         texts = [["a red sheet"], ["a sheet"], ["red, wide"]]
         assert [(record["image"], record["caption"]) for record in found] == list(zip(images, texts)), text
-    (caption_set / "a.csv").write_text("image,note,caption\n0.png,new\n1.png,new,a sheet\n")
-    with pytest.raises(CaptionFileError, match="line 2: 2 cells for 3 columns"):
+    for wrong in ("image,note,caption\n0.png,new\n1.png,new,a sheet\n", "image,caption,w\n0.png,a sheet, red, wide\n"):
+        (caption_set / "a.csv").write_text(wrong)
+        with pytest.raises(CaptionFileError, match="line 2: . cells for 3 columns"):
+            read_source(str(caption_set / "a.csv"))
+    (caption_set / "a.csv").write_text("image,caption,w,h\n0.png,a sheet, red\n")  # a comma without quotes
+    with pytest.raises(CaptionFileError, match="line 2: 3 cells for 4 columns"):
         read_source(str(caption_set / "a.csv"))
 
 
@@ -149,6 +153,7 @@ def test_of_the_first_few_no_others_are_checked(form, records, caption_set):
         source = str(caption_set / "a.parquet")
     how = ReadOptions(check_handles=True)
     assert len(read_source(f"{source}[:5]", how)) == 5
+    assert len(read_source(f"{source}[:5][:2]", how)) == len(read_source(f"{source}[:2][:5]", how)) == 2
     with pytest.raises(InputError, match="1 of 6 (records|images)"):
         read_source(f"{source}[:6]", how)
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import pickle
 import re
 import signal
 import subprocess
@@ -203,6 +204,7 @@ def test_a_query_in_words_waits_for_no_batchnorms(album, monkeypatch):
     fused = []
     monkeypatch.setattr(VisionTransformer, "for_inference", lambda tower: fused.append(1) or tower)
     search = ImageSearch(album.folder / "products.mc", album.loaded)
+    pickle.loads(pickle.dumps(search)).query("red")  # it goes to other processes
     search.query("red")
     assert not fused
     for _ in range(2):

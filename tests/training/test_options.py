@@ -98,7 +98,8 @@ def test_a_recipe_may_say_words_null_and_what_to_resume(tmp_path):
     assert [args.max_steps, args.run_name, options.tower_lr_scales, options.eval_file] == list(odd.values())
     resumed = {"x/checkpoint-5": "x/checkpoint-5", "true": "latest", True: "latest", "false": None, False: None}
     assert {value: read(resume=value)[1].resume_from_checkpoint for value in resumed} == resumed
-    assert read(resume_from_checkpoint=True)[1].resume_from_checkpoint in ("true", "latest")
+    assert {value: read(resume_from_checkpoint=value)[1].resume_from_checkpoint for value in resumed} == resumed
+    assert read(max_steps=1e2)[1].max_steps == 100
 
 
 def test_a_value_that_is_called_like_an_option_sets_none(tmp_path):
