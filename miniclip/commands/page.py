@@ -30,7 +30,7 @@ def main(argv: list[str]):
     if not options.model and not options.index:
         parser.error("give --index, --model or both")
     if not 0 < options.max_upload_mb < 1 << 20:  # a terabyte
-        parser.error("--max_upload_mb must be above 0, and a number of megabytes that a disk can have")
+        parser.error(f"--max_upload_mb must be above 0 and below {1 << 20}")
     with starting():
         from miniclip.page.requests import listen, stay_inside
         from miniclip.page.server import serve

@@ -72,6 +72,7 @@ def settle(model: MiniClip, precision: str, quiet: bool = False) -> str:
 
 
 def large(model: MiniClip) -> bool:
+    """Whether its layers have so many weights that encoding an image takes longer than reading it."""
     layers = (module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d, OneDnnLinear)))
     return sum(layer.weight.numel() for layer in layers) >= SMALL
 

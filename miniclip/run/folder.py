@@ -80,8 +80,7 @@ class Run(ExitStack):
 
 
 def check_place(options, folder: str):
-    """Raises InputError for an output folder within a folder of data, and for one that holds what a run that replaces
-    it begins with."""
+    """Raises InputError for an output folder in a folder of data, and for one to replace that holds its start."""
     place, sources = os.path.realpath(folder), (options.train_file, options.eval_file, options.eval_classes)
     for source in (at_split(part.partition("[:")[0])[0] for parts in sources if parts for part in split(parts)):
         if os.path.isdir(source) and is_within(place, os.path.realpath(source)):

@@ -172,7 +172,7 @@ def read_recipe(path: str, parser: Parser) -> list[str]:
     for name, value in ((name, value) for name, value in recipe.items() if not name.startswith("_")):
         if name not in known:
             parser.error(f"{path}: {parser.nearest(name)}")
-        name = {"resume_from_checkpoint": "resume"}.get(name, name)  # which takes true and false too
+        name = "resume" if name == "resume_from_checkpoint" else name  # which takes true and false too
         bare = isinstance(value, bool) and name in ("check_gradients", "fsdp")  # which take no value
         if value not in (None, []) and (value or not bare) or name == "save_total_limit":  # whose default is a number
             values = value if isinstance(value, list) else [value]

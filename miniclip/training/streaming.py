@@ -88,7 +88,7 @@ class StreamDataset(RunDataset):
         part = split_dataset_by_node(self.stream, reader, readers, strategy)
         part.set_epoch(10_000 * self.epoch.item() + turn)
         number = -1  # of the last sample
-        bad = 0  # ones in a row
+        bad = 0  # of them, one after the other
         # In batches, because the library would split plain iteration between workers again, by files.
         samples = (dict(zip(batch, row)) for batch in part.iter(16) for row in zip(*batch.values()))
         for number, sample in enumerate(samples):

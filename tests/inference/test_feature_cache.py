@@ -48,8 +48,11 @@ def test_a_cache_that_cannot_be_written_is_read_and_the_results_are_kept(tiny_mo
     assert cache.reused == 4 and embeds == pytest.approx(exact, abs=1e-6)
     assert "cannot be written to (Read-only file system): new features are not kept" in caplog.text
     assert len(cache) == 6 and embed(4)[0].reused == 4
-    quota = OSError(errno.EDQUOT, "Disk quota exceeded")
-    monkeypatch.setattr(feature_cache, "write_npy", lambda *_: (_ for _ in ()).throw(quota))
+
+    def quota(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(feature_cache, "write_npy", quota)
     with pytest.raises(OSError, match="quota"):  # the disk is full, in a way
         embed(6)
 
