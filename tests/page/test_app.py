@@ -673,7 +673,9 @@ def test_classes_are_edited_and_weighed(visit, site):
     page.get_by_role("button", name="Sentences").click()
     sentences = page.locator("#sentences textarea")
     expect(sentences).to_have_value("\n".join(TEMPLATES["zh"]))  # it is drawn anew when it is opened
+    page.wait_for_timeout(500)  # on a busy machine once more, which would undo what is written meanwhile
     sentences.fill("a photo")
+    expect(sentences).to_have_value("a photo")
     page.get_by_role("button", name="Classify").click()
     page.locator("#found-classes [role=alert]").filter(has_text="“a photo” must have exactly one {}").wait_for()
 
